@@ -1,0 +1,240 @@
+"""Every setting of wanflow as frozen dataclasses, split by lifetime; standard library only.
+
+Shapes (`DiTConfig`, `TextConfig`, `VAEConfig`, gathered in `Preset`) are facts of a checkpoint. `Request` says what to make,
+`Runtime` how to run it, `Train` how to train it. Field names are the official configuration keys and flags where those exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+Solver = Literal["unipc", "dpm++", "euler"]
+SOLVERS: tuple[Solver, ...] = ("unipc", "dpm++", "euler")
+TRAIN_STEPS = 1000  # timesteps run from 1000 (noise) to 0 (data); sigma = timestep / 1000
+
+
+class RequestError(ValueError):
+    """Bad input or a refusal: one clear line for the user, exit code 2, HTTP 4xx."""
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of one expert. The names are those of the official `config.json`."""
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    num_heads: int = 40
+    num_layers: int = 40
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    model_type: str = "t2v"
+    window_size: tuple[int, int] = (-1, -1)
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        object.__setattr__(self, "window_size", tuple(self.window_size))
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise RequestError(f"dim {self.dim} does not split into {self.num_heads} heads of even size")
+        if self.window_size != (-1, -1) or not self.qk_norm or not self.cross_attn_norm:
+            raise RequestError("only the published Wan2.2 blocks exist here: full attention, q/k norm, norm before cross-attention")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of the UMT5 encoder."""
+
+    vocab: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_dist: int = 128
+    shared_pos: bool = False
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.shared_pos:
+            raise RequestError("UMT5 has a position table in every layer; shared_pos is T5's")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of the causal VAE and the statistics that normalise its latents.
+
+    `temperal_downsample` keeps the spelling of the official key.
+    """
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    attn_scales: tuple[float, ...] = ()
+    dropout: float = 0.0
+    latent_mean: tuple[float, ...] = (0.0,) * 16
+    latent_std: tuple[float, ...] = (1.0,) * 16
+
+    def __post_init__(self) -> None:
+        for name in ("dim_mult", "temperal_downsample", "attn_scales", "latent_mean", "latent_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.attn_scales:
+            raise RequestError("the Wan2.1 VAE has attention only in the middle; attn_scales must be empty")
+        if len(self.latent_mean) != self.z_dim or len(self.latent_std) != self.z_dim:
+            raise RequestError(f"latent_mean and latent_std need {self.z_dim} values each")
+
+    @property
+    def spatial_stride(self) -> int:
+        return int(2 ** (len(self.dim_mult) - 1))
+
+    @property
+    def temporal_stride(self) -> int:
+        return int(2 ** sum(self.temperal_downsample))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model's shapes with the defaults its authors publish for it."""
+
+    name: str
+    task: str
+    dit: DiTConfig
+    text: TextConfig
+    vae: VAEConfig
+    boundary: float
+    sample_shift: float
+    sample_steps: int
+    cfg_high: float
+    cfg_low: float
+    size: tuple[int, int]
+    frame_num: int
+    fps: int
+    negative_prompt: str
+    sample_solver: Solver = "unipc"
+
+
+def parse_size(value: str | tuple[int, int]) -> tuple[int, int]:
+    """`"1280*720"`, `"1280x720"` or `(1280, 720)` -> (width, height), each a positive multiple of 16."""
+    try:
+        parts = value.lower().replace("x", "*").split("*") if isinstance(value, str) else list(value)
+        width, height = (int(part) for part in parts)
+    except (ValueError, TypeError):
+        raise RequestError(f"size {value!r} is not WIDTH*HEIGHT, such as 1280*720") from None
+    for side, name in ((width, "width"), (height, "height")):
+        if side <= 0 or side % 16:
+            near = max(16, round(side / 16) * 16)
+            raise RequestError(f"{name} {side} is not a positive multiple of 16; the nearest is {near}")
+    return width, height
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make. `None` means the model's own default (see `complete`)."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    size: str | tuple[int, int] | None = None
+    frame_num: int | None = None
+    sample_solver: Solver | None = None
+    sample_steps: int | None = None
+    sample_shift: float | None = None
+    cfg_high: float | None = None
+    cfg_low: float | None = None
+    boundary: float | None = None
+    fps: float | None = None
+    seed: int = 0
+
+    def complete(self, preset: Preset) -> CompleteRequest:
+        """Fill in the model's defaults and check every value.
+
+        Raises:
+            RequestError: naming the field, what it may be, and the nearest good value where there is one.
+        """
+        known = {f.name for f in fields(Preset)}
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = getattr(preset, field.name) if value is None and field.name in known else value
+        values["size"] = parse_size(values["size"])
+        return CompleteRequest(**values)
+
+
+@dataclass(frozen=True)
+class CompleteRequest:
+    """A request with nothing left open: this is what a recipe stores."""
+
+    prompt: str
+    negative_prompt: str
+    size: tuple[int, int]
+    frame_num: int
+    sample_solver: Solver
+    sample_steps: int
+    sample_shift: float
+    cfg_high: float
+    cfg_low: float
+    boundary: float
+    fps: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", parse_size(self.size))
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise RequestError("the prompt is empty; say what the video should show")
+        if self.frame_num < 1 or self.frame_num % 4 != 1:
+            near = max(1, round((self.frame_num - 1) / 4) * 4 + 1)
+            raise RequestError(f"frame_num {self.frame_num} is not 4n+1; the nearest is {near}")
+        if self.sample_solver not in SOLVERS:
+            raise RequestError(f"sample_solver {self.sample_solver!r} is none of {', '.join(SOLVERS)}")
+        _within("sample_steps", self.sample_steps, 1, TRAIN_STEPS)
+        _within("sample_shift", self.sample_shift, 1e-3, 1000)
+        _within("cfg_high", self.cfg_high, 0, 100)
+        _within("cfg_low", self.cfg_low, 0, 100)
+        _within("boundary", self.boundary, 0, 1)
+        _within("fps", self.fps, 1, 240)
+        _within("seed", self.seed, 0, 2**63 - 1)
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also false for NaN
+        raise RequestError(f"{name} {value} is outside {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How to run. Nothing here changes what is made beyond rounding, except `noise_device`."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    t5_cpu: bool = False
+    keep_experts: bool | None = None
+    cfg_batch: bool | None = None
+    noise_device: Literal["cpu", "cuda"] = "cpu"
+
+
+T = TypeVar("T", bound=Any)
+
+
+def from_mapping(cls: type[T], values: dict[str, Any], source: str) -> T:
+    """Build a config from a JSON object, ignoring keys that start with `_`.
+
+    Raises:
+        RequestError: for unknown keys or values that the config refuses, naming `source`.
+    """
+    known = {f.name for f in fields(cls)}
+    plain = {key: value for key, value in values.items() if not key.startswith("_")}
+    unknown = sorted(set(plain) - known)
+    if unknown:
+        raise RequestError(f"{source}: unknown keys {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+    try:
+        return cls(**plain)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{source}: {error}") from None

@@ -1,0 +1,277 @@
+"""The Wan2.1 causal 3D VAE: video <-> latent, streamed with memory that does not grow with the number of frames.
+
+Shapes: B batch, C channels, T frames, H height, W width in pixels; t, h, w the same in latent units:
+    T = 1 + 4 (t - 1), H = 8 h, W = 8 w.
+
+Every convolution looks back over at most two frames, so the video is worked through in chunks: the first frame alone,
+then groups of four. What a convolution must remember between chunks lives in `State`, a value made per call and keyed by
+module. A chunk may hold any number of groups, with the same result: decoding uses one latent frame per chunk, training
+uses all at once.
+
+Activations are kept in channels-last memory order, in which CPU and GPU convolutions are fastest and the channel norm
+reads consecutive memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanflow.config import VAEConfig
+
+State = dict[nn.Module, Tensor]
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution over (time, height, width) that sees no future: two past frames come from `state`, zeros before them."""
+
+    def forward(self, x: Tensor, state: State) -> Tensor:  # type: ignore[override]
+        """x [B, C, T, H, W] -> [B, C', T, H, W]."""
+        reach = self.kernel_size[0] - 1
+        if reach == 0:
+            return F.conv3d(x, self.weight, self.bias, padding=(0, *self._space()))
+        past = state.get(self)
+        seen = x if past is None else torch.cat([past, x], dim=2)
+        state[self] = seen[:, :, -reach:]
+        missing = reach - (seen.shape[2] - x.shape[2])
+        if missing and x.shape[2] == 1:
+            # Taps that would only meet zeros are left out instead of fed: the first frame costs a third.
+            weight = self.weight[:, :, missing:]
+        else:
+            seen = F.pad(seen, (0, 0, 0, 0, missing, 0)) if missing else seen
+            weight = self.weight
+        if weight.shape[2] == 1:
+            return F.conv2d(seen[:, :, 0], weight[:, :, 0], self.bias, padding=self._space()).unsqueeze(2)
+        return F.conv3d(seen, weight, self.bias, padding=(0, *self._space()))
+
+    def _space(self) -> tuple[int, int]:
+        return self.kernel_size[1] // 2, self.kernel_size[2] // 2
+
+
+class ChannelNorm(nn.Module):
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma, over channels; no epsilon inside the root."""
+
+    def __init__(self, dim: int, image: bool = False) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, 1, 1) if image else torch.ones(dim, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
+        return x * (x.shape[1] ** 0.5 / length) * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, twice, plus a shortcut."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            ChannelNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3),
+            ChannelNorm(out_dim), nn.SiLU(), nn.Identity(), CausalConv3d(out_dim, out_dim, 3),
+        )  # fmt: skip
+        self.shortcut = nn.Identity() if in_dim == out_dim else CausalConv3d(in_dim, out_dim, 1)
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        skip = self.shortcut(x, state) if isinstance(self.shortcut, CausalConv3d) else x
+        return run(self.residual, x, state).add_(skip) if not torch.is_grad_enabled() else run(self.residual, x, state) + skip
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the pixels of one frame."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(dim, image=True)
+        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        batch, channels, frames, height, width = x.shape
+        images = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
+        qkv = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).unsqueeze(1)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(images.shape)
+        out = self.proj(out).view(batch, frames, channels, height, width).transpose(1, 2)
+        return x + out
+
+
+class Downsample(nn.Module):
+    """Halve height and width, and time too where `temporal`."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        x = per_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        past = state.get(self)
+        state[self] = x[:, :, -1:]
+        # The first frame passes unchanged; afterwards three frames, one of them from before, become one.
+        return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
+
+
+class Upsample(nn.Module):
+    """Double height and width and halve the channels; double time first where `temporal`."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        if self.time_conv is not None:
+            if self in state:
+                batch, channels, frames, height, width = x.shape
+                both = self.time_conv(x, state).view(batch, 2, channels, frames, height, width)
+                x = both.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, frames * 2, height, width)
+            else:
+                # The first latent frame is one frame of video, and the next one does not see it.
+                state[self] = x.new_empty(0)
+        return per_frame(self.resample, x)
+
+
+def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply an image layer to every frame of x [B, C, T, H, W]; views only, in channels-last order."""
+    batch, channels, frames = x.shape[:3]
+    images = x.permute(0, 2, 3, 4, 1).reshape(batch * frames, *x.shape[3:], channels).permute(0, 3, 1, 2)
+    out = layer(images)
+    return out.permute(0, 2, 3, 1).reshape(batch, frames, *out.shape[2:], out.shape[1]).permute(0, 4, 1, 2, 3)
+
+
+def run(layers: nn.Sequential | nn.ModuleList, x: Tensor, state: State) -> Tensor:
+    """Run layers in order, handing `state` to those that look back in time."""
+    for layer in layers:
+        x = layer(x, state) if isinstance(layer, STATEFUL) else layer(x)
+    return x
+
+
+STATEFUL = (CausalConv3d, ResidualBlock, AttentionBlock, Downsample, Upsample)
+
+
+def _middle(dim: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+
+
+def _head(dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(ChannelNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, 3))
+
+
+class Encoder(nn.Module):
+    """[B, 3, T, H, W] -> [B, 2 z, t, h, w]: mean and log variance before `conv1` mixes them."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        dims = [config.dim * mult for mult in (1, *config.dim_mult)]
+        self.conv1 = CausalConv3d(3, dims[0], 3)
+        layers: list[nn.Module] = []
+        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            layers += [ResidualBlock(in_dim if block == 0 else out_dim, out_dim) for block in range(config.num_res_blocks)]
+            if level < len(config.dim_mult) - 1:
+                layers.append(Downsample(out_dim, config.temperal_downsample[level]))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = _middle(dims[-1])
+        self.head = _head(dims[-1], config.z_dim * 2)
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        x = self.conv1(x, state)
+        for part in (self.downsamples, self.middle, self.head):
+            x = run(part, x, state)
+        return x
+
+
+class Decoder(nn.Module):
+    """[B, z, t, h, w] -> [B, 3, T, H, W]."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        dims = [config.dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        self.conv1 = CausalConv3d(config.z_dim, dims[0], 3)
+        self.middle = _middle(dims[0])
+        temporal = tuple(reversed(config.temperal_downsample))
+        layers: list[nn.Module] = []
+        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            in_dim = in_dim if level == 0 else in_dim // 2  # upsampling has halved the channels
+            layers += [ResidualBlock(in_dim if block == 0 else out_dim, out_dim) for block in range(config.num_res_blocks + 1)]
+            if level < len(config.dim_mult) - 1:
+                layers.append(Upsample(out_dim, temporal[level]))
+        self.upsamples = nn.Sequential(*layers)
+        self.head = _head(dims[-1], 3)
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        x = self.conv1(x, state)
+        for part in (self.middle, self.upsamples, self.head):
+            x = run(part, x, state)
+        return x
+
+
+class WanVAE(nn.Module):
+    """Encode and decode video; latents are normalised per channel by the config's mean and standard deviation."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv2.weight.dtype
+
+    def encode(self, video: Tensor, groups: int = 1) -> Tensor:
+        """The normalised mean latent of a video.
+
+        Args:
+            video: [B, 3, T, H, W] in -1..1; T = 4n + 1, H and W multiples of 8.
+            groups: how many groups of four frames to take at once; the result is the same.
+
+        Returns:
+            [B, z, t, h, w] in the weights' dtype.
+
+        Raises:
+            ValueError: for another number of frames or size.
+        """
+        mean, _ = self.moments(video, groups)
+        shift, scale = self._statistics(mean)
+        return (mean - shift) / scale
+
+    def moments(self, video: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """Mean and log variance, [B, z, t, h, w] each, before normalisation (training needs both)."""
+        stride, space = self.config.temporal_stride, self.config.spatial_stride
+        frames, height, width = video.shape[2:]
+        if frames % stride != 1 or height % space or width % space:
+            raise ValueError(f"a video of {frames} frames, {width}*{height}: frames must be {stride}n+1, sides multiples of {space}")
+        state: State = {}
+        chunks = [video[:, :, :1], *video[:, :, 1:].split(stride * groups, dim=2)] if frames > 1 else [video]
+        parts = [self.encoder(_channels_last(chunk.to(self.dtype)), state) for chunk in chunks]
+        mean, log_variance = self.conv1(torch.cat(parts, dim=2), state).chunk(2, dim=1)
+        return mean, log_variance
+
+    def decode(self, latent: Tensor, groups: int = 1) -> Tensor:
+        """[B, z, t, h, w], normalised -> video [B, 3, 4t - 3, 8h, 8w], not clamped."""
+        return torch.cat(list(self.decode_frames(latent, groups)), dim=2)
+
+    def decode_frames(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
+        """Decode as it goes: [B, 3, 1, H, W], then [B, 3, 4 * groups, H, W] at a time, not clamped."""
+        shift, scale = self._statistics(latent)
+        state: State = {}
+        chunks = [latent[:, :, :1], *latent[:, :, 1:].split(groups, dim=2)] if latent.shape[2] > 1 else [latent]
+        for chunk in chunks:
+            yield self.decoder(self.conv2(_channels_last((chunk * scale + shift).to(self.dtype)), state), state)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        def channel(values: tuple[float, ...]) -> Tensor:
+            return torch.tensor(values, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+
+        return channel(self.config.latent_mean), channel(self.config.latent_std)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)

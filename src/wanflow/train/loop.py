@@ -1,0 +1,127 @@
+"""The one training loop: schedule, averaged weights, saved state; knows nothing of what is trained.
+
+Step n draws its data from (seed, n) alone, and the state on disk holds everything else, so a run that was killed and started
+again gives the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wanflow.config import RequestError
+
+
+@dataclass(frozen=True)
+class Train:
+    """How to train. The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the steps."""
+
+    steps: int
+    batch: int
+    learning_rate: float = 2e-3
+    muon_rate: float = 0.0  # > 0: the blocks' matrices are trained by Muon at this rate
+    warmup: int = 50
+    decay: float = 0.3
+    ema: float = 0.995
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    save_seconds: float = 60.0
+    dtype: torch.dtype = torch.bfloat16
+
+
+Loss = Callable[[int, random.Random, torch.Generator], Tensor]
+
+
+def rate(step: int, train: Train) -> float:
+    """Share of the full learning rate at a step."""
+    falling = max(1, int(train.steps * train.decay))
+    return min(1.0, (step + 1) / train.warmup, (train.steps - step) / falling)
+
+
+def optimizers(module: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside `blocks.` where asked for, AdamW for the rest."""
+    matrices, rest = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (matrices if train.muon_rate and "blocks." in name and parameter.ndim == 2 else rest).append(parameter)
+    built: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=train.learning_rate, betas=(0.9, 0.98), weight_decay=train.weight_decay)
+    ]
+    if matrices:
+        built.append(torch.optim.Muon(matrices, lr=train.muon_rate, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return built
+
+
+def fit(module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report: Callable[[str], None]) -> nn.Module:
+    """Train `module` in place to the end of the schedule, resuming from `state_file` where it exists.
+
+    Args:
+        loss_of: (step, rng, generator) -> scalar loss; must draw all randomness from its two generators.
+        report: receives a line of progress now and then.
+
+    Returns:
+        The module, holding the averaged weights.
+    """
+    module.train()
+    optims = optimizers(module, train)
+    base = [[group["lr"] for group in optim.param_groups] for optim in optims]
+    average = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    first, seen = 0, 0.0
+    if state_file.exists():
+        saved = torch.load(state_file, weights_only=True)
+        if saved["seed"] != train.seed:
+            raise RequestError(f"{state_file} was begun with seed {saved['seed']}, not {train.seed}; remove it to start over")
+        module.load_state_dict(saved["module"])
+        for optim, state in zip(optims, saved["optims"], strict=True):
+            optim.load_state_dict(state)
+        average, first, seen = saved["average"], saved["step"], saved["loss"]
+    began = last_save = last_report = time.monotonic()
+    for step in range(first, train.steps):
+        share = rate(step, train)
+        for optim, rates in zip(optims, base, strict=True):
+            for group, full in zip(optim.param_groups, rates, strict=True):
+                group["lr"] = full * share
+        with torch.autocast("cpu", dtype=train.dtype, enabled=train.dtype != torch.float32):
+            loss = loss_of(step, random.Random(f"{train.seed}/{step}"), torch.Generator().manual_seed(train.seed * 1_000_003 + step))
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), train.clip)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        _update(average, module, min(train.ema, (step + 1) / (step + 10)))
+        value = float(loss.detach())
+        seen = value if step == 0 else 0.98 * seen + 0.02 * value
+        now = time.monotonic()
+        if now - last_report > 15 or step + 1 == train.steps:
+            pace = (now - began) / (step + 1 - first)
+            report(f"step {step + 1}/{train.steps}  loss {seen:.4f}  {pace:.2f} s/step  {pace * (train.steps - step - 1) / 60:.1f} min left")
+            last_report = now
+        if now - last_save > train.save_seconds or step + 1 == train.steps:
+            _save(state_file, module, optims, average, step + 1, seen, train.seed)
+            last_save = now
+    module.load_state_dict(average)
+    return module.eval()
+
+
+@torch.no_grad()
+def _update(average: dict[str, Tensor], module: nn.Module, keep: float) -> None:
+    for name, value in module.state_dict().items():
+        average[name].lerp_(value.to(average[name].dtype), 1 - keep)
+
+
+def _save(
+    file: Path, module: nn.Module, optims: Iterable[torch.optim.Optimizer], average: dict[str, Tensor], step: int, loss: float, seed: int
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    states = [optim.state_dict() for optim in optims]
+    torch.save({"module": module.state_dict(), "optims": states, "average": average, "step": step, "loss": loss, "seed": seed}, part)
+    os.replace(part, file)

@@ -1,0 +1,245 @@
+"""Procedural, captioned clips: the world that `nano` learns.
+
+A `Scene` is what a caption can say. `draw` adds what it does not say (where exactly, how tilted: the seed's part), `render`
+turns that into frames with anti-aliased edges. Lengths are fractions of the frame's side unless they are called pixels, so
+every function works at any size.
+
+Some combinations are never shown in training (`held_out`), so that composing can be told from remembering.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLOURS = {
+    "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
+    "purple": (150, 50, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (245, 245, 245),
+}  # fmt: skip
+BACKGROUNDS = {"black": (15, 15, 18), "gray": (128, 128, 128)} | {
+    name: COLOURS[name] for name in ("white", "red", "green", "blue", "yellow", "purple")
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+MOTIONS = ("left", "right", "up", "down", "grows", "shrinks", "still", "spins")
+SIZES = {"small": 0.18, "medium": 0.24, "large": 0.31}
+SPEEDS = {"slow": 0.65, "normal": 1.0, "fast": 1.4}
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+TRAVEL = 0.33  # of the side, at normal speed
+GROWTH = 1.5  # from first frame to last, at normal speed
+TURN = math.radians(120)
+
+NAMES = {
+    "red": ("red",), "green": ("green",), "blue": ("blue",), "yellow": ("yellow",), "purple": ("purple", "violet"),
+    "orange": ("orange",), "cyan": ("cyan", "turquoise"), "white": ("white",), "black": ("black",), "gray": ("gray", "grey"),
+    "circle": ("circle", "disc", "ball"), "square": ("square", "box"), "triangle": ("triangle",), "star": ("star", "five-pointed star"),
+    "cross": ("cross", "plus sign"), "small": ("small", "tiny", "little"), "medium": ("",), "large": ("large", "big", "huge"),
+    "slow": ("slowly", "gently"), "normal": ("",), "fast": ("quickly", "fast", "rapidly"),
+}  # fmt: skip
+# Each verb as a finite form and a continuous one.
+VERBS = {
+    "left": (("moves left", "moving left"), ("slides left", "sliding left"), ("moves to the left", "moving to the left"),
+             ("goes left", "going left"), ("drifts left", "drifting left")),
+    "right": (("moves right", "moving right"), ("slides right", "sliding right"), ("moves to the right", "moving to the right"),
+              ("goes right", "going right"), ("drifts right", "drifting right")),
+    "up": (("moves up", "moving up"), ("rises", "rising"), ("slides up", "sliding up"), ("goes up", "going up"),
+           ("floats upwards", "floating upwards"), ("moves upward", "moving upward")),
+    "down": (("moves down", "moving down"), ("falls", "falling"), ("slides down", "sliding down"), ("drops", "dropping"),
+             ("sinks downwards", "sinking downwards"), ("goes down", "going down")),
+    "grows": (("grows", "growing"), ("gets bigger", "getting bigger"), ("expands", "expanding"), ("gets larger", "getting larger")),
+    "shrinks": (("shrinks", "shrinking"), ("gets smaller", "getting smaller"), ("contracts", "contracting")),
+    "still": (("stays still", "staying still"), ("does not move", "not moving"), ("stands still", "standing still"),
+              ("is static", "resting"), ("stays in place", "staying in place")),
+    "spins": (("spins", "spinning"), ("rotates", "rotating"), ("turns around", "turning around"), ("spins around", "spinning around")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says."""
+
+    colour: str
+    background: str
+    shape: str
+    motion: str
+    size: str = "medium"
+    speed: str = "normal"
+
+
+HELD_OUT_COLOUR_SHAPE = {("red", "star"), ("blue", "triangle"), ("yellow", "cross"), ("green", "circle"), ("purple", "square")}
+HELD_OUT_SHAPE_MOTION = {("star", "left"), ("circle", "grows"), ("triangle", "up"), ("cross", "right"), ("square", "shrinks")}
+
+
+def held_out(scene: Scene) -> str | None:
+    """Why training never sees this scene (`colour-shape`, `shape-motion`, `triple`), or None if it may."""
+    if (scene.colour, scene.shape) in HELD_OUT_COLOUR_SHAPE:
+        return "colour-shape"
+    if (scene.shape, scene.motion) in HELD_OUT_SHAPE_MOTION:
+        return "shape-motion"
+    triple = f"{scene.colour} {scene.shape} {scene.motion}"
+    return "triple" if zlib.crc32(triple.encode()) % 10 == 0 else None
+
+
+def sample_scene(rng: random.Random, unseen: bool | None = False) -> Scene:
+    """A random scene that training may see (`unseen=False`), never sees (True), or any (None)."""
+    while True:
+        scene = Scene(
+            rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), rng.choice(SHAPES), rng.choice(MOTIONS),
+            rng.choice(("small", "medium", "medium", "large")), rng.choice(("slow", "normal", "normal", "fast")),
+        )  # fmt: skip
+        if scene.colour == scene.background or (scene.shape, scene.motion) == ("circle", "spins"):
+            continue
+        if scene.motion == "still":
+            scene = Scene(scene.colour, scene.background, scene.shape, "still", scene.size)
+        if unseen is None or (held_out(scene) is not None) == unseen:
+            return scene
+
+
+@dataclass(frozen=True)
+class Word:
+    """A stretch of a caption that names the value of a slot; slot "" is filler."""
+
+    text: str
+    slot: str = ""
+    value: str = ""
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """A caption; the plain form without `rng`, a random wording with it."""
+    return join(caption_words(scene, rng))
+
+
+def join(words: Sequence[Word]) -> str:
+    """Words to text, with "an" before vowels."""
+    texts = [word.text for word in words if word.text]
+    for i in range(len(texts) - 1):
+        if texts[i] in ("a", "A") and texts[i + 1][0] in "aeiou":
+            texts[i] += "n"
+    return " ".join(texts).replace(" ,", ",").replace(" .", ".")
+
+
+def caption_words(scene: Scene, rng: random.Random | None = None) -> list[Word]:
+    """The caption as tagged words (training the text encoder needs the tags)."""
+    pick = (lambda options: options[0]) if rng is None else rng.choice
+
+    def name(slot: str, value: str) -> Word:
+        return Word(pick(NAMES[value]), slot, value)
+
+    continuous = False if rng is None else rng.random() < 0.3
+    verb = Word(pick(VERBS[scene.motion])[int(continuous)], "motion", scene.motion)
+    is_or_not = [Word("is")] if continuous and rng is not None and rng.random() < 0.5 else []
+    speed = name("speed", scene.speed) if scene.motion != "still" else Word("")
+    background = [name("background", scene.background), Word(pick(("background", "backdrop")) if rng else "background")]
+    subject = [name("size", scene.size), name("colour", scene.colour), name("shape", scene.shape)]
+    if rng is None:
+        return [Word("a"), *subject, verb, speed, Word("on a"), *background]
+    action = [*is_or_not, verb, speed] if rng.random() < 0.7 else [*is_or_not, speed, verb]
+    article, place = Word(rng.choice(("a", "a", "the", ""))), Word(rng.choice(("on", "on", "over", "against", "in front of")))
+    opening = [Word(rng.choice(("", "", "", "a video of", "a clip of", "an animation of", "there is", "we see", "simple animation of")))]
+    adjective = Word(rng.choice(("", "", "", "", "bright", "beautiful", "nice", "single", "solid", "plain", "shiny", "smooth")))
+    subject = [article, adjective, *subject] if article.text else [*opening, adjective, *subject]
+    wall = [Word(rng.choice(("a", "a", "the", "a plain"))), *background]
+    form = rng.randrange(6)
+    if form == 0:
+        words = [place, *wall, Word(","), *subject, *action]
+    elif form == 1:
+        words = [*subject, *action, Word(","), *background]
+    elif form == 2 and not continuous:
+        words = [*wall, Word("with"), *subject, Word("that"), *action]
+    else:
+        words = [*subject, *action, place, *wall]
+    if rng.random() < 0.3:
+        words = [*words, Word(".")]
+    first = next(i for i, word in enumerate(words) if word.text)
+    if rng.random() < 0.3:
+        words[first] = Word(words[first].text.capitalize(), words[first].slot, words[first].value)
+    return words
+
+
+def draw(scene: Scene, rng: random.Random, frames: int) -> Tensor:
+    """The scene's course over time, [frames, 4]: centre x, centre y, radius (fractions of the side), angle (radians)."""
+    speed = SPEEDS[scene.speed] * rng.uniform(0.95, 1.05)
+    radius = SIZES[scene.size] * rng.uniform(0.95, 1.05)
+    x, y = (0.5 + rng.uniform(-0.05, 0.05) for _ in range(2))
+    angle = math.radians(rng.uniform(-10, 10))
+    time = torch.linspace(0, 1, frames)
+    course = torch.tensor([x, y, radius, angle]).repeat(frames, 1)
+    if scene.motion in DIRECTIONS:
+        way = torch.tensor(DIRECTIONS[scene.motion])
+        course[:, :2] += (time[:, None] - 0.4) * way * TRAVEL * speed
+    elif scene.motion in ("grows", "shrinks"):
+        rate = (1 if scene.motion == "grows" else -1) * math.log(1 + (GROWTH - 1) * speed)
+        course[:, 2] *= torch.exp((time - 0.5) * rate)
+    elif scene.motion == "spins":
+        course[:, 3] += time * TURN * speed
+    return course
+
+
+def _polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Tensor:
+    """Signed distance to a convex polygon given clockwise (y down): the farthest of its edges' half planes."""
+    edges = []
+    for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        length = math.hypot(bx - ax, by - ay)
+        edges.append(((by - ay) * (x - ax) - (bx - ax) * (y - ay)) / length)
+    return torch.stack(edges).amax(0)
+
+
+def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance (negative inside) to a shape of radius about 1 around the origin; y points down."""
+    if shape == "circle":
+        return torch.hypot(x, y) - 0.95
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.85
+    if shape == "triangle":
+        corners = [(1.25 * math.sin(a), -1.25 * math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
+        return _polygon(x, y, corners)
+    if shape == "cross":
+        long, wide = 1.1, 0.36
+        return torch.minimum(torch.maximum(x.abs() - long, y.abs() - wide), torch.maximum(x.abs() - wide, y.abs() - long))
+    # A star: fold the plane onto one of ten equal wedges, whose boundary is a single line from tip to notch.
+    tip, notch, fold = 1.3, 0.53, math.pi / 5
+    angle = torch.remainder(torch.atan2(x, -y), 2 * fold)
+    angle = torch.minimum(angle, 2 * fold - angle)
+    length = torch.hypot(x, y)
+    px, py = length * torch.cos(angle), length * torch.sin(angle)
+    bx, by = notch * math.cos(fold), notch * math.sin(fold)
+    return (by * (px - tip) - (bx - tip) * py) / math.hypot(bx - tip, by)
+
+
+def coverage(shape: str, course: Tensor, side: int) -> Tensor:
+    """How much of each pixel the shape covers, [frames, side, side] in 0..1."""
+    centres = (torch.arange(side, dtype=torch.float32) + 0.5) / side
+    x0, y0, radius, angle = (course[:, i, None, None] for i in range(4))
+    dx, dy = centres[None, None, :] - x0, centres[None, :, None] - y0
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    x, y = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius
+    return (0.5 - distance(shape, x, y) * radius * side).clamp(0, 1)
+
+
+def paint(cover: Tensor, colour: Tensor, background: Tensor) -> Tensor:
+    """Coverage [..., H, W] and two colours [3] in 0..255 -> frames [3, ..., H, W] in -1..1."""
+    extra = (1,) * cover.ndim
+    mixed = colour.view(3, *extra) * cover + background.view(3, *extra) * (1 - cover)
+    return mixed / 127.5 - 1
+
+
+def render(scene: Scene, rng: random.Random, frames: int = 17, side: int = 64) -> Tensor:
+    """A clip of the scene, [3, frames, side, side] in -1..1."""
+    cover = coverage(scene.shape, draw(scene, rng, frames), side)
+    colour, background = COLOURS[scene.colour], BACKGROUNDS[scene.background]
+    return paint(cover, torch.tensor(colour, dtype=torch.float32), torch.tensor(background, dtype=torch.float32))
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can contain, lower case, sorted."""
+    words = {word for phrases in NAMES.values() for phrase in phrases for word in phrase.split()}
+    words |= {word for forms in VERBS.values() for pair in forms for phrase in pair for word in phrase.split()}
+    rng = random.Random(0)
+    for _ in range(3000):
+        words |= {word.strip(",.").lower() for word in caption(sample_scene(rng, None), rng).split()}
+    return sorted(words - {""})
