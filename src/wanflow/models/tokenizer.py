@@ -1,0 +1,64 @@
+"""Prompts to token ids, with the official cleaning, by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from pathlib import Path
+
+import ftfy
+import torch
+from tokenizers import Tokenizer as Engine
+from torch import Tensor
+
+from wanflow.config import RequestError
+
+logger = logging.getLogger("wanflow")
+
+
+def clean(prompt: str) -> str:
+    """Repair broken Unicode, undo HTML escapes (twice, as they come doubled), and fold white space."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class Tokenizer:
+    """T5's tokenizer: pads to a fixed length and cuts what is longer, with a warning."""
+
+    def __init__(self, file: Path, length: int) -> None:
+        """Read `tokenizer.json`; `length` is the model's text_len.
+
+        Raises:
+            RequestError: when the file is missing or not a tokenizer.
+        """
+        if not file.is_file():
+            raise RequestError(f"the tokenizer is missing: {file} (it comes with the weights, folder google/umt5-xxl)")
+        try:
+            self.engine = Engine.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise RequestError(f"{file} is not a readable tokenizer: {error}") from None
+        self.engine.no_padding()
+        self.engine.no_truncation()
+        self.length = length
+        end, pad = self.engine.token_to_id("</s>"), self.engine.token_to_id("<pad>")
+        if end is None or pad is None:
+            raise RequestError(f"{file} has no </s> or <pad> token: not a T5 tokenizer")
+        self.end, self.pad = end, pad
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """ids and mask, int64 [B, length] each; every prompt ends in </s>."""
+        ids = torch.full((len(prompts), self.length), self.pad)
+        mask = torch.zeros(len(prompts), self.length, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens = self.engine.encode(clean(prompt), add_special_tokens=False).ids
+            kept = tokens[: self.length - 1]
+            if len(kept) < len(tokens):
+                lost = self.engine.decode(tokens[len(kept) :])
+                logger.warning(
+                    "the prompt is %d tokens long and the model reads %d; not read: %r",
+                    len(tokens) + 1, self.length, lost if len(lost) < 120 else lost[:117] + "...",
+                )  # fmt: skip
+            ids[row, : len(kept) + 1] = torch.tensor([*kept, self.end])
+            mask[row, : len(kept) + 1] = 1
+        return ids, mask
