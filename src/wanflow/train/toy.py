@@ -116,11 +116,19 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 def join(words: Sequence[Word]) -> str:
     """Words to text, with "an" before vowels."""
-    texts = [word.text for word in words if word.text]
-    for i in range(len(texts) - 1):
-        if texts[i] in ("a", "A") and texts[i + 1][0] in "aeiou":
-            texts[i] += "n"
-    return " ".join(texts).replace(" ,", ",").replace(" .", ".")
+    return spans(words)[0]
+
+
+def spans(words: Sequence[Word]) -> tuple[str, list[tuple[int, Word]]]:
+    """Words to text, and for each word the place where it ends in it."""
+    shown = [word for word in words if word.text]
+    text, ends = "", []
+    for i, word in enumerate(shown):
+        following = shown[i + 1].text[0] if i + 1 < len(shown) else ""
+        article = word.text in ("a", "A") and following in tuple("aeiou")
+        text += ("" if not text or word.text in ",." else " ") + word.text + ("n" if article else "")
+        ends.append((len(text), word))
+    return text, ends
 
 
 def caption_words(scene: Scene, rng: random.Random | None = None) -> list[Word]:

@@ -1,0 +1,105 @@
+"""Training the two experts: rectified flow, each on its own range of sigma."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wanflow.config import TRAIN_STEPS
+from wanflow.models.dit import WanDiT
+from wanflow.models.tokenizer import Tokenizer
+from wanflow.models.umt5 import UMT5Encoder
+from wanflow.models.vae import WanVAE
+from wanflow.train import toy
+
+WORDINGS = 3  # captions kept for each clip; the first is the plain form
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Clips as the experts see them."""
+
+    latents: Tensor  # [clips, z, t, h, w] bfloat16, normalised
+    texts: Tensor  # [clips, WORDINGS, S, D] bfloat16, zero past each caption's end
+    empty: Tensor  # [S, D] bfloat16: the text of an empty prompt
+
+
+@torch.no_grad()
+def encode_texts(encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
+    """Text states [B, S, D] as the experts take them: zero past each prompt's end."""
+    ids, mask = tokenizer(prompts)
+    return encoder(ids, mask) * mask.unsqueeze(-1).to(encoder.norm.weight.dtype)
+
+
+@torch.no_grad()
+def precompute(vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, seed: int, count: int, frames: int, side: int) -> Cache:
+    """Render, caption and encode `count` clips that training may see; clip n depends on (seed, n) alone."""
+    latents, texts = [], []
+    for start in range(0, count, 16):
+        videos, captions = [], []
+        for clip in range(start, min(start + 16, count)):
+            rng = random.Random(f"{seed}/clip/{clip}")
+            scene = toy.sample_scene(rng)
+            videos.append(toy.render(scene, rng, frames, side))
+            captions += [toy.caption(scene), *(toy.caption(scene, rng) for _ in range(WORDINGS - 1))]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            latents.append(vae.encode(torch.stack(videos), groups=4).bfloat16())
+        texts.append(encode_texts(encoder, tokenizer, captions).bfloat16().unflatten(0, (-1, WORDINGS)))
+    return Cache(torch.cat(latents), torch.cat(texts), encode_texts(encoder, tokenizer, [""])[0].bfloat16())
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by two matmuls, [B, L, N, K] each -> [B, L, N, K]: at under a hundred tokens faster to train than fused kernels."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
+
+
+@torch.no_grad()
+def initialise(model: WanDiT) -> None:
+    """Blocks that pass on a third of what they compute, a head that says nothing, time that modulates nothing yet."""
+    layers = model.config.num_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            quieter = (2 * layers) ** -0.5 if name.endswith((".o", "ffn.2")) else 1.0
+            nn.init.normal_(module.weight, std=module.in_features**-0.5 * quieter)
+            nn.init.zeros_(module.bias)
+        if hasattr(module, "attend"):
+            module.attend = plain_attention
+    nn.init.normal_(model.patch_embedding.weight, std=(model.config.in_dim * 4) ** -0.5)
+    nn.init.zeros_(model.head.head.weight)
+    nn.init.normal_(model.time_projection[1].weight, std=0.02 * model.config.dim**-0.5)
+    for block in model.blocks:
+        block.modulation[:, [2, 5]] = 1.0
+
+
+def sigmas(count: int, low: float, high: float, shift: float, generator: torch.Generator) -> Tensor:
+    """[count] sigmas in [low, high], one from each of `count` equal shares of the range, crowded upwards by `shift`."""
+
+    def unshift(s: float) -> float:
+        return s / (shift - (shift - 1) * s)
+
+    share = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    u = unshift(low) + share * (unshift(high) - unshift(low))
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def flow_loss(model: WanDiT, latents: Tensor, texts: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of the velocity, noise minus data; a scalar. latents, noise [B, z, t, h, w], sigma [B]."""
+    s = sigma.view(-1, 1, 1, 1, 1)
+    predicted = model((1 - s) * latents + s * noise, sigma * TRAIN_STEPS, texts)
+    return F.mse_loss(predicted, noise - latents)
+
+
+def batch(cache: Cache, size: int, dropout: float, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Random latents, one wording of each (or the empty prompt, for guidance), and noise."""
+    rows = torch.randint(len(cache.latents), (size,), generator=generator)
+    wording = torch.randint(WORDINGS, (size,), generator=generator)
+    texts = cache.texts[rows, wording].float()
+    latents = cache.latents[rows].float()
+    texts[torch.rand(size, generator=generator) < dropout] = cache.empty.float()
+    return latents, texts, torch.randn(latents.shape, generator=generator)

@@ -1,0 +1,110 @@
+"""Training the miniature's text encoder: tag every word of a caption with its slot and value, then freeze.
+
+A state that tells "red, the object's" from "red, the background's" is all that the experts' cross-attention needs.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers.models import Unigram
+from torch import Tensor, nn
+
+from wanflow.config import TextConfig
+from wanflow.models.tokenizer import Tokenizer
+from wanflow.models.umt5 import UMT5Encoder
+from wanflow.train import toy
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "colour": tuple(toy.COLOURS), "background": tuple(toy.BACKGROUNDS), "shape": toy.SHAPES, "motion": toy.MOTIONS,
+    "size": tuple(toy.SIZES), "speed": tuple(toy.SPEEDS),
+}  # fmt: skip
+TAGS = {("", ""): 0} | {
+    (slot, value): n for n, (slot, value) in enumerate(((s, v) for s, values in VALUES.items() for v in values), start=1)
+}
+# Words that mean nothing here; with random strings they teach the encoder to pass over what it does not know.
+FILLERS = (
+    "very", "lovely", "high", "quality", "scene", "shot", "camera", "please", "make", "show", "me", "one", "geometric", "shape", "coloured",
+    "screen", "frame", "toward", "side", "slightly", "gentle", "flat", "minimal", "2d", "it", "and", "its", "which", "while", "across",
+)  # fmt: skip
+
+
+def build_tokenizer(file: Path) -> None:
+    """Write a unigram tokenizer.json: every word of the grammar is one piece; other text falls back to letters and bytes."""
+    words = sorted({part for word in toy.vocabulary() for part in word.replace("-", " - ").split()} - {"-"})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
+    pieces += [(f"▁{word}", -2.0) for word in (*words, *FILLERS) if word]
+    pieces += [(letter, -8.0) for letter in string.ascii_lowercase + string.digits + string.punctuation + "▁"]
+    pieces += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
+    unique = list(dict(pieces).items())
+    engine = Engine(Unigram(unique, unk_id=2, byte_fallback=True))
+    engine.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("-", " - ")])
+    engine.pre_tokenizer = pre_tokenizers.Metaspace()
+    engine.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    engine.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    engine.save(str(file))
+
+
+def _noisy(words: list[toy.Word], rng: random.Random) -> list[toy.Word]:
+    """Strew fillers among the words, now and then."""
+    out: list[toy.Word] = []
+    share = 0.08 if rng.random() < 0.4 else 0.0
+    for word in words:
+        if rng.random() < share:
+            nonsense = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 5)))
+            out.append(toy.Word(nonsense if rng.random() < 0.4 else rng.choice(FILLERS)))
+        out.append(word)
+    return out
+
+
+def tagged(tokenizer: Tokenizer, rng: random.Random, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, mask and tags, [count, S] each, of random captions; held-out scenes are left out."""
+    ids, tags = torch.full((count, tokenizer.length), tokenizer.pad), torch.zeros(count, tokenizer.length, dtype=torch.int64)
+    mask = torch.zeros(count, tokenizer.length, dtype=torch.int64)
+    for row in range(count):
+        scene = toy.sample_scene(rng)
+        text, ends = toy.spans(_noisy(toy.caption_words(scene, rng if rng.random() < 0.8 else None), rng))
+        encoded = tokenizer.engine.encode(text, add_special_tokens=False)
+        pieces, marks = encoded.ids, []
+        for _, stop in encoded.offsets:
+            word = next(word for end, word in ends if stop <= end)
+            marks.append(TAGS[(word.slot, word.value)])
+        pieces, marks = pieces[: tokenizer.length - 1] + [tokenizer.end], marks[: tokenizer.length - 1] + [0]
+        ids[row, : len(pieces)] = torch.tensor(pieces)
+        tags[row, : len(marks)] = torch.tensor(marks)
+        mask[row, : len(pieces)] = 1
+    return ids, mask, tags
+
+
+class Tagger(nn.Module):
+    """The encoder with a linear reader on top; the reader is thrown away after training."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.encoder = UMT5Encoder(config)
+        self.reader = nn.Linear(config.dim, len(TAGS))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=1.0)  # position tables too: heads differ in where they look
+        for block in self.encoder.blocks:
+            nn.init.normal_(block.attn.q.weight, std=config.dim**-0.5 * (config.dim_attn / config.num_heads) ** -0.5)
+
+    def loss(self, ids: Tensor, mask: Tensor, tags: Tensor) -> Tensor:
+        """Mean cross-entropy over the tokens; a scalar."""
+        scores = self.reader(self.encoder(ids, mask)).float()
+        return F.cross_entropy(scores[mask.bool()], tags[mask.bool()])
+
+    @torch.no_grad()
+    def accuracy(self, ids: Tensor, mask: Tensor, tags: Tensor) -> float:
+        """Share of captions whose every token is tagged right."""
+        right = (self.reader(self.encoder(ids, mask)).argmax(-1) == tags) | (mask == 0)
+        return float(right.all(1).float().mean())

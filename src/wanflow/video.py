@@ -1,0 +1,353 @@
+"""Frames to files and back: mp4 video, PNG pictures, and the recipe that travels inside them.
+
+Shapes: T frames, H height, W width in pixels; frames are uint8 [T, H, W, 3], RGB.
+
+A file appears under its name only when it is whole: it is written beside the target as `.NAME.xxxxxxxx.part`, flushed to
+the disk, then renamed. Colours are BT.709 in limited range, converted so and tagged so.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import struct
+import unicodedata
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.container import InputContainer
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from wanflow.config import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Frames = npt.NDArray[np.uint8]
+
+RECIPE_KEY = "wanflow"
+# What the reader may open. Without this list ffmpeg also takes text files (drawn as ANSI art) and playlists of other files.
+READABLE = "mp4,webm,avi,gif,png_pipe"
+# The default scaler is fast and up to 2/255 off in a flat colour.
+EXACT = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
+# x264's macroblock tree gives another file in each run on CPUs with AVX-512 (seen with core 165, even on one thread).
+X264_PARAMS = "mbtree=0"
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_HEADER = 33  # bytes: the magic and the IHDR chunk, after which other chunks may stand
+GAP = 4  # pixels between the pictures of a contact sheet
+SHEET_FRAMES = 20
+SHEET_SIDE = (192, 480)  # pixels: the longer side of a picture on a sheet is brought into this range where a whole factor can
+
+
+class VideoWriter:
+    """Write an mp4 (H.264, yuv420p) frame by frame; the file appears when the `with` block ends without an exception.
+
+    Args:
+        path: the file to make, with its folders.
+        width, height: pixels, even.
+        fps: frames per second.
+        metadata: any keys; see `recipe_tags`.
+        crf: x264's quality, 0 (lossless) to 51.
+        overwrite: replace an existing file.
+
+    Raises:
+        RequestError: on entering, if the file exists or its folder cannot be written.
+        OSError: from `write` or at the end, if the disk is full.
+        ValueError: for frames of another shape or type, or if there were none.
+    """
+
+    def __init__(
+        self, path: Path, width: int, height: int, fps: float, metadata: Mapping[str, str], crf: int = 10, overwrite: bool = False
+    ) -> None:
+        self.path, self.width, self.height, self.overwrite = path, width, height, overwrite
+        self._rate = Fraction(fps).limit_denominator(1001)
+        self._metadata, self._crf = dict(metadata), crf
+        self._convert = VideoReformatter()
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        check_target(self.path, self.overwrite)
+        self._part = _part(self.path)
+        with _explained(self.path):
+            self._part.touch(exist_ok=False)  # ffmpeg itself opens the file at the first packet: too late to refuse
+        options = {"movflags": "+faststart+use_metadata_tags"}
+        self._container = av.open(str(self._part.absolute()), "w", format="mp4", options=options)
+        self._container.metadata.update(self._metadata)
+        stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": str(self._crf), "x264-params": X264_PARAMS})
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
+        stream.thread_type = "AUTO"  # PyAV's default cuts frames into slices, which costs bytes
+        stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        stream.colorspace, stream.color_range = Colorspace.ITU709, ColorRange.MPEG
+        self._stream = stream
+        return self
+
+    def write(self, frames: Frames) -> None:
+        """Append frames [T, H, W, 3]."""
+        if frames.dtype != np.uint8 or frames.shape[1:] != (self.height, self.width, 3):
+            raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, {self.height}, {self.width}, 3]")
+        with _explained(self.path):
+            for rgb in frames:
+                frame = self._convert.reformat(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb)), format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation=EXACT,
+                )  # fmt: skip
+                frame.pts = self._count
+                self._count += 1
+                self._container.mux(self._stream.encode(frame))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            with suppress(Exception):
+                self._container.close()
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if not self._count:
+            raise ValueError(f"no frame was written to {self.path}")
+        with _explained(self.path):
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+            _publish(self._part, self.path)
+
+
+def save_picture(path: Path, frame: Frames, metadata: Mapping[str, str], overwrite: bool = False) -> None:
+    """Write one frame [H, W, 3] as a PNG that carries `metadata` (keys of 1 to 79 Latin-1 characters).
+
+    Raises:
+        RequestError, OSError: as `VideoWriter`.
+    """
+    check_target(path, overwrite)
+    part, data = _part(path), _png(frame, metadata)
+    try:
+        with _explained(path):
+            part.write_bytes(data)
+            _publish(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Make the folders of an output, and refuse it before any work is done for it.
+
+    Raises:
+        RequestError: if it exists and may not be replaced, is no plain file, or its folder cannot be made.
+    """
+    with _explained(path):
+        if path.exists() and not path.is_file():  # renaming over /dev/null would destroy it
+            raise RequestError(f"{path} is not a plain file; give the name of a file to make")
+        if path.exists() and not overwrite:
+            raise RequestError(f"{path} exists; choose another name or pass --overwrite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def recipe_tags(recipe: Mapping[str, Any], prompt: str) -> dict[str, str]:
+    """Metadata for a file: the recipe as JSON for `read_recipe`, and what a player shows to a person."""
+    words = prompt.encode("utf-8", "replace").decode()  # a prompt from a shell may hold what is no Unicode text
+    return {RECIPE_KEY: json.dumps(recipe), "title": "wanflow", "comment": words, "description": words}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe inside an mp4 or PNG that wanflow made.
+
+    Raises:
+        RequestError: if there is none, or the file is missing, damaged or something else.
+    """
+    if _is_png(path):
+        texts = _png_texts(path)
+    else:
+        with _opened(path) as (container, _):
+            texts = container.metadata
+    if RECIPE_KEY not in texts:
+        raise RequestError(f"{path} holds no wanflow recipe: another program made or re-encoded it")
+    try:
+        recipe = json.loads(texts[RECIPE_KEY])
+    except ValueError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise RequestError(f"{path}: its wanflow recipe is damaged")
+    return recipe
+
+
+def read_frames(path: Path) -> tuple[Frames, float]:
+    """All frames of a video (or of a PNG: one) and the frames per second: uint8 [T, H, W, 3], fps.
+
+    Raises:
+        RequestError: if the file is missing, damaged or no video.
+    """
+    with _opened(path, "png_pipe" if _is_png(path) else None) as (container, stream):
+        stream.thread_type = "AUTO"
+        frames = [frame.to_ndarray(format="rgb24", interpolation=EXACT) for frame in container.decode(stream)]
+        rate = stream.average_rate
+        if not frames or not rate:
+            raise RequestError(f"{path} holds no frames")
+        return np.stack(frames).astype(np.uint8, copy=False), float(rate)
+
+
+def contact_sheet(frames: Frames, path: Path, columns: int | None = None, count: int | None = None, overwrite: bool = True) -> None:
+    """Write a PNG of frames [T, H, W, 3] in a grid, row by row.
+
+    Args:
+        columns: pictures in a row; by default the sheet comes out about 16:10.
+        count: pictures in all, spread evenly from the first frame to the last; by default up to 20.
+        overwrite: replace an existing file.
+
+    Raises:
+        RequestError, OSError: as `VideoWriter`.
+    """
+    total = min(len(frames), count or SHEET_FRAMES)
+    pictures = frames[np.linspace(0, len(frames) - 1, total).round().astype(int)]
+    side = max(pictures.shape[1:3])
+    if side > SHEET_SIDE[1]:
+        pictures = _shrink(pictures, math.ceil(side / SHEET_SIDE[1]))
+    factor = max(1, SHEET_SIDE[0] // side)
+    pictures = pictures.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = pictures.shape[1:3]
+    columns = columns or min(total, max(1, round(math.sqrt(1.6 * total * height / width))))
+    rows = math.ceil(total / columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 32, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * (height + GAP), index % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = picture
+    save_picture(path, sheet, {}, overwrite)
+
+
+def to_uint8(video: Tensor) -> Frames:
+    """A video [3, T, H, W] or [1, 3, T, H, W] in -1..1 -> uint8 [T, H, W, 3], cut off (not rounded) as the official code does."""
+    if video.ndim == 5 and video.shape[0] == 1:
+        video = video[0]
+    if video.ndim != 4 or video.shape[0] != 3:
+        raise ValueError(f"a video of shape {list(video.shape)} is not [3, T, H, W]")
+    frames = video.detach().float().clamp(-1, 1).add_(1).div_(2).mul_(255).byte()
+    return np.asarray(frames.permute(1, 2, 3, 0).contiguous().cpu().numpy(), dtype=np.uint8)
+
+
+def safe_name(task: str, size: tuple[int, int], prompt: str, when: datetime, suffix: str = ".mp4") -> str:
+    """A file name that every system takes, such as `t2v-A14B_1280x720_a-red-circle_20261123-214509_ab12cd.mp4`.
+
+    The last part is a hash of the whole prompt, of which only 50 characters (and only Latin ones) can be read in the name.
+    """
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:50].rstrip("-")
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    task = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
+    parts = (task, f"{size[0]}x{size[1]}", words, f"{when:%Y%m%d-%H%M%S}", digest)
+    return "_".join(part for part in parts if part) + suffix
+
+
+def _part(path: Path) -> Path:
+    # The random part keeps two processes that make the same file from writing into one another.
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def _publish(part: Path, path: Path) -> None:
+    """Rename a finished file, once its bytes are on the disk."""
+    with part.open("r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say what is wrong with an output in words: RequestError if another place would help, OSError if the disk is the trouble."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError):
+        raise RequestError(f"cannot write {path}: a part of its folder's path is a file") from None
+    except OSError as error:
+        if error.errno in DISK_TROUBLE:
+            reason = f"the disk is full or failing ({error.strerror}) while writing {path}; free some space or choose another folder"
+            raise OSError(error.errno, reason) from None
+        raise RequestError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say what is wrong with an input in one line."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except FileNotFoundError:
+        raise RequestError(f"{path}: there is no such file") from None
+    except (av.FFmpegError, ValueError, IndexError, struct.error) as error:  # before OSError: some of ffmpeg's are both
+        raise RequestError(f"{path} is no video or picture, or is damaged ({getattr(error, 'strerror', None) or error})") from None
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _opened(path: Path, kind: str | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
+    options = {"format_whitelist": READABLE}
+    # Through a file object, so that no name is taken for an address, such as `a:b.mp4`.
+    with _readable(path), path.open("rb") as file, av.open(file, "r", kind, options, metadata_errors="replace") as container:
+        if not container.streams.video:
+            raise RequestError(f"{path} holds no video")
+        stream = container.streams.video[0]
+        # The index stands first in our files, so one that was cut off opens well and would only miss its end.
+        if max((entry.pos + entry.size for entry in stream.index_entries), default=0) > path.stat().st_size:
+            raise RequestError(f"{path} is cut off: copy or download it again")
+        yield container, stream
+
+
+def _shrink(pictures: Frames, factor: int) -> Frames:
+    """[T, H, W, 3] -> [T, H // factor, W // factor, 3], each pixel the mean of a square."""
+    height, width = (side // factor for side in pictures.shape[1:3])
+    squares = pictures[:, : height * factor, : width * factor].reshape(-1, height, factor, width, factor, 3)
+    shrunk: Frames = squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
+    return shrunk
+
+
+def _is_png(path: Path) -> bool:
+    with _readable(path), path.open("rb") as file:
+        return file.read(len(PNG_MAGIC)) == PNG_MAGIC
+
+
+def _png(picture: Frames, texts: Mapping[str, str]) -> bytes:
+    encoder = av.VideoCodecContext.create("png", "w")
+    encoder.height, encoder.width = picture.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
+    encoder.options = {"pred": "mixed"}
+    packets = [*encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))), *encoder.encode(None)]
+    data = b"".join(bytes(packet) for packet in packets)
+    # iTXt: keyword, 0, not compressed (2 bytes), no language, no translated keyword, text.
+    chunks = (b"iTXt" + key.encode("latin-1") + b"\0\0\0\0\0" + text.encode() for key, text in texts.items())
+    extra = b"".join(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return data[:PNG_HEADER] + extra + data[PNG_HEADER:]
+
+
+def _png_texts(path: Path) -> dict[str, str]:
+    """The texts of a PNG, after checking that every chunk is whole."""
+    texts = {}
+    with _readable(path):
+        data, position, kind = path.read_bytes(), len(PNG_MAGIC), b""
+        while kind != b"IEND":
+            length, kind = struct.unpack_from(">I4s", data, position)
+            (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
+            if zlib.crc32(data[position + 4 : position + 8 + length]) != checksum:
+                raise RequestError(f"{path} is damaged: copy or download it again")
+            if kind == b"iTXt":
+                keyword, rest = data[position + 8 : position + 8 + length].split(b"\0", 1)
+                if rest[:1] == b"\0":  # not compressed
+                    texts[keyword.decode("latin-1")] = rest[2:].split(b"\0", 2)[2].decode()
+            position += 12 + length
+    return texts
