@@ -1,0 +1,44 @@
+"""wanflow: run Wan2.2-T2V-A14B, or its miniature `nano`, from Python.
+
+    import wanflow
+    pipe = wanflow.load("nano")
+    video = pipe.generate("a red circle moves left on a blue background", seed=7)
+    video.save("out.mp4")
+
+Importing the package imports nothing heavy: each name below is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wanflow import presets
+    from wanflow.assemble import load
+    from wanflow.config import Request, RequestError, Runtime
+    from wanflow.pipeline import Cancelled, OutputError, Pipeline, Progress, Run, Video
+
+_HOME = {
+    "load": "assemble", "Request": "config", "RequestError": "config", "Runtime": "config", "Cancelled": "pipeline",
+    "OutputError": "pipeline", "Pipeline": "pipeline", "Progress": "pipeline", "Run": "pipeline", "Video": "pipeline",
+}  # fmt: skip
+
+__all__ = [
+    "Cancelled", "OutputError", "Pipeline", "Progress", "Request", "RequestError", "Run", "Runtime", "Video", "load", "presets",
+]  # fmt: skip
+
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "presets":
+        return import_module("wanflow.presets")
+    if name in _HOME:
+        return getattr(import_module(f"wanflow.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'wanflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

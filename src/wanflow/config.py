@@ -6,8 +6,9 @@ Shapes (`DiTConfig`, `TextConfig`, `VAEConfig`, gathered in `Preset`) are facts 
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 Solver = Literal["unipc", "dpm++", "euler"]
 SOLVERS: tuple[Solver, ...] = ("unipc", "dpm++", "euler")
@@ -151,7 +152,7 @@ class Request:
     cfg_low: float | None = None
     boundary: float | None = None
     fps: float | None = None
-    seed: int = 0
+    seed: int = -1  # negative: draw one (the recipe keeps it)
 
     def complete(self, preset: Preset) -> CompleteRequest:
         """Fill in the model's defaults and check every value.
@@ -165,6 +166,8 @@ class Request:
             value = getattr(self, field.name)
             values[field.name] = getattr(preset, field.name) if value is None and field.name in known else value
         values["size"] = parse_size(values["size"])
+        if isinstance(self.seed, int) and self.seed < 0:
+            values["seed"] = secrets.randbelow(2**63)
         return CompleteRequest(**values)
 
 
@@ -189,6 +192,9 @@ class CompleteRequest:
         object.__setattr__(self, "size", parse_size(self.size))
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("the prompt is empty; say what the video should show")
+        for name in ("frame_num", "sample_steps", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise RequestError(f"{name} {getattr(self, name)!r} is not a whole number")
         if self.frame_num < 1 or self.frame_num % 4 != 1:
             near = max(1, round((self.frame_num - 1) / 4) * 4 + 1)
             raise RequestError(f"frame_num {self.frame_num} is not 4n+1; the nearest is {near}")
@@ -204,7 +210,7 @@ class CompleteRequest:
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # also false for NaN
+    if not isinstance(value, int | float) or not low <= value <= high:  # also false for NaN
         raise RequestError(f"{name} {value} is outside {low:g} to {high:g}")
 
 
@@ -235,6 +241,6 @@ def from_mapping(cls: type[T], values: dict[str, Any], source: str) -> T:
     if unknown:
         raise RequestError(f"{source}: unknown keys {', '.join(unknown)} (known: {', '.join(sorted(known))})")
     try:
-        return cls(**plain)
+        return cast(T, cls(**plain))
     except (TypeError, ValueError) as error:
         raise RequestError(f"{source}: {error}") from None

@@ -23,12 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanflow.train import toy
-from wanflow.train.toy import Scene
 
 Frames = NDArray[np.uint8]
 
 SLOTS = ("background", "colour", "shape", "motion", "size", "speed")
-ALL_FOUR = SLOTS[:4]
 JUDGED = (*SLOTS, "all", "strict")
 ORDERS = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "cross": 4}  # turns by 1/order look alike; a circle has no angle
 
@@ -37,16 +35,16 @@ CELLS = 32  # side of the patch in which templates are compared
 REACH = 1.85  # half the patch's side; the tips of a star are at 1.62
 CELL = 2 * REACH / CELLS
 ANGLES = 16  # per shape, over one symmetry period
-STEPS = 6  # of matching centre and area; only objects cut by the frame's edge need more than two
+STEPS = 6  # of matching centre and area, at most; only objects cut by the frame's edge need many
 
 CONTRAST = 30.0  # RGB distance of object and background below which there is no object
 UNEVEN = 40.0  # median RGB distance of the border from its own median above which there is no background
 SPECK = 0.004  # share of the frame below which a frame shows no object
-HUGE = 0.55  # radius above which what is seen is an edge, not an object; the largest in the world reaches 0.43
+HUGE = 0.55  # radius above which what is seen is an edge, not an object; the largest in the world has 0.33
 VAGUE = 0.4  # overlap with the best shape below which the cover is no object at all
 MOVES = 0.35  # share of the nominal travel, growth or turn below which nothing happens; "slowly" is 0.65
 COHERENT = 0.6  # agreement of the frames' angles with one steady turn below which they are noise
-STRICT = {"shape_overlap": 0.75, "shape_consistency": 0.7, "shape_margin": 0.03}  # least of true clips: 0.87, 1.0 and 0.10
+STRICT = {"shape_overlap": 0.75, "shape_consistency": 0.7, "shape_margin": 0.03}  # true clips have 0.86, 1.0 and 0.09 or more
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,8 @@ def _two_colours(pixels: Tensor) -> tuple[Tensor, Tensor] | None:
     if float((border - background).norm(dim=-1).median()) > UNEVEN:
         return None
     far = (pixels - background).norm(dim=-1).flatten()
-    most = float(far.kthvalue(max(1, int(far.numel() * 0.99))).values)  # even the smallest object fills 3 % of the frame
-    inside = pixels.reshape(-1, 3)[far >= 0.7 * most]
-    colour = inside.median(0).values
+    most = far.kthvalue(int(far.numel() * 0.99)).values  # even the smallest object fills 3 % of the frame
+    colour = pixels.reshape(-1, 3)[far >= 0.7 * most].median(0).values
     return None if float((colour - background).norm()) < CONTRAST else (background, colour)
 
 
@@ -133,14 +130,13 @@ def _fit(cover: Tensor) -> _Fit:
     templates, _, gx, gy = _templates()
     rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     mass, x, y = (moment[:, None] for moment in _moments(cover.flatten(1), columns.repeat(height), rows.repeat_interleave(width)))
-    scale = (mass / math.pi).sqrt()
-    x, y, scale = (values.expand(-1, len(toy.SHAPES)) for values in (x, y, scale))
+    x, y, scale = (values.expand(-1, len(toy.SHAPES)) for values in (x, y, (mass / math.pi).sqrt()))
     turns = torch.polar(torch.ones(ANGLES), 2 * math.pi * torch.arange(ANGLES) / ANGLES)
     best = _Fit(x, y, scale, torch.zeros_like(x), torch.zeros_like(x, dtype=torch.complex64))
     for _ in range(STEPS):
-        at = torch.stack([(x[..., None] + scale[..., None] * gx) / width, (y[..., None] + scale[..., None] * gy) / height], -1)
-        inside = ((at > 0) & (at < 1)).all(-1).float()  # [T, S, P]
-        patch = F.grid_sample(cover[:, None], at * 2 - 1, padding_mode="border", align_corners=False)[:, 0] * inside
+        u, v = ((at[..., None] + scale[..., None] * by) * (2 / side) - 1 for at, by, side in ((x, gx, width), (y, gy, height)))
+        inside = (torch.maximum(u.abs(), v.abs()) < 1).float()  # [T, S, P]
+        patch = F.grid_sample(cover[:, None], torch.stack([u, v], -1), padding_mode="border", align_corners=False)[:, 0] * inside
         common = torch.minimum(patch[:, :, None], templates).sum(-1)  # [T, S, ANGLES]
         visible = torch.einsum("tsp,skp->tsk", inside, templates)
         everywhere = torch.maximum(mass / (scale * CELL).square(), patch.sum(-1))  # what lies outside the patch counts against it
@@ -150,8 +146,10 @@ def _fit(cover: Tensor) -> _Fit:
         best = _Fit(*(torch.where(top > best.overlap, b, a) for a, b in zip(old, new, strict=True)))
         chosen = templates[torch.arange(len(toy.SHAPES)), angle] * inside
         (area, cx, cy), (meant, mx, my) = _moments(patch, gx, gy), _moments(chosen, gx, gy)
-        x, y = x + scale * (cx - mx).clamp(-0.5, 0.5), y + scale * (cy - my).clamp(-0.5, 0.5)
-        scale = scale * (area / meant).sqrt().clamp(0.8, 1.25)
+        dx, dy, growth = (cx - mx).clamp(-0.5, 0.5), (cy - my).clamp(-0.5, 0.5), (area / meant).sqrt().clamp(0.8, 1.25)
+        if max(float(change.abs().max()) for change in (dx, dy, growth - 1)) < 0.02:
+            break
+        x, y, scale = x + scale * dx, y + scale * dy, scale * growth
     return best
 
 
@@ -172,8 +170,7 @@ def _turn(time: Tensor, phase: Tensor, order: int, gap: float) -> float:
     limit = min(2 * toy.TURN, 0.99 * math.pi / order / gap)
     rates = torch.linspace(-limit, limit, 401)
     sums = (phase * torch.polar(torch.ones(1), -order * rates[:, None] * time)).sum(-1).abs()
-    at = int(sums.argmax())
-    return float(rates[at]) if float(sums[at]) >= COHERENT * float(phase.abs().sum()) else 0.0
+    return float(rates[sums.argmax()]) if float(sums.max()) >= COHERENT * float(phase.abs().sum()) else 0.0
 
 
 def _motion(dx: float, dy: float, growth: float, turn: float) -> tuple[str, float]:
@@ -183,8 +180,7 @@ def _motion(dx: float, dy: float, growth: float, turn: float) -> tuple[str, floa
     """
     across = {"right": dx, "left": -dx, "down": dy, "up": -dy}
     direction = max(across, key=across.__getitem__)
-    change = (math.exp(min(abs(growth), 5.0)) - 1) / (toy.GROWTH - 1)
-    sizing = "grows" if growth > 0 else "shrinks"
+    sizing, change = "grows" if growth > 0 else "shrinks", (math.exp(min(abs(growth), 5.0)) - 1) / (toy.GROWTH - 1)
     speeds = {direction: math.hypot(dx, dy) / toy.TRAVEL, sizing: change, "spins": abs(turn) / toy.TURN}
     motion = max(speeds, key=speeds.__getitem__)
     return (motion, speeds[motion]) if speeds[motion] >= MOVES else ("still", 1.0)
@@ -201,17 +197,14 @@ def read(clip: Frames) -> Reading | None:
         raise ValueError(f"a clip is uint8 [T, H, W, 3] with at least 5 frames, not {clip.dtype} {list(clip.shape)}")
     pixels = torch.from_numpy(np.ascontiguousarray(clip)).float()
     factor = max(1, min(clip.shape[1:3]) // 64)  # finer detail than this says nothing more about the shape
-    if factor > 1:
-        pixels = F.avg_pool2d(pixels.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
+    pixels = pixels if factor == 1 else F.avg_pool2d(pixels.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
     pair = _two_colours(pixels)
     if pair is None:
         return None
-    line = pair[1] - pair[0]
-    cover = (pixels - pair[0]) @ (line / line.square().sum())
+    cover = (pixels - pair[0]) @ ((pair[1] - pair[0]) / (pair[1] - pair[0]).square().sum())
     cover = ((cover - 0.1) / 0.8).clamp(0, 1)  # so that faint noise, spread over the frame, does not add up to area
     shown = cover.mean((1, 2)) > SPECK
-    count = int(shown.sum())
-    if count < max(3, len(clip) // 2):
+    if int(shown.sum()) < max(3, len(clip) // 2):
         return None
     fit, side = _fit(cover[shown]), min(cover.shape[1:])
     overlaps = fit.overlap.sum(0) / len(clip)  # a frame without an object counts as one that does not fit
@@ -223,8 +216,7 @@ def read(clip: Frames) -> Reading | None:
         return None
     turn = _turn(time, fit.phase[:, first], order, 1 / (len(clip) - 1))
     motion, pace = _motion(_slope(time, fit.x[:, first]) / side, _slope(time, fit.y[:, first]) / side, _slope(time, size), turn)
-    background, background_error = _nearest(pair[0], toy.BACKGROUNDS)
-    colour, colour_error = _nearest(pair[1], toy.COLOURS)
+    (background, background_error), (colour, colour_error) = _nearest(pair[0], toy.BACKGROUNDS), _nearest(pair[1], toy.COLOURS)
     return Reading(
         background, colour, shape, motion, _closest(radius, toy.SIZES), _closest(pace, toy.SPEEDS), background_error, colour_error,
         shape_overlap=float(overlaps[first]), shape_margin=float(overlaps[first] - overlaps[second]),
@@ -232,15 +224,15 @@ def read(clip: Frames) -> Reading | None:
     )  # fmt: skip
 
 
-def compare(reading: Reading | None, scene: Scene) -> dict[str, bool]:
+def compare(reading: Reading | None, scene: toy.Scene) -> dict[str, bool]:
     """Which slots of a scene a reading confirms; `all` is background, colour, shape and motion, `strict` asks for a clear shape too."""
     right = {slot: reading is not None and getattr(reading, slot) == getattr(scene, slot) for slot in SLOTS}
-    right["all"] = all(right[slot] for slot in ALL_FOUR)
+    right["all"] = all(right[slot] for slot in SLOTS[:4])
     right["strict"] = right["all"] and reading is not None and all(getattr(reading, name) >= least for name, least in STRICT.items())
     return right
 
 
-def judge(clip: Frames, scene: Scene) -> dict[str, bool]:
+def judge(clip: Frames, scene: toy.Scene) -> dict[str, bool]:
     """`compare` for a clip, uint8 [T, H, W, 3]."""
     return compare(read(clip), scene)
 
@@ -261,7 +253,7 @@ class Tally:
     kinds: dict[str, Counter[str]] = field(default_factory=dict)  # of `toy.held_out`, "seen" if none
     taken: dict[str, dict[str, Counter[str]]] = field(default_factory=lambda: {"shape": {}, "motion": {}})  # slot, asked for, read
 
-    def add(self, reading: Reading | None, scene: Scene) -> None:
+    def add(self, reading: Reading | None, scene: toy.Scene) -> None:
         right = [name for name, fine in compare(reading, scene).items() if fine]
         self.clips += 1
         self.right.update(right)
@@ -272,8 +264,7 @@ class Tally:
     def as_dict(self) -> dict[str, Any]:
         """Everything counted, for JSON; shares as in `rate`."""
         result: dict[str, Any] = {"clips": self.clips, "slots": {name: rate(self.right[name], self.clips) for name in JUDGED}}
-        kinds = self.kinds.items()
-        result["kinds"] = {kind: {name: rate(count[name], count["clips"]) for name in JUDGED} for kind, count in kinds}
+        result["kinds"] = {kind: {name: rate(count[name], count["clips"]) for name in JUDGED} for kind, count in self.kinds.items()}
         for slot, table in self.taken.items():
             result[slot] = {name: rate(count[name], count.total()) | {"read": dict(count)} for name, count in table.items()}
         return result
@@ -292,7 +283,7 @@ class Tally:
 
 
 def evaluate(
-    generate: Callable[[str, int], Frames], scenes: Sequence[Scene], seeds: Sequence[int],
+    generate: Callable[[str, int], Frames], scenes: Sequence[toy.Scene], seeds: Sequence[int],
     wording: random.Random | None = None, report: Callable[[str], None] = print,
 ) -> Tally:  # fmt: skip
     """Generate a clip for each scene's caption with its own seed (as many as scenes) and tally what the clips show.

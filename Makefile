@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= a large red star moves right on a blue background
+OUT ?= out/demo.mp4
+
+.PHONY: help install demo test check format bench nano clean
+
+help:            ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(VENV)/.installed  ## .venv with everything that tests and demo need
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "wanflow needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install    ## a prompt becomes an mp4; make demo PROMPT="a small cyan cross spins on a black background"
+	@mkdir -p $(dir $(OUT))
+	@$(BIN)/wanflow generate --ckpt_dir nano --prompt "$(PROMPT)" --save_file $(OUT) --contact_sheet --overwrite
+
+test: install    ## the test suite
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+check: install   ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: install  ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install   ## beside diffusers, on this CPU; the last line of output is JSON
+	$(BIN)/python benchmarks/diffusers_cpu.py
+
+nano: install    ## train the embedded miniature from nothing (hours; stop and start it at will)
+	$(BIN)/wanflow train --nano
+
+clean:           ## remove what was built
+	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache

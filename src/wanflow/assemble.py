@@ -1,0 +1,180 @@
+"""The composition root: a checkpoint and a `Runtime` become the parts of a pipeline, in one order.
+
+What the machine decides (device, dtype, what stays in memory) is decided here, once, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanflow import __version__
+from wanflow.config import RequestError, Runtime
+from wanflow.models.dit import WanDiT
+from wanflow.models.tokenizer import Tokenizer
+from wanflow.models.umt5 import UMT5Encoder
+from wanflow.models.vae import WanVAE
+from wanflow.pipeline import Pipeline
+from wanflow.sampling.experts import Expert
+from wanflow.weights.load import (
+    Checkpoint, expert_bytes, fingerprint, load_expert, load_text_encoder, load_tokenizer, load_vae, open_checkpoint,
+)  # fmt: skip
+
+logger = logging.getLogger("wanflow")
+
+NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL = 2 * 2**30  # bytes: models up to here stay in memory whole, and run in float32 on a CPU
+Report = Callable[[str, int, int], None]  # what is being read, bytes done, bytes in all
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` is the first accelerator that is there, else the CPU.
+
+    Raises:
+        RequestError: for a device this machine lacks.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise RequestError(f"device {wanted!r} is not one PyTorch knows; use auto, cpu, cuda, cuda:1 or mps") from None
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device.type, False):
+        raise RequestError(f"device {wanted!r}: this machine has none; --device auto takes what is here")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise RequestError(f"device {wanted!r}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """`auto` is bfloat16, but float32 for a small model on a CPU, where it costs little and rounds less."""
+    if wanted == "auto":
+        return torch.float32 if device.type == "cpu" and expert_bytes(checkpoint, torch.float32) < SMALL else torch.bfloat16
+    if wanted not in DTYPES:
+        raise RequestError(f"dtype {wanted!r} is none of auto, {', '.join(DTYPES)}")
+    return DTYPES[wanted]
+
+
+class LoadedParts:
+    """Reads each part when it is first needed and frees it when the run has no more use for it.
+
+    A text encoder is freed before an expert is read, and one expert before the other, so that never two of them are in memory,
+    unless the model is small or `keep_experts` is set.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.preset = checkpoint.preset
+        self.device = choose_device(runtime.device)
+        self.dtype = choose_dtype(runtime.dtype, self.device, checkpoint)
+        self.text_device = torch.device("cpu") if runtime.t5_cpu else self.device
+        small = expert_bytes(checkpoint, self.dtype) < SMALL
+        self.keep = small if runtime.keep_experts is None else runtime.keep_experts
+        self.keep_text = small
+        self.report = report
+        self.made_by: dict[str, Any] = {
+            "model": {"name": self.preset.name, "folder": str(checkpoint.folder), "fingerprint": fingerprint(checkpoint)},
+            "runtime": {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "t5_cpu": runtime.t5_cpu},
+            "versions": versions(),
+        }
+        self._tokenizer: Tokenizer | None = None
+        self._encoder: UMT5Encoder | None = None
+        self._experts: dict[Expert, WanDiT] = {}
+        self._vae: WanVAE | None = None
+
+    @torch.no_grad()
+    def text(self, prompts: list[str]) -> Tensor:
+        """Text states [B, text_len, D] on the model's device, zero past each prompt's end."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.checkpoint)
+        ids, mask = self._tokenizer(prompts)
+        if self._encoder is None:
+            if not self.keep_text:
+                self._free()
+            dtype = self.dtype if self.text_device.type != "cpu" or self.keep_text else torch.bfloat16
+            self._encoder = load_text_encoder(self.checkpoint, dtype, self.text_device, self._watch("text encoder"))
+        ids, mask = ids.to(self.text_device), mask.to(self.text_device)
+        # One prompt at a time: an encoding must not depend on what it was encoded beside.
+        states = torch.cat([self._encoder(ids[row : row + 1], mask[row : row + 1]) for row in range(len(prompts))])
+        states = (states * mask.unsqueeze(-1).to(states.dtype)).to(self.device)
+        if not self.keep_text:
+            self._encoder = None
+            self._release()
+        return states
+
+    def expert(self, which: Expert) -> WanDiT:
+        """The expert, read now if it is not in memory; the other one is freed first unless both are kept."""
+        if which not in self._experts:
+            if not self.keep:
+                self._free()
+            self._experts[which] = load_expert(self.checkpoint, which, self.dtype, self.device, self._watch(f"{which}-noise expert"))
+        return self._experts[which]
+
+    def vae(self) -> WanVAE:
+        """The VAE, float32."""
+        if self._vae is None:
+            if not self.keep:
+                self._free()
+            self._vae = load_vae(self.checkpoint, torch.float32, self.device, self._watch("VAE"))
+        return self._vae
+
+    def _watch(self, what: str) -> Callable[[int, int], None] | None:
+        report = self.report
+        return None if report is None else lambda done, total: report(what, done, total)
+
+    def _free(self) -> None:
+        self._experts.clear()
+        self._release()
+
+    def _release(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def versions() -> dict[str, str]:
+    """What a recipe notes about the software."""
+    return {"wanflow": __version__, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def resolve(model: str | Path) -> Checkpoint:
+    """`"nano"` is the embedded miniature, anything else a folder in the official layout."""
+    return open_checkpoint(NANO_FOLDER if str(model) == "nano" else Path(model).expanduser())
+
+
+def load(model: str | Path = "nano", report: Report | None = None, **runtime: Any) -> Pipeline:
+    """A pipeline for a model.
+
+    Args:
+        model: `"nano"`, or a folder in the official layout.
+        report: called while weights are read, with (what, bytes done, bytes in all).
+        runtime: fields of `wanflow.Runtime` (device, dtype, t5_cpu, keep_experts, cfg_batch, noise_device).
+
+    Raises:
+        RequestError: when weights are missing or damaged, or the machine lacks what was asked for.
+    """
+    unknown = sorted(set(runtime) - {f.name for f in fields(Runtime)})
+    if unknown:
+        raise RequestError(f"load does not know {', '.join(unknown)}; it knows {', '.join(f.name for f in fields(Runtime))}")
+    return assemble(resolve(model), Runtime(**runtime), report)
+
+
+def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None) -> Pipeline:
+    """The parts in their order; nothing is read before every choice is made and found possible."""
+    if runtime.noise_device not in ("cpu", "cuda"):
+        raise RequestError(f"noise_device {runtime.noise_device!r} is neither cpu nor cuda")
+    if runtime.noise_device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("noise_device cuda: this machine has no CUDA GPU to draw the noise on; use cpu")
+    parts = LoadedParts(checkpoint, runtime, report)
+    logger.debug("assembled %s", asdict(runtime))
+    return Pipeline(parts, runtime.noise_device, runtime.cfg_batch)

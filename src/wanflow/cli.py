@@ -1,0 +1,476 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 bad request or refused, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from wanflow.config import SOLVERS, Request, RequestError, Runtime
+
+if TYPE_CHECKING:
+    from wanflow.pipeline import OnStep, Pipeline, Progress, Run
+    from wanflow.weights.load import Checkpoint
+
+TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "animate-14B", "s2v-14B")
+SAVE_SECONDS = 5.0  # at most so much work is lost to a crash, beside the step under way
+STATE_SUFFIX = ".latent.safetensors"
+
+
+class Parser(argparse.ArgumentParser):
+    """One line of error, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists what there is)\n")
+
+
+def yes_or_no(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1", "y", "t"):
+        return True
+    if text.lower() in ("false", "no", "0", "n", "f"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="wanflow", description="Run Wan2.2-T2V-A14B, or its miniature nano.", allow_abbrev=False)
+    from wanflow import __version__
+
+    parser.add_argument("--version", action="version", version=f"wanflow {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    _generate_flags(commands.add_parser("generate", help="a prompt becomes a video", allow_abbrev=False))
+    replay = commands.add_parser("replay", help="make a video again from the recipe inside it", allow_abbrev=False)
+    replay.add_argument("video", type=Path)
+    decode = commands.add_parser("decode", help="finish a run whose denoising is done, from its saved latent", allow_abbrev=False)
+    decode.add_argument("latent", type=Path)
+    for command in (replay, decode):
+        command.add_argument("--ckpt_dir", help="the weights, where they are not where the recipe says")
+        command.add_argument("--force", action="store_true", help="go on although weights or machine differ")
+        _run_flags(command)
+    train = commands.add_parser("train", help="train the miniature, or measure what it understands", allow_abbrev=False)
+    train.add_argument("--nano", action="store_true", help="train nano from nothing; a killed run goes on where it stopped")
+    train.add_argument("--evaluate", metavar="MODEL", help="measure prompt adherence of nano or a folder; last line is JSON")
+    train.add_argument("--prompts", type=int, default=200, help="how many prompts to measure (200)")
+    train.add_argument("--experts", choices=("both", "swapped", "high", "low"), default="both", help="which expert does whose steps")
+    train.add_argument("--seen", action="store_true", help="measure on combinations that training saw")
+    train.add_argument("--wording", action="store_true", help="measure with free wordings instead of the plain form")
+    train.add_argument("--work_dir", type=Path, default=Path("build/nano"), help="where training keeps its state")
+    train.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps, for a try-out")
+    train.add_argument("--stage", choices=("text", "vae", "cache", "high", "low", "export"), help="run one stage only")
+    train.add_argument("--out", type=Path, help="where to write the model (default: WORK_DIR/model)")
+    return parser
+
+
+def _generate_flags(p: argparse.ArgumentParser) -> None:
+    official = p.add_argument_group("official flags", "names, defaults and meaning of the official generate.py")
+    official.add_argument("--task", choices=TASKS, default="t2v-A14B")
+    official.add_argument("--size", help="WIDTH*HEIGHT, any multiples of 16 (1280*720)")
+    official.add_argument("--frame_num", type=int, help="frames, 4n+1 (81)")
+    official.add_argument("--ckpt_dir", help="folder of the weights, or nano")
+    official.add_argument("--offload_model", type=yes_or_no, help="keep only the expert at work in memory (true unless the model is small)")
+    official.add_argument("--ulysses_size", type=int, default=1)
+    official.add_argument("--t5_fsdp", action="store_true")
+    official.add_argument("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
+    official.add_argument("--dit_fsdp", action="store_true")
+    official.add_argument("--save_file", type=Path, help="where to write the video")
+    official.add_argument("--prompt")
+    official.add_argument("--use_prompt_extend", action="store_true")
+    official.add_argument("--prompt_extend_method", choices=("dashscope", "local_qwen"), default="local_qwen")
+    official.add_argument("--prompt_extend_model")
+    official.add_argument("--prompt_extend_target_lang", choices=("zh", "en"), default="zh")
+    official.add_argument("--base_seed", "--seed", type=int, default=-1, help="below 0: draw one")
+    official.add_argument("--sample_solver", choices=SOLVERS, help="(unipc)")
+    official.add_argument("--sample_steps", type=int, help="(40)")
+    official.add_argument("--sample_shift", type=float, help="(12)")
+    official.add_argument("--sample_guide_scale", type=float, help="guidance of both experts; --cfg_high and --cfg_low set them apart")
+    official.add_argument("--convert_model_dtype", action="store_true", help="accepted: weights are held in bfloat16 anyway")
+    official.add_argument("--image", help="not used by t2v-A14B")
+    ours = p.add_argument_group("wanflow's own")
+    ours.add_argument("--negative_prompt", help='what to steer away from (default: the model\'s own; "" for none)')
+    ours.add_argument("--cfg_high", type=float, help="guidance of the high-noise expert (4)")
+    ours.add_argument("--cfg_low", type=float, help="guidance of the low-noise expert (3)")
+    ours.add_argument("--boundary", type=float, help="share of the 1000 timesteps from which the high-noise expert works (0.875)")
+    ours.add_argument("--fps", type=float, help="frames per second of the file (16)")
+    ours.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    ours.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
+    ours.add_argument("--noise_device", choices=("cpu", "cuda"), default="cpu", help="cuda draws the noise as the official code does")
+    ours.add_argument("--cfg_batch", type=yes_or_no, help="both guidance branches in one batch (true for small videos)")
+    ours.add_argument("--resume", type=Path, metavar="FILE", help=f"continue a run saved as FILE (*{STATE_SUFFIX})")
+    ours.add_argument("--force", action="store_true", help="start although the machine is too small")
+    _run_flags(p, save_file=False)
+
+
+def _run_flags(p: argparse.ArgumentParser, save_file: bool = True) -> None:
+    if save_file:
+        p.add_argument("--save_file", type=Path, help="where to write the video")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    p.add_argument("--contact_sheet", action="store_true", help="also write a PNG of the frames beside the video")
+
+
+# --- generate, replay, decode ---------------------------------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> None:
+    from wanflow.assemble import assemble, resolve
+    from wanflow.pipeline import Run
+    from wanflow.plan import advice, guard
+
+    _refuse_what_is_not_built(args)
+    run = Run.load(args.resume) if args.resume else None
+    model = args.ckpt_dir or (_model_of(run.recipe) if run else None)
+    if model is None:
+        raise RequestError("--ckpt_dir is missing: the folder of the weights, or nano for the miniature that ships with wanflow")
+    if run is None and not args.prompt:
+        raise RequestError("--prompt is missing: say what the video should show")
+    request = None if run else _request(args)
+    if args.save_file is not None:
+        _check_target(args.save_file, args.overwrite)
+    runtime = _runtime(args)
+    checkpoint = _open(model, resolve)
+    if request is not None:
+        request = _extended(args, request)
+        for note in advice(request.complete(checkpoint.preset), checkpoint):
+            logging.getLogger("wanflow").warning(note)
+    if not args.force:
+        guard(checkpoint, runtime)
+    screen = Screen()
+    pipe = assemble(checkpoint, runtime, screen.loading)
+    if run is None:
+        assert request is not None
+        run = pipe.begin(request)
+    else:
+        _same_weights(run.recipe, pipe.parts.made_by, args.force)
+    target = args.save_file or _default_target(args.task, run)
+    _make(pipe, run, target, args, screen)
+
+
+def replay(args: argparse.Namespace) -> None:
+    from wanflow.assemble import assemble, resolve
+    from wanflow.config import CompleteRequest
+    from wanflow.pipeline import Run
+    from wanflow.plan import guard
+    from wanflow.video import read_recipe
+
+    recipe = read_recipe(args.video)
+    try:
+        made, request = recipe["runtime"], CompleteRequest(**recipe["request"])
+        runtime = Runtime(made["device"], made["dtype"], made["t5_cpu"], noise_device=recipe["noise_device"])
+        model = args.ckpt_dir or _model_of(recipe)
+    except (KeyError, TypeError) as error:
+        raise RequestError(f"the recipe in {args.video} is incomplete or of another version: {error}") from None
+    target = args.save_file or args.video.with_name(f"{args.video.stem}_replay{args.video.suffix}")
+    _check_target(target, args.overwrite)
+    checkpoint = _open(model, resolve)
+    if not args.force:
+        guard(checkpoint, runtime)
+    screen = Screen()
+    pipe = assemble(checkpoint, runtime, screen.loading)
+    _same_weights(recipe, pipe.parts.made_by, args.force)
+    run = pipe.begin(Request(**recipe["request"]))
+    _make(pipe, replace(run, request=request), target, args, screen)
+
+
+def decode(args: argparse.Namespace) -> None:
+    from wanflow.assemble import assemble, resolve
+    from wanflow.pipeline import Run
+
+    run = Run.load(args.latent)
+    if not run.finished:
+        raise RequestError(
+            f"{args.latent} stands at step {run.state.index} of {run.request.sample_steps}; finish it with: wanflow generate --resume"
+        )
+    target = args.save_file or args.latent.with_name(args.latent.name.removesuffix(STATE_SUFFIX) + ".mp4")
+    _check_target(target, args.overwrite)
+    screen = Screen()
+    pipe = assemble(_open(args.ckpt_dir or _model_of(run.recipe), resolve), Runtime(), screen.loading)
+    _same_weights(run.recipe, pipe.parts.made_by, args.force)
+    _make(pipe, run, target, args, screen)
+
+
+def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, screen: Screen) -> None:
+    """Denoise, decode and write, keeping the run's state on disk until the video is safely there."""
+    from wanflow.pipeline import save_frames
+
+    if run.request.frame_num == 1 and args.save_file is None:
+        target = target.with_suffix(".png")
+    _check_target(target, args.overwrite)
+    state_file = target.with_name(target.stem + STATE_SUFFIX)
+    screen.begin(pipe, run, target)
+    keeper = StateKeeper(run, state_file)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with screen.denoising(run) as on_step:
+            run = pipe.resume(run, lambda told: keeper(told) and on_step(told))
+        run.save(state_file)
+        save_frames(target, screen.decoding(pipe.frames(run), run), run.request.fps, run.recipe, args.overwrite)
+    except KeyboardInterrupt:
+        keeper.run.save(state_file)
+        where = f"step {keeper.run.state.index} of {run.request.sample_steps}"
+        screen.say(f"stopped at {where}; go on with: wanflow generate --resume {state_file} --save_file {target}")
+        raise
+    except OSError:
+        screen.say(f"the finished latent is kept in {state_file}; finish it with: wanflow decode {state_file}")
+        raise
+    for file in {state_file, args.resume if getattr(args, "resume", None) else state_file}:
+        file.unlink(missing_ok=True)
+    screen.say(f"saved {target}")
+    if args.contact_sheet:
+        from wanflow.video import contact_sheet, read_frames
+
+        sheet = target.with_name(target.stem + "_sheet.png")
+        contact_sheet(read_frames(target)[0], sheet)
+        screen.say(f"frames {sheet}")
+
+
+class StateKeeper:
+    """Remembers where a run stands and writes it down every few seconds."""
+
+    def __init__(self, run: Run, file: Path) -> None:
+        self.run, self.file, self.saved = run, file, time.monotonic()
+
+    def __call__(self, told: Progress) -> bool:
+        self.run = told.run
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.run.save(self.file)
+            self.saved = time.monotonic()
+        return True
+
+
+def _request(args: argparse.Namespace) -> Request:
+    both = args.sample_guide_scale
+    return Request(
+        prompt=args.prompt, negative_prompt=args.negative_prompt, size=args.size, frame_num=args.frame_num,
+        sample_solver=args.sample_solver, sample_steps=args.sample_steps, sample_shift=args.sample_shift,
+        cfg_high=both if args.cfg_high is None else args.cfg_high, cfg_low=both if args.cfg_low is None else args.cfg_low,
+        boundary=args.boundary, fps=args.fps, seed=args.base_seed,
+    )  # fmt: skip
+
+
+def _runtime(args: argparse.Namespace) -> Runtime:
+    keep = None if args.offload_model is None else not args.offload_model
+    return Runtime(args.device, args.dtype, args.t5_cpu, keep, args.cfg_batch, args.noise_device)
+
+
+def _extended(args: argparse.Namespace, request: Request) -> Request:
+    if not args.use_prompt_extend:
+        return request
+    from wanflow.extend import extend
+
+    if args.prompt_extend_method == "local_qwen":
+        raise RequestError(
+            "--prompt_extend_method local_qwen would load a second large model, which wanflow does not do; serve it behind an"
+            " OpenAI-compatible address and use --prompt_extend_method dashscope with DASH_API_URL set to it"
+        )
+    url, key = os.environ.get("DASH_API_URL"), os.environ.get("DASH_API_KEY")
+    return replace(request, prompt=extend(request.prompt, args.prompt_extend_target_lang, args.prompt_extend_model, url, key))
+
+
+def _refuse_what_is_not_built(args: argparse.Namespace) -> None:
+    if args.task != "t2v-A14B":
+        raise RequestError(f"--task {args.task} is another model; wanflow runs t2v-A14B")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    several = [flag for flag in ("dit_fsdp", "t5_fsdp") if getattr(args, flag)] + (["ulysses_size"] if args.ulysses_size != 1 else [])
+    if processes > 1 or several:
+        what = f"{processes} processes" if processes > 1 else f"--{several[0]}"
+        extra = _what_is_missing(args.ckpt_dir)
+        raise RequestError(
+            f"{what}: one video on several GPUs is not built yet; run `python generate.py` on one GPU, without torchrun,"
+            f" --dit_fsdp, --t5_fsdp and --ulysses_size{extra}"
+        )
+    if args.image:
+        logging.getLogger("wanflow").warning("--image is not used by t2v-A14B")
+
+
+def _what_is_missing(folder: str | None) -> str:
+    """Lines on weights and machine, for a refusal that comes before either is looked at."""
+    if folder is None or folder == "nano":
+        return ""
+    from wanflow.plan import WHERE_ELSE, enough_for_full_size, needed_words, this_machine
+
+    lines = "" if Path(folder).is_dir() else f"\n  weights: there is no folder {folder}"
+    machine = this_machine(Path(folder))
+    if not enough_for_full_size(machine):
+        lines += f"\n  {needed_words()}\n  here: {machine.words()}\n  do: {WHERE_ELSE}"
+    return lines
+
+
+def _open(model: str | Path, resolve: Callable[[str | Path], Checkpoint]) -> Checkpoint:
+    try:
+        return resolve(model)
+    except RequestError as error:
+        folder = Path(model)
+        raise RequestError(str(error) + ("" if folder.is_dir() or str(model) == "nano" else _what_is_missing(str(model)))) from None
+
+
+def _model_of(recipe: dict[str, Any]) -> str:
+    model = recipe["model"]
+    return "nano" if model["name"] == "nano" and not Path(model["folder"]).is_dir() else str(model["folder"])
+
+
+def _same_weights(recipe: dict[str, Any], made_by: dict[str, Any], force: bool) -> None:
+    then, now = recipe["model"]["fingerprint"], made_by["model"]["fingerprint"]
+    if then != now and not force:
+        raise RequestError(
+            f"the recipe was made with other weights ({recipe['model']['name']} {then}, here {made_by['model']['name']} {now});"
+            " point --ckpt_dir at those, or take these with --force"
+        )
+    if recipe["versions"] != made_by["versions"]:
+        logging.getLogger("wanflow").warning("made with %s; here %s: the result may differ by rounding", recipe["versions"], made_by["versions"])
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    from wanflow.video import check_target
+
+    if path.suffix.lower() not in (".mp4", ".png"):
+        raise RequestError(f"{path}: name an .mp4 (or a .png for one frame)")
+    check_target(path, overwrite)
+
+
+def _default_target(task: str, run: Run) -> Path:
+    from wanflow.video import safe_name
+
+    name = run.made_by["model"]["name"]
+    return Path(safe_name(task if name != "nano" else name, run.request.size, run.request.prompt, datetime.now()))
+
+
+# --- what the user sees ---------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """Progress for people: bars with an ETA on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.began = time.monotonic()
+        self._told = 0.0
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def begin(self, pipe: Pipeline, run: Run, target: Path) -> None:
+        from wanflow.sampling.experts import experts
+        from wanflow.sampling.schedule import make_schedule, snr
+
+        request, made = run.request, run.made_by
+        schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
+        high = experts(schedule, request.boundary).count("high")
+        switch = f", switch at SNR {snr(schedule.sigmas[high]):.4f}" if 0 < high < len(schedule) else ""
+        self.say(f"{made['model']['name']} on {made['runtime']['device']} in {made['runtime']['dtype']}, seed {request.seed}")
+        self.say(
+            f"{request.size[0]}*{request.size[1]}, {request.frame_num} frames at {request.fps:g} fps; {len(schedule)} {request.sample_solver}"
+            f" steps: {high} high-noise, {len(schedule) - high} low-noise{switch} -> {target}"
+        )
+
+    def loading(self, what: str, done: int, total: int) -> None:
+        """Told while weights are read; speaks every two seconds."""
+        now = time.monotonic()
+        if done == 0:
+            self._load_began = self._told = now
+        elif now - self._told > 2 or (done >= total and now - self._load_began > 2):
+            rate = done / max(now - self._load_began, 1e-3)
+            self.say(f"reading {what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s, {(total - done) / rate:.0f} s left")
+            self._told = now
+
+    def denoising(self, run: Run) -> Denoising:
+        return Denoising(self, run)
+
+    def decoding(self, chunks: Any, run: Run) -> Any:
+        """Pass decoded chunks on, telling how far it is every two seconds."""
+        began = told = time.monotonic()
+        done = 0
+        for chunk in chunks:
+            yield chunk
+            done += len(chunk)
+            if time.monotonic() - told > 2:
+                told = time.monotonic()
+                left = (told - began) / done * (run.request.frame_num - done)
+                self.say(f"decoding: {done} of {run.request.frame_num} frames, {left:.0f} s left")
+
+
+class Denoising:
+    """The bar over the steps: step, expert, ETA."""
+
+    def __init__(self, screen: Screen, run: Run) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.screen, self.steps, self.first = screen, run.request.sample_steps, run.state.index
+        self.live = screen.console.is_terminal
+        self.began = self.told = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=screen.console, disable=not self.live)
+        self.task = self.bar.add_task("denoising", total=self.steps, completed=self.first)
+
+    def __enter__(self) -> OnStep:
+        self.bar.start()
+        return self.on_step
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def on_step(self, told: Progress) -> None:
+        self.bar.update(self.task, completed=told.step, description=f"{told.expert}-noise expert, sigma {told.sigma:.3f}")
+        now = time.monotonic()
+        if not self.live and (now - self.told > 2 or told.step == self.steps):
+            left = (now - self.began) / (told.step - self.first) * (self.steps - told.step)
+            self.screen.say(f"step {told.step}/{self.steps}  {told.expert}-noise expert  sigma {told.sigma:.3f}  ETA {left:.0f} s")
+            self.told = now
+
+
+# --- train ----------------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    from wanflow.train import nano
+
+    if args.evaluate:
+        print(nano.evaluate(args.evaluate, args.prompts, args.experts, args.seen, args.wording, lambda line: print(line, file=sys.stderr)))
+    elif args.nano:
+        nano.train(args.work_dir, args.out or args.work_dir / "model", args.scale, args.stage, lambda line: print(line, flush=True))
+    else:
+        raise RequestError("train needs --nano (train the miniature) or --evaluate MODEL (measure one)")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"generate": generate, "replay": replay, "decode": decode, "train": train}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command and return its exit code."""
+    args = build_parser().parse_args(argv)
+    quiet = int(os.environ.get("RANK", "0")) != 0
+    logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
+
+    def fail(code: int, text: str) -> int:
+        if not quiet:
+            print(f"wanflow: {text}", file=sys.stderr)
+        return code
+
+    try:
+        COMMANDS[args.command](args)
+    except RequestError as error:
+        return fail(2, str(error))
+    except KeyboardInterrupt:
+        return fail(130, "interrupted")
+    except ModuleNotFoundError as error:
+        return fail(1, f"{error.name} is not installed; run `make install`, or pip install wanflow")
+    except OSError as error:
+        return fail(1, str(error))
+    except RuntimeError as error:
+        if type(error).__name__ not in ("OutputError", "OutOfMemoryError"):
+            raise
+        return fail(1, f"{error}" if type(error).__name__ == "OutputError" else f"out of memory: {error}; try a smaller --size or fewer frames")
+    return 0
+
+
+def entry(argv: list[str] | None = None) -> NoReturn:
+    """The `wanflow` command and `generate.py`."""
+    sys.exit(main(sys.argv[1:] if argv is None else argv))

@@ -1,0 +1,293 @@
+"""A prompt becomes frames: encode, denoise, decode. The only denoising loop is here.
+
+A run is a value (`Run`): the complete request, what made it, and the solver's state. It can be saved after any step and
+continued in another process to the same bits; at its last step it holds the final latent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from wanflow import video as files
+from wanflow.config import CompleteRequest, Preset, Request, RequestError
+from wanflow.models.dit import TextStates, WanDiT
+from wanflow.models.vae import WanVAE
+from wanflow.sampling.experts import Expert, expert_at, experts
+from wanflow.sampling.guidance import guide
+from wanflow.sampling.schedule import Schedule, Step, make_schedule, snr
+from wanflow.sampling.solvers import SolverState, Velocity, advance
+
+Frames = npt.NDArray[np.uint8]
+FEW_TOKENS = 8192  # below this both guidance branches go through the model as one batch
+
+
+class OutputError(RuntimeError):
+    """The model gave something that is not a video (NaN, or one constant): a failure, never saved as success."""
+
+
+class Cancelled(Exception):
+    """The callback asked to stop; `run` is where the run stands."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(f"cancelled after step {run.state.index}")
+        self.run = run
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run needs to go on: `request` and `made_by` (the recipe), and the solver's state."""
+
+    request: CompleteRequest
+    made_by: dict[str, Any]
+    state: SolverState
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Everything needed to make the video again, as JSON."""
+        return {"request": asdict(self.request), **self.made_by}
+
+    @property
+    def finished(self) -> bool:
+        return self.state.index >= self.request.sample_steps
+
+    def save(self, path: Path) -> None:
+        """Write to a temporary name, then rename: a crash leaves the previous state whole."""
+        from safetensors.torch import save
+
+        meta = {"wanflow": json.dumps({"recipe": self.recipe, "index": self.state.index})}
+        data = save({name: value.detach().cpu().contiguous() for name, value in self.state.tensors().items()}, metadata=meta)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read what `save` wrote.
+
+        Raises:
+            RequestError: when the file is missing, damaged or something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                stored = json.loads((file.metadata() or {})["wanflow"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            recipe = dict(stored["recipe"])
+            request = CompleteRequest(**recipe.pop("request"))
+            return cls(request, recipe, SolverState.from_tensors(int(stored["index"]), tensors))
+        except FileNotFoundError:
+            raise RequestError(f"there is no saved run at {path}") from None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"{path} is not a saved wanflow run, or it is damaged: {error}") from None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `on_step` is told after each step."""
+
+    step: int  # steps done, 1-based
+    steps: int
+    timestep: float
+    sigma: float
+    snr: float
+    expert: Expert
+    latents: Tensor  # [1, z, t, h, w] float32
+    run: Run
+
+
+OnStep = Callable[[Progress], bool | None]  # returning False cancels
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video: frames uint8 [T, H, W, 3], frames per second, and the recipe that made it."""
+
+    frames: Frames
+    fps: float
+    recipe: dict[str, Any]
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write an mp4 (a PNG where there is one frame) with the recipe inside; returns the path."""
+        return save_frames(Path(path), iter([self.frames]), self.fps, self.recipe, overwrite)
+
+
+def save_frames(path: Path, chunks: Iterator[Frames], fps: float, recipe: dict[str, Any], overwrite: bool = False) -> Path:
+    """Write frames as they come; the file appears under its name only when it is whole.
+
+    Raises:
+        OutputError: when all frames are one constant; nothing is left under `path`.
+    """
+    tags = files.recipe_tags(recipe, recipe["request"]["prompt"])
+    first = next(chunks)
+    if path.suffix.lower() == ".png":
+        if any(len(chunk) for chunk in chunks) or len(first) != 1:
+            raise RequestError(f"{path.name}: a PNG holds one frame; ask for frame_num 1 or name an .mp4")
+        refuse_constant(int(first.min()), int(first.max()))
+        files.save_picture(path, first[0], tags, overwrite)
+        return path
+    low, high = int(first.min()), int(first.max())
+    with files.VideoWriter(path, first.shape[2], first.shape[1], fps, tags, overwrite=overwrite) as writer:
+        writer.write(first)
+        for chunk in chunks:
+            writer.write(chunk)
+            low, high = min(low, int(chunk.min())), max(high, int(chunk.max()))
+        refuse_constant(low, high)
+    return path
+
+
+def refuse_constant(low: int, high: int) -> None:
+    """Raise where every value of a video is the same."""
+    if low == high:
+        raise OutputError(
+            f"the output is constant (every value is {low}): the weights are empty or damaged, or the model is not a Wan2.2 one"
+        )
+
+
+class Parts(Protocol):
+    """Where the pipeline gets its models; `assemble` decides what stays in memory."""
+
+    preset: Preset
+    device: torch.device
+    made_by: dict[str, Any]
+
+    def text(self, prompts: list[str]) -> Tensor:
+        """Text states [B, text_len, D], zero past each prompt's end."""
+
+    def expert(self, which: Expert) -> WanDiT: ...
+
+    def vae(self) -> WanVAE: ...
+
+
+class Pipeline:
+    """Prompt to video with the parts it is given; made by `wanflow.load`."""
+
+    def __init__(self, parts: Parts, noise_device: str = "cpu", cfg_batch: bool | None = None) -> None:
+        self.parts = parts
+        self.noise_device = noise_device
+        self.cfg_batch = cfg_batch
+
+    def generate(self, prompt: str, on_step: OnStep | None = None, **request: Any) -> Video:
+        """Make a video.
+
+        Args:
+            prompt: what it should show.
+            on_step: called after each step with a `Progress`; returning False cancels.
+            request: fields of `wanflow.Request` (negative_prompt, size, frame_num, sample_steps, sample_shift,
+                sample_solver, cfg_high, cfg_low, boundary, fps, seed).
+
+        Raises:
+            RequestError: for values that cannot be.
+            Cancelled: when `on_step` returned False; it carries the run, which `resume` continues.
+            OutputError: when the result is NaN or constant.
+        """
+        unknown = sorted(set(request) - set(Request.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(sorted(Request.__dataclass_fields__))
+            raise RequestError(f"generate does not know {', '.join(unknown)}; it knows {known}")
+        return self.finish(self.resume(self.begin(Request(prompt, **request)), on_step))
+
+    def begin(self, request: Request) -> Run:
+        """Complete the request and draw its noise: a run at step 0. Reads no weights."""
+        complete = request.complete(self.parts.preset)
+        return Run(complete, {**self.parts.made_by, "noise_device": self.noise_device}, SolverState(0, self.noise(complete)))
+
+    def noise(self, request: CompleteRequest) -> Tensor:
+        """[1, z, t, h, w] float32 on the parts' device, from the seed alone."""
+        vae = self.parts.preset.vae
+        width, height = request.size
+        shape = (
+            vae.z_dim, (request.frame_num - 1) // vae.temporal_stride + 1, height // vae.spatial_stride, width // vae.spatial_stride,
+        )  # fmt: skip
+        generator = torch.Generator(self.noise_device).manual_seed(request.seed)
+        return torch.randn(shape, generator=generator, device=self.noise_device).unsqueeze(0).to(self.parts.device)
+
+    @torch.no_grad()
+    def resume(self, run: Run, on_step: OnStep | None = None) -> Run:
+        """Denoise from where a run stands to its end. Raises `Cancelled` when `on_step` returns False."""
+        if run.finished:
+            return run
+        request = run.request
+        schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
+        state = replace(run.state, x=run.state.x.to(self.parts.device))
+        state = SolverState.from_tensors(state.index, {name: value.to(self.parts.device) for name, value in state.tensors().items()})
+        velocity = self._velocity(request, schedule, state.index)
+        while state.index < len(schedule):
+            step = schedule.step(state.index)
+            state = advance(schedule, state, velocity)
+            if not torch.isfinite(state.x).all():
+                raise OutputError(
+                    f"step {step.index + 1} gave NaN or infinity: try --dtype float32 if this was a lower one, and check the weights"
+                )
+            run = replace(run, state=state)
+            expert = expert_at(step.timestep, request.boundary)
+            told = Progress(step.index + 1, len(schedule), step.timestep, step.sigma, snr(step.sigma), expert, state.x, run)
+            if on_step is not None and on_step(told) is False:
+                raise Cancelled(run)
+        return run
+
+    def _velocity(self, request: CompleteRequest, schedule: Schedule, start: int) -> Velocity:
+        """The function a solver asks: picks the expert, prepares its text once, and applies guidance."""
+        scales = {"high": request.cfg_high, "low": request.cfg_low}
+        to_do = experts(schedule, request.boundary)[start:]
+        guided = any(scales[which] != 1 for which in to_do)
+        texts = self.parts.text([request.prompt, request.negative_prompt] if guided else [request.prompt])
+        prepared: dict[Expert, TextStates] = {}
+
+        def velocity(x: Tensor, step: Step) -> Tensor:
+            which = expert_at(step.timestep, request.boundary)
+            if which not in prepared:
+                prepared.clear()  # before the next expert is loaded, and at most one expert's keys and values are kept
+            model = self.parts.expert(which)
+            if which not in prepared:
+                prepared[which] = model.text_states(texts if scales[which] != 1 else texts[:1])
+            states = prepared[which]
+            timestep = torch.tensor([step.timestep], device=x.device)
+            if scales[which] == 1:
+                return model(x, timestep, states)
+            tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
+            if self.cfg_batch if self.cfg_batch is not None else tokens <= FEW_TOKENS:
+                conditional, unconditional = model(x.expand(2, -1, -1, -1, -1), timestep.expand(2), states).split(1)
+            else:
+                conditional, unconditional = (
+                    model(x, timestep, tuple((k[row : row + 1], v[row : row + 1]) for k, v in states)) for row in range(2)
+                )
+            return guide(conditional, unconditional, scales[which])
+
+        return velocity
+
+    def finish(self, run: Run) -> Video:
+        """Decode a finished run."""
+        frames = np.concatenate(list(self.frames(run)))
+        refuse_constant(int(frames.min()), int(frames.max()))
+        return Video(frames, run.request.fps, run.recipe)
+
+    @torch.no_grad()
+    def frames(self, run: Run) -> Iterator[Frames]:
+        """Decode a finished run as it goes: uint8 [t, H, W, 3], one frame first, then four at a time.
+
+        Raises:
+            RequestError: when the run is not finished.
+            OutputError: when the latent or a frame is NaN or infinite.
+        """
+        if not run.finished:
+            steps = f"{run.state.index} of {run.request.sample_steps}"
+            raise RequestError(f"this run stands at step {steps}: finish it first (generate --resume)")
+        for chunk in self.parts.vae().decode_frames(run.state.x.to(self.parts.device)):
+            if not torch.isfinite(chunk).all():
+                raise OutputError("the VAE gave NaN or infinity: check its weights file")
+            yield files.to_uint8(chunk)

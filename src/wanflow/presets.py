@@ -1,0 +1,62 @@
+"""Published numbers of the models, and nothing else: shapes, latent statistics, defaults.
+
+Sources: the official configuration of Wan2.2-T2V-A14B (defaults, boundary, negative prompt), its model and VAE files
+(shapes, latent statistics). Guidance is by name, high and low: the official pair is written (low, high).
+"""
+
+from wanflow.config import DiTConfig, Preset, TextConfig, VAEConfig
+
+# One mean and one standard deviation for each of the 16 latent channels of the Wan2.1 VAE.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+# What the model was tuned with; it names, in Chinese, over-exposure, stillness, subtitles, malformed hands and the like.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
+    "倒着走"
+)
+
+T2V_A14B = Preset(
+    name="Wan2.2-T2V-A14B",
+    task="t2v-A14B",
+    dit=DiTConfig(),
+    text=TextConfig(),
+    vae=VAEConfig(latent_mean=LATENT_MEAN, latent_std=LATENT_STD),
+    boundary=0.875,
+    sample_shift=12.0,
+    sample_steps=40,
+    cfg_high=4.0,
+    cfg_low=3.0,
+    size=(1280, 720),
+    frame_num=81,
+    fps=16,
+    negative_prompt=NEGATIVE_PROMPT,
+)
+
+# The shape alone: it shows that the DiT fits its sibling (timesteps per token); its VAE is another one, so it is not run.
+TI2V_5B = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, model_type="ti2v")
+
+# The miniature inside the package. Its latent statistics come from training: `wanflow.json` beside its weights has them.
+NANO = Preset(
+    name="nano",
+    task="t2v-nano",
+    dit=DiTConfig(dim=160, ffn_dim=640, num_heads=5, num_layers=6, text_dim=128, text_len=32, freq_dim=64),
+    text=TextConfig(vocab=480, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=3),
+    vae=VAEConfig(dim=16, num_res_blocks=1),
+    boundary=0.875,
+    sample_shift=5.0,
+    sample_steps=20,
+    cfg_high=4.0,
+    cfg_low=3.0,
+    size=(64, 64),
+    frame_num=17,
+    fps=8,
+    negative_prompt="",
+)

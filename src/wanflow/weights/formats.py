@@ -1,0 +1,375 @@
+"""Containers of tensors: safetensors files, sharded folders, torch zips. A loader sees only a `TensorSource`.
+
+Opening reads headers alone, so names, shapes and dtypes of 57 GB are known in milliseconds; `read` costs the memory of the
+one tensor it returns. Files come from strangers and from downloads that broke off: whatever is wrong with one ends in a
+single `RequestError` that names the file and what to do, no code in it is ever run, and no size that a header claims is
+believed before the file's own size bears it out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from wanflow.config import RequestError
+
+HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
+AGAIN = "download it again"
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before its data is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Named tensors somewhere on disk."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in CPU memory of its own, as stored. Raises RequestError when the file has changed or breaks off."""
+
+
+def open_source(path: Path) -> TensorSource:
+    """Open whatever holds tensors: a `.safetensors` file, a folder of them, or a torch zip.
+
+    Raises:
+        RequestError: naming the file and what to do, for anything missing, broken or hostile.
+    """
+    if path.is_dir():
+        return open_folder(path)
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
+
+
+def refuse_unreadable(path: Path) -> int:
+    """The size in bytes of a regular file that may be read; a RequestError for anything else."""
+    try:
+        if not path.exists():
+            raise RequestError(f"{path} is missing; {AGAIN}")
+        if not path.is_file():
+            raise RequestError(f"{path} is not a regular file")
+        with path.open("rb"):
+            size = path.stat().st_size
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
+    if size == 0:
+        raise RequestError(f"{path} is empty; {AGAIN}")
+    return size
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file; a RequestError that names the file otherwise."""
+    if refuse_unreadable(path) > HEADER_LIMIT:
+        raise RequestError(f"{path} is too large for JSON that describes a model; {AGAIN}")
+    try:
+        return _json_object(path.read_bytes())
+    except ValueError as error:
+        raise RequestError(f"{path} is not a JSON object ({error}); {AGAIN}") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    """Parse; ValueError for what is not an object, nests absurdly, or names one key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"the key {twice[0]!r} stands there twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it holds something else")
+    return value
+
+
+# safetensors
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One `.safetensors` file. Data is read, not mapped: a file that shrinks meanwhile is an error, not a crash."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    starts: Mapping[str, int]  # where each tensor's bytes begin in the file
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        view, done = data.numpy().data, 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.starts[name])
+                while done < info.nbytes:  # one call reads at most 2 GB
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise RequestError(f"{self.path} breaks off inside {name}; {AGAIN}")
+                    done += count
+        except OSError as error:
+            raise RequestError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        return data.view(info.dtype).view(info.shape)
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Read and check the header of a safetensors file.
+
+    Layout: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data without gaps.
+
+    Raises:
+        RequestError: naming the file, for a truncated, oversized, inconsistent or foreign file.
+    """
+    size = refuse_unreadable(path)
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > HEADER_LIMIT:
+                raise RequestError(f"{path} is not a safetensors file (or its first bytes are damaged); {AGAIN}")
+            if 8 + length > size:
+                raise RequestError(f"{path} is cut off: its header of {length:,} bytes does not fit into {size:,}; {AGAIN}")
+            text = file.read(length)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        header = _json_object(text)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is not an object")
+        tensors, starts, end = _layout(header)
+    except ValueError as error:
+        raise RequestError(f"{path} is not a safetensors file, or its header is damaged ({error}); {AGAIN}") from None
+    if 8 + length + end != size:
+        state = "cut off" if 8 + length + end > size else "longer than it should be"
+        raise RequestError(f"{path} is {state}: {size:,} bytes, and its header speaks of {8 + length + end:,}; {AGAIN}")
+    return SafetensorsFile(path, tensors, {name: 8 + length + start for name, start in starts.items()}, metadata)
+
+
+def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, int], int]:
+    """Shapes, first bytes and total bytes that a header describes; ValueError unless they tile the data exactly."""
+    tensors: dict[str, TensorInfo] = {}
+    starts: dict[str, int] = {}
+    spans = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise ValueError(f"{name} is not described")
+        dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        if not (_counts(shape) and _counts(span) and len(span) == 2):
+            raise ValueError(f"{name} has a shape or place that is no list of counts")
+        # Bounded even where one side is 0: torch multiplies the sides up for the strides.
+        if math.prod(max(side, 1) for side in shape) >= 1 << 48:
+            raise ValueError(f"{name} has an impossible shape")
+        info = TensorInfo(tuple(shape), DTYPES[dtype])
+        if span[1] - span[0] != info.nbytes:
+            raise ValueError(f"{name} takes {info.nbytes:,} bytes and is given {span[1] - span[0]:,}")
+        tensors[name], starts[name] = info, span[0]
+        spans.append((span[0], span[1]))
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise ValueError("its tensors overlap or leave gaps")
+        end = stop
+    return tensors, starts, end
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+# folders of safetensors
+
+
+@dataclass(frozen=True)
+class ShardedFolder:
+    """Safetensors files that an index ties together."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    shards: Mapping[str, SafetensorsFile]  # the file of each tensor
+
+    def read(self, name: str) -> Tensor:
+        return self.shards[name].read(name)
+
+
+def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The index of a model's folder (None where one file holds everything) and the files it names, there or not.
+
+    `diffusion_pytorch_model.safetensors.index.json` comes first; one variant of it (`...-bf16...`, `....fp16...`) serves as well.
+
+    Raises:
+        RequestError: when there is neither, more than one, or the index is broken or points out of the folder.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is missing or not a folder")
+    indexes = sorted(file for file in folder.glob("*.json") if ".safetensors" in file.name and ".index" in file.name)
+    index = _only(indexes, folder / "diffusion_pytorch_model.safetensors.index.json")
+    if index is not None:
+        return index, _indexed(index, _weight_map(index))
+    shards = sorted(folder.glob("*.safetensors"))
+    whole = [file for file in shards if "-of-" not in file.name]
+    single = _only(whole, folder / "diffusion_pytorch_model.safetensors")
+    if single is None:
+        what = f"its index (there are {len(shards)} shards)" if shards else "its weights"
+        raise RequestError(f"{folder} lacks {what}: {folder.name}/diffusion_pytorch_model.safetensors.index.json; {AGAIN}")
+    return None, [single]
+
+
+def _only(files: list[Path], preferred: Path) -> Path | None:
+    if preferred in files:
+        return preferred
+    if len(files) > 1:
+        raise RequestError(f"{preferred.parent} holds several models: {', '.join(file.name for file in files)}; keep one of them")
+    return files[0] if files else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
+        raise RequestError(f"{index} has no weight_map of tensor names to file names; {AGAIN}")
+    return mapping
+
+
+def _indexed(index: Path, mapping: dict[str, str]) -> list[Path]:
+    """The shards an index names; each must be a file of the index's own folder."""
+    home = index.parent.resolve()
+    cache = home.parents[2] if len(home.parents) > 2 and home.parents[1].name == "snapshots" else None
+    files = []
+    for name in sorted(set(mapping.values())):
+        file = index.parent / name
+        plain = name == file.name and not set(name) & set('/\\:*?"<>|\0')
+        if not plain or not name.endswith(".safetensors"):
+            raise RequestError(f"{index} names {name!r}, which is not a safetensors file of its own folder; {AGAIN}")
+        real = file.resolve()
+        # Hugging Face's cache links every file of a snapshot to its blobs folder; nothing else may lead outside.
+        if real.parent != home and not (cache and real.parent == cache / "blobs"):
+            raise RequestError(f"{file} is a link out of its folder, to {real}; put the file itself there, or link the whole folder")
+        files.append(file)
+    return files
+
+
+def open_folder(folder: Path) -> TensorSource:
+    """Open a folder with an index and its shards, or with one safetensors file.
+
+    Raises:
+        RequestError: naming what is missing, broken, or not where the index says.
+    """
+    index, files = weight_files(folder)
+    if index is None:
+        return open_safetensors(files[0])
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise RequestError(f"{folder} lacks {len(missing)} of {len(files)} shards that {index.name} names: {', '.join(missing)}; {AGAIN}")
+    shards = {file.name: open_safetensors(file) for file in files}
+    mapping = _weight_map(index)
+    for name, file in mapping.items():
+        if name not in shards[file].tensors:
+            raise RequestError(f"{folder / file} lacks {name}, which {index.name} promises; index and shards are of different downloads")
+    for file, shard in shards.items():
+        extra = [name for name in shard.tensors if mapping.get(name) != file]
+        if extra:
+            raise RequestError(f"{folder / file} holds {extra[0]}, not so in {index.name}; index and shards are of different downloads")
+    sources = {name: shards[file] for name, file in mapping.items()}
+    return ShardedFolder(folder, {name: source.tensors[name] for name, source in sources.items()}, sources)
+
+
+# torch zips
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """A dict of tensors that torch.save wrote. It stays mapped; `read` copies out of the mapping."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    mapped: Mapping[str, Tensor]
+
+    def read(self, name: str) -> Tensor:
+        return self.mapped[name].clone(memory_format=torch.contiguous_format)
+
+
+def open_torch(path: Path) -> TorchFile:
+    """Map a `.pth`: a dict of tensors, or one inside `model_state` or `state_dict`. Code in the pickle is refused, not run.
+
+    Raises:
+        RequestError: naming the file, for anything else.
+    """
+    refuse_unreadable(path)
+    _refuse_odd_zip(path)
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything at all
+        text = str(error)
+        if "weights_only" in text or "Unsupported" in text:
+            raise RequestError(
+                f"{path} holds Python objects beside tensors, and code in weight files is never run here; "
+                "use the published file, or safetensors"
+            ) from None
+        raise RequestError(f"{path} is damaged ({text.splitlines()[0][:120] if text else type(error).__name__}); {AGAIN}") from None
+    for wrapper in ("model_state", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state:
+        raise RequestError(f"{path} is not a dict of tensors but {type(state).__name__}")
+    mapped: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+            raise RequestError(f"{path}: {name!r} is not a plain tensor but {type(value).__name__}")
+        # A view may repeat a few stored bytes into any shape; copied out it would take what it claims.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise RequestError(f"{path}: {name} claims more data than the file holds; {AGAIN}")
+        mapped[name] = value.detach()
+    return TorchFile(path, {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in mapped.items()}, mapped)
+
+
+def _refuse_odd_zip(path: Path) -> None:
+    """Refuse what torch.save does not write: other containers, compression (mapped, it reads as noise), foreign byte order."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise RequestError(f"{path} is a compressed zip, which torch does not write; {AGAIN}")
+                if entry.filename.endswith(("/data.pkl", "/byteorder")) and entry.file_size > HEADER_LIMIT:
+                    raise RequestError(f"{path} has an index of {entry.file_size:,} bytes, far too large; {AGAIN}")
+                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                    raise RequestError(f"{path} was saved on a big-endian machine, which is not read here")
+    except zipfile.BadZipFile:
+        raise RequestError(
+            f"{path} is not a whole file of torch.save: cut off, of another format, or from before torch 1.6; {AGAIN}, or save it anew"
+        ) from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RuntimeError, NotImplementedError, EOFError, UnicodeError) as error:
+        raise RequestError(f"{path} is damaged ({error}); {AGAIN}") from None
