@@ -123,6 +123,25 @@ def test_dit(model: str, case: Json, sample: int) -> None:
     close(velocity, expected, DIT["models"][model]["tolerance"], f"output of {case['name']}")
 
 
+DIT_BATCHES = [
+    pytest.param(model, case, id=f"{model}-{case['name']}")
+    for model, manifest in DIT["models"].items()
+    for case in manifest["cases"]
+    if case["batch"] > 1 and len({tuple(grid) for grid in case["grids_after_patching"]}) == 1
+]
+
+
+@pytest.mark.parametrize(("model", "case"), DIT_BATCHES)
+def test_dit_batch(model: str, case: Json) -> None:
+    """Samples of one size, as one batch: the caller pads the texts."""
+    manifest = DIT["models"][model]
+    found = case_tensors(manifest["cases_file"], case)
+    latent, expected = (torch.stack([found[f"{key}.{n}"] for n in range(case["batch"])]) for key in ("latent", "output"))
+    text = torch.nn.utils.rnn.pad_sequence([found[f"context.{n}"] for n in range(case["batch"])], batch_first=True)
+    t = found["t"] if found["t"].ndim == 1 else found["t"][:, : case["tokens"][0]]
+    close(dit(model)(latent, t, text), expected, manifest["tolerance"], f"output of {case['name']}")
+
+
 def module_path(name: str) -> str:
     """`block1.self_attn` -> `blocks.1.self_attn`; other names are the module's own."""
     head, _, rest = name.partition(".")
@@ -276,7 +295,7 @@ def test_solver_samples(run: Json) -> None:
     expected = case_tensors(SOLVERS["file"], run)["x"]
     schedule = schedule_of(run)
     start = SOLVERS["start"]
-    state = SolverState(0, stored(SOLVERS["file"], start["key"], start))
+    state = SolverState(0, stored(SOLVERS["file"], start["key"], start).reshape(expected[0].shape))
     assert torch.equal(state.x, expected[0])
     for index in range(len(schedule)):
         state = advance(schedule, state, golden_velocity)

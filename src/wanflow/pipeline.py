@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +84,7 @@ class Run:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, framework="pt") as file:
                 stored = json.loads((file.metadata() or {})["wanflow"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             recipe = dict(stored["recipe"])
@@ -258,7 +258,7 @@ class Pipeline:
             states = prepared[which]
             timestep = torch.tensor([step.timestep], device=x.device)
             if scales[which] == 1:
-                return model(x, timestep, states)
+                return cast(Tensor, model(x, timestep, states))
             tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
             if self.cfg_batch if self.cfg_batch is not None else tokens <= FEW_TOKENS:
                 conditional, unconditional = model(x.expand(2, -1, -1, -1, -1), timestep.expand(2), states).split(1)

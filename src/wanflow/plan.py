@@ -11,7 +11,7 @@ import torch
 
 from wanflow.assemble import choose_device, choose_dtype
 from wanflow.config import CompleteRequest, RequestError, Runtime
-from wanflow.weights.load import Checkpoint, expert_bytes, text_bytes
+from wanflow.weights.load import Checkpoint, expert_bytes
 
 GB = 10**9
 FULL_SIZE = 20 * GB  # bytes of one expert in float32 from which a model belongs on a data-centre GPU
@@ -86,7 +86,7 @@ def guard(checkpoint: Checkpoint, runtime: Runtime) -> None:
             )
         return
     experts = expert_bytes(checkpoint, dtype) * (2 if runtime.keep_experts else 1)
-    need = max(experts, text_bytes(checkpoint, torch.bfloat16)) + GB
+    need = max(experts, checkpoint.t5.stat().st_size) + GB
     have = machine.ram_free if device.type == "cpu" else machine.gpu
     if have and need > have:
         raise RequestError(

@@ -221,7 +221,7 @@ class WanDiT(nn.Module):
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, dim * 6))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = cast(Iterable[Block], nn.ModuleList(Block(config) for _ in range(config.num_layers)))
         self.head = Head(config)
 
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor | TextStates, trunk: Trunk = run_blocks) -> Tensor:
@@ -265,7 +265,7 @@ class WanDiT(nn.Module):
             if timestep.shape != tokens.shape[:2]:
                 raise ValueError(f"timestep is {list(timestep.shape)}, not [B] or [B, L] = {list(tokens.shape[:2])}")
             # A table of the distinct timesteps and an index, instead of a row per token (9 GB at 720p).
-            timestep, index = timestep.unique(return_inverse=True)
+            timestep, index = torch.unique(timestep, return_inverse=True)
             timestep = timestep.expand(tokens.shape[0], -1)
         else:
             timestep = timestep.view(-1, 1)

@@ -56,7 +56,7 @@ def clips(rng: random.Random, count: int, frames: int, side: int, crop: int) -> 
         if rng.random() < 0.6:
             colour, background = toy.COLOURS[scene.colour], toy.BACKGROUNDS[scene.background]
         else:
-            colour, background = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+            colour, background = ((rng.randrange(256), rng.randrange(256), rng.randrange(256)) for _ in range(2))
         videos.append(toy.paint(cover, torch.tensor(colour, dtype=torch.float32), torch.tensor(background, dtype=torch.float32)))
         covers.append(cover)
     cover = torch.stack(covers)
@@ -67,9 +67,9 @@ def clips(rng: random.Random, count: int, frames: int, side: int, crop: int) -> 
 
 def curriculum(step: int, steps: int) -> tuple[int, int, int]:
     """(clips, frames, crop) at a step: crops of images, crops of short clips, then whole clips."""
-    if step < 0.45 * steps:
+    if step < 0.505 * steps:
         return 48, 1, 32
-    return (12, 9, 32) if step < 0.78 * steps else (4, 17, 64)
+    return (12, 9, 32) if step < 0.876 * steps else (4, 17, 64)
 
 
 def loss(vae: WanVAE, videos: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,9 @@ def encode_texts(encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: list[str])
 
 
 @torch.no_grad()
-def precompute(vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, seed: int, count: int, frames: int, side: int) -> Cache:
+def precompute(
+    vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, seed: int, count: int, frames: int, side: int, say: Callable[[str], None]
+) -> Cache:
     """Render, caption and encode `count` clips that training may see; clip n depends on (seed, n) alone."""
     latents, texts = [], []
     for start in range(0, count, 16):
@@ -47,9 +50,11 @@ def precompute(vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, seed: in
             videos.append(toy.render(scene, rng, frames, side))
             captions += [toy.caption(scene), *(toy.caption(scene, rng) for _ in range(WORDINGS - 1))]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            latents.append(vae.encode(torch.stack(videos), groups=4).bfloat16())
+            latents.append(vae.encode(torch.stack(videos), groups=4).bfloat16().contiguous())
         texts.append(encode_texts(encoder, tokenizer, captions).bfloat16().unflatten(0, (-1, WORDINGS)))
-    return Cache(torch.cat(latents), torch.cat(texts), encode_texts(encoder, tokenizer, [""])[0].bfloat16())
+        if start % 1024 == 0:
+            say(f"{start} of {count} clips encoded")
+    return Cache(torch.cat(latents), torch.cat(texts).contiguous(), encode_texts(encoder, tokenizer, [""])[0].bfloat16())
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,9 +77,9 @@ def initialise(model: WanDiT) -> None:
             module.attend = plain_attention
     nn.init.normal_(model.patch_embedding.weight, std=(model.config.in_dim * 4) ** -0.5)
     nn.init.zeros_(model.head.head.weight)
-    nn.init.normal_(model.time_projection[1].weight, std=0.02 * model.config.dim**-0.5)
+    model.get_parameter("time_projection.1.weight").mul_(0.02)
     for block in model.blocks:
-        block.modulation[:, [2, 5]] = 1.0
+        block.modulation[:, [2, 5]] = 1.0  # the gates
 
 
 def sigmas(count: int, low: float, high: float, shift: float, generator: torch.Generator) -> Tensor:
@@ -95,7 +100,7 @@ def flow_loss(model: WanDiT, latents: Tensor, texts: Tensor, sigma: Tensor, nois
     return F.mse_loss(predicted, noise - latents)
 
 
-def batch(cache: Cache, size: int, dropout: float, rng: random.Random, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def batch(cache: Cache, size: int, dropout: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Random latents, one wording of each (or the empty prompt, for guidance), and noise."""
     rows = torch.randint(len(cache.latents), (size,), generator=generator)
     wording = torch.randint(WORDINGS, (size,), generator=generator)

@@ -48,7 +48,8 @@ def rate(step: int, train: Train) -> float:
 
 def optimizers(module: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside `blocks.` where asked for, AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (matrices if train.muon_rate and "blocks." in name and parameter.ndim == 2 else rest).append(parameter)

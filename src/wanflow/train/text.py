@@ -95,8 +95,9 @@ class Tagger(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=1.0)  # position tables too: heads differ in where they look
-        for block in self.encoder.blocks:
-            nn.init.normal_(block.attn.q.weight, std=config.dim**-0.5 * (config.dim_attn / config.num_heads) ** -0.5)
+        for name, weight in self.encoder.named_parameters():
+            if name.endswith("attn.q.weight"):
+                nn.init.normal_(weight, std=config.dim**-0.5 * (config.dim_attn / config.num_heads) ** -0.5)
 
     def loss(self, ids: Tensor, mask: Tensor, tags: Tensor) -> Tensor:
         """Mean cross-entropy over the tokens; a scalar."""

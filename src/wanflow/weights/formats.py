@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import struct
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanflow.config import RequestError
 
 HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
 AGAIN = "download it again"
 
 DTYPES = {
@@ -57,28 +62,36 @@ class TensorSource(Protocol):
         """The tensor in CPU memory of its own, as stored. Raises RequestError when the file has changed or breaks off."""
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever the system refuses (permission, a broken disk, an impossible name) becomes a RequestError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+
+
 def open_source(path: Path) -> TensorSource:
     """Open whatever holds tensors: a `.safetensors` file, a folder of them, or a torch zip.
 
     Raises:
         RequestError: naming the file and what to do, for anything missing, broken or hostile.
     """
-    if path.is_dir():
-        return open_folder(path)
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
+    with reading(path):
+        if path.is_dir():
+            return open_folder(path)
+        return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
 
 
 def refuse_unreadable(path: Path) -> int:
     """The size in bytes of a regular file that may be read; a RequestError for anything else."""
-    try:
+    with reading(path):
         if not path.exists():
             raise RequestError(f"{path} is missing; {AGAIN}")
         if not path.is_file():
             raise RequestError(f"{path} is not a regular file")
         with path.open("rb"):
             size = path.stat().st_size
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
     if size == 0:
         raise RequestError(f"{path} is empty; {AGAIN}")
     return size
@@ -89,11 +102,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if refuse_unreadable(path) > HEADER_LIMIT:
         raise RequestError(f"{path} is too large for JSON that describes a model; {AGAIN}")
     try:
-        return _json_object(path.read_bytes())
+        with reading(path):
+            return _json_object(path.read_bytes())
+    except RequestError:
+        raise
     except ValueError as error:
         raise RequestError(f"{path} is not a JSON object ({error}); {AGAIN}") from None
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
@@ -130,16 +144,13 @@ class SafetensorsFile:
         info = self.tensors[name]
         data = torch.empty(info.nbytes, dtype=torch.uint8)
         view, done = data.numpy().data, 0
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.starts[name])
-                while done < info.nbytes:  # one call reads at most 2 GB
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise RequestError(f"{self.path} breaks off inside {name}; {AGAIN}")
-                    done += count
-        except OSError as error:
-            raise RequestError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(self.starts[name])
+            while done < info.nbytes:  # one call reads at most 2 GB
+                count = file.readinto(view[done:])
+                if not count:
+                    raise RequestError(f"{self.path} breaks off inside {name}; {AGAIN}")
+                done += count
         return data.view(info.dtype).view(info.shape)
 
 
@@ -152,16 +163,13 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         RequestError: naming the file, for a truncated, oversized, inconsistent or foreign file.
     """
     size = refuse_unreadable(path)
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > HEADER_LIMIT:
-                raise RequestError(f"{path} is not a safetensors file (or its first bytes are damaged); {AGAIN}")
-            if 8 + length > size:
-                raise RequestError(f"{path} is cut off: its header of {length:,} bytes does not fit into {size:,}; {AGAIN}")
-            text = file.read(length)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
+    with reading(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > HEADER_LIMIT:
+            raise RequestError(f"{path} is not a safetensors file, or its first bytes are damaged; {AGAIN}")
+        if 8 + length > size:
+            raise RequestError(f"{path} is cut off: its header of {length:,} bytes does not fit into {size:,}; {AGAIN}")
+        text = file.read(length)
     try:
         header = _json_object(text)
         metadata = header.pop("__metadata__", {})
@@ -224,27 +232,20 @@ class ShardedFolder:
         return self.shards[name].read(name)
 
 
-def weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The index of a model's folder (None where one file holds everything) and the files it names, there or not.
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a model's folder needs, there or not: its index and the shards that names, or one file with everything.
 
-    `diffusion_pytorch_model.safetensors.index.json` comes first; one variant of it (`...-bf16...`, `....fp16...`) serves as well.
+    `diffusion_pytorch_model.safetensors.index.json` comes first; one variant of it (`-bf16`, `.fp16`) serves as well.
 
     Raises:
-        RequestError: when there is neither, more than one, or the index is broken or points out of the folder.
+        RequestError: when there are several models, or the index is broken or points out of the folder.
     """
-    if not folder.is_dir():
-        raise RequestError(f"{folder} is missing or not a folder")
     indexes = sorted(file for file in folder.glob("*.json") if ".safetensors" in file.name and ".index" in file.name)
-    index = _only(indexes, folder / "diffusion_pytorch_model.safetensors.index.json")
+    index = _only(indexes, folder / INDEX)
     if index is not None:
-        return index, _indexed(index, _weight_map(index))
-    shards = sorted(folder.glob("*.safetensors"))
-    whole = [file for file in shards if "-of-" not in file.name]
-    single = _only(whole, folder / "diffusion_pytorch_model.safetensors")
-    if single is None:
-        what = f"its index (there are {len(shards)} shards)" if shards else "its weights"
-        raise RequestError(f"{folder} lacks {what}: {folder.name}/diffusion_pytorch_model.safetensors.index.json; {AGAIN}")
-    return None, [single]
+        return [index, *_indexed(index, _weight_map(index))]
+    whole = sorted(file for file in folder.glob("*.safetensors") if "-of-" not in file.name)
+    return [_only(whole, folder / "diffusion_pytorch_model.safetensors") or folder / INDEX]
 
 
 def _only(files: list[Path], preferred: Path) -> Path | None:
@@ -272,7 +273,7 @@ def _indexed(index: Path, mapping: dict[str, str]) -> list[Path]:
         plain = name == file.name and not set(name) & set('/\\:*?"<>|\0')
         if not plain or not name.endswith(".safetensors"):
             raise RequestError(f"{index} names {name!r}, which is not a safetensors file of its own folder; {AGAIN}")
-        real = file.resolve()
+        real = Path(os.path.realpath(file))
         # Hugging Face's cache links every file of a snapshot to its blobs folder; nothing else may lead outside.
         if real.parent != home and not (cache and real.parent == cache / "blobs"):
             raise RequestError(f"{file} is a link out of its folder, to {real}; put the file itself there, or link the whole folder")
@@ -286,12 +287,13 @@ def open_folder(folder: Path) -> TensorSource:
     Raises:
         RequestError: naming what is missing, broken, or not where the index says.
     """
-    index, files = weight_files(folder)
-    if index is None:
-        return open_safetensors(files[0])
+    files = weight_files(folder)
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        raise RequestError(f"{folder} lacks {len(missing)} of {len(files)} shards that {index.name} names: {', '.join(missing)}; {AGAIN}")
+        raise RequestError(f"{folder} lacks {len(missing)} of {len(files)} files: {', '.join(missing)}; {AGAIN}")
+    if len(files) == 1:
+        return open_safetensors(files[0])
+    index, *files = files
     shards = {file.name: open_safetensors(file) for file in files}
     mapping = _weight_map(index)
     for name, file in mapping.items():
@@ -331,13 +333,16 @@ def open_torch(path: Path) -> TorchFile:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything at all
-        text = str(error)
-        if "weights_only" in text or "Unsupported" in text:
+        if called := re.search(r"GLOBAL (\S+)", str(error)):
             raise RequestError(
-                f"{path} holds Python objects beside tensors, and code in weight files is never run here; "
+                f"{path} holds Python objects ({called[1]}), not only tensors, and code in weight files is never run here; "
                 "use the published file, or safetensors"
             ) from None
-        raise RequestError(f"{path} is damaged ({text.splitlines()[0][:120] if text else type(error).__name__}); {AGAIN}") from None
+        if "unable to mmap" in str(error):  # not the file's fault: the system promises no more memory than it has
+            raise RequestError(
+                f"{path} does not fit this machine's memory; a .safetensors file of the same tensors needs far less"
+            ) from None
+        raise RequestError(f"{path} is damaged, or holds something else than tensors ({type(error).__name__}); {AGAIN}") from None
     for wrapper in ("model_state", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -345,7 +350,7 @@ def open_torch(path: Path) -> TorchFile:
         raise RequestError(f"{path} is not a dict of tensors but {type(state).__name__}")
     mapped: dict[str, Tensor] = {}
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        if not isinstance(name, str) or type(value) not in (Tensor, nn.Parameter) or not _stored(value):
             raise RequestError(f"{path}: {name!r} is not a plain tensor but {type(value).__name__}")
         # A view may repeat a few stored bytes into any shape; copied out it would take what it claims.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -354,10 +359,14 @@ def open_torch(path: Path) -> TorchFile:
     return TorchFile(path, {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in mapped.items()}, mapped)
 
 
+def _stored(value: Tensor) -> bool:
+    return value.layout == torch.strided and value.device.type == "cpu"
+
+
 def _refuse_odd_zip(path: Path) -> None:
     """Refuse what torch.save does not write: other containers, compression (mapped, it reads as noise), foreign byte order."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise RequestError(f"{path} is a compressed zip, which torch does not write; {AGAIN}")
@@ -365,11 +374,11 @@ def _refuse_odd_zip(path: Path) -> None:
                     raise RequestError(f"{path} has an index of {entry.file_size:,} bytes, far too large; {AGAIN}")
                 if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
                     raise RequestError(f"{path} was saved on a big-endian machine, which is not read here")
+    except RequestError:
+        raise
     except zipfile.BadZipFile:
         raise RequestError(
             f"{path} is not a whole file of torch.save: cut off, of another format, or from before torch 1.6; {AGAIN}, or save it anew"
         ) from None
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RuntimeError, NotImplementedError, EOFError, UnicodeError) as error:
+    except (ValueError, RuntimeError, EOFError, struct.error) as error:
         raise RequestError(f"{path} is damaged ({error}); {AGAIN}") from None

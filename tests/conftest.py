@@ -1,0 +1,42 @@
+"""Shared by all tests: a small folder in the official layout with random weights, and the embedded miniature."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import wanflow
+from wanflow.pipeline import Pipeline
+
+# Small enough that a run takes a fraction of a second.
+QUICK = {"frame_num": 5, "sample_steps": 4, "seed": 7}
+PROMPT = "a red circle moves left on a blue background"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def nano() -> Pipeline:
+    """The embedded miniature, loaded once; tests must not change it."""
+    return wanflow.load("nano", device="cpu")
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference numbers: tests/golden, or what WANFLOW_GOLDEN names."""
+    folder = Path(os.environ.get("WANFLOW_GOLDEN", Path(__file__).parent / "golden"))
+    assert folder.is_dir(), f"WANFLOW_GOLDEN: there is no folder {folder}"
+    return folder

@@ -1,0 +1,239 @@
+"""The pipeline on nano: runs as values, cancel and resume, experts in and out of memory, outputs that are refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT, QUICK
+from safetensors.torch import load_file
+
+import wanflow
+from wanflow.config import DiTConfig, RequestError, VAEConfig
+from wanflow.models.dit import WanDiT
+from wanflow.models.vae import WanVAE
+from wanflow.pipeline import Cancelled, OutputError, Pipeline, Progress, Run
+from wanflow.presets import NANO
+from wanflow.sampling.experts import Expert
+from wanflow.sampling.solvers import SolverState
+from wanflow.video import read_recipe
+
+
+def test_a_prompt_becomes_a_video(nano: Pipeline, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    video = nano.generate(PROMPT, on_step=told.append, **QUICK)
+    assert video.frames.shape == (5, 64, 64, 3)
+    assert video.frames.dtype == np.uint8
+    assert [p.step for p in told] == [1, 2, 3, 4]
+    assert [p.expert for p in told] == sorted((p.expert for p in told), reverse=False)  # high before low
+    assert told[0].snr < told[-1].snr
+    path = video.save(tmp_path / "out.mp4")
+    recipe = read_recipe(path)
+    assert recipe == json.loads(json.dumps(video.recipe))
+    assert recipe["request"]["seed"] == 7
+    assert recipe["model"]["fingerprint"]
+
+
+def test_same_seed_same_video_and_other_seed_other_video(nano: Pipeline) -> None:
+    first, again = (nano.generate(PROMPT, **QUICK).frames for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, nano.generate(PROMPT, **{**QUICK, "seed": 8}).frames)
+
+
+def test_a_seed_is_drawn_and_kept(nano: Pipeline) -> None:
+    one, two = (nano.begin(wanflow.Request(PROMPT)).request.seed for _ in range(2))
+    assert one != two
+    assert one >= 0
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_stopped_saved_loaded_finished_is_the_same_run(nano: Pipeline, tmp_path: Path, solver: str, stop: int) -> None:
+    whole = nano.resume(nano.begin(wanflow.Request(PROMPT, sample_solver=solver, **QUICK)))  # type: ignore[arg-type]
+    with pytest.raises(Cancelled) as stopped:
+        nano.generate(PROMPT, on_step=lambda p: p.step < stop, sample_solver=solver, **QUICK)
+    stopped.value.run.save(tmp_path / "run.safetensors")
+    loaded = Run.load(tmp_path / "run.safetensors")
+    assert loaded.state.index == stop
+    assert loaded.request == whole.request
+    assert torch.equal(nano.resume(loaded).state.x, whole.state.x)
+
+
+def test_a_run_is_finished_in_a_new_process(nano: Pipeline, tmp_path: Path) -> None:
+    whole = nano.generate(PROMPT, **QUICK)
+    with pytest.raises(Cancelled) as stopped:
+        nano.generate(PROMPT, on_step=lambda p: p.step < 2, **QUICK)
+    stopped.value.run.save(tmp_path / "run.safetensors")
+    code = (
+        "import numpy, torch, wanflow; torch.set_num_threads(2); pipe = wanflow.load('nano', device='cpu');"
+        f"run = wanflow.Run.load(__import__('pathlib').Path({str(tmp_path / 'run.safetensors')!r}));"
+        f"numpy.save({str(tmp_path / 'frames.npy')!r}, pipe.finish(pipe.resume(run)).frames)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert np.array_equal(np.load(tmp_path / "frames.npy"), whole.frames)
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path, nano: Pipeline) -> None:
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(RequestError, match="no saved run"):
+        Run.load(file)
+    nano.begin(wanflow.Request(PROMPT, **QUICK)).save(file)
+    data = file.read_bytes()
+    for broken in (data[: len(data) // 2], b"", b"{}" * 50):
+        file.write_bytes(broken)
+        with pytest.raises(RequestError, match="not a saved wanflow run"):
+            Run.load(file)
+
+
+def test_an_unfinished_run_is_not_decoded(nano: Pipeline) -> None:
+    with pytest.raises(RequestError, match="step 0 of 4"):
+        nano.finish(nano.begin(wanflow.Request(PROMPT, **QUICK)))
+
+
+def test_guidance_one_leaves_the_second_branch_out(nano: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    forward = WanDiT.forward
+
+    def counted(self: WanDiT, latent: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        batches.append(latent.shape[0])
+        return forward(self, latent, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WanDiT, "forward", counted)
+    nano.generate(PROMPT, cfg_high=1, cfg_low=1, **QUICK)
+    assert batches == [1] * 4
+    batches.clear()
+    nano.generate(PROMPT, cfg_high=4, cfg_low=1, **QUICK)
+    assert sorted(batches, reverse=True) == batches
+    assert set(batches) == {1, 2}
+
+
+def test_one_expert_at_a_time(nano: Pipeline) -> None:
+    """The high-noise expert is gone before the low-noise one is read, and the video is the same to the bit."""
+    lean = wanflow.load("nano", device="cpu", keep_experts=False)
+    alive: list[int] = []
+    seen: list[weakref.ref[WanDiT]] = []
+    read = lean.parts.expert
+
+    def watched(which: Expert) -> WanDiT:
+        model = read(which)
+        if not seen or seen[-1]() is not model:
+            seen.append(weakref.ref(model))
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in seen))
+        return model
+
+    lean.parts.expert = watched  # type: ignore[method-assign]
+    video = lean.generate(PROMPT, **QUICK)
+    assert len(seen) == 2
+    assert max(alive) == 1
+    assert np.array_equal(video.frames, nano.generate(PROMPT, **QUICK).frames)
+
+
+def test_nan_is_reported_at_its_step(tmp_path: Path) -> None:
+    pipe = wanflow.load("nano", device="cpu")
+    with torch.no_grad():
+        pipe.parts.expert("low").head.head.bias.fill_(float("nan"))
+    with pytest.raises(OutputError, match="step 2 gave NaN|step 3 gave NaN|step 4 gave NaN"):
+        pipe.generate(PROMPT, **QUICK)
+
+
+def test_a_constant_video_is_reported(tmp_path: Path) -> None:
+    pipe = wanflow.load("nano", device="cpu")
+    with torch.no_grad():
+        for parameter in pipe.parts.vae().parameters():
+            parameter.zero_()
+    with pytest.raises(OutputError, match="constant"):
+        pipe.generate(PROMPT, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"size": "65*64"}, "multiple of 16; the nearest is 64"),
+        ({"size": "banana"}, "WIDTH"),
+        ({"frame_num": 6}, "4n"),
+        ({"frame_num": 5.0}, "whole number"),
+        ({"sample_steps": 0}, "sample_steps"),
+        ({"sample_shift": float("nan")}, "sample_shift"),
+        ({"sample_solver": "heun"}, "unipc"),
+        ({"cfg_high": -1}, "cfg_high"),
+        ({"boundary": 2}, "boundary"),
+        ({"fps": 0}, "fps"),
+        ({"seed": 2**64}, "seed"),
+        ({"stepz": 3}, "does not know stepz"),
+    ],
+)
+def test_bad_requests_are_named(nano: Pipeline, wrong: dict[str, object], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        nano.generate(PROMPT, **wrong)
+    with pytest.raises(RequestError, match="prompt is empty"):
+        nano.generate("  ")
+
+
+def test_other_sizes_and_a_single_frame(nano: Pipeline, tmp_path: Path) -> None:
+    assert nano.generate(PROMPT, size=(96, 48), frame_num=9, sample_steps=2, seed=1).frames.shape == (9, 48, 96, 3)
+    picture = nano.generate(PROMPT, frame_num=1, sample_steps=2, seed=1)
+    assert read_recipe(picture.save(tmp_path / "one.png"))["request"]["frame_num"] == 1
+
+
+class GoldenParts:
+    """The reference models as parts of the real pipeline: one loop, and it is the one that users run."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = json.loads((folder / "pipeline.json").read_text())
+        vae = json.loads((folder / "vae.json").read_text())
+        config = DiTConfig(**manifest["config"])
+        statistics = {"latent_mean": vae["latent_mean"], "latent_std": vae["latent_std"]}
+        self.preset = replace(NANO, dit=config, vae=VAEConfig(**vae["config"], **statistics))
+        self.device = torch.device("cpu")
+        self.made_by = {"model": {"name": "golden", "fingerprint": "", "folder": ""}}
+        cases = load_file(folder / manifest["cases_file"])
+        rows = [cases["context"], cases["context_null"]]
+        self.texts = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, config.text_len - len(row))) for row in rows])
+        self.models: dict[str, WanDiT] = {}
+        for which in ("high", "low"):
+            self.models[which] = WanDiT(config)
+            self.models[which].load_state_dict(load_file(folder / manifest[f"{which}_weights_file"]))
+        self._vae = WanVAE(self.preset.vae)
+        self._vae.load_state_dict(load_file(folder / vae["weights_file"]))
+
+    def text(self, prompts: list[str]) -> torch.Tensor:
+        return self.texts[: len(prompts)]
+
+    def expert(self, which: Expert) -> WanDiT:
+        return self.models[which]
+
+    def vae(self) -> WanVAE:
+        return self._vae
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_loop_gives_the_reference_latents(golden: Path, together: bool) -> None:
+    manifest = json.loads((golden / "pipeline.json").read_text())
+    cases = load_file(golden / manifest["cases_file"])
+    limit = manifest["tolerance"]["latents"]
+    pipe = Pipeline(GoldenParts(golden), cfg_batch=together)
+    for run in manifest["runs"]:
+        request = wanflow.Request(
+            "golden", "none", size=(manifest["width"], manifest["height"]), frame_num=manifest["frames"],
+            sample_solver="unipc" if run["solver"] == "unipc" else "dpm++", sample_steps=run["steps"], sample_shift=run["shift"],
+            cfg_high=manifest["guide_scale"]["high"], cfg_low=manifest["guide_scale"]["low"], boundary=manifest["boundary"], seed=0,
+        )  # fmt: skip
+        begun = replace(pipe.begin(request), state=SolverState(0, cases[f"{run['name']}.noise"].unsqueeze(0)))
+        told: list[Progress] = []
+        done = pipe.resume(begun, told.append)
+        assert [p.expert for p in told] == run["expert"]
+        assert [int(p.timestep) for p in told] == run["timesteps"]
+        for index, progress in enumerate(told):
+            torch.testing.assert_close(progress.latents[0], cases[f"{run['name']}.latents"][index + 1], atol=limit["atol"], rtol=limit["rtol"])
+        frames = np.concatenate(list(pipe.frames(done)))
+        wanted = ((cases[f"{run['name']}.video"].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+        assert np.abs(frames - (wanted - 0.5)).max() <= 0.52  # truncated to whole values
