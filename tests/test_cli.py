@@ -160,7 +160,15 @@ def test_flags_reach_the_recipe(in_tmp: Path) -> None:
     extra = "--negative_prompt '' --cfg_high 2 --sample_guide_scale 5 --boundary 0.9 --fps 12 --sample_solver dpm++ --sample_shift 3 --size 48*64"
     assert main([*MAKE, *shlex.split(extra), "--save_file", "x.mp4", "--dtype", "bfloat16", "--t5_cpu"]) == 0
     recipe = read_recipe(Path("x.mp4"))
-    wanted = {"cfg_high": 2.0, "cfg_low": 5.0, "boundary": 0.9, "fps": 12.0, "sample_solver": "dpm++", "sample_shift": 3.0, "size": [48, 64]}
+    wanted = {
+        "cfg_high": 2.0,
+        "cfg_low": 5.0,
+        "boundary": 0.9,
+        "fps": 12.0,
+        "sample_solver": "dpm++",
+        "sample_shift": 3.0,
+        "size": [48, 64],
+    }
     assert {key: recipe["request"][key] for key in wanted} == wanted
     assert recipe["request"]["negative_prompt"] == ""
     assert recipe["runtime"]["dtype"] == "bfloat16"
@@ -236,7 +244,9 @@ def test_an_unknown_word_is_told_and_a_known_one_is_not(in_tmp: Path, caplog: py
     assert "does not know" not in caplog.text
 
 
-def test_prompt_extension_asks_the_server_and_falls_back(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompt_extension_asks_the_server_and_falls_back(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from threading import Thread
 
@@ -275,7 +285,9 @@ def test_a_small_machine_is_refused_the_full_model(tmp_path: Path, capsys: pytes
     (tmp_path / "w/google/umt5-xxl").mkdir(parents=True)
     (tmp_path / "w/google/umt5-xxl/tokenizer.json").write_bytes((NANO_FOLDER / "google/umt5-xxl/tokenizer.json").read_bytes())
     began = time.monotonic()
-    said = refused(capsys, "generate", "--ckpt_dir", str(tmp_path / "w"), "--prompt", "a", "--save_file", str(tmp_path / "x.mp4"), "--device", "cpu")
+    said = refused(
+        capsys, "generate", "--ckpt_dir", str(tmp_path / "w"), "--prompt", "a", "--save_file", str(tmp_path / "x.mp4"), "--device", "cpu"
+    )
     assert time.monotonic() - began < 20
     for words in ("80 GB", "64 GB of RAM", "150 GB", "here:", "do:", "--force"):
         assert words in said

@@ -60,7 +60,9 @@ def tensors(file: str) -> dict[str, Tensor]:
 def stored(file: str, key: str, entry: Json) -> Tensor:
     """A stored tensor, checked against what its manifest says of it."""
     tensor = tensors(file)[key]
-    assert list(tensor.shape) == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}", f"{file}: {key} is not as its manifest says"
+    assert list(tensor.shape) == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}", (
+        f"{file}: {key} is not as its manifest says"
+    )
     return tensor
 
 
@@ -362,9 +364,7 @@ def test_pipeline(run: Json) -> None:
 BUILDERS = {"dit": (WanDiT, DiTConfig), "t5 encoder": (UMT5Encoder, TextConfig), "wan2.1 vae": (WanVAE, VAEConfig)}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, id=name) for name, entry in SIZES["modules"].items() if entry["module"] in BUILDERS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name, entry in SIZES["modules"].items() if entry["module"] in BUILDERS])
 def test_sizes(name: str) -> None:
     entry = SIZES["modules"][name]
     build, config = BUILDERS[entry["module"]]

@@ -233,7 +233,9 @@ def test_the_loop_gives_the_reference_latents(golden: Path, together: bool) -> N
         assert [p.expert for p in told] == run["expert"]
         assert [int(p.timestep) for p in told] == run["timesteps"]
         for index, progress in enumerate(told):
-            torch.testing.assert_close(progress.latents[0], cases[f"{run['name']}.latents"][index + 1], atol=limit["atol"], rtol=limit["rtol"])
+            torch.testing.assert_close(
+                progress.latents[0], cases[f"{run['name']}.latents"][index + 1], atol=limit["atol"], rtol=limit["rtol"]
+            )
         frames = np.concatenate(list(pipe.frames(done)))
         wanted = ((cases[f"{run['name']}.video"].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
         assert np.abs(frames - (wanted - 0.5)).max() <= 0.52  # truncated to whole values

@@ -25,7 +25,14 @@ from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Pipeline
 from wanflow.sampling.experts import Expert
 from wanflow.weights.load import (
-    Checkpoint, expert_bytes, fingerprint, load_expert, load_text_encoder, load_tokenizer, load_vae, open_checkpoint,
+    Checkpoint,
+    expert_bytes,
+    fingerprint,
+    load_expert,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+    open_checkpoint,
 )  # fmt: skip
 
 logger = logging.getLogger("wanflow")

@@ -155,7 +155,6 @@ def generate(args: argparse.Namespace) -> None:
 def replay(args: argparse.Namespace) -> None:
     from wanflow.assemble import assemble, resolve
     from wanflow.config import CompleteRequest
-    from wanflow.pipeline import Run
     from wanflow.plan import guard
     from wanflow.video import read_recipe
 
@@ -323,7 +322,9 @@ def _same_weights(recipe: dict[str, Any], made_by: dict[str, Any], force: bool) 
             " point --ckpt_dir at those, or take these with --force"
         )
     if recipe["versions"] != made_by["versions"]:
-        logging.getLogger("wanflow").warning("made with %s; here %s: the result may differ by rounding", recipe["versions"], made_by["versions"])
+        logging.getLogger("wanflow").warning(
+            "made with %s; here %s: the result may differ by rounding", recipe["versions"], made_by["versions"]
+        )
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
@@ -351,8 +352,8 @@ class Screen:
         from rich.console import Console
 
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.began = time.monotonic()
-        self._told = 0.0
+        self._reading = ""
+        self._began = self._told = time.monotonic()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -366,18 +367,17 @@ class Screen:
         high = experts(schedule, request.boundary).count("high")
         switch = f", switch at SNR {snr(schedule.sigmas[high]):.4f}" if 0 < high < len(schedule) else ""
         self.say(f"{made['model']['name']} on {made['runtime']['device']} in {made['runtime']['dtype']}, seed {request.seed}")
-        self.say(
-            f"{request.size[0]}*{request.size[1]}, {request.frame_num} frames at {request.fps:g} fps; {len(schedule)} {request.sample_solver}"
-            f" steps: {high} high-noise, {len(schedule) - high} low-noise{switch} -> {target}"
-        )
+        what = f"{request.size[0]}*{request.size[1]}, {request.frame_num} frames at {request.fps:g} fps"
+        steps = f"{len(schedule)} {request.sample_solver} steps: {high} high-noise, {len(schedule) - high} low-noise{switch}"
+        self.say(f"{what}; {steps} -> {target}")
 
     def loading(self, what: str, done: int, total: int) -> None:
         """Told while weights are read; speaks every two seconds."""
         now = time.monotonic()
-        if done == 0:
-            self._load_began = self._told = now
-        elif now - self._told > 2 or (done >= total and now - self._load_began > 2):
-            rate = done / max(now - self._load_began, 1e-3)
+        if what != self._reading:
+            self._reading, self._began, self._told = what, now, now
+        elif now - self._told > 2:
+            rate = done / (now - self._began)
             self.say(f"reading {what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s, {(total - done) / rate:.0f} s left")
             self._told = now
 
@@ -406,7 +406,14 @@ class Denoising:
         self.screen, self.steps, self.first = screen, run.request.sample_steps, run.state.index
         self.live = screen.console.is_terminal
         self.began = self.told = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=screen.console, disable=not self.live)
         self.task = self.bar.add_task("denoising", total=self.steps, completed=self.first)
 
@@ -467,7 +474,9 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:
         if type(error).__name__ not in ("OutputError", "OutOfMemoryError"):
             raise
-        return fail(1, f"{error}" if type(error).__name__ == "OutputError" else f"out of memory: {error}; try a smaller --size or fewer frames")
+        return fail(
+            1, f"{error}" if type(error).__name__ == "OutputError" else f"out of memory: {error}; try a smaller --size or fewer frames"
+        )
     return 0
 
 

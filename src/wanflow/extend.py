@@ -17,7 +17,10 @@ logger = logging.getLogger("wanflow")
 DASHSCOPE = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 DEFAULT_MODEL = "qwen-plus"
 INSTRUCTIONS = {
-    "zh": "你为文生视频模型改写提示词。保留用户的原意与所有细节，补充主体外观、动作、场景、光线、镜头与风格，写成一段80到100字的中文。只输出改写后的提示词。",
+    "zh": (
+        "你为文生视频模型改写提示词。保留用户的原意与所有细节，补充主体外观、动作、场景、光线、镜头与风格，"
+        "写成一段80到100字的中文。只输出改写后的提示词。"
+    ),
     "en": (
         "You rewrite prompts for a text-to-video model. Keep the user's meaning and every detail; add the subject's looks, its motion, the"
         " setting, light, camera and style. Answer with one English paragraph of 80 to 100 words and nothing else."

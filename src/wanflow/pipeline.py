@@ -86,7 +86,7 @@ class Run:
         try:
             with safe_open(path, framework="pt") as file:
                 stored = json.loads((file.metadata() or {})["wanflow"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             recipe = dict(stored["recipe"])
             request = CompleteRequest(**recipe.pop("request"))
             return cls(request, recipe, SolverState.from_tensors(int(stored["index"]), tensors))

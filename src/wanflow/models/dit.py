@@ -100,6 +100,14 @@ class Linear32(nn.Linear):
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
+class PatchEmbedding(nn.Conv3d):
+    """Patches to tokens, in the weight's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return F.conv3d(x.to(self.weight.dtype), self.weight, bias, self.stride)
+
+
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """In and out float32."""
@@ -217,7 +225,7 @@ class WanDiT(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, dim * 6))
@@ -242,7 +250,7 @@ class WanDiT(nn.Module):
         """
         if latent.ndim != 5 or latent.shape[1] != self.config.in_dim or latent.shape[3] % 2 or latent.shape[4] % 2:
             raise ValueError(f"latent is {list(latent.shape)}, not [B, {self.config.in_dim}, T, even H, even W]")
-        patches = self.patch_embedding(latent.to(self.patch_embedding.weight.dtype))
+        patches = self.patch_embedding(latent)
         grid = cast(tuple[int, int, int], tuple(patches.shape[2:]))
         tokens = patches.flatten(2).transpose(1, 2).float()
         states = self.text_states(text) if isinstance(text, Tensor) else text

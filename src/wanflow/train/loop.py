@@ -103,7 +103,9 @@ def fit(module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report
         now = time.monotonic()
         if now - last_report > 15 or step + 1 == train.steps:
             pace = (now - began) / (step + 1 - first)
-            report(f"step {step + 1}/{train.steps}  loss {seen:.4f}  {pace:.2f} s/step  {pace * (train.steps - step - 1) / 60:.1f} min left")
+            report(
+                f"step {step + 1}/{train.steps}  loss {seen:.4f}  {pace:.2f} s/step  {pace * (train.steps - step - 1) / 60:.1f} min left"
+            )
             last_report = now
         if now - last_save > train.save_seconds or step + 1 == train.steps:
             _save(state_file, module, optims, average, step + 1, seen, train.seed)

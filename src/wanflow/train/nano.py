@@ -36,8 +36,8 @@ DROPOUT = 0.1  # share of captions replaced by the empty prompt, for guidance
 TEXT = Train(steps=1000, batch=64, learning_rate=2e-3, dtype=torch.float32)
 VAE = Train(steps=2850, batch=0, learning_rate=2e-3, weight_decay=0.0)
 EXPERT: dict[Expert, Train] = {
-    "high": Train(steps=3000, batch=64, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=1),
-    "low": Train(steps=4500, batch=64, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=2),
+    "high": Train(steps=2600, batch=48, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=1),
+    "low": Train(steps=4600, batch=48, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=2),
 }
 SHIFT = 3.0  # crowds the training sigmas upwards, as sampling does
 STAGES = ("text", "vae", "cache", "high", "low", "export")
@@ -176,7 +176,18 @@ def export(work: Path, out: Path, say: Say) -> None:
         torch.save({k: v.bfloat16().clone() for k, v in load_file(work / source).items()}, out / target)
     (out / "google" / "umt5-xxl").mkdir(parents=True)
     shutil.copy(work / "tokenizer.json", out / "google" / "umt5-xxl" / "tokenizer.json")
-    defaults = ("size", "frame_num", "fps", "sample_shift", "sample_steps", "cfg_high", "cfg_low", "boundary", "negative_prompt", "sample_solver")
+    defaults = (
+        "size",
+        "frame_num",
+        "fps",
+        "sample_shift",
+        "sample_steps",
+        "cfg_high",
+        "cfg_low",
+        "boundary",
+        "negative_prompt",
+        "sample_solver",
+    )
     sheet = {
         "name": made.name, "dit": {"text_dim": made.dit.text_dim}, "text": asdict(made.text), "vae": asdict(made.vae),
         "defaults": {key: getattr(made, key) for key in defaults},

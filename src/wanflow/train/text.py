@@ -76,7 +76,7 @@ def tagged(tokenizer: Tokenizer, rng: random.Random, count: int) -> tuple[Tensor
         for _, stop in encoded.offsets:
             word = next(word for end, word in ends if stop <= end)
             marks.append(TAGS[(word.slot, word.value)])
-        pieces, marks = pieces[: tokenizer.length - 1] + [tokenizer.end], marks[: tokenizer.length - 1] + [0]
+        pieces, marks = [*pieces[: tokenizer.length - 1], tokenizer.end], [*marks[: tokenizer.length - 1], 0]
         ids[row, : len(pieces)] = torch.tensor(pieces)
         tags[row, : len(marks)] = torch.tensor(marks)
         mask[row, : len(pieces)] = 1

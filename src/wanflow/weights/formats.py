@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from wanflow.config import RequestError
 
 HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
+CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 AGAIN = "download it again"
 
@@ -58,8 +60,8 @@ class TensorSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in CPU memory of its own, as stored. Raises RequestError when the file has changed or breaks off."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in CPU memory of its own, as stored or converted on the way; RequestError when the file breaks off."""
 
 
 @contextmanager
@@ -140,18 +142,26 @@ class SafetensorsFile:
     starts: Mapping[str, int]  # where each tensor's bytes begin in the file
     metadata: Mapping[str, str]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         info = self.tensors[name]
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
-        view, done = data.numpy().data, 0
+        out = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
+        stored = out if out.dtype == info.dtype else torch.empty(min(CHUNK, info.nbytes) // info.dtype.itemsize, dtype=info.dtype)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(self.starts[name])
-            while done < info.nbytes:  # one call reads at most 2 GB
-                count = file.readinto(view[done:])
-                if not count:
-                    raise RequestError(f"{self.path} breaks off inside {name}; {AGAIN}")
-                done += count
-        return data.view(info.dtype).view(info.shape)
+            for start in range(0, len(out), max(1, len(stored))):
+                part = stored[: len(out) - start]
+                self._fill(file, part)
+                if part.data_ptr() != out.data_ptr():
+                    out[start : start + len(part)] = part
+        return out.view(info.shape)
+
+    def _fill(self, file: FileIO, part: Tensor) -> None:
+        view, done = part.view(torch.uint8).numpy().data, 0
+        while done < len(view):  # one call reads at most 2 GB
+            count = file.readinto(view[done:])
+            if not count:
+                raise RequestError(f"{self.path} breaks off at byte {file.tell():,}; {AGAIN}")
+            done += count
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -228,8 +238,8 @@ class ShardedFolder:
     tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, SafetensorsFile]  # the file of each tensor
 
-    def read(self, name: str) -> Tensor:
-        return self.shards[name].read(name)
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.shards[name].read(name, dtype)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -318,8 +328,8 @@ class TorchFile:
     tensors: Mapping[str, TensorInfo]
     mapped: Mapping[str, Tensor]
 
-    def read(self, name: str) -> Tensor:
-        return self.mapped[name].clone(memory_format=torch.contiguous_format)
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.mapped[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def open_torch(path: Path) -> TorchFile:

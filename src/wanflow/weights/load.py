@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from wanflow.config import DiTConfig, Preset, Request, RequestError, TextConfig, VAEConfig, from_mapping, parse_size
@@ -32,9 +32,7 @@ T5_STEM, VAE_STEM = "models_t5_umt5-xxl-enc-bf16", "Wan2.1_VAE"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 SHEET = "wanflow.json"
 SECTIONS = {"name": str, "task": str, "dit": dict, "text": dict, "vae": dict, "defaults": dict, "vocabulary": list}
-DEFAULTS = (
-    "size", "frame_num", "fps", "sample_solver", "sample_shift", "sample_steps", "cfg_high", "cfg_low", "boundary", "negative_prompt",
-)  # fmt: skip
+DEFAULTS = {field.name for field in fields(Preset)} - {"name", "task", "dit", "text", "vae"}
 HELP = "get the weights with `wanflow download`, or `hf download Wan-AI/Wan2.2-T2V-A14B --local-dir {}`"
 ONLY = "wanflow runs Wan2.2-T2V-A14B (text to video)"
 
@@ -88,12 +86,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise RequestError(f"{folder}: the two experts differ in {', '.join(odd)}; they are not of one model")
         t5, vae = open_source(files[T5_STEM]), open_source(files[VAE_STEM])
         text_config = configure(TextConfig, text_shapes(t5), sheet.get("text", {}), files[T5_STEM])
-        vae_config = configure(VAEConfig, *_statistics(vae_shapes(vae), sheet.get("vae", {}), files[VAE_STEM]), files[VAE_STEM])
-        if high.text_dim != text_config.dim or high.in_dim != vae_config.z_dim or high.out_dim != vae_config.z_dim:
-            raise RequestError(
-                f"{folder}: the parts do not fit each other: experts for text of width {high.text_dim} and {high.in_dim} latent channels in, "
-                f"{high.out_dim} out; text of width {text_config.dim}, latents of {vae_config.z_dim} channels"
-            )
+        levels = vae_shapes(vae)
+        vae_config = configure(VAEConfig, levels, _statistics(levels, sheet.get("vae", {}), files[VAE_STEM]), files[VAE_STEM])
+        widths = {"text width": (high.text_dim, text_config.dim), "latent channels": (high.in_dim, high.out_dim, vae_config.z_dim)}
+        for what, values in widths.items():
+            if len(set(values)) > 1:
+                raise RequestError(f"{folder}: the experts, the text encoder and the VAE are not of one model ({what} {values})")
         check(build(UMT5Encoder, text_config), t5)
         check(build(WanVAE, vae_config), vae)
         preset = _preset(folder, replace(T2V_A14B, dit=high, text=text_config, vae=vae_config), sheet)
@@ -137,7 +135,7 @@ def _files(folder: Path) -> dict[str, Path]:
         wanted += [files[name] / "config.json", *weight_files(files[name])]
     missing = sorted(path.relative_to(folder).as_posix() for path in wanted if not path.exists())
     if missing:
-        raise RequestError(f"{folder} lacks {len(missing)} files: {', '.join(missing)}; {HELP.format(folder)}")
+        raise RequestError(f"{folder} is incomplete, it lacks {', '.join(missing)}; {HELP.format(folder)}")
     return files
 
 
@@ -148,7 +146,7 @@ def _sheet(path: Path) -> dict[str, Any]:
             raise RequestError(f"{path}: {key} is unknown or of the wrong kind; known are {', '.join(SECTIONS)}")
     unknown = sorted(set(sheet.get("defaults", {})) - set(DEFAULTS))
     if unknown:
-        raise RequestError(f"{path}: unknown defaults {', '.join(unknown)}; known are {', '.join(DEFAULTS)}")
+        raise RequestError(f"{path}: unknown defaults {', '.join(unknown)}; known are {', '.join(sorted(DEFAULTS))}")
     return sheet
 
 
@@ -254,14 +252,14 @@ def vae_shapes(source: TensorSource) -> Shapes:
     return {"dim": dim, "z_dim": z_dim, "dim_mult": mult, "num_res_blocks": len(levels[0]), "temperal_downsample": tuple(temporal)}
 
 
-def _statistics(found: Shapes, said: Mapping[str, Any], file: Path) -> tuple[Shapes, dict[str, Any]]:
+def _statistics(found: Shapes, said: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
     """Add the published latent statistics where the VAE has the published shape; another VAE must bring its own."""
     if "latent_mean" in said and "latent_std" in said:
-        return found, dict(said)
+        return said
     published = T2V_A14B.vae
     if any(getattr(published, key) != value for key, value in found.items()):
         raise RequestError(f"{file} is not the published VAE, and {SHEET} beside it gives no latent_mean and latent_std for it")
-    return found, {"latent_mean": published.latent_mean, "latent_std": published.latent_std, **said}
+    return {"latent_mean": published.latent_mean, "latent_std": published.latent_std, **said}
 
 
 def configure(cls: type[C], found: Shapes, said: Mapping[str, Any], file: Path) -> C:
@@ -309,17 +307,12 @@ def check(module: nn.Module, source: TensorSource) -> None:
     """RequestError unless the source holds exactly the module's parameters, in their shapes; it counts and names what differs."""
     wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     found = source.tensors
-    wrong = [
-        f"{name} is {list(found[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name].shape != shape
-    ]
-    packed = [f"{name} is {found[name].dtype}" for name in wanted if name in found and not found[name].dtype.is_floating_point]
+    both = [(name, found[name], shape) for name, shape in wanted.items() if name in found]
     faults = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
-        "of the wrong shape": wrong,
-        "not floating-point": packed,
+        "of the wrong shape": [f"{name} is {list(info.shape)}, not {list(shape)}" for name, info, shape in both if info.shape != shape],
+        "not floating-point": [f"{name} is {info.dtype}" for name, info, _ in both if not info.dtype.is_floating_point],
     }
     told = [f"{len(items)} {what} ({', '.join(items[:5])}{', ...' if len(items) > 5 else ''})" for what, items in faults.items() if items]
     if told:
@@ -327,9 +320,9 @@ def check(module: nn.Module, source: TensorSource) -> None:
 
 
 def load_module(module: nn.Module, source: TensorSource, place: Place, device: torch.device | str, report: Report | None = None) -> None:
-    """Fill a module on meta, one tensor at a time: read, convert, move, assign.
+    """Fill a module on meta, one tensor at a time: read and convert, move, assign.
 
-    Beside the module as placed, memory holds one tensor as stored and one as placed.
+    On the way to a GPU, host memory holds one tensor in its final dtype; on the CPU, nothing but the module.
 
     Raises:
         RequestError: before anything is read, when names or shapes differ; while reading, when a file breaks off.
@@ -339,7 +332,7 @@ def load_module(module: nn.Module, source: TensorSource, place: Place, device: t
     total, done = sum(source.tensors[name].nbytes for name in names), 0
     for name in names:
         info = source.tensors[name]
-        value = source.read(name).to(place(name, info)).to(device)
+        value = source.read(name, place(name, info)).to(device)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
         done += info.nbytes

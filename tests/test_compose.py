@@ -1,0 +1,106 @@
+"""Every feature with every other one: the result is the plain run's, or the combination is refused in words."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROMPT
+
+import wanflow
+from wanflow.config import Request, RequestError
+from wanflow.pipeline import Cancelled, Pipeline
+
+# Each feature: what it adds to load() and to the request, and how far the final latent may then be from the plain run's.
+# Bit-equal where only residency changes, rounding where a batch or a dtype does (stated, not fitted:
+# float32 rounding over six evaluations with guidance 4 stays below 1e-3 of latents of size 1; bfloat16 has 8 bits).
+BIT, ROUNDING, BF16 = 0.0, 1e-3, 0.35
+FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "one expert at a time": ({"keep_experts": False}, {}, BIT),
+    "text encoder on the CPU": ({"t5_cpu": True}, {}, BIT),
+    "two passes": ({"cfg_batch": False}, {}, ROUNDING),
+    "one batch": ({"cfg_batch": True}, {}, ROUNDING),
+    "bfloat16": ({"dtype": "bfloat16"}, {}, BF16),
+    "stop and resume": ({}, {"stop": 2}, BIT),
+    "dpm++": ({}, {"sample_solver": "dpm++"}, BIT),
+    "euler": ({}, {"sample_solver": "euler"}, BIT),
+    "no guidance": ({}, {"cfg_high": 1.0, "cfg_low": 1.0}, BIT),
+    "guidance for one expert": ({}, {"cfg_low": 1.0}, BIT),
+    "no negative prompt": ({}, {"negative_prompt": ""}, BIT),
+    "one expert only": ({}, {"boundary": 0.0}, BIT),
+    "another size": ({}, {"size": (48, 80)}, BIT),
+    "one frame": ({}, {"frame_num": 1}, BIT),
+}
+
+
+@functools.cache
+def pipeline(runtime: tuple[tuple[str, Any], ...]) -> Pipeline:
+    return wanflow.load("nano", device="cpu", **dict(runtime))
+
+
+@functools.cache
+def plain_latent(request: tuple[tuple[str, Any], ...]) -> torch.Tensor:
+    return latent({}, dict(request))
+
+
+def latent(runtime: dict[str, Any], request: dict[str, Any]) -> torch.Tensor:
+    """The final latent of a run, stopped, saved as tensors and resumed where the request says so."""
+    request = {"frame_num": 5, "sample_steps": 3, "seed": 3, **request}
+    stop = request.pop("stop", None)
+    pipe = pipeline(tuple(sorted(runtime.items())))
+    run = pipe.begin(Request(PROMPT, **request))
+    if stop is not None:
+        with pytest.raises(Cancelled) as cancelled:
+            pipe.resume(run, lambda told: told.step < stop)
+        run = cancelled.value.run
+    return pipe.resume(run).state.x
+
+
+def compatible(one: str, two: str) -> bool:
+    """Two features that set the same thing to different values are one choice, not a pair."""
+    sides = zip(FEATURES[one][:2], FEATURES[two][:2], strict=True)
+    return not any(a[key] != b[key] for a, b in sides for key in a.keys() & b.keys())
+
+
+PAIRS = [(a, b) for a, b in itertools.combinations(FEATURES, 2) if compatible(a, b)]
+
+
+@pytest.mark.parametrize(("one", "two"), PAIRS, ids=[f"{a} + {b}" for a, b in PAIRS])
+def test_pair(one: str, two: str) -> None:
+    """How it runs (the first dict) must not change what is made (the second)."""
+    (runtime1, request1, limit1), (runtime2, request2, limit2) = FEATURES[one], FEATURES[two]
+    what = request1 | request2
+    result = latent(runtime1 | runtime2, what)
+    plain = plain_latent(tuple(sorted((key, value) for key, value in what.items() if key != "stop")))
+    assert torch.isfinite(result).all()
+    limit = max(limit1, limit2)
+    if limit == BIT:
+        assert torch.equal(result, plain)
+    else:
+        assert (result - plain).abs().mean() <= limit * plain.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [({"dtype": "int4"}, "dtype"), ({"device": "tpu"}, "device"), ({"noise_device": "tpu"}, "noise_device"), ({"devise": "cpu"}, "devise")],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(runtime: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wanflow.assemble as assemble
+
+    def read(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    for name in ("load_expert", "load_text_encoder", "load_vae"):
+        monkeypatch.setattr(assemble, name, read)
+    with pytest.raises(RequestError, match=words):
+        wanflow.load("nano", **runtime)
+
+
+def test_a_pipeline_serves_many_requests(nano: Pipeline) -> None:
+    """No request leaves anything behind for the next."""
+    first = nano.generate(PROMPT, frame_num=5, sample_steps=2, seed=1).frames
+    nano.generate("a large green cross spins on a black background", frame_num=9, sample_steps=3, sample_solver="euler", cfg_high=1.0)
+    assert (nano.generate(PROMPT, frame_num=5, sample_steps=2, seed=1).frames == first).all()
