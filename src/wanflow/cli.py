@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from wanflow.config import SOLVERS, Request, RequestError, Runtime
 
 if TYPE_CHECKING:
-    from wanflow.pipeline import OnStep, Pipeline, Progress, Run
+    from wanflow.pipeline import Pipeline, Progress, Run
+    from wanflow.screen import Screen
     from wanflow.weights.load import Checkpoint
+
+logger = logging.getLogger("wanflow")
 
 TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "animate-14B", "s2v-14B")
 SAVE_SECONDS = 5.0  # at most so much work is lost to a crash, beside the step under way
@@ -120,78 +123,105 @@ def _run_flags(p: argparse.ArgumentParser, save_file: bool = True) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     from wanflow.assemble import assemble, resolve
-    from wanflow.pipeline import Run
     from wanflow.plan import advice, guard
+    from wanflow.screen import Screen
 
     _refuse_what_is_not_built(args)
-    run = Run.load(args.resume) if args.resume else None
-    model = args.ckpt_dir or (_model_of(run.recipe) if run else None)
-    if model is None:
+    if args.resume:
+        return _resume(args)
+    if args.ckpt_dir is None:
         raise RequestError("--ckpt_dir is missing: the folder of the weights, or nano for the miniature that ships with wanflow")
-    if run is None and not args.prompt:
+    if not args.prompt:
         raise RequestError("--prompt is missing: say what the video should show")
-    request = None if run else _request(args)
+    request, runtime = _request(args), _runtime(args)
     if args.save_file is not None:
         _check_target(args.save_file, args.overwrite)
-    runtime = _runtime(args)
-    checkpoint = _open(model, resolve)
-    if request is not None:
-        request = _extended(args, request)
-        for note in advice(request.complete(checkpoint.preset), checkpoint):
-            logging.getLogger("wanflow").warning(note)
+    checkpoint = _open(args.ckpt_dir, resolve)
+    request.complete(checkpoint.preset)  # refuse a bad request before a server is asked to extend its prompt
+    request = _extended(args, request)
+    for note in advice(request.complete(checkpoint.preset), checkpoint):
+        logger.warning(note)
     if not args.force:
         guard(checkpoint, runtime)
     screen = Screen()
     pipe = assemble(checkpoint, runtime, screen.loading)
-    if run is None:
-        assert request is not None
-        run = pipe.begin(request)
-    else:
-        _same_weights(run.recipe, pipe.parts.made_by, args.force)
-    target = args.save_file or _default_target(args.task, run)
-    _make(pipe, run, target, args, screen)
+    run = pipe.begin(request)
+    _make(pipe, run, args.save_file or _default_target(args.task, run), args, screen)
+
+
+def _resume(args: argparse.Namespace) -> None:
+    from wanflow.pipeline import Run
+    from wanflow.screen import Screen
+
+    run = Run.load(args.resume)
+    if args.prompt:
+        raise RequestError("--resume continues a saved run, whose prompt stands; leave --prompt out")
+    target = args.save_file or _beside(args.resume)
+    _check_target(target, args.overwrite)
+    screen = Screen()
+    _make(_reopen(run.recipe, args, screen, args.device), run, target, args, screen)
 
 
 def replay(args: argparse.Namespace) -> None:
-    from wanflow.assemble import assemble, resolve
-    from wanflow.config import CompleteRequest
-    from wanflow.plan import guard
+    from wanflow.screen import Screen
     from wanflow.video import read_recipe
 
     recipe = read_recipe(args.video)
-    try:
-        made, request = recipe["runtime"], CompleteRequest(**recipe["request"])
-        runtime = Runtime(made["device"], made["dtype"], made["t5_cpu"], noise_device=recipe["noise_device"])
-        model = args.ckpt_dir or _model_of(recipe)
-    except (KeyError, TypeError) as error:
-        raise RequestError(f"the recipe in {args.video} is incomplete or of another version: {error}") from None
     target = args.save_file or args.video.with_name(f"{args.video.stem}_replay{args.video.suffix}")
     _check_target(target, args.overwrite)
-    checkpoint = _open(model, resolve)
-    if not args.force:
-        guard(checkpoint, runtime)
     screen = Screen()
-    pipe = assemble(checkpoint, runtime, screen.loading)
-    _same_weights(recipe, pipe.parts.made_by, args.force)
-    run = pipe.begin(Request(**recipe["request"]))
-    _make(pipe, replace(run, request=request), target, args, screen)
+    pipe = _reopen(recipe, args, screen)
+    try:
+        request = Request(**recipe["request"])
+    except (KeyError, TypeError) as error:
+        raise RequestError(f"the recipe in {args.video} is of another version: {error}") from None
+    _make(pipe, pipe.begin(request), target, args, screen)
 
 
 def decode(args: argparse.Namespace) -> None:
-    from wanflow.assemble import assemble, resolve
     from wanflow.pipeline import Run
+    from wanflow.screen import Screen
 
     run = Run.load(args.latent)
     if not run.finished:
         raise RequestError(
             f"{args.latent} stands at step {run.state.index} of {run.request.sample_steps}; finish it with: wanflow generate --resume"
         )
-    target = args.save_file or args.latent.with_name(args.latent.name.removesuffix(STATE_SUFFIX) + ".mp4")
+    target = args.save_file or _beside(args.latent)
     _check_target(target, args.overwrite)
     screen = Screen()
-    pipe = assemble(_open(args.ckpt_dir or _model_of(run.recipe), resolve), Runtime(), screen.loading)
-    _same_weights(run.recipe, pipe.parts.made_by, args.force)
-    _make(pipe, run, target, args, screen)
+    _make(_reopen(run.recipe, args, screen), run, target, args, screen)
+
+
+def _beside(state_file: Path) -> Path:
+    """The video that a saved run belongs to."""
+    return state_file.with_name(state_file.name.removesuffix(STATE_SUFFIX) + ".mp4")
+
+
+def _reopen(recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, device: str = "auto") -> Pipeline:
+    """The pipeline that made a recipe, on this machine: same weights, dtype and choices, and its device where there is one."""
+    from wanflow.assemble import assemble, choose_device, resolve
+    from wanflow.plan import guard
+
+    try:
+        made = recipe["runtime"]
+        wanted = made["device"] if device == "auto" else device
+        dtype, t5_cpu, cfg_batch, noise = made["dtype"], made["t5_cpu"], recipe["cfg_batch"], recipe["noise_device"]
+        model = args.ckpt_dir or _model_of(recipe)
+    except (KeyError, TypeError) as error:
+        raise RequestError(f"the recipe is incomplete or of another version: {error} is missing") from None
+    try:
+        choose_device(wanted)
+    except RequestError as error:
+        logger.warning("%s; going on with another device, the result may differ by rounding", error)
+        wanted = "auto"
+    runtime = Runtime(wanted, dtype, t5_cpu, cfg_batch=cfg_batch, noise_device=noise)
+    checkpoint = _open(model, resolve)
+    if not args.force:
+        guard(checkpoint, runtime)
+    pipe = assemble(checkpoint, runtime, screen.loading)
+    _same_weights(recipe, pipe.parts.made_by, args.force)
+    return pipe
 
 
 def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, screen: Screen) -> None:
@@ -202,7 +232,7 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
         target = target.with_suffix(".png")
     _check_target(target, args.overwrite)
     state_file = target.with_name(target.stem + STATE_SUFFIX)
-    screen.begin(pipe, run, target)
+    screen.begin(run, target)
     keeper = StateKeeper(run, state_file)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
@@ -218,7 +248,7 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
     except OSError:
         screen.say(f"the finished latent is kept in {state_file}; finish it with: wanflow decode {state_file}")
         raise
-    for file in {state_file, args.resume if getattr(args, "resume", None) else state_file}:
+    for file in {state_file, getattr(args, "resume", None) or state_file}:
         file.unlink(missing_ok=True)
     screen.say(f"saved {target}")
     if args.contact_sheet:
@@ -285,7 +315,7 @@ def _refuse_what_is_not_built(args: argparse.Namespace) -> None:
             f" --dit_fsdp, --t5_fsdp and --ulysses_size{extra}"
         )
     if args.image:
-        logging.getLogger("wanflow").warning("--image is not used by t2v-A14B")
+        logger.warning("--image is not used by t2v-A14B")
 
 
 def _what_is_missing(folder: str | None) -> str:
@@ -322,9 +352,7 @@ def _same_weights(recipe: dict[str, Any], made_by: dict[str, Any], force: bool) 
             " point --ckpt_dir at those, or take these with --force"
         )
     if recipe["versions"] != made_by["versions"]:
-        logging.getLogger("wanflow").warning(
-            "made with %s; here %s: the result may differ by rounding", recipe["versions"], made_by["versions"]
-        )
+        logger.warning("made with %s; here %s: the result may differ by rounding", recipe["versions"], made_by["versions"])
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
@@ -340,97 +368,6 @@ def _default_target(task: str, run: Run) -> Path:
 
     name = run.made_by["model"]["name"]
     return Path(safe_name(task if name != "nano" else name, run.request.size, run.request.prompt, datetime.now()))
-
-
-# --- what the user sees ---------------------------------------------------------------------------------------------------
-
-
-class Screen:
-    """Progress for people: bars with an ETA on a terminal, a line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._reading = ""
-        self._began = self._told = time.monotonic()
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
-
-    def begin(self, pipe: Pipeline, run: Run, target: Path) -> None:
-        from wanflow.sampling.experts import experts
-        from wanflow.sampling.schedule import make_schedule, snr
-
-        request, made = run.request, run.made_by
-        schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
-        high = experts(schedule, request.boundary).count("high")
-        switch = f", switch at SNR {snr(schedule.sigmas[high]):.4f}" if 0 < high < len(schedule) else ""
-        self.say(f"{made['model']['name']} on {made['runtime']['device']} in {made['runtime']['dtype']}, seed {request.seed}")
-        what = f"{request.size[0]}*{request.size[1]}, {request.frame_num} frames at {request.fps:g} fps"
-        steps = f"{len(schedule)} {request.sample_solver} steps: {high} high-noise, {len(schedule) - high} low-noise{switch}"
-        self.say(f"{what}; {steps} -> {target}")
-
-    def loading(self, what: str, done: int, total: int) -> None:
-        """Told while weights are read; speaks every two seconds."""
-        now = time.monotonic()
-        if what != self._reading:
-            self._reading, self._began, self._told = what, now, now
-        elif now - self._told > 2:
-            rate = done / (now - self._began)
-            self.say(f"reading {what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s, {(total - done) / rate:.0f} s left")
-            self._told = now
-
-    def denoising(self, run: Run) -> Denoising:
-        return Denoising(self, run)
-
-    def decoding(self, chunks: Any, run: Run) -> Any:
-        """Pass decoded chunks on, telling how far it is every two seconds."""
-        began = told = time.monotonic()
-        done = 0
-        for chunk in chunks:
-            yield chunk
-            done += len(chunk)
-            if time.monotonic() - told > 2:
-                told = time.monotonic()
-                left = (told - began) / done * (run.request.frame_num - done)
-                self.say(f"decoding: {done} of {run.request.frame_num} frames, {left:.0f} s left")
-
-
-class Denoising:
-    """The bar over the steps: step, expert, ETA."""
-
-    def __init__(self, screen: Screen, run: Run) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self.screen, self.steps, self.first = screen, run.request.sample_steps, run.state.index
-        self.live = screen.console.is_terminal
-        self.began = self.told = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=screen.console, disable=not self.live)
-        self.task = self.bar.add_task("denoising", total=self.steps, completed=self.first)
-
-    def __enter__(self) -> OnStep:
-        self.bar.start()
-        return self.on_step
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def on_step(self, told: Progress) -> None:
-        self.bar.update(self.task, completed=told.step, description=f"{told.expert}-noise expert, sigma {told.sigma:.3f}")
-        now = time.monotonic()
-        if not self.live and (now - self.told > 2 or told.step == self.steps):
-            left = (now - self.began) / (told.step - self.first) * (self.steps - told.step)
-            self.screen.say(f"step {told.step}/{self.steps}  {told.expert}-noise expert  sigma {told.sigma:.3f}  ETA {left:.0f} s")
-            self.told = now
 
 
 # --- train ----------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,8 @@ class Pipeline:
     def begin(self, request: Request) -> Run:
         """Complete the request and draw its noise: a run at step 0. Reads no weights."""
         complete = request.complete(self.parts.preset)
-        return Run(complete, {**self.parts.made_by, "noise_device": self.noise_device}, SolverState(0, self.noise(complete)))
+        made_by = {**self.parts.made_by, "noise_device": self.noise_device, "cfg_batch": self.cfg_batch}
+        return Run(complete, made_by, SolverState(0, self.noise(complete)))
 
     def noise(self, request: CompleteRequest) -> Tensor:
         """[1, z, t, h, w] float32 on the parts' device, from the seed alone."""

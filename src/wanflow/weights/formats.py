@@ -151,7 +151,7 @@ class SafetensorsFile:
             for start in range(0, len(out), max(1, len(stored))):
                 part = stored[: len(out) - start]
                 self._fill(file, part)
-                if part.data_ptr() != out.data_ptr():
+                if stored is not out:
                     out[start : start + len(part)] = part
         return out.view(info.shape)
 
@@ -329,7 +329,7 @@ class TorchFile:
     mapped: Mapping[str, Tensor]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.mapped[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return self.mapped[name].to(dtype or self.tensors[name].dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def open_torch(path: Path) -> TorchFile:
