@@ -88,6 +88,8 @@ class LoadedParts:
         small = expert_bytes(checkpoint, self.dtype) < SMALL
         self.keep = small if runtime.keep_experts is None else runtime.keep_experts
         self.keep_text = small
+        # The large encoder is published in bfloat16, and its activations overflow float16.
+        self.text_dtype = self.dtype if small and self.dtype != torch.float16 else torch.bfloat16
         self.report = report
         self.made_by: dict[str, Any] = {
             "model": {"name": self.preset.name, "folder": str(checkpoint.folder), "fingerprint": fingerprint(checkpoint)},
@@ -108,8 +110,7 @@ class LoadedParts:
         if self._encoder is None:
             if not self.keep_text:
                 self._free()
-            dtype = self.dtype if self.text_device.type != "cpu" or self.keep_text else torch.bfloat16
-            self._encoder = load_text_encoder(self.checkpoint, dtype, self.text_device, self._watch("text encoder"))
+            self._encoder = load_text_encoder(self.checkpoint, self.text_dtype, self.text_device, self._watch("text encoder"))
         ids, mask = ids.to(self.text_device), mask.to(self.text_device)
         # One prompt at a time: an encoding must not depend on what it was encoded beside.
         states = torch.cat([self._encoder(ids[row : row + 1], mask[row : row + 1]) for row in range(len(prompts))])

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wanflow")
 
 TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "animate-14B", "s2v-14B")
+RANK_ZERO_SPEAKS = 5.0  # seconds: torchrun ends all processes when one ends, and the first to end should be the one that says why
 SAVE_SECONDS = 5.0  # at most so much work is lost to a crash, beside the step under way
 STATE_SUFFIX = ".latent.safetensors"
 
@@ -394,8 +395,10 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
 
     def fail(code: int, text: str) -> int:
-        if not quiet:
-            print(f"wanflow: {text}", file=sys.stderr)
+        if quiet:
+            time.sleep(RANK_ZERO_SPEAKS)
+        else:
+            print(f"wanflow: {text}", file=sys.stderr, flush=True)
         return code
 
     try:

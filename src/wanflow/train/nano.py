@@ -105,9 +105,9 @@ def _vae(work: Path, scale: float, say: Say) -> None:
     save_file(vae.state_dict(), work / "vae.safetensors")
     mean, std = autoencoder.statistics(vae, random.Random(0), NANO.size[0])
     (work / "latent.json").write_text(json.dumps({"latent_mean": mean, "latent_std": std}))
-    scenes = [toy.sample_scene(random.Random(f"vae/{n}"), None) for n in range(200)]
+    scenes = [toy.sample_scene(random.Random(f"vae/{n}"), None) for n in range(max(2, round(200 * scale)))]
     with torch.no_grad():
-        tally = adherence.evaluate(lambda _, n: _reconstruct(vae, scenes[n], n), scenes, range(200), report=say)
+        tally = adherence.evaluate(lambda _, n: _reconstruct(vae, scenes[n], n), scenes, range(len(scenes)), report=say)
     say(f"read from reconstructions: {json.dumps({k: round(v['share'], 3) for k, v in tally.as_dict()['slots'].items()})}")
 
 
