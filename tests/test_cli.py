@@ -105,6 +105,7 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
         ("generate --ckpt_dir nano --prompt a --dtype int3", "dtype"),
         ("generate --ckpt_dir nano --prompt a --save_file x.avi", "mp4"),
         ("generate --resume missing.safetensors", "no saved run"),
+        ("generate --ckpt_dir nano --prompt a --image x.png --size 7", "WIDTH"),
         ("generate --ckpt_dir nano --prompt a --use_prompt_extend", "local_qwen"),
         ("generate --ckpt_dir nano --prompt a --use_prompt_extend --prompt_extend_method dashscope", "DASH_API_KEY"),
         ("generate --ckpt_dir nano --prompt a --promt b", "--promt"),

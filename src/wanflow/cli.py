@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wanflow")
 
+# Flags of the official script that belong to its other tasks: accepted, and said to be unused.
+OTHER_TASKS = (
+    "image", "audio", "enable_tts", "tts_prompt_audio", "tts_prompt_text", "tts_text", "pose_video", "start_from_ref", "infer_frames",
+    "num_clip", "src_root_path", "refert_num", "replace_flag", "use_relighting_lora",
+)  # fmt: skip
+# What a resumed run has settled already.
+SETTLED = (
+    "prompt", "negative_prompt", "size", "frame_num", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale", "cfg_high",
+    "cfg_low", "boundary", "fps", "cfg_batch",
+)  # fmt: skip
 TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "animate-14B", "s2v-14B")
 RANK_ZERO_SPEAKS = 5.0  # seconds: torchrun ends all processes when one ends, and the first to end should be the one that says why
 SAVE_SECONDS = 5.0  # at most so much work is lost to a crash, beside the step under way
@@ -96,7 +107,8 @@ def _generate_flags(p: argparse.ArgumentParser) -> None:
     official.add_argument("--sample_shift", type=float, help="(12)")
     official.add_argument("--sample_guide_scale", type=float, help="guidance of both experts; --cfg_high and --cfg_low set them apart")
     official.add_argument("--convert_model_dtype", action="store_true", help="accepted: weights are held in bfloat16 anyway")
-    official.add_argument("--image", help="not used by t2v-A14B")
+    for flag in OTHER_TASKS:
+        official.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
     ours = p.add_argument_group("wanflow's own")
     ours.add_argument("--negative_prompt", help='what to steer away from (default: the model\'s own; "" for none)')
     ours.add_argument("--cfg_high", type=float, help="guidance of the high-noise expert (4)")
@@ -155,8 +167,9 @@ def _resume(args: argparse.Namespace) -> None:
     from wanflow.screen import Screen
 
     run = Run.load(args.resume)
-    if args.prompt:
-        raise RequestError("--resume continues a saved run, whose prompt stands; leave --prompt out")
+    settled = [f"--{flag}" for flag in SETTLED if getattr(args, flag) is not None]
+    if settled:
+        raise RequestError(f"--resume continues a saved run, in which {', '.join(settled)} is settled; leave it out")
     target = args.save_file or _beside(args.resume)
     _check_target(target, args.overwrite)
     screen = Screen()
@@ -227,7 +240,7 @@ def _reopen(recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, de
 
 def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, screen: Screen) -> None:
     """Denoise, decode and write, keeping the run's state on disk until the video is safely there."""
-    from wanflow.pipeline import save_frames
+    from wanflow.pipeline import OutputError, save_frames
 
     if run.request.frame_num == 1 and args.save_file is None:
         target = target.with_suffix(".png")
@@ -244,10 +257,12 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
     except KeyboardInterrupt:
         keeper.run.save(state_file)
         where = f"step {keeper.run.state.index} of {run.request.sample_steps}"
-        screen.say(f"stopped at {where}; go on with: wanflow generate --resume {state_file} --save_file {target}")
+        names = f"--resume {shlex.quote(str(state_file))} --save_file {shlex.quote(str(target))}"
+        screen.say(f"stopped at {where}; go on with: wanflow generate {names}")
         raise
-    except OSError:
-        screen.say(f"the finished latent is kept in {state_file}; finish it with: wanflow decode {state_file}")
+    except (OSError, OutputError):
+        if run.finished and state_file.exists():
+            screen.say(f"the finished latent is kept in {state_file}; finish it with: wanflow decode {shlex.quote(str(state_file))}")
         raise
     for file in {state_file, getattr(args, "resume", None) or state_file}:
         file.unlink(missing_ok=True)
@@ -315,8 +330,9 @@ def _refuse_what_is_not_built(args: argparse.Namespace) -> None:
             f"{what}: one video on several GPUs is not built yet; run `python generate.py` on one GPU, without torchrun,"
             f" --dit_fsdp, --t5_fsdp and --ulysses_size{extra}"
         )
-    if args.image:
-        logger.warning("--image is not used by t2v-A14B")
+    unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]
+    if unused:
+        logger.warning("%s: not used by t2v-A14B", ", ".join(unused))
 
 
 def _what_is_missing(folder: str | None) -> str:

@@ -60,12 +60,13 @@ class Run:
     def finished(self) -> bool:
         return self.state.index >= self.request.sample_steps
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write to a temporary name, then rename: a crash leaves the previous state whole."""
         from safetensors.torch import save
 
         meta = {"wanflow": json.dumps({"recipe": self.recipe, "index": self.state.index})}
         data = save({name: value.detach().cpu().contiguous() for name, value in self.state.tensors().items()}, metadata=meta)
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         with part.open("wb") as file:
@@ -75,7 +76,7 @@ class Run:
         os.replace(part, path)
 
     @classmethod
-    def load(cls, path: Path) -> Run:
+    def load(cls, path: str | Path) -> Run:
         """Read what `save` wrote.
 
         Raises:

@@ -14,6 +14,7 @@ reads consecutive memory.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -170,7 +171,7 @@ class Encoder(nn.Module):
         dims = [config.dim * mult for mult in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3, dims[0], 3)
         layers: list[nn.Module] = []
-        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             layers += [ResidualBlock(in_dim if block == 0 else out_dim, out_dim) for block in range(config.num_res_blocks)]
             if level < len(config.dim_mult) - 1:
                 layers.append(Downsample(out_dim, config.temperal_downsample[level]))
@@ -195,7 +196,7 @@ class Decoder(nn.Module):
         self.middle = _middle(dims[0])
         temporal = tuple(reversed(config.temperal_downsample))
         layers: list[nn.Module] = []
-        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             in_dim = in_dim if level == 0 else in_dim // 2  # upsampling has halved the channels
             layers += [ResidualBlock(in_dim if block == 0 else out_dim, out_dim) for block in range(config.num_res_blocks + 1)]
             if level < len(config.dim_mult) - 1:

@@ -33,7 +33,7 @@ TOKENIZER = "google/umt5-xxl/tokenizer.json"
 SHEET = "wanflow.json"
 SECTIONS = {"name": str, "task": str, "dit": dict, "text": dict, "vae": dict, "defaults": dict, "vocabulary": list}
 DEFAULTS = {field.name for field in fields(Preset)} - {"name", "task", "dit", "text", "vae"}
-HELP = "get the weights with `wanflow download`, or `hf download Wan-AI/Wan2.2-T2V-A14B --local-dir {}`"
+HELP = "get the weights with `hf download Wan-AI/Wan2.2-T2V-A14B --local-dir {}`"
 ONLY = "wanflow runs Wan2.2-T2V-A14B (text to video)"
 
 # Relatives of the model, by the first thing that gives them away.
@@ -386,7 +386,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """16 hex digits that tell two sets of weights apart without reading 126 GB.
 
     sha256 over every file's name and size, safetensors headers, and 16 evenly spread windows of 64 KiB of its content (all of it
-    up to 1 MiB). Other weights change it; a few flipped bytes between the windows need not: `wanflow download` verifies whole files.
+    up to 1 MiB). Other weights change it; a few flipped bytes between the windows need not: it tells models apart, and is no checksum.
     """
     files = [checkpoint.t5, checkpoint.vae, checkpoint.tokenizer, checkpoint.folder / SHEET]
     for folder in checkpoint.experts.values():
