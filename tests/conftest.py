@@ -16,9 +16,10 @@ QUICK = {"frame_num": 5, "sample_steps": 4, "seed": 7}
 PROMPT = "a red circle moves left on a blue background"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
+# One thread a process, in the processes that tests start too: on a shared machine two threads that wait for each other at every
+# small operation are many times slower than one, and the tests run side by side instead.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

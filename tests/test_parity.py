@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,15 @@ FOLDER = Path(os.environ.get("WANFLOW_GOLDEN") or Path(__file__).parent / "golde
 KINDS = ("dit", "vae", "t5", "solvers", "pipeline", "sizes")
 Json = dict[str, Any]
 M = TypeVar("M", bound=nn.Module)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """At these sizes a second thread costs more than it brings, and on a busy machine very much more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def read_manifests() -> dict[str, Json]:
