@@ -22,7 +22,7 @@ FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__init__"),
     ("serve", "train"),
-    ("plan", "extend"),
+    ("plan", "extend", "screen"),
     ("assemble",),
     ("pipeline",),
     ("weights",),

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import wanflow
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
-from wanflow.models.dit import Linear, WanDiT
+from wanflow.models.dit import Block, Conditioning, Head, Linear, WanDiT, run_blocks
 from wanflow.models.tokenizer import Tokenizer, clean
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
@@ -145,9 +145,7 @@ def test_trunk_is_handed_blocks_and_tokens(dit: WanDiT) -> None:
     """Block streaming passes a generator; the result is the same."""
     x, t = latents(), torch.tensor([5, 6])
 
-    def streamed(blocks, head, tokens, conditioning):  # type: ignore[no-untyped-def]
-        from wanflow.models.dit import run_blocks
-
+    def streamed(blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning) -> Tensor:
         return run_blocks((block for block in blocks), head, tokens, conditioning)
 
     same(dit(x, t, texts(), streamed), dit(x, t, texts()))
@@ -184,8 +182,11 @@ def test_a_call_leaves_nothing_behind(vae: WanVAE) -> None:
 def test_input_is_not_changed(vae: WanVAE, dit: WanDiT) -> None:
     latent, video = randn(1, 4, 2, 2, 2), randn(1, 3, 5, 16, 16)
     kept = latent.clone(), video.clone()
-    vae.decode(latent), vae.encode(video), dit(latent, torch.tensor([1]), texts(1))
-    same(latent, kept[0]), same(video, kept[1])
+    vae.decode(latent)
+    vae.encode(video)
+    dit(latent, torch.tensor([1]), texts(1))
+    same(latent, kept[0])
+    same(video, kept[1])
 
 
 def test_gradient_mode_changes_nothing(vae: WanVAE) -> None:
@@ -234,7 +235,7 @@ torch.set_num_threads(1)
 vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)).requires_grad_(False)
 
 def most(frames, groups):
-    latent, top = torch.zeros(1, 4, frames, 20, 20), 0.0
+    latent, top = torch.zeros(1, 4, frames, 12, 12), 0.0
     with torch.no_grad():
         for part in vae.decode_frames(latent, groups):
             top = max(top, anonymous())
@@ -252,9 +253,9 @@ def test_resident_memory_does_not_grow_with_frames() -> None:
     env = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     run = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, check=True, env=env)
     short, long, at_once = (float(word) for word in run.stdout.split())
-    frame_of_activations = 8 * 160 * 160 * 4 / 2**20  # 0.8 MB for one tensor of one frame at full size
-    assert long - short < 20 * frame_of_activations, run.stdout
+    frame_of_activations = 8 * 96 * 96 * 4 / 2**20  # MB of one tensor of one frame at full size
     assert at_once - short > 100 * frame_of_activations, run.stdout
+    assert long - short < 0.1 * (at_once - short), run.stdout
 
 
 # --- refusals ---
@@ -271,7 +272,7 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "text_rank": (lambda dit, vae: dit.text_states(texts()[0]), r"text is \[10, 12\]"),
     "timestep_tokens": (lambda dit, vae: dit(latents(), torch.ones(2, 44), texts()), r"timestep is \[2, 44\], not .* \[2, 45\]"),
     "video_frames": (lambda dit, vae: vae.encode(randn(1, 3, 4, 16, 16)), r"a video of 4 frames.*4n\+1"),
-    "video_none": (lambda dit, vae: vae.encode(randn(1, 3, 0, 16, 16)), "a video of 0 frames"),
+    "video_none": (lambda dit, vae: vae.encode(randn(1, 3, 0, 16, 16)), r"video.*\b0\b"),
     "video_size": (lambda dit, vae: vae.encode(randn(1, 3, 1, 16, 20)), "a video of 1 frames, 20.16.*multiples of 8"),
 }
 UNCLEAR: dict[str, tuple[Call, pytest.MarkDecorator]] = {
@@ -439,8 +440,6 @@ def test_transformer_learns(dit: WanDiT) -> None:
     x = latents().requires_grad_(True)
     dit.requires_grad_(True)(x, torch.tensor([900, 20]), texts()).square().mean().backward()
     assert x.grad is not None and x.grad.any()
-    no_effect = {f"blocks.{n}.cross_attn.k.bias" for n in range(DIT.num_layers)}  # through the norm it has one
-    assert no_effect <= {name for name, _ in dit.named_parameters()}
     all_have_gradients(dit)
 
 
