@@ -190,11 +190,13 @@ def test_input_is_not_changed(vae: WanVAE, dit: WanDiT) -> None:
 
 
 def test_gradient_mode_changes_nothing(vae: WanVAE) -> None:
-    """Sums are in place where no gradient is wanted."""
-    latent = randn(1, 4, 3, 3, 3)
+    """Where no gradient is wanted, sums are in place and convolutions may go another way."""
+    latent, video = randn(1, 4, 3, 3, 3), randn(1, 3, 9, 16, 16)
     with torch.no_grad():
-        plain = vae.decode(latent)
-    same(vae.requires_grad_(True).decode(latent).detach(), plain)
+        plain = vae.decode(latent), vae.encode(video)
+    vae.requires_grad_(True)
+    torch.testing.assert_close(vae.decode(latent).detach(), plain[0], **ROUNDING)
+    torch.testing.assert_close(vae.encode(video).detach(), plain[1], **ROUNDING)
 
 
 def held(states: dict[nn.Module, Tensor]) -> tuple[int, int]:
@@ -216,11 +218,10 @@ def test_decoder_memory_stays_the_same(vae: WanVAE) -> None:
     assert kept[2][0] <= 1.3 * kept[1][0]  # time upsampling is filled by the third frame
 
 
-@pytest.mark.xfail(strict=True, reason="CausalConv3d keeps a view of its last two frames, and with it the whole chunk it saw")
 def test_decoder_keeps_only_what_it_looks_at(vae: WanVAE) -> None:
     with torch.no_grad():
         for alive, needed in decoder_memory(vae, 5):
-            assert alive <= needed * 1.05
+            assert alive <= needed * 1.05  # a view would keep the whole chunk it looks at
 
 
 WATCH = """
@@ -234,11 +235,21 @@ def anonymous():
 torch.set_num_threads(1)
 vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)).requires_grad_(False)
 
+top = 0.0
+
+def watch(*_):
+    global top
+    top = max(top, anonymous())
+
+for module in vae.modules():  # every layer: between the parts that come out, most is free again
+    module.register_forward_hook(watch)
+
 def most(frames, groups):
-    latent, top = torch.zeros(1, 4, frames, 12, 12), 0.0
+    global top
+    top = 0.0
     with torch.no_grad():
-        for part in vae.decode_frames(latent, groups):
-            top = max(top, anonymous())
+        for part in vae.decode_frames(torch.zeros(1, 4, frames, 12, 12), groups):
+            watch()
     return top
 
 most(2, 1)  # one-off buffers of the kernels
