@@ -265,7 +265,7 @@ def test_resident_memory_does_not_grow_with_frames() -> None:
     run = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, check=True, env=env)
     short, long, at_once = (float(word) for word in run.stdout.split())
     frame_of_activations = 8 * 96 * 96 * 4 / 2**20  # MB of one tensor of one frame at full size
-    assert at_once - short > 100 * frame_of_activations, run.stdout
+    assert at_once - short > 60 * frame_of_activations, run.stdout
     assert long - short < 0.1 * (at_once - short), run.stdout
 
 
