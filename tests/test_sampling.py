@@ -125,9 +125,8 @@ def test_bad_steps(solver: Solver, steps: int) -> None:
         make_schedule(solver, steps, 5.0)
 
 
-@pytest.mark.xfail(strict=True, reason="make_schedule checks neither the solver's name nor for infinity; CompleteRequest does, before it")
 @pytest.mark.parametrize(("solver", "shift"), [("heun", 5.0), ("unipc", math.inf)])
-def test_bad_settings_that_only_the_request_refuses(solver: Solver, shift: float) -> None:
+def test_bad_solver_and_shift(solver: Solver, shift: float) -> None:
     with pytest.raises(RequestError):
         make_schedule(solver, 4, shift)
 

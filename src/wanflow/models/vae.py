@@ -286,8 +286,10 @@ class WanVAE(nn.Module):
     def moments(self, video: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
         """Mean and log variance, [B, z, t, h, w] each, before normalisation (training needs both)."""
         stride, space = self.config.temporal_stride, self.config.spatial_stride
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video is {list(video.shape)}, not [B, 3, T, H, W]")
         frames, height, width = video.shape[2:]
-        if frames % stride != 1 or height % space or width % space:
+        if frames < 1 or (frames - 1) % stride or height % space or width % space:
             raise ValueError(f"a video of {frames} frames, {width}*{height}: frames must be {stride}n+1, sides multiples of {space}")
         state: State = {}
         chunks = [video[:, :, :1], *video[:, :, 1:].split(stride * groups, dim=2)] if frames > 1 else [video]
@@ -301,6 +303,8 @@ class WanVAE(nn.Module):
 
     def decode_frames(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
         """Decode as it goes: [B, 3, 1, H, W], then [B, 3, 4 * groups, H, W] at a time, not clamped."""
+        if latent.ndim != 5 or latent.shape[1] != self.config.z_dim or not latent.shape[2]:
+            raise ValueError(f"latent is {list(latent.shape)}, not [B, {self.config.z_dim}, t, h, w]")
         shift, scale = self._statistics(latent)
         state: State = {}
         chunks = [latent[:, :, :1], *latent[:, :, 1:].split(groups, dim=2)] if latent.shape[2] > 1 else [latent]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from wanflow.config import TRAIN_STEPS, RequestError, Solver
+from wanflow.config import SOLVERS, TRAIN_STEPS, RequestError, Solver
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
     Raises:
         RequestError: for settings no schedule can be made of.
     """
-    if steps < 1 or not shift > 0:
+    if solver not in SOLVERS:
+        raise RequestError(f"sample_solver {solver!r} is none of {', '.join(SOLVERS)}")
+    if steps < 1 or not 0 < shift < math.inf:
         raise RequestError(f"no schedule has {steps} steps at shift {shift}")
     start = 0.9990000128746033 if solver == "unipc" else 1.0
     spacing = -start / steps
