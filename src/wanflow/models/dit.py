@@ -250,6 +250,8 @@ class WanDiT(nn.Module):
         """
         if latent.ndim != 5 or latent.shape[1] != self.config.in_dim or latent.shape[3] % 2 or latent.shape[4] % 2:
             raise ValueError(f"latent is {list(latent.shape)}, not [B, {self.config.in_dim}, T, even H, even W]")
+        if timestep.ndim not in (1, 2):
+            raise ValueError(f"timestep is {list(timestep.shape)}, not [B] or [B, L]")
         rows = {len(latent), len(timestep), len(text) if isinstance(text, Tensor) else len(text[0][0])}
         if len(rows) > 1:
             raise ValueError(f"latent {list(latent.shape)}, timestep {list(timestep.shape)} and text are of {sorted(rows)} samples")

@@ -137,7 +137,7 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         past = state.get(self)
-        state[self] = x[:, :, -1:]
+        state[self] = x[:, :, -1:].clone()  # a view would keep all of `x` in memory
         # The first frame passes unchanged; afterwards three frames, one of them from before, become one.
         return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
 
@@ -274,7 +274,7 @@ class WanVAE(nn.Module):
             groups: how many groups of four frames to take at once; the result is the same.
 
         Returns:
-            [B, z, t, h, w] in the weights' dtype.
+            [B, z, t, h, w] float32.
 
         Raises:
             ValueError: for another number of frames or size.
