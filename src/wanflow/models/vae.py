@@ -6,7 +6,7 @@ Shapes: B batch, C channels, T frames, H height, W width in pixels; t, h, w the 
 Every convolution looks back over at most two frames, so the video is worked through in chunks: the first frame alone,
 then groups of four. What a convolution must remember between chunks lives in `State`, a value made per call and keyed by
 module. A chunk may hold any number of groups, with the same result: decoding uses one latent frame per chunk, training
-uses all at once.
+uses all at once. Inside the decoder a chunk passes two frames at a time where no gradient is wanted (`stream`).
 
 Activations are kept in channels-last memory order, in which CPU and GPU convolutions are fastest and the channel norm
 reads consecutive memory.
@@ -15,7 +15,7 @@ reads consecutive memory.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,10 @@ class CausalConv3d(nn.Conv3d):
             # Taps that would only meet zeros are left out instead of fed: the first frame costs a third.
             state[self] = F.pad(x, (0, 0, 0, 0, reach - 1, 0))
             return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=space).unsqueeze(2)
-        if past is not None and x.shape[2] % 2 == 0 and reach == 2 and space == (1, 1) and _untracked(x, self.weight):
-            state[self] = x[:, :, -reach:].clone()
-            return conv_pairs([*past.unbind(2), *x.unbind(2)], self.weight, self.bias)
+        if past is not None and x.shape[2] % 2 == 0 and self.kernel_size == (3, 3, 3) and _pairs_pay(x, self.weight):
+            out = conv_pairs([*past.unbind(2), *x.unbind(2)], self.weight, self.bias)
+            past.copy_(x[:, :, -reach:])
+            return out
         seen = F.pad(x, (0, 0, 0, 0, reach, 0)) if past is None else torch.cat([past, x], dim=2)
         state[self] = seen[:, :, -reach:].clone()  # a view would keep all of `seen` in memory
         return F.conv3d(seen, self.weight, self.bias, padding=(0, *space))
@@ -50,16 +51,17 @@ class CausalConv3d(nn.Conv3d):
 def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 3x3x3 convolution of T + 2 frames [B, C, H, W], unpadded in time, T even -> [B, C', T, H, W].
 
-    Two frames of output take four 2D convolutions instead of six: Winograd's F(2, 3) over time, with w the taps of time,
+    Convolutions are most of a decode's time, and two frames of output take four 2D convolutions here instead of six. It is
+    Winograd's F(2, 3) over time; of four frames a, b, c, d and the weights' three taps u, v, w it makes
 
-        y0 = (a - c) w0 + (b + c) (w0 + w1 + w2) / 2 + (c - b) (w0 - w1 + w2) / 2
-        y1 = (d - b) w2 + (b + c) (w0 + w1 + w2) / 2 - (c - b) (w0 - w1 + w2) / 2
+        even = (a - c) u + (b + c) (u + v + w) / 2 + (c - b) (u - v + w) / 2  =  a u + b v + c w
+        odd  = (d - b) w + (b + c) (u + v + w) / 2 - (c - b) (u - v + w) / 2  =  b u + c v + d w
 
-    equal to rounding (a direct float32 convolution is no closer to the exact sum). Convolutions are most of a decode's time.
+    equal to rounding: in float32 a direct convolution is no closer to the exact sum.
     """
-    first, middle, last = weight.unbind(2)
-    outer = (first + last) / 2
-    plus, minus = outer + middle / 2, outer - middle / 2
+    u, v, w = weight.unbind(2)
+    outer = (u + w) / 2
+    plus, minus = outer + v / 2, outer - v / 2
     batch, _, height, width = frames[0].shape
     size = (batch, len(weight), len(frames) - 2, height, width)
     out = torch.empty(size, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last_3d)
@@ -67,14 +69,14 @@ def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
         a, b, c, d = frames[t : t + 4]
         even, odd = out[:, :, t], out[:, :, t + 1]
         both, differ = F.conv2d(b + c, plus, bias, padding=1), F.conv2d(c - b, minus, padding=1)
-        torch.add(both, differ, out=even).add_(F.conv2d(a - c, first, padding=1))
-        torch.sub(both, differ, out=odd).add_(F.conv2d(d - b, last, padding=1))
+        torch.add(both, differ, out=even).add_(F.conv2d(a - c, u, padding=1))
+        torch.sub(both, differ, out=odd).add_(F.conv2d(d - b, w, padding=1))
     return out
 
 
-def _untracked(*tensors: Tensor) -> bool:
-    """Whether autograd follows none of these, so that memory may be written over."""
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+def _pairs_pay(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv_pairs` is for these: it writes over memory that autograd would need, and rounds too often for bfloat16."""
+    return weight.dtype == torch.float32 and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
 
 class ChannelNorm(nn.Module):
@@ -142,7 +144,7 @@ class Downsample(nn.Module):
         return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
 
 
-class Doubled(nn.Conv2d):
+class DoublingConv2d(nn.Conv2d):
     """Nearest-neighbour doubling of height and width and the 3x3 convolution after it, as one transposed convolution.
 
     Where the doubled image repeats a pixel, the taps that meet it are added up beforehand: 16 products per pixel instead of 36,
@@ -162,7 +164,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Identity(), Doubled(dim, dim // 2, 3))
+        self.resample = nn.Sequential(nn.Identity(), DoublingConv2d(dim, dim // 2, 3))
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: State) -> Tensor:
@@ -185,11 +187,26 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     return out.permute(0, 2, 3, 1).reshape(batch, frames, *out.shape[2:], out.shape[1]).permute(0, 4, 1, 2, 3)
 
 
-def run(layers: nn.Sequential | nn.ModuleList, x: Tensor, state: State) -> Tensor:
+def run(layers: Iterable[nn.Module], x: Tensor, state: State) -> Tensor:
     """Run layers in order, handing `state` to those that look back in time."""
     for layer in layers:
         x = layer(x, state) if isinstance(layer, STATEFUL) else layer(x)
     return x
+
+
+def stream(layers: list[nn.Module], x: Tensor, state: State) -> Iterator[Tensor]:
+    """As `run`, but two frames at a time where no gradient is wanted.
+
+    Whenever there are more, as after a doubling of time, each two of them pass through all the layers that follow before the
+    next two do. The last layers work on the largest images, and this halves what they hold.
+    """
+    for index, layer in enumerate(layers):
+        x = run([layer], x, state)
+        if x.shape[2] > 2 and not x.requires_grad:
+            for part in x.split(2, dim=2):
+                yield from stream(layers[index + 1 :], part, state)
+            return
+    yield x
 
 
 STATEFUL = (CausalConv3d, ResidualBlock, AttentionBlock, Downsample, Upsample)
@@ -245,10 +262,7 @@ class Decoder(nn.Module):
         self.head = _head(dims[-1], 3)
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        x = self.conv1(x, state)
-        for part in (self.middle, self.upsamples, self.head):
-            x = run(part, x, state)
-        return x
+        return torch.cat(list(stream([self.conv1, *self.middle, *self.upsamples, *self.head], x, state)), dim=2)
 
 
 class WanVAE(nn.Module):
