@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.config import RequestError
+from wanflow.transforms.packed import Packed
 
 HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
 CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
@@ -41,14 +42,21 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before its data is read."""
+    """What is known of a tensor before its data is read.
+
+    A packed tensor (fp8 with a scale, GGUF blocks) names its `packing` and the bytes it takes in its file; `dtype` is then what
+    it unpacks into without loss.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    packing: str | None = None
+    packed_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes in the file."""
+        return self.packed_bytes if self.packing else math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorSource(Protocol):
@@ -62,6 +70,9 @@ class TensorSource(Protocol):
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in CPU memory of its own, as stored or converted on the way; RequestError when the file breaks off."""
+
+    def packed(self, name: str) -> Packed:
+        """A tensor whose info has a `packing`, as it lies in the file; only sources that list such tensors are asked."""
 
 
 @contextmanager
@@ -130,6 +141,16 @@ def _json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def fill(part: Tensor, file: FileIO, path: Path) -> None:
+    """Fill a contiguous tensor with the next bytes of an unbuffered file; a RequestError when it breaks off."""
+    view, done = part.view(torch.uint8).numpy().data, 0
+    while done < len(view):  # one call reads at most 2 GB
+        count = file.readinto(view[done:])
+        if not count:
+            raise RequestError(f"{path} breaks off at byte {file.tell():,}; {AGAIN}")
+        done += count
+
+
 # safetensors
 
 
@@ -150,18 +171,13 @@ class SafetensorsFile:
             file.seek(self.starts[name])
             for start in range(0, len(out), max(1, len(stored))):
                 part = stored[: len(out) - start]
-                self._fill(file, part)
+                fill(part, file, self.path)
                 if stored is not out:
                     out[start : start + len(part)] = part
         return out.view(info.shape)
 
-    def _fill(self, file: FileIO, part: Tensor) -> None:
-        view, done = part.view(torch.uint8).numpy().data, 0
-        while done < len(view):  # one call reads at most 2 GB
-            count = file.readinto(view[done:])
-            if not count:
-                raise RequestError(f"{self.path} breaks off at byte {file.tell():,}; {AGAIN}")
-            done += count
+    def packed(self, name: str) -> Packed:
+        raise KeyError(name)  # nothing here is packed
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -240,6 +256,9 @@ class ShardedFolder:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.shards[name].read(name, dtype)
+
+    def packed(self, name: str) -> Packed:
+        raise KeyError(name)  # nothing here is packed
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -330,6 +349,9 @@ class TorchFile:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.mapped[name].to(dtype or self.tensors[name].dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def packed(self, name: str) -> Packed:
+        raise KeyError(name)  # nothing here is packed
 
 
 def open_torch(path: Path) -> TorchFile:

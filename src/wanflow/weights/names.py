@@ -10,6 +10,7 @@ tensor names for T5.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable
 from typing import Literal
@@ -175,6 +176,23 @@ def from_official(kind: Kind, dialect: Dialect, names: Iterable[str]) -> dict[st
     if unknown:
         raise RequestError(f"no {dialect} name for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
     return {name: new for name, new in renamed.items() if new is not None}
+
+
+def expert_in_name(path: str) -> Literal["high", "low"] | None:
+    """The expert that the last part of a path to speak of one speaks of: `HighNoise/x.gguf`, `wan_low_noise.safetensors`, `X-HIGH_fp8`.
+
+    A word counts only whole or before "noise" (not the "low" in "flow" or "lowvram"), and only before "noise" where there is such a
+    one; a part that speaks of both says nothing, and ends the search.
+    """
+    for part in reversed(re.split(r"[/\\]", path)):
+        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
+        before_noise = {word for word, after in itertools.pairwise(words) if after == "noise"}
+        joined = {word.removesuffix("noise") for word in words if word.endswith("noise")}
+        sides = {"high", "low"}
+        found = sides & (before_noise | joined) or sides & set(words)
+        if found:
+            return None if len(found) > 1 else "high" if "high" in found else "low"
+    return None
 
 
 def _split(name: str, paths: Collection[str]) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 bad request or refused, 130 interrupted."""
+"""`wanflow generate`, `replay` and `decode`: a video is made, made again, or finished."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import logging
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from wanflow.cli.flags import Parser, yes_or_no
 from wanflow.config import SOLVERS, Request, RequestError, Runtime
 
 if TYPE_CHECKING:
@@ -35,53 +35,21 @@ SETTLED = (
     "cfg_low", "boundary", "fps", "cfg_batch",
 )  # fmt: skip
 TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "animate-14B", "s2v-14B")
-RANK_ZERO_SPEAKS = 5.0  # seconds: torchrun ends all processes when one ends, and the first to end should be the one that says why
 SAVE_SECONDS = 5.0  # at most so much work is lost to a crash, beside the step under way
 STATE_SUFFIX = ".latent.safetensors"
 
 
-class Parser(argparse.ArgumentParser):
-    """One line of error, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists what there is)\n")
-
-
-def yes_or_no(text: str) -> bool:
-    if text.lower() in ("true", "yes", "1", "y", "t"):
-        return True
-    if text.lower() in ("false", "no", "0", "n", "f"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="wanflow", description="Run Wan2.2-T2V-A14B, or its miniature nano.", allow_abbrev=False)
-    from wanflow import __version__
-
-    parser.add_argument("--version", action="version", version=f"wanflow {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The three commands and their flags."""
     _generate_flags(commands.add_parser("generate", help="a prompt becomes a video", allow_abbrev=False))
-    replay = commands.add_parser("replay", help="make a video again from the recipe inside it", allow_abbrev=False)
-    replay.add_argument("video", type=Path)
-    decode = commands.add_parser("decode", help="finish a run whose denoising is done, from its saved latent", allow_abbrev=False)
-    decode.add_argument("latent", type=Path)
-    for command in (replay, decode):
+    again = commands.add_parser("replay", help="make a video again from the recipe inside it", allow_abbrev=False)
+    again.add_argument("video", type=Path)
+    finish = commands.add_parser("decode", help="finish a run whose denoising is done, from its saved latent", allow_abbrev=False)
+    finish.add_argument("latent", type=Path)
+    for command in (again, finish):
         command.add_argument("--ckpt_dir", help="the weights, where they are not where the recipe says")
         command.add_argument("--force", action="store_true", help="go on although weights or machine differ")
         _run_flags(command)
-    train = commands.add_parser("train", help="train the miniature, or measure what it understands", allow_abbrev=False)
-    train.add_argument("--nano", action="store_true", help="train nano from nothing; a killed run goes on where it stopped")
-    train.add_argument("--evaluate", metavar="MODEL", help="measure prompt adherence of nano or a folder; last line is JSON")
-    train.add_argument("--prompts", type=int, default=200, help="how many prompts to measure (200)")
-    train.add_argument("--experts", choices=("both", "swapped", "high", "low"), default="both", help="which expert does whose steps")
-    train.add_argument("--seen", action="store_true", help="measure on combinations that training saw")
-    train.add_argument("--wording", action="store_true", help="measure with free wordings instead of the plain form")
-    train.add_argument("--work_dir", type=Path, default=Path("build/nano"), help="where training keeps its state")
-    train.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps, for a try-out")
-    train.add_argument("--stage", choices=("text", "vae", "cache", "high", "low", "export"), help="run one stage only")
-    train.add_argument("--out", type=Path, help="where to write the model (default: WORK_DIR/model)")
-    return parser
 
 
 def _generate_flags(p: argparse.ArgumentParser) -> None:
@@ -385,57 +353,3 @@ def _default_target(task: str, run: Run) -> Path:
 
     name = run.made_by["model"]["name"]
     return Path(safe_name(task if name != "nano" else name, run.request.size, run.request.prompt, datetime.now()))
-
-
-# --- train ----------------------------------------------------------------------------------------------------------------
-
-
-def train(args: argparse.Namespace) -> None:
-    from wanflow.train import nano
-
-    if args.evaluate:
-        print(nano.evaluate(args.evaluate, args.prompts, args.experts, args.seen, args.wording, lambda line: print(line, file=sys.stderr)))
-    elif args.nano:
-        nano.train(args.work_dir, args.out or args.work_dir / "model", args.scale, args.stage, lambda line: print(line, flush=True))
-    else:
-        raise RequestError("train needs --nano (train the miniature) or --evaluate MODEL (measure one)")
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"generate": generate, "replay": replay, "decode": decode, "train": train}
-
-
-def main(argv: list[str]) -> int:
-    """Run one command and return its exit code."""
-    args = build_parser().parse_args(argv)
-    quiet = int(os.environ.get("RANK", "0")) != 0
-    logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
-
-    def fail(code: int, text: str) -> int:
-        if quiet:
-            time.sleep(RANK_ZERO_SPEAKS)
-        else:
-            print(f"wanflow: {text}", file=sys.stderr, flush=True)
-        return code
-
-    try:
-        COMMANDS[args.command](args)
-    except RequestError as error:
-        return fail(2, str(error))
-    except KeyboardInterrupt:
-        return fail(130, "interrupted")
-    except ModuleNotFoundError as error:
-        return fail(1, f"{error.name} is not installed; run `make install`, or pip install wanflow")
-    except OSError as error:
-        return fail(1, str(error))
-    except RuntimeError as error:
-        if type(error).__name__ not in ("OutputError", "OutOfMemoryError"):
-            raise
-        return fail(
-            1, f"{error}" if type(error).__name__ == "OutputError" else f"out of memory: {error}; try a smaller --size or fewer frames"
-        )
-    return 0
-
-
-def entry(argv: list[str] | None = None) -> NoReturn:
-    """The `wanflow` command and `generate.py`."""
-    sys.exit(main(sys.argv[1:] if argv is None else argv))
