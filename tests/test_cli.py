@@ -67,7 +67,7 @@ def test_the_documents_first_command_word_for_word(in_tmp: Path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    for expected in ("T2V_A14B_weights", "80 GB", "64 GB", "150 GB", "here:", "hf download", "Alibaba PAI", "nano"):
+    for expected in ("T2V_A14B_weights", "80 GB", "64 GB", "150 GB", "here:", "wanflow download", "Alibaba PAI", "nano"):
         assert expected in done.stderr
 
 

@@ -73,8 +73,8 @@ def test_shards_follow_the_models_order_and_hold_at_most_10_gb(expert: str) -> N
     assert max(held.values()) <= SHARD_LIMIT
 
 
-def test_shards_are_split_as_those_of_the_published_sibling() -> None:
-    """Wan2.1-T2V-14B has the same shapes; a shard's size there is its tensors, 8 bytes, and a JSON header padded to 8."""
+def test_shards_have_the_published_sizes() -> None:
+    """A shard is its tensors, 8 bytes, and a JSON header padded to 8. Known are the first shard and the last, from a public manifest."""
     weight_map = index("high_noise_model")["weight_map"]
     with torch.device("meta"):
         shapes = {name: list(value.shape) for name, value in WanDiT(T2V_A14B.dit).state_dict().items()}
@@ -87,7 +87,7 @@ def test_shards_are_split_as_those_of_the_published_sibling() -> None:
             at += tensor_bytes()[name]
         text = len(json.dumps(header, separators=(",", ":")))
         sizes.append(8 + text + -text % 8 + at)
-    assert sizes == [9_887_603_256, 9_839_059_648, 9_839_059_744, 9_839_059_744, 9_839_059_744, 7_910_235_256]
+    assert (sizes[0], sizes[-1]) == (9_992_481_544, 7_595_559_224)
 
 
 def test_both_experts_are_described_alike() -> None:

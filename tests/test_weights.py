@@ -32,8 +32,9 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import LATENT_MEAN, LATENT_STD, T2V_A14B, TI2V_5B
 from wanflow.weights import load
-from wanflow.weights.formats import TensorInfo, open_safetensors, open_source
+from wanflow.weights.formats import TensorInfo, open_safetensors
 from wanflow.weights.load import fingerprint, load_module, open_checkpoint
+from wanflow.weights.source import open_source
 
 HERE = Path(__file__).parent
 DIT = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16)
@@ -203,7 +204,9 @@ def test_every_dtype_of_the_containers(tmp_path: Path) -> None:
     for source in map(open_source, (tmp_path / "x.safetensors", tmp_path / "x.pth")):
         for name, value in state.items():
             read = source.read(name)
-            assert read.dtype == value.dtype and torch.equal(read.float(), value.float())
+            # fp8 stays packed; what it unpacks into holds every value
+            assert read.dtype == source.tensors[name].dtype and torch.equal(read.float(), value.float())
+            assert read.dtype == (torch.bfloat16 if "float8" in name else value.dtype)
 
 
 @pytest.mark.parametrize("suffix", ["-bf16.safetensors", ".fp16.safetensors"])
@@ -240,10 +243,9 @@ def test_a_wrapped_state_dict_is_unwrapped(tmp_path: Path, wrapper: str) -> None
 
 def test_without_a_sheet_shapes_come_from_the_tensors(folder: Path) -> None:
     (folder / "wanflow.json").unlink()
-    assert "latent_mean" in refusal(lambda: open_checkpoint(folder))  # nothing but the published VAE's statistics are known
-    (folder / "wanflow.json").write_text(json.dumps({"vae": {"latent_mean": VAE.latent_mean, "latent_std": VAE.latent_std}}))
     preset = open_checkpoint(folder).preset
-    assert (preset.dit, preset.text, preset.vae) == (DIT, replace(TEXT, max_dist=128), VAE)
+    published = replace(VAE, latent_mean=LATENT_MEAN, latent_std=LATENT_STD)
+    assert (preset.dit, preset.text, preset.vae) == (DIT, replace(TEXT, max_dist=128), published)
     assert (preset.name, preset.size) == ("model", (1280, 720))
 
 
@@ -271,7 +273,7 @@ def entry(shape: Any = (2,), offsets: Any = (0, 8), dtype: Any = "F32") -> dict[
 
 BAD_SAFETENSORS = {
     "empty": (b"", "is empty"),
-    "no safetensors": (b"<!DOCTYPE html><html>404</html>", "not a safetensors file"),
+    "no safetensors": (b"<!DOCTYPE html><html>404</html>", "a web page and not weights"),
     "shorter than a length": (b"\x01\x00", "not a safetensors file"),
     "header longer than the file": (struct.pack("<Q", 5000) + b"{}", "cut off.*5,000"),
     "header of exabytes": (struct.pack("<Q", 1 << 62) + b"{}", "not a safetensors file"),
@@ -510,28 +512,39 @@ def test_building_draws_no_random_numbers() -> None:
 
 def test_everything_missing_is_listed_at_once(tmp_path: Path) -> None:
     told = refusal(lambda: open_checkpoint(tmp_path))
+    for name in (
+        "the high-noise expert",
+        "the low-noise expert",
+        "the text encoder",
+        "the VAE",
+        "the tokenizer",
+        "--high, --low, --t5, --vae",
+    ):
+        assert name in told
+    assert f"wanflow download --local_dir {tmp_path}" in told
+    (tmp_path / "high_noise_model").mkdir()
+    told = refusal(lambda: open_checkpoint(tmp_path))
     for name in ("high_noise_model/config.json", f"low_noise_model/{INDEX}", T5_FILE, VAE_FILE, "google/umt5-xxl/tokenizer.json"):
         assert name in told
-    assert f"hf download Wan-AI/Wan2.2-T2V-A14B --local-dir {tmp_path}" in told
     assert "no-such-folder is missing" in refusal(lambda: open_checkpoint(tmp_path / "no-such-folder"))
 
 
 @pytest.mark.parametrize(("file", "expected"), [
-    ("model_index.json", "the Diffusers layout, which is not read yet"),
-    ("HighNoise/x-Q4_K_M.gguf", "GGUF files, which is not read yet"),
-    ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "single files .*not read yet"),
-    ("split_files/diffusion_models/x.safetensors", "single files .*not read yet"),
+    ("model_index.json", "has one expert only"),
+    ("HighNoise/x-Q4_K_M.gguf", "lacks the high-noise expert.*x-Q4_K_M.gguf is"),
+    ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "lacks the high-noise expert.*not a safetensors file"),
+    ("split_files/diffusion_models/x.safetensors", "lacks the high-noise expert.*not a safetensors file"),
     ("config.json", "holds Wan2.2-TI2V-5B"),
 ])  # fmt: skip
-def test_other_layouts_are_named(tmp_path: Path, file: str, expected: str) -> None:
+def test_what_is_no_model_is_named(tmp_path: Path, file: str, expected: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text('{"model_type": "ti2v"}')
     assert re.search(expected, refusal(lambda: open_checkpoint(tmp_path)))
 
 
-def test_single_files_are_named(tmp_path: Path) -> None:
+def test_a_single_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    assert "is a GGUF file, which is not read yet" in refusal(lambda: open_checkpoint(tmp_path / "x.gguf"))
+    assert "--high, --low, --t5, --vae" in refusal(lambda: open_checkpoint(tmp_path / "x.gguf"))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -600,9 +613,11 @@ def test_sheets_that_make_no_sense(folder: Path, change: dict[str, Any], expecte
 
 
 @pytest.mark.parametrize(("file", "state", "expected"), [
-    (T5_FILE, {"shared.weight": torch.ones(2, 2)}, "not a UMT5 encoder in the official names: token_embedding.weight"),
-    (VAE_FILE, {"encoder.conv1.weight": torch.ones(4, 3, 3, 3, 3)}, "not the Wan2.1 VAE in the official names"),
-    (VAE_FILE, {"encoder.conv1.weight": torch.ones(4, 3, 3, 3, 3), "conv2.weight": torch.ones(16, 16, 1, 1, 1)}, "levels are not alike"),
+    (T5_FILE, {"shared.weight": torch.ones(2, 2)}, "not a UMT5 encoder in the official names: blocks.0.pos_embedding"),
+    (VAE_FILE, {"encoder.conv1.weight": torch.ones(4, 3, 3, 3, 3)}, "does not hold the Wan VAE, but something else"),
+    (VAE_FILE, {"decoder.conv1.weight": torch.ones(4)}, "not the Wan2.1 VAE in the official names"),
+    (VAE_FILE, {"decoder.conv1.weight": torch.ones(4), "encoder.conv1.weight": torch.ones(4, 3, 3, 3, 3), "conv2.weight": torch.ones(16, 16, 1, 1, 1)}, "levels are not alike"),
+    (T5_FILE, {"diffusion_model.x.lora_A.weight": torch.ones(4)}, "but a LoRA (use it with --lora)"),
 ])  # fmt: skip
 def test_parts_under_other_names(folder: Path, file: str, state: dict[str, Tensor], expected: str) -> None:
     torch.save(state, folder / file)
@@ -681,18 +696,24 @@ import json, re, sys, threading, time
 from pathlib import Path
 import torch
 from wanflow.weights import load
-from wanflow.weights.formats import open_source
+from wanflow.weights.source import open_source
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-base, peak, measuring = anonymous(), 0, True
+base, peak, measuring, lock = anonymous(), 0, True, threading.Lock()
 
 def watch():
     global peak
     while measuring:
-        peak = max(peak, anonymous() - base)
+        with lock:  # or a value of before a reset is written after it
+            peak = max(peak, anonymous() - base)
         time.sleep(0.001)
+
+def reset():
+    global peak, base
+    with lock:
+        peak, base = 0, anonymous()
 
 start = time.process_time()
 full = load.open_checkpoint(root / "full")
@@ -700,13 +721,13 @@ print(json.dumps({"open": time.process_time() - start, "layers": full.preset.dit
 threading.Thread(target=watch, daemon=True).start()
 for path in (full.experts["high"], root / "large.pth"):
     source = open_source(path)
-    peak, base = 0, anonymous()
+    reset()
     for name, info in source.tensors.items():
         if "blocks" not in name or name.startswith("blocks.39."):
             source.read(name)
     print(json.dumps({"peak": peak, "largest": max(info.nbytes for info in source.tensors.values())}))
 two = load.open_checkpoint(root / "two")
-peak, base = 0, anonymous()
+reset()
 model = load.load_expert(two, "high", torch.bfloat16, "cpu")
 time.sleep(0.01)
 print(json.dumps({"peak": peak, "model": load.expert_bytes(two, torch.bfloat16)}))

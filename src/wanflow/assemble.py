@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 import platform
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,20 @@ import torch
 from torch import Tensor
 
 from wanflow import __version__
-from wanflow.config import RequestError, Runtime
+from wanflow.config import Lora, RequestError, Runtime
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Pipeline
 from wanflow.sampling.experts import Expert
+from wanflow.transforms.lora import Adapters
+from wanflow.weights import loras as lora_files
+from wanflow.weights.fetch import cached
+from wanflow.weights.layouts import PARTS
 from wanflow.weights.load import (
     Checkpoint,
+    build,
     expert_bytes,
     fingerprint,
     load_expert,
@@ -33,7 +39,8 @@ from wanflow.weights.load import (
     load_tokenizer,
     load_vae,
     open_checkpoint,
-)  # fmt: skip
+)
+from wanflow.weights.source import Part
 
 logger = logging.getLogger("wanflow")
 
@@ -93,12 +100,21 @@ class LoadedParts:
         self.report = report
         self.made_by: dict[str, Any] = {
             "model": {"name": self.preset.name, "folder": str(checkpoint.folder), "fingerprint": fingerprint(checkpoint)},
-            "runtime": {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "t5_cpu": runtime.t5_cpu},
+            "runtime": {
+                "device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "t5_cpu": runtime.t5_cpu, "lora": runtime.lora,
+            },
             "versions": versions(),
-        }
+        }  # fmt: skip
+        if checkpoint.given:
+            self.made_by["model"]["parts"] = {part: str(path) for part, path in checkpoint.given.items()}
         self._tokenizer: Tokenizer | None = None
         self._encoder: UMT5Encoder | None = None
         self._experts: dict[Expert, WanDiT] = {}
+        self._adapters: dict[Expert, Adapters] = {}  # live: what is on each expert in memory
+        self._fused: dict[Expert, tuple[tuple[Lora, ...], tuple[float, ...]]] = {}  # fused: what is in each
+        self._loras: tuple[Lora, ...] = ()
+        self._lora_mode = runtime.lora
+        self._shapes = lora_files.shapes_of(build(WanDiT, self.preset.dit))
         self._vae: WanVAE | None = None
 
     @torch.no_grad()
@@ -120,13 +136,53 @@ class LoadedParts:
             self._release()
         return states
 
-    def expert(self, which: Expert) -> WanDiT:
-        """The expert, read now if it is not in memory; the other one is freed first unless both are kept."""
+    def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        """The files that are meant, with every strength settled, and what they are told by."""
+        return lora_files.find_loras(wanted)
+
+    def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
+        """{file: fingerprint}, for the recipe."""
+        return {lora.path: lora_files.lora_print(lora.path) for lora in loras}
+
+    def use_loras(self, loras: tuple[Lora, ...]) -> None:
+        """Take these as the LoRAs of what follows; RequestError where one does not fit the model."""
+        if loras != self._loras:
+            lora_files.check_loras(loras, self._shapes)
+            self._loras = loras
+
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
+        """The expert with the LoRAs at these strengths, read now if it is not in memory.
+
+        Args:
+            strengths: one for each LoRA of `use_loras`; without, the expert is as it was published.
+        """
+        if not strengths:
+            self._loras = ()
+        if self._lora_mode == "fused":
+            return self._expert_fused(which, strengths)
         if which not in self._experts:
-            if not self.keep:
-                self._free()
-            self._experts[which] = load_expert(self.checkpoint, which, self.dtype, self.device, self._watch(f"{which}-noise expert"))
+            self._load(which)
+        if self._loras or which in self._adapters:
+            adapters = self._adapters.setdefault(which, Adapters(self._experts[which]))
+            lora_files.attach(adapters, which, self._loras, strengths, self._shapes)
         return self._experts[which]
+
+    def _expert_fused(self, which: Expert, strengths: tuple[float, ...]) -> WanDiT:
+        """The expert with the LoRAs in its weights; where they were fused otherwise, it is read again."""
+        wanted = tuple((lora, strength) for lora, strength in zip(self._loras, strengths, strict=True) if strength)
+        key = (tuple(lora for lora, _ in wanted), tuple(strength for _, strength in wanted))
+        if which not in self._experts or self._fused.get(which, ((), ())) != key:
+            self._experts.pop(which, None)
+            self._load(which, lora_files.fused(which, *key, self._shapes))
+            self._fused[which] = key
+        return self._experts[which]
+
+    def _load(self, which: Expert, changes: Mapping[str, Callable[[str, Tensor], Tensor]] | None = None) -> None:
+        """Read an expert; the other one is freed first unless both are kept."""
+        if not self.keep:
+            self._free()
+        watch = self._watch(f"{which}-noise expert")
+        self._experts[which] = load_expert(self.checkpoint, which, self.dtype, self.device, watch, changes)
 
     def vae(self) -> WanVAE:
         """The VAE, float32."""
@@ -142,6 +198,8 @@ class LoadedParts:
 
     def _free(self) -> None:
         self._experts.clear()
+        self._adapters.clear()
+        self._fused.clear()
         self._release()
 
     def _release(self) -> None:
@@ -155,26 +213,51 @@ def versions() -> dict[str, str]:
     return {"wanflow": __version__, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
 
 
-def resolve(model: str | Path) -> Checkpoint:
-    """`"nano"` is the embedded miniature, anything else a folder in the official layout."""
-    return open_checkpoint(NANO_FOLDER if str(model) == "nano" else Path(model).expanduser())
+def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = None) -> Checkpoint:
+    """A model's files.
+
+    Args:
+        model: `"nano"` is the embedded miniature, a name like `"Wan-AI/Wan2.2-T2V-A14B"` what Hugging Face's cache has of it, anything
+            else a folder in any layout. None: where `given` says.
+        given: parts (high, low, t5, vae, tokenizer) that are to be taken from other files.
+
+    Raises:
+        RequestError: when something is missing, damaged or of another model.
+    """
+    parts = {part: Path(path).expanduser() for part, path in (given or {}).items()}
+    if str(model) == "nano":
+        return open_checkpoint(NANO_FOLDER, parts)
+    if model is None:
+        if not parts:
+            raise RequestError("no model is named: give its folder, nano, or its files (high, low, t5, vae, tokenizer)")
+        return open_checkpoint(next(iter(parts.values())).parent, parts)
+    folder = Path(model).expanduser()
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        folder = cached(str(model)) or folder
+    return open_checkpoint(folder, parts)
 
 
-def load(model: str | Path = "nano", report: Report | None = None, **runtime: Any) -> Pipeline:
+def load(model: str | Path | None = "nano", report: Report | None = None, **options: Any) -> Pipeline:
     """A pipeline for a model.
 
     Args:
-        model: `"nano"`, or a folder in the official layout.
+        model: `"nano"`, or a folder in any layout, or a repository's name if Hugging Face's cache has it.
         report: called while weights are read, with (what, bytes done, bytes in all).
-        runtime: fields of `wanflow.Runtime` (device, dtype, t5_cpu, keep_experts, cfg_batch, noise_device).
+        options: high, low, t5, vae, tokenizer: files in place of the model's own; and the fields of `wanflow.Runtime` (device, dtype,
+            t5_cpu, keep_experts, cfg_batch, noise_device, lora).
 
     Raises:
         RequestError: when weights are missing or damaged, or the machine lacks what was asked for.
     """
-    unknown = sorted(set(runtime) - {f.name for f in fields(Runtime)})
+    given = {part: options.pop(part) for part in PARTS if options.get(part) is not None}
+    unknown = sorted(set(options) - {f.name for f in fields(Runtime)})
     if unknown:
-        raise RequestError(f"load does not know {', '.join(unknown)}; it knows {', '.join(f.name for f in fields(Runtime))}")
-    return assemble(resolve(model), Runtime(**runtime), report)
+        known = ", ".join([*(f.name for f in fields(Runtime)), *PARTS])
+        raise RequestError(f"load does not know {', '.join(unknown)}; it knows {known}")
+    checkpoint = resolve(model, given)
+    for note in checkpoint.notes:
+        logger.warning(note)
+    return assemble(checkpoint, Runtime(**options), report)
 
 
 def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None) -> Pipeline:
@@ -183,6 +266,8 @@ def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = N
         raise RequestError(f"noise_device {runtime.noise_device!r} is neither cpu nor cuda")
     if runtime.noise_device == "cuda" and not torch.cuda.is_available():
         raise RequestError("noise_device cuda: this machine has no CUDA GPU to draw the noise on; use cpu")
+    if runtime.lora not in ("live", "fused"):
+        raise RequestError(f"lora {runtime.lora!r} is neither live nor fused")
     parts = LoadedParts(checkpoint, runtime, report)
     logger.debug("assembled %s", asdict(runtime))
     return Pipeline(parts, runtime.noise_device, runtime.cfg_batch)

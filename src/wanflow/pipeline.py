@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from wanflow import video as files
-from wanflow.config import CompleteRequest, Preset, Request, RequestError
+from wanflow.config import CompleteRequest, Lora, Preset, Request, RequestError
 from wanflow.models.dit import TextStates, WanDiT
 from wanflow.models.vae import WanVAE
+from wanflow.presets import with_settings
 from wanflow.sampling.experts import Expert, expert_at, experts
 from wanflow.sampling.guidance import guide
 from wanflow.sampling.schedule import Schedule, Step, make_schedule, snr
@@ -169,7 +170,17 @@ class Parts(Protocol):
     def text(self, prompts: list[str]) -> Tensor:
         """Text states [B, text_len, D], zero past each prompt's end."""
 
-    def expert(self, which: Expert) -> WanDiT: ...
+    def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        """The LoRA files that are meant, with every strength settled."""
+
+    def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
+        """{file: fingerprint}."""
+
+    def use_loras(self, loras: tuple[Lora, ...]) -> None:
+        """Take these as the LoRAs of what follows."""
+
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
+        """An expert with each of these LoRAs at its strength; with none where no strengths are given."""
 
     def vae(self) -> WanVAE: ...
 
@@ -189,23 +200,28 @@ class Pipeline:
             prompt: what it should show.
             on_step: called after each step with a `Progress`; returning False cancels.
             request: fields of `wanflow.Request` (negative_prompt, size, frame_num, sample_steps, sample_shift,
-                sample_solver, cfg_high, cfg_low, boundary, fps, seed).
+                sample_solver, cfg_high, cfg_low, boundary, fps, seed, lora, ...), and `preset`, the name of a settings preset.
 
         Raises:
             RequestError: for values that cannot be.
             Cancelled: when `on_step` returned False; it carries the run, which `resume` continues.
             OutputError: when the result is NaN or constant.
         """
+        settings = request.pop("preset", None)
         unknown = sorted(set(request) - set(Request.__dataclass_fields__))
         if unknown:
-            known = ", ".join(sorted(Request.__dataclass_fields__))
+            known = ", ".join(sorted([*Request.__dataclass_fields__, "preset"]))
             raise RequestError(f"generate does not know {', '.join(unknown)}; it knows {known}")
-        return self.finish(self.resume(self.begin(Request(prompt, **request)), on_step))
+        wanted = Request(prompt, **request)
+        return self.finish(self.resume(self.begin(with_settings(wanted, settings) if settings else wanted), on_step))
 
     def begin(self, request: Request) -> Run:
         """Complete the request and draw its noise: a run at step 0. Reads no weights."""
-        complete = request.complete(self.parts.preset)
+        loras = self.parts.find_loras(request.loras()) if request.lora else ()
+        complete = replace(request, lora=tuple(str(lora) for lora in loras), lora_from=None).complete(self.parts.preset)
         made_by = {**self.parts.made_by, "noise_device": self.noise_device, "cfg_batch": self.cfg_batch}
+        if loras:
+            made_by["loras"] = self.parts.lora_prints(loras)
         return Run(complete, made_by, SolverState(0, self.noise(complete)))
 
     def noise(self, request: CompleteRequest) -> Tensor:
@@ -227,6 +243,7 @@ class Pipeline:
         schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
         state = replace(run.state, x=run.state.x.to(self.parts.device))
         state = SolverState.from_tensors(state.index, {name: value.to(self.parts.device) for name, value in state.tensors().items()})
+        self._take_loras(run)
         velocity = self._velocity(request, schedule, state.index)
         while state.index < len(schedule):
             step = schedule.step(state.index)
@@ -242,24 +259,38 @@ class Pipeline:
                 raise Cancelled(run)
         return run
 
+    def _take_loras(self, run: Run) -> None:
+        """The run's LoRAs, which must be the files it was begun with."""
+        loras = run.request.loras
+        if not loras:
+            return
+        prints = self.parts.lora_prints(loras)
+        for path, before in run.made_by.get("loras", {}).items():
+            if prints.get(path, before) != before:
+                raise RequestError(f"lora {path} is another file than the one this run was begun with; put that one back")
+        self.parts.use_loras(loras)
+
     def _velocity(self, request: CompleteRequest, schedule: Schedule, start: int) -> Velocity:
-        """The function a solver asks: picks the expert, prepares its text once, and applies guidance."""
-        scales = {"high": request.cfg_high, "low": request.cfg_low}
-        to_do = experts(schedule, request.boundary)[start:]
-        guided = any(scales[which] != 1 for which in to_do)
+        """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the text once for each."""
+        working = experts(schedule, request.boundary)
+        loras = request.loras
+        scales = [request.guidance(which, index + 1) for index, which in enumerate(working)]
+        guided = any(scale != 1 for scale in scales[start:])
         texts = self.parts.text([request.prompt, request.negative_prompt] if guided else [request.prompt])
-        prepared: dict[Expert, TextStates] = {}
+        prepared: dict[tuple[Expert, tuple[float, ...], bool], TextStates] = {}
 
         def velocity(x: Tensor, step: Step) -> Tensor:
-            which = expert_at(step.timestep, request.boundary)
-            if which not in prepared:
+            which, scale = working[step.index], scales[step.index]
+            strengths = tuple(lora.strength(which, step.index + 1) for lora in loras)
+            key = (which, strengths, scale != 1)
+            if key not in prepared:
                 prepared.clear()  # before the next expert is loaded, and at most one expert's keys and values are kept
-            model = self.parts.expert(which)
-            if which not in prepared:
-                prepared[which] = model.text_states(texts if scales[which] != 1 else texts[:1])
-            states = prepared[which]
+            model = self.parts.expert(which, strengths) if strengths else self.parts.expert(which)
+            if key not in prepared:
+                prepared[key] = model.text_states(texts if scale != 1 else texts[:1])
+            states = prepared[key]
             timestep = torch.tensor([step.timestep], device=x.device)
-            if scales[which] == 1:
+            if scale == 1:
                 return cast(Tensor, model(x, timestep, states))
             tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
             if self.cfg_batch if self.cfg_batch is not None else tokens <= FEW_TOKENS:
@@ -268,7 +299,7 @@ class Pipeline:
                 conditional, unconditional = (
                     model(x, timestep, tuple((k[row : row + 1], v[row : row + 1]) for k, v in states)) for row in range(2)
                 )
-            return guide(conditional, unconditional, scales[which])
+            return guide(conditional, unconditional, scale)
 
         return velocity
 

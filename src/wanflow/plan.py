@@ -11,7 +11,7 @@ import torch
 
 from wanflow.assemble import choose_device, choose_dtype
 from wanflow.config import CompleteRequest, RequestError, Runtime
-from wanflow.weights.load import Checkpoint, expert_bytes
+from wanflow.weights.load import Checkpoint, expert_bytes, text_encoder_bytes
 
 GB = 10**9
 FULL_SIZE = 20 * GB  # bytes of one expert in float32 from which a model belongs on a data-centre GPU
@@ -84,7 +84,7 @@ def guard(checkpoint: Checkpoint, runtime: Runtime) -> None:
             raise RequestError(f"{needed_words()}\n  here: {machine.words()}\n  do: {WHERE_ELSE} (--force starts it here all the same)")
         return
     experts = expert_bytes(checkpoint, dtype) * (2 if runtime.keep_experts else 1)
-    need = max(experts, checkpoint.t5.stat().st_size) + GB
+    need = max(experts, text_encoder_bytes(checkpoint)) + GB
     have = machine.ram_free if device.type == "cpu" else machine.gpu
     if have and need > have:
         raise RequestError(

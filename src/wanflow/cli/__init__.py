@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from wanflow.cli import generate, train
+from wanflow.cli import download, generate, train, weights
 from wanflow.cli.flags import Parser
 from wanflow.config import RequestError
 
@@ -21,6 +21,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "replay": generate.replay,
     "decode": generate.decode,
     "train": train.train,
+    "download": download.download,
+    "inspect": weights.inspect,
+    "convert": weights.convert,
 }
 
 
@@ -31,7 +34,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="wanflow", description="Run Wan2.2-T2V-A14B, or its miniature nano.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"wanflow {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for module in (generate, train):
+    for module in (generate, download, weights, train):
         module.add_to(commands)
     return parser
 
@@ -41,6 +44,7 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     quiet = int(os.environ.get("RANK", "0")) != 0
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
+    logging.getLogger("wanflow").setLevel(logging.INFO)
 
     def fail(code: int, text: str) -> int:
         if quiet:

@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -16,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from wanflow.cli.flags import Parser, yes_or_no
 from wanflow.config import SOLVERS, Request, RequestError, Runtime
+from wanflow.presets import SETTINGS, with_settings
 
 if TYPE_CHECKING:
     from wanflow.pipeline import Pipeline, Progress, Run
     from wanflow.screen import Screen
     from wanflow.weights.load import Checkpoint
+    from wanflow.weights.source import Part
 
 logger = logging.getLogger("wanflow")
 
@@ -32,7 +33,7 @@ OTHER_TASKS = (
 # What a resumed run has settled already.
 SETTLED = (
     "prompt", "negative_prompt", "size", "frame_num", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale", "cfg_high",
-    "cfg_low", "boundary", "fps", "cfg_batch",
+    "cfg_low", "boundary", "fps", "cfg_batch", "lora", "lora_mode", "preset", "cfg_start", "cfg_start_steps",
 )  # fmt: skip
 TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "animate-14B", "s2v-14B")
 SAVE_SECONDS = 5.0  # at most so much work is lost to a crash, beside the step under way
@@ -48,6 +49,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     finish.add_argument("latent", type=Path)
     for command in (again, finish):
         command.add_argument("--ckpt_dir", help="the weights, where they are not where the recipe says")
+        _part_flags(command)
         command.add_argument("--force", action="store_true", help="go on although weights or machine differ")
         _run_flags(command)
 
@@ -77,7 +79,16 @@ def _generate_flags(p: argparse.ArgumentParser) -> None:
     official.add_argument("--convert_model_dtype", action="store_true", help="accepted: weights are held in bfloat16 anyway")
     for flag in OTHER_TASKS:
         official.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
+    _part_flags(p)
     ours = p.add_argument_group("wanflow's own")
+    ours.add_argument(
+        "--lora", action="extend", nargs="+", metavar="FILE[@STRENGTH]",
+        help="LoRA files (or a folder with a pair): FILE, FILE@0.8, FILE@high=1,low=0.6, FILE@1,steps=3-8",
+    )  # fmt: skip
+    ours.add_argument("--lora_mode", choices=("live", "fused"), help="beside the weights, or added to them while they are read (live)")
+    ours.add_argument("--preset", choices=SETTINGS, help="settings for distilled LoRAs; what you set yourself stays")
+    ours.add_argument("--cfg_start", type=float, help="guidance of the first --cfg_start_steps steps, before cfg_high and cfg_low hold")
+    ours.add_argument("--cfg_start_steps", type=int, help="(0)")
     ours.add_argument("--negative_prompt", help='what to steer away from (default: the model\'s own; "" for none)')
     ours.add_argument("--cfg_high", type=float, help="guidance of the high-noise expert (4)")
     ours.add_argument("--cfg_low", type=float, help="guidance of the low-noise expert (3)")
@@ -92,6 +103,21 @@ def _generate_flags(p: argparse.ArgumentParser) -> None:
     _run_flags(p, save_file=False)
 
 
+def _part_flags(p: argparse.ArgumentParser) -> None:
+    parts = p.add_argument_group("single files", "of any format, in place of what --ckpt_dir holds, or instead of it")
+    parts.add_argument("--high", type=Path, metavar="FILE", help="the high-noise expert")
+    parts.add_argument("--low", type=Path, metavar="FILE", help="the low-noise expert")
+    parts.add_argument("--t5", type=Path, metavar="FILE", help="the text encoder")
+    parts.add_argument("--vae", type=Path, metavar="FILE", help="the VAE")
+    parts.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, spiece.model, or a T5 file that embeds it")
+
+
+def _given(args: argparse.Namespace) -> dict[Part, Path]:
+    """The parts that were named by hand."""
+    files: dict[Part, Path | None] = {"high": args.high, "low": args.low, "t5": args.t5, "vae": args.vae, "tokenizer": args.tokenizer}
+    return {part: file for part, file in files.items() if file is not None}
+
+
 def _run_flags(p: argparse.ArgumentParser, save_file: bool = True) -> None:
     if save_file:
         p.add_argument("--save_file", type=Path, help="where to write the video")
@@ -103,25 +129,31 @@ def _run_flags(p: argparse.ArgumentParser, save_file: bool = True) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    from wanflow.assemble import assemble, resolve
+    from wanflow.assemble import assemble
     from wanflow.plan import advice, guard
     from wanflow.screen import Screen
+    from wanflow.weights.loras import find_loras
 
     _refuse_what_is_not_built(args)
     if args.resume:
         return _resume(args)
-    if args.ckpt_dir is None:
+    if args.ckpt_dir is None and not _given(args):
         raise RequestError("--ckpt_dir is missing: the folder of the weights, or nano for the miniature that ships with wanflow")
     if not args.prompt:
         raise RequestError("--prompt is missing: say what the video should show")
     request, runtime = _request(args), _runtime(args)
     if args.save_file is not None:
         _check_target(args.save_file, args.overwrite)
-    checkpoint = _open(args.ckpt_dir, resolve)
+    checkpoint = _open(args.ckpt_dir, _given(args))
+    find_loras(request.loras())  # and a LoRA that is missing
     request.complete(checkpoint.preset)  # refuse a bad request before a server is asked to extend its prompt
     request = _extended(args, request)
-    for note in advice(request.complete(checkpoint.preset), checkpoint):
+    for note in (*checkpoint.notes, *advice(request.complete(checkpoint.preset), checkpoint)):
         logger.warning(note)
+    if args.preset and not request.lora:
+        logger.warning(
+            "--preset %s is for weights with a distilled LoRA, and no --lora is given: so few steps blur without one", args.preset
+        )
     if not args.force:
         guard(checkpoint, runtime)
     screen = Screen()
@@ -182,14 +214,15 @@ def _beside(state_file: Path) -> Path:
 
 def _reopen(recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, device: str = "auto") -> Pipeline:
     """The pipeline that made a recipe, on this machine: same weights, dtype and choices, and its device where there is one."""
-    from wanflow.assemble import assemble, choose_device, resolve
+    from wanflow.assemble import assemble, choose_device
     from wanflow.plan import guard
 
     try:
         made = recipe["runtime"]
         wanted = made["device"] if device == "auto" else device
         dtype, t5_cpu, cfg_batch, noise = made["dtype"], made["t5_cpu"], recipe["cfg_batch"], recipe["noise_device"]
-        model = args.ckpt_dir or _model_of(recipe)
+        model, lora = args.ckpt_dir or _model_of(recipe), made.get("lora", "live")
+        given = _given(args) or ({} if args.ckpt_dir else {part: Path(path) for part, path in recipe["model"].get("parts", {}).items()})
     except (KeyError, TypeError) as error:
         raise RequestError(f"the recipe is incomplete or of another version: {error} is missing") from None
     try:
@@ -197,8 +230,8 @@ def _reopen(recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, de
     except RequestError as error:
         logger.warning("%s; going on with another device, the result may differ by rounding", error)
         wanted = "auto"
-    runtime = Runtime(wanted, dtype, t5_cpu, cfg_batch=cfg_batch, noise_device=noise)
-    checkpoint = _open(model, resolve)
+    runtime = Runtime(wanted, dtype, t5_cpu, cfg_batch=cfg_batch, noise_device=noise, lora=lora)
+    checkpoint = _open(model, given)
     if not args.force:
         guard(checkpoint, runtime)
     pipe = assemble(checkpoint, runtime, screen.loading)
@@ -259,17 +292,19 @@ class StateKeeper:
 
 def _request(args: argparse.Namespace) -> Request:
     both = args.sample_guide_scale
-    return Request(
+    request = Request(
         prompt=args.prompt, negative_prompt=args.negative_prompt, size=args.size, frame_num=args.frame_num,
         sample_solver=args.sample_solver, sample_steps=args.sample_steps, sample_shift=args.sample_shift,
         cfg_high=both if args.cfg_high is None else args.cfg_high, cfg_low=both if args.cfg_low is None else args.cfg_low,
-        boundary=args.boundary, fps=args.fps, seed=args.base_seed,
+        boundary=args.boundary, fps=args.fps, seed=args.base_seed, lora=None if args.lora is None else tuple(args.lora),
+        cfg_start=args.cfg_start, cfg_start_steps=args.cfg_start_steps,
     )  # fmt: skip
+    return with_settings(request, args.preset) if args.preset else request
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:
     keep = None if args.offload_model is None else not args.offload_model
-    return Runtime(args.device, args.dtype, args.t5_cpu, keep, args.cfg_batch, args.noise_device)
+    return Runtime(args.device, args.dtype, args.t5_cpu, keep, args.cfg_batch, args.noise_device, args.lora_mode or "live")
 
 
 def _extended(args: argparse.Namespace, request: Request) -> Request:
@@ -316,12 +351,14 @@ def _what_is_missing(folder: str | None) -> str:
     return lines
 
 
-def _open(model: str | Path, resolve: Callable[[str | Path], Checkpoint]) -> Checkpoint:
+def _open(model: str | Path | None, given: dict[Part, Path]) -> Checkpoint:
+    from wanflow.assemble import resolve
+
     try:
-        return resolve(model)
+        return resolve(model, given)
     except RequestError as error:
-        folder = Path(model)
-        raise RequestError(str(error) + ("" if folder.is_dir() or str(model) == "nano" else _what_is_missing(str(model)))) from None
+        there = model is None or Path(model).is_dir() or str(model) == "nano"
+        raise RequestError(str(error) + ("" if there else _what_is_missing(str(model)))) from None
 
 
 def _model_of(recipe: dict[str, Any]) -> str:

@@ -23,27 +23,32 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def read(file: Path) -> Engine:
+    """The engine that a `tokenizer.json` describes; a RequestError when the file is missing or something else."""
+    if not file.is_file():
+        raise RequestError(f"the tokenizer is missing: {file} (it comes with the weights, folder google/umt5-xxl)")
+    try:
+        return Engine.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise RequestError(f"{file} is not a readable tokenizer: {error}") from None
+
+
 class Tokenizer:
     """T5's tokenizer: pads to a fixed length and cuts what is longer, with a warning."""
 
-    def __init__(self, file: Path, length: int) -> None:
-        """Read `tokenizer.json`; `length` is the model's text_len.
+    def __init__(self, source: Path | Engine, length: int) -> None:
+        """Take an engine or read a `tokenizer.json`; `length` is the model's text_len.
 
         Raises:
             RequestError: when the file is missing or not a tokenizer.
         """
-        if not file.is_file():
-            raise RequestError(f"the tokenizer is missing: {file} (it comes with the weights, folder google/umt5-xxl)")
-        try:
-            self.engine = Engine.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for a malformed file
-            raise RequestError(f"{file} is not a readable tokenizer: {error}") from None
+        self.engine = source if isinstance(source, Engine) else read(source)
         self.engine.no_padding()
         self.engine.no_truncation()
         self.length = length
         end, pad = self.engine.token_to_id("</s>"), self.engine.token_to_id("<pad>")
         if end is None or pad is None:
-            raise RequestError(f"{file} has no </s> or <pad> token: not a T5 tokenizer")
+            raise RequestError("the tokenizer has no </s> or <pad> token: it is not T5's")
         self.end, self.pad = end, pad
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:

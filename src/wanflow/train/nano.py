@@ -230,6 +230,6 @@ class _Recast:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parts, name)
 
-    def expert(self, which: Expert) -> WanDiT:
-        model: WanDiT = self._parts.expert(self._roles[which])
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
+        model: WanDiT = self._parts.expert(self._roles[which], strengths)
         return model

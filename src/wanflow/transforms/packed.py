@@ -7,6 +7,7 @@ place of a weight and unpack it for each call.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,18 +15,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanflow.config import RequestError
+from wanflow.models.dit import Linear32
+from wanflow.transforms.ggml import LAYOUTS
 
-ROWS = 1 << 22  # values unpacked at a time: what is in between never takes more than a few tens of megabytes
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+KINDS = (*FP8, *LAYOUTS)
+
+# Values unpacked at a time; what is in between takes 10 to 20 bytes for each. On a CPU that is 20 MB, and more is no faster: 5120 x 5120
+# of Q4_K into memory at hand, on one core, take 57 ms with 2^16, 30 with 2^18, 22 with 2^20, 34 with 2^22. A GPU needs larger ones to
+# be busy; 300 MB there (reckoned, not measured).
+CHUNK, CHUNK_GPU = 1 << 20, 1 << 24
+# Bytes of unpacked weight that a matmul with few rows takes at a time. On a CPU small pieces are faster than the whole too, whose
+# memory comes fresh from the system every time: 5120 -> 13824 of Q4_K in bf16 takes 82 ms for one row with 16 MB, 144 with 64,
+# 168 whole; for 512 rows 487, 534 and 604 (372 with a weight that is not packed).
+PIECE, PIECE_GPU = 16 << 20, 256 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A tensor as it lies in its file.
 
     kind: "F8_E4M3", "F8_E5M2", or a GGML type's name ("Q4_K").
     shape: of the tensor this stands for.
-    data: fp8: float8 of `shape`; GGML: uint8 [rows, bytes per row], rows = product of all sides but the last.
-    scale: fp8 only: float32, [] or [out, 1] or [out, blocks, 1]; value = data * scale.
+    data: fp8: float8 of `shape`; GGML: uint8 [rows, bytes per row], the blocks of all values in order.
+    scale: fp8 only: float32, [] or [1], [out], [out, 1] or [out, blocks, 1], out the first side of `shape`; value = data * scale.
+
+    Raises:
+        RequestError: for an unknown kind, or data or scale that do not fit the shape.
     """
 
     kind: str
@@ -33,6 +49,230 @@ class Packed:
     data: Tensor
     scale: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        values, out = math.prod(self.shape), self.shape[0] if self.shape else 1
+        if self.kind not in KINDS:
+            raise RequestError(f"packed weights of kind {self.kind} are not read; known are {', '.join(KINDS)}")
+        if self.kind in FP8:
+            fits = self.data.dtype == FP8[self.kind] and self.data.shape == self.shape
+        else:
+            layout = LAYOUTS[self.kind]
+            fits = self.data.dtype == torch.uint8 and self.data.numel() * layout.values == values * layout.nbytes
+        if not fits:
+            raise RequestError(f"{list(self.data.shape)} of {self.data.dtype} are no {self.kind} data of a tensor {list(self.shape)}")
+        if self.scale is None or self.scale.numel() == 1:
+            return
+        count = self.scale.numel()
+        if self.kind not in FP8 or not out or self.scale.shape[:1] != (out,) or count % out or (values // out) % max(1, count // out):
+            raise RequestError(f"a scale {list(self.scale.shape)} does not fit a {self.kind} tensor {list(self.shape)}")
+
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def rows(self, rows: slice | Tensor) -> Packed:
+        """Some of the first side, still packed: those of a slice (a view), or of a tensor [n] of indices.
+
+        Raises:
+            ValueError: where a row is not whole blocks (a tensor that its file stores in another shape).
+        """
+        data, scale = self.data, self.scale
+        if self.kind in LAYOUTS:
+            if math.prod(self.shape[1:]) % LAYOUTS[self.kind].values:
+                raise ValueError(f"a row of {list(self.shape)} is not whole blocks of {self.kind}")
+            data = data.reshape(self.shape[0], data.numel() // max(1, self.shape[0]))
+        if scale is not None and scale.numel() > 1:
+            scale = scale[rows]
+        data = _pick(data, rows)
+        return replace(self, shape=(len(data), *self.shape[1:]), data=data, scale=scale)
+
+    def dense(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:
+        """The tensor itself, or some rows of its first side: computed in float32 and rounded once to `dtype`, where the data lies."""
+        if rows is not None:
+            return self.rows(rows).dense(dtype)
+        data = self.data
+        if self.kind in FP8:
+            data = data.reshape(self.shape[0] if self.shape else 1, math.prod(self.shape[1:]))
+        return unpack(self.kind, data, _by_row(self.scale, len(data)), dtype).view(self.shape)
+
+
+def _pick(data: Tensor, rows: slice | Tensor) -> Tensor:
+    """data[rows]; as bytes, because not every device can index float8."""
+    return data[rows] if isinstance(rows, slice) else data.view(torch.uint8)[rows].view(data.dtype)
+
+
+def _by_row(scale: Tensor | None, out: int) -> Tensor | None:
+    """A scale as `unpack` takes it: float32, [] or [out, blocks]."""
+    if scale is None:
+        return None
+    return scale.float().reshape(() if scale.numel() == 1 else (out, -1))
+
+
+def unpack(kind: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """data [rows, values of float8, or bytes of blocks] -> [rows, values] of `dtype`; scale [] or [rows, blocks].
+
+    Chunk by chunk, but a compiler gets it whole: it fuses what would lie in between, and a loop would be unrolled.
+    """
+    layout = LAYOUTS.get(kind)
+    flat = data if layout is None else data.reshape(-1, layout.nbytes)
+    columns = flat.shape[1] if layout is None else layout.values
+    out = torch.empty(len(flat), columns, dtype=dtype, device=data.device)
+    step = max(1, (CHUNK if data.device.type == "cpu" else CHUNK_GPU) // max(1, columns))
+    if torch.compiler.is_compiling() or data.is_meta:
+        step = max(1, len(flat))
+    for start in range(0, len(flat), step):
+        piece, part = flat[start : start + step], out[start : start + step]
+        values = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+        if layout is None:
+            _fp8(piece, scale if scale is None or scale.ndim == 0 else scale[start : start + step], values)
+        else:
+            layout.fill(piece, values)
+        if values is not part:
+            part.copy_(values)
+    return out.view(len(data), out.numel() // max(1, len(data)))
+
+
+def _fp8(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    """data [n, columns] float8 -> out float32; scale [] or [n, blocks]."""
+    if data.device.type == "cpu":  # torch converts one e4m3 value in 3 ns here, and looks up one of a table in 0.7
+        table = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
+        out.copy_(table.index_select(0, data.reshape(-1).view(torch.uint8).int()).view(out.shape))
+    else:
+        out.copy_(data)
+    if scale is not None and scale.ndim:
+        out.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(-1))
+    elif scale is not None:
+        out.mul_(scale)
+
+
+class PackedLeaf(nn.Module):
+    """A weight [out, in] that stays packed: `data` as in `Packed`, `scale` [] or [out, blocks] or None, both parameters.
+
+    There is no `weight`; who needs it asks `dense`. What it computes in is `compute_dtype`, fixed when it is made: `.to` and its
+    relatives move the leaf between devices and convert nothing, since float8 data and their float32 scales mean one thing only.
+
+    Raises:
+        RequestError: for an unknown kind.
+        ValueError: where a row is not whole blocks.
+    """
+
+    data: nn.Parameter
+    scale: nn.Parameter | None
+
+    def __init__(self, rows: int, columns: int, kind: str, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise RequestError(f"packed weights of kind {kind} are not read; known are {', '.join(KINDS)}")
+        self.shape = (rows, columns)
+        self.kind, self.compute_dtype = kind, compute_dtype
+        if kind in FP8:
+            data = torch.empty(rows, columns, dtype=FP8[kind])
+        elif columns % LAYOUTS[kind].values:
+            raise ValueError(f"{columns} values are not whole blocks of {kind}")
+        else:
+            data = torch.empty(rows, columns // LAYOUTS[kind].values * LAYOUTS[kind].nbytes, dtype=torch.uint8)
+        self.data = nn.Parameter(data, requires_grad=False)
+        self.register_parameter("scale", None)
+
+    def load(self, packed: Packed, device: torch.device | str) -> None:
+        """Take over a tensor's data and scale; ValueError for one of another kind or shape."""
+        if packed.kind != self.kind or packed.shape != self.shape:
+            raise ValueError(f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}")
+        self.data = nn.Parameter(packed.data.reshape(self.data.shape).to(device), requires_grad=False)
+        scale = _by_row(packed.scale, self.shape[0])
+        self.scale = None if scale is None else nn.Parameter(scale.to(device), requires_grad=False)
+
+    def packed(self) -> Packed:
+        """What it holds, as a value that shares its memory."""
+        return Packed(self.kind, self.shape, self.data.data, None if self.scale is None else self.scale.data)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out, in], in `dtype` or in the one it computes in."""
+        return self._rows(slice(None), dtype or self.compute_dtype)
+
+    def _rows(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        scale = self.scale if self.scale is None or self.scale.ndim == 0 else self.scale[rows]
+        return unpack(self.kind, _pick(self.data, rows), scale, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLeaf:
+        def kept(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]} x {self.shape[1]}, {self.kind}, computes in {self.compute_dtype}"
+
+
+class PackedLinear(PackedLeaf):
+    """A matmul with a packed weight, in `compute_dtype`; the bias, float32, is rounded to that as in `Linear`."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, kind: str, compute_dtype: torch.dtype) -> None:
+        super().__init__(out_features, in_features, kind, compute_dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] of any float dtype -> [..., out] of `compute_dtype`."""
+        x = x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        step = self.out_features if torch.compiler.is_compiling() else self._step(x)
+        if step >= self.out_features:
+            return F.linear(x, self.dense(), bias)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, start + step)
+            out[..., rows] = F.linear(x, self._rows(rows, self.compute_dtype), None if bias is None else bias[rows])
+        return out
+
+    def _step(self, x: Tensor) -> int:
+        """Output features at a time.
+
+        All, where x has more rows than an eighth of its columns: the result nears the weight in size then, copying it from its pieces
+        costs what they save, and the matmul is long enough to hide the rest. For few rows pieces bound the memory, too:
+        time_projection as fp8 (5120 -> 30720, float32) would take 629 MB.
+        """
+        if x.numel() * 8 > self.in_features**2:
+            return self.out_features
+        piece = PIECE if x.device.type == "cpu" else PIECE_GPU
+        return max(1, piece // (self.in_features * self.compute_dtype.itemsize))
+
+
+class PackedEmbedding(PackedLeaf):
+    """Rows of a packed table [count, size]; only those asked for are unpacked."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., size] of `compute_dtype`."""
+        return self._rows(ids.flatten(), self.compute_dtype).view(*ids.shape, self.shape[1])
+
+
+def swap(module: nn.Module, packings: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Put packed leaves in the place of those Linear and Embedding layers whose weight is to stay packed.
+
+    For a model on meta: the new leaves are empty, their biases too. A Linear32 goes on computing in float32, the others compute in
+    `dtype`. Left alone, and to be unpacked by who reads them: other parameters, and rows that are not whole blocks.
+
+    Args:
+        packings: {name of a parameter: kind}.
+
+    Raises:
+        RequestError: for an unknown kind.
+    """
+    leaves = {f"{path}.weight": path for path, leaf in module.named_modules() if path and isinstance(leaf, nn.Linear | nn.Embedding)}
+    for name, kind in packings.items():
+        old = module.get_submodule(leaves[name]) if name in leaves else None
+        if not isinstance(old, nn.Linear | nn.Embedding) or old.weight.shape[1] % (LAYOUTS[kind].values if kind in LAYOUTS else 1):
+            continue
+        parent, _, last = leaves[name].rpartition(".")
+        new: PackedLeaf
+        with torch.device(old.weight.device):
+            if isinstance(old, nn.Embedding):
+                new = PackedEmbedding(old.num_embeddings, old.embedding_dim, kind, dtype)
+            else:
+                compute = torch.float32 if isinstance(old, Linear32) else dtype
+                new = PackedLinear(old.in_features, old.out_features, old.bias is not None, kind, compute)
+        setattr(module.get_submodule(parent), last, new.train(old.training))

@@ -84,18 +84,6 @@ def reading(path: Path) -> Iterator[None]:
         raise RequestError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
 
 
-def open_source(path: Path) -> TensorSource:
-    """Open whatever holds tensors: a `.safetensors` file, a folder of them, or a torch zip.
-
-    Raises:
-        RequestError: naming the file and what to do, for anything missing, broken or hostile.
-    """
-    with reading(path):
-        if path.is_dir():
-            return open_folder(path)
-        return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
-
-
 def refuse_unreadable(path: Path) -> int:
     """The size in bytes of a regular file that may be read; a RequestError for anything else."""
     with reading(path):
@@ -363,7 +351,11 @@ def open_torch(path: Path) -> TorchFile:
     refuse_unreadable(path)
     _refuse_odd_zip(path)
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if path.suffix == ".safetensors":  # torch goes by that name; an open file has none
+            with path.open("rb") as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything at all
         if called := re.search(r"GLOBAL (\S+)", str(error)):
             raise RequestError(

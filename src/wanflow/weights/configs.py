@@ -1,0 +1,160 @@
+"""The small files beside weights: what the official code, diffusers, transformers and wanflow read a model's shape from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from wanflow.config import TRAIN_STEPS, DiTConfig, Preset, TextConfig, VAEConfig
+from wanflow.presets import T2V_A14B
+
+DIFFUSERS_VERSION = "0.35.0"  # the first with two transformers
+OFFICIAL_KEYS = ("model_type", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "out_dim", "num_heads", "num_layers", "eps")
+ROPE_LENGTH = 1024  # positions on each axis in diffusers' tables
+
+
+def as_json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sheet(preset: Preset, vocabulary: Sequence[str] = ()) -> dict[str, Any] | None:
+    """What `wanflow.json` has to say of a model; None for the published one, of which everything is known."""
+    if preset == T2V_A14B and not vocabulary:
+        return None
+    hidden = ("num_heads", "text_dim", "text_len", "eps")  # what the tensors of an expert, or its official config.json, do not say
+    shapes = {"name", "task", "dit", "text", "vae"}
+    said: dict[str, Any] = {
+        "name": preset.name,
+        "task": preset.task,
+        "dit": {name: getattr(preset.dit, name) for name in hidden},
+        "text": asdict(preset.text),
+        "vae": asdict(preset.vae),
+        "defaults": {field.name: getattr(preset, field.name) for field in fields(Preset) if field.name not in shapes},
+    }
+    return {**said, "vocabulary": list(vocabulary)} if vocabulary else said
+
+
+def official(dit: DiTConfig) -> dict[str, Any]:
+    """`config.json` of an expert, for the official code."""
+    return {"_class_name": "WanModel", "_diffusers_version": "0.33.0", **{key: getattr(dit, key) for key in OFFICIAL_KEYS}}
+
+
+# diffusers and transformers
+
+
+def _class(name: str, **said: Any) -> dict[str, Any]:
+    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **said}
+
+
+def model_index(preset: Preset, tokenizer: str) -> dict[str, Any]:
+    """`model_index.json`; `tokenizer` is transformers' name of its class."""
+    parts = {
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", tokenizer],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    return _class("WanPipeline", boundary_ratio=preset.boundary, expand_timesteps=False, **parts)
+
+
+def transformer(dit: DiTConfig) -> dict[str, Any]:
+    """`config.json` of an expert, for diffusers."""
+    return _class(
+        "WanTransformer3DModel",
+        patch_size=dit.patch_size,
+        num_attention_heads=dit.num_heads,
+        attention_head_dim=dit.dim // dit.num_heads,
+        in_channels=dit.in_dim,
+        out_channels=dit.out_dim,
+        text_dim=dit.text_dim,
+        freq_dim=dit.freq_dim,
+        ffn_dim=dit.ffn_dim,
+        num_layers=dit.num_layers,
+        cross_attn_norm=dit.cross_attn_norm,
+        qk_norm="rms_norm_across_heads",
+        eps=dit.eps,
+        image_dim=None,
+        added_kv_proj_dim=None,
+        rope_max_seq_len=ROPE_LENGTH,
+        pos_embed_seq_len=None,
+    )
+
+
+def autoencoder(vae: VAEConfig) -> dict[str, Any]:
+    """`config.json` of the VAE, for diffusers."""
+    return _class(
+        "AutoencoderKLWan",
+        base_dim=vae.dim,
+        z_dim=vae.z_dim,
+        dim_mult=vae.dim_mult,
+        num_res_blocks=vae.num_res_blocks,
+        attn_scales=vae.attn_scales,
+        temperal_downsample=vae.temperal_downsample,
+        dropout=vae.dropout,
+        latents_mean=vae.latent_mean,
+        latents_std=vae.latent_std,
+        scale_factor_temporal=vae.temporal_stride,
+        scale_factor_spatial=vae.spatial_stride,
+    )
+
+
+def text_encoder(text: TextConfig) -> dict[str, Any]:
+    """`config.json` of the text encoder, for transformers."""
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "vocab_size": text.vocab,
+        "d_model": text.dim,
+        "d_kv": text.dim_attn // text.num_heads,
+        "d_ff": text.dim_ffn,
+        "num_layers": text.num_layers,
+        "num_decoder_layers": text.num_layers,
+        "num_heads": text.num_heads,
+        "relative_attention_num_buckets": text.num_buckets,
+        "relative_attention_max_distance": text.max_dist,
+        "layer_norm_epsilon": text.eps,
+        "dropout_rate": 0.1,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+
+
+def scheduler(shift: float) -> dict[str, Any]:
+    """`scheduler_config.json`: UniPC of the second order over the flow's sigmas."""
+    return _class(
+        "UniPCMultistepScheduler",
+        num_train_timesteps=TRAIN_STEPS,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        solver_order=2,
+        solver_type="bh2",
+        predict_x0=True,
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
+
+
+def tokenizer(text: bytes) -> tuple[bytes, bytes]:
+    """A bare `tokenizer.json` as transformers needs it: itself, ending prompts in `</s>`, and a `tokenizer_config.json`."""
+    said = json.loads(text)
+    end = next((token["id"] for token in said.get("added_tokens", ()) if token["content"] == "</s>"), None)
+    if said.get("post_processor") is None and end is not None:
+        ending = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+        first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
+        said["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, ending],
+            "pair": [first, ending, second, ending],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}},
+        }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return json.dumps(said, ensure_ascii=False).encode(), as_json(config)
