@@ -203,6 +203,21 @@ def read_frames(path: Path) -> tuple[Frames, float]:
         return np.stack(frames).astype(np.uint8, copy=False), float(rate)
 
 
+def stream_frames(path: Path) -> Iterator[tuple[float, Frames]]:
+    """Each frame of a video or picture as it is decoded: seconds from the first one, and uint8 [H, W, 3].
+
+    Raises:
+        RequestError: if the file is missing, damaged or no video.
+    """
+    with _opened(path, "png_pipe" if _is_png(path) else None) as (container, stream):
+        stream.thread_type = "AUTO"
+        begin: float | None = None
+        for number, frame in enumerate(container.decode(stream)):
+            at = float(frame.time) if frame.time is not None else number / float(stream.average_rate or 1)
+            begin = at if begin is None else begin
+            yield at - begin, frame.to_ndarray(format="rgb24", interpolation=EXACT).astype(np.uint8, copy=False)
+
+
 def contact_sheet(frames: Frames, path: Path, columns: int | None = None, count: int | None = None, overwrite: bool = True) -> None:
     """Write a PNG of frames [T, H, W, 3] in a grid, row by row.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,8 @@ class Train:
     dtype: torch.dtype = torch.bfloat16
 
 
-Loss = Callable[[int, random.Random, torch.Generator], Tensor]
+# (step, rng, generator) -> the loss, or its parts one after the other, of which each is let go before the next is made.
+Loss = Callable[[int, random.Random, torch.Generator], Tensor | Iterator[Tensor]]
 
 
 def rate(step: int, train: Train) -> float:
@@ -65,22 +66,25 @@ def fit(module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report
     """Train `module` in place to the end of the schedule, resuming from `state_file` where it exists.
 
     Args:
-        loss_of: (step, rng, generator) -> scalar loss; must draw all randomness from its two generators.
+        loss_of: (step, rng, generator) -> scalar loss, or parts of it that add up to it (gradient accumulation); must draw all
+            randomness from its two generators. What of the module does not require gradients stays as it is, and is not saved.
         report: receives a line of progress now and then.
 
     Returns:
         The module, holding the averaged weights.
     """
     module.train()
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    device = next(iter(trained.values())).device.type
     optims = optimizers(module, train)
     base = [[group["lr"] for group in optim.param_groups] for optim in optims]
-    average = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    average = {name: value.detach().clone() for name, value in trained.items()}
     first, seen = 0, 0.0
     if state_file.exists():
-        saved = torch.load(state_file, weights_only=True)
+        saved = torch.load(state_file, weights_only=True, map_location=device)
         if saved["seed"] != train.seed:
             raise RequestError(f"{state_file} was begun with seed {saved['seed']}, not {train.seed}; remove it to start over")
-        module.load_state_dict(saved["module"])
+        _assign(trained, saved["module"])
         for optim, state in zip(optims, saved["optims"], strict=True):
             optim.load_state_dict(state)
         average, first, seen = saved["average"], saved["step"], saved["loss"]
@@ -90,15 +94,13 @@ def fit(module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report
         for optim, rates in zip(optims, base, strict=True):
             for group, full in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = full * share
-        with torch.autocast("cpu", dtype=train.dtype, enabled=train.dtype != torch.float32):
-            loss = loss_of(step, random.Random(f"{train.seed}/{step}"), torch.Generator().manual_seed(train.seed * 1_000_003 + step))
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), train.clip)
+        rng, generator = random.Random(f"{train.seed}/{step}"), torch.Generator().manual_seed(train.seed * 1_000_003 + step)
+        value = _backward(loss_of, step, rng, generator, torch.autocast(device, dtype=train.dtype, enabled=train.dtype != torch.float32))
+        nn.utils.clip_grad_norm_(trained.values(), train.clip)
         for optim in optims:
             optim.step()
             optim.zero_grad(set_to_none=True)
-        _update(average, module, min(train.ema, (step + 1) / (step + 10)))
-        value = float(loss.detach())
+        _update(average, trained, min(train.ema, (step + 1) / (step + 10)))
         seen = value if step == 0 else 0.98 * seen + 0.02 * value
         now = time.monotonic()
         if now - last_report > 15 or step + 1 == train.steps:
@@ -108,23 +110,55 @@ def fit(module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report
             )
             last_report = now
         if now - last_save > train.save_seconds or step + 1 == train.steps:
-            _save(state_file, module, optims, average, step + 1, seen, train.seed)
+            _save(state_file, trained, optims, average, step + 1, seen, train.seed)
             last_save = now
-    module.load_state_dict(average)
+    _assign(trained, average)
     return module.eval()
 
 
+def _backward(loss_of: Loss, step: int, rng: random.Random, generator: torch.Generator, autocast: torch.autocast) -> float:
+    """The loss of one step, with its gradients left in the parameters."""
+    with autocast:
+        loss = loss_of(step, rng, generator)
+    if isinstance(loss, Tensor):
+        loss.backward()
+        return float(loss.detach())
+    total = 0.0
+    while True:
+        with autocast:
+            part = next(loss, None)
+        if part is None:
+            return total
+        part.backward()
+        total += float(part.detach())
+
+
 @torch.no_grad()
-def _update(average: dict[str, Tensor], module: nn.Module, keep: float) -> None:
-    for name, value in module.state_dict().items():
+def _assign(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    if trained.keys() != values.keys():
+        raise RequestError("the saved state is of a training with other settings; remove it to start over")
+    for name, value in values.items():
+        trained[name].copy_(value)
+
+
+@torch.no_grad()
+def _update(average: dict[str, Tensor], trained: dict[str, nn.Parameter], keep: float) -> None:
+    for name, value in trained.items():
         average[name].lerp_(value.to(average[name].dtype), 1 - keep)
 
 
 def _save(
-    file: Path, module: nn.Module, optims: Iterable[torch.optim.Optimizer], average: dict[str, Tensor], step: int, loss: float, seed: int
+    file: Path,
+    trained: dict[str, nn.Parameter],
+    optims: Iterable[torch.optim.Optimizer],
+    average: dict[str, Tensor],
+    step: int,
+    loss: float,
+    seed: int,
 ) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     states = [optim.state_dict() for optim in optims]
-    torch.save({"module": module.state_dict(), "optims": states, "average": average, "step": step, "loss": loss, "seed": seed}, part)
+    values = {name: value.detach() for name, value in trained.items()}
+    torch.save({"module": values, "optims": states, "average": average, "step": step, "loss": loss, "seed": seed}, part)
     os.replace(part, file)

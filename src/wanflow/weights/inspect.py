@@ -28,7 +28,7 @@ from wanflow.weights.adapters import describe_adapter, open_adapter
 from wanflow.weights.catalogue import KNOWN, known_sha256
 from wanflow.weights.formats import ShardedFolder, TensorInfo, TensorSource, TorchFile, reading
 from wanflow.weights.gguf import GGUFFile
-from wanflow.weights.layouts import DIFFUSERS, ENDINGS, FOLDERS, TOKENIZERS, WORDS, weight_groups, config_beside, which_expert
+from wanflow.weights.layouts import DIFFUSERS, ENDINGS, FOLDERS, TOKENIZERS, WORDS, config_beside, weight_groups, which_expert
 from wanflow.weights.load import Report, build, open_checkpoint
 from wanflow.weights.names import Kind, detect, strip
 from wanflow.weights.scaled import ScaledSource

@@ -56,6 +56,7 @@ class Found:
     parts: Mapping[Part, Path]
     sheet: Mapping[str, Any] = field(default_factory=dict)  # what configs of this layout say, in the words of wanflow.json
     shift: float | None = None  # what a scheduler's config says
+    own: Mapping[Part, Path] = field(default_factory=dict)  # what the folder has itself, also where a part was named by hand
 
 
 def find(folder: Path, given: Mapping[Part, Path]) -> Found:
@@ -88,7 +89,7 @@ def find(folder: Path, given: Mapping[Part, Path]) -> Found:
     missing += [WORDS[part] for part in PARTS if part not in parts]
     if missing:
         raise RequestError(f"{folder} is incomplete, it lacks {', '.join(missing)}; {HELP.format(folder)}{_flags(parts)}")
-    return Found(found.layout, {part: parts[part] for part in PARTS}, found.sheet, found.shift)
+    return Found(found.layout, {part: parts[part] for part in PARTS}, found.sheet, found.shift, found.parts)
 
 
 def _exists(path: Path | None) -> bool:

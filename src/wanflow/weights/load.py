@@ -76,7 +76,7 @@ def open_checkpoint(folder: Path, given: Mapping[Part, Path] | None = None) -> C
     with reading(folder):
         found = find(folder, given)
         sheet = _merged(found, _sheet(folder / SHEET) if (folder / SHEET).exists() else {})
-        high, low = (_expert_config(found.parts[which], folder, sheet.get("dit", {}), which in given) for which in ("high", "low"))
+        high, low = (_expert_config(found, which, folder, sheet.get("dit", {}), which in given) for which in ("high", "low"))
         if high != low:
             odd = [f.name for f in fields(DiTConfig) if getattr(high, f.name) != getattr(low, f.name)]
             raise RequestError(f"{folder}: the two experts differ in {', '.join(odd)}; they are not of one model")
@@ -141,17 +141,20 @@ def _preset(folder: Path, shapes: Preset, sheet: Mapping[str, Any]) -> Preset:
     return preset
 
 
-def _expert_config(path: Path, folder: Path, extra: Mapping[str, Any], given: bool) -> DiTConfig:
+def _expert_config(found: Found, which: Expert, folder: Path, extra: Mapping[str, Any], given: bool) -> DiTConfig:
     """The shape of an expert: its tensors, the config beside it, and for what both omit the sheet; they must agree."""
+    path = found.parts[which]
     source = open_part("dit", path)
-    # A file named by hand may lie beside anything; what is said of it then, the model's own folder says.
-    said, file = ({}, folder / SHEET) if given and path.is_file() else config_beside(path)
+    # A file named by hand may lie beside anything; what is said of it then, the folder says of the expert in whose place it comes.
+    if given and path.is_file():
+        said, file = config_beside(found.own[which]) if which in found.own else ({}, folder / SHEET)
+    else:
+        said, file = config_beside(path)
     refuse_relatives(source, said)
     for key, value in extra.items():
         if said.setdefault(key, value) != value:
             raise RequestError(f"{file} says {key} {said[key]}, {SHEET} says {value}")
-    found = dit_shapes(source, said)
-    config = configure(DiTConfig, found, said, file)
+    config = configure(DiTConfig, dit_shapes(source, said), said, file)
     check(build(WanDiT, config), source)
     return config
 

@@ -1,0 +1,128 @@
+"""Training one model on several processes: each holds a share of every weight, gradient and optimizer state (FSDP2).
+
+Parameters of a sharded model are DTensors. They are whole while their block runs, and in what `whole` and `gather` return, which
+does not depend on the number of processes: what 8 saved, 1 or 2 resume.
+
+Every rank must make the same calls in the same order (the same expert at each step, too): one that does not leaves the others
+waiting until the group's timeout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from wanflow.config import RequestError
+from wanflow.models.dit import WanDiT
+from wanflow.parallel.mesh import Ranks
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shard(model: WanDiT, ranks: Ranks) -> None:
+    """Split every parameter over the ranks, in place; nothing where there is one.
+
+    To be called on a loaded model, the same on every rank, on the CPU or on `ranks.device` (blocks on the CPU go over one by one),
+    after adapters were attached and thawed, and before the optimizer is made: parameters are other objects after it. Gradients
+    come out averaged over the ranks. `forward` and each block's `text_kv` may be called; `text_states` alone may not.
+
+    Raises:
+        RequestError: for packed weights, and trainable parameters of more than one dtype.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in FLOATS:
+            raise RequestError(
+                f"{name} is {parameter.dtype}: packed weights are not split over processes; load them unpacked, or train on one"
+            )
+    kinds = {parameter.dtype: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if len(kinds) > 1:
+        found = ", ".join(f"{name} is {dtype}" for dtype, name in kinds.items())
+        raise RequestError(f"what is trained on several processes has one dtype: {found}")
+    if ranks.size == 1:
+        return
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        block.text_kv = _owning(block.text_kv)  # type: ignore[method-assign, assignment]
+        register_fsdp_forward_method(block, "text_kv")
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def _owning(text_kv: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Its results are views, on which FSDP's hooks for the backward pass would be lost by anything in place, and it warns of that."""
+
+    def copied(text: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = text_kv(text)
+        return k.clone(), v.clone()
+
+    return copied
+
+
+def whole(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Parameters by name (all, or these), whole and on the CPU: on rank 0, and nothing on the others. Every rank must call it."""
+    kept = {name: parameter for name, parameter in model.named_parameters() if names is None or name in names}
+    missing = set(names or ()) - set(kept)
+    if missing:
+        raise KeyError(f"no parameters {sorted(missing)}")
+    return gather(kept) or {}
+
+
+def gather(tree: Any) -> Any:
+    """A copy of a nested state (dicts, lists, tuples), every tensor whole and on the CPU: on rank 0, and None on the others.
+
+    Every rank must call it.
+    """
+    keep = not dist.is_initialized() or dist.get_rank() == 0
+    made = _gathered(tree, keep)
+    return made if keep else None
+
+
+def _gathered(tree: Any, keep: bool) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _gathered(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_gathered(value, keep) for value in tree)
+    if not isinstance(tree, Tensor):
+        return tree
+    if isinstance(tree, DTensor):
+        made = tree.detach().full_tensor()  # a collective: the ranks that throw the result away take part
+        return made.cpu() if keep else None
+    return tree.detach().to("cpu", copy=True) if keep else None
+
+
+def scatter(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a whole tensor that every rank has, split as `like` is; the tensor itself where `like` is whole."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def scatter_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's whole state, as `gather` made it, in the form that this optimizer's `load_state_dict` takes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    split: dict[int, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        like = parameters[index]
+        split[index] = {
+            name: scatter(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
+            for name, value in values.items()
+        }
+    return {**state, "state": split}
+
+
+@torch.no_grad()
+def mean(value: Tensor, ranks: Ranks) -> Tensor:
+    """The average over the ranks of a tensor that each has its own of (a loss, say): on every rank, without gradient."""
+    total = value.detach().clone()
+    if ranks.size == 1:
+        return total
+    total = total.to(ranks.device)
+    dist.all_reduce(total)
+    return total / ranks.size

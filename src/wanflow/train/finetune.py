@@ -1,0 +1,258 @@
+"""Fine-tuning: a folder of captioned clips becomes a LoRA for each expert, or two new experts.
+
+Clips and captions are encoded once. Then each expert is trained by itself, on the part of sigma that it works on, with rectified
+flow's objective; one is in memory at a time. A killed training goes on where it stopped, with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wanflow.config import TRAIN_STEPS, RequestError
+from wanflow.models.dit import Block, Conditioning, Head, WanDiT, run_blocks
+from wanflow.sampling.experts import Expert
+from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
+from wanflow.train.experts import sigmas
+from wanflow.train.loop import Train, fit
+from wanflow.transforms.lora import Adapters, LowRank
+from wanflow.weights.arrange import options
+from wanflow.weights.convert import convert, open_model
+from wanflow.weights.load import Checkpoint, fingerprint, load_expert, load_text_encoder, load_tokenizer, load_vae
+
+Method = Literal["lora", "full"]
+TARGETS: dict[str, tuple[str, ...]] = {
+    "self_attn": ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+    "cross_attn": ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
+    "ffn": ("ffn.0", "ffn.2"),
+}
+NAME = "finetune"  # of the adapter that is trained
+FILES: dict[Expert, str] = {"high": "high_noise_lora.safetensors", "low": "low_noise_lora.safetensors"}
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """How to fine-tune.
+
+    batch: clips for each update, drawn anew each time; accumulate: in how many parts they go through the model (memory against time).
+    alpha: the LoRA's output is multiplied by alpha / rank. shift: crowds the training sigmas towards noise, as sampling does.
+    dropout: share of captions replaced by the empty one, which guidance needs.
+    """
+
+    data: Path
+    out: Path
+    work: Path
+    form: Form
+    method: Method = "lora"
+    experts: tuple[Expert, ...] = ("high", "low")
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = tuple(TARGETS)
+    steps: int = 400
+    batch: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    dropout: float = 0.1
+    shift: float = 5.0
+    checkpointing: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    seed: int = 0
+    save_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} {getattr(self, name)} is less than 1")
+        unknown = [target for target in self.targets if target not in TARGETS]
+        if unknown or not self.targets:
+            raise RequestError(f"targets {', '.join(unknown) or '(none)'}: choose of {', '.join(TARGETS)}")
+        if self.batch % self.accumulate:
+            raise RequestError(f"a batch of {self.batch} does not go into {self.accumulate} equal parts")
+        if not (0 < self.learning_rate < 1 and 0 <= self.dropout < 1 and 0 < self.alpha <= 4096 and 0 < self.shift <= 100):
+            raise RequestError("learning_rate and caption dropout lie between 0 and 1, alpha between 0 and 4096, shift between 0 and 100")
+
+
+def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]:
+    """Train and write what was asked for; the files (LoRA) or the folder (full).
+
+    Raises:
+        RequestError: for clips that cannot be used, or an output that is there already.
+    """
+    _refuse_taken(settings)
+    clips = find_clips(settings.data)
+    say(f"{len(clips)} clips, {settings.form.frame_num} frames of {settings.form.size[0]}*{settings.form.size[1]} each")
+    samples, empty = prepare(
+        clips, settings.form, settings.work / "cache", fingerprint(checkpoint), lambda: _clip_encoder(checkpoint, settings),
+        lambda: _text_encoder(checkpoint, settings), say,
+    )  # fmt: skip
+    trained = {which: _train(checkpoint, which, settings, samples, empty, say) for which in settings.experts}
+    if settings.method == "lora":
+        return list(trained.values())
+    say(f"writing {settings.out}")
+    dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[settings.dtype]
+    return [convert(open_model(checkpoint.folder, dict(trained.items())), settings.out, options("official", dtype), say)]
+
+
+def _refuse_taken(settings: FineTune) -> None:
+    taken = [settings.out / FILES[which] for which in settings.experts] if settings.method == "lora" else [settings.out]
+    for path in taken:
+        if path.exists():
+            raise RequestError(f"{path} is there already; name another --out, or remove it")
+
+
+@torch.no_grad()
+def _clip_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[Tensor], Tensor]:
+    vae = load_vae(checkpoint, torch.float32, settings.device)
+    return lambda clip: vae.encode(clip.unsqueeze(0).to(settings.device))[0].float()
+
+
+def _text_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[str], Tensor]:
+    small = checkpoint.preset.text.dim < 1024  # the published encoder is kept in 16 bits, as when it generates
+    encoder = load_text_encoder(checkpoint, torch.float32 if small else torch.bfloat16, settings.device)
+    tokenizer = load_tokenizer(checkpoint)
+
+    @torch.no_grad()
+    def encode(caption: str) -> Tensor:
+        ids, mask = tokenizer([caption])
+        return cast(Tensor, encoder(ids.to(settings.device), mask.to(settings.device))[0, : int(mask.sum())])
+
+    return encode
+
+
+# one expert
+
+
+def _train(checkpoint: Checkpoint, which: Expert, settings: FineTune, samples: list[Sample], empty: Path, say: Say) -> Path:
+    """Train one expert and write its file."""
+    say(f"{which}-noise expert: begins")
+    full = settings.method == "full"
+    model = load_expert(checkpoint, which, torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16, settings.device)
+    adapters = None if full else attach(model, settings)
+    if full:
+        model.requires_grad_(True)
+    low, high = (checkpoint.preset.boundary, 1.0) if which == "high" else (0.0, checkpoint.preset.boundary)
+    objective = Objective(model, samples, empty, (low, high), settings)
+    training = Train(
+        steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, warmup=min(50, max(1, settings.steps // 10)),
+        decay=0.3, ema=0.99, weight_decay=0.01, seed=settings.seed, save_seconds=settings.save_seconds, dtype=settings.dtype,
+    )  # fmt: skip
+    fit(model, objective, training, settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt", lambda line: say(f"  {line}"))
+    if adapters is None:
+        file = settings.work / f"{which}.safetensors"
+        _write(file, {name: value.detach().to(settings.dtype).cpu() for name, value in model.named_parameters()}, {})
+        return file
+    file = settings.out / FILES[which]
+    _write(file, lora_tensors(adapters, settings.alpha), _about(checkpoint, which, settings))
+    say(f"  saved {file}")
+    return file
+
+
+def _name(checkpoint: Checkpoint, settings: FineTune, samples: list[Sample]) -> str:
+    """A name for the saved state that only the same training has, whatever the interval of saving or the memory it is given."""
+    same = replace(settings, save_seconds=0, out=Path(), work=Path(), data=Path(), checkpointing=False, accumulate=1, device="cpu")
+    about = f"{same} {fingerprint(checkpoint)} {[(sample.latent_file.name, sample.text_file.name) for sample in samples]}"
+    return hashlib.sha256(about.encode()).hexdigest()[:12]
+
+
+def attach(model: WanDiT, settings: FineTune) -> Adapters:
+    """A LoRA on every target of every block that changes nothing yet: its second matrix is zero."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    changes = {}
+    for number in range(model.config.num_layers):
+        for target in settings.targets:
+            for leaf in TARGETS[target]:
+                layer = cast(Any, model.get_submodule(f"blocks.{number}.{leaf}"))
+                down = torch.randn(settings.rank, layer.in_features, generator=generator) * layer.in_features**-0.5
+                changes[f"blocks.{number}.{leaf}.weight"] = LowRank(torch.zeros(layer.out_features, settings.rank), down)
+    adapters = Adapters(model)
+    adapters.attach(NAME, changes, settings.alpha / settings.rank)
+    for slot in adapters.slots(NAME).values():
+        # float32, whatever the leaf computes in: updates are far smaller than bfloat16 can add
+        slot.up, slot.down = (nn.Parameter(value.detach().float()) for value in (slot.up, slot.down))
+    return adapters
+
+
+def lora_tensors(adapters: Adapters, alpha: float) -> dict[str, Tensor]:
+    """The trained LoRA in the naming that most programs read: `diffusion_model.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha`."""
+    tensors: dict[str, Tensor] = {}
+    for name, slot in adapters.slots(NAME).items():
+        path = f"diffusion_model.{name.removesuffix('.weight')}"
+        tensors[f"{path}.lora_A.weight"] = slot.down.detach().float().cpu().clone()
+        tensors[f"{path}.lora_B.weight"] = slot.up.detach().float().cpu().clone()
+        tensors[f"{path}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def _about(checkpoint: Checkpoint, which: Expert, settings: FineTune) -> dict[str, str]:
+    told = {"model": checkpoint.preset.name, "expert": which, "rank": settings.rank, "alpha": settings.alpha, "steps": settings.steps}
+    return {"format": "pt", "wanflow": json.dumps(told | {"batch": settings.batch, "learning_rate": settings.learning_rate})}
+
+
+def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=about or {"format": "pt"})
+    os.replace(part, file)
+
+
+def checkpointed(blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning) -> Tensor:
+    """The trunk that keeps a block's input and computes the block again for its gradients: a block's memory instead of all blocks'."""
+    for block, text in zip(blocks, conditioning.text, strict=True):
+        tokens = cast(Tensor, checkpoint(block, tokens, conditioning, text, use_reentrant=False))
+    return cast(Tensor, head(tokens, conditioning))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a step: rectified flow on clips drawn for it, in `accumulate` parts that add up to the mean over the batch.
+
+    What is drawn depends on the step alone, not on the parts it is computed in. With several processes each computes its share.
+    """
+
+    model: nn.Module
+    samples: list[Sample]
+    empty: Path
+    range: tuple[float, float]  # of sigma
+    settings: FineTune
+    share: tuple[int, int] = (0, 1)  # this process and how many there are
+
+    def __call__(self, step: int, rng: random.Random, generator: torch.Generator) -> Iterator[Tensor]:
+        settings, device = self.settings, self.settings.device
+        rows = torch.randint(len(self.samples), (settings.batch,), generator=generator).tolist()
+        sigma = sigmas(settings.batch, *self.range, settings.shift, generator)
+        silent = (torch.rand(settings.batch, generator=generator) < settings.dropout).tolist()
+        seeds = torch.randint(2**62, (settings.batch,), generator=generator).tolist()
+        length = cast(WanDiT, self.model).config.text_len
+        rank, size = self.share
+        own = range(rank, settings.batch, size)
+        part = len(own) // settings.accumulate
+        for start in range(0, len(own), part):
+            chosen = own[start : start + part]
+            latents = torch.stack([self.samples[rows[n]].latent() for n in chosen]).to(device)
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seeds[n])) for n in chosen]).to(
+                device
+            )
+            texts = torch.stack(
+                [
+                    (replace(self.samples[rows[n]], text_file=self.empty) if silent[n] else self.samples[rows[n]]).text(length)
+                    for n in chosen
+                ]
+            )
+            s = sigma[list(chosen)].to(device)
+            mixed = torch.lerp(latents, noise, s.view(-1, 1, 1, 1, 1))
+            trunk = checkpointed if settings.checkpointing else run_blocks
+            predicted = self.model(mixed, s * TRAIN_STEPS, texts.to(device, torch.float32), trunk)
+            yield F.mse_loss(predicted, noise - latents) * (len(chosen) / len(own))
