@@ -92,8 +92,8 @@ def _gathered(tree: Any, keep: bool) -> Any:
     if not isinstance(tree, Tensor):
         return tree
     if isinstance(tree, DTensor):
-        made = tree.detach().full_tensor()  # a collective: the ranks that throw the result away take part
-        return made.cpu() if keep else None
+        made = tree.full_tensor()  # a collective: the ranks that throw the result away take part
+        return made.detach().cpu() if keep else None
     return tree.detach().to("cpu", copy=True) if keep else None
 
 
