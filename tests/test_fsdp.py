@@ -190,14 +190,18 @@ def test_a_rank_left_alone_fails_in_time(worked: Path) -> None:
 
 
 def test_what_cannot_be_split_is_refused() -> None:
+    """By two processes; one takes it as it is."""
+    two = mesh.Ranks(0, 2, torch.device("cpu"))
     model = made(False)
     packed.swap(model, {"blocks.1.ffn.0.weight": "F8_E4M3"}, torch.float32)
+    fsdp.shard(model, ALONE)
     with pytest.raises(RequestError, match=r"blocks\.1\.ffn\.0\.data is torch\.float8_e4m3fn: packed weights"):
-        fsdp.shard(model, ALONE)
+        fsdp.shard(model, two)
     model = made(False)
     model.blocks[0].ffn.bfloat16()
+    fsdp.shard(model, ALONE)
     with pytest.raises(RequestError, match="one dtype"):
-        fsdp.shard(model, ALONE)
+        fsdp.shard(model, two)
 
 
 def test_the_environment_describes_the_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zlib
@@ -30,7 +31,7 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import LATENT_MEAN, LATENT_STD
 from wanflow.transforms.packed import PackedEmbedding, PackedLinear
-from wanflow.weights import load
+from wanflow.weights import catalogue, load
 from wanflow.weights.load import Checkpoint, open_checkpoint
 from wanflow.weights.names import from_official
 
@@ -490,6 +491,17 @@ def test_a_hash_that_contradicts_the_name(states: dict[str, State], tmp_path: Pa
     file.rename(blob)
     file.symlink_to(blob)
     assert "its hash is that of the low-noise one" in refusal(lambda: open_checkpoint(folder))
+
+
+def test_published_files_are_known_under_any_name(states: dict[str, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renamed, by the hash of what is in them, which is computed for files of a published size only."""
+    folder = single_files(tmp_path, states, sixteen(torch.float32))
+    for which, name in (("high", "a"), ("low", "b")):
+        file = (folder / "diffusion_models" / f"{STEMS[which]}.safetensors").rename(folder / "diffusion_models" / f"{name}.safetensors")
+        monkeypatch.setitem(catalogue.KNOWN, f"x_{which}_noise.safetensors", hashlib.sha256(file.read_bytes()).hexdigest())
+    assert "--high FILE --low FILE" in refusal(lambda: open_checkpoint(folder))
+    monkeypatch.setattr(catalogue, "EXPERT_SIZES", (file.stat().st_size,))
+    assert {which: path.stem for which, path in open_checkpoint(folder).experts.items()} == {"high": "a", "low": "b"}
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Run:
             return cls(request, recipe, SolverState.from_tensors(int(stored["index"]), tensors))
         except FileNotFoundError:
             raise RequestError(f"there is no saved run at {path}") from None
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise RequestError(f"{path} is not a saved wanflow run, or it is damaged: {error}") from None
 
 

@@ -81,7 +81,7 @@ def guard(checkpoint: Checkpoint, runtime: Runtime) -> None:
     dtype = choose_dtype(runtime.dtype, device, checkpoint)
     if expert_bytes(checkpoint, torch.float32) > FULL_SIZE:
         if device.type != "cuda" or not enough_for_full_size(machine):
-            raise RequestError(f"{needed_words()}\n  here: {machine.words()}\n  do: {WHERE_ELSE} (--force starts it here all the same)")
+            raise RequestError(needed_words(), f"  here: {machine.words()}", f"  do: {WHERE_ELSE} (--force starts it here all the same)")
         return
     experts = expert_bytes(checkpoint, dtype) * (2 if runtime.keep_experts else 1)
     need = max(experts, text_encoder_bytes(checkpoint)) + GB

@@ -95,7 +95,8 @@ def states() -> dict[str, State]:
 
 def sentencepiece() -> bytes:
     pieces = [
-        field(1, field(1, word.encode()) + field(2, -float(n)) + field(3, kind)) for n, (word, kind) in enumerate(zip(WORDS, TYPES, strict=True))
+        field(1, field(1, word.encode()) + field(2, -float(n)) + field(3, kind))
+        for n, (word, kind) in enumerate(zip(WORDS, TYPES, strict=True))
     ]
     return b"".join(pieces) + field(2, field(3, 1)) + field(3, field(1, b"own") + field(2, CHARSMAP) + field(3, 1) + field(4, 1))
 
@@ -172,7 +173,12 @@ def loras(folder: Path) -> list[str]:
     out, inner = SHAPES["blocks.0.ffn.0.weight"]
     stem, q = "diffusion_model.blocks.0.ffn.0", "diffusion_model.blocks.0.self_attn.q"
     w = {f"{stem}.hada_w{n}_{x}": torch.randn(*((out, 4) if x == "a" else (4, inner))) for n in (1, 2) for x in "ab"}
-    k = {f"{q}.lokr_w1": torch.randn(4, 4), f"{q}.lokr_w2_a": torch.randn(8, 2), f"{q}.lokr_w2_b": torch.randn(2, 8), f"{q}.alpha": torch.ones(())}
+    k = {
+        f"{q}.lokr_w1": torch.randn(4, 4),
+        f"{q}.lokr_w2_a": torch.randn(8, 2),
+        f"{q}.lokr_w2_b": torch.randn(2, 8),
+        f"{q}.alpha": torch.ones(()),
+    }
     d = {"diffusion_model.head.head.lora_A.weight": torch.randn(2, 32), "diffusion_model.head.head.lora_B.weight": torch.randn(64, 2),
          "diffusion_model.head.head.dora_scale": torch.ones(64, 1)}  # fmt: skip
     more = {"diffusion_model.blocks.0.norm3.diff": torch.randn(32), "diffusion_model.blocks.0.diff_m": torch.randn(1, 6, 32),
@@ -182,7 +188,14 @@ def loras(folder: Path) -> list[str]:
     return [*files, "adapter_model.bin"]
 
 
-PEFT = {"r": 4, "lora_alpha": 8, "use_rslora": False, "alpha_pattern": {"blocks.0.self_attn.q": 3}, "rank_pattern": {}, "target_modules": ["q"]}
+PEFT = {
+    "r": 4,
+    "lora_alpha": 8,
+    "use_rslora": False,
+    "alpha_pattern": {"blocks.0.self_attn.q": 3},
+    "rank_pattern": {},
+    "target_modules": ["q"],
+}
 
 
 # what users reach
@@ -258,7 +271,13 @@ def part(name: str, damage: Damage, given: str, *more: Callable[[Path], object])
 
 MODEL = ("wanflow.json", "high_noise_model/config.json", "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
          "google/umt5-xxl/tokenizer.json")  # fmt: skip
-DIFFUSERS = ("model_index.json", "transformer/config.json", "text_encoder/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+DIFFUSERS = (
+    "model_index.json",
+    "transformer/config.json",
+    "text_encoder/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+)
 LORAS = ("comfy", "kohya", "pair", "lycoris")
 
 CONTAINERS: dict[str, Container] = {
@@ -359,7 +378,9 @@ def write_shards(folder: Path, index: str, names: tuple[str, str], state: State)
 def write_diffusers(root: Path, held: dict[str, State], sheet: dict[str, Any]) -> None:
     from wanflow.weights import configs
 
-    preset = replace(T2V_A14B, dit=DIT, text=TEXT, vae=replace(VAE, latent_mean=T2V_A14B.vae.latent_mean, latent_std=T2V_A14B.vae.latent_std))
+    preset = replace(
+        T2V_A14B, dit=DIT, text=TEXT, vae=replace(VAE, latent_mean=T2V_A14B.vae.latent_mean, latent_std=T2V_A14B.vae.latent_std)
+    )
     said = {"transformer": configs.transformer(DIT), "transformer_2": configs.transformer(DIT), "text_encoder": configs.text_encoder(TEXT),
             "vae": configs.autoencoder(preset.vae), "scheduler": configs.scheduler(3.0)}  # fmt: skip
     kinds: dict[str, tuple[Any, Any]] = {
@@ -387,7 +408,11 @@ class Misbehaviour(Exception):
 
 def judge_text(told: str) -> None:
     """One line, of which a terminal shows what it says."""
-    odd = {char for char in told if ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u2028\u2029\u202a\u202b\u202c\u202d\u202e" or "\ud800" <= char <= "\udfff"}
+    odd = {
+        char
+        for char in told
+        if ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u2028\u2029\u202a\u202b\u202c\u202d\u202e" or "\ud800" <= char <= "\udfff"
+    }
     if odd:
         raise Misbehaviour(f"the message holds {odd}: {told!r:.600}")
 
@@ -467,7 +492,8 @@ class Bench:
                 Path("ran").unlink()
                 raise Misbehaviour("code of the file was run")
         except BaseException:  # a panic of a library in Rust is no Exception
-            result["fault"] = traceback.format_exc(limit=-6)
+            told = traceback.format_exc(limit=-6).encode("ascii", "backslashreplace").decode()
+            result["fault"] = told if len(told) < 4000 else f"{told[:2000]} ... {told[-2000:]}"
         path.write_bytes(self.good[file])
         return result
 

@@ -198,9 +198,11 @@ def _bent(rng: Random, header: dict[str, Any], body: bytes) -> bytes:
             break
         name = rng.choice(list(held))
         kind, shape, values = held[name]
-        match rng.randrange(10):
+        match rng.randrange(11):
             case 0:
                 held[text(rng, name)] = held.pop(name)
+            case 10:
+                held[text(rng, name)] = held[name]
             case 1:
                 del held[name]
             case 2:
@@ -541,8 +543,11 @@ def of_sentencepiece(rng: Random, data: bytes) -> bytes:
 
 
 def _of_message(rng: Random, data: bytes) -> bytes:
-    inner = fields(data)
-    at = rng.randrange(len(inner))
+    try:
+        inner = fields(data)
+        at = rng.randrange(len(inner))
+    except (IndexError, ValueError, struct.error):  # bent before, or never a message
+        return of_bytes(rng, data)
     number, value = inner[at]
     if isinstance(value, bytes):
         inner[at] = number, of_bytes(rng, value, rng.randrange(max(1, len(value))))

@@ -75,6 +75,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _finetune(args: argparse.Namespace) -> None:
     from wanflow.assemble import resolve
+    from wanflow.parallel.mesh import place
     from wanflow.plan import this_machine
     from wanflow.train.finetune import finetune
     from wanflow.train.memory import refuse
@@ -84,8 +85,9 @@ def _finetune(args: argparse.Namespace) -> None:
     checkpoint = resolve(args.ckpt_dir)
     settings = _settings(args, checkpoint)
     if not args.force:
-        refuse(checkpoint, settings, this_machine(checkpoint.folder))
-    finetune(checkpoint, settings, lambda line: print(line, file=sys.stderr, flush=True))
+        refuse(checkpoint, settings, this_machine(checkpoint.folder), place()[1])
+    speaks = place()[0] == 0
+    finetune(checkpoint, settings, lambda line: print(line, file=sys.stderr, flush=True) if speaks else None)
 
 
 def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
@@ -110,5 +112,5 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
         batch=args.batch or (16 if small else 1), accumulate=args.grad_accum, learning_rate=rate, dropout=args.caption_dropout,
         shift=args.train_shift, checkpointing=args.activation_checkpointing,
         dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype], device=str(choose_device(args.device)),
-        seed=args.seed, save_seconds=args.save_every,
+        fsdp=args.fsdp, seed=args.seed, save_seconds=args.save_every,
     )  # fmt: skip

@@ -36,6 +36,8 @@ def shard(model: WanDiT, ranks: Ranks) -> None:
     Raises:
         RequestError: for packed weights, and trainable parameters of more than one dtype.
     """
+    if ranks.size == 1:
+        return
     for name, parameter in model.named_parameters():
         if parameter.dtype not in FLOATS:
             raise RequestError(
@@ -45,8 +47,6 @@ def shard(model: WanDiT, ranks: Ranks) -> None:
     if len(kinds) > 1:
         found = ", ".join(f"{name} is {dtype}" for dtype, name in kinds.items())
         raise RequestError(f"what is trained on several processes has one dtype: {found}")
-    if ranks.size == 1:
-        return
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)

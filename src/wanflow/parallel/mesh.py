@@ -23,6 +23,11 @@ class Ranks:
     device: torch.device
 
 
+def place() -> tuple[int, int]:
+    """This process' number and how many there are, as torchrun says; joins nothing."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
     """Join the group that torchrun describes in the environment; alone where it describes none.
 

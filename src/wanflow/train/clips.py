@@ -174,6 +174,7 @@ def prepare(
     encode_clips: Callable[[], Callable[[Tensor], Tensor]],
     encode_texts: Callable[[], Callable[[str], Tensor]],
     say: Say,
+    wait: bool = False,
 ) -> tuple[list[Sample], Path]:
     """Latents and text states of every clip in `cache`, and the file of the empty caption's; what is there already is not made again.
 
@@ -181,6 +182,7 @@ def prepare(
         model: what tells the VAE and the text encoder from others.
         encode_clips: loads the VAE and returns [3, T, H, W] -> latent [z, t, h, w]; called if anything is missing.
         encode_texts: loads the text encoder and returns caption -> states [S, D] without padding; likewise.
+        wait: make nothing, and wait until another process has.
     """
     cache.mkdir(parents=True, exist_ok=True)
     shape = f"{form.size} {form.frame_num} {form.fps:g}"

@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from wanflow.config import TRAIN_STEPS, RequestError
 from wanflow.models.dit import Block, Conditioning, Head, WanDiT, run_blocks
+from wanflow.parallel.fsdp import gather, shard
+from wanflow.parallel.mesh import Ranks, place, start, stop
 from wanflow.sampling.experts import Expert
 from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
 from wanflow.train.experts import sigmas
@@ -69,6 +72,7 @@ class FineTune:
     checkpointing: bool = False
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
+    fsdp: bool = False
     seed: int = 0
     save_seconds: float = 60.0
 
@@ -88,22 +92,44 @@ class FineTune:
 def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]:
     """Train and write what was asked for; the files (LoRA) or the folder (full).
 
+    Under torchrun with `fsdp`, the model in training is split over the processes; the first one encodes, saves and writes.
+
     Raises:
         RequestError: for clips that cannot be used, or an output that is there already.
     """
     _refuse_taken(settings)
     clips = find_clips(settings.data)
     say(f"{len(clips)} clips, {settings.form.frame_num} frames of {settings.form.size[0]}*{settings.form.size[1]} each")
-    samples, empty = prepare(
-        clips, settings.form, settings.work / "cache", fingerprint(checkpoint), lambda: _clip_encoder(checkpoint, settings),
-        lambda: _text_encoder(checkpoint, settings), say,
+    rank, size = place()
+    _refuse_processes(settings, size)
+    make = partial(
+        prepare, clips, settings.form, settings.work / "cache", fingerprint(checkpoint), lambda: _clip_encoder(checkpoint, settings),
+        lambda: _text_encoder(checkpoint, settings),
     )  # fmt: skip
-    trained = {which: _train(checkpoint, which, settings, samples, empty, say) for which in settings.experts}
+    samples, empty = make(say) if rank == 0 else make(say, wait=True)
+    ranks = start(torch.device(settings.device)) if size > 1 else None
+    try:
+        trained = {which: _train(checkpoint, which, settings, samples, empty, say, ranks) for which in settings.experts}
+    finally:
+        stop()
     if settings.method == "lora":
         return list(trained.values())
-    say(f"writing {settings.out}")
-    dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[settings.dtype]
-    return [convert(open_model(checkpoint.folder, dict(trained.items())), settings.out, options("official", dtype), say)]
+    if rank == 0:
+        say(f"writing {settings.out}")
+        dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[settings.dtype]
+        convert(open_model(checkpoint.folder, dict(trained.items())), settings.out, options("official", dtype), say)
+    return [settings.out]
+
+
+def _refuse_processes(settings: FineTune, size: int) -> None:
+    if size > 1 and not settings.fsdp:
+        raise RequestError(
+            f"{size} processes would all train the same; add --fsdp, which splits the model over them, or leave out torchrun"
+        )
+    if size == 1 and settings.fsdp:
+        raise RequestError("--fsdp splits the model over several processes: torchrun --nproc_per_node=N -m wanflow train ... --fsdp")
+    if settings.batch % (size * settings.accumulate):
+        raise RequestError(f"a batch of {settings.batch} does not go into {size} processes times {settings.accumulate} equal parts")
 
 
 def _refuse_taken(settings: FineTune) -> None:
@@ -135,34 +161,51 @@ def _text_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[str],
 # one expert
 
 
-def _train(checkpoint: Checkpoint, which: Expert, settings: FineTune, samples: list[Sample], empty: Path, say: Say) -> Path:
+def _train(
+    checkpoint: Checkpoint, which: Expert, settings: FineTune, samples: list[Sample], empty: Path, say: Say, ranks: Ranks | None
+) -> Path:
     """Train one expert and write its file."""
     say(f"{which}-noise expert: begins")
     full = settings.method == "full"
-    model = load_expert(checkpoint, which, torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16, settings.device)
+    dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
+    # What is split goes over block by block: no GPU holds it whole.
+    model = load_expert(checkpoint, which, dtype, settings.device if ranks is None else "cpu")
     adapters = None if full else attach(model, settings)
     if full:
         model.requires_grad_(True)
+    if ranks is not None:
+        settings = replace(settings, device=str(ranks.device))
+        shard(model, ranks)
     low, high = (checkpoint.preset.boundary, 1.0) if which == "high" else (0.0, checkpoint.preset.boundary)
-    objective = Objective(model, samples, empty, (low, high), settings)
+    objective = Objective(model, samples, empty, (low, high), settings, (0, 1) if ranks is None else (ranks.rank, ranks.size))
     training = Train(
         steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, warmup=min(50, max(1, settings.steps // 10)),
         decay=0.3, ema=0.99, weight_decay=0.01, seed=settings.seed, save_seconds=settings.save_seconds, dtype=settings.dtype,
     )  # fmt: skip
-    fit(model, objective, training, settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt", lambda line: say(f"  {line}"))
+    fit(
+        model,
+        objective,
+        training,
+        settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt",
+        lambda line: say(f"  {line}"),
+        ranks,
+    )
+    file = settings.work / f"{which}.safetensors" if adapters is None else settings.out / FILES[which]
     if adapters is None:
-        file = settings.work / f"{which}.safetensors"
-        _write(file, {name: value.detach().to(settings.dtype).cpu() for name, value in model.named_parameters()}, {})
-        return file
-    file = settings.out / FILES[which]
-    _write(file, lora_tensors(adapters, settings.alpha), _about(checkpoint, which, settings))
-    say(f"  saved {file}")
+        tensors = gather({name: value.detach().to(settings.dtype) for name, value in model.named_parameters()})
+    else:
+        tensors = gather(lora_tensors(adapters, settings.alpha))
+    if tensors is not None:
+        _write(file, tensors, {"format": "pt"} if adapters is None else _about(checkpoint, which, settings))
+        say(f"  saved {file}")
     return file
 
 
 def _name(checkpoint: Checkpoint, settings: FineTune, samples: list[Sample]) -> str:
     """A name for the saved state that only the same training has, whatever the interval of saving or the memory it is given."""
-    same = replace(settings, save_seconds=0, out=Path(), work=Path(), data=Path(), checkpointing=False, accumulate=1, device="cpu")
+    same = replace(
+        settings, save_seconds=0, out=Path(), work=Path(), data=Path(), checkpointing=False, accumulate=1, device="cpu", fsdp=False
+    )
     about = f"{same} {fingerprint(checkpoint)} {[(sample.latent_file.name, sample.text_file.name) for sample in samples]}"
     return hashlib.sha256(about.encode()).hexdigest()[:12]
 
@@ -190,8 +233,8 @@ def lora_tensors(adapters: Adapters, alpha: float) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, slot in adapters.slots(NAME).items():
         path = f"diffusion_model.{name.removesuffix('.weight')}"
-        tensors[f"{path}.lora_A.weight"] = slot.down.detach().float().cpu().clone()
-        tensors[f"{path}.lora_B.weight"] = slot.up.detach().float().cpu().clone()
+        tensors[f"{path}.lora_A.weight"] = slot.down.detach().float()
+        tensors[f"{path}.lora_B.weight"] = slot.up.detach().float()
         tensors[f"{path}.alpha"] = torch.tensor(float(alpha))
     return tensors
 
@@ -204,7 +247,7 @@ def _about(checkpoint: Checkpoint, which: Expert, settings: FineTune) -> dict[st
 def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=about or {"format": "pt"})
+    save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=about)
     os.replace(part, file)
 
 

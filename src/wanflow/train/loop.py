@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wanflow.config import RequestError
+from wanflow.parallel import fsdp
+from wanflow.parallel.mesh import Ranks
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,16 @@ def optimizers(module: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
     return built
 
 
-def fit(module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report: Callable[[str], None]) -> nn.Module:
+def fit(
+    module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report: Callable[[str], None], ranks: Ranks | None = None
+) -> nn.Module:
     """Train `module` in place to the end of the schedule, resuming from `state_file` where it exists.
 
     Args:
         loss_of: (step, rng, generator) -> scalar loss, or parts of it that add up to it (gradient accumulation); must draw all
             randomness from its two generators. What of the module does not require gradients stays as it is, and is not saved.
         report: receives a line of progress now and then.
+        ranks: the processes over which the module is split (`parallel.fsdp.shard`); each computes the loss of its own share.
 
     Returns:
         The module, holding the averaged weights.
@@ -82,6 +88,8 @@ def fit(module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report
     first, seen = 0, 0.0
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True, map_location=device)
+        if ranks is not None:
+            saved = _shared_out(saved, trained, optims)
         if saved["seed"] != train.seed:
             raise RequestError(f"{state_file} was begun with seed {saved['seed']}, not {train.seed}; remove it to start over")
         _assign(trained, saved["module"])
@@ -101,16 +109,20 @@ def fit(module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report
             optim.step()
             optim.zero_grad(set_to_none=True)
         _update(average, trained, min(train.ema, (step + 1) / (step + 10)))
-        seen = value if step == 0 else 0.98 * seen + 0.02 * value
         now = time.monotonic()
+        due = now - last_save > train.save_seconds or step + 1 == train.steps
+        if ranks is not None:  # the clocks differ, and all save or none
+            value, saving = fsdp.mean(torch.tensor([value, float(due)]), ranks).tolist()
+            due = saving > 0
+        seen = value if step == 0 else 0.98 * seen + 0.02 * value
         if now - last_report > 15 or step + 1 == train.steps:
             pace = (now - began) / (step + 1 - first)
             report(
                 f"step {step + 1}/{train.steps}  loss {seen:.4f}  {pace:.2f} s/step  {pace * (train.steps - step - 1) / 60:.1f} min left"
             )
             last_report = now
-        if now - last_save > train.save_seconds or step + 1 == train.steps:
-            _save(state_file, trained, optims, average, step + 1, seen, train.seed)
+        if due:
+            _save(state_file, trained, optims, average, step + 1, seen, train.seed, ranks is not None)
             last_save = now
     _assign(trained, average)
     return module.eval()
@@ -155,10 +167,26 @@ def _save(
     step: int,
     loss: float,
     seed: int,
+    split: bool,
 ) -> None:
+    values = {name: value.detach() for name, value in trained.items()}
+    states = [optim.state_dict() for optim in optims]
+    state: Any = {"module": values, "optims": states, "average": average, "step": step, "loss": loss, "seed": seed}
+    if split:
+        state = fsdp.gather(state)
+    if state is None:
+        return  # rank 0 writes
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    states = [optim.state_dict() for optim in optims]
-    values = {name: value.detach() for name, value in trained.items()}
-    torch.save({"module": values, "optims": states, "average": average, "step": step, "loss": loss, "seed": seed}, part)
+    torch.save(state, part)
     os.replace(part, file)
+
+
+def _shared_out(saved: dict[str, Any], trained: dict[str, nn.Parameter], optims: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """This process' share of a saved state."""
+    shares = {part: {name: fsdp.scatter(value, trained[name]) for name, value in saved[part].items()} for part in ("module", "average")}
+    return {
+        **saved,
+        **shares,
+        "optims": [fsdp.scatter_optimizer(state, optim) for state, optim in zip(saved["optims"], optims, strict=True)],
+    }

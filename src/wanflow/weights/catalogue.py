@@ -5,6 +5,7 @@ Sizes stand here for help texts and for statements without a network; at run tim
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ Source = Literal["huggingface", "modelscope"]
 # Bytes. Of the official shards only the sum is published; headers and indexes are taken from Wan2.1-T2V-14B, which has the same tensors.
 EXPERT_FP32, EXPERT_FP8 = 57_154_174_447, 14_293_923_632
 EXPERT_16 = 28_577_100_000  # half of the float32 tensors and a header
+EXPERT_SIZES = (EXPERT_FP8,)  # of experts whose hash is known
 T5_BF16, T5_FP16, T5_FP8, T5_Q8 = 11_361_920_418, 11_366_399_385, 6_735_906_897, 6_043_068_256
 VAE_FP32, VAE_16 = 507_609_880, 253_815_318
 TOKENIZER, LIGHTNING = 21_454_081, 1_226_977_424
@@ -174,10 +176,17 @@ def known_sha256(name: str) -> str | None:
     return next((sha256 for end, sha256 in KNOWN.items() if path.endswith(f"/{end}")), None)
 
 
-def expert_by_hash(file: Path) -> Literal["high", "low"] | None:
-    """The expert that a file is known to be by the sha256 that names it: what a snapshot of Hugging Face's cache links to."""
-    name = Path(os.path.realpath(file)).name
-    known = next((end for end, sha256 in KNOWN.items() if sha256 == name), "").lower().replace("_", "")
+def expert_by_hash(file: Path, compute: bool = False) -> Literal["high", "low"] | None:
+    """The expert that a file is known to be by its sha256: the one that names it (a link into Hugging Face's cache), or a computed one.
+
+    Args:
+        compute: hash the file itself if it has the size of a published expert; half a minute for 14 GB.
+    """
+    sha256 = Path(os.path.realpath(file)).name
+    if compute and file.stat().st_size in EXPERT_SIZES:
+        with file.open("rb") as data:
+            sha256 = hashlib.file_digest(data, "sha256").hexdigest()
+    known = next((end for end, value in KNOWN.items() if value == sha256), "").lower().replace("_", "")
     return "high" if "highnoise" in known else "low" if "lownoise" in known else None
 
 

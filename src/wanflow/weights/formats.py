@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -25,13 +25,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wanflow.config import RequestError
+from wanflow.config import RequestError, plain
 from wanflow.transforms.packed import Packed
 
 HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
 CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 AGAIN = "download it again"
+# What torch lets a pickle call, no state dict has, and makes as much memory as it is told to.
+MAKERS = re.compile(rb"c[\w.]+\n(bytearray|\w+Tensor|UntypedStorage|TypedStorage)\n")
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -139,6 +141,13 @@ def fill(part: Tensor, file: FileIO, path: Path) -> None:
         done += count
 
 
+def refuse_odd_names(path: Path, names: Iterable[str]) -> None:
+    """RequestError for a tensor whose name cannot be shown as it is: no program writes such names, and no message repeats one."""
+    odd = next((name for name in names if plain(name) != name), None)
+    if odd is not None:
+        raise RequestError(f"{path} is damaged: a tensor is called {odd!r}; {AGAIN}")
+
+
 # safetensors
 
 
@@ -195,6 +204,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     if 8 + length + end != size:
         state = "cut off" if 8 + length + end > size else "longer than it should be"
         raise RequestError(f"{path} is {state}: {size:,} bytes, and its header speaks of {8 + length + end:,}; {AGAIN}")
+    refuse_odd_names(path, tensors)
     return SafetensorsFile(path, tensors, {name: 8 + length + start for name, start in starts.items()}, metadata)
 
 
@@ -348,8 +358,8 @@ def open_torch(path: Path) -> TorchFile:
     Raises:
         RequestError: naming the file, for anything else.
     """
-    refuse_unreadable(path)
-    _refuse_odd_zip(path)
+    size = refuse_unreadable(path)
+    _refuse_odd_zip(path, size)
     try:
         if path.suffix == ".safetensors":  # torch goes by that name; an open file has none
             with path.open("rb") as file:
@@ -375,29 +385,37 @@ def open_torch(path: Path) -> TorchFile:
     mapped: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(name, str) or type(value) not in (Tensor, nn.Parameter) or not _stored(value):
-            raise RequestError(f"{path}: {name!r} is not a plain tensor but {type(value).__name__}")
+            raise RequestError(f"{path}: {name!r:.300} is not a plain tensor but {getattr(value, 'dtype', type(value).__name__)}")
         # A view may repeat a few stored bytes into any shape; copied out it would take what it claims.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise RequestError(f"{path}: {name} claims more data than the file holds; {AGAIN}")
         mapped[name] = value.detach()
+    # Storages that a pickle had made, not read, are as large as it likes.
+    if sum({value.data_ptr(): value.nbytes() for value in map(Tensor.untyped_storage, mapped.values())}.values()) > size:
+        raise RequestError(f"{path} claims more data than it holds; {AGAIN}")
+    refuse_odd_names(path, mapped)
     return TorchFile(path, {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in mapped.items()}, mapped)
 
 
 def _stored(value: Tensor) -> bool:
-    return value.layout == torch.strided and value.device.type == "cpu"
+    return value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES.values() and not value.is_nested
 
 
-def _refuse_odd_zip(path: Path) -> None:
+def _refuse_odd_zip(path: Path, size: int) -> None:
     """Refuse what torch.save does not write: other containers, compression (mapped, it reads as noise), foreign byte order."""
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise RequestError(f"{path} is a compressed zip, which torch does not write; {AGAIN}")
+                if entry.file_size != entry.compress_size or entry.header_offset + entry.file_size > size:
+                    raise zipfile.BadZipFile
                 if entry.filename.endswith(("/data.pkl", "/byteorder")) and entry.file_size > HEADER_LIMIT:
                     raise RequestError(f"{path} has an index of {entry.file_size:,} bytes, far too large; {AGAIN}")
                 if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
                     raise RequestError(f"{path} was saved on a big-endian machine, which is not read here")
+                if entry.filename.endswith("/data.pkl") and (maker := MAKERS.search(archive.read(entry))):
+                    raise RequestError(f"{path} is damaged, or made to do harm: it would have {maker[1].decode()} made; {AGAIN}")
     except RequestError:
         raise
     except zipfile.BadZipFile:

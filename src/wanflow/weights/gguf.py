@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wanflow.config import RequestError
+from wanflow.config import RequestError, plain
 from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import Packed
-from wanflow.weights.formats import AGAIN, CHUNK, TensorInfo, fill, reading, refuse_unreadable
+from wanflow.weights.formats import AGAIN, CHUNK, TensorInfo, fill, reading, refuse_odd_names, refuse_unreadable
 
 VERSIONS = (2, 3)
 LIMIT = 32 << 20  # bytes before the data; a T5 file with its tokenizer has 7 MB
@@ -94,7 +94,7 @@ class GGUFFile:
     def architecture(self) -> str:
         """What the file says it is: "wan", "t5encoder"; "" where it says nothing."""
         value = self.metadata.get("general.architecture")
-        return value if isinstance(value, str) else ""
+        return plain(value) if isinstance(value, str) else ""
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in CPU memory of its own, unpacked, as stored or in `dtype`; RequestError when the file breaks off."""
@@ -295,6 +295,7 @@ def _open(path: Path, header: _Header) -> GGUFFile:
         if start < end:
             raise ValueError(f"{name} overlaps another tensor")
         end = stop
+    refuse_odd_names(path, infos)
     return GGUFFile(path, infos, metadata, {name: first + entry.start for name, entry in entries.items()})
 
 

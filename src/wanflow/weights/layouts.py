@@ -220,7 +220,7 @@ def which_expert(file: Path, folder: Path) -> Expert | None:
         raise RequestError(
             f"{file} is named as the {named}-noise expert, and its hash is that of the {known}-noise one; use --{known} {file}"
         )
-    return known or named
+    return known or named or expert_by_hash(file, compute=True)
 
 
 def _choose(folder: Path, candidates: Mapping[Part, list[Path]], doubtful: list[Path], given: Mapping[Part, Path]) -> dict[Part, Path]:

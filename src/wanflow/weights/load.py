@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wanflow.config import DiTConfig, Preset, Request, RequestError, TextConfig, VAEConfig, parse_size
+from wanflow.config import DiTConfig, Preset, Request, RequestError, TextConfig, VAEConfig, parse_size, plain
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
@@ -130,7 +130,7 @@ def _sheet(path: Path) -> dict[str, Any]:
 def _preset(folder: Path, shapes: Preset, sheet: Mapping[str, Any]) -> Preset:
     """The defaults of the published model, or what the sheet says, proven by completing a request with them."""
     name = T2V_A14B.name if shapes == T2V_A14B else folder.resolve().name
-    defaults = {**sheet.get("defaults", {}), "name": sheet.get("name", name), "task": sheet.get("task", shapes.task)}
+    defaults = {**sheet.get("defaults", {}), "name": plain(sheet.get("name", name)), "task": sheet.get("task", shapes.task)}
     try:
         if "size" in defaults:
             defaults["size"] = parse_size(defaults["size"])

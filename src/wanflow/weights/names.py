@@ -33,6 +33,8 @@ DIALECTS: dict[Kind, tuple[Dialect, ...]] = {
     "t5": ("official", "huggingface", "gguf"),
     "vae": ("official", "diffusers"),
 }
+# Blocks, levels and blocks in a level at most: several times what any model has, and no more than a table bears whatever a name says.
+MOST_BLOCKS, MOST_LEVELS = 256, 32
 # A second name under which transformers lists the same tensor; files hold one of the two, or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 
@@ -221,10 +223,11 @@ def _table(kind: Kind, dialect: Dialect, names: Collection[str]) -> Table:
     return table if dialect != "official" else {official: official for official in table}
 
 
-def _last(pattern: str, names: Iterable[str]) -> int:
-    """The highest number that the pattern's group finds at a dot's edge; -1 for none."""
+def _last(pattern: str, names: Iterable[str], most: int = MOST_BLOCKS) -> int:
+    """The highest number below `most` that the pattern's group finds at a dot's edge; -1 for none."""
     edged = re.compile(rf"(?:^|\.){pattern}")
-    return max((int(found[1]) for found in map(edged.search, names) if found), default=-1)
+    numbers = (int(found[1]) for found in map(edged.search, names) if found and len(found[1]) < 9)
+    return max((number for number in numbers if number < most), default=-1)
 
 
 def _dit(blocks: int) -> Table:
@@ -258,10 +261,10 @@ def _vae(encoder_layers: int, levels: int, residuals: int) -> Table:
 
 def _levels(names: Collection[str]) -> tuple[int, int]:
     """How many levels the decoder has, and how many residual blocks are in each."""
-    nested = _last(r"decoder\.up_blocks\.(\d+)\.", names)
+    nested = _last(r"decoder\.up_blocks\.(\d+)\.", names, MOST_LEVELS)
     if nested >= 0:
-        return nested + 1, 1 + _last(r"decoder\.up_blocks\.\d+\.resnets\.(\d+)\.", names)
+        return nested + 1, 1 + _last(r"decoder\.up_blocks\.\d+\.resnets\.(\d+)\.", names, MOST_LEVELS)
     layers = 1 + _last(r"decoder\.upsamples\.(\d+)\.", names)
     resampling = (re.search(r"(?:^|\.)decoder\.upsamples\.(\d+)\.(?:resample|time_conv)\.", name) for name in names)
-    residuals = min((int(found[1]) for found in resampling if found), default=layers)
-    return -(-layers // (residuals + 1)), residuals
+    residuals = min((int(found[1]) for found in resampling if found and len(found[1]) < 9), default=layers)
+    return -(-layers // (residuals + 1)), min(residuals, layers)

@@ -114,7 +114,10 @@ def official(kind: Kind, source: TensorSource) -> OfficialSource:
         own = tuple(prefix for prefix in PREFIXES[kind] if prefix != "model.")
         names = {name: bare for name, bare in names.items() if name.startswith(own)}
     names = {name: bare for name, bare in names.items() if name.split(".")[-1] != EMBEDDED}
-    table = to_official(kind, names)
+    try:
+        table = to_official(kind, names)
+    except RequestError as error:
+        raise RequestError(f"{source.path}: {error}") from None
     return OfficialSource(source, {new: source.tensors[old] for old, new in table.items()}, {new: old for old, new in table.items()})
 
 

@@ -39,8 +39,16 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file, told by its content.
 
     Raises:
-        RequestError: naming the file, when it is missing, damaged, or holds none.
+        RequestError: naming the file, when it is missing, damaged, or holds none, or not T5's.
     """
+    engine = _open(path)
+    lacking = [word for word in ("<pad>", "</s>") if engine.token_to_id(word) is None]
+    if lacking:
+        raise RequestError(f"{path}: the tokenizer has no {' and no '.join(lacking)}: it is not T5's")
+    return engine
+
+
+def _open(path: Path) -> Tokenizer:
     size = refuse_unreadable(path)
     with reading(path), path.open("rb") as file:
         start = file.read(16)
