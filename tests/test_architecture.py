@@ -20,7 +20,8 @@ FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py")
 
 # A file imports only from lines below its own; those that share a line never import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("cli", "__init__", "__main__"),
+    ("__main__",),
+    ("cli", "__init__"),
     ("serve", "train"),
     ("plan", "extend", "screen"),
     ("assemble",),

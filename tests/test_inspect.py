@@ -235,6 +235,8 @@ def test_hashes_computed_remembered_and_of_the_cache(folder: Path, tmp_path: Pat
     assert inspect(file).parts[0].files[0].published_as == "known.safetensors"
     named = tmp_path / "known.safetensors"
     shutil.copy(NANO / "low_noise_model/diffusion_pytorch_model.safetensors", named)
+    assert not inspect(named, hashes=True).parts[0].notes  # a miniature's file
+    monkeypatch.setattr("wanflow.weights.inspect.SMALL", 1000)
     assert inspect(named, hashes=True).parts[0].notes == ["known.safetensors is named as a published file, and is another one"]
 
 

@@ -542,6 +542,19 @@ def test_unrelated_files_beside_a_whole_model_do_not_matter(states: dict[str, St
     assert open_checkpoint(folder).layout == "files"
 
 
+def test_a_tokenizer_of_another_model(states: dict[str, State], tmp_path: Path) -> None:
+    folder = single_files(tmp_path, states, sixteen(torch.float32))
+    engine = Engine(Unigram([(f"w{n}", -float(n)) for n in range(100)] + [("</s>", 0.0), ("<pad>", 0.0)], unk_id=0))
+    engine.save(str(folder / "tokenizer.json"))
+    assert "do not belong together" in refusal(lambda: load.load_tokenizer(open_checkpoint(folder)))
+
+
+def test_the_hint_names_the_variant(tmp_path: Path) -> None:
+    told = refusal(lambda: open_checkpoint(tmp_path / "T2V_A14B_comfy-fp8"))
+    assert "wanflow download --variant comfy-fp8 --local_dir" in told
+    assert "wanflow download --local_dir" in refusal(lambda: open_checkpoint(tmp_path / "T2V_A14B_weights"))
+
+
 def test_heads_that_nothing_tells(states: dict[str, State], tmp_path: Path) -> None:
     dit = DiTConfig(**{**asdict(DIT), "dim": 192, "ffn_dim": 64, "num_heads": 6})
     narrow = {which: dict(filled(WanDiT(dit), 5).state_dict()) for which in ("high", "low")}

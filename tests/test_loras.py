@@ -245,6 +245,13 @@ def test_the_command_line_and_replay(
     assert recipe["request"]["lora"] == [f"{lora}@high=1.0,low=0.6"] and recipe["runtime"]["lora"] == "fused" and recipe["loras"]
     assert main(["replay", str(target), "--save_file", str(tmp_path / "b.mp4")]) == 0
     assert (tmp_path / "b.mp4").read_bytes() == target.read_bytes()
+    kept = Path(lora).read_bytes()
+    try:
+        write_lora(Path(lora), 77)
+        assert main(["replay", str(target), "--save_file", str(tmp_path / "c.mp4")]) == 2
+        assert "another LoRA" in capsys.readouterr().err
+    finally:
+        Path(lora).write_bytes(kept)
     assert main([*base, "--lora", "nowhere.safetensors"]) == 2
     assert "nowhere.safetensors" in capsys.readouterr().err
 

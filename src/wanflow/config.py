@@ -343,7 +343,7 @@ class Runtime:
     """How to run. Nothing here changes what is made beyond rounding, except `noise_device`.
 
     lora: "live" computes LoRAs beside the weights, so that strengths change and LoRAs go without reloading; "fused" adds them to the
-    weights while those are read, which costs nothing per step, and reads the touched weights again when something changes.
+    weights while those are read, which costs nothing per step, and reads an expert again when something changes for it.
     """
 
     device: str = "auto"

@@ -243,7 +243,7 @@ class Pipeline:
         schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
         state = replace(run.state, x=run.state.x.to(self.parts.device))
         state = SolverState.from_tensors(state.index, {name: value.to(self.parts.device) for name, value in state.tensors().items()})
-        self._take_loras(run)
+        self.take_loras(run)
         velocity = self._velocity(request, schedule, state.index)
         while state.index < len(schedule):
             step = schedule.step(state.index)
@@ -259,8 +259,8 @@ class Pipeline:
                 raise Cancelled(run)
         return run
 
-    def _take_loras(self, run: Run) -> None:
-        """The run's LoRAs, which must be the files it was begun with."""
+    def take_loras(self, run: Run) -> None:
+        """Read a run's LoRAs, which must fit the model and be the files it was begun with; RequestError otherwise."""
         loras = run.request.loras
         if not loras:
             return

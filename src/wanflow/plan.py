@@ -11,7 +11,8 @@ import torch
 
 from wanflow.assemble import choose_device, choose_dtype
 from wanflow.config import CompleteRequest, RequestError, Runtime
-from wanflow.weights.load import Checkpoint, expert_bytes, text_encoder_bytes
+from wanflow.models.dit import WanDiT
+from wanflow.weights.load import Checkpoint, build, expert_bytes, text_encoder_bytes
 
 GB = 10**9
 FULL_SIZE = 20 * GB  # bytes of one expert in float32 from which a model belongs on a data-centre GPU
@@ -79,9 +80,8 @@ def guard(checkpoint: Checkpoint, runtime: Runtime) -> None:
     machine = this_machine(checkpoint.folder)
     device = choose_device(runtime.device)
     dtype = choose_dtype(runtime.dtype, device, checkpoint)
-    if expert_bytes(checkpoint, torch.float32) > FULL_SIZE:
-        if device.type != "cuda" or not enough_for_full_size(machine):
-            raise RequestError(needed_words(), f"  here: {machine.words()}", f"  do: {WHERE_ELSE} (--force starts it here all the same)")
+    if expert_parameters(checkpoint) * 4 > FULL_SIZE:
+        _guard_full_size(checkpoint, machine, device, dtype)
         return
     experts = expert_bytes(checkpoint, dtype) * (2 if runtime.keep_experts else 1)
     need = max(experts, text_encoder_bytes(checkpoint)) + GB
@@ -89,9 +89,31 @@ def guard(checkpoint: Checkpoint, runtime: Runtime) -> None:
     if have and need > have:
         raise RequestError(
             f"{checkpoint.preset.name} needs about {need / GB:.1f} GB of {'free RAM' if device.type == 'cpu' else 'GPU memory'}"
-            f" in {str(dtype).removeprefix('torch.')}\n  here: {have / GB:.1f} GB\n  do: try --dtype bfloat16 if that is not it, close"
-            " other programs, or use a larger machine (--force starts it here all the same)"
+            f" in {str(dtype).removeprefix('torch.')}",
+            f"  here: {have / GB:.1f} GB",
+            "  do: try --dtype bfloat16 if that is not it, close other programs, or use a larger machine (--force starts it here all the same)",
         )
+
+
+def _guard_full_size(checkpoint: Checkpoint, machine: Machine, device: torch.device, dtype: torch.dtype) -> None:
+    """The published requirements; with packed weights (fp8, GGUF) what the smaller weights leave of them."""
+    saved = max(0, expert_parameters(checkpoint) * dtype.itemsize - expert_bytes(checkpoint, dtype))
+    gpu, ram = (max(0, least - saved) for _, least in NEEDS.values())
+    enough = machine.gpu >= gpu and (machine.ram == 0 or machine.ram >= ram)
+    if device.type == "cuda" and enough:
+        return
+    words = needed_words()
+    if saved > GB:
+        words = (
+            f"Wan2.2-T2V-A14B with these packed weights needs a GPU with {gpu / GB:.0f} GB and {ram / GB:.0f} GB of RAM (with the published"
+            f" ones {NEEDS['GPU memory'][0]} and {NEEDS['RAM'][0]})"
+        )
+    raise RequestError(words, f"  here: {machine.words()}", f"  do: {WHERE_ELSE} (--force starts it here all the same)")
+
+
+def expert_parameters(checkpoint: Checkpoint) -> int:
+    """How many parameters an expert has, in whatever form."""
+    return sum(parameter.numel() for parameter in build(WanDiT, checkpoint.preset.dit).parameters())
 
 
 def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:

@@ -16,6 +16,7 @@ import ctypes
 import faulthandler
 import io
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -36,9 +37,7 @@ import gguf
 import numpy as np
 import safetensors.torch
 import torch
-from mutations import (
-    Damage, field, of_bytes, of_gguf, of_json, of_safetensors, of_sentencepiece, of_zip,
-)  # fmt: skip
+from mutations import Damage, field, of_bytes, of_embedded, of_gguf, of_json, of_metadata, of_safetensors, of_sentencepiece, of_zip
 from tokenizers import Tokenizer as Engine
 from tokenizers import pre_tokenizers
 from tokenizers.models import Unigram
@@ -62,6 +61,7 @@ from wanflow.weights.tokens import open_tokenizer
 from wanflow.weights.values import BadValuesError, check_values
 
 SECONDS, MEMORY = 5.0, 300 << 20
+SELDOM = 7
 LONGEST = 4000  # characters of an error
 
 DIT = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=1, text_dim=32, text_len=8, freq_dim=32)
@@ -253,20 +253,25 @@ def saved(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Container:
-    """files: to be damaged, one for each seed, by the name's damage; reach: what is done then, and `seldom` with every fifth seed."""
+    """files: to be damaged, one for each seed, and how; reach: what is done then, and `seldom` where that takes long, with some seeds."""
 
     files: tuple[tuple[str, Damage], ...]
     reach: Callable[[Path, Path], Iterable[Callable[[], object]]]
     seldom: Callable[[Path, Path], Iterable[Callable[[], object]]] = lambda root, file: ()
 
 
-def part(name: str, damage: Damage, given: str, *more: Callable[[Path], object]) -> Container:
-    """A file with one part of a model."""
+def parts(files: dict[str, tuple[Damage, str]], *more: Callable[[Path], object]) -> Container:
+    """Files with one part of a model each: how to damage them, and which part they are."""
     return Container(
-        ((name, damage),),
+        tuple((name, damage) for name, (damage, _) in files.items()),
         lambda root, file: [lambda: read_all(file), *(lambda one=one: one(file) for one in more)],
-        lambda root, file: [lambda: look(file), lambda: values(file), lambda: checkpoint(root / "model", {given: file})],
+        lambda root, file: [lambda: look(file), lambda: values(file), lambda: checkpoint(root / "model", {files[file.name][1]: file})],
     )
+
+
+def folder(root: Path, file: Path) -> Path:
+    """The model's folder that a config is in."""
+    return root / file.relative_to(root).parts[0]
 
 
 MODEL = ("wanflow.json", "high_noise_model/config.json", "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
@@ -281,37 +286,30 @@ DIFFUSERS = (
 LORAS = ("comfy", "kohya", "pair", "lycoris")
 
 CONTAINERS: dict[str, Container] = {
-    "safetensors": part("high.safetensors", of_safetensors, "high"),
+    "safetensors": parts({"high.safetensors": (of_safetensors, "high")}),
     "shards": Container(
         ((f"sharded/{INDEX}", of_json), *((f"sharded/{name}", of_safetensors) for name in SHARDS)),
         lambda root, file: [lambda: read_all(file.parent)],
         lambda root, file: [lambda: look(file.parent), lambda: values(file.parent), lambda: checkpoint(root / "model", {"high": file.parent})],
     ),
-    "torch T5": part("t5.pth", of_zip, "t5"),
-    "torch VAE": part("vae.pth", of_zip, "vae"),
-    "torch by another name": part("zip.safetensors", of_zip, "t5"),
-    "GGUF expert": part("high.gguf", of_gguf, "high"),
-    "GGUF T5": part("t5.gguf", of_gguf, "t5", tokenizer),
-    "fp8 old": part("old.safetensors", of_safetensors, "high"),
-    "fp8 new": part("new.safetensors", of_safetensors, "high"),
-    "fp8 header": part("header.safetensors", of_safetensors, "t5"),
+    "torch": parts({"t5.pth": (of_zip, "t5"), "vae.pth": (of_zip, "vae")}),
+    "torch by another name": parts({"zip.safetensors": (of_zip, "t5")}),
+    "GGUF expert": parts({"high.gguf": (of_gguf, "high")}),
+    "GGUF T5": parts({"t5.gguf": (of_gguf, "t5")}, tokenizer),
+    "fp8": parts({"old.safetensors": (of_safetensors, "high"), "new.safetensors": (of_safetensors, "high")}),
+    "quantisation metadata": parts({"header.safetensors": (of_metadata, "t5"), "new.safetensors": (of_metadata, "high")}),
     "LoRA": Container(
         (*((f"{name}.safetensors", of_safetensors) for name in LORAS), ("adapter_model.bin", of_zip), ("adapter_config.json", of_json)),
         lambda root, file: [lambda: adapter(root if file.name.startswith("adapter") else file)],
         lambda root, file: [lambda: look(root / "adapter_model.bin" if file.suffix == ".json" else file)],
     ),
     "sentencepiece": Container((("spiece.model", of_sentencepiece),), lambda root, file: [lambda: tokenizer(file)], lambda root, file: [lambda: look(file)]),
-    "embedded tokenizer": part("embedded.safetensors", of_safetensors, "t5", tokenizer),
+    "embedded tokenizer": parts({"embedded.safetensors": (of_embedded, "t5")}, tokenizer),
     "tokenizer.json": Container((("tokenizer.json", of_json),), lambda root, file: [lambda: tokenizer(file)], lambda root, file: [lambda: look(file)]),
-    "official folder": Container(
-        tuple((f"model/{name}", of_json) for name in MODEL),
-        lambda root, file: [lambda: checkpoint(root / "model", {"tokenizer": root / "model" / MODEL[3]} if file.name == "tokenizer.json" else {})],
-        lambda root, file: [lambda: look(root / "model")],
-    ),
-    "Diffusers' folder": Container(
-        tuple((f"diffusers/{name}", of_json) for name in DIFFUSERS),
-        lambda root, file: [lambda: checkpoint(root / "diffusers", {})],
-        lambda root, file: [lambda: look(root / "diffusers")],
+    "configs": Container(
+        (*((f"model/{name}", of_json) for name in MODEL), *((f"diffusers/{name}", of_json) for name in DIFFUSERS)),
+        lambda root, file: [lambda: checkpoint(folder(root, file), {"tokenizer": file} if file.name == "tokenizer.json" else {})],
+        lambda root, file: [lambda: look(folder(root, file))],
     ),
     "saved run": Container((("x.latent.safetensors", of_safetensors),), lambda root, file: [lambda: saved(file)]),
 }  # fmt: skip
@@ -437,25 +435,34 @@ PROBES: dict[str, Callable[[Path, Path], Iterable[Callable[[], object]]]] = {
     "crash": lambda root, file: [lambda: ctypes.string_at(0)],
     "hang": lambda root, file: [lambda: time.sleep(60)],
     "allocate": lambda root, file: [lambda: torch.empty(1 << 30, dtype=torch.uint8)],
-    "touch": lambda root, file: [lambda: torch.ones(250 << 20, dtype=torch.uint8).flip(0)],
+    "touch": lambda root, file: [touch],
     "another error": lambda root, file: [lambda: {}["x"]],
-    "two lines": lambda root, file: [lambda: refuse(f"{root}\nagain")],
+    "two lines": lambda root, file: [lambda: refuse(str(root), "again")],
     "no name": lambda root, file: [lambda: refuse("something is wrong")],
     "code": lambda root, file: [lambda: Path("ran").touch()],
 }
 
 
-def refuse(text: str) -> None:
-    raise RequestError(text)
+def touch() -> None:
+    """Memory that no limit of the process' own data counts."""
+    with mmap.mmap(-1, MEMORY + (50 << 20)) as pages:
+        for at in range(0, len(pages), mmap.PAGESIZE):
+            pages[at] = 1
+
+
+def refuse(*lines: str) -> None:
+    raise RequestError(*lines)
 
 
 class Bench:
     """A folder of good files, in which one after the other is damaged, tried and put back."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, bare: bool = False) -> None:
         self.root = root
-        write_good(root)
-        self.good = {name: (root / name).read_bytes() for container in CONTAINERS.values() for name, _ in container.files}
+        if not bare:
+            write_good(root)
+        names = {name for container in CONTAINERS.values() for name, _ in container.files if not bare}
+        self.good = {name: (root / name).read_bytes() for name in sorted(names)}
 
     def damaged(self, name: str, seed: int) -> tuple[str, bytes]:
         """The file that a seed damages, and its new bytes."""
@@ -471,13 +478,13 @@ class Bench:
 
     def try_one(self, name: str, seed: int) -> dict[str, Any]:
         """What comes of a seed: how many of the ways to open its file were refused; `fault` where something else came."""
-        file, data = ("high.safetensors", b"") if name in PROBES else self.damaged(name, seed)
+        file, data = ("probe", b"") if name in PROBES else self.damaged(name, seed)
         path = self.root / file
         path.write_bytes(data)
         container = Container((), PROBES[name]) if name in PROBES else CONTAINERS[name]
         result: dict[str, Any] = {"seed": seed, "ways": 0, "refused": 0}
         try:
-            actions = [*container.reach(self.root, path), *(container.seldom(self.root, path) if seed % 5 == 0 else ())]
+            actions = [*container.reach(self.root, path), *(container.seldom(self.root, path) if seed % SELDOM == 0 else ())]
             for action in actions:
                 result["ways"] += 1
                 try:
@@ -494,7 +501,7 @@ class Bench:
         except BaseException:  # a panic of a library in Rust is no Exception
             told = traceback.format_exc(limit=-6).encode("ascii", "backslashreplace").decode()
             result["fault"] = told if len(told) < 4000 else f"{told[:2000]} ... {told[-2000:]}"
-        path.write_bytes(self.good[file])
+        path.write_bytes(self.good.get(file, b""))
         return result
 
 
@@ -514,15 +521,15 @@ def bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY, held + MEMORY))
 
 
-def serve(root: Path) -> None:
+def serve(root: Path, bare: bool) -> None:
     """Read lines of JSON, `{"name", "seed", "seconds"}`, and answer each with a line of what came of it."""
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print stays out of the answers
     faulthandler.enable()
-    bench = Bench(root)
+    bench = Bench(root, bare)
     os.chdir(root)
-    for name, container in CONTAINERS.items():  # nothing is damaged yet: all must be well, and is imported then
+    for name, container in CONTAINERS.items() if not bare else ():  # nothing is damaged yet: all must be well, and is imported then
         for file, _ in container.files:
             for action in (*container.reach(root, root / file), *container.seldom(root, root / file)):
                 try:
@@ -544,10 +551,11 @@ def serve(root: Path) -> None:
 
 
 class Worker:
-    """The process in which files are tried; one that dies is replaced."""
+    """The process in which files are tried; one that dies is replaced. bare: without any files, for the probes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.process = folder, None
+    def __init__(self, folder: Path, bare: bool) -> None:
+        self.folder, self.bare = folder, bare
+        self.process: subprocess.Popen[str] | None = None
         self.log = (folder / "log").open("w+")
         self.count = 0
 
@@ -558,7 +566,7 @@ class Worker:
         self.log.seek(0)
         self.log.truncate()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, __file__, "--serve", str(place)]
+        command = [sys.executable, __file__, "--serve", str(place), *(["--bare"] if self.bare else [])]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
@@ -590,10 +598,10 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker() -> Iterator[Worker]:
+def worker(bare: bool = False) -> Iterator[Worker]:
     fast = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=fast if os.access(fast, os.W_OK) else None) as folder:
-        one = Worker(Path(folder))
+        one = Worker(Path(folder), bare)
         try:
             yield one
         finally:
@@ -607,9 +615,10 @@ def main() -> None:
     parser.add_argument("count", nargs="?", type=int, default=200)
     parser.add_argument("--keep", type=Path, help="leave the damaged files here")
     parser.add_argument("--serve", type=Path)
+    parser.add_argument("--bare", action="store_true")
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve)
+        return serve(args.serve, args.bare)
     seeds = range(args.first, args.first + args.count)
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)
@@ -617,7 +626,7 @@ def main() -> None:
         for seed in seeds:
             file, data = bench.damaged(args.container, seed)
             (args.keep / f"{seed}-{Path(file).name}").write_bytes(data)
-    with worker() as one:
+    with worker(args.container in PROBES) as one:
         for name in CONTAINERS if args.container == "all" else [args.container]:
             start, results = time.perf_counter(), []
             for seed in seeds:

@@ -219,15 +219,14 @@ def _bent(rng: Random, header: dict[str, Any], body: bytes) -> bytes:
                 word = {"F32": 4, "F64": 8}.get(kind, 2)
                 held[name] = kind, shape, rng.choice((b"\xff" * word, bytes(word), b"\x80\x7f" * word, b"\x7f" * word)) * 4
             case 7 if re.search(r"\d", name):
-                for number in range(rng.choice((3, 40, 3000))):
+                for number in range(rng.choice((3, 40, 300))):
                     held[re.sub(r"\d+", str(number), name, count=1)] = kind, [1], b""
             case 8 if metadata:
                 metadata = of_value(rng, metadata)
-            case _ if metadata:
+            case _ if isinstance(metadata, dict) and metadata:
                 key = rng.choice(list(metadata))
-                metadata[key] = (
-                    of_json(rng, metadata[key].encode()).decode("utf-8", "replace") if metadata[key][:1] == "{" else metadata[key]
-                )
+                if isinstance(metadata[key], str) and metadata[key].startswith("{"):
+                    metadata[key] = _of_said(rng, metadata[key])
     said: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     out = bytearray()
     for name, (kind, shape, values) in held.items():
@@ -239,6 +238,57 @@ def _bent(rng: Random, header: dict[str, Any], body: bytes) -> bytes:
         out += (values * (size // max(1, len(values)) + 1) if values else bytes(range(256)) * (size // 256 + 1))[:size]
     header_text = json.dumps(said).replace('"@huge@"', HUGE).encode()
     return struct.pack("<Q", len(header_text)) + header_text + bytes(out)
+
+
+def _of_said(rng: Random, said: str) -> str:
+    """JSON within JSON."""
+    try:
+        return of_json(rng, said.encode()).decode("utf-8", "replace")
+    except ValueError:  # bent before
+        return said[: rng.randrange(len(said))]
+
+
+def of_metadata(rng: Random, data: bytes) -> bytes:
+    """What a file says of its quantisation: JSON in its header, or in tensors of bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    key, notes = "_quantization_metadata", [name for name in header if name.endswith(".comfy_quant")]
+    if not notes:
+        said = header["__metadata__"]
+        if rng.random() < 0.1:
+            header["__metadata__"] = of_value(rng, said)
+        else:
+            said[key] = _of_said(rng, said[key])
+        return _whole(header, body)
+    name = rng.choice(notes)
+    start, stop = header[name]["data_offsets"]
+    return _exchanged(header, body, name, of_json(rng, body[start:stop])) if rng.random() < 0.8 else _bent(rng, header, body)
+
+
+def of_embedded(rng: Random, data: bytes) -> bytes:
+    """A tokenizer in a tensor of bytes, or the file around it."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    if rng.random() < 0.5:
+        return of_safetensors(rng, data)
+    start, stop = header["spiece_model"]["data_offsets"]
+    return _exchanged(header, body, "spiece_model", of_sentencepiece(rng, body[start:stop]))
+
+
+def _whole(header: dict[str, Any], body: bytes) -> bytes:
+    said = json.dumps(header).encode()
+    return struct.pack("<Q", len(said)) + said + body
+
+
+def _exchanged(header: dict[str, Any], body: bytes, name: str, new: bytes) -> bytes:
+    """A whole file in which one tensor of bytes is another."""
+    start, stop = header[name]["data_offsets"]
+    more = len(new) - (stop - start)
+    for other, said in header.items():
+        if other != "__metadata__" and said["data_offsets"][0] >= stop:
+            said["data_offsets"] = [place + more for place in said["data_offsets"]]
+    header[name] = {"dtype": "U8", "shape": [len(new)], "data_offsets": [start, start + len(new)]}
+    return _whole(header, body[:start] + new + body[stop:])
 
 
 # torch zips

@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
         return fail(130, "interrupted")
     except ModuleNotFoundError as error:
         return fail(1, f"{error.name} is not installed; run `make install`, or pip install wanflow")
+    except BrokenPipeError:  # who read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         return fail(1, str(error))
     except RuntimeError as error:

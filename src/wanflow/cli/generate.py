@@ -189,7 +189,11 @@ def replay(args: argparse.Namespace) -> None:
         request = Request(**recipe["request"])
     except (KeyError, TypeError) as error:
         raise RequestError(f"the recipe in {args.video} is of another version: {error}") from None
-    _make(pipe, pipe.begin(request), target, args, screen)
+    run = pipe.begin(request)
+    odd = [path for path, print_ in recipe.get("loras", {}).items() if run.made_by.get("loras", {}).get(path, print_) != print_]
+    if odd and not args.force:
+        raise RequestError(f"the recipe was made with another LoRA than {odd[0]} is now; put that one back, or take this with --force")
+    _make(pipe, run, target, args, screen)
 
 
 def decode(args: argparse.Namespace) -> None:
@@ -247,6 +251,7 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
         target = target.with_suffix(".png")
     _check_target(target, args.overwrite)
     state_file = target.with_name(target.stem + STATE_SUFFIX)
+    pipe.take_loras(run)
     screen.begin(run, target)
     keeper = StateKeeper(run, state_file)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -328,26 +333,26 @@ def _refuse_what_is_not_built(args: argparse.Namespace) -> None:
     several = [flag for flag in ("dit_fsdp", "t5_fsdp") if getattr(args, flag)] + (["ulysses_size"] if args.ulysses_size != 1 else [])
     if processes > 1 or several:
         what = f"{processes} processes" if processes > 1 else f"--{several[0]}"
-        extra = _what_is_missing(args.ckpt_dir)
         raise RequestError(
             f"{what}: one video on several GPUs is not built yet; run `python generate.py` on one GPU, without torchrun,"
-            f" --dit_fsdp, --t5_fsdp and --ulysses_size{extra}"
+            f" --dit_fsdp, --t5_fsdp and --ulysses_size",
+            *_what_is_missing(args.ckpt_dir),
         )
     unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]
     if unused:
         logger.warning("%s: not used by t2v-A14B", ", ".join(unused))
 
 
-def _what_is_missing(folder: str | None) -> str:
+def _what_is_missing(folder: str | None) -> list[str]:
     """Lines on weights and machine, for a refusal that comes before either is looked at."""
     if folder is None or folder == "nano":
-        return ""
+        return []
     from wanflow.plan import WHERE_ELSE, enough_for_full_size, needed_words, this_machine
 
-    lines = "" if Path(folder).is_dir() else f"\n  weights: there is no folder {folder}"
+    lines = [] if Path(folder).is_dir() else [f"  weights: there is no folder {folder}"]
     machine = this_machine(Path(folder))
     if not enough_for_full_size(machine):
-        lines += f"\n  {needed_words()}\n  here: {machine.words()}\n  do: {WHERE_ELSE}"
+        lines += [f"  {needed_words()}", f"  here: {machine.words()}", f"  do: {WHERE_ELSE}"]
     return lines
 
 
@@ -357,8 +362,8 @@ def _open(model: str | Path | None, given: dict[Part, Path]) -> Checkpoint:
     try:
         return resolve(model, given)
     except RequestError as error:
-        there = model is None or Path(model).is_dir() or str(model) == "nano"
-        raise RequestError(str(error) + ("" if there else _what_is_missing(str(model)))) from None
+        there = model is None or Path(model).exists() or str(model) == "nano"
+        raise RequestError(*error.args, *([] if there else _what_is_missing(str(model)))) from None
 
 
 def _model_of(recipe: dict[str, Any]) -> str:

@@ -97,9 +97,10 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _show(found: Findings) -> None:
-    print(f"{found.path}: {found.model or found.parts[0].what}, {LAYOUTS[found.layout]}")
+    what = found.parts[0].what if len({row.what for row in found.parts}) == 1 else f"{len(found.parts)} files"
+    print(f"{found.path}: {found.model or what}, {LAYOUTS[found.layout]}")
     counts = found.parameters
-    if counts["experts_total"]:
+    if counts["experts_total"] > counts["experts_active"]:
         size = counts["published"] or f"{_short(counts['experts_total'])} total, {_short(counts['experts_active'])} active"
         exact = f"experts {counts['experts_total']:,}, of which {counts['experts_active']:,} are active in a step;"
         exact += f" {counts['all']:,} with all parts"
@@ -150,7 +151,8 @@ def _remarks(row: Row, model: str | None) -> list[str]:
             told.append(f"{what}: {', '.join(names[:MANY])}{more}")
     told += row.notes
     told += [
-        f"{file.name}: sha256 {file.sha256} ({file.sha256_from}){f', published as {file.published_as}' if file.published_as else ''}"
+        f"{'' if file.name == row.path else file.name + ': '}sha256 {file.sha256} ({file.sha256_from})"
+        + (f", published as {file.published_as}" if file.published_as else "")
         for file in row.files if file.sha256
     ]  # fmt: skip
     return told + ([row.error] if row.error else [])

@@ -282,8 +282,8 @@ class Objective:
         rank, size = self.share
         own = range(rank, settings.batch, size)
         part = len(own) // settings.accumulate
-        for start in range(0, len(own), part):
-            chosen = own[start : start + part]
+        for first in range(0, len(own), part):
+            chosen = own[first : first + part]
             latents = torch.stack([self.samples[rows[n]].latent() for n in chosen]).to(device)
             noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seeds[n])) for n in chosen]).to(
                 device

@@ -139,7 +139,7 @@ def refuse(checkpoint: Checkpoint, settings: FineTune, machine: Machine, process
     ways.append(f"torchrun --nproc_per_node={max(2, -(-wanted.total // (70 * GB)))} and --fsdp on GPUs of 80 GB")
     raise RequestError(
         f"training {what} on one expert of {checkpoint.preset.name} needs {wanted.words()}"
-        + (f", {each / GB:.0f} GB in each of {processes} processes" if processes > 1 else "")
-        + f"\n  here: {have / GB:.0f} GB of {'GPU memory' if on_gpu else 'free RAM'} ({machine.words()})"
-        f"\n  do: {', '.join(ways)} (--force starts it here all the same)"
+        + (f", {each / GB:.0f} GB in each of {processes} processes" if processes > 1 else ""),
+        f"  here: {have / GB:.0f} GB of {'GPU memory' if on_gpu else 'free RAM'} ({machine.words()})",
+        f"  do: {', '.join(ways)} (--force starts it here all the same)",
     )

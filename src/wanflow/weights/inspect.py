@@ -41,6 +41,7 @@ PUBLISHED_SIZE = "27B total, 14B active"  # how the model's authors count it; ex
 LEDGER = ".wanflow-download.json"
 BLOCK = 4 << 20  # bytes hashed at a time
 UNREADABLE = "not readable"
+SMALL = 100_000_000  # bytes below which a file of a published name is a miniature's, and no damaged download
 WHAT: dict[Kind, str] = {"dit": "expert, the tensors do not say which", "t5": "text encoder", "vae": "VAE"}
 PUBLISHED = {"t5": "UMT5-XXL", "vae": "the Wan2.1 VAE"}
 # Wan2.1's 14B has the shapes of one of the experts, so a file by itself does not tell the two apart.
@@ -338,7 +339,7 @@ def _names_of(files: list[File]) -> list[str]:
     told = []
     for file in files:
         known = known_sha256(file.name)
-        if file.sha256 and known and known != file.sha256:
+        if file.sha256 and known and known != file.sha256 and file.bytes > SMALL:
             told.append(f"{file.name} is named as a published file, and is another one")
     return told
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from wanflow.config import RequestError
 from wanflow.sampling.experts import Expert
-from wanflow.weights.catalogue import expert_by_hash
+from wanflow.weights.catalogue import VARIANTS, expert_by_hash
 from wanflow.weights.formats import read_json, weight_files
 from wanflow.weights.names import expert_in_name
 from wanflow.weights.shapes import BY_TYPE, ONLY, refuse_relatives
@@ -45,7 +45,6 @@ WORDS: dict[Part, str] = {
 ENDINGS = {".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin"}
 DEPTH, MANY = 4, 400  # how deep loose files are looked for, and how many files are too many to be a model's folder
 ASK = "--high, --low, --t5, --vae"
-HELP = "get the weights with `wanflow download --local_dir {}`"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def find(folder: Path, given: Mapping[Part, Path]) -> Found:
             " --low, --t5, --vae"
         )
     if not folder.is_dir():
-        raise RequestError(f"{folder} is missing; {HELP.format(folder)}")
+        raise RequestError(f"{folder} is missing; {_help(folder)}")
     if any((folder / name).is_dir() for name in FOLDERS.values()):
         found = _official(folder)
     elif (folder / "model_index.json").exists():
@@ -88,8 +87,14 @@ def find(folder: Path, given: Mapping[Part, Path]) -> Found:
     missing = sorted({name for part, path in parts.items() for name in _missing(path, folder, part in given)})
     missing += [WORDS[part] for part in PARTS if part not in parts]
     if missing:
-        raise RequestError(f"{folder} is incomplete, it lacks {', '.join(missing)}; {HELP.format(folder)}{_flags(parts)}")
+        raise RequestError(f"{folder} is incomplete, it lacks {', '.join(missing)}; {_help(folder)}{_flags(parts)}")
     return Found(found.layout, {part: parts[part] for part in PARTS}, found.sheet, found.shift, found.parts)
+
+
+def _help(folder: Path) -> str:
+    """How to get what a folder lacks; a variant's own folder is filled with that variant."""
+    variant = next((f" --variant {name}" for name, one in VARIANTS.items() if one.folder == folder.name and name != "official"), "")
+    return f"get the weights with `wanflow download{variant} --local_dir {folder}`"
 
 
 def _exists(path: Path | None) -> bool:
@@ -166,7 +171,7 @@ def _loose(folder: Path, given: Mapping[Part, Path]) -> Found:
     model_type = str(_config(folder).get("model_type"))
     named = {"t2v": "Wan2.1-T2V (one expert)"}.get(model_type) or BY_TYPE.get(model_type)
     if named:
-        raise RequestError(f"{folder} holds {named}; {ONLY}; {HELP.format('<folder>')}")
+        raise RequestError(f"{folder} holds {named}; {ONLY}; {_help(Path('FOLDER'))}")
     candidates: dict[Part, list[Path]] = {part: [] for part in PARTS}
     doubtful: list[Path] = []
     others: list[str] = []

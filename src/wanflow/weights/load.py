@@ -279,8 +279,15 @@ def load_vae(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer, for prompts of the experts' text length."""
-    return Tokenizer(open_tokenizer(checkpoint.tokenizer), checkpoint.preset.dit.text_len)
+    """The tokenizer, for prompts of the experts' text length; RequestError when it is not the text encoder's."""
+    engine, vocab = open_tokenizer(checkpoint.tokenizer), checkpoint.preset.text.vocab
+    if engine.get_vocab_size() > vocab:
+        raise RequestError(
+            f"{checkpoint.tokenizer} has {engine.get_vocab_size():,} pieces and the text encoder {vocab:,}; they do not belong together"
+        )
+    if engine.get_vocab_size() < vocab // 2:
+        logger.warning("the tokenizer has %d pieces, and the text encoder knows %d: is it this model's?", engine.get_vocab_size(), vocab)
+    return Tokenizer(engine, checkpoint.preset.dit.text_len)
 
 
 def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype, which: Expert = "high") -> int:

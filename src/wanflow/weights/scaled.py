@@ -146,7 +146,7 @@ def _formats(source: TensorSource, metadata: Mapping[str, str]) -> dict[str, Any
 def _refuse_foreign(source: TensorSource, formats: Mapping[str, Any], found: Mapping[str, TensorInfo]) -> None:
     for layer, name in formats.items():
         weight = found.get(f"{layer}.weight")
-        if name not in FORMATS:
+        if not isinstance(name, str) or name not in FORMATS:
             raise RequestError(
                 f"{source.path} holds weights in the format {name!r} ({layer}), which is not read; known are {', '.join(FORMATS)},"
                 " GGUF, and 16 and 32 bits"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig, from_mapping
 from wanflow.presets import T2V_A14B
 from wanflow.weights.formats import TensorSource
+from wanflow.weights.names import MOST_BLOCKS
 
 ONLY = "wanflow runs Wan2.2-T2V-A14B (text to video)"
 SHEET = "wanflow.json"
@@ -67,6 +68,8 @@ def _numbered(source: TensorSource, prefix: str) -> dict[int, list[str]]:
         number, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and number.isdecimal() and len(number) < 9:
             groups.setdefault(int(number), []).append(rest)
+            if len(groups) > MOST_BLOCKS:  # building them takes time even without memory
+                raise RequestError(f"{source.path} has more than {MOST_BLOCKS} {prefix[:-1]}: no model of this kind")
     return dict(sorted(groups.items()))
 
 
