@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,10 +282,25 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     other = [*command[:5], "--out", str(tmp_path / "x")]
     for more, words in (
         (["--targets", "norm"], "choose of"), (["--batch", "3", "--grad_accum", "2"], "equal parts"), (["--rank", "0"], "less than 1"),
-        (["--frame_num", "6"], "nearest is"), (["--size", "50*50"], "multiple of 16"),
+        (["--frame_num", "6"], "nearest is"), (["--size", "50*50"], "multiple of 16"), (["--fsdp"], "torchrun"),
     ):  # fmt: skip
         assert main([*other, *more]) == 2 and words in capsys.readouterr().err
     assert main(["train", "--data", str(folder)]) == 2 and "--ckpt_dir" in capsys.readouterr().err
+
+
+def test_two_processes_learn_the_same(folder: Path, tmp_path: Path) -> None:
+    """The command under torchrun: the model split in two, the files written once."""
+    command = ["train", "--data", str(folder), "--ckpt_dir", "nano", "--steps", "2", "--batch", "4", "--rank", "2", "--dtype", "float32"]
+    command += ["--train_experts", "low", "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "one"), "--work_dir", str(tmp_path / "w1")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "wanflow", *command]
+    torchrun += ["--out", str(tmp_path / "two"), "--work_dir", str(tmp_path / "w2"), "--fsdp"]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("saved") == 1  # one process speaks
+    one, two = (load_file(tmp_path / name / "low_noise_lora.safetensors") for name in ("one", "two"))
+    # Adam makes steps of one size out of gradients of any, rounding's too
+    assert all((value - two[name]).abs().max() < 2e-4 for name, value in one.items()) and one.keys() == two.keys()
 
 
 def test_the_full_model_is_refused_with_what_it_would_need() -> None:

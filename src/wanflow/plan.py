@@ -91,7 +91,7 @@ def guard(checkpoint: Checkpoint, runtime: Runtime) -> None:
             f"{checkpoint.preset.name} needs about {need / GB:.1f} GB of {'free RAM' if device.type == 'cpu' else 'GPU memory'}"
             f" in {str(dtype).removeprefix('torch.')}",
             f"  here: {have / GB:.1f} GB",
-            "  do: try --dtype bfloat16 if that is not it, close other programs, or use a larger machine (--force starts it here all the same)",
+            "  do: try --dtype bfloat16 if that is not it, close other programs, or use a larger machine (--force starts it all the same)",
         )
 
 

@@ -39,7 +39,7 @@ import safetensors.torch
 import torch
 from mutations import Damage, field, of_bytes, of_embedded, of_gguf, of_json, of_metadata, of_safetensors, of_sentencepiece, of_zip
 from tokenizers import Tokenizer as Engine
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 from torch import Tensor, nn
 
@@ -341,6 +341,7 @@ def write_good(root: Path) -> None:
     names = from_official("t5", "huggingface", t5)
     (root / "embedded.safetensors").write_bytes(save({names[name]: value.half() for name, value in t5.items()} | embedded))
     engine = Engine(Unigram([(word, -float(n)) for n, word in enumerate(WORDS)], unk_id=2))
+    engine.normalizer = normalizers.Sequence([normalizers.Precompiled(CHARSMAP)])
     engine.pre_tokenizer = pre_tokenizers.Metaspace()
     engine.save(str(root / "tokenizer.json"))
     for which in ("high", "low"):

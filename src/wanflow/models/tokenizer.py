@@ -29,7 +29,9 @@ def read(file: Path) -> Engine:
         raise RequestError(f"the tokenizer is missing: {file} (it comes with the weights, folder google/umt5-xxl)")
     try:
         return Engine.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for a malformed file
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of a malformed file the library makes a bare Exception, or a panic, which is none
         raise RequestError(f"{file} is not a readable tokenizer: {error}") from None
 
 

@@ -33,7 +33,7 @@ CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large en
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 AGAIN = "download it again"
 # What torch lets a pickle call, no state dict has, and makes as much memory as it is told to.
-MAKERS = re.compile(rb"c[\w.]+\n(bytearray|\w+Tensor|UntypedStorage|TypedStorage)\n")
+MAKERS = re.compile(rb"c[\w.]+\n(bytearray|\w+Tensor)\n")
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -6,11 +6,15 @@ normalisation. Source of the format: sentencepiece's `sentencepiece_model.proto`
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
@@ -21,6 +25,7 @@ from wanflow.weights.gguf import GGUFFile
 from wanflow.weights.source import EMBEDDED, open_source
 
 LIMIT = 64 << 20  # bytes of a tokenizer; the published ones have 5 and 17 MB
+TRIAL = "a Ａ, 日\U0010ffff"
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces, in sentencepiece's numbering
 
 
@@ -42,6 +47,12 @@ def open_tokenizer(path: Path) -> Tokenizer:
         RequestError: naming the file, when it is missing, damaged, or holds none, or not T5's.
     """
     engine = _open(path)
+    try:
+        engine.encode(TRIAL, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library finds some faults only here; a panic in it is no Exception
+        raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
     lacking = [word for word in ("<pad>", "</s>") if engine.token_to_id(word) is None]
     if lacking:
         raise RequestError(f"{path}: the tokenizer has no {' and no '.join(lacking)}: it is not T5's")
@@ -55,6 +66,7 @@ def _open(path: Path) -> Tokenizer:
         if start.lstrip()[:1] == b"{":
             if size > LIMIT:
                 raise RequestError(f"{path} is too large for a tokenizer; {AGAIN}")
+            _check_json(start + file.read(), path)
             return read(path)
         if start[:1] == b"\n" and size <= LIMIT:  # the first field of a sentencepiece model: a piece
             return build(_parse(start + file.read(), path), path)
@@ -77,6 +89,7 @@ def embeds_tokenizer(path: Path) -> bool:
 
 def build(model: Pieces, path: Path) -> Tokenizer:
     """The engine for a sentencepiece unigram model: the same ids that sentencepiece gives."""
+    check_charsmap(model.charsmap, path)
     unknown = next((index for index, kind in enumerate(model.types) if kind == UNKNOWN), None)
     if unknown is None:
         raise RequestError(f"{path}: its tokenizer has no piece for the unknown; {AGAIN}")
@@ -96,6 +109,46 @@ def build(model: Pieces, path: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception for a malformed model
         raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
     return engine
+
+
+def check_charsmap(data: bytes, path: Path) -> None:
+    """RequestError unless a table of sentencepiece's normaliser leads nowhere outside itself: the library believes whatever it says.
+
+    It is the size of a trie, the trie (darts-clone's units of 32 bits), and what it leads to, UTF-8 strings that each end in a zero.
+    """
+    size = int.from_bytes(data[:4], "little")
+    whole = len(data) >= 4 and size <= len(data) - 4 and size and size % 1024 == 0  # blocks of 256 units
+    if not data:
+        return
+    units = np.frombuffer(data[4 : 4 + size] if whole else b"", "<u4").astype(np.int64)
+    inner = np.flatnonzero(units >> 31 == 0)  # the others are leaves
+    steps = (units[inner] >> 10) << ((units[inner] & 512) >> 6)
+    children = inner ^ steps
+    whole = whole and bool((children < len(units)).all())
+    texts = data[4 + size :]
+    if whole:
+        found = np.unique(units[children[units[inner] & 256 != 0]] & 0x7FFFFFFF)
+        # No string begins after the end, nor within a character.
+        whole = all(place < len(texts) and texts[place] & 0xC0 != 0x80 for place in found.tolist())
+    try:
+        texts.decode()
+    except UnicodeDecodeError:
+        whole = False
+    if not whole:
+        raise RequestError(f"{path}: its tokenizer is damaged (the table of its normaliser leads outside itself); {AGAIN}")
+
+
+def _check_json(data: bytes, path: Path) -> None:
+    """The same for a `tokenizer.json`, before the library reads it."""
+    try:
+        if re.search(rb"\\u00[2-7]", data):  # a key that is spelled in escapes
+            data = json.dumps(json.loads(data)).encode()
+        for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', data):
+            check_charsmap(base64.b64decode(found[1], validate=True), path)
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not a readable tokenizer: {error}") from None
 
 
 def _from_gguf(source: GGUFFile) -> Pieces:
