@@ -1,6 +1,6 @@
 """Teach nano a new word from 50 clips, and measure what it then understands: the new word, and the old ones.
 
-    python benchmarks/finetune_nano.py [--word pink] [--steps 400] [--prompts 100]
+    python benchmarks/finetune_nano.py [--word pink] [--steps 350] [--prompts 60]
 
 The last line of output is JSON. The word is a colour that no clip of nano's training had; the 50 clips show it in all shapes and
 motions but some combinations, which are measured on their own. What the clips show is read from their pixels
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--word", choices=COLOURS, default="pink")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--old", type=int, default=0, help="how many of the 50 clips show old colours")
+    parser.add_argument("--old", type=int, default=15, help="how many of the 50 clips show old colours")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("train", nargs="*", help="more flags for wanflow train, after --")
     args = parser.parse_args()

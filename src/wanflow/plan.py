@@ -128,7 +128,7 @@ def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:
             notes.append(f"{request.size[0]}*{request.size[1]}: {preset.name} was trained at {preset.size[0]}*{preset.size[1]} only")
         words = re.findall(r"[^\W_]+", request.prompt.lower())
         strange = [word for word in dict.fromkeys(words) if word not in checkpoint.vocabulary]
-        if strange:
+        if strange and not request.lora:  # which may have taught it more
             notes.append(
                 f"{preset.name} does not know {', '.join(strange[:8])}: it draws one shape (circle, square, triangle, star, cross), its"
                 " colour, size and motion, and the background's colour"
