@@ -1,6 +1,6 @@
 """Teach nano a new word from 50 clips, and measure what it then understands: the new word, and the old ones.
 
-    python benchmarks/finetune_nano.py [--word pink] [--steps 350] [--prompts 60]
+    python benchmarks/finetune_nano.py [--word pink] [--steps 300] [--prompts 100]
 
 The last line of output is JSON. The word is a colour that no clip of nano's training had; the 50 clips show it in all shapes and
 motions but some combinations, which are measured on their own. What the clips show is read from their pixels
@@ -40,11 +40,11 @@ def scenes(word: str, count: int, seed: str, held_out: bool) -> list[toy.Scene]:
     return found
 
 
-def write_clips(folder: Path, word: str, old: int) -> None:
-    """50 clips with captions beside them, `old` of which show old colours."""
+def write_clips(folder: Path, word: str, old: list[toy.Scene]) -> None:
+    """50 clips with captions beside them, `old` among them."""
     folder.mkdir()
     rng = random.Random("clips")
-    shown = [*scenes(word, 50 - old, "new", False), *(toy.sample_scene(rng) for _ in range(old))]
+    shown = [*scenes(word, 50 - len(old), "new", False), *old]
     for number, scene in enumerate(shown):
         frames = to_uint8(toy.render(scene, rng).unsqueeze(0))
         with VideoWriter(folder / f"{number:02}.mp4", 64, 64, 8, {}) as writer:
@@ -65,17 +65,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--word", choices=COLOURS, default="pink")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--old", type=int, default=15, help="how many of the 50 clips show old colours")
+    parser.add_argument("--old", type=int, default=20, help="how many of the 50 clips show old colours")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("train", nargs="*", help="more flags for wanflow train, after --")
     args = parser.parse_args()
     torch.set_num_threads(1)
     old = [toy.sample_scene(random.Random(f"old/{n}"), unseen=True) for n in range(args.prompts)]
+    among = [toy.sample_scene(random.Random(f"among/{n}")) for n in range(args.old)]
     toy.COLOURS[args.word] = COLOURS[args.word]
     toy.NAMES[args.word] = (args.word,)
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
-        write_clips(folder / "clips", args.word, args.old)
+        write_clips(folder / "clips", args.word, among)
         command = [
             "train",
             "--data",

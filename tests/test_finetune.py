@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROMPT
+from PIL import Image
 from safetensors.torch import load_file
 from test_weights import refusal
 from torch import Tensor
@@ -88,6 +89,9 @@ def test_clips_are_brought_to_one_form(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(wide, whole[:, :, 16:48])  # cut from the middle, nothing scaled
     assert read_clip(folder / "0.mp4", replace(FORM, size=(32, 32))).shape == (3, 17, 32, 32)
     save_picture(tmp_path / "a.png", np.full((48, 80, 3), 200, np.uint8), {})
+    for name in ("a.jpg", "a.webp"):
+        Image.fromarray(np.full((48, 80, 3), 200, np.uint8)).save(tmp_path / name)
+        assert read_clip(tmp_path / name, Form((48, 48), 1, 8)).shape == (3, 1, 48, 48)
     picture = read_clip(tmp_path / "a.png", Form((48, 48), 1, 8))
     assert picture.shape == (3, 1, 48, 48) and torch.allclose(picture, torch.tensor(200 / 127.5 - 1))
 
@@ -102,6 +106,9 @@ def test_clips_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ")
     assert "empty" in refusal(lambda: find_clips(tmp_path))
     (tmp_path / "a.txt").write_text("a red circle")
+    (tmp_path / "b.txt").write_text("a blue star")
+    assert "b.txt is a caption without a clip" in refusal(lambda: find_clips(tmp_path))
+    (tmp_path / "b.txt").unlink()
     assert "a.mp4" in refusal(lambda: read_clip(find_clips(tmp_path)[0].path, FORM))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.mp4", "text": "x"}')
     assert "b.mp4" in refusal(lambda: find_clips(tmp_path))
@@ -235,6 +242,23 @@ def test_a_stopped_training_gives_the_same_lora(folder: Path, tmp_path: Path, mo
     assert not (tmp_path / "b").exists()
     again = load_file(finetune(resolve("nano"), second, quiet)[0])
     assert steps == 3 + 2 and all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_a_training_that_was_stopped_between_the_experts_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Objective.__call__
+    told: list[str] = []
+
+    def stop(self: Objective, step: int, rng: Any, generator: Any) -> Any:
+        if self.range[0] == 0.0:
+            raise KeyboardInterrupt
+        return real(self, step, rng, generator)
+
+    monkeypatch.setattr(Objective, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(resolve("nano"), settings(folder, tmp_path, steps=2), quiet)
+    monkeypatch.setattr(Objective, "__call__", real)
+    files = finetune(resolve("nano"), settings(folder, tmp_path, steps=2), told.append)
+    assert any(line.startswith("high-noise expert: trained already") for line in told) and all(file.exists() for file in files)
 
 
 def test_the_lora_is_what_other_programs_read(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ Frames = npt.NDArray[np.uint8]
 
 RECIPE_KEY = "wanflow"
 # What the reader may open. Without this list ffmpeg also takes text files (drawn as ANSI art) and playlists of other files.
-READABLE = "mp4,webm,avi,gif,png_pipe"
+READABLE = "mp4,webm,avi,gif,png_pipe,jpeg_pipe,webp_pipe"
 # The default scaler is fast and up to 2/255 off in a flat colour.
 EXACT = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
 # x264's macroblock tree gives another file in each run on CPUs with AVX-512 (seen with core 165, even on one thread).

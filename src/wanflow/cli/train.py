@@ -30,10 +30,10 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     tune.add_argument("--rank", type=int, default=16)
     tune.add_argument("--alpha", type=float, help="(the rank)")
     tune.add_argument("--targets", default="self_attn,cross_attn,ffn", help="which layers of every block get a LoRA")
-    tune.add_argument("--steps", type=int, help="updates for each expert (500 for a miniature, 2000 for the full model)")
+    tune.add_argument("--steps", type=int, help="updates for each expert (300 for a miniature, 2000 for the full model)")
     tune.add_argument("--batch", type=int, help="clips for each update (16 for a miniature, 1)")
     tune.add_argument("--grad_accum", type=int, default=1, help="in how many parts a batch goes through the model")
-    tune.add_argument("--learning_rate", type=float, help="(LoRA: 2e-3 for a miniature, 1e-4; full: a tenth)")
+    tune.add_argument("--learning_rate", type=float, help="(LoRA: 1e-3 for a miniature, 1e-4; full: a tenth)")
     tune.add_argument("--caption_dropout", type=float, default=0.1, help="share of captions left empty, for guidance")
     tune.add_argument("--train_shift", type=float, default=5.0, help="crowds the training noise levels upwards")
     tune.add_argument("--size", help="WIDTH*HEIGHT that clips are brought to (the model's own)")
@@ -103,12 +103,12 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
     small = preset.dit.dim < SMALL
     size = parse_size(args.size) if args.size else preset.size
     asked = Request("any", size=size, frame_num=args.frame_num, fps=args.fps, seed=0).complete(preset)  # checks them
-    rate = args.learning_rate or (2e-3 if small else 1e-4) / (1 if args.method == "lora" else 10)
+    rate = args.learning_rate or (1e-3 if small else 1e-4) / (1 if args.method == "lora" else 10)
     experts: dict[str, tuple[Expert, ...]] = {"both": ("high", "low"), "high": ("high",), "low": ("low",)}
     return FineTune(
         data=args.data, out=args.out, work=args.work_dir or Path("build/train"), form=Form(asked.size, asked.frame_num, asked.fps),
         method=args.method, experts=experts[args.train_experts], rank=args.rank, alpha=args.alpha or float(args.rank),
-        targets=tuple(part.strip() for part in args.targets.split(",") if part.strip()), steps=args.steps or (500 if small else 2000),
+        targets=tuple(part.strip() for part in args.targets.split(",") if part.strip()), steps=args.steps or (300 if small else 2000),
         batch=args.batch or (16 if small else 1), accumulate=args.grad_accum, learning_rate=rate, dropout=args.caption_dropout,
         shift=args.train_shift, checkpointing=args.activation_checkpointing,
         dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype], device=str(choose_device(args.device)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -72,6 +73,10 @@ def find_clips(folder: Path) -> list[Clip]:
                 f"{len(bare)} of {len(files)} clips in {folder} have no caption, {bare[0].name} is the first: write it into"
                 f" {bare[0].with_suffix('.txt').name}, or all into metadata.jsonl (file_name, text)"
             )
+        texts = {file.with_suffix(".txt") for file in files}
+        alone = sorted(text for text in folder.rglob("*.txt") if text not in texts)
+        if alone:
+            raise RequestError(f"{alone[0]} is a caption without a clip: add the clip, or take the file out of {folder}")
         clips = [Clip(file, _text(file.with_suffix(".txt"))) for file in files]
     empty = [clip.path.name for clip in clips if not clip.caption.strip()]
     if empty:
@@ -81,7 +86,7 @@ def find_clips(folder: Path) -> list[Clip]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{file} cannot be read as text: {error}") from None
 
@@ -91,7 +96,9 @@ def _listed(table: Path) -> dict[str, str]:
     text = _text(table)
     try:
         rows = (
-            list(csv.DictReader(text.splitlines())) if table.suffix == ".csv" else [json.loads(line) for line in text.splitlines() if line]
+            list(csv.DictReader(io.StringIO(text)))
+            if table.suffix == ".csv"
+            else [json.loads(line) for line in text.splitlines() if line.strip()]
         )
         found = {str(row["file_name"]): str(row.get("text") or row.get("caption") or "") for row in rows}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wanflow.config import TRAIN_STEPS, RequestError
-from wanflow.models.dit import Block, Conditioning, Head, WanDiT, run_blocks
+from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
 from wanflow.parallel.fsdp import gather, shard
 from wanflow.parallel.mesh import Ranks, place, start, stop
 from wanflow.sampling.experts import Expert
 from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
-from wanflow.train.experts import sigmas
+from wanflow.train.experts import plain_attention, sigmas
 from wanflow.train.loop import Train, fit
 from wanflow.transforms.lora import Adapters, LowRank
 from wanflow.weights.arrange import options
@@ -42,6 +43,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "ffn": ("ffn.0", "ffn.2"),
 }
 NAME = "finetune"  # of the adapter that is trained
+FEW_TOKENS = 256  # up to here two matmuls are faster to train on a CPU than fused attention
 FILES: dict[Expert, str] = {"high": "high_noise_lora.safetensors", "low": "low_noise_lora.safetensors"}
 
 
@@ -113,7 +115,12 @@ def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]
     finally:
         stop()
     if settings.method == "lora":
-        return list(trained.values())
+        files = [settings.out / FILES[which] for which in trained]
+        for source, file in zip(trained.values(), files, strict=True):
+            if rank == 0:
+                _publish(source, file)
+            say(f"saved {file}")
+        return files
     if rank == 0:
         say(f"writing {settings.out}")
         dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[settings.dtype]
@@ -137,6 +144,14 @@ def _refuse_taken(settings: FineTune) -> None:
     for path in taken:
         if path.exists():
             raise RequestError(f"{path} is there already; name another --out, or remove it")
+
+
+def _publish(source: Path, file: Path) -> None:
+    """A copy: what was trained stays in the work folder, so that a training of which one expert is done goes on with the other."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    shutil.copyfile(source, part)
+    os.replace(part, file)
 
 
 @torch.no_grad()
@@ -164,12 +179,21 @@ def _text_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[str],
 def _train(
     checkpoint: Checkpoint, which: Expert, settings: FineTune, samples: list[Sample], empty: Path, say: Say, ranks: Ranks | None
 ) -> Path:
-    """Train one expert and write its file."""
+    """Train one expert and write its file into the work folder, unless this very training has done so before."""
+    state = settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt"
+    file = state.with_suffix(".safetensors")
+    if file.exists():
+        say(f"{which}-noise expert: trained already ({file})")
+        return file
     say(f"{which}-noise expert: begins")
     full = settings.method == "full"
     dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
     # What is split goes over block by block: no GPU holds it whole.
     model = load_expert(checkpoint, which, dtype, settings.device if ranks is None else "cpu")
+    if _tokens(checkpoint, settings) <= FEW_TOKENS and settings.device == "cpu":
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = plain_attention
     adapters = None if full else attach(model, settings)
     if full:
         model.requires_grad_(True)
@@ -186,19 +210,24 @@ def _train(
         model,
         objective,
         training,
-        settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt",
+        state,
         lambda line: say(f"  {line}"),
         ranks,
     )
-    file = settings.work / f"{which}.safetensors" if adapters is None else settings.out / FILES[which]
     if adapters is None:
         tensors = gather({name: value.detach().to(settings.dtype) for name, value in model.named_parameters()})
     else:
         tensors = gather(lora_tensors(adapters, settings.alpha))
     if tensors is not None:
         _write(file, tensors, {"format": "pt"} if adapters is None else _about(checkpoint, which, settings))
-        say(f"  saved {file}")
     return file
+
+
+def _tokens(checkpoint: Checkpoint, settings: FineTune) -> int:
+    """Of one clip, as an expert sees it."""
+    vae, form = checkpoint.preset.vae, settings.form
+    frames = (form.frame_num - 1) // vae.temporal_stride + 1
+    return frames * (form.size[0] // vae.spatial_stride // 2) * (form.size[1] // vae.spatial_stride // 2)
 
 
 def _name(checkpoint: Checkpoint, settings: FineTune, samples: list[Sample]) -> str:
