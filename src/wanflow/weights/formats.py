@@ -148,6 +148,20 @@ def refuse_odd_names(path: Path, names: Iterable[str]) -> None:
         raise RequestError(f"{path} is damaged: a tensor is called {odd!r}; {AGAIN}")
 
 
+def read_plain(path: Path, info: TensorInfo, place: int, dtype: torch.dtype | None) -> Tensor:
+    """A tensor whose bytes begin at `place` of a file, as stored or converted a chunk at a time."""
+    out = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
+    stored = out if out.dtype == info.dtype else torch.empty(min(CHUNK, info.nbytes) // info.dtype.itemsize, dtype=info.dtype)
+    with reading(path), path.open("rb", buffering=0) as file:
+        file.seek(place)
+        for start in range(0, len(out), max(1, len(stored))):
+            part = stored[: len(out) - start]
+            fill(part, file, path)
+            if stored is not out:
+                out[start : start + len(part)] = part
+    return out.view(info.shape)
+
+
 # safetensors
 
 
@@ -161,17 +175,7 @@ class SafetensorsFile:
     metadata: Mapping[str, str]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        info = self.tensors[name]
-        out = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
-        stored = out if out.dtype == info.dtype else torch.empty(min(CHUNK, info.nbytes) // info.dtype.itemsize, dtype=info.dtype)
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(self.starts[name])
-            for start in range(0, len(out), max(1, len(stored))):
-                part = stored[: len(out) - start]
-                fill(part, file, self.path)
-                if stored is not out:
-                    out[start : start + len(part)] = part
-        return out.view(info.shape)
+        return read_plain(self.path, self.tensors[name], self.starts[name], dtype)
 
     def packed(self, name: str) -> Packed:
         raise KeyError(name)  # nothing here is packed

@@ -26,7 +26,7 @@ from torch import Tensor
 from wanflow.config import RequestError, plain
 from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import Packed
-from wanflow.weights.formats import AGAIN, CHUNK, TensorInfo, fill, reading, refuse_odd_names, refuse_unreadable
+from wanflow.weights.formats import AGAIN, TensorInfo, fill, read_plain, reading, refuse_odd_names, refuse_unreadable
 
 VERSIONS = (2, 3)
 LIMIT = 32 << 20  # bytes before the data; a T5 file with its tokenizer has 7 MB
@@ -101,16 +101,7 @@ class GGUFFile:
         info = self.tensors[name]
         if info.packing:
             return self.packed(name).dense(dtype or info.dtype)
-        out = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
-        stored = out if out.dtype == info.dtype else torch.empty(min(CHUNK, info.nbytes) // info.dtype.itemsize, dtype=info.dtype)
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(self.starts[name])
-            for start in range(0, len(out), max(1, len(stored))):
-                part = stored[: len(out) - start]
-                fill(part, file, self.path)
-                if stored is not out:
-                    out[start : start + len(part)] = part
-        return out.view(info.shape)
+        return read_plain(self.path, info, self.starts[name], dtype)
 
     def packed(self, name: str) -> Packed:
         """A packed tensor as it lies in the file; KeyError for one that is not, RequestError when the file breaks off."""
