@@ -23,7 +23,7 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.transforms import packed as module
 from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import FP8, KINDS, Packed, PackedEmbedding, PackedLinear, swap
-from wanflow.weights import gguf as reader
+from wanflow.weights import formats
 from wanflow.weights.gguf import GGUFFile, ggml_bytes, open_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -363,7 +363,7 @@ def test_file(tmp_path: Path) -> None:
 
 def test_conversion_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = sample(tmp_path / "a.gguf")
-    monkeypatch.setattr(reader, "CHUNK", 100)
+    monkeypatch.setattr(formats, "CHUNK", 100)
     assert same_bits(file.read("F32", torch.bfloat16), file.read("F32").bfloat16())
 
 
