@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import zlib
@@ -14,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from test_gguf import blocks
@@ -540,6 +542,27 @@ def test_unrelated_files_beside_a_whole_model_do_not_matter(states: dict[str, St
     (folder / "broken.safetensors").write_bytes(b"\x00" * 7)
     save_file({"a": torch.zeros(1)}, folder / "other.safetensors")
     assert open_checkpoint(folder).layout == "files"
+
+
+def test_a_t5_file_that_carries_its_tokenizer_needs_no_other(states: dict[str, State], tmp_path: Path) -> None:
+    """As ComfyUI's fp8 T5 does; the folder has no tokenizer of its own."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["red circle", "a red cat", "circle it"] * 9), model_writer=out, vocab_size=30, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    folder = single_files(tmp_path, states, fp8("old"))
+    (folder / "tokenizer.json").unlink()
+    file = folder / "text_encoders" / f"{STEMS['t5']}.safetensors"
+    spiece = torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8)
+    save_file(load_file(file) | {"spiece_model": spiece}, file)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.tokenizer == checkpoint.t5 == file
+    ids, mask = load.load_tokenizer(checkpoint)(["red it"])
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()).encode("red it")
+    assert ids[0, : int(mask.sum())].tolist() == [*theirs, 1]
+    video = wanflow.load(folder).generate("red circle", seed=1)
+    assert video.frames.shape == (5, 32, 32, 3)
 
 
 def test_a_tokenizer_of_another_model(states: dict[str, State], tmp_path: Path) -> None:
