@@ -572,6 +572,11 @@ def test_a_tokenizer_of_another_model(states: dict[str, State], tmp_path: Path) 
     assert "do not belong together" in refusal(lambda: load.load_tokenizer(open_checkpoint(folder)))
 
 
+def test_a_repository_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "hf download Wan-AI/Wan2.2-T2V-A14B" in refusal(lambda: resolve("Wan-AI/Wan2.2-T2V-A14B"))
+
+
 def test_the_hint_names_the_variant(tmp_path: Path) -> None:
     told = refusal(lambda: open_checkpoint(tmp_path / "T2V_A14B_comfy-fp8"))
     assert "wanflow download --variant comfy-fp8 --local_dir" in told

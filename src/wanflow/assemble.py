@@ -233,7 +233,13 @@ def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = 
         return open_checkpoint(next(iter(parts.values())).parent, parts)
     folder = Path(model).expanduser()
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        folder = cached(str(model)) or folder
+        found = cached(str(model))
+        if found is None:
+            raise RequestError(
+                f"{model} is neither a folder here nor whole in Hugging Face's cache; get it with `hf download {model}`, or the official"
+                " weights into a folder with `wanflow download`"
+            )
+        folder = found
     return open_checkpoint(folder, parts)
 
 
