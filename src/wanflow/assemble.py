@@ -232,7 +232,7 @@ def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = 
             raise RequestError("no model is named: give its folder, nano, or its files (high, low, t5, vae, tokenizer)")
         return open_checkpoint(next(iter(parts.values())).parent, parts)
     folder = Path(model).expanduser()
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         found = cached(str(model))
         if found is None:
             raise RequestError(

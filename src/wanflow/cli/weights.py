@@ -57,7 +57,7 @@ def _path(text: str) -> Path:
 
         return NANO_FOLDER
     path = Path(text).expanduser()
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         from wanflow.weights.fetch import cached
 
         return cached(text) or path
