@@ -111,8 +111,8 @@ class LoadedParts:
         self._encoder: UMT5Encoder | None = None
         self._experts: dict[Expert, WanDiT] = {}
         self._adapters: dict[Expert, Adapters] = {}  # live: what is on each expert in memory
-        self._fused: dict[Expert, tuple[tuple[Lora, ...], tuple[float, ...]]] = {}  # fused: what is in each
-        self._loras: tuple[Lora, ...] = ()
+        self._fused: dict[Expert, tuple[tuple[str, float], ...]] = {}  # fused: what is in each, and how much of it
+        self._loras: dict[str, Lora] = {}  # by names that follow their files' content
         self._lora_mode = runtime.lora
         self._shapes = lora_files.shapes_of(build(WanDiT, self.preset.dit))
         self._vae: WanVAE | None = None
@@ -146,9 +146,10 @@ class LoadedParts:
 
     def use_loras(self, loras: tuple[Lora, ...]) -> None:
         """Take these as the LoRAs of what follows; RequestError where one does not fit the model."""
-        if loras != self._loras:
+        named = lora_files.named(loras)
+        if named != self._loras:
             lora_files.check_loras(loras, self._shapes)
-            self._loras = loras
+        self._loras = named  # also when only their order is another: strengths go by it
 
     def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
         """The expert with the LoRAs at these strengths, read now if it is not in memory.
@@ -157,7 +158,7 @@ class LoadedParts:
             strengths: one for each LoRA of `use_loras`; without, the expert is as it was published.
         """
         if not strengths:
-            self._loras = ()
+            self._loras = {}
         if self._lora_mode == "fused":
             return self._expert_fused(which, strengths)
         if which not in self._experts:
@@ -169,12 +170,12 @@ class LoadedParts:
 
     def _expert_fused(self, which: Expert, strengths: tuple[float, ...]) -> WanDiT:
         """The expert with the LoRAs in its weights; where they were fused otherwise, it is read again."""
-        wanted = tuple((lora, strength) for lora, strength in zip(self._loras, strengths, strict=True) if strength)
-        key = (tuple(lora for lora, _ in wanted), tuple(strength for _, strength in wanted))
-        if which not in self._experts or self._fused.get(which, ((), ())) != key:
+        wanted = tuple((name, strength) for name, strength in zip(self._loras, strengths, strict=True) if strength)
+        if which not in self._experts or self._fused.get(which, ()) != wanted:
             self._experts.pop(which, None)
-            self._load(which, lora_files.fused(which, *key, self._shapes))
-            self._fused[which] = key
+            loras = [(self._loras[name], strength) for name, strength in wanted]
+            self._load(which, lora_files.fused(which, loras, self._shapes))
+            self._fused[which] = wanted
         return self._experts[which]
 
     def _load(self, which: Expert, changes: Mapping[str, Callable[[str, Tensor], Tensor]] | None = None) -> None:

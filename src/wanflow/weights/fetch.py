@@ -23,13 +23,13 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from wanflow.config import RequestError
 from wanflow.weights import catalogue
-from wanflow.weights.catalogue import Part, Variant
+from wanflow.weights.catalogue import LEDGER, Part, Variant
 from wanflow.weights.hubs import Hub, OfflineError, Store
 from wanflow.weights.transfer import DamagedError, DownloadError, Hasher, Remote, Say, StoppedError, hash_file
 
 logger = logging.getLogger("wanflow")
 
-LEDGER, LOCK = ".wanflow-download.json", ".wanflow-download.lock"
+LOCK = ".wanflow-download.lock"
 T = TypeVar("T")
 
 Watch = Callable[[int, int], None]  # bytes that are there, bytes in all

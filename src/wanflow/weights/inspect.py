@@ -25,20 +25,19 @@ from wanflow.models.vae import WanVAE
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.sampling.experts import Expert
 from wanflow.weights.adapters import describe_adapter, open_adapter
-from wanflow.weights.catalogue import KNOWN, known_sha256
+from wanflow.weights.catalogue import KNOWN, LEDGER, known_sha256
 from wanflow.weights.formats import ShardedFolder, TensorInfo, TensorSource, TorchFile, reading
 from wanflow.weights.gguf import GGUFFile
 from wanflow.weights.layouts import DIFFUSERS, ENDINGS, FOLDERS, TOKENIZERS, WORDS, config_beside, weight_groups, which_expert
 from wanflow.weights.load import Report, build, open_checkpoint
 from wanflow.weights.names import Kind, detect, strip
 from wanflow.weights.scaled import ScaledSource
-from wanflow.weights.shapes import HEAD_DIM, ONLY, configure, dit_shapes, refuse_relatives, text_shapes, vae_shapes
-from wanflow.weights.source import EMBEDDED, OfficialSource, Part, describe, is_lora, kinds_in, official, open_source
-from wanflow.weights.tokens import open_tokenizer
+from wanflow.weights.shapes import HEAD_DIM, configure, dit_shapes, relative, text_shapes, vae_shapes
+from wanflow.weights.source import OfficialSource, Part, describe, is_lora, kinds_in, official, open_source
+from wanflow.weights.tokens import carries_tokenizer, open_tokenizer
 from wanflow.weights.write import NAMES
 
 PUBLISHED_SIZE = "27B total, 14B active"  # how the model's authors count it; exactly it is 28.58 and 14.29 billion
-LEDGER = ".wanflow-download.json"
 BLOCK = 4 << 20  # bytes hashed at a time
 UNREADABLE = "not readable"
 SMALL = 100_000_000  # bytes below which a file of a published name is a miniature's, and no damaged download
@@ -192,7 +191,7 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, wh
     part = official(kind, source)
     names = list(part.names.values())
     first = next((name for name in names if strip(kind, name) != name), "")
-    notes = [*row.notes, *(["carries its tokenizer"] if kind == "t5" and _has_tokenizer(source) else [])]
+    notes = [*row.notes, *(["carries its tokenizer"] if kind == "t5" and carries_tokenizer(source) else [])]
     which, what = None, WHAT[kind]
     if kind == "dit":
         try:
@@ -204,9 +203,9 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, wh
     row = replace(row, prefix=first.removesuffix(strip(kind, first)), dtypes=_dtypes(source, names), notes=notes)
     row = replace(row, parameters=_count(part.tensors), tensors=len(part.tensors), bytes=bytes_of(part.tensors))
     if kind == "dit":
-        relative = _relative(part, path)
-        if relative:
-            return replace(row, model=relative)
+        other = _relative(part, path)
+        if other:
+            return replace(row, model=other)
     try:
         config = config_of(kind, part)
         row = replace(row, model=_model_of(config), shape=_shape(config))
@@ -240,11 +239,9 @@ def _relative(source: OfficialSource, path: Path) -> str | None:
     """The name of a relative of the model."""
     try:
         said = config_beside(path)[0] if (path if path.is_dir() else path.parent).name in (*FOLDERS.values(), *DIFFUSERS.values()) else {}
-        refuse_relatives(source, said)
-    except RequestError as error:
-        told = str(error)
-        return told.removeprefix(f"{source.path} holds ").removesuffix(f"; {ONLY}") if told.endswith(ONLY) else None
-    return None
+    except RequestError:  # a broken config says nothing of the tensors
+        return None
+    return relative(source, said)
 
 
 def _lora(row: Row, path: Path) -> Row:
@@ -252,13 +249,6 @@ def _lora(row: Row, path: Path) -> Row:
     expert = found["experts"] if found else []
     what = f"LoRA for the {' and the '.join(f'{which}-noise' for which in expert)} expert" if expert else "LoRA, for either expert"
     return replace(row, what=what, lora=found, dialect=found["naming"] if found else None)
-
-
-def _has_tokenizer(source: TensorSource) -> bool:
-    inner = _inner(source)
-    return (isinstance(inner, GGUFFile) and "tokenizer.ggml.tokens" in inner.metadata) or any(
-        name.split(".")[-1] == EMBEDDED for name in inner.tensors
-    )
 
 
 # counting

@@ -77,9 +77,15 @@ def check_loras(loras: Iterable[Lora], shapes: Shapes) -> None:
         logger.info("lora %s: %s", Path(path).name, read_adapter(Path(path), shapes).report())
 
 
-def attach(adapters: Adapters, which: Expert, loras: tuple[Lora, ...], strengths: tuple[float, ...], shapes: Shapes) -> None:
-    """Make the live LoRAs of one expert those of a request, at these strengths; what is attached already is not read again."""
-    wanted = {_key(loras, index): (lora, strength) for index, (lora, strength) in enumerate(zip(loras, strengths, strict=True))}
+def attach(adapters: Adapters, which: Expert, loras: Mapping[str, Lora], strengths: tuple[float, ...], shapes: Shapes) -> None:
+    """Make the live LoRAs of one expert those of a request, at these strengths; what is attached already is not read again.
+
+    Called at every step: only what changed costs anything.
+
+    Args:
+        loras: by the names that `named` gives them.
+    """
+    wanted = {name: (lora, strength) for (name, lora), strength in zip(loras.items(), strengths, strict=True)}
     for name in adapters.names:
         if name not in wanted:
             adapters.remove(name)
@@ -87,26 +93,25 @@ def attach(adapters: Adapters, which: Expert, loras: tuple[Lora, ...], strengths
         if name in adapters.names:
             adapters.set_strength(name, strength)
         elif strength:
-            changes = read_adapter(Path(lora.path), shapes).changes[which]
-            if changes:
-                adapters.attach(name, changes, strength)
+            # also a file that has nothing for this expert, or it would be read at every step
+            adapters.attach(name, read_adapter(Path(lora.path), shapes).changes[which], strength)
 
 
-def _key(loras: tuple[Lora, ...], index: int) -> str:
-    """The name under which a LoRA is attached; a file that is given twice has two."""
-    path = loras[index].path
-    return f"{path} {lora_print(path)} {sum(lora.path == path for lora in loras[:index])}"
+def named(loras: tuple[Lora, ...]) -> dict[str, Lora]:
+    """LoRAs by names that tell one file's content from another's, and a file that is given twice from itself."""
+    prints = {lora.path: lora_print(lora.path) for lora in loras}
+    return {
+        f"{lora.path} {prints[lora.path]} {sum(before.path == lora.path for before in loras[:index])}": lora
+        for index, lora in enumerate(loras)
+    }
 
 
-def fused(
-    which: Expert, loras: tuple[Lora, ...], strengths: tuple[float, ...], shapes: Shapes
-) -> dict[str, Callable[[str, Tensor], Tensor]]:
+def fused(which: Expert, loras: Iterable[tuple[Lora, float]], shapes: Shapes) -> dict[str, Callable[[str, Tensor], Tensor]]:
     """What LoRAs do to single weights, for `load_module` to do while it reads them: parameter -> (name, float32) -> float32."""
     done: dict[str, list[tuple[Change, float]]] = {}
-    for lora, strength in zip(loras, strengths, strict=True):
-        if strength:
-            for name, change in read_adapter(Path(lora.path), shapes).changes[which].items():
-                done.setdefault(name, []).append((change, strength))
+    for lora, strength in loras:
+        for name, change in read_adapter(Path(lora.path), shapes).changes[which].items():
+            done.setdefault(name, []).append((change, strength))
 
     def apply(name: str, value: Tensor) -> Tensor:
         for change, strength in done[name]:

@@ -37,15 +37,20 @@ Shapes = dict[str, Any]  # the fields of a config that tensors determine
 C = TypeVar("C", DiTConfig, TextConfig, VAEConfig)
 
 
-def refuse_relatives(source: TensorSource, config: Mapping[str, Any]) -> None:
-    """RequestError, by name, for the DiT of a model that is not text to video."""
+def relative(source: TensorSource, config: Mapping[str, Any]) -> str | None:
+    """The name of the model that a DiT belongs to, where that is a relative of ours."""
     kind, patches = config.get("model_type", "t2v"), source.tensors.get("patch_embedding.weight")
     channels = patches.shape[1] if patches is not None and len(patches.shape) == 5 else config.get("in_dim")
     names = [name for mark, name in BY_TENSOR.items() if any(key.startswith(mark) for key in source.tensors)]
     name = BY_CHANNELS.get(channels) if isinstance(channels, int) else None
     if channels == T2V_A14B.dit.in_dim and patches is not None:
         name = BY_WIDTH.get(patches.shape[0])
-    name = name or next(iter(names), None) or (None if kind == "t2v" else BY_TYPE.get(str(kind), f"a model of type {kind!r}"))
+    return name or next(iter(names), None) or (None if kind == "t2v" else BY_TYPE.get(str(kind), f"a model of type {kind!r}"))
+
+
+def refuse_relatives(source: TensorSource, config: Mapping[str, Any]) -> None:
+    """RequestError, by name, for the DiT of a model that is not text to video."""
+    name = relative(source, config)
     if name:
         raise RequestError(f"{source.path} holds {name}; {ONLY}")
 

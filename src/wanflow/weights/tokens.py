@@ -20,7 +20,7 @@ from tokenizers.models import Unigram
 
 from wanflow.config import RequestError
 from wanflow.models.tokenizer import read
-from wanflow.weights.formats import AGAIN, reading, refuse_unreadable
+from wanflow.weights.formats import AGAIN, TensorSource, reading, refuse_unreadable
 from wanflow.weights.gguf import GGUFFile
 from wanflow.weights.source import EMBEDDED, open_source
 
@@ -73,7 +73,7 @@ def _open(path: Path) -> Tokenizer:
     source = open_source(path)
     if isinstance(source, GGUFFile):
         return build(_from_gguf(source), path)
-    held = next((name for name in source.tensors if name.split(".")[-1] == EMBEDDED), None)
+    held = _embedded(source)
     if held is None or source.tensors[held].nbytes > LIMIT:
         raise RequestError(f"{path} holds no tokenizer; name one with --tokenizer (tokenizer.json or spiece.model of google/umt5-xxl)")
     return build(_parse(source.read(held).numpy().tobytes(), path), path)
@@ -81,10 +81,17 @@ def _open(path: Path) -> Tokenizer:
 
 def embeds_tokenizer(path: Path) -> bool:
     """Whether a T5 file carries its tokenizer."""
-    source = open_source(path)
-    if isinstance(source, GGUFFile):
-        return "tokenizer.ggml.tokens" in source.metadata
-    return any(name.split(".")[-1] == EMBEDDED for name in source.tensors)
+    return carries_tokenizer(open_source(path))
+
+
+def carries_tokenizer(source: TensorSource) -> bool:
+    """The same for one that is open."""
+    return "tokenizer.ggml.tokens" in source.metadata if isinstance(source, GGUFFile) else _embedded(source) is not None
+
+
+def _embedded(source: TensorSource) -> str | None:
+    """The tensor that holds a tokenizer's bytes."""
+    return next((name for name in source.tensors if name.split(".")[-1] == EMBEDDED), None)
 
 
 def build(model: Pieces, path: Path) -> Tokenizer:
