@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from wanflow.weights.source import Part
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,3 +23,9 @@ def yes_or_no(text: str) -> bool:
     if text.lower() in ("false", "no", "0", "n", "f"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def given_parts(args: argparse.Namespace) -> dict[Part, Path]:
+    """The parts that were named by hand."""
+    files: dict[Part, Path | None] = {"high": args.high, "low": args.low, "t5": args.t5, "vae": args.vae, "tokenizer": args.tokenizer}
+    return {part: file for part, file in files.items() if file is not None}

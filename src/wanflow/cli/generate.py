@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanflow.cli.flags import Parser, yes_or_no
+from wanflow.cli.flags import Parser, given_parts, yes_or_no
 from wanflow.config import SOLVERS, Request, RequestError, Runtime
 from wanflow.presets import SETTINGS, with_settings
 
@@ -112,12 +112,6 @@ def _part_flags(p: argparse.ArgumentParser) -> None:
     parts.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, spiece.model, or a T5 file that embeds it")
 
 
-def _given(args: argparse.Namespace) -> dict[Part, Path]:
-    """The parts that were named by hand."""
-    files: dict[Part, Path | None] = {"high": args.high, "low": args.low, "t5": args.t5, "vae": args.vae, "tokenizer": args.tokenizer}
-    return {part: file for part, file in files.items() if file is not None}
-
-
 def _run_flags(p: argparse.ArgumentParser, save_file: bool = True) -> None:
     if save_file:
         p.add_argument("--save_file", type=Path, help="where to write the video")
@@ -137,14 +131,14 @@ def generate(args: argparse.Namespace) -> None:
     _refuse_what_is_not_built(args)
     if args.resume:
         return _resume(args)
-    if args.ckpt_dir is None and not _given(args):
+    if args.ckpt_dir is None and not given_parts(args):
         raise RequestError("--ckpt_dir is missing: the folder of the weights, or nano for the miniature that ships with wanflow")
     if not args.prompt:
         raise RequestError("--prompt is missing: say what the video should show")
     request, runtime = _request(args), _runtime(args)
     if args.save_file is not None:
         _check_target(args.save_file, args.overwrite)
-    checkpoint = _open(args.ckpt_dir, _given(args))
+    checkpoint = _open(args.ckpt_dir, given_parts(args))
     find_loras(request.loras())  # and a LoRA that is missing
     request.complete(checkpoint.preset)  # refuse a bad request before a server is asked to extend its prompt
     request = _extended(args, request)
@@ -226,7 +220,9 @@ def _reopen(recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, de
         wanted = made["device"] if device == "auto" else device
         dtype, t5_cpu, cfg_batch, noise = made["dtype"], made["t5_cpu"], recipe["cfg_batch"], recipe["noise_device"]
         model, lora = args.ckpt_dir or _model_of(recipe), made.get("lora", "live")
-        given = _given(args) or ({} if args.ckpt_dir else {part: Path(path) for part, path in recipe["model"].get("parts", {}).items()})
+        given = given_parts(args) or (
+            {} if args.ckpt_dir else {part: Path(path) for part, path in recipe["model"].get("parts", {}).items()}
+        )
     except (KeyError, TypeError) as error:
         raise RequestError(f"the recipe is incomplete or of another version: {error} is missing") from None
     try:

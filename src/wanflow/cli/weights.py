@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from wanflow.cli.flags import Parser
+from wanflow.cli.flags import Parser, given_parts
 from wanflow.config import RequestError
 
 if TYPE_CHECKING:
@@ -213,8 +213,7 @@ def convert(args: argparse.Namespace) -> None:
     wanted = options(
         args.to, args.dtype, parts=_parts(args.parts), shard=size(args.max_shard_size), overwrite=args.overwrite,
     )  # fmt: skip
-    given: dict[Any, Path] = {part: getattr(args, part) for part in ("high", "low", "t5", "vae", "tokenizer") if getattr(args, part)}
-    model = open_model(_path(args.source), given)
+    model = open_model(_path(args.source), given_parts(args))
     with Bar() as bar:
         out = write(model, args.target.expanduser(), wanted, bar.say, bar)
         bar.say(f"{out}: {sum(file.stat().st_size for file in (out.rglob('*') if out.is_dir() else [out]) if file.is_file()) / 1e9:.3f} GB")
