@@ -48,7 +48,7 @@ def made() -> Path:
 # Each feature: what it adds to load() and to the request, and how far the final latent may then be from the plain run's.
 # Bit-equal where only residency changes, rounding where a batch or a dtype does (stated, not fitted:
 # float32 rounding over six evaluations with guidance 4 stays below 1e-3 of latents of size 1; bfloat16 has 8 bits).
-BIT, ROUNDING, BF16 = 0.0, 1e-3, 0.35
+BIT, ROUNDING, BF16, QUANTISED = 0.0, 1e-3, 0.35, 0.35
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "one expert at a time": ({"keep_experts": False}, {}, BIT),
     "text encoder on the CPU": ({"t5_cpu": True}, {}, BIT),
@@ -68,6 +68,14 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "LoRA": ({}, {"lora": ("both.safetensors@high=1,low=0.5",)}, BIT),
     "two LoRAs, by steps": ({}, {"lora": ("both.safetensors@steps=2", "low_noise.safetensors")}, BIT),
     "fused LoRAs": ({"lora": "fused"}, {}, ROUNDING),
+    "blocks streamed from disk": ({"resident_blocks": 1, "stream_from": "disk"}, {}, BIT),
+    "blocks streamed from RAM": ({"resident_blocks": 0, "stream_from": "ram"}, {}, BIT),
+    "the next expert read ahead": ({"prefetch": True, "keep_experts": False}, {}, BIT),
+    "tokens in chunks": ({"chunk_tokens": 100}, {}, ROUNDING),
+    "tiles": ({"vae_tile": 64}, {}, BIT),
+    "quantised": ({"quantize": "fp8"}, {}, QUANTISED),
+    "all quantised": ({"quantize": "int8", "quantize_layers": "all"}, {}, QUANTISED),
+    "another attention": ({"attention": "math"}, {}, ROUNDING),
     "fp8 weights": ({}, {"model": "fp8"}, BIT),
     "GGUF weights": ({}, {"model": "gguf-q8_0"}, BIT),
 }
@@ -131,7 +139,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(runtime: dict[str, An
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    for name in ("load_expert", "load_text_encoder", "load_vae"):
+    for name in ("open_expert", "load_text_encoder", "load_vae"):
         monkeypatch.setattr(assemble, name, read)
     with pytest.raises(RequestError, match=words):
         wanflow.load("nano", **runtime)

@@ -108,9 +108,9 @@ def test_nothing_is_reloaded(lora: str, monkeypatch: pytest.MonkeyPatch) -> None
     import wanflow.assemble
 
     read: list[str] = []
-    before = wanflow.assemble.load_expert
+    before = wanflow.assemble.open_expert
     monkeypatch.setattr(
-        wanflow.assemble, "load_expert", lambda checkpoint, which, *rest: read.append(which) or before(checkpoint, which, *rest)
+        wanflow.assemble, "open_expert", lambda checkpoint, which, *rest: read.append(which) or before(checkpoint, which, *rest)
     )
     pipe = wanflow.load("nano", device="cpu")
     for value in ((lora,), (f"{lora}@0.3",), (), (lora, f"{lora}@-0.5")):
@@ -209,7 +209,7 @@ def test_what_is_refused(pipe: Pipeline, lora: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("far.safetensors", "none.safetensors", "broken.safetensors", "missing.safetensors", "empty"):
         assert name.split(".")[0] in refusal(lambda name=name: latent(pipe, lora=(str(tmp_path / name),)))  # type: ignore[misc]
-    assert "neither live nor fused" in refusal(lambda: wanflow.load("nano", lora="both"))
+    assert "none of live, fused" in refusal(lambda: wanflow.load("nano", lora="both"))
     torch.testing.assert_close(latent(pipe), latent(pipe, lora=(f"{lora}@0",)), atol=0, rtol=0)  # and the pipeline is as good as before
 
 

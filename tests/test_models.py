@@ -136,7 +136,7 @@ def test_timesteps_of_tokens_differ(dit: WanDiT) -> None:
     changed = t.clone()
     changed[0, 7] = 0
     assert off(dit(x, changed, text), dit(x, t, text)) > 1e-3
-    time, _, index = dit._time(changed, torch.zeros(1, 45, 48))
+    time, _, index = dit._time(changed, 1, 45)
     assert index is not None and time.shape == (1, 2, 48)
     assert index[0].tolist() == [0 if n == 7 else 1 for n in range(45)]
 

@@ -122,8 +122,8 @@ def test_one_expert_at_a_time(nano: Pipeline) -> None:
     seen: list[weakref.ref[WanDiT]] = []
     read = lean.parts.expert
 
-    def watched(which: Expert) -> WanDiT:
-        model = read(which)
+    def watched(which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
+        model = read(which, strengths)
         if not seen or seen[-1]() is not model:
             seen.append(weakref.ref(model))
         gc.collect()
@@ -208,8 +208,10 @@ class GoldenParts:
     def text(self, prompts: list[str]) -> torch.Tensor:
         return self.texts[: len(prompts)]
 
-    def expert(self, which: Expert) -> WanDiT:
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
         return self.models[which]
+
+    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None: ...
 
     def vae(self) -> WanVAE:
         return self._vae

@@ -33,7 +33,7 @@ from wanflow.models.vae import WanVAE
 from wanflow.presets import LATENT_MEAN, LATENT_STD, T2V_A14B, TI2V_5B
 from wanflow.weights import load
 from wanflow.weights.formats import TensorInfo, open_safetensors
-from wanflow.weights.load import fingerprint, load_module, open_checkpoint
+from wanflow.weights.load import fingerprint, open_checkpoint
 from wanflow.weights.source import open_source
 
 HERE = Path(__file__).parent
@@ -493,7 +493,7 @@ def test_all_differences_are_told_before_anything_is_read(models: dict[str, Any]
             raise AssertionError("read before the check")
 
     model = load.build(WanDiT, DIT)
-    told = refusal(lambda: load_module(model, Unreadable(), lambda name, info: info.dtype, "cpu"))
+    told = refusal(lambda: load.lay_out(model, Unreadable(), lambda name, info: info.dtype, torch.float32, "cpu"))
     assert "somewhere does not fit the WanDiT: tensors 8 missing (blocks.1.self_attn.q.weight, " in told
     assert told.count("blocks.1.") == 5 and ", ...)" in told
     assert "1 unexpected (extra)" in told

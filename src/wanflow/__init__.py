@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanflow import presets
-    from wanflow.assemble import load
     from wanflow.config import Request, RequestError, Runtime
-    from wanflow.pipeline import Cancelled, OutputError, Pipeline, Progress, Run, Video
+    from wanflow.pipeline import Cancelled, Pipeline, Progress, Run, Video
+    from wanflow.plan import load
+    from wanflow.sanity import OutputError
 
 _HOME = {
-    "load": "assemble", "Request": "config", "RequestError": "config", "Runtime": "config", "Cancelled": "pipeline",
-    "OutputError": "pipeline", "Pipeline": "pipeline", "Progress": "pipeline", "Run": "pipeline", "Video": "pipeline",
+    "load": "plan", "Request": "config", "RequestError": "config", "Runtime": "config", "Cancelled": "pipeline",
+    "OutputError": "sanity", "Pipeline": "pipeline", "Progress": "pipeline", "Run": "pipeline", "Video": "pipeline",
 }  # fmt: skip
 
 __all__ = [

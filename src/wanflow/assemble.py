@@ -10,37 +10,41 @@ import logging
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from wanflow import __version__
-from wanflow.config import Lora, RequestError, Runtime
+from wanflow.config import QUANTIZATIONS, Lora, RequestError, Runtime
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Pipeline
 from wanflow.sampling.experts import Expert
+from wanflow.transforms import attention
 from wanflow.transforms.lora import Adapters
+from wanflow.transforms.offload import Streaming
+from wanflow.transforms.tiling import check_tile
 from wanflow.weights import loras as lora_files
+from wanflow.weights.encoder import StreamedEncoder
+from wanflow.weights.experts import Ahead, Where, open_expert, refuse_packed
 from wanflow.weights.fetch import cached
-from wanflow.weights.layouts import PARTS
 from wanflow.weights.load import (
     Checkpoint,
     build,
     expert_bytes,
     fingerprint,
-    load_expert,
     load_text_encoder,
     load_tokenizer,
     load_vae,
     open_checkpoint,
 )
 from wanflow.weights.source import Part
+from wanflow.weights.text_cache import TextCache, text_key
 
 logger = logging.getLogger("wanflow")
 
@@ -48,6 +52,7 @@ NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 2 * 2**30  # bytes: models up to here stay in memory whole, and run in float32 on a CPU
 Report = Callable[[str, int, int], None]  # what is being read, bytes done, bytes in all
+Wanted = tuple[tuple[str, float], ...]  # LoRAs that are fused, and how much of them
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -82,12 +87,12 @@ def choose_dtype(wanted: str, device: torch.device, checkpoint: Checkpoint) -> t
 class LoadedParts:
     """Reads each part when it is first needed and frees it when the run has no more use for it.
 
-    A text encoder is freed before an expert is read, and one expert before the other, so that never two of them are in memory,
-    unless the model is small or `keep_experts` is set.
+    A text encoder is freed before an expert is read, and one expert before the other, so that never two of them are on the device,
+    unless the model is small or `keep_experts` is set. With `prefetch` the next expert is read into RAM meanwhile.
     """
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint, self.runtime = checkpoint, runtime
         self.preset = checkpoint.preset
         self.device = choose_device(runtime.device)
         self.dtype = choose_dtype(runtime.dtype, self.device, checkpoint)
@@ -97,44 +102,71 @@ class LoadedParts:
         self.keep_text = small
         # The large encoder is published in bfloat16, and its activations overflow float16.
         self.text_dtype = self.dtype if small and self.dtype != torch.float16 else torch.bfloat16
+        self.kernel = attention.choose(runtime.attention, self.device, self.dtype, self.preset.dit.dim // self.preset.dit.num_heads)
+        self.where = Where(self.dtype, self.device, runtime)
+        if runtime.quantize:
+            refuse_packed(checkpoint, self.where)
         self.report = report
         self.made_by: dict[str, Any] = {
             "model": {"name": self.preset.name, "folder": str(checkpoint.folder), "fingerprint": fingerprint(checkpoint)},
-            "runtime": {
-                "device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "t5_cpu": runtime.t5_cpu, "lora": runtime.lora,
-            },
+            "runtime": recorded(runtime, self.device, self.dtype, self.kernel.name),
             "versions": versions(),
-        }  # fmt: skip
+        }
         if checkpoint.given:
             self.made_by["model"]["parts"] = {part: str(path) for part, path in checkpoint.given.items()}
         self._tokenizer: Tokenizer | None = None
         self._encoder: UMT5Encoder | None = None
-        self._experts: dict[Expert, WanDiT] = {}
+        self._texts = self._text_cache()
+        self._experts: dict[Expert, WanDiT | Streaming] = {}
+        self._ahead: Ahead | None = None
         self._adapters: dict[Expert, Adapters] = {}  # live: what is on each expert in memory
-        self._fused: dict[Expert, tuple[tuple[str, float], ...]] = {}  # fused: what is in each, and how much of it
+        self._fused: dict[Expert, Wanted] = {}  # fused: what is in each, and how much of it
         self._loras: dict[str, Lora] = {}  # by names that follow their files' content
-        self._lora_mode = runtime.lora
         self._shapes = lora_files.shapes_of(build(WanDiT, self.preset.dit))
         self._vae: WanVAE | None = None
+
+    # text
+
+    def _text_cache(self) -> TextCache | None:
+        if self.runtime.text_cache is None or self.keep_text:
+            return None
+        return TextCache(Path(self.runtime.text_cache), text_key(self.checkpoint, self.text_dtype, self.text_device))
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Tensor:
         """Text states [B, text_len, D] on the model's device, zero past each prompt's end."""
+        known = {prompt: self._texts.get(prompt) for prompt in prompts} if self._texts is not None else {}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if known.get(prompt) is None]
+        for prompt, states in zip(missing, self._encode(missing) if missing else (), strict=True):
+            known[prompt] = states
+            if self._texts is not None:
+                self._texts.put(prompt, states)
+        return torch.stack([cast(Tensor, known[prompt]).to(self.device) for prompt in prompts])
+
+    def _encode(self, prompts: list[str]) -> Tensor:
+        """[B, text_len, D], zero past each prompt's end.
+
+        One prompt at a time, so that an encoding does not depend on what it was encoded beside; and without its padding, to which
+        nothing attends, and which would be most of the work.
+        """
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.checkpoint)
         ids, mask = self._tokenizer(prompts)
-        if self._encoder is None:
-            if not self.keep_text:
-                self._free()
-            self._encoder = load_text_encoder(self.checkpoint, self.text_dtype, self.text_device, self._watch("text encoder"))
-        ids, mask = ids.to(self.text_device), mask.to(self.text_device)
-        # One prompt at a time: an encoding must not depend on what it was encoded beside.
-        states = torch.cat([self._encoder(ids[row : row + 1], mask[row : row + 1]) for row in range(len(prompts))])
-        states = (states * mask.unsqueeze(-1).to(states.dtype)).to(self.device)
+        watch = self._watch("text encoder")
         if not self.keep_text:
-            self._encoder = None
+            self._free()
+            states = StreamedEncoder(self.checkpoint, self.text_dtype, self.text_device, watch)(ids, mask)
             self._release()
+            return states
+        if self._encoder is None:
+            self._encoder = load_text_encoder(self.checkpoint, self.text_dtype, self.text_device, watch)
+        states = torch.zeros(*ids.shape, self.preset.text.dim, dtype=self.text_dtype, device=self.text_device)
+        for row, length in enumerate(mask.sum(1).tolist()):
+            part = (slice(row, row + 1), slice(length))
+            states[part] = self._encoder(ids[part].to(self.text_device), mask[part].to(self.text_device))
         return states
+
+    # LoRAs
 
     def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
         """The files that are meant, with every strength settled, and what they are told by."""
@@ -151,7 +183,9 @@ class LoadedParts:
             lora_files.check_loras(loras, self._shapes)
         self._loras = named  # also when only their order is another: strengths go by it
 
-    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
+    # experts
+
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
         """The expert with the LoRAs at these strengths, read now if it is not in memory.
 
         Args:
@@ -159,31 +193,49 @@ class LoadedParts:
         """
         if not strengths:
             self._loras = {}
-        if self._lora_mode == "fused":
-            return self._expert_fused(which, strengths)
-        if which not in self._experts:
-            self._load(which)
-        if self._loras or which in self._adapters:
-            adapters = self._adapters.setdefault(which, Adapters(self._experts[which]))
+        wanted = self._to_fuse(strengths)
+        if which not in self._experts or self._fused.get(which, ()) != wanted:
+            self._load(which, wanted)
+        if self.runtime.lora == "live" and (self._loras or which in self._adapters):
+            model = self._experts[which]
+            plain = model.model if isinstance(model, Streaming) else model
+            adapters = self._adapters.setdefault(which, Adapters(plain))
             lora_files.attach(adapters, which, self._loras, strengths, self._shapes)
         return self._experts[which]
 
-    def _expert_fused(self, which: Expert, strengths: tuple[float, ...]) -> WanDiT:
-        """The expert with the LoRAs in its weights; where they were fused otherwise, it is read again."""
-        wanted = tuple((name, strength) for name, strength in zip(self._loras, strengths, strict=True) if strength)
-        if which not in self._experts or self._fused.get(which, ()) != wanted:
-            self._experts.pop(which, None)
-            loras = [(self._loras[name], strength) for name, strength in wanted]
-            self._load(which, lora_files.fused(which, loras, self._shapes))
-            self._fused[which] = wanted
-        return self._experts[which]
+    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
+        """Say that this expert will be wanted: with `prefetch` it is read into RAM from now on, beside the work."""
+        wanted = self._to_fuse(strengths)
+        if not self.runtime.prefetch or which in self._experts:
+            return
+        if self._ahead is not None and (self._ahead.which, self._ahead.key) == (which, wanted):
+            return
+        self._drop_ahead()
+        self._ahead = Ahead(self.checkpoint, which, self.where, self._changes(which, wanted), wanted)
 
-    def _load(self, which: Expert, changes: Mapping[str, Callable[[str, Tensor], Tensor]] | None = None) -> None:
-        """Read an expert; the other one is freed first unless both are kept."""
-        if not self.keep:
-            self._free()
-        watch = self._watch(f"{which}-noise expert")
-        self._experts[which] = load_expert(self.checkpoint, which, self.dtype, self.device, watch, changes)
+    def _to_fuse(self, strengths: tuple[float, ...]) -> Wanted:
+        if self.runtime.lora == "live":
+            return ()
+        return tuple((name, strength) for name, strength in zip(self._loras, strengths, strict=True) if strength)
+
+    def _changes(self, which: Expert, wanted: Wanted) -> Mapping[str, Callable[[str, Tensor], Tensor]] | None:
+        return lora_files.fused(which, [(self._loras[name], strength) for name, strength in wanted], self._shapes) if wanted else None
+
+    def _load(self, which: Expert, wanted: Wanted) -> None:
+        """Read an expert, or take the one that was read ahead; the other one is freed first unless both are kept."""
+        ahead = self._ahead
+        if ahead is not None and (ahead.which, ahead.key) == (which, wanted):
+            self._ahead = None
+        else:
+            ahead = None
+        self._forget([which] if self.keep else list(self._experts))
+        if ahead is not None:
+            self._experts[which] = ahead.take()
+        else:
+            watch = self._watch(f"{which}-noise expert")
+            self._experts[which] = open_expert(self.checkpoint, which, self.where, watch, self._changes(which, wanted))
+        self._fused[which] = wanted
+        attention.set_attention(self._experts[which], self.kernel)
 
     def vae(self) -> WanVAE:
         """The VAE, float32."""
@@ -193,20 +245,49 @@ class LoadedParts:
             self._vae = load_vae(self.checkpoint, torch.float32, self.device, self._watch("VAE"))
         return self._vae
 
+    # memory
+
+    def close(self) -> None:
+        """Free all that is in memory; what is asked for afterwards is read again."""
+        self._encoder = self._vae = None
+        self._free()
+
     def _watch(self, what: str) -> Callable[[int, int], None] | None:
         report = self.report
         return None if report is None else lambda done, total: report(what, done, total)
 
     def _free(self) -> None:
-        self._experts.clear()
-        self._adapters.clear()
-        self._fused.clear()
+        self._drop_ahead()
+        self._forget(list(self._experts))
         self._release()
+
+    def _forget(self, experts: list[Expert]) -> None:
+        for which in experts:
+            model = self._experts.pop(which, None)
+            self._adapters.pop(which, None)
+            self._fused.pop(which, None)
+            if isinstance(model, Streaming):
+                model.close()
+        self._release()
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.drop()
+        self._ahead = None
 
     def _release(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def recorded(runtime: Runtime, device: torch.device, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
+    """What a recipe notes of how it was made: all that changes a result, if only by rounding."""
+    return {
+        "device": device.type, "dtype": str(dtype).removeprefix("torch."), "t5_cpu": bool(runtime.t5_cpu), "lora": runtime.lora,
+        "chunk_tokens": runtime.chunk_tokens or 0, "vae_tile": runtime.vae_tile or 0, "quantize": runtime.quantize,
+        "quantize_layers": runtime.quantize_layers, "attention": kernel,
+    }  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -244,37 +325,31 @@ def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = 
     return open_checkpoint(folder, parts)
 
 
-def load(model: str | Path | None = "nano", report: Report | None = None, **options: Any) -> Pipeline:
-    """A pipeline for a model.
-
-    Args:
-        model: `"nano"`, or a folder in any layout, or a repository's name if Hugging Face's cache has it.
-        report: called while weights are read, with (what, bytes done, bytes in all).
-        options: high, low, t5, vae, tokenizer: files in place of the model's own; and the fields of `wanflow.Runtime` (device, dtype,
-            t5_cpu, keep_experts, cfg_batch, noise_device, lora).
-
-    Raises:
-        RequestError: when weights are missing or damaged, or the machine lacks what was asked for.
-    """
-    given = {part: options.pop(part) for part in PARTS if options.get(part) is not None}
-    unknown = sorted(set(options) - {f.name for f in fields(Runtime)})
-    if unknown:
-        known = ", ".join([*(f.name for f in fields(Runtime)), *PARTS])
-        raise RequestError(f"load does not know {', '.join(unknown)}; it knows {known}")
-    checkpoint = resolve(model, given)
-    for note in checkpoint.notes:
-        logger.warning(note)
-    return assemble(checkpoint, Runtime(**options), report)
-
-
 def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None) -> Pipeline:
     """The parts in their order; nothing is read before every choice is made and found possible."""
-    if runtime.noise_device not in ("cpu", "cuda"):
-        raise RequestError(f"noise_device {runtime.noise_device!r} is neither cpu nor cuda")
+    _refuse(runtime, checkpoint.preset.dit.num_layers)
+    parts = LoadedParts(checkpoint, runtime, report)
+    for caution in attention.cautions(parts.kernel, runtime.quantize):
+        logger.warning(caution)
+    logger.debug("assembled %s", asdict(runtime))
+    return Pipeline(parts, runtime.noise_device, runtime.cfg_batch, runtime.vae_tile or 0)
+
+
+def _refuse(runtime: Runtime, layers: int) -> None:
+    """RequestError for values that no field may have."""
+    known: dict[str, tuple[object, ...]] = {
+        "noise_device": ("cpu", "cuda"), "lora": ("live", "fused"), "stream_from": ("ram", "disk", None),
+        "quantize": (*QUANTIZATIONS, ""), "quantize_layers": ("ffn", "all"),
+    }  # fmt: skip
+    for name, values in known.items():
+        if getattr(runtime, name) not in values:
+            raise RequestError(f"{name} {getattr(runtime, name)!r} is none of {', '.join(str(value) for value in values if value)}")
     if runtime.noise_device == "cuda" and not torch.cuda.is_available():
         raise RequestError("noise_device cuda: this machine has no CUDA GPU to draw the noise on; use cpu")
-    if runtime.lora not in ("live", "fused"):
-        raise RequestError(f"lora {runtime.lora!r} is neither live nor fused")
-    parts = LoadedParts(checkpoint, runtime, report)
-    logger.debug("assembled %s", asdict(runtime))
-    return Pipeline(parts, runtime.noise_device, runtime.cfg_batch)
+    most = {"resident_blocks": layers, "chunk_tokens": 2**31, "vae_tile": 2**31}
+    for name, largest in most.items():
+        value = getattr(runtime, name)
+        if value is not None and (not isinstance(value, int) or not 0 <= value <= largest):
+            raise RequestError(f"{name} {value!r} is not a whole number from 0{f' to {largest}' if largest == layers else ''}")
+    if runtime.vae_tile:
+        check_tile(runtime.vae_tile)

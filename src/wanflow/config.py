@@ -338,21 +338,44 @@ def _within(name: str, value: float, low: float, high: float) -> None:
         raise RequestError(f"{name} {value} is outside {low:g} to {high:g}")
 
 
+Quantization = Literal["fp8", "int8", "nf4"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("fp8", "int8", "nf4")
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """How to run. Nothing here changes what is made beyond rounding, except `noise_device`.
+    """How to run. None leaves a choice to the plan; only `noise_device` and `quantize` change what is made beyond rounding.
 
+    t5_cpu: the text encoder works on the CPU.
+    keep_experts: both experts stay on the device; else the one at work only.
+    prefetch: the next expert is read into RAM while the current one works.
+    resident_blocks: how many of an expert's blocks stay on the device; the others are streamed, one ahead of the one at work.
+    stream_from: where streamed blocks wait: in pinned RAM, or in their files.
+    chunk_tokens: how many tokens go at a time through all that works token by token (everything but attention); 0: all.
+    vae_tile: the side in pixels of the tiles that the VAE decodes one after the other; 0: whole frames.
+    quantize, quantize_layers: round the Linear weights of the blocks while they are read ("" keeps them), of the feed-forward or all.
+    attention: the kernel, by a name of `wanflow doctor`; "auto" takes the first that works.
+    text_cache: a folder where encoded prompts are kept; None keeps none.
     lora: "live" computes LoRAs beside the weights, so that strengths change and LoRAs go without reloading; "fused" adds them to the
     weights while those are read, which costs nothing per step, and reads an expert again when something changes for it.
     """
 
     device: str = "auto"
     dtype: str = "auto"
-    t5_cpu: bool = False
+    t5_cpu: bool | None = None
     keep_experts: bool | None = None
     cfg_batch: bool | None = None
     noise_device: Literal["cpu", "cuda"] = "cpu"
     lora: Literal["live", "fused"] = "live"
+    prefetch: bool | None = None
+    resident_blocks: int | None = None
+    stream_from: Literal["ram", "disk"] | None = None
+    chunk_tokens: int | None = None
+    vae_tile: int | None = None
+    quantize: Quantization | Literal[""] = ""
+    quantize_layers: Literal["ffn", "all"] = "ffn"
+    attention: str = "auto"
+    text_cache: str | None = None
 
 
 T = TypeVar("T", bound=Any)

@@ -7,6 +7,7 @@ continued in another process to the same bits; at its last step it holds the fin
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,13 +28,14 @@ from wanflow.sampling.experts import Expert, expert_at, experts
 from wanflow.sampling.guidance import guide
 from wanflow.sampling.schedule import Schedule, Step, make_schedule, snr
 from wanflow.sampling.solvers import SolverState, Velocity, advance
+from wanflow.sanity import Facts, OutputError, check_latent, check_step
+from wanflow.transforms.offload import Streaming
+from wanflow.transforms.tiling import decode_frames as decode_in_tiles
+
+logger = logging.getLogger("wanflow")
 
 Frames = npt.NDArray[np.uint8]
 FEW_TOKENS = 8192  # below this both guidance branches go through the model as one batch
-
-
-class OutputError(RuntimeError):
-    """The model gave something that is not a video (NaN, or one constant): a failure, never saved as success."""
 
 
 class Cancelled(Exception):
@@ -179,8 +181,11 @@ class Parts(Protocol):
     def use_loras(self, loras: tuple[Lora, ...]) -> None:
         """Take these as the LoRAs of what follows."""
 
-    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
         """An expert with each of these LoRAs at its strength; with none where no strengths are given."""
+
+    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
+        """That expert will be wanted later in the run."""
 
     def vae(self) -> WanVAE: ...
 
@@ -188,8 +193,9 @@ class Parts(Protocol):
 class Pipeline:
     """Prompt to video with the parts it is given; made by `wanflow.load`."""
 
-    def __init__(self, parts: Parts, noise_device: str = "cpu", cfg_batch: bool | None = None) -> None:
+    def __init__(self, parts: Parts, noise_device: str = "cpu", cfg_batch: bool | None = None, vae_tile: int = 0) -> None:
         self.parts = parts
+        self.vae_tile = vae_tile
         self.noise_device = noise_device
         self.cfg_batch = cfg_batch
 
@@ -244,14 +250,12 @@ class Pipeline:
         state = replace(run.state, x=run.state.x.to(self.parts.device))
         state = SolverState.from_tensors(state.index, {name: value.to(self.parts.device) for name, value in state.tensors().items()})
         self.take_loras(run)
-        velocity = self._velocity(request, schedule, state.index)
+        facts = facts_of(run)
+        velocity = self.velocity(request, schedule, state.index)
         while state.index < len(schedule):
             step = schedule.step(state.index)
             state = advance(schedule, state, velocity)
-            if not torch.isfinite(state.x).all():
-                raise OutputError(
-                    f"step {step.index + 1} gave NaN or infinity: try --dtype float32 if this was a lower one, and check the weights"
-                )
+            check_step(state.x, step.index + 1, facts)
             run = replace(run, state=state)
             expert = expert_at(step.timestep, request.boundary)
             told = Progress(step.index + 1, len(schedule), step.timestep, step.sigma, snr(step.sigma), expert, state.x, run)
@@ -270,7 +274,7 @@ class Pipeline:
                 raise RequestError(f"lora {path} is another file than the one this run was begun with; put that one back")
         self.parts.use_loras(loras)
 
-    def _velocity(self, request: CompleteRequest, schedule: Schedule, start: int) -> Velocity:
+    def velocity(self, request: CompleteRequest, schedule: Schedule, start: int) -> Velocity:
         """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the text once for each."""
         working = experts(schedule, request.boundary)
         loras = request.loras
@@ -285,7 +289,10 @@ class Pipeline:
             key = (which, strengths, scale != 1)
             if key not in prepared:
                 prepared.clear()  # before the next expert is loaded, and at most one expert's keys and values are kept
-            model = self.parts.expert(which, strengths) if strengths else self.parts.expert(which)
+            model = self.parts.expert(which, strengths)
+            after = next((index for index in range(step.index, len(working)) if working[index] != which), None)
+            if after is not None:
+                self.parts.prepare(working[after], tuple(lora.strength(working[after], after + 1) for lora in loras))
             if key not in prepared:
                 prepared[key] = model.text_states(texts if scale != 1 else texts[:1])
             states = prepared[key]
@@ -320,7 +327,24 @@ class Pipeline:
         if not run.finished:
             steps = f"{run.state.index} of {run.request.sample_steps}"
             raise RequestError(f"this run stands at step {steps}: finish it first (generate --resume)")
-        for chunk in self.parts.vae().decode_frames(run.state.x.to(self.parts.device)):
-            if not torch.isfinite(chunk).all():
-                raise OutputError("the VAE gave NaN or infinity: check its weights file")
-            yield files.to_uint8(chunk)
+        for suspicion in check_latent(run.state.x, facts_of(run)):
+            logger.warning(suspicion)
+        latent, vae = run.state.x.to(self.parts.device), self.parts.vae()
+        if self.vae_tile:
+            yield from decode_in_tiles(vae, latent, self.vae_tile, to_frames)
+        else:
+            yield from map(to_frames, vae.decode_frames(latent))
+
+
+def facts_of(run: Run) -> Facts:
+    """What a report on a broken output may name as its cause."""
+    runtime, request = run.made_by.get("runtime", {}), run.request
+    named = {name: runtime[name] for name in ("dtype", "quantize", "attention") if name in runtime}
+    return Facts(**named, loras=request.lora, guidance=max(request.cfg_high, request.cfg_low), steps=request.sample_steps)
+
+
+def to_frames(chunk: Tensor) -> Frames:
+    """[1, 3, n, H, W] in -1..1 -> uint8 [n, H, W, 3]; OutputError where the VAE gave NaN or infinity."""
+    if not torch.isfinite(chunk).all():
+        raise OutputError("the VAE gave NaN or infinity: check its weights file")
+    return files.to_uint8(chunk)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from wanflow.cli import download, generate, train, weights
+from wanflow.cli import doctor, download, generate, plan, train, weights
 from wanflow.cli.flags import Parser
 from wanflow.config import RequestError
 
@@ -24,6 +24,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "download": download.download,
     "inspect": weights.inspect,
     "convert": weights.convert,
+    "doctor": doctor.doctor,
+    "plan": plan.plan,
 }
 
 
@@ -34,7 +36,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="wanflow", description="Run Wan2.2-T2V-A14B, or its miniature nano.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"wanflow {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for module in (generate, download, weights, train):
+    for module in (generate, download, weights, train, doctor, plan):
         module.add_to(commands)
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,6 +24,14 @@ def yes_or_no(text: str) -> bool:
     if text.lower() in ("false", "no", "0", "n", "f"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def text_cache(named: str | None) -> str | None:
+    """The folder of encoded prompts: the one that is named, the user's cache, or none."""
+    if named is not None:
+        return None if named == "none" else named
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return str(Path(base or "~/.cache").expanduser() / "wanflow" / "text")
 
 
 def given_parts(args: argparse.Namespace) -> dict[Part, Path]:

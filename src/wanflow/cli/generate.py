@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanflow.cli.flags import Parser, given_parts, yes_or_no
-from wanflow.config import SOLVERS, Request, RequestError, Runtime
+from wanflow.cli.flags import Parser, given_parts, text_cache, yes_or_no
+from wanflow.config import QUANTIZATIONS, SOLVERS, CompleteRequest, Request, RequestError, Runtime
 from wanflow.presets import SETTINGS, with_settings
 
 if TYPE_CHECKING:
@@ -98,6 +98,22 @@ def _generate_flags(p: argparse.ArgumentParser) -> None:
     ours.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
     ours.add_argument("--noise_device", choices=("cpu", "cuda"), default="cpu", help="cuda draws the noise as the official code does")
     ours.add_argument("--cfg_batch", type=yes_or_no, help="both guidance branches in one batch (true for small videos)")
+    memory = p.add_argument_group(
+        "memory and precision", "what is left out, the plan settles for the machine at hand (`wanflow plan` shows it)"
+    )
+    memory.add_argument(
+        "--resident_blocks", type=int, metavar="N", help="blocks of an expert that stay on the device; the others are streamed"
+    )
+    memory.add_argument("--stream_from", choices=("ram", "disk"), help="where streamed blocks wait")
+    memory.add_argument("--prefetch", type=yes_or_no, help="read the next expert into RAM while the current one works")
+    memory.add_argument("--chunk_tokens", type=int, metavar="N", help="tokens at a time outside attention; 0: all")
+    memory.add_argument("--vae_tile", type=int, metavar="PIXELS", help="decode in tiles of this side; 0: whole frames")
+    memory.add_argument("--quantize", choices=QUANTIZATIONS, help="round weights while they are read (default: keep them as they are)")
+    memory.add_argument(
+        "--quantize_layers", choices=("ffn", "all"), default="ffn", help="of the feed-forward only, or of attention too (ffn)"
+    )
+    memory.add_argument("--attention", default="auto", metavar="KERNEL", help="auto, or a name that `wanflow doctor` lists")
+    memory.add_argument("--text_cache", metavar="DIR", help="where encoded prompts are kept (the user's cache); none: nowhere")
     ours.add_argument("--resume", type=Path, metavar="FILE", help=f"continue a run saved as FILE (*{STATE_SUFFIX})")
     ours.add_argument("--force", action="store_true", help="start although the machine is too small")
     _run_flags(p, save_file=False)
@@ -124,7 +140,7 @@ def _run_flags(p: argparse.ArgumentParser, save_file: bool = True) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     from wanflow.assemble import assemble
-    from wanflow.plan import advice, guard
+    from wanflow.plan import advice, guard, planned
     from wanflow.screen import Screen
     from wanflow.weights.loras import find_loras
 
@@ -148,10 +164,11 @@ def generate(args: argparse.Namespace) -> None:
         logger.warning(
             "--preset %s is for weights with a distilled LoRA, and no --lora is given: so few steps blur without one", args.preset
         )
-    if not args.force:
-        guard(checkpoint, runtime)
     screen = Screen()
-    pipe = assemble(checkpoint, runtime, screen.loading)
+    plan = planned(checkpoint, runtime, request) if args.force else guard(checkpoint, runtime, request)
+    for reason in plan.reasons if plan.need else ():
+        screen.say(f"plan: {reason}")
+    pipe = assemble(checkpoint, plan.runtime, screen.loading)
     run = pipe.begin(request)
     _make(pipe, run, args.save_file or _default_target(args.task, run), args, screen)
 
@@ -202,7 +219,7 @@ def decode(args: argparse.Namespace) -> None:
     target = args.save_file or _beside(args.latent)
     _check_target(target, args.overwrite)
     screen = Screen()
-    _make(_reopen(run.recipe, args, screen), run, target, args, screen)
+    _make(_reopen(run.recipe, args, screen, finished=True), run, target, args, screen)
 
 
 def _beside(state_file: Path) -> Path:
@@ -210,38 +227,58 @@ def _beside(state_file: Path) -> Path:
     return state_file.with_name(state_file.name.removesuffix(STATE_SUFFIX) + ".mp4")
 
 
-def _reopen(recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, device: str = "auto") -> Pipeline:
+def _reopen(recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, device: str = "auto", finished: bool = False) -> Pipeline:
     """The pipeline that made a recipe, on this machine: same weights, dtype and choices, and its device where there is one."""
-    from wanflow.assemble import assemble, choose_device
-    from wanflow.plan import guard
+    from wanflow.assemble import assemble
+    from wanflow.plan import guard, planned
 
     try:
+        request = CompleteRequest(**recipe["request"])
         made = recipe["runtime"]
         wanted = made["device"] if device == "auto" else device
-        dtype, t5_cpu, cfg_batch, noise = made["dtype"], made["t5_cpu"], recipe["cfg_batch"], recipe["noise_device"]
-        model, lora = args.ckpt_dir or _model_of(recipe), made.get("lora", "live")
+        noise, cfg_batch = recipe["noise_device"], recipe["cfg_batch"]
+        runtime = Runtime(
+            wanted, made["dtype"], made["t5_cpu"] or None, cfg_batch=cfg_batch, noise_device=noise, lora=made.get("lora", "live"),
+            chunk_tokens=made.get("chunk_tokens") or None, vae_tile=made.get("vae_tile") or None, quantize=made.get("quantize", ""),
+            quantize_layers=made.get("quantize_layers", "ffn"), attention=made.get("attention", "auto"), text_cache=text_cache(None),
+        )  # fmt: skip
+        model = args.ckpt_dir or _model_of(recipe)
         given = given_parts(args) or (
             {} if args.ckpt_dir else {part: Path(path) for part, path in recipe["model"].get("parts", {}).items()}
         )
     except (KeyError, TypeError) as error:
         raise RequestError(f"the recipe is incomplete or of another version: {error} is missing") from None
-    try:
-        choose_device(wanted)
-    except RequestError as error:
-        logger.warning("%s; going on with another device, the result may differ by rounding", error)
-        wanted = "auto"
-    runtime = Runtime(wanted, dtype, t5_cpu, cfg_batch=cfg_batch, noise_device=noise, lora=lora)
-    checkpoint = _open(model, given)
-    if not args.force:
-        guard(checkpoint, runtime)
-    pipe = assemble(checkpoint, runtime, screen.loading)
+    runtime = _possible_here(runtime, checkpoint := _open(model, given))
+    # A latent that is finished can be decoded where a denoising step would not run.
+    plan = planned(checkpoint, runtime, request) if args.force or finished else guard(checkpoint, runtime, request)
+    pipe = assemble(checkpoint, plan.runtime, screen.loading)
     _same_weights(recipe, pipe.parts.made_by, args.force)
     return pipe
 
 
+def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
+    """A recipe's choices, but for those that this machine cannot follow: the result may then differ by rounding, which is said."""
+    from wanflow.assemble import choose_device, choose_dtype
+    from wanflow.transforms.attention import choose
+
+    try:
+        choose_device(runtime.device)
+    except RequestError as error:
+        logger.warning("%s; going on with another device, the result may differ by rounding", error)
+        runtime = replace(runtime, device="auto", attention="auto")
+    device, shape = choose_device(runtime.device), checkpoint.preset.dit
+    try:
+        choose(runtime.attention, device, choose_dtype(runtime.dtype, device, checkpoint), shape.dim // shape.num_heads)
+    except RequestError as error:
+        logger.warning("%s; going on with another kernel, the result may differ by rounding", error)
+        runtime = replace(runtime, attention="auto")
+    return runtime
+
+
 def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, screen: Screen) -> None:
     """Denoise, decode and write, keeping the run's state on disk until the video is safely there."""
-    from wanflow.pipeline import OutputError, save_frames
+    from wanflow.pipeline import save_frames
+    from wanflow.sanity import OutputError
 
     if run.request.frame_num == 1 and args.save_file is None:
         target = target.with_suffix(".png")
@@ -305,7 +342,11 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _runtime(args: argparse.Namespace) -> Runtime:
     keep = None if args.offload_model is None else not args.offload_model
-    return Runtime(args.device, args.dtype, args.t5_cpu, keep, args.cfg_batch, args.noise_device, args.lora_mode or "live")
+    return Runtime(
+        args.device, args.dtype, args.t5_cpu or None, keep, args.cfg_batch, args.noise_device, args.lora_mode or "live", args.prefetch,
+        args.resident_blocks, args.stream_from, args.chunk_tokens, args.vae_tile, args.quantize or "", args.quantize_layers, args.attention,
+        text_cache(args.text_cache),
+    )  # fmt: skip
 
 
 def _extended(args: argparse.Namespace, request: Request) -> Request:

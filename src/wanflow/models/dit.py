@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -43,6 +43,10 @@ class Conditioning:
         if self.index is None:
             return table
         return table.gather(1, self.index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+
+    def part(self, tokens: slice) -> Conditioning:
+        """The same for some of the tokens."""
+        return replace(self, index=None if self.index is None else self.index[:, tokens], rope=self.rope[tokens])
 
 
 Trunk = Callable[[Iterable["Block"], "Head", Tensor, Conditioning], Tensor]
@@ -142,12 +146,21 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """x [B, L, d], rope [L, K/2] -> [B, L, d]."""
+    chunk = 0  # as in Block
+
+    def forward(self, x: Tensor, rope: Tensor, ready: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """x [B, L, d], rope [L, K/2] -> [B, L, d]; `ready` makes of some tokens of x, and where they stand, what is projected."""
+        q, k, v = by_chunks(lambda part: self.qkv(ready(x[:, part], part), rope[part]), x.shape[1], self.chunk)
+        mixed = self.attend(q, k, v).flatten(2)
+        del q, k, v  # three of the largest tensors there are
+        return cast(Tensor, self.o(mixed))
+
+    def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, d], rope [L, K/2] -> queries, keys and values [B, L, N, K] each."""
         v = self.split(self.v(x))
         q = rotate(self.split(self.norm_q(self.q(x))), rope).to(v.dtype)
         k = rotate(self.split(self.norm_k(self.k(x))), rope).to(v.dtype)
-        return cast(Tensor, self.o(self.attend(q, k, v).flatten(2)))
+        return q, k, v
 
 
 class CrossAttention(Attention):
@@ -169,7 +182,12 @@ def modulated(norm: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, each modulated by time, around an unmodulated cross-attention to the text."""
+    """Self-attention and feed-forward, each modulated by time, around an unmodulated cross-attention to the text.
+
+    All but self-attention works token by token; `chunk` bounds how many tokens go through it at a time (0: all).
+    """
+
+    chunk = 0
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -188,15 +206,42 @@ class Block(nn.Module):
     def forward(self, x: Tensor, conditioning: Conditioning, text: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, L, d] float32 -> [B, L, d] float32."""
         table = conditioning.modulation + self.modulation.float()
-        shift1, scale1, gate1, shift2, scale2, gate2 = (conditioning.rows(row) for row in table.unbind(2))
-        h = modulated(self.norm1(x), shift1, scale1).to(self.self_attn.q.compute_dtype)
-        x = torch.addcmul(x, self.self_attn(h, conditioning.rope).float(), gate1)
-        x = x + self.cross_attn(self.norm3(x), text).float()
-        h = modulated(self.norm2(x), shift2, scale2)
-        return torch.addcmul(x, self.ffn(h).float(), gate2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
+
+        def ready(x: Tensor, part: slice) -> Tensor:
+            rows = conditioning.part(part).rows
+            return modulated(self.norm1(x), rows(shift1), rows(scale1)).to(self.self_attn.q.compute_dtype)
+
+        mixed = self.self_attn(x, conditioning.rope, ready)
+
+        def after(part: slice) -> tuple[Tensor]:
+            rows = conditioning.part(part).rows
+            y = torch.addcmul(x[:, part], mixed[:, part].float(), rows(gate1))
+            y = y + self.cross_attn(self.norm3(y), text).float()
+            h = modulated(self.norm2(y), rows(shift2), rows(scale2))
+            return (torch.addcmul(y, self.ffn(h).float(), rows(gate2)),)
+
+        return by_chunks(after, x.shape[1], self.chunk)[0]
+
+
+def by_chunks(work: Callable[[slice], tuple[Tensor, ...]], length: int, chunk: int) -> tuple[Tensor, ...]:
+    """What `work` makes of a range of tokens, [B, n, ...] each, for all `length` of them, `chunk` at a time (0: at once)."""
+    if not chunk or chunk >= length:
+        return work(slice(None))
+    whole: tuple[Tensor, ...] = ()
+    for start in range(0, length, chunk):
+        part = slice(start, start + chunk)
+        values = work(part)
+        # Written into place: parts that wait to be joined would take as much again.
+        whole = whole or tuple(value.new_empty(value.shape[0], length, *value.shape[2:]) for value in values)
+        for target, value in zip(whole, values, strict=True):
+            target[:, part] = value
+    return whole
 
 
 class Head(nn.Module):
+    chunk = 0  # as in Block
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -205,8 +250,13 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """x [B, L, d] -> patches [B, L, 4 C] float32."""
-        shift, scale = (conditioning.rows(conditioning.time + row.float()) for row in self.modulation.unbind(1))
-        return cast(Tensor, self.head(modulated(self.norm(x), shift, scale)))
+        table = tuple(conditioning.time + row.float() for row in self.modulation.unbind(1))
+
+        def patches(part: slice) -> tuple[Tensor]:
+            shift, scale = (conditioning.part(part).rows(row) for row in table)
+            return (self.head(modulated(self.norm(x[:, part]), shift, scale)),)
+
+        return by_chunks(patches, x.shape[1], self.chunk)[0]
 
 
 def run_blocks(blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning) -> Tensor:
@@ -255,31 +305,37 @@ class WanDiT(nn.Module):
         rows = {len(latent), len(timestep), len(text) if isinstance(text, Tensor) else len(text[0][0])}
         if len(rows) > 1:
             raise ValueError(f"latent {list(latent.shape)}, timestep {list(timestep.shape)} and text are of {sorted(rows)} samples")
-        patches = self.patch_embedding(latent)
-        grid = cast(tuple[int, int, int], tuple(patches.shape[2:]))
-        tokens = patches.flatten(2).transpose(1, 2).float()
         states = self.text_states(text) if isinstance(text, Tensor) else text
-        time, modulation, index = self._time(timestep, tokens)
+        sizes = zip(latent.shape[2:], self.config.patch_size, strict=True)
+        grid = cast(tuple[int, int, int], tuple(side // patch for side, patch in sizes))
+        time, modulation, index = self._time(timestep, len(latent), math.prod(grid))
         head_dim = self.config.dim // self.config.num_heads
         conditioning = Conditioning(time, modulation, index, rope_table(grid, head_dim, latent.device), states)
-        return self._unpatch(trunk(self.blocks, self.head, tokens, conditioning), grid)
+        # The tokens are handed over and not kept: a name for them here would hold 1.5 GB at 720p until the last block is done.
+        return self._unpatch(trunk(self.blocks, self.head, self._tokens(latent), conditioning), grid)
 
-    def text_states(self, text: Tensor) -> TextStates:
-        """Every block's keys and values of a text [B, S, D]: once per prompt and expert, not once per step."""
+    def _tokens(self, latent: Tensor) -> Tensor:
+        return cast(Tensor, self.patch_embedding(latent).flatten(2).transpose(1, 2).float())
+
+    def text_states(self, text: Tensor, blocks: Iterable[Block] | None = None) -> TextStates:
+        """Every block's keys and values of a text [B, S, d]: once per prompt and expert, not once per step.
+
+        `blocks` stand in for the model's own where these are not in memory.
+        """
         missing = self.config.text_len - text.shape[1]
         if missing < 0 or text.shape[2] != self.config.text_dim:
             raise ValueError(f"text is {list(text.shape)}, not [B, at most {self.config.text_len}, {self.config.text_dim}]")
         embedded = self.text_embedding(F.pad(text, (0, 0, 0, missing)))
-        return tuple(block.text_kv(embedded) for block in self.blocks)
+        return tuple(block.text_kv(embedded) for block in (self.blocks if blocks is None else blocks))
 
-    def _time(self, timestep: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _time(self, timestep: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
         index = None
         if timestep.ndim == 2:
-            if timestep.shape != tokens.shape[:2]:
-                raise ValueError(f"timestep is {list(timestep.shape)}, not [B] or [B, L] = {list(tokens.shape[:2])}")
+            if timestep.shape != (batch, length):
+                raise ValueError(f"timestep is {list(timestep.shape)}, not [B] or [B, L] = {[batch, length]}")
             # A table of the distinct timesteps and an index, instead of a row per token (9 GB at 720p).
             timestep, index = torch.unique(timestep, return_inverse=True)
-            timestep = timestep.expand(tokens.shape[0], -1)
+            timestep = timestep.expand(batch, -1)
         else:
             timestep = timestep.view(-1, 1)
         time = self.time_embedding(time_features(timestep, self.config.freq_dim))

@@ -9,6 +9,8 @@ position. UMT5's own: every layer has its own table of biases.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -94,22 +96,35 @@ def position_buckets(relative: Tensor, buckets: int, max_distance: int) -> Tenso
     return torch.where(relative > 0, half, 0) + torch.where(away < exact, away, far.clamp_max(half - 1))
 
 
+TextTrunk = Callable[[Iterable[T5Block], Tensor, Tensor, Tensor], Tensor]
+
+
+def run_blocks(blocks: Iterable[T5Block], x: Tensor, buckets: Tensor, keys: Tensor) -> Tensor:
+    """The plain trunk: every block in turn. x [B, S, D], buckets [S, S], keys [B, 1, 1, S] True at tokens -> [B, S, D]."""
+    for block in blocks:
+        x = block(x, buckets, keys)
+    return x
+
+
 class UMT5Encoder(nn.Module):
     """Parameter names are those of the official checkpoint."""
+
+    blocks: Iterable[T5Block]
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab, config.dim)
-        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
+        self.blocks = cast(Iterable[T5Block], nn.ModuleList(T5Block(config) for _ in range(config.num_layers)))
         self.norm = T5Norm(config.dim, config.eps)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor, trunk: TextTrunk | None = None) -> Tensor:
         """Encode.
 
         Args:
             ids: [B, S] token ids.
             mask: [B, S], non-zero at tokens and 0 at padding, which is then not attended to.
+            trunk: runs the blocks, in place of a plain loop, where they are not in memory.
 
         Returns:
             [B, S, D] in the weights' dtype; rows at padding mean nothing and are the caller's to zero.
@@ -117,8 +132,5 @@ class UMT5Encoder(nn.Module):
         place = torch.arange(ids.shape[1], device=ids.device)
         buckets = position_buckets(place[None, :] - place[:, None], self.config.num_buckets, self.config.max_dist)
         keys = mask.bool()[:, None, None, :]
-        x = self.token_embedding(ids)
-        for block in self.blocks:
-            x = block(x, buckets, keys)
-        out: Tensor = self.norm(x)
+        out: Tensor = self.norm((trunk or run_blocks)(self.blocks, self.token_embedding(ids), buckets, keys))
         return out

@@ -119,7 +119,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, state: State) -> Tensor:
         batch, channels, frames, height, width = x.shape
         images = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
-        qkv = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).unsqueeze(1)
+        # In order of pixels: fused attention wants a pixel's channels together, and the unfused one has a score for each two pixels
+        # (0.8 GB at 720p, several times).
+        qkv = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
         q, k, v = qkv.chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(images.shape)
         out = self.proj(out).view(batch, frames, channels, height, width).transpose(1, 2)
@@ -261,8 +263,12 @@ class Decoder(nn.Module):
         self.upsamples = nn.Sequential(*layers)
         self.head = _head(dims[-1], 3)
 
+    def layers(self) -> list[nn.Module]:
+        """All layers, in the order in which `stream` runs them."""
+        return [self.conv1, *self.middle, *self.upsamples, *self.head]
+
     def forward(self, x: Tensor, state: State) -> Tensor:
-        return torch.cat(list(stream([self.conv1, *self.middle, *self.upsamples, *self.head], x, state)), dim=2)
+        return torch.cat(list(stream(self.layers(), x, state)), dim=2)
 
 
 class WanVAE(nn.Module):
@@ -317,13 +323,18 @@ class WanVAE(nn.Module):
 
     def decode_frames(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
         """Decode as it goes: [B, 3, 1, H, W], then [B, 3, 4 * groups, H, W] at a time, not clamped."""
+        state: State = {}
+        for chunk in self.chunks(latent, groups):
+            yield self.decoder(chunk, state)
+
+    def chunks(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
+        """A latent as the decoder takes it, no longer normalised: [B, z, 1, h, w], then [B, z, groups, h, w] at a time."""
         if latent.ndim != 5 or latent.shape[1] != self.config.z_dim or not latent.shape[2]:
             raise ValueError(f"latent is {list(latent.shape)}, not [B, {self.config.z_dim}, t, h, w]")
         shift, scale = self._statistics(latent)
-        state: State = {}
         chunks = [latent[:, :, :1], *latent[:, :, 1:].split(groups, dim=2)] if latent.shape[2] > 1 else [latent]
         for chunk in chunks:
-            yield self.decoder(self.conv2(_channels_last((chunk * scale + shift).to(self.dtype)), state), state)
+            yield self.conv2(_channels_last((chunk * scale + shift).to(self.dtype)), {})
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         def channel(values: tuple[float, ...]) -> Tensor:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanflow.assemble import NANO_FOLDER, load, resolve
+from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.config import Preset, RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
+from wanflow.plan import load
 from wanflow.presets import NANO
 from wanflow.sampling.experts import Expert
 from wanflow.train import adherence, autoencoder, experts, text, toy

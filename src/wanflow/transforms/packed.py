@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -109,27 +110,38 @@ def _by_row(scale: Tensor | None, out: int) -> Tensor | None:
 
 
 def unpack(kind: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """data [rows, values of float8, or bytes of blocks] -> [rows, values] of `dtype`; scale [] or [rows, blocks].
-
-    Chunk by chunk, but a compiler gets it whole: it fuses what would lie in between, and a loop would be unrolled.
-    """
+    """data [rows, values of float8, or bytes of blocks] -> [rows, values] of `dtype`; scale [] or [rows, blocks]."""
     layout = LAYOUTS.get(kind)
     flat = data if layout is None else data.reshape(-1, layout.nbytes)
     columns = flat.shape[1] if layout is None else layout.values
-    out = torch.empty(len(flat), columns, dtype=dtype, device=data.device)
-    step = max(1, (CHUNK if data.device.type == "cpu" else CHUNK_GPU) // max(1, columns))
-    if torch.compiler.is_compiling() or data.is_meta:
-        step = max(1, len(flat))
-    for start in range(0, len(flat), step):
-        piece, part = flat[start : start + step], out[start : start + step]
-        values = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+
+    def fill(rows: slice, out: Tensor) -> None:
         if layout is None:
-            _fp8(piece, scale if scale is None or scale.ndim == 0 else scale[start : start + step], values)
+            _fp8(flat[rows], scale if scale is None or scale.ndim == 0 else scale[rows], out)
         else:
-            layout.fill(piece, values)
+            layout.fill(flat[rows], out)
+
+    out = filled(len(flat), columns, dtype, data, fill)
+    return out.view(len(data), out.numel() // max(1, len(data)))
+
+
+def filled(count: int, columns: int, dtype: torch.dtype, like: Tensor, fill: Callable[[slice, Tensor], None]) -> Tensor:
+    """[count, columns] of `dtype`, where `like` lies. `fill` writes the float32 of some rows, and is asked for few at a time.
+
+    But a compiler gets it whole: it fuses what would lie in between, and a loop would be unrolled.
+    """
+    out = torch.empty(count, columns, dtype=dtype, device=like.device)
+    step = max(1, (CHUNK if like.device.type == "cpu" else CHUNK_GPU) // max(1, columns))
+    if torch.compiler.is_compiling() or like.is_meta:
+        step = max(1, count)
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        part = out[rows]
+        values = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+        fill(rows, values)
         if values is not part:
             part.copy_(values)
-    return out.view(len(data), out.numel() // max(1, len(data)))
+    return out
 
 
 def _fp8(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
@@ -174,13 +186,23 @@ class PackedLeaf(nn.Module):
         self.data = nn.Parameter(data, requires_grad=False)
         self.register_parameter("scale", None)
 
-    def load(self, packed: Packed, device: torch.device | str) -> None:
-        """Take over a tensor's data and scale; ValueError for one of another kind or shape."""
+    def expect(self, scale: tuple[int, ...] | None) -> None:
+        """Take the form of a scale of this shape, on meta: what memory will hold is known then before it is read."""
+        if scale is not None:
+            form = _by_row(torch.empty(scale, device=self.data.device), self.shape[0])
+            self.scale = nn.Parameter(cast(Tensor, form), requires_grad=False)
+
+    def parts(self, packed: Packed) -> dict[str, Tensor]:
+        """A tensor as this leaf's parameters, where it lies; ValueError for one of another kind or shape."""
         if packed.kind != self.kind or packed.shape != self.shape:
             raise ValueError(f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}")
-        self.data = nn.Parameter(packed.data.reshape(self.data.shape).to(device), requires_grad=False)
         scale = _by_row(packed.scale, self.shape[0])
-        self.scale = None if scale is None else nn.Parameter(scale.to(device), requires_grad=False)
+        return {"data": packed.data.reshape(self.data.shape), **({} if scale is None else {"scale": scale})}
+
+    def load(self, packed: Packed, device: torch.device | str) -> None:
+        """Take over a tensor's data and scale; ValueError for one of another kind or shape."""
+        parts = {name: nn.Parameter(value.to(device), requires_grad=False) for name, value in self.parts(packed).items()}
+        self.data, self.scale = parts["data"], parts.get("scale")
 
     def packed(self) -> Packed:
         """What it holds, as a value that shares its memory."""
@@ -195,11 +217,7 @@ class PackedLeaf(nn.Module):
         return unpack(self.kind, _pick(self.data, rows), scale, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLeaf:
-        def kept(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
-
-        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(moving(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
@@ -218,28 +236,48 @@ class PackedLinear(PackedLeaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of any float dtype -> [..., out] of `compute_dtype`."""
-        x = x.to(self.compute_dtype)
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        step = self.out_features if torch.compiler.is_compiling() else self._step(x)
-        if step >= self.out_features:
-            return F.linear(x, self.dense(), bias)
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        for start in range(0, self.out_features, step):
-            rows = slice(start, start + step)
-            out[..., rows] = F.linear(x, self._rows(rows, self.compute_dtype), None if bias is None else bias[rows])
-        return out
+        return multiply(
+            x, lambda rows: self._rows(rows, self.compute_dtype), self.out_features, self.bias, self.compute_dtype, self._step(x)
+        )
 
     def _step(self, x: Tensor) -> int:
-        """Output features at a time.
+        return features_at_a_time(x, self.out_features, self.compute_dtype)
 
-        All, where x has more rows than an eighth of its columns: the result nears the weight in size then, copying it from its pieces
-        costs what they save, and the matmul is long enough to hide the rest. For few rows pieces bound the memory, too:
-        time_projection as fp8 (5120 -> 30720, float32) would take 629 MB.
-        """
-        if x.numel() * 8 > self.in_features**2:
-            return self.out_features
-        piece = PIECE if x.device.type == "cpu" else PIECE_GPU
-        return max(1, piece // (self.in_features * self.compute_dtype.itemsize))
+
+def moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `.to` and its relatives do to a tensor, without the conversion."""
+
+    def kept(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+    return kept
+
+
+def features_at_a_time(x: Tensor, out_features: int, dtype: torch.dtype) -> int:
+    """How many output features `multiply` should make at a time of x [..., in].
+
+    All, where x has more rows than an eighth of its columns: the result nears the weight in size then, copying it from its pieces
+    costs what they save, and the matmul is long enough to hide the rest. For few rows pieces bound the memory, too:
+    time_projection as fp8 (5120 -> 30720, float32) would take 629 MB. A compiler gets all, too.
+    """
+    columns = x.shape[-1]
+    if torch.compiler.is_compiling() or x.numel() * 8 > columns**2:
+        return out_features
+    return max(1, (PIECE if x.device.type == "cpu" else PIECE_GPU) // (columns * dtype.itemsize))
+
+
+def multiply(x: Tensor, weight: Callable[[slice], Tensor], out_features: int, bias: Tensor | None, dtype: torch.dtype, step: int) -> Tensor:
+    """x [..., in] -> [..., out] of `dtype`, by a weight that is unpacked for it: `weight` gives some of its rows, `step` at a time."""
+    x = x.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if step >= out_features:
+        return F.linear(x, weight(slice(None)), bias)
+    out = x.new_empty(*x.shape[:-1], out_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, start + step)
+        out[..., rows] = F.linear(x, weight(rows), None if bias is None else bias[rows])
+    return out
 
 
 class PackedEmbedding(PackedLeaf):

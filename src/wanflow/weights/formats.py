@@ -46,14 +46,15 @@ DTYPES = {
 class TensorInfo:
     """What is known of a tensor before its data is read.
 
-    A packed tensor (fp8 with a scale, GGUF blocks) names its `packing` and the bytes it takes in its file; `dtype` is then what
-    it unpacks into without loss.
+    A packed tensor (fp8 with a scale, GGUF blocks) names its `packing`, the bytes it takes in its file and the shape of its scale, if
+    that is a tensor of its own; `dtype` is then what it unpacks into without loss.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     packing: str | None = None
     packed_bytes: int = 0
+    scale: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:

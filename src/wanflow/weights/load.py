@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wanflow.config import DiTConfig, Preset, Request, RequestError, TextConfig, VAEConfig, parse_size, plain
+from wanflow.config import DiTConfig, Preset, Request, RequestError, Runtime, TextConfig, VAEConfig, parse_size, plain
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import T2V_A14B
 from wanflow.sampling.experts import Expert
-from wanflow.transforms.packed import PackedEmbedding, PackedLinear, swap
+from wanflow.transforms.offload import set_chunk
+from wanflow.transforms.packed import PackedLeaf, swap
+from wanflow.transforms.quant import QuantLinear, leaves, swap_quantised
 from wanflow.weights.formats import TensorInfo, TensorSource, read_json, reading, weight_files
 from wanflow.weights.layouts import Found, config_beside, find
 from wanflow.weights.shapes import SHEET, configure, dit_shapes, refuse_relatives, statistics, text_shapes, vae_shapes
@@ -41,6 +43,16 @@ Place = Callable[[str, TensorInfo], torch.dtype]  # the dtype a tensor is kept i
 Report = Callable[[int, int], None]  # bytes read, bytes in all
 Change = Callable[[str, Tensor], Tensor]  # name and float32 value -> float32 value
 M = TypeVar("M", bound=nn.Module)
+
+
+class Headers(Protocol):
+    """What is known of a file before its data is read; a `TensorSource` is one."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,7 @@ def expert_place(model: nn.Module, dtype: torch.dtype) -> Place:
     return lambda name, info: dtype if name in matmuls else torch.float32
 
 
-def check(module: nn.Module, source: TensorSource) -> None:
+def check(module: nn.Module, source: Headers) -> None:
     """RequestError unless the source holds exactly the module's parameters, in their shapes; it counts and names what differs."""
     wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     found = source.tensors
@@ -200,52 +212,113 @@ def check(module: nn.Module, source: TensorSource) -> None:
         raise RequestError(f"{source.path} does not fit the {type(module).__name__}: tensors {'; '.join(told)}")
 
 
-def load_module(
+def lay_out(
     module: nn.Module,
-    source: TensorSource,
+    source: Headers | None,
     place: Place,
+    compute: torch.dtype,
     device: torch.device | str,
-    report: Report | None = None,
-    changes: Mapping[str, Change] | None = None,
-    compute: torch.dtype = torch.float32,
+    touched: Collection[str] = (),
 ) -> None:
-    """Fill a module on meta, one tensor at a time: read and convert, change, move, assign.
-
-    Matmul weights that are packed in their file stay packed, in leaves that unpack them for each call, but for those that `changes`
-    touches. On the way to a GPU, host memory holds one tensor in its final dtype; on the CPU, nothing but the module.
+    """Give a module on meta the form that it will have in memory: dtypes, and leaves that keep packed weights packed.
 
     Args:
+        source: tells what is packed; None: nothing is.
         place: the dtype of each tensor.
         compute: the dtype in which leaves with packed weights multiply.
-        changes: what happens to single tensors between reading and placing (a LoRA that is fused).
+        touched: tensors that are changed while they are read, and therefore unpacked.
 
     Raises:
-        RequestError: before anything is read, when names or shapes differ; while reading, when a file breaks off.
+        RequestError: when names or shapes differ from the source's.
     """
-    check(module, source)
-    names = [name for name, _ in module.named_parameters()]
-    total, done = sum(source.tensors[name].nbytes for name in names), 0
-    packings = {name: info.packing for name, info in source.tensors.items() if info.packing is not None and name not in (changes or {})}
+    if source is not None:
+        check(module, source)
+    for name, parameter in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        info = TensorInfo(tuple(parameter.shape), parameter.dtype) if source is None else source.tensors[name]
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(place(name, info)), requires_grad=False))
+    if source is None:
+        return
+    packings = {name: info.packing for name, info in source.tensors.items() if info.packing is not None and name not in touched}
     if torch.device(device).type == "mps":  # it has no float8
         packings = {name: kind for name, kind in packings.items() if not kind.startswith("F8")}
     swap(module, packings, compute)
+    for path, leaf in module.named_modules():
+        if isinstance(leaf, PackedLeaf):
+            leaf.expect(source.tensors[f"{path}.weight"].scale)
+
+
+def load_module(
+    module: nn.Module,
+    source: TensorSource,
+    device: torch.device | str,
+    report: Report | None = None,
+    changes: Mapping[str, Change] | None = None,
+    skip: Collection[str] = (),
+) -> None:
+    """Fill a module that is laid out on meta, one tensor at a time: read and convert, change, pack, move, assign.
+
+    On the way to a GPU, host memory holds one tensor in its final form; on the CPU, nothing but the module.
+
+    Args:
+        changes: what happens to single tensors between reading and placing (a LoRA that is fused).
+        skip: tensors that are left on meta.
+
+    Raises:
+        RequestError: when a file breaks off.
+    """
+    names = [name for name in weight_names(module) if name not in skip]
+    total, done = sum(source.tensors[name].nbytes for name in names), 0
     for name in names:
-        info = source.tensors[name]
-        owner, _, leaf = name.rpartition(".")
+        owner, _, key = name.rpartition(".")
         holder = module.get_submodule(owner)
-        if isinstance(holder, PackedLinear | PackedEmbedding) and leaf == "weight":
-            holder.load(source.packed(name), device)
-        else:
-            setattr(holder, leaf, nn.Parameter(_value(source, name, place(name, info), changes or {}).to(device), requires_grad=False))
-        done += info.nbytes
+        for part, value in pieces(holder, key, name, source, changes or {}).items():
+            setattr(holder, part, nn.Parameter(value.to(device), requires_grad=False))
+        done += source.tensors[name].nbytes
         if report is not None:
             report(done, total)
 
 
-def _value(source: TensorSource, name: str, dtype: torch.dtype, changes: Mapping[str, Change]) -> Tensor:
-    if name in changes:
-        return changes[name](name, source.read(name, torch.float32)).to(dtype)
-    return source.read(name, dtype)
+def weight_names(module: nn.Module) -> list[str]:
+    """The tensors of its file that a module is made of, in its order: a leaf in another form stands for one `weight`."""
+    names: dict[str, None] = {}
+    for path, owner in module.named_modules():
+        for key, _ in owner.named_parameters(recurse=False):
+            other = isinstance(owner, PackedLeaf | QuantLinear) and key != "bias"
+            names[f"{path}.{'weight' if other else key}" if path else key] = None
+    return list(names)
+
+
+def pieces(holder: nn.Module, key: str, name: str, source: TensorSource, changes: Mapping[str, Change]) -> dict[str, Tensor]:
+    """What stands for one tensor of a file in the module that holds it: {parameter: value}, on the host and in its final form."""
+    if isinstance(holder, PackedLeaf) and key == "weight":
+        return holder.parts(source.packed(name))
+    quantised = isinstance(holder, QuantLinear) and key == "weight"
+    dtype = torch.float32 if quantised else getattr(holder, key).dtype
+    value = changes[name](name, source.read(name, torch.float32)) if name in changes else source.read(name, dtype)
+    return holder.quantise(value) if isinstance(holder, QuantLinear) and quantised else {key: value.to(dtype)}
+
+
+def expert_structure(
+    config: DiTConfig,
+    source: Headers | None,
+    runtime: Runtime,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    touched: Collection[str] = (),
+) -> WanDiT:
+    """An expert on meta in the form in which it will run: matmul weights in `dtype`, packed or quantised, the rest float32.
+
+    Args:
+        source: where its weights lie; None: a file of plain weights.
+        touched: tensors that LoRAs are fused into.
+    """
+    model = build(WanDiT, config)
+    lay_out(model, source, expert_place(model, dtype), dtype, device, touched)
+    if runtime.quantize:
+        swap_quantised(model, leaves(model, runtime.quantize_layers), runtime.quantize, dtype, torch.device(device))
+    set_chunk(model, runtime.chunk_tokens or 0)
+    return model
 
 
 def load_expert(
@@ -255,27 +328,31 @@ def load_expert(
     device: torch.device | str,
     report: Report | None = None,
     changes: Mapping[str, Change] | None = None,
+    runtime: Runtime = Runtime(),  # noqa: B008 (it is frozen)
 ) -> WanDiT:
-    """One expert: matmul weights in `dtype` (or packed, and computed in `dtype`), the rest float32."""
-    model = build(WanDiT, checkpoint.preset.dit)
-    load_module(model, open_part("dit", checkpoint.experts[which]), expert_place(model, dtype), device, report, changes, dtype)
+    """One expert, all of it on one device."""
+    source = open_part("dit", checkpoint.experts[which])
+    model = expert_structure(checkpoint.preset.dit, source, runtime, dtype, device, changes or {})
+    load_module(model, source, device, report, changes)
     return model
 
 
 def load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, report: Report | None = None) -> UMT5Encoder:
     """The text encoder, wholly in `dtype` (or packed, and computed in `dtype`)."""
-    model = build(UMT5Encoder, checkpoint.preset.text)
-    load_module(model, open_part("t5", checkpoint.t5), lambda name, info: dtype, device, report, compute=dtype)
-    return model
+    return _loaded(build(UMT5Encoder, checkpoint.preset.text), open_part("t5", checkpoint.t5), dtype, device, report)
 
 
 def load_vae(
     checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", report: Report | None = None
 ) -> WanVAE:
     """The VAE, wholly in `dtype`."""
-    model = build(WanVAE, checkpoint.preset.vae)
-    load_module(model, open_part("vae", checkpoint.vae), lambda name, info: dtype, device, report)
-    return model
+    return _loaded(build(WanVAE, checkpoint.preset.vae), open_part("vae", checkpoint.vae), dtype, device, report)
+
+
+def _loaded(module: M, source: TensorSource, dtype: torch.dtype, device: torch.device | str, report: Report | None) -> M:
+    lay_out(module, source, lambda name, info: dtype, dtype, device)
+    load_module(module, source, device, report)
+    return module
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -106,14 +106,15 @@ def pair_scales(source: TensorSource, metadata: Mapping[str, str] | None = None)
             shapes = f"{list(found[name].shape)} for a weight of {list(found[weight].shape)}"
             raise RequestError(f"{source.path}: the scale {name} has the shape {shapes}, which fits no known way of scaling")
     aside = {*scale_of.values(), *sentinel, *(name for name in found if name.endswith(ASIDE))}
-    tensors = {name: _described(info, name in fp8, name in scale_of) for name, info in found.items() if name not in aside}
+    tensors = {name: _described(info, name in fp8, found.get(scale_of.get(name, ""))) for name, info in found.items() if name not in aside}
     return ScaledSource(source, tensors, {weight: name for weight, name in scale_of.items() if weight in fp8})
 
 
-def _described(info: TensorInfo, fp8: bool, scaled: bool) -> TensorInfo:
+def _described(info: TensorInfo, fp8: bool, scale: TensorInfo | None) -> TensorInfo:
     if not fp8:
         return info
-    return replace(info, dtype=torch.float32 if scaled else torch.bfloat16, packing=KINDS[info.dtype], packed_bytes=info.nbytes)
+    dtype, shape = (torch.bfloat16, None) if scale is None else (torch.float32, scale.shape)
+    return replace(info, dtype=dtype, packing=KINDS[info.dtype], packed_bytes=info.nbytes, scale=shape)
 
 
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:

@@ -1,0 +1,90 @@
+"""`wanflow plan`: what a request takes, on this machine or on one that is described, before anything is read or bought."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from wanflow.cli import generate
+from wanflow.cli.flags import Parser, given_parts
+from wanflow.config import CompleteRequest, Request, Runtime
+
+SIZES = ("1280*720", "832*480")
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The command and its flags: all of generate's, and those that describe a machine."""
+    p = commands.add_parser("plan", help="memory, disk, work and time of a request, on this machine or another", allow_abbrev=False)
+    p.description = "Takes every flag of `wanflow generate`. Without --ckpt_dir the official weights are meant; nothing needs to be there."
+    machine = p.add_argument_group("machine", "this one, unless one is described")
+    machine.add_argument("--gpu", help="a100-80gb, h100-80gb, h200, h20, rtx5090, rtx4090, l40s, a6000, or none")
+    machine.add_argument("--num_gpus", type=int, default=1, help="how many of them (1)")
+    machine.add_argument("--ram", type=float, metavar="GB", help="RAM of the described machine (64)")
+    machine.add_argument("--disk", type=float, metavar="GB", help="its disk (150)")
+    p.add_argument("--figures", action="store_true", help="the times that are promised for A100 GPUs, and what reaches them")
+    p.add_argument("--peaks", action="store_true", help="also the largest tensors at each peak")
+    p.add_argument("--json", action="store_true", help="one JSON document")
+    generate._generate_flags(p)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print the plan; RequestError (exit code 2) where the request cannot run there at all."""
+    from wanflow.plan import describe, described, published, settle, this_machine
+    from wanflow.plan.estimate import estimate, rated
+    from wanflow.plan.starting import completed, refuse
+    from wanflow.plan.report import document, page
+
+    if args.figures:
+        return _figures(args.json)
+    describing = any(value is not None for value in (args.gpu, args.ram, args.disk)) or args.num_gpus != 1
+    machine = (
+        described(args.gpu or ("a100-80gb" if args.num_gpus != 1 else "none"), args.num_gpus, args.ram, args.disk) if describing else None
+    )
+    wanted, runtime = generate._request(args), generate._runtime(args)
+    wanted = replace(wanted, prompt=wanted.prompt or "any")
+    if args.ckpt_dir is None and not given_parts(args):
+        model, checkpoint = published(), None
+    else:
+        from wanflow.assemble import resolve
+
+        checkpoint = resolve(args.ckpt_dir, given_parts(args))
+        model = describe(checkpoint)
+    request = completed(wanted, model.preset)
+    machine = machine or this_machine(Path.cwd() if checkpoint is None else checkpoint.folder)
+    settled = rated(settle(model, request, runtime, machine, trace_small=True), model, request)
+    time = estimate(settled) if settled.machine.rates is not None else None
+    if args.json:
+        print(json.dumps(document(model, request, settled, time), indent=2, ensure_ascii=False))
+    else:
+        for line in page(model, request, settled, time, args.peaks):
+            print(line)
+    if not args.force:
+        refuse(settled, model)
+
+
+def _figures(as_json: bool) -> None:
+    """The document's figures on A100 GPUs of 80 GB."""
+    from wanflow.plan import described, published, settle
+    from wanflow.plan.estimate import CLAIMED_GB, estimate, figures
+    from wanflow.plan.machines import rates as rates_of
+    from wanflow.plan.report import figures_page
+
+    model, machine = published(), described("a100-80gb", ram=128)
+    tables, gigabytes, rates = {}, {}, rates_of("a100-80gb")
+    for size in SIZES:
+        request: CompleteRequest = Request("any", size=size, seed=0).complete(model.preset)
+        plans = [settle(model, request, Runtime(keep_experts=keep), machine) for keep in (True, False)]
+        needs = [plan.need for plan in plans if plan.need is not None]
+        tables[size] = figures(needs[1], estimate(plans[1]), rates)
+        gigabytes[size] = needs[0].device.device / 1e9, needs[1].device.device / 1e9
+    if not as_json:
+        for line in figures_page(tables, gigabytes):
+            print(line)
+        return
+    rows = {
+        size: [asdict(row) | {"reached_by": [*row.reached_by(True), *row.reached_by(False)]} for row in table]
+        for size, table in tables.items()
+    }
+    print(json.dumps({"claimed_gb": CLAIMED_GB, "gigabytes": gigabytes, "minutes": rows}, indent=2))

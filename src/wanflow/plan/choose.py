@@ -1,0 +1,204 @@
+"""Every open setting is settled: what fits, in the order of what is fastest, with the reasons in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from wanflow.assemble import DTYPES, SMALL, choose_device
+from wanflow.config import CompleteRequest, RequestError, Runtime
+from wanflow.plan.machines import Machine
+from wanflow.plan.model import Model
+from wanflow.plan.need import SCATTER, Kind, Need, Phase, decode_phase, expert_phases, need, on_device, streamed_bytes, text_phase
+from wanflow.plan.traces import Traces
+
+GB = 10**9
+CHUNK = 8192  # tokens: rows enough for a matmul to be as fast as with all, and so few that attention, not these parts, is the peak at 720p
+TILES = (512, 384, 256, 192)  # pixels
+SPARE = 0.02  # of what is free: what other programs take while a run goes on
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request will be run on a machine, and why.
+
+    runtime: nothing in it is open. need: None for a small model, of which nothing was traced. short: what does not fit, in words.
+    offers: settings that would help and change the result, or the request.
+    """
+
+    runtime: Runtime
+    machine: Machine
+    kind: Kind
+    need: Need | None
+    reasons: tuple[str, ...]
+    short: tuple[str, ...] = ()
+    offers: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.short
+
+
+def kind_of(runtime: Runtime, machine: Machine) -> Kind:
+    """Where it is to work: on a described machine's GPU if it has one, here where the runtime says."""
+    if machine.described:
+        return "gpu" if machine.gpu and runtime.device != "cpu" else "cpu"
+    return "gpu" if choose_device(runtime.device).type == "cuda" else "cpu"
+
+
+def dtype_of(model: Model, runtime: Runtime, kind: Kind) -> torch.dtype:
+    """As `assemble` takes it, without needing the device."""
+    if runtime.dtype != "auto" and runtime.dtype not in DTYPES:
+        raise RequestError(f"dtype {runtime.dtype!r} is none of auto, {', '.join(DTYPES)}")
+    small = kind == "cpu" and model.parameters["high"] * 4 < SMALL
+    return DTYPES.get(runtime.dtype, torch.float32 if small else torch.bfloat16)
+
+
+def traces_of(model: Model, request: CompleteRequest, runtime: Runtime, machine: Machine) -> Traces:
+    """What a plan is traced with."""
+    kind = kind_of(runtime, machine)
+    here = kind == "gpu" and not machine.described
+    return Traces(model, request, dtype_of(model, runtime, kind), torch.device("cuda" if here else "cpu"))
+
+
+def settle(model: Model, request: CompleteRequest, runtime: Runtime, machine: Machine, trace_small: bool = False) -> Plan:
+    """A plan in which every setting is settled. Settings that are set already stay as they are, also where they do not fit.
+
+    Args:
+        trace_small: also trace models so small that nothing needs to be chosen (it takes seconds, which a run of them does not).
+    """
+    kind = kind_of(runtime, machine)
+    if model.small(dtype_of(model, runtime, kind)):
+        layers = model.preset.dit.num_layers
+        runtime = filled(runtime, t5_cpu=False, keep_experts=True, prefetch=False, resident_blocks=layers, chunk_tokens=0, vae_tile=0)
+        runtime = filled(runtime, stream_from="disk" if kind == "cpu" else "ram")
+        made = need(traces_of(model, request, runtime, machine), runtime, kind) if trace_small else None
+        return Plan(runtime, machine, kind, made, ("the model is small: all of it stays in memory",))
+    return _Choice(traces_of(model, request, runtime, machine), machine, kind).plan(runtime)
+
+
+def filled(runtime: Runtime, **values: object) -> Runtime:
+    """With these values where nothing is set."""
+    return replace(runtime, **{name: value for name, value in values.items() if getattr(runtime, name) is None})  # type: ignore[arg-type]
+
+
+class _Choice:
+    """The way from a runtime with open settings to one without, on one machine, for a model that is not small."""
+
+    def __init__(self, traces: Traces, machine: Machine, kind: Kind) -> None:
+        self.traces, self.machine, self.kind = traces, machine, kind
+        self.layers = traces.model.preset.dit.num_layers
+        self.room = round((machine.gpu_free or machine.gpu) * (1 - SPARE))
+        self.ram = round(machine.ram_free * (1 - SPARE)) if machine.ram_free else 1 << 62
+
+    def plan(self, runtime: Runtime) -> Plan:
+        reasons: list[str] = []
+        runtime = self._video(self._experts(self._text(runtime, reasons), reasons), reasons)
+        made = need(self.traces, runtime, self.kind)
+        short = []
+        if made.device.device > self.room:
+            short.append(f"{made.device.device / GB:.1f} GB of GPU memory ({made.device.name}); {self.room / GB:.1f} GB can be used")
+        if made.ram.ram > self.ram:
+            short.append(f"{made.ram.ram / GB:.1f} GB of RAM ({made.ram.name}); {self.ram / GB:.1f} GB can be used")
+        return Plan(runtime, self.machine, self.kind, made, tuple(reasons), tuple(short), tuple(self._offers(runtime, bool(short))))
+
+    # each setting
+
+    def _text(self, runtime: Runtime, reasons: list[str]) -> Runtime:
+        if self.kind == "cpu" or runtime.t5_cpu is not None:
+            return filled(runtime, t5_cpu=True)
+        there = text_phase(self.traces, replace(runtime, t5_cpu=False), self.kind)
+        runtime = replace(runtime, t5_cpu=there.device > self.room)
+        reasons.append(f"the text encoder's blocks are read and used one after the other, on the {'CPU' if runtime.t5_cpu else 'GPU'}")
+        return runtime
+
+    def _experts(self, runtime: Runtime, reasons: list[str]) -> Runtime:
+        tried: list[tuple[Runtime, str]] = []
+        for way in self._ways(runtime):
+            tried.append(way)
+            if self._fits(way[0]):
+                break
+        chosen, why = tried[-1]
+        reasons.append(why)
+        if chosen.chunk_tokens:
+            reasons.append(f"{chosen.chunk_tokens} tokens at a time go through all that is not attention, which takes less memory")
+        return self._prefetch(chosen, reasons) if chosen.prefetch is None else chosen
+
+    def _ways(self, runtime: Runtime) -> Iterator[tuple[Runtime, str]]:
+        """Ways to hold the experts, the best first and the last resort at the end; what is set already is kept."""
+        on_cpu = self.kind == "cpu"
+        chunks = [0, CHUNK] if self.traces.tokens() > CHUNK else [0]
+        keeps = [True, False] if runtime.keep_experts is None and not on_cpu else [bool(runtime.keep_experts)]
+        sources = ["disk"] if on_cpu else ["ram", "disk"]
+        if on_cpu:  # where a larger cache of files is worth more than anything else that RAM could hold
+            chunks = chunks[-1:]
+        chunks = chunks if runtime.chunk_tokens is None else [runtime.chunk_tokens]
+        sources = sources if runtime.stream_from is None else [runtime.stream_from]
+        for keep in keeps if runtime.resident_blocks in (None, self.layers) else ():
+            for chunk in chunks:
+                way = filled(runtime, keep_experts=keep, resident_blocks=self.layers, chunk_tokens=chunk, stream_from=sources[0])
+                size = f"{on_device(self.traces, self.traces.working[0], way) / GB:.1f} GB"
+                yield way, f"both experts stay in memory ({size} each)" if keep else f"one expert at a time is in memory, whole ({size})"
+        for source in sources if runtime.resident_blocks != self.layers else ():
+            way = filled(runtime, keep_experts=keeps[-1], chunk_tokens=chunks[-1], stream_from=source)
+            way = way if way.resident_blocks is not None else replace(way, resident_blocks=self._most_resident(way))
+            yield way, self._streaming_words(way)
+
+    def _most_resident(self, way: Runtime) -> int:
+        """How many blocks fit beside what a step needs; at least none, and never all."""
+        bare = replace(way, resident_blocks=0)
+        block = max(max(self.traces.expert(which, bare).blocks) for which in set(self.traces.working)) * (2 if way.keep_experts else 1)
+        phases = expert_phases(self.traces, bare, self.kind)
+        if self.kind == "cpu":
+            return max(0, min(self.layers - 1, (self.ram - max(phase.ram for phase in phases)) // block))
+        return max(0, min(self.layers - 1, int((self.room - max(phase.device for phase in phases)) / (block * (1 + SCATTER)))))
+
+    def _streaming_words(self, way: Runtime) -> str:
+        streamed, source = self.layers - (way.resident_blocks or 0), "RAM" if way.stream_from == "ram" else "their files"
+        size = streamed_bytes(self.traces, self.traces.working[0], way) / GB
+        return f"{way.resident_blocks} of an expert's {self.layers} blocks stay in memory; {streamed} ({size:.1f} GB) are streamed from {source}"
+
+    def _prefetch(self, runtime: Runtime, reasons: list[str]) -> Runtime:
+        """Read the next expert into RAM meanwhile, where there is a next one, and RAM for it."""
+        if self.kind == "cpu" or len(set(self.traces.working)) < 2:
+            return replace(runtime, prefetch=False)
+        ahead = replace(runtime, prefetch=True)
+        fits = max(phase.ram for phase in expert_phases(self.traces, ahead, self.kind)) <= self.ram
+        reasons.append("the next expert is read into RAM while the first one works" if fits else
+                       "the next expert is read when it is wanted: RAM does not hold it beside the rest")  # fmt: skip
+        return replace(runtime, prefetch=fits)
+
+    def _video(self, runtime: Runtime, reasons: list[str]) -> Runtime:
+        if runtime.vae_tile is not None:
+            return runtime
+        whole = decode_phase(self.traces, replace(runtime, vae_tile=0), self.kind)
+        if self._has_room(whole):
+            return replace(runtime, vae_tile=0)
+        ways = [replace(runtime, vae_tile=side) for side in TILES]
+        way = next((way for way in ways if self._has_room(decode_phase(self.traces, way, self.kind))), ways[-1])
+        reasons.append(f"the VAE decodes in tiles of {way.vae_tile} pixels: whole frames would take {whole.tensors / GB:.1f} GB")
+        return way
+
+    # fits
+
+    def _fits(self, runtime: Runtime) -> bool:
+        held = [on_device(self.traces, which, runtime) for which in set(self.traces.working)]
+        least = sum(held) if runtime.keep_experts else max(held)  # known without tracing a step
+        return least <= (self.room if self.kind == "gpu" else self.ram) and all(
+            self._has_room(phase) for phase in expert_phases(self.traces, runtime, self.kind)
+        )
+
+    def _has_room(self, phase: Phase) -> bool:
+        return phase.device <= self.room and phase.ram <= self.ram
+
+    def _offers(self, runtime: Runtime, short: bool) -> Iterator[str]:
+        if self.kind == "gpu" and not runtime.quantize and (runtime.resident_blocks or 0) < self.layers:
+            smaller = replace(runtime, quantize="fp8", quantize_layers="all", resident_blocks=self.layers, keep_experts=False)
+            beside = max(phase.beside for phase in expert_phases(self.traces, runtime, self.kind))
+            size = max(on_device(self.traces, which, smaller) for which in set(self.traces.working)) + beside
+            if size * (1 + SCATTER) + GB < self.room:
+                yield f"--quantize fp8 --quantize_layers all would keep an expert in memory whole ({size / GB:.1f} GB); it changes the result"
+        if short and self.traces.request.size[0] * self.traces.request.size[1] > 832 * 480:
+            yield "--size 832*480 needs less"

@@ -1,0 +1,155 @@
+"""How long a plan takes: what the traces counted, over what the machine achieves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from wanflow.assemble import choose_device
+from wanflow.config import CompleteRequest, RequestError
+from wanflow.plan.choose import Plan, dtype_of
+from wanflow.plan.machines import Rates, measured
+from wanflow.plan.model import Model
+from wanflow.plan.need import Need, Phase
+from wanflow.plan.trace import Work
+
+# What the official program keeps of its speed on one GPU, for each of several (A100: 2735.7 s on one, 725.3 on four, 386.7 on eight; two
+# is between). It is what such a layout has been seen to reach; wanflow's own is not built.
+SHARE_KEPT = {1: 1.0, 2: 0.97, 4: 0.943, 8: 0.884}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run, in seconds. step: of each, where there are several; bound: what a step waits for."""
+
+    name: str
+    seconds: float
+    loading: float
+    step: float
+    steps: int
+    bound: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a whole run on one device. source: where its rates come from."""
+
+    stages: tuple[Stage, ...]
+    source: str
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def denoising(self) -> float:
+        """Of the steps alone."""
+        return sum(stage.step * stage.steps for stage in self.stages if "expert" in stage.name)
+
+
+def rated(plan: Plan, model: Model, request: CompleteRequest) -> Plan:
+    """The plan with its machine's rates: measured, where it is the one that is here and not in the table (under a second)."""
+    if plan.machine.rates is not None or plan.machine.described:
+        return plan
+    device = choose_device(plan.runtime.device)
+    shape, (width, height) = model.preset.dit, request.size
+    tokens = (request.frame_num + 3) // 4 * width * height // 256
+    rates = measured(device, dtype_of(model, plan.runtime, plan.kind), shape.dim, shape.num_heads, tokens)
+    return replace(plan, machine=replace(plan.machine, rates=rates))
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Seconds by stage; the plan must have been traced, and its machine must have rates.
+
+    Raises:
+        RequestError: where one of the two is missing.
+    """
+    if plan.need is None or plan.machine.rates is None:
+        raise RequestError("there is nothing to estimate a time from: neither a GPU with known rates nor a measurement")
+    rates, stages = plan.machine.rates, list[Stage]()
+    meanwhile = 0.0
+    for phase in plan.need.phases:
+        stages.append(_stage(phase, rates, meanwhile))
+        # What is read ahead is read while the steps before it run.
+        meanwhile = stages[-1].step * stages[-1].steps if plan.runtime.prefetch and "expert" in phase.name else 0.0
+    return Estimate(tuple(stages), rates.source)
+
+
+def _stage(phase: Phase, rates: Rates, meanwhile: float) -> Stage:
+    loading = max(0.0, phase.read / rates.disk - meanwhile)
+    if phase.kind == "gpu" and "expert" in phase.name:
+        loading += phase.weights / rates.copy if not phase.copied else 0.0
+    parts = {
+        "computing": compute_seconds(phase.work, rates, phase.kind == "cpu"),
+        "copying weights to the GPU": phase.copied / rates.copy,
+        "reading weights from the disk": phase.read_in_step / rates.disk,
+    }
+    bound = max(parts, key=lambda name: parts[name])
+    return Stage(phase.name, loading + parts[bound] * phase.steps, loading, parts[bound], phase.steps, bound)
+
+
+def compute_seconds(work: Work, rates: Rates, on_cpu: bool) -> float:
+    """Matmuls, attention and convolutions at their rates, then everything else at the memory's; none of it overlaps."""
+    seconds = work.traffic / rates.memory
+    for (kind, in_float32), flops in work.flops.items():
+        rate = {"attention": rates.attention, "convolution": rates.float32, "quantised": rates.low or rates.matmul}.get(kind, rates.matmul)
+        if in_float32 and kind == "matmul" and not on_cpu:
+            rate = rates.float32
+        seconds += flops / rate
+    # A GPU is handed operations while it works on earlier ones; a CPU does one after the other.
+    return seconds + work.kernels * rates.launch if on_cpu else max(seconds, work.kernels * rates.launch)
+
+
+# the user's document
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to make a video: how many passes through an expert, and whether the result is the model's own. fused: see FUSED."""
+
+    name: str
+    passes: int
+    exact: bool
+    fused: bool = False
+
+
+# Of the bytes that elementwise operations move, so much is left where a compiler fuses those of a block (1.2 of 4.2 TB a pass at 720p).
+FUSED = 0.29
+WAYS = (
+    Way("40 steps, as published", 80, True),
+    Way("40 steps, elementwise work fused (not built)", 80, True, True),
+    Way("8 steps, --preset lightning-motion", 10, False),
+    Way("8 steps, --preset lightning8", 8, False),
+    Way("4 steps, --preset lightning4", 4, False),
+)
+CLAIMS = {1: (8, 12), 2: (3, 6), 4: (3, 6), 8: (3, 6)}  # minutes for 1280*720 and 5 seconds on so many A100 of 80 GB
+CLAIMED_GB = (70, 75)
+PEAK = 312e12  # bf16 FLOP/s on an A100's data sheet
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Minutes on so many GPUs, by way; what the document claims; and the least that the data sheet's FLOP/s allow for 40 steps."""
+
+    gpus: int
+    minutes: dict[str, float]
+    claim: tuple[int, int]
+    at_peak: float
+
+    def reached_by(self, exact: bool) -> list[str]:
+        """Ways that are no slower than the claim, the slowest first."""
+        return [way.name for way in WAYS if way.exact == exact and self.minutes[way.name] <= self.claim[1]]
+
+
+def figures(need: Need, whole: Estimate, rates: Rates) -> list[Figure]:
+    """The document's figures against a traced run of 40 guided steps on one A100, its weights being loaded."""
+    phases = [phase for phase in need.phases if "expert" in phase.name]
+    passes = 2 * sum(phase.steps for phase in phases)
+    flops = sum(phase.work.total() * phase.steps for phase in phases)
+    saved = (1 - FUSED) * sum(phase.work.traffic * phase.steps for phase in phases) / rates.memory / passes
+    rest = whole.seconds - whole.denoising - sum(stage.loading for stage in whole.stages)
+
+    def minutes(way: Way, gpus: int) -> float:
+        one_pass = whole.denoising / passes - (saved if way.fused else 0)
+        return (rest + way.passes * one_pass / (gpus * SHARE_KEPT[gpus])) / 60
+
+    return [Figure(gpus, {way.name: minutes(way, gpus) for way in WAYS}, claim, flops / PEAK / gpus / 60) for gpus, claim in CLAIMS.items()]

@@ -1,0 +1,210 @@
+"""A plan on a page, and as one JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from wanflow.config import CompleteRequest
+from wanflow.plan.choose import Plan
+from wanflow.plan.estimate import CLAIMED_GB, CLAIMS, SHARE_KEPT, WAYS, Estimate, Figure
+from wanflow.plan.model import Model
+from wanflow.sampling.experts import experts
+from wanflow.sampling.schedule import make_schedule, snr
+
+GB = 10**9
+SETTINGS = ("t5_cpu", "keep_experts", "prefetch", "resident_blocks", "stream_from", "chunk_tokens", "vae_tile", "quantize", "cfg_batch")
+
+
+def split_of(request: CompleteRequest) -> dict[str, Any]:
+    """Which expert does how many steps, and where they change."""
+    schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
+    working = experts(schedule, request.boundary)
+    high = working.count("high")
+    split: dict[str, Any] = {"high": high, "low": len(working) - high, "boundary": request.boundary}
+    if 0 < high < len(working):
+        before, after = schedule.step(high - 1), schedule.step(high)
+        split["switch"] = {
+            "after_step": high,
+            "timesteps": [before.timestep, after.timestep],
+            "snr": [snr(before.sigma), snr(after.sigma)],
+            "snr_of_boundary": snr(request.boundary),
+        }
+    return split
+
+
+def page(model: Model, request: CompleteRequest, plan: Plan, estimate: Estimate | None, full: bool = False) -> Iterator[str]:
+    """Lines for a person. full: also what is largest at each peak."""
+    assert plan.need is not None
+    width, height = request.size
+    frames = f"{request.frame_num} frame{'s' if request.frame_num > 1 else ''}"
+    yield f"{model.preset.name}: {width}*{height}, {frames}, {request.sample_steps} steps ({request.sample_solver})"
+    yield f"on {plan.machine.words()}"
+    yield ""
+    yield from _split_lines(request)
+    yield ""
+    yield "how it runs"
+    yield from (f"  {reason}" for reason in plan.reasons)
+    yield from (f"  possible: {offer}" for offer in plan.offers)
+    yield ""
+    yield from _memory_lines(plan, full)
+    yield f"disk: {plan.need.disk / GB:.0f} GB, of {plan.machine.disk_free / GB:.0f}"
+    yield ""
+    yield from _work_lines(plan)
+    yield from _time_lines(plan, estimate)
+    if plan.machine.gpus > 1 and estimate is not None:
+        yield from _several(plan.machine.gpus, estimate)
+    if not plan.fits:
+        yield ""
+        yield f"it does not fit: {'; '.join(plan.short)}"
+
+
+def _split_lines(request: CompleteRequest) -> Iterator[str]:
+    split = split_of(request)
+    yield f"experts: {split['high']} steps by the high-noise one, {split['low']} by the low-noise one (boundary {request.boundary:g})"
+    switch = split.get("switch")
+    if switch:
+        (t0, t1), (a, b) = switch["timesteps"], switch["snr"]
+        yield (
+            f"  they change after step {switch['after_step']}: timestep {t0:g} (SNR 1/{1 / a:.0f}) to {t1:g} (SNR 1/{1 / b:.0f});"
+            f" the boundary is SNR 1/{1 / switch['snr_of_boundary']:.0f}"
+        )
+
+
+def _memory_lines(plan: Plan, full: bool) -> Iterator[str]:
+    need = plan.need
+    assert need is not None
+    rows = [("memory, GB", "weights", "beside", "GPU in all", "RAM")]
+    rows += [
+        (phase.name, *(f"{value / GB:.1f}" if value else "-" for value in (phase.weights, phase.beside, phase.device, phase.ram)))
+        for phase in need.phases
+    ]
+    rows.append(("at most", "", "", f"{need.device.device / GB:.1f}" if need.device.device else "-", f"{need.ram.ram / GB:.1f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        yield "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))]).rstrip()
+    if plan.kind == "gpu":
+        yield f"  here: {plan.machine.gpu_free / GB:.1f} GB of GPU memory, {plan.machine.ram_free / GB:.1f} GB of RAM free"
+    else:
+        yield f"  here: {plan.machine.ram_free / GB:.1f} GB of RAM free; files that are read count only as cache, which can be dropped"
+    if full:
+        for phase in need.phases:
+            yield f"  largest at the peak of {phase.name}"
+            yield from (f"    {held}" for held in phase.top[:6])
+
+
+def _work_lines(plan: Plan) -> Iterator[str]:
+    assert plan.need is not None
+    total = sum(phase.work.total() * phase.steps for phase in plan.need.phases)
+    yield f"work: {_flops(total)} in all"
+    for phase in plan.need.phases:
+        kinds: dict[str, int] = {}
+        for (kind, _), flops in phase.work.flops.items():
+            kinds[kind] = kinds.get(kind, 0) + flops
+        words = ", ".join(f"{kind} {_flops(flops)}" for kind, flops in sorted(kinds.items(), key=lambda item: -item[1]) if flops)
+        each = f"{phase.steps} x " if phase.steps > 1 else ""
+        yield f"  {phase.name}: {each}({words}; {_bytes(phase.work.traffic)} moved by the rest)"
+
+
+def _flops(count: float) -> str:
+    for size, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e6:.1f} MFLOP"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e12:.1f} TB" if count >= 1e12 else f"{count / 1e9:.1f} GB"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.1f} s"
+
+
+def _time_lines(plan: Plan, estimate: Estimate | None) -> Iterator[str]:
+    if estimate is None:
+        yield "time: not estimated, since the machine's speed is not known"
+        return
+    yield f"time: about {_time(estimate.seconds)} (rates: {estimate.source})"
+    for stage in estimate.stages:
+        each = f"{stage.steps} steps of {_time(stage.step)}" if stage.steps > 1 else _time(stage.step)
+        wait = f", which wait for {stage.bound}" if stage.bound != "computing" else ""
+        load = f" + {_time(stage.loading)} to read its weights" if stage.loading >= 0.1 else ""
+        yield f"  {stage.name}: {each}{wait}{load}"
+
+
+def _several(gpus: int, estimate: Estimate) -> Iterator[str]:
+    share = SHARE_KEPT.get(gpus, SHARE_KEPT[8])
+    seconds = estimate.seconds - estimate.denoising + estimate.denoising / (gpus * share)
+    yield (
+        f"on {gpus} GPUs: wanflow works on one today, and layouts for several join as they are built; at the share of their speed that"
+        f" the official program keeps ({share:.0%}), {gpus} would take about {_time(seconds)}"
+    )
+
+
+def document(model: Model, request: CompleteRequest, plan: Plan, estimate: Estimate | None) -> dict[str, Any]:
+    """Everything the page says, for programs; bytes, seconds, FLOPs."""
+    assert plan.need is not None
+    machine = {key: value for key, value in asdict(plan.machine).items() if key != "rates"}
+    return {
+        "model": {"name": model.preset.name, "parameters": dict(model.parameters), "file_bytes": dict(model.file_bytes)},
+        "request": asdict(request),
+        "machine": machine | {"rates": asdict(plan.machine.rates) if plan.machine.rates else None},
+        "fits": plan.fits,
+        "short": list(plan.short),
+        "runtime": asdict(plan.runtime),
+        "reasons": list(plan.reasons),
+        "offers": list(plan.offers),
+        "experts": split_of(request),
+        "gpu_bytes": plan.need.device.device,
+        "ram_bytes": plan.need.ram.ram,
+        "disk_bytes": plan.need.disk,
+        "phases": [
+            {
+                "name": phase.name, "steps": phase.steps, "weights": phase.weights, "beside": phase.beside, "gpu": phase.device,
+                "ram": phase.ram, "copied": phase.copied, "read": phase.read, "read_in_step": phase.read_in_step,
+                "flops": {f"{kind}{'_float32' if f32 else ''}": count for (kind, f32), count in phase.work.flops.items()},
+                "traffic": phase.work.traffic, "kernels": phase.work.kernels, "largest": [str(held).strip() for held in phase.top[:6]],
+            }
+            for phase in plan.need.phases
+        ],
+        "estimate": None if estimate is None else {"seconds": estimate.seconds, **asdict(estimate)},
+    }  # fmt: skip
+
+
+def figures_page(tables: dict[str, list[Figure]], gigabytes: dict[str, tuple[float, float]]) -> Iterator[str]:
+    """The document's figures, and what reaches them. gigabytes: by size, with both experts on the GPU and with one."""
+    yield "what the user's document promises on A100 80 GB: 1280*720, 5 seconds, in 8-12 minutes on one GPU within 70-75 GB, 3-6 on 2 to 8"
+    for size, rows in tables.items():
+        yield ""
+        head = [f"{size}, 81 frames, minutes", *(f"{row.gpus} x A100" for row in rows)]
+        body = [[way.name, *(f"{row.minutes[way.name]:.1f}" for row in rows)] for way in WAYS]
+        body.append(["the first at 100 % of the data sheet", *(f"{row.at_peak:.1f}" for row in rows)])
+        if size == "1280*720":
+            body.append(["the document", *(f"{CLAIMS[row.gpus][0]}-{CLAIMS[row.gpus][1]}" for row in rows)])
+        widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+        for line in (head, *body):
+            yield "  ".join([f"{line[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))])
+        both, one = gigabytes[size]
+        yield f"GPU memory: {both:.1f} GB with both experts there, {one:.1f} GB with one at a time"
+    yield ""
+    for row in tables["1280*720"]:
+        yield _verdict(row)
+    low, high = CLAIMED_GB
+    yield f"{low}-{high} GB: {gigabytes['1280*720'][0]:.1f} GB hold both experts; it runs from 12 GB, with its blocks streamed"
+    yield ""
+    yield "Times are of a run whose weights are loaded. Several GPUs: at the share of its speed that the official program keeps; wanflow"
+    yield "works on one today. The lightning LoRAs are distilled: their videos are not the model's own, and move less."
+
+
+def _verdict(row: Figure) -> str:
+    exact, other = row.reached_by(True), row.reached_by(False)
+    claim = f"{row.claim[0]}-{row.claim[1]} minutes on {row.gpus} x A100"
+    if exact:
+        return f"{claim}: reachable with {exact[0]}: {row.minutes[exact[0]]:.1f}"
+    impossible = row.at_peak > row.claim[1]
+    why = f"impossible in 40 steps ({row.at_peak:.1f} at 100 % of the data sheet)" if impossible else "not in 40 steps"
+    return f"{claim}: {why}; reachable with {other[0]}: {row.minutes[other[0]]:.1f}" if other else f"{claim}: {why}, and not reachable"
