@@ -33,8 +33,8 @@ def plan(args: argparse.Namespace) -> None:
     """Print the plan; RequestError (exit code 2) where the request cannot run there at all."""
     from wanflow.plan import describe, described, published, settle, this_machine
     from wanflow.plan.estimate import estimate, rated
-    from wanflow.plan.starting import completed, refuse
     from wanflow.plan.report import document, page
+    from wanflow.plan.starting import completed, refuse
 
     if args.figures:
         return _figures(args.json)

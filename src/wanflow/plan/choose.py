@@ -158,7 +158,7 @@ class _Choice:
     def _streaming_words(self, way: Runtime) -> str:
         streamed, source = self.layers - (way.resident_blocks or 0), "RAM" if way.stream_from == "ram" else "their files"
         size = streamed_bytes(self.traces, self.traces.working[0], way) / GB
-        return f"{way.resident_blocks} of an expert's {self.layers} blocks stay in memory; {streamed} ({size:.1f} GB) are streamed from {source}"
+        return f"{way.resident_blocks} of an expert's {self.layers} blocks stay in memory, {streamed} ({size:.1f} GB) come from {source}"
 
     def _prefetch(self, runtime: Runtime, reasons: list[str]) -> Runtime:
         """Read the next expert into RAM meanwhile, where there is a next one, and RAM for it."""
@@ -199,6 +199,6 @@ class _Choice:
             beside = max(phase.beside for phase in expert_phases(self.traces, runtime, self.kind))
             size = max(on_device(self.traces, which, smaller) for which in set(self.traces.working)) + beside
             if size * (1 + SCATTER) + GB < self.room:
-                yield f"--quantize fp8 --quantize_layers all would keep an expert in memory whole ({size / GB:.1f} GB); it changes the result"
+                yield f"--quantize fp8 --quantize_layers all would keep an expert in memory ({size / GB:.1f} GB), and changes the video"
         if short and self.traces.request.size[0] * self.traces.request.size[1] > 832 * 480:
             yield "--size 832*480 needs less"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wanflow.assemble import SMALL
 from wanflow.config import Preset
@@ -16,9 +16,8 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import T2V_A14B
-from wanflow.transforms.packed import Packed
-from wanflow.weights.formats import TensorInfo, TensorSource, weight_files
-from wanflow.weights.load import Checkpoint, build
+from wanflow.weights.formats import TensorInfo, weight_files
+from wanflow.weights.load import Checkpoint, Headers, build
 from wanflow.weights.source import open_part
 
 Which = Literal["high", "low", "t5", "vae"]
@@ -34,7 +33,7 @@ class Model:
     """
 
     preset: Preset
-    sources: Mapping[Which, TensorSource] | None
+    sources: Mapping[Which, Headers] | None
     parameters: Mapping[Which, int]
     file_bytes: Mapping[Which, int]
     disk: int
@@ -43,7 +42,7 @@ class Model:
         """Whether `assemble` keeps all of it in memory."""
         return self.parameters["high"] * dtype.itemsize < SMALL
 
-    def source(self, which: Which) -> TensorSource | None:
+    def source(self, which: Which) -> Headers | None:
         return None if self.sources is None else self.sources[which]
 
     def module(self, which: Which) -> nn.Module:
@@ -71,7 +70,9 @@ def published(preset: Preset = T2V_A14B) -> Model:
 
 def describe(checkpoint: Checkpoint) -> Model:
     """A model on disk."""
-    paths: dict[Which, Path] = {**checkpoint.experts, "t5": checkpoint.t5, "vae": checkpoint.vae}
+    paths: dict[Which, Path] = {
+        "high": checkpoint.experts["high"], "low": checkpoint.experts["low"], "t5": checkpoint.t5, "vae": checkpoint.vae,
+    }  # fmt: skip
     sources = {which: open_part(cast(Any, "dit" if which in ("high", "low") else which), path) for which, path in paths.items()}
     sizes = {which: sum(info.nbytes for info in source.tensors.values()) for which, source in sources.items()}
     files = {file for path in paths.values() for file in (weight_files(path) if path.is_dir() else [path]) if file.exists()}
@@ -82,7 +83,7 @@ def describe(checkpoint: Checkpoint) -> Model:
 class FirstBlocks:
     """A file of which only the first blocks are looked at."""
 
-    inner: TensorSource
+    inner: Headers
     layers: int
 
     @property
@@ -96,9 +97,3 @@ class FirstBlocks:
     def _stays(self, name: str) -> bool:
         head, _, rest = name.partition(".")
         return head != "blocks" or int(rest.partition(".")[0]) < self.layers
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.inner.read(name, dtype)
-
-    def packed(self, name: str) -> Packed:
-        return self.inner.packed(name)

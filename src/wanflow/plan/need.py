@@ -83,7 +83,7 @@ def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
 
 
 def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
-    """The text encoder: whole where the model is small, else its table in RAM and its blocks one after the other, the next one read ahead."""
+    """The text encoder: whole where the model is small, else its table in RAM and its blocks in turn, the next one being read ahead."""
     traced, held = traces.text(), traces.text_encoder()
     read = traces.model.file_bytes["t5"]
     on_host = kind == "cpu" or bool(runtime.t5_cpu)

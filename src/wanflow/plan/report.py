@@ -75,7 +75,7 @@ def _split_lines(request: CompleteRequest) -> Iterator[str]:
 def _memory_lines(plan: Plan, full: bool) -> Iterator[str]:
     need = plan.need
     assert need is not None
-    rows = [("memory, GB", "weights", "beside", "GPU in all", "RAM")]
+    rows: list[tuple[str, ...]] = [("memory, GB", "weights", "beside", "GPU in all", "RAM")]
     rows += [
         (phase.name, *(f"{value / GB:.1f}" if value else "-" for value in (phase.weights, phase.beside, phase.device, phase.ram)))
         for phase in need.phases

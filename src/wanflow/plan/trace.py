@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Trace(TorchDispatchMode):
     """Counts while it is on. `live` and `peak` are bytes; `mark` begins a new stretch, of which the peak and the work are asked for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.work = Work()
         self._held: dict[int, tuple[weakref.ref[Any], Held]] = {}
@@ -128,7 +128,7 @@ KINDS: dict[Any, Kind] = {
 
 def _nbytes(value: Tensor) -> int:
     """Bytes that reading a tensor moves: a broadcast one is read once."""
-    return cast(int, value.dtype.itemsize) * torch.Size(n for n, step in zip(value.shape, value.stride(), strict=True) if step).numel()
+    return value.dtype.itemsize * torch.Size(n for n, step in zip(value.shape, value.stride(), strict=True) if step).numel()
 
 
 def _flops(kind: Kind, packet: Any, args: Any, kwargs: Any, out: Tensor) -> int:

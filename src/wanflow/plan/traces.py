@@ -6,7 +6,7 @@ counted, not traced) and the keys and values that it keeps of the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from wanflow.config import CompleteRequest, Lora, Preset, Runtime
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
-from wanflow.models.vae import WanVAE
+from wanflow.models.vae import State, WanVAE, stream
 from wanflow.pipeline import FEW_TOKENS, Frames, Pipeline
 from wanflow.plan.model import FirstBlocks, Model
 from wanflow.plan.trace import Held, Trace, Work, fake, materialise
 from wanflow.sampling.experts import Expert, experts
 from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
-from wanflow.sanity import Facts
 from wanflow.transforms import tiling
 from wanflow.transforms.lora import Adapters, Change, Decomposed, LowRank
 from wanflow.transforms.offload import Frame, InLine, Streaming
@@ -84,7 +83,7 @@ class FakeParts:
     preset: Preset
     model: Any  # is called as a WanDiT is
     text_dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     made_by: dict[str, Any] = field(default_factory=dict)
 
     def text(self, prompts: list[str]) -> Tensor:
@@ -104,10 +103,7 @@ class FakeParts:
 
     def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None: ...
 
-    def facts(self) -> Facts:
-        return Facts()
-
-    def decode(self, latent: Tensor, convert: Callable[[Tensor], Frames]) -> Iterator[Frames]:
+    def vae(self) -> WanVAE:
         raise AssertionError("a denoising step decodes nothing")
 
 
@@ -298,30 +294,37 @@ class Traces:
         return Traced(trace.peak - weights, work, tuple(trace.top()))
 
     def _tiled(self, tile: int) -> Traced:
-        """First the layers that see whole frames, then a tile with others on every side, as the only one of a latent of its size."""
+        """The layers that see whole frames, then those that do not, for the tile that sees the most around it."""
         shape, preset = self.latent_shape(), self.model.preset
         stride, frames = preset.vae.spatial_stride, min(STEADY, shape[2])
         boxes = tiling.tiles(preset.vae, shape[3] * stride, shape[4] * stride, tile)
-        vae = build(WanVAE, preset.vae)
-        _, local = tiling.halves(vae)
-        inner = max(boxes, key=lambda box: _area(tiling.trimmed(local, box, *shape[3:])[0]))
-        shown, _ = tiling.trimmed(local, inner, *shape[3:])
-        sides = shown.bottom - shown.top, shown.right - shown.left
-        peaks, works, tops = [], [], []
-        for rows, columns, stop_at, kept in ((*shape[3:], 1, 1), (*sides, frames, 0)):
-            with fake() as trace:
-                weights = materialise(vae)
-                latent = torch.empty(*shape[:2], frames, rows, columns)
-                trace.mark()
-                with suppress(Enough):
-                    for _ in tiling.decode_frames(vae, latent, max(tile, stride * max(sides)), _as_numpy, _stop_at(stop_at)):
-                        pass
-                vae = build(WanVAE, preset.vae)
-            peaks.append(trace.peak - weights - kept * self._features(frames, rows, columns))
-            works.append(trace.work)
-            tops.append(tuple(trace.top()))
-        work = works[0].scaled(shape[2] / frames) + works[1].scaled(len(boxes) * shape[2] / frames)
-        return Traced(max(peaks), work, tops[peaks.index(max(peaks))])
+
+        def first_part(vae: WanVAE) -> None:
+            with suppress(Enough):
+                for _ in tiling.decode_frames(vae, torch.empty(*shape[:2], frames, *shape[3:]), tile, _as_numpy, _enough):
+                    pass
+
+        def one_tile(vae: WanVAE) -> None:
+            _, local = tiling.halves(vae)
+            shown, layers = max((tiling.trimmed(local, box, *shape[3:]) for box in boxes), key=lambda found: _area(found[0]))
+            part = torch.empty(1, vae.config.dim * vae.config.dim_mult[-1], 1, shown.bottom - shown.top, shown.right - shown.left)
+            state: State = {}
+            for _ in range(frames):
+                torch.cat(list(stream(layers, part.contiguous(memory_format=torch.channels_last_3d), state)), dim=2)
+
+        whole, local = (self._decoding(run) for run in (first_part, one_tile))
+        # The first part keeps its features in RAM; its run here has gone one frame into a tile.
+        whole = replace(whole, beside=whole.beside - self._features(frames, *shape[3:]))
+        work = whole.work.scaled(shape[2] / frames) + local.work.scaled(len(boxes) * shape[2] / frames)
+        return replace(max((whole, local), key=lambda traced: traced.beside), work=work)
+
+    def _decoding(self, run: Callable[[WanVAE], None]) -> Traced:
+        vae = build(WanVAE, self.model.preset.vae)
+        with fake() as trace:
+            weights = materialise(vae)
+            trace.mark()
+            run(vae)
+        return Traced(trace.peak - weights, trace.work, tuple(trace.top()))
 
     def kept_features(self) -> int:
         """Bytes of what a tiled decode keeps in RAM between its two halves."""
@@ -342,12 +345,8 @@ def _as_numpy(part: Tensor) -> Frames:
     return np.empty((count, rows, columns, 3), dtype=np.uint8)
 
 
-def _stop_at(count: int) -> Callable[[int, int], None]:
-    def stop(done: int, _: int) -> None:
-        if done >= count:
-            raise Enough
-
-    return stop
+def _enough(done: int, _: int) -> None:
+    raise Enough
 
 
 def _one_leaf(leaf: nn.Module, rows: int) -> tuple[int, Work]:
