@@ -319,6 +319,11 @@ def test_the_documents_machine_takes_the_documents_command() -> None:
     assert plan.need is not None and plan.need.disk <= plan.machine.disk_free
 
 
+def test_a_disk_that_cannot_hold_the_weights_is_too_small() -> None:
+    plan = plan_for(described("a100-80gb", disk=100), Runtime(keep_experts=False))
+    assert plan.short == ("127 GB of disk; there are 100 GB",)
+
+
 def test_advice_names_what_is_known_to_go_wrong() -> None:
     checkpoint = resolve("nano")
     notes = advice(of(checkpoint.preset, frame_num=33, fps=16, size="128*64"), checkpoint)

@@ -6,10 +6,14 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wanflow.cli import generate
 from wanflow.cli.flags import Parser, given_parts
 from wanflow.config import CompleteRequest, Request, Runtime
+
+if TYPE_CHECKING:
+    from wanflow.plan import Machine
 
 SIZES = ("1280*720", "832*480")
 
@@ -20,7 +24,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     p.description = "Takes every flag of `wanflow generate`. Without --ckpt_dir the official weights are meant; nothing needs to be there."
     machine = p.add_argument_group("machine", "this one, unless one is described")
     machine.add_argument("--gpu", help="a100-80gb, h100-80gb, h200, h20, rtx5090, rtx4090, l40s, a6000, or none")
-    machine.add_argument("--num_gpus", type=int, default=1, help="how many of them (1)")
+    machine.add_argument("--num_gpus", type=int, default=1, help="how many of them (1); of a100-80gb where --gpu is left out")
     machine.add_argument("--ram", type=float, metavar="GB", help="RAM of the described machine (64)")
     machine.add_argument("--disk", type=float, metavar="GB", help="its disk (150)")
     p.add_argument("--figures", action="store_true", help="the times that are promised for A100 GPUs, and what reaches them")
@@ -31,17 +35,13 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Print the plan; RequestError (exit code 2) where the request cannot run there at all."""
-    from wanflow.plan import describe, described, published, settle, this_machine
+    from wanflow.plan import describe, published, settle
     from wanflow.plan.estimate import estimate, rated
     from wanflow.plan.report import document, page
     from wanflow.plan.starting import completed, refuse
 
     if args.figures:
         return _figures(args.json)
-    describing = any(value is not None for value in (args.gpu, args.ram, args.disk)) or args.num_gpus != 1
-    machine = (
-        described(args.gpu or ("a100-80gb" if args.num_gpus != 1 else "none"), args.num_gpus, args.ram, args.disk) if describing else None
-    )
     wanted, runtime = generate._request(args), generate._runtime(args)
     wanted = replace(wanted, prompt=wanted.prompt or "any")
     if args.ckpt_dir is None and not given_parts(args):
@@ -52,7 +52,7 @@ def plan(args: argparse.Namespace) -> None:
         checkpoint = resolve(args.ckpt_dir, given_parts(args))
         model = describe(checkpoint)
     request = completed(wanted, model.preset)
-    machine = machine or this_machine(Path.cwd() if checkpoint is None else checkpoint.folder)
+    machine = _machine(args, Path.cwd() if checkpoint is None else checkpoint.folder)
     settled = rated(settle(model, request, runtime, machine, trace_small=True), model, request)
     time = estimate(settled) if settled.machine.rates is not None else None
     if args.json:
@@ -62,6 +62,18 @@ def plan(args: argparse.Namespace) -> None:
             print(line)
     if not args.force:
         refuse(settled, model)
+
+
+def _machine(args: argparse.Namespace, folder: Path) -> Machine:
+    """The machine that is described, or this one, with other RAM or disk where those alone are given."""
+    from wanflow.plan import described, this_machine
+
+    if args.gpu is not None or args.num_gpus != 1:
+        return described(args.gpu or "a100-80gb", args.num_gpus, args.ram, args.disk)
+    here, other = this_machine(folder), described("none", 1, args.ram, args.disk)
+    if args.ram is not None:
+        here = replace(here, ram=other.ram, ram_free=other.ram_free)
+    return here if args.disk is None else replace(here, disk_free=other.disk_free)
 
 
 def _figures(as_json: bool) -> None:

@@ -102,6 +102,8 @@ class _Choice:
             short.append(f"{made.device.device / GB:.1f} GB of GPU memory ({made.device.name}); {self.room / GB:.1f} GB can be used")
         if made.ram.ram > self.ram:
             short.append(f"{made.ram.ram / GB:.1f} GB of RAM ({made.ram.name}); {self.ram / GB:.1f} GB can be used")
+        if self.machine.described and made.disk > self.machine.disk_free:  # on one that is here the weights may lie there already
+            short.append(f"{made.disk / GB:.0f} GB of disk; there are {self.machine.disk_free / GB:.0f} GB")
         return Plan(runtime, self.machine, self.kind, made, tuple(reasons), tuple(short), tuple(self._offers(runtime, bool(short))))
 
     # each setting
