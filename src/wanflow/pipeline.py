@@ -115,6 +115,7 @@ class Progress:
 
 
 OnStep = Callable[[Progress], bool | None]  # returning False cancels
+OnPart = Callable[[int, int], None]  # parts decoded, and in all
 
 
 @dataclass(frozen=True)
@@ -317,8 +318,11 @@ class Pipeline:
         return Video(frames, run.request.fps, run.recipe)
 
     @torch.no_grad()
-    def frames(self, run: Run) -> Iterator[Frames]:
+    def frames(self, run: Run, on_part: OnPart | None = None) -> Iterator[Frames]:
         """Decode a finished run as it goes: uint8 [t, H, W, 3], one frame first, then four at a time.
+
+        Args:
+            on_part: told (done, in all) after each part: a latent frame, or one of a tile, whose frames come with the last tile.
 
         Raises:
             RequestError: when the run is not finished.
@@ -331,9 +335,12 @@ class Pipeline:
             logger.warning(suspicion)
         latent, vae = run.state.x.to(self.parts.device), self.parts.vae()
         if self.vae_tile:
-            yield from decode_in_tiles(vae, latent, self.vae_tile, to_frames)
-        else:
-            yield from map(to_frames, vae.decode_frames(latent))
+            yield from decode_in_tiles(vae, latent, self.vae_tile, to_frames, on_part)
+            return
+        for done, chunk in enumerate(vae.decode_frames(latent), 1):
+            yield to_frames(chunk)
+            if on_part is not None:
+                on_part(done, latent.shape[2])
 
 
 def facts_of(run: Run) -> Facts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from rich import progress as bars
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from wanflow.pipeline import Frames, OnStep, Progress, Run
+    from wanflow.pipeline import OnPart, OnStep, Progress, Run
 
 EVERY = 2.0  # seconds between two lines
 
@@ -53,17 +52,18 @@ class Screen:
     def denoising(self, run: Run) -> Denoising:
         return Denoising(self, run)
 
-    def decoding(self, chunks: Iterator[Frames], run: Run) -> Iterator[Frames]:
-        """Pass decoded chunks on, telling how far it is every two seconds."""
+    def decoding(self) -> OnPart:
+        """What is told how far a decode is; speaks every two seconds."""
         began = told = time.monotonic()
-        done = 0
-        for chunk in chunks:
-            yield chunk
-            done += len(chunk)
-            if time.monotonic() - told > EVERY:
-                told = time.monotonic()
-                left = (told - began) / done * (run.request.frame_num - done)
-                self.say(f"decoding: {done} of {run.request.frame_num} frames, {left:.0f} s left")
+
+        def on_part(done: int, parts: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told > EVERY:
+                told = now
+                self.say(f"decoding: {100 * done // parts} %, {(now - began) / done * (parts - done):.0f} s left")
+
+        return on_part
 
 
 class Denoising:

@@ -292,7 +292,7 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
         with screen.denoising(run) as on_step:
             run = pipe.resume(run, lambda told: keeper(told) and on_step(told))
         run.save(state_file)
-        save_frames(target, screen.decoding(pipe.frames(run), run), run.request.fps, run.recipe, args.overwrite)
+        save_frames(target, pipe.frames(run, screen.decoding()), run.request.fps, run.recipe, args.overwrite)
     except KeyboardInterrupt:
         keeper.run.save(state_file)
         where = f"step {keeper.run.state.index} of {run.request.sample_steps}"

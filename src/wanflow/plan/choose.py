@@ -17,6 +17,8 @@ from wanflow.plan.traces import Traces
 GB = 10**9
 CHUNK = 8192  # tokens: rows enough for a matmul to be as fast as with all, and so few that attention, not these parts, is the peak at 720p
 TILES = (512, 384, 256, 192)  # pixels
+# Of RAM, on a CPU: what stays in memory beside a model that does not fit. The rest is the system's, whose cache the files are read through.
+CPU_SHARE, CPU_LEAST = 1 / 3, 8 * 10**9
 SPARE = 0.02  # of what is free: what other programs take while a run goes on
 
 
@@ -154,7 +156,8 @@ class _Choice:
         block = max(max(self.traces.expert(which, bare).blocks) for which in set(self.traces.working)) * (2 if way.keep_experts else 1)
         phases = expert_phases(self.traces, bare, self.kind)
         if self.kind == "cpu":
-            return max(0, min(self.layers - 1, (self.ram - max(phase.ram for phase in phases)) // block))
+            room = min(self.ram, max(CPU_LEAST, round(self.ram * CPU_SHARE)))
+            return max(0, min(self.layers - 1, (room - max(phase.ram for phase in phases)) // block))
         return max(0, min(self.layers - 1, int((self.room - max(phase.device for phase in phases)) / (block * (1 + SCATTER)))))
 
     def _streaming_words(self, way: Runtime) -> str:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanflow.config import DiTConfig, RequestError
+from wanflow.doctor.machine import memory
 from wanflow.models.dit import Block, Conditioning, rope_table
 from wanflow.plan.trace import Trace
 
@@ -91,7 +92,7 @@ def this_machine(folder: Path) -> Machine:
     best = max(range(count), key=lambda index: cards[index].total_memory, default=None)
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    ram, free = _ram()
+    ram, free, _ = memory()
     disk = shutil.disk_usage(folder).free
     if best is None:
         return Machine(0, "", ram, free, disk)
@@ -103,16 +104,6 @@ def this_machine(folder: Path) -> Machine:
 def _same_card(ours: str, theirs: str, size: int, gib: float) -> bool:
     word = ours.split(" 80 GB")[0].split()[-1]
     return re.search(rf"\b{word}\b", theirs.replace("-", " ")) is not None and abs(size / 2**30 - gib) < 0.1 * gib
-
-
-def _ram() -> tuple[int, int]:
-    """Bytes of RAM, in all and available; (0, 0) where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        table = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":", 1) for line in lines)}
-        return table["MemTotal"], table["MemAvailable"]
-    except (OSError, KeyError, ValueError):
-        return 0, 0
 
 
 def rates(key: str) -> Rates:

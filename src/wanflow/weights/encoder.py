@@ -59,7 +59,8 @@ class StreamedEncoder:
                     self.report(done, sum(sizes.values()))
             return torch.cat([F.pad(prompt, (0, 0, 0, x.shape[1] - prompt.shape[1])) for prompt in prompts])
 
-        return model(ids.cpu(), mask.cpu(), trunk) * mask.unsqueeze(-1).to(self.device, self.dtype)
+        states: Tensor = model(ids.cpu(), mask.cpu(), trunk)
+        return states.masked_fill(mask.unsqueeze(-1).to(self.device) == 0, 0)
 
     def _read_ahead(self, blocks: list[T5Block], source: TensorSource) -> Iterator[T5Block]:
         """Each block in its turn, with its weights on the device, and without them before and after."""
