@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,9 @@ def test_streamed_is_resident(home: str, resident: set[int]) -> None:
         assert torch.equal(streamed(*inputs()), model(*inputs()))
     assert torch.equal(streamed(*inputs(2)), model(*inputs(2)))
     states = streamed.text_states(inputs()[2])
-    assert all(torch.equal(a, b) for one, two in zip(states, model.text_states(inputs()[2]), strict=True) for a, b in zip(one, two, strict=True))
+    assert all(
+        torch.equal(a, b) for one, two in zip(states, model.text_states(inputs()[2]), strict=True) for a, b in zip(one, two, strict=True)
+    )
     assert torch.equal(streamed(*inputs()[:2], states), model(*inputs()))
     if home == "ram":  # the file was read once, for what is not resident by `read_homes`
         assert sorted(file.read) == [0, 1, 2, 3, 4]
@@ -169,12 +172,17 @@ def test_spread_leaves_the_streamed_far_apart() -> None:
             kept = spread(layers, resident)
             streamed = sorted(set(range(layers)) - kept)
             assert len(kept) == min(resident, layers)
-            gaps = [b - a for a, b in zip(streamed, streamed[1:], strict=False)]
+            gaps = [b - a for a, b in pairwise(streamed)]
             assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def test_a_layout_gives_back_what_was_put_in() -> None:
-    values = {"a": torch.randn(3, 5), "b": torch.randn(7).to(torch.bfloat16), "c": torch.randn(4, 4).to(torch.float8_e4m3fn), "d": torch.tensor(2.0)}
+    values = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).to(torch.bfloat16),
+        "c": torch.randn(4, 4).to(torch.float8_e4m3fn),
+        "d": torch.tensor(2.0),
+    }
     layout = Layout.of(values)
     views = layout.views(host_buffer(layout.nbytes, False))
     for name, value in values.items():
@@ -238,7 +246,11 @@ def test_an_expert_read_ahead_is_the_one_read_at_once() -> None:
         model = ahead.take()
         generator = torch.Generator().manual_seed(1)
         shape = checkpoint.preset.dit
-        sample = (torch.randn(1, 16, 2, 8, 8, generator=generator), torch.tensor([300.0]), torch.randn(1, 9, shape.text_dim, generator=generator))
+        sample = (
+            torch.randn(1, 16, 2, 8, 8, generator=generator),
+            torch.tensor([300.0]),
+            torch.randn(1, 9, shape.text_dim, generator=generator),
+        )
         with torch.no_grad():
             assert torch.equal(model(*sample), expected(*sample))
         assert not any("wanflow-ahead" in thread.name for thread in threading.enumerate())
