@@ -276,8 +276,11 @@ def form(layout: Layout, ranks: Ranks, timeout_s: float = 600.0) -> Team:
 def imagined(layout: Layout, rank: int = 0, device: torch.device | str = "cpu") -> Team:
     """The team that a process would be part of, without the others: it works on its share, and what they would send holds anything."""
     traffic, (cfg, ring, place) = Traffic(), layout.place(rank)
-    shares = {"cfg": (cfg, layout.cfg), "ring": (ring, layout.ring), "ulysses": (place, layout.ulysses)}
-    groups = {name: Group(traffic, rank=own, size=size) for name, (own, size) in shares.items()}
-    sequence = Group(traffic, rank=ring * layout.ulysses + place, size=layout.sequence)
-    world = Group(traffic, rank=rank, size=layout.size)
-    return Team(layout, Ranks(rank, layout.size, torch.device(device)), traffic, world, sequence, **groups)
+
+    def group(own: int, size: int) -> Group:
+        return Group(traffic, rank=own, size=size)
+
+    return Team(
+        layout, Ranks(rank, layout.size, torch.device(device)), traffic, group(rank, layout.size),
+        group(ring * layout.ulysses + place, layout.sequence), group(ring, layout.ring), group(place, layout.ulysses), group(cfg, layout.cfg),
+    )  # fmt: skip
