@@ -280,7 +280,6 @@ def imagined(layout: Layout, rank: int = 0, device: torch.device | str = "cpu") 
     def group(own: int, size: int) -> Group:
         return Group(traffic, rank=own, size=size)
 
-    return Team(
-        layout, Ranks(rank, layout.size, torch.device(device)), traffic, group(rank, layout.size),
-        group(ring * layout.ulysses + place, layout.sequence), group(ring, layout.ring), group(place, layout.ulysses), group(cfg, layout.cfg),
-    )  # fmt: skip
+    ranks, sequence = Ranks(rank, layout.size, torch.device(device)), group(ring * layout.ulysses + place, layout.sequence)
+    parts = group(ring, layout.ring), group(place, layout.ulysses), group(cfg, layout.cfg)
+    return Team(layout, ranks, traffic, group(rank, layout.size), sequence, *parts)
