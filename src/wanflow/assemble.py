@@ -23,6 +23,9 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
+from wanflow.parallel.layout import Layout, Team, form, imagined
+from wanflow.parallel.mesh import Ranks
+from wanflow.parallel.sequence import connect
 from wanflow.pipeline import Pipeline
 from wanflow.sampling.experts import Expert
 from wanflow.transforms import attention
@@ -91,8 +94,9 @@ class LoadedParts:
     unless the model is small or `keep_experts` is set. With `prefetch` the next expert is read into RAM meanwhile.
     """
 
-    def __init__(self, checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None, team: Team | None = None) -> None:
         self.checkpoint, self.runtime = checkpoint, runtime
+        self.team = team or imagined(Layout())
         self.preset = checkpoint.preset
         self.device = choose_device(runtime.device)
         self.dtype = choose_dtype(runtime.dtype, self.device, checkpoint)
@@ -103,7 +107,10 @@ class LoadedParts:
         # The large encoder is published in bfloat16, and its activations overflow float16.
         self.text_dtype = self.dtype if small and self.dtype != torch.float16 else torch.bfloat16
         self.kernel = attention.choose(runtime.attention, self.device, self.dtype, self.preset.dit.dim // self.preset.dit.num_heads)
-        self.where = Where(self.dtype, self.device, runtime)
+        if self.team.layout.ring > 1 and self.kernel.with_lse is None:
+            raise RequestError(f"ring_size {self.team.layout.ring}: the attention kernel {self.kernel.name} does not say the log-sum-exp,"
+                               " which a ring needs; take another, or leave ring_size to 1")  # fmt: skip
+        self.where = Where(self.dtype, self.device, runtime, self.team)
         if runtime.quantize:
             refuse_packed(checkpoint, self.where)
         self.report = report
@@ -134,7 +141,18 @@ class LoadedParts:
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Tensor:
-        """Text states [B, text_len, D] on the model's device, zero past each prompt's end."""
+        """Text states [B, text_len, D] on the model's device, zero past each prompt's end.
+
+        Of several processes the first one encodes, and the others are told.
+        """
+        if self.team.ranks.rank == 0:
+            states = self._text(prompts)
+        else:
+            shape = self.preset.dit.text_len, self.preset.text.dim
+            states = torch.empty(len(prompts), *shape, dtype=self.text_dtype, device=self.device)
+        return self.team.world.from_first("text", states) if self.team.layout.size > 1 else states
+
+    def _text(self, prompts: list[str]) -> Tensor:
         known = {prompt: self._texts.get(prompt) for prompt in prompts} if self._texts is not None else {}
         missing = [prompt for prompt in dict.fromkeys(prompts) if known.get(prompt) is None]
         for prompt, states in zip(missing, self._encode(missing) if missing else (), strict=True):
@@ -236,6 +254,7 @@ class LoadedParts:
             self._experts[which] = open_expert(self.checkpoint, which, self.where, watch, self._changes(which, wanted))
         self._fused[which] = wanted
         attention.set_attention(self._experts[which], self.kernel)
+        connect(self._experts[which], self.team, self.kernel.attend, self.kernel.with_lse)
 
     def vae(self) -> WanVAE:
         """The VAE, float32."""
@@ -325,14 +344,44 @@ def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = 
     return open_checkpoint(folder, parts)
 
 
-def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None) -> Pipeline:
-    """The parts in their order; nothing is read before every choice is made and found possible."""
+def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None, ranks: Ranks | None = None) -> Pipeline:
+    """The parts in their order; nothing is read before every choice is made and found possible.
+
+    Args:
+        ranks: this process among those of the run, each of which must come here with the same Runtime; None: it is alone.
+    """
     _refuse(runtime, checkpoint.preset.dit.num_layers)
-    parts = LoadedParts(checkpoint, runtime, report)
+    team = form(layout_of(runtime), ranks) if ranks is not None and ranks.size > 1 else imagined(Layout())
+    _refuse_together(runtime, checkpoint.preset.dit.num_layers, team)
+    parts = LoadedParts(checkpoint, runtime, report, team)
     for caution in attention.cautions(parts.kernel, runtime.quantize):
         logger.warning(caution)
     logger.debug("assembled %s", asdict(runtime))
-    return Pipeline(parts, runtime.noise_device, runtime.cfg_batch, runtime.vae_tile or 0)
+    return Pipeline(parts, runtime.noise_device, runtime.cfg_batch, runtime.vae_tile or 0, team)
+
+
+def layout_of(runtime: Runtime) -> Layout:
+    """How processes share a forward, in a runtime that leaves none of it open."""
+    return Layout(2 if runtime.cfg_parallel else 1, runtime.ring_size or 1, runtime.ulysses_size or 1)
+
+
+def _refuse_together(runtime: Runtime, layers: int, team: Team) -> None:
+    """RequestError for what cannot go together on several processes."""
+    if team.layout.size == 1:
+        if runtime.dit_fsdp:
+            raise RequestError("dit_fsdp shares the weights out over several processes, and there is one; start more, or leave it out")
+        return
+    if runtime.vae_tile:
+        raise RequestError("vae_tile: several processes decode in strips, which take less memory already; leave it out")
+    if runtime.dit_fsdp:
+        if runtime.resident_blocks not in (None, layers):
+            raise RequestError(
+                "dit_fsdp and resident_blocks: blocks are shared out over the processes or streamed, not both; leave one out"
+            )
+        if runtime.prefetch:
+            raise RequestError(
+                "dit_fsdp and prefetch: what is shared out is not read ahead; leave one out (keep_experts spares the reading)"
+            )
 
 
 def _refuse(runtime: Runtime, layers: int) -> None:

@@ -356,6 +356,9 @@ class Runtime:
     quantize, quantize_layers: round the Linear weights of the blocks while they are read ("" keeps them), of the feed-forward or all.
     attention: the kernel, by a name of `wanflow doctor`; "auto" takes the first that works.
     text_cache: a folder where encoded prompts are kept; None keeps none.
+    cfg_parallel, ring_size, ulysses_size: how several processes share a forward: a branch of guidance each, keys and values that go
+    round, attention heads. Their product is the number of processes.
+    dit_fsdp: each process keeps a share of the experts' weights, and has a block whole while it works.
     lora: "live" computes LoRAs beside the weights, so that strengths change and LoRAs go without reloading; "fused" adds them to the
     weights while those are read, which costs nothing per step, and reads an expert again when something changes for it.
     """
@@ -376,6 +379,10 @@ class Runtime:
     quantize_layers: Literal["ffn", "all"] = "ffn"
     attention: str = "auto"
     text_cache: str | None = None
+    cfg_parallel: bool | None = None
+    ring_size: int | None = None
+    ulysses_size: int | None = None
+    dit_fsdp: bool | None = None
 
 
 T = TypeVar("T", bound=Any)

@@ -23,6 +23,9 @@ from wanflow import video as files
 from wanflow.config import CompleteRequest, Lora, Preset, Request, RequestError
 from wanflow.models.dit import TextStates, WanDiT
 from wanflow.models.vae import WanVAE
+from wanflow.parallel import cfg, strips
+from wanflow.parallel.layout import Layout, Team, imagined
+from wanflow.parallel.sequence import sharded
 from wanflow.presets import with_settings
 from wanflow.sampling.experts import Expert, expert_at, experts
 from wanflow.sampling.guidance import guide
@@ -127,7 +130,12 @@ class Video:
     recipe: dict[str, Any]
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write an mp4 (a PNG where there is one frame) with the recipe inside; returns the path."""
+        """Write an mp4 (a PNG where there is one frame) with the recipe inside; returns the path.
+
+        Writes nothing where there are no frames, as on other processes than the first.
+        """
+        if not len(self.frames):
+            return Path(path)
         return save_frames(Path(path), iter([self.frames]), self.fps, self.recipe, overwrite)
 
 
@@ -194,8 +202,11 @@ class Parts(Protocol):
 class Pipeline:
     """Prompt to video with the parts it is given; made by `wanflow.load`."""
 
-    def __init__(self, parts: Parts, noise_device: str = "cpu", cfg_batch: bool | None = None, vae_tile: int = 0) -> None:
+    def __init__(
+        self, parts: Parts, noise_device: str = "cpu", cfg_batch: bool | None = None, vae_tile: int = 0, team: Team | None = None
+    ) -> None:
         self.parts = parts
+        self.team = team or imagined(Layout())  # of one: this process
         self.vae_tile = vae_tile
         self.noise_device = noise_device
         self.cfg_batch = cfg_batch
@@ -226,6 +237,7 @@ class Pipeline:
         """Complete the request and draw its noise: a run at step 0. Reads no weights."""
         loras = self.parts.find_loras(request.loras()) if request.lora else ()
         complete = replace(request, lora=tuple(str(lora) for lora in loras), lora_from=None).complete(self.parts.preset)
+        complete = replace(complete, seed=self.team.first(complete.seed))
         made_by = {**self.parts.made_by, "noise_device": self.noise_device, "cfg_batch": self.cfg_batch}
         if loras:
             made_by["loras"] = self.parts.lora_prints(loras)
@@ -243,13 +255,17 @@ class Pipeline:
 
     @torch.no_grad()
     def resume(self, run: Run, on_step: OnStep | None = None) -> Run:
-        """Denoise from where a run stands to its end. Raises `Cancelled` when `on_step` returns False."""
+        """Denoise from where a run stands to its end. Raises `Cancelled` when `on_step` returns False.
+
+        Several processes work on one state, the first one's; and what its `on_step` says holds for all.
+        """
         if run.finished:
             return run
         request = run.request
         schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
         state = replace(run.state, x=run.state.x.to(self.parts.device))
-        state = SolverState.from_tensors(state.index, {name: value.to(self.parts.device) for name, value in state.tensors().items()})
+        tensors = {name: self.team.world.from_first("state", value.to(self.parts.device)) for name, value in state.tensors().items()}
+        state = SolverState.from_tensors(state.index, tensors)
         self.take_loras(run)
         facts = facts_of(run)
         velocity = self.velocity(request, schedule, state.index)
@@ -260,7 +276,7 @@ class Pipeline:
             run = replace(run, state=state)
             expert = expert_at(step.timestep, request.boundary)
             told = Progress(step.index + 1, len(schedule), step.timestep, step.sigma, snr(step.sigma), expert, state.x, run)
-            if on_step is not None and on_step(told) is False:
+            if self.team.first(int(on_step is not None and on_step(told) is False)):
                 raise Cancelled(run)
         return run
 
@@ -276,7 +292,11 @@ class Pipeline:
         self.parts.use_loras(loras)
 
     def velocity(self, request: CompleteRequest, schedule: Schedule, start: int) -> Velocity:
-        """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the text once for each."""
+        """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the text once for each.
+
+        On several processes it gives all of them the whole velocity, and each computes its share.
+        """
+        team, trunk = self.team, sharded(self.team)
         working = experts(schedule, request.boundary)
         loras = request.loras
         scales = [request.guidance(which, index + 1) for index, which in enumerate(working)]
@@ -295,31 +315,38 @@ class Pipeline:
             if after is not None:
                 self.parts.prepare(working[after], tuple(lora.strength(working[after], after + 1) for lora in loras))
             if key not in prepared:
-                prepared[key] = model.text_states(texts if scale != 1 else texts[:1])
+                prepared[key] = model.text_states(cfg.own(team, texts) if scale != 1 else texts[:1])
             states = prepared[key]
             timestep = torch.tensor([step.timestep], device=x.device)
             if scale == 1:
-                return cast(Tensor, model(x, timestep, states))
+                return cast(Tensor, model(x, timestep, states, trunk))
+            if team.layout.cfg == 2:
+                return guide(*cfg.both(team, model(x, timestep, states, trunk)), scale)
             tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
             if self.cfg_batch if self.cfg_batch is not None else tokens <= FEW_TOKENS:
-                conditional, unconditional = model(x.expand(2, -1, -1, -1, -1), timestep.expand(2), states).split(1)
+                conditional, unconditional = model(x.expand(2, -1, -1, -1, -1), timestep.expand(2), states, trunk).split(1)
             else:
                 conditional, unconditional = (
-                    model(x, timestep, tuple((k[row : row + 1], v[row : row + 1]) for k, v in states)) for row in range(2)
+                    model(x, timestep, tuple((k[row : row + 1], v[row : row + 1]) for k, v in states), trunk) for row in range(2)
                 )
             return guide(conditional, unconditional, scale)
 
         return velocity
 
     def finish(self, run: Run) -> Video:
-        """Decode a finished run."""
-        frames = np.concatenate(list(self.frames(run)))
+        """Decode a finished run. On several processes the first one has the frames, and the others a video of none."""
+        width, height = run.request.size
+        frames = np.concatenate([np.empty((0, height, width, 3), np.uint8), *self.frames(run)])
+        if not len(frames):
+            return Video(frames, run.request.fps, run.recipe)
         refuse_constant(int(frames.min()), int(frames.max()))
         return Video(frames, run.request.fps, run.recipe)
 
     @torch.no_grad()
     def frames(self, run: Run, on_part: OnPart | None = None) -> Iterator[Frames]:
         """Decode a finished run as it goes: uint8 [t, H, W, 3], one frame first, then four at a time.
+
+        Of several processes, each of which must go through to the end, the first one is given the frames.
 
         Args:
             on_part: told (done, in all) after each part: a latent frame, or one of a tile, whose frames come with the last tile.
@@ -334,6 +361,9 @@ class Pipeline:
         for suspicion in check_latent(run.state.x, facts_of(run)):
             logger.warning(suspicion)
         latent, vae = run.state.x.to(self.parts.device), self.parts.vae()
+        if self.team.layout.size > 1:
+            yield from strips.decode_frames(vae, latent, self.team, to_frames, on_part)
+            return
         if self.vae_tile:
             yield from decode_in_tiles(vae, latent, self.vae_tile, to_frames, on_part)
             return

@@ -1,4 +1,4 @@
-"""Training one model on several processes: each holds a share of every weight, gradient and optimizer state (FSDP2).
+"""One model on several processes, each of which holds a share of the weights; in training also of gradients and optimizer (FSDP2).
 
 Parameters of a sharded model are DTensors. They are whole while their block runs, and in what `whole` and `gather` return, which
 does not depend on the number of processes: what 8 saved, 1 or 2 resume.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -126,3 +126,34 @@ def mean(value: Tensor, ranks: Ranks) -> Tensor:
     total = total.to(ranks.device)
     dist.all_reduce(total)
     return total / ranks.size
+
+
+# sampling
+
+
+def share_out(model: WanDiT, mesh: DeviceMesh) -> None:
+    """Let each process keep some rows of every matmul weight of the blocks; a block is whole while it works.
+
+    To be called on a model that is laid out on meta, before `load_module`, which then reads this process' rows alone. Packed and
+    rounded weights are shared out like plain ones. What is small (norms, biases, modulation), and what stands outside the blocks
+    (0.5 GB of 28.6 in bfloat16), stays whole, so that LoRAs may change it in place. `forward` and `text_states` may be called; every
+    process must make the same calls. No gradient goes through it.
+    """
+    ignored = set(model.parameters())
+    for block in model.blocks:
+        shared = {parameter for leaf in block.modules() for parameter in _rows_of(leaf)}
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=set(block.parameters()) - shared)
+        register_fsdp_forward_method(block, "text_kv")
+        ignored -= shared
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+    register_fsdp_forward_method(model, "text_states")
+    for block in model.blocks:  # memory for the shares, which had none
+        block._apply(lambda value: torch.empty_like(value, device=mesh.device_type) if isinstance(value, DTensor) else value)  # type: ignore[no-untyped-call]
+
+
+def _rows_of(leaf: nn.Module) -> list[nn.Parameter]:
+    """What a matmul has for each of its output features, but for the bias: its weight, or packed data and their scales."""
+    if not hasattr(leaf, "in_features"):
+        return []
+    own = leaf.named_parameters(recurse=False)
+    return [value for name, value in own if name != "bias" and value.ndim and len(value) == leaf.out_features]

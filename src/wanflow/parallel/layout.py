@@ -15,11 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise, product
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from wanflow.config import DiTConfig, RequestError
 from wanflow.parallel.mesh import Ranks
@@ -224,6 +226,11 @@ class Team:
     cfg: Group
     # How many tokens the forward at work has. The trunk says so, and attention, whose slot is given nothing but q, k and v, asks.
     tokens: int = 0
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """All processes in a row, for FSDP. Every process must ask for it."""
+        return init_device_mesh(self.ranks.device.type, (self.layout.size,))
 
     @property
     def lengths(self) -> list[int]:

@@ -193,14 +193,17 @@ class PackedLeaf(nn.Module):
             self.scale = nn.Parameter(cast(Tensor, form), requires_grad=False)
 
     def parts(self, packed: Packed) -> dict[str, Tensor]:
-        """A tensor as this leaf's parameters, where it lies; ValueError for one of another kind or shape."""
-        if packed.kind != self.kind or packed.shape != self.shape:
-            raise ValueError(f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}")
-        scale = _by_row(packed.scale, self.shape[0])
-        return {"data": packed.data.reshape(self.data.shape), **({} if scale is None else {"scale": scale})}
+        """A tensor, or some of its rows, as this leaf's parameters, where it lies; ValueError for one of another kind or shape."""
+        rows = packed.shape[0]
+        if packed.kind != self.kind or packed.shape[1:] != self.shape[1:] or rows > self.shape[0]:
+            raise ValueError(f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}, nor rows of it")
+        scale = _by_row(packed.scale, rows)
+        return {"data": packed.data.reshape(rows, *self.data.shape[1:]), **({} if scale is None else {"scale": scale})}
 
     def load(self, packed: Packed, device: torch.device | str) -> None:
         """Take over a tensor's data and scale; ValueError for one of another kind or shape."""
+        if packed.shape != self.shape:
+            raise ValueError(f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}")
         parts = {name: nn.Parameter(value.to(device), requires_grad=False) for name, value in self.parts(packed).items()}
         self.data, self.scale = parts["data"], parts.get("scale")
 

@@ -151,7 +151,7 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def quantise(self, weight: Tensor) -> dict[str, Tensor]:
-        """A weight [out, in], float32, as this leaf's parameters by name (without the bias), on the weight's device.
+        """A weight [out, in], float32, or some of its rows, as this leaf's parameters by name (no bias), on the weight's device.
 
         Rows go a few at a time, so that what lies in between stays small beside the result.
 
@@ -159,13 +159,13 @@ class QuantLinear(nn.Module):
             RequestError: where the weight has values that are not finite.
             ValueError: for a weight of another shape.
         """
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"a weight {list(weight.shape)} is not [{self.out_features}, {self.in_features}]")
-        names = ("data", "scale")
-        made = {name: torch.empty_like(getattr(self, name), device=weight.device) for name in names}
+        if weight.shape[1:] != (self.in_features,) or len(weight) > self.out_features:
+            raise ValueError(f"a weight {list(weight.shape)} is not [{self.out_features}, {self.in_features}], nor rows of it")
+        own = {"data": self.data, "scale": self.scale}
+        made = {name: torch.empty(len(weight), *p.shape[1:], dtype=p.dtype, device=weight.device) for name, p in own.items()}
         round_rows = _round_nf4 if self.mode == "nf4" else _round_row
         step = max(1, (CHUNK if weight.device.type == "cpu" else CHUNK_GPU) // self.in_features)
-        for start in range(0, self.out_features, step):
+        for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             round_rows(weight[rows].float(), made["data"][rows], made["scale"][rows], LARGEST[self.mode])
         if not made["scale"].isfinite().all():  # NaN and infinities reach the scale of their row

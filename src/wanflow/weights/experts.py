@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wanflow.config import RequestError, Runtime
 from wanflow.models.dit import WanDiT
+from wanflow.parallel.layout import Team
 from wanflow.sampling.experts import Expert
 from wanflow.transforms.offload import Fetch, Streaming, matmul_leaves, read_homes, spread
 from wanflow.transforms.quant import QuantLinear
@@ -29,6 +30,12 @@ class Where:
     dtype: torch.dtype
     device: torch.device
     runtime: Runtime
+    team: Team | None = None
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether each process keeps a share of the weights."""
+        return bool(self.runtime.dit_fsdp) and self.team is not None and self.team.layout.size > 1
 
     def resident(self, layers: int) -> set[int]:
         """The blocks that stay on the device."""
@@ -62,7 +69,15 @@ class OnHost:
 def open_expert(
     checkpoint: Checkpoint, which: Expert, where: Where, report: Report | None = None, changes: Changes | None = None
 ) -> WanDiT | Streaming:
-    """Read an expert to where it works."""
+    """Read an expert to where it works: whole, streamed, or of every weight the rows that are this process'."""
+    if where.shared_out and where.team is not None:
+        from wanflow.parallel.fsdp import share_out
+
+        source = open_part("dit", checkpoint.experts[which])
+        model = expert_structure(checkpoint.preset.dit, source, where.runtime, where.dtype, where.device, changes or {})
+        share_out(model, where.team.mesh)
+        load_module(model, source, where.device, report, changes)
+        return model
     resident = where.resident(checkpoint.preset.dit.num_layers)
     if len(resident) == checkpoint.preset.dit.num_layers:
         return load_expert(checkpoint, which, where.dtype, where.device, report, changes, where.runtime)

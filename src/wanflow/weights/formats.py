@@ -17,7 +17,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,11 +71,19 @@ class TensorSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in CPU memory of its own, as stored or converted on the way; RequestError when the file breaks off."""
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+        """The tensor in CPU memory of its own, as stored or converted on the way; RequestError when the file breaks off.
 
-    def packed(self, name: str) -> Packed:
-        """A tensor whose info has a `packing`, as it lies in the file; only sources that list such tensors are asked."""
+        Args:
+            rows: of its first side, these alone, and no others are read.
+        """
+
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
+        """A tensor whose info has a `packing`, as it lies in the file; only sources that list such tensors are asked.
+
+        Raises:
+            ValueError: where rows are asked for, and a row is not whole blocks.
+        """
 
 
 @contextmanager
@@ -149,8 +157,12 @@ def refuse_odd_names(path: Path, names: Iterable[str]) -> None:
         raise RequestError(f"{path} is damaged: a tensor is called {odd!r}; {AGAIN}")
 
 
-def read_plain(path: Path, info: TensorInfo, place: int, dtype: torch.dtype | None) -> Tensor:
-    """A tensor whose bytes begin at `place` of a file, as stored or converted a chunk at a time."""
+def read_plain(path: Path, info: TensorInfo, place: int, dtype: torch.dtype | None, rows: slice | None = None) -> Tensor:
+    """A tensor whose bytes begin at `place` of a file, or some of its rows, as stored or converted a chunk at a time."""
+    if rows is not None:
+        start, stop, _ = rows.indices(info.shape[0])
+        place += start * math.prod(info.shape[1:]) * info.dtype.itemsize
+        info = replace(info, shape=(max(0, stop - start), *info.shape[1:]))
     out = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
     stored = out if out.dtype == info.dtype else torch.empty(min(CHUNK, info.nbytes) // info.dtype.itemsize, dtype=info.dtype)
     with reading(path), path.open("rb", buffering=0) as file:
@@ -175,10 +187,10 @@ class SafetensorsFile:
     starts: Mapping[str, int]  # where each tensor's bytes begin in the file
     metadata: Mapping[str, str]
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return read_plain(self.path, self.tensors[name], self.starts[name], dtype)
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+        return read_plain(self.path, self.tensors[name], self.starts[name], dtype, rows)
 
-    def packed(self, name: str) -> Packed:
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
         raise KeyError(name)  # nothing here is packed
 
 
@@ -257,10 +269,10 @@ class ShardedFolder:
     tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, SafetensorsFile]  # the file of each tensor
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.shards[name].read(name, dtype)
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+        return self.shards[name].read(name, dtype, rows)
 
-    def packed(self, name: str) -> Packed:
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
         raise KeyError(name)  # nothing here is packed
 
 
@@ -350,10 +362,11 @@ class TorchFile:
     tensors: Mapping[str, TensorInfo]
     mapped: Mapping[str, Tensor]
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.mapped[name].to(dtype or self.tensors[name].dtype, copy=True, memory_format=torch.contiguous_format)
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+        value = self.mapped[name] if rows is None else self.mapped[name][rows]
+        return value.to(dtype or self.tensors[name].dtype, copy=True, memory_format=torch.contiguous_format)
 
-    def packed(self, name: str) -> Packed:
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
         raise KeyError(name)  # nothing here is packed
 
 

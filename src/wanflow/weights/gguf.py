@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,26 +96,37 @@ class GGUFFile:
         value = self.metadata.get("general.architecture")
         return plain(value) if isinstance(value, str) else ""
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in CPU memory of its own, unpacked, as stored or in `dtype`; RequestError when the file breaks off."""
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+        """The tensor, or some rows, in CPU memory of its own, unpacked, as stored or in `dtype`; RequestError when the file breaks off."""
         info = self.tensors[name]
-        if info.packing:
-            return self.packed(name).dense(dtype or info.dtype)
-        return read_plain(self.path, info, self.starts[name], dtype)
+        if not info.packing:
+            return read_plain(self.path, info, self.starts[name], dtype, rows)
+        if rows is not None and math.prod(info.shape[1:]) % LAYOUTS[info.packing].values:
+            return self.packed(name).dense(dtype or info.dtype)[rows]
+        return self.packed(name, rows).dense(dtype or info.dtype)
 
-    def packed(self, name: str) -> Packed:
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
         """A packed tensor as it lies in the file; KeyError for one that is not, RequestError when the file breaks off."""
         info = self.tensors[name]
         if not info.packing:
             raise KeyError(name)
+        kind, layout, start = info.packing, LAYOUTS[info.packing], self.starts[name]
+        if rows is not None:
+            first, last, _ = rows.indices(info.shape[0])
+            blocks, odd = divmod(math.prod(info.shape[1:]), layout.values)
+            if odd:
+                raise ValueError(f"a row of {list(info.shape)} is not whole blocks of {info.packing}")
+            start += first * blocks * layout.nbytes
+            shape = (max(0, last - first), *info.shape[1:])
+            info = replace(info, shape=shape, packed_bytes=shape[0] * blocks * layout.nbytes)
         data = torch.empty(info.packed_bytes, dtype=torch.uint8)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(self.starts[name])
+            file.seek(start)
             fill(data, file, self.path)
-        row = LAYOUTS[info.packing].nbytes  # one block, where the tensor is stored in another shape
-        if info.shape[-1] and not info.shape[-1] % LAYOUTS[info.packing].values:
-            row *= info.shape[-1] // LAYOUTS[info.packing].values
-        return Packed(info.packing, info.shape, data.view(-1, row) if len(data) else data.view(0, row))
+        row = layout.nbytes  # one block, where the tensor is stored in another shape
+        if info.shape[-1] and not info.shape[-1] % layout.values:
+            row *= info.shape[-1] // layout.values
+        return Packed(kind, info.shape, data.view(-1, row) if len(data) else data.view(0, row))
 
     def array(self, key: str) -> list[Any]:
         """The items of an array, numbers or strings; RequestError where there is none of that name, or it is damaged."""

@@ -23,6 +23,7 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
+from wanflow.parallel.shares import own_rows, place
 from wanflow.presets import T2V_A14B
 from wanflow.sampling.experts import Expert
 from wanflow.transforms.offload import set_chunk
@@ -258,7 +259,8 @@ def load_module(
 ) -> None:
     """Fill a module that is laid out on meta, one tensor at a time: read and convert, change, pack, move, assign.
 
-    On the way to a GPU, host memory holds one tensor in its final form; on the CPU, nothing but the module.
+    On the way to a GPU, host memory holds one tensor in its final form; on the CPU, nothing but the module. Of a weight that is
+    shared out over processes (`fsdp.share_out`) this one's rows are read.
 
     Args:
         changes: what happens to single tensors between reading and placing (a LoRA that is fused).
@@ -272,8 +274,8 @@ def load_module(
     for name in names:
         owner, _, key = name.rpartition(".")
         holder = module.get_submodule(owner)
-        for part, value in pieces(holder, key, name, source, changes or {}).items():
-            setattr(holder, part, nn.Parameter(value.to(device), requires_grad=False))
+        for part, value in pieces(holder, key, name, source, changes or {}, own_rows(holder, key)).items():
+            place(holder, part, value, device)
         done += source.tensors[name].nbytes
         if report is not None:
             report(done, total)
@@ -289,13 +291,22 @@ def weight_names(module: nn.Module) -> list[str]:
     return list(names)
 
 
-def pieces(holder: nn.Module, key: str, name: str, source: TensorSource, changes: Mapping[str, Change]) -> dict[str, Tensor]:
-    """What stands for one tensor of a file in the module that holds it: {parameter: value}, on the host and in its final form."""
+def pieces(
+    holder: nn.Module, key: str, name: str, source: TensorSource, changes: Mapping[str, Change], rows: slice | None = None
+) -> dict[str, Tensor]:
+    """What stands for one tensor of a file, or for some of its rows, in the module that holds it.
+
+    Returns:
+        {parameter: value}, on the host and in its final form.
+    """
     if isinstance(holder, PackedLeaf) and key == "weight":
-        return holder.parts(source.packed(name))
+        return holder.parts(source.packed(name, rows))
     quantised = isinstance(holder, QuantLinear) and key == "weight"
     dtype = torch.float32 if quantised else getattr(holder, key).dtype
-    value = changes[name](name, source.read(name, torch.float32)) if name in changes else source.read(name, dtype)
+    if name in changes:  # which are made of whole tensors
+        value = changes[name](name, source.read(name, torch.float32))[rows or slice(None)]
+    else:
+        value = source.read(name, dtype, rows)
     return holder.quantise(value) if isinstance(holder, QuantLinear) and quantised else {key: value.to(dtype)}
 
 

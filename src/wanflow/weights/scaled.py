@@ -46,25 +46,27 @@ class ScaledSource:
     def path(self) -> Path:
         return self.inner.path
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
         if self.tensors[name].packing is None:
-            return self.inner.read(name, dtype)
-        return self.packed(name).dense(dtype or self.tensors[name].dtype)
+            return self.inner.read(name, dtype, rows)
+        return self.packed(name, rows).dense(dtype or self.tensors[name].dtype)
 
-    def packed(self, name: str) -> Packed:
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
         info = self.tensors[name]
         if info.packing not in LARGEST:
-            return self.inner.packed(name)
-        data = self.inner.read(name)
+            return self.inner.packed(name, rows)
+        data = self.inner.read(name, rows=rows)
         if name not in self.scales:
             self._refuse_if_scaled(name, data)
-            return Packed(info.packing, info.shape, data)
+            return Packed(info.packing, tuple(data.shape), data)
         scale = self.inner.read(self.scales[name], torch.float32)
         if not torch.isfinite(scale).all() or not scale.all():
             raise RequestError(f"{self.path}: the scale {self.scales[name]} is zero, NaN or infinite; the file is damaged")
         if scale.ndim == 1:
             scale = scale.view(()) if scale.numel() == 1 else scale.view(-1, 1)
-        return Packed(info.packing, info.shape, data, scale)
+        if rows is not None and scale.numel() > 1:
+            scale = scale[rows]
+        return Packed(info.packing, tuple(data.shape), data, scale)
 
     def _refuse_if_scaled(self, name: str, data: Tensor) -> None:
         largest = data.float().nan_to_num(posinf=LARGEST["F8_E5M2"]).abs().amax() if data.numel() else torch.zeros(())

@@ -82,11 +82,11 @@ class OfficialSource:
     def path(self) -> Path:
         return self.inner.path
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.inner.read(self.names[name], dtype)
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+        return self.inner.read(self.names[name], dtype, rows)
 
-    def packed(self, name: str) -> Packed:
-        return self.inner.packed(self.names[name])
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
+        return self.inner.packed(self.names[name], rows)
 
 
 def open_part(kind: Kind, path: Path) -> OfficialSource:
