@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.cli import generate
-from wanflow.cli.flags import Parser, given_parts
+from wanflow.cli.flags import Parser, generate_flags, given_parts
 from wanflow.config import CompleteRequest, Request, Runtime
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     p.add_argument("--figures", action="store_true", help="the times that are promised for A100 GPUs, and what reaches them")
     p.add_argument("--peaks", action="store_true", help="also the largest tensors at each peak")
     p.add_argument("--json", action="store_true", help="one JSON document")
-    generate._generate_flags(p)
+    generate_flags(p)
 
 
 def plan(args: argparse.Namespace) -> None:
