@@ -204,6 +204,7 @@ def test_small_cards_stream(card: str, ram: int, size: str) -> None:
 
 def test_what_is_set_stays_and_is_refused_in_words_where_it_cannot_be() -> None:
     wanted = Runtime(resident_blocks=40, keep_experts=False, chunk_tokens=0, vae_tile=0, t5_cpu=True, prefetch=False, stream_from="disk")
+    wanted = replace(wanted, cfg_parallel=False, ring_size=1, ulysses_size=1, dit_fsdp=False)
     plan = plan_for(described("rtx4090"), wanted)
     assert plan.runtime == wanted and not plan.fits
     with pytest.raises(RequestError) as refusal:

@@ -9,9 +9,11 @@ import torch
 
 from wanflow.assemble import DTYPES, SMALL, choose_device
 from wanflow.config import CompleteRequest, RequestError, Runtime
+from wanflow.parallel.layout import Layout
 from wanflow.plan.machines import Machine
 from wanflow.plan.model import Model
 from wanflow.plan.need import SCATTER, Kind, Need, Phase, decode_phase, expert_phases, need, on_device, streamed_bytes, text_phase
+from wanflow.plan.together import PER_MACHINE, layout_reasons, settle_layout
 from wanflow.plan.traces import Traces
 
 GB = 10**9
@@ -27,7 +29,7 @@ class Plan:
     """How a request will be run on a machine, and why.
 
     runtime: nothing in it is open. need: None for a small model, of which nothing was traced. short: what does not fit, in words.
-    offers: settings that would help and change the result, or the request.
+    offers: settings that would help and change the result, or the request. layout: how processes share it.
     """
 
     runtime: Runtime
@@ -37,6 +39,7 @@ class Plan:
     reasons: tuple[str, ...]
     short: tuple[str, ...] = ()
     offers: tuple[str, ...] = ()
+    layout: Layout = Layout()  # noqa: RUF009 (it is frozen)
 
     @property
     def fits(self) -> bool:
@@ -65,20 +68,39 @@ def traces_of(model: Model, request: CompleteRequest, runtime: Runtime, machine:
     return Traces(model, request, dtype_of(model, runtime, kind), torch.device("cuda" if here else "cpu"))
 
 
-def settle(model: Model, request: CompleteRequest, runtime: Runtime, machine: Machine, trace_small: bool = False) -> Plan:
+def settle(
+    model: Model,
+    request: CompleteRequest,
+    runtime: Runtime,
+    machine: Machine,
+    trace_small: bool = False,
+    processes: int = 1,
+    per_machine: int | None = None,
+) -> Plan:
     """A plan in which every setting is settled. Settings that are set already stay as they are, also where they do not fit.
 
     Args:
         trace_small: also trace models so small that nothing needs to be chosen (it takes seconds, which a run of them does not).
+        processes: how many share the video, each with a GPU of its own.
+        per_machine: how many of them one machine has, whose RAM they share; None: up to 8.
+
+    Raises:
+        RequestError: for a layout that is not one of so many processes.
     """
     kind = kind_of(runtime, machine)
+    runtime, layout = settle_layout(model, request, runtime, processes, per_machine or min(processes, PER_MACHINE))
+    reasons = layout_reasons(model, request, layout)
+    if processes > 1:
+        runtime = filled(runtime, vae_tile=0)
+    runtime = filled(runtime, dit_fsdp=False)
     if model.small(dtype_of(model, runtime, kind)):
         layers = model.preset.dit.num_layers
         runtime = filled(runtime, t5_cpu=False, keep_experts=True, prefetch=False, resident_blocks=layers, chunk_tokens=0, vae_tile=0)
         runtime = filled(runtime, stream_from="disk" if kind == "cpu" else "ram")
         made = need(traces_of(model, request, runtime, machine), runtime, kind) if trace_small else None
-        return Plan(runtime, machine, kind, made, ("the model is small: all of it stays in memory",))
-    return _Choice(traces_of(model, request, runtime, machine), machine, kind).plan(runtime)
+        return Plan(runtime, machine, kind, made, (*reasons, "the model is small: all of it stays in memory"), layout=layout)
+    made_plan = _Choice(traces_of(model, request, runtime, machine), machine, kind).plan(runtime)
+    return replace(made_plan, reasons=(*reasons, *made_plan.reasons), layout=layout)
 
 
 def filled(runtime: Runtime, **values: object) -> Runtime:

@@ -47,13 +47,34 @@ def completed(request: Request | CompleteRequest | None, preset: Preset) -> Comp
     return replace(wanted, lora=tuple(str(lora) for lora in loras), lora_from=None).complete(preset)
 
 
-def planned(checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteRequest | None = None) -> Plan:
-    """How a request runs on this machine, with every setting settled; it refuses nothing."""
-    return settle(describe(checkpoint), completed(request, checkpoint.preset), runtime, this_machine(checkpoint.folder))
+def planned(
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    request: Request | CompleteRequest | None = None,
+    processes: int = 1,
+    per_machine: int | None = None,
+) -> Plan:
+    """How a request runs on this machine, with every setting settled; it refuses nothing that could be tried.
+
+    Args:
+        processes, per_machine: as `settle` takes them. One process may plan for all.
+    """
+    complete = completed(request, checkpoint.preset)
+    machine = this_machine(checkpoint.folder)
+    return settle(describe(checkpoint), complete, runtime, machine, processes=processes, per_machine=per_machine)
 
 
-def guard(checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteRequest | None = None) -> Plan:
+def guard(
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    request: Request | CompleteRequest | None = None,
+    processes: int = 1,
+    per_machine: int | None = None,
+) -> Plan:
     """The plan, where it can be carried out.
+
+    Args:
+        processes, per_machine: as `settle` takes them. One process may plan for all.
 
     Raises:
         RequestError: in three lines: what is needed, what is here, what to do.
@@ -61,7 +82,8 @@ def guard(checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteR
     model, machine = describe(checkpoint), this_machine(checkpoint.folder)
     if machine.gpu == 0 or runtime.device == "cpu":
         refuse_without_gpu(model, machine)  # before anything is traced, which takes seconds
-    plan = settle(model, completed(request, checkpoint.preset), runtime, machine)
+    complete = completed(request, checkpoint.preset)
+    plan = settle(model, complete, runtime, machine, processes=processes, per_machine=per_machine)
     refuse(plan, model)
     return plan
 
