@@ -15,7 +15,7 @@ reads consecutive memory.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +117,22 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, state: State) -> Tensor:
+        """x [B, C, T, H, W] -> the same."""
+        return self.attend(x, lambda keys_values: keys_values)
+
+    def attend(self, x: Tensor, complete: Callable[[Tensor], Tensor]) -> Tensor:
+        """As `forward`, for a part of a frame: x [B, C, T, h, w] -> the same.
+
+        Args:
+            complete: takes the keys and values of these pixels, [B T, 1, h w, 2 C], to those of all the frame's, in any order.
+        """
         batch, channels, frames, height, width = x.shape
         images = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
         # In order of pixels: fused attention wants a pixel's channels together, and the unfused one has a score for each two pixels
         # (0.8 GB at 720p, several times).
         qkv = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-        q, k, v = qkv.chunk(3, dim=-1)
+        q, keys_values = qkv.split((channels, 2 * channels), dim=-1)
+        k, v = complete(keys_values).chunk(2, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(images.shape)
         out = self.proj(out).view(batch, frames, channels, height, width).transpose(1, 2)
         return x + out
@@ -212,6 +222,20 @@ def stream(layers: list[nn.Module], x: Tensor, state: State) -> Iterator[Tensor]
 
 
 STATEFUL = (CausalConv3d, ResidualBlock, AttentionBlock, Downsample, Upsample)
+
+
+def needed(layer: nn.Module, margin: int = 0) -> int:
+    """How many pixels around a box a layer must be given, for what it makes of the box and of a margin around it to be right.
+
+    Of a decoder's layers, but for the attention, which sees all. The convolutions inside a layer count as if all stood one after
+    the other, as they do but for a residual block's 1x1 shortcut, which reaches nowhere.
+
+    Args:
+        margin: in pixels of the layer's output; what is returned is in pixels of its input.
+    """
+    margin += sum(part.kernel_size[-1] // 2 for part in layer.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
+    # An upsampling's convolution sees the doubled image; half of that, rounded up, is what the small one must show.
+    return -(-margin // 2) if isinstance(layer, Upsample) else margin
 
 
 def _middle(dim: int) -> nn.Sequential:

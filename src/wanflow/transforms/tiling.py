@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.config import RequestError, VAEConfig
-from wanflow.models.vae import State, Upsample, WanVAE, stream
+from wanflow.models.vae import State, Upsample, WanVAE, needed, stream
 
 Frames = npt.NDArray[np.uint8]
 SMALLEST = 64  # pixels; with what is around it, such a tile's first layers work on seven times its own area
@@ -95,16 +95,12 @@ def halves(vae: WanVAE) -> tuple[list[nn.Module], list[nn.Module]]:
 def margins(layers: list[nn.Module]) -> list[int]:
     """How many pixels around a box each layer must be given, for the box to be right after the last; at the end a 0.
 
-    Each is in pixels of its layer's input. The convolutions inside a layer count as if all stood one after the other, as they do
-    but for a residual block's 1x1 shortcut, which reaches nowhere.
+    Each is in pixels of its layer's input.
     """
-    needed = [0]
+    found = [0]
     for layer in reversed(layers):
-        reach = sum(part.kernel_size[-1] // 2 for part in layer.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
-        margin = needed[-1] + reach
-        # An upsampling's convolution sees the doubled image; half of that, rounded up, is what the small one must show.
-        needed.append(-(-margin // 2) if isinstance(layer, Upsample) else margin)
-    return needed[::-1]
+        found.append(needed(layer, found[-1]))
+    return found[::-1]
 
 
 def trimmed(layers: list[nn.Module], box: Box, height: int, width: int) -> tuple[Box, list[nn.Module]]:
