@@ -6,10 +6,10 @@ PROMPT ?= a large red star moves right on a blue background
 OUT ?= out/demo.mp4
 COUNT ?= 2000
 
-.PHONY: help install demo test fuzz check format bench nano clean
+.PHONY: help install demo test test-distributed fuzz check format bench nano clean
 
 help:            ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 install: $(VENV)/.installed  ## .venv with everything that tests and demo need
 
@@ -26,6 +26,9 @@ demo: install    ## a prompt becomes an mp4; make demo PROMPT="a small cyan cros
 
 test: install    ## the test suite
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+test-distributed: install  ## every layout on up to 8 processes (make test takes up to 4)
+	$(BIN)/python -m pytest -m distributed
 
 fuzz: install    ## 2,000 damaged files for every container; make fuzz COUNT=20000
 	WANFLOW_FUZZ=$(COUNT) $(BIN)/python -m pytest tests/test_fuzz.py

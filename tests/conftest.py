@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import processes as processes  # a fixture
 
 import wanflow
 from wanflow.pipeline import Pipeline

@@ -7,25 +7,18 @@ Numbers of processes that would be slow here are played by PyTorch's fake group,
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from filelock import FileLock
+from processes import CPU, Processes, played
 from torch import Tensor, nn
 
 from wanflow.config import DiTConfig, RequestError
@@ -43,7 +36,6 @@ WIDE = replace(GOLDEN, dim=240, num_heads=40)
 SMALL = replace(NANO.dit, num_layers=3)
 QUICK, SLOW = (2, 3, 4), (6, 8)
 FAKE = (5, 7, 16)
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.distributed
 
 
@@ -127,29 +119,9 @@ def alone(name: str) -> Tensor:
 # what the processes do
 
 
-@contextmanager
-def joined(rank: int, size: int, folder: Path, name: str) -> Iterator[mesh.Ranks]:
-    """In a group of its own, found by a file."""
-    store = dist.FileStore(str(folder / f"{name}.store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
-    try:
-        yield mesh.Ranks(rank, size, CPU)
-    finally:
-        mesh.stop()
-
-
-def work(rank: int, world_sizes: tuple[int, ...], folder: Path) -> None:
-    """All layouts of every size that this process is part of; what came out goes into a file."""
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        for size in world_sizes:
-            if rank >= size:
-                continue
-            with joined(rank, size, folder, f"{size}") as ranks:
-                found = {str(layout): on_layout(form(layout, ranks, 60)) for layout in layouts(size)}
-            torch.save(found, folder / f"{size}-{rank}.pt")
-        if rank < 2 and 2 in world_sizes:
-            torch.save(left_alone(rank, folder), folder / f"alone-{rank}.pt")
+def work(ranks: mesh.Ranks) -> dict[str, Any]:
+    """What came out on every layout."""
+    return {str(layout): on_layout(form(layout, ranks, 60)) for layout in layouts(ranks.size)}
 
 
 def on_layout(team: Team) -> dict[str, Any]:
@@ -176,63 +148,29 @@ def on_layout(team: Team) -> dict[str, Any]:
     return found
 
 
-def left_alone(rank: int, folder: Path) -> tuple[str, float]:
+def left_alone(ranks: mesh.Ranks) -> tuple[str, float]:
     """What a process is told, and when, that waits for one which does not come."""
-    with joined(rank, 2, folder, "alone") as ranks:
-        team = form(Layout(ulysses=2), ranks, timeout_s=2)
-        case = CASES["plain"]
-        model = model_of(case)
-        connect(model, team, KERNEL.attend)
-        team.first(0)
-        began = time.monotonic()
-        if rank == 1:
-            time.sleep(5)
-            return "", 0
-        with pytest.raises(RuntimeError) as error:
-            model(*inputs(case), sharded(team))
-        return str(error.value), time.monotonic() - began
+    team = form(Layout(ulysses=2), ranks, timeout_s=2)
+    case = CASES["plain"]
+    model = model_of(case)
+    connect(model, team, KERNEL.attend)
+    team.first(0)
+    began = time.monotonic()
+    if ranks.rank == 1:
+        time.sleep(5)
+        return "", 0
+    with pytest.raises(RuntimeError) as error:
+        model(*inputs(case), sharded(team))
+    return str(error.value), time.monotonic() - began
 
 
-Worked = Callable[[int], list[dict[str, Any]]]
-
-
-@pytest.fixture
-def worked(folder: Path) -> Worked:
-    """What each of so many processes found. They are started once, whichever of pytest's own processes comes first."""
-
-    def results(size: int) -> list[dict[str, Any]]:
-        group = QUICK if size in QUICK else SLOW
-        ended = folder / f"ended-{max(group)}.json"
-        with FileLock(ended.with_suffix(".lock")):
-            if not ended.exists():
-                ended.write_text(json.dumps(start(group, folder)))
-        assert json.loads(ended.read_text()) == [0] * max(group)
-        return [torch.load(folder / f"{size}-{rank}.pt", weights_only=True, mmap=True) for rank in range(size)]
-
-    return results
+Worked = Callable[[int], Sequence[dict[str, Any]]]
 
 
 @pytest.fixture
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all of pytest's processes in this run."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def start(group: tuple[int, ...], folder: Path) -> list[int | None]:
-    """Run `work` in as many processes as the largest size needs; how they ended."""
-    # A fork of a process that has imported torch starts at once.
-    context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-    context.set_forkserver_preload([__name__])
-    processes = [context.Process(target=work, args=(rank, group, folder), daemon=True) for rank in range(max(group))]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-    return [process.exitcode for process in processes]
+def worked(processes: Processes) -> Worked:
+    """What each of so many processes found."""
+    return lambda size: processes(work, size, QUICK if size in QUICK else SLOW)
 
 
 SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
@@ -310,22 +248,12 @@ def test_what_is_sent_is_what_the_plan_says(size: int, worked: Worked) -> None:
                 assert {key: value for key, value in found[str(layout)]["sent"][name].items() if value} == wanted, (layout, rank, name)
 
 
-def test_a_process_left_alone_fails_in_time(worked: Worked, folder: Path) -> None:
-    worked(2)
-    error, took = torch.load(folder / "alone-0.pt", weights_only=True)
+def test_a_process_left_alone_fails_in_time(processes: Processes) -> None:
+    error, took = processes(left_alone, 2, (2,))[0]
     assert "imed out" in error and 1.5 < took < 5
 
 
 # one process that plays many
-
-
-@contextmanager
-def played(rank: int, size: int) -> Iterator[mesh.Ranks]:
-    dist.init_process_group("fake", rank=rank, world_size=size)
-    try:
-        yield mesh.Ranks(rank, size, CPU)
-    finally:
-        mesh.stop()
 
 
 @pytest.mark.parametrize("size", FAKE)

@@ -16,10 +16,10 @@ EVERY = 2.0  # seconds between two lines
 
 
 class Screen:
-    """Where everything for people goes: standard error."""
+    """Where everything for people goes: standard error. One that does not speak shows nothing."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, speaks: bool = True) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not speaks)
         self._reading = ""
         self._began = self._told = time.monotonic()
 

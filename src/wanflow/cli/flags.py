@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from wanflow.config import QUANTIZATIONS, SOLVERS
+from wanflow.config import QUANTIZATIONS, SOLVERS, RequestError
 from wanflow.presets import SETTINGS
 
 if TYPE_CHECKING:
@@ -23,10 +24,20 @@ STATE_SUFFIX = ".latent.safetensors"
 
 
 class Parser(argparse.ArgumentParser):
-    """One line of error, exit code 2."""
+    """What it refuses is a RequestError like any other: of several processes one says it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists what there is)\n")
+        raise RequestError(f"{message} ({self.prog} --help lists what there is)")
+
+
+def seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return found
 
 
 def yes_or_no(text: str) -> bool:
@@ -35,6 +46,39 @@ def yes_or_no(text: str) -> bool:
     if text.lower() in ("false", "no", "0", "n", "f"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def parallel(text: str) -> dict[str, int]:
+    """`auto` -> {}; `cfg2xulysses4` -> {"cfg": 2, "ring": 1, "ulysses": 4}."""
+    if text == "auto":
+        return {}
+    found = [re.fullmatch(r"(cfg|ring|ulysses)([1-9]\d{0,3})", part) for part in text.lower().split("x")]
+    sizes = {part[1]: int(part[2]) for part in found if part}
+    if len(sizes) != len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a layout such as cfg2xulysses4 (of cfg, ring and ulysses)")
+    return {"cfg": 1, "ring": 1, "ulysses": 1, **sizes}
+
+
+def layout(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a Runtime that say how processes share the work, as far as flags set them.
+
+    Raises:
+        RequestError: where one thing is said twice.
+    """
+    single = {
+        "cfg_parallel": args.cfg_parallel,
+        "ring_size": args.ring_size,
+        "ulysses_size": None if args.ulysses_size == 1 else args.ulysses_size,
+    }
+    if args.parallel:
+        twice = [f"--{name}" for name, value in single.items() if value is not None]
+        if twice:
+            raise RequestError(f"--parallel says all of the layout; leave out {', '.join(twice)}")
+        cfg = args.parallel["cfg"]
+        if cfg > 2:
+            raise RequestError(f"--parallel cfg{cfg}: guidance has two branches, so it is 1 or 2")
+        single = {"cfg_parallel": cfg == 2, "ring_size": args.parallel["ring"], "ulysses_size": args.parallel["ulysses"]}
+    return {**single, "dit_fsdp": args.dit_fsdp or None}
 
 
 def text_cache(named: str | None) -> str | None:
@@ -58,10 +102,12 @@ def generate_flags(p: argparse.ArgumentParser) -> None:
     official.add_argument("--frame_num", type=int, help="frames, 4n+1 (81)")
     official.add_argument("--ckpt_dir", help="folder of the weights, or nano")
     official.add_argument("--offload_model", type=yes_or_no, help="keep only the expert at work in memory (true unless the model is small)")
-    official.add_argument("--ulysses_size", type=int, default=1)
-    official.add_argument("--t5_fsdp", action="store_true")
+    official.add_argument("--ulysses_size", type=int, default=1, help="processes that share the attention heads; 1 leaves it to the plan")
+    official.add_argument(
+        "--t5_fsdp", action="store_true", help="accepted: the text encoder passes through one process block by block anyway"
+    )
     official.add_argument("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
-    official.add_argument("--dit_fsdp", action="store_true")
+    official.add_argument("--dit_fsdp", action="store_true", help="each process keeps a share of the experts' weights")
     official.add_argument("--save_file", type=Path, help="where to write the video")
     official.add_argument("--prompt")
     official.add_argument("--use_prompt_extend", action="store_true")
@@ -111,6 +157,12 @@ def generate_flags(p: argparse.ArgumentParser) -> None:
     )
     memory.add_argument("--attention", default="auto", metavar="KERNEL", help="auto, or a name that `wanflow doctor` lists")
     memory.add_argument("--text_cache", metavar="DIR", help="where encoded prompts are kept (the user's cache); none: nowhere")
+    several = p.add_argument_group("several processes", "under torchrun; what is left out, the plan settles")
+    several.add_argument("--cfg_parallel", type=yes_or_no, help="one half of the processes for each branch of guidance")
+    several.add_argument("--ring_size", type=int, metavar="N", help="processes among which keys and values go round")
+    several.add_argument(
+        "--parallel", type=parallel, default=None, metavar="LAYOUT", help="auto, or all at once, as in cfg2xring2xulysses4"
+    )
     ours.add_argument("--resume", type=Path, metavar="FILE", help=f"continue a run saved as FILE (*{STATE_SUFFIX})")
     ours.add_argument("--force", action="store_true", help="start although the machine is too small")
     run_flags(p, save_file=False)
@@ -130,3 +182,7 @@ def run_flags(p: argparse.ArgumentParser, save_file: bool = True) -> None:
         p.add_argument("--save_file", type=Path, help="where to write the video")
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
     p.add_argument("--contact_sheet", action="store_true", help="also write a PNG of the frames beside the video")
+    p.add_argument("--gpus", metavar="0,1,...", help="one process on each of these GPUs; cpu,cpu: two processes on the CPU")
+    p.add_argument(
+        "--timeout", type=seconds, default=600.0, metavar="SECONDS", help="the run ends when one process keeps others waiting so long (600)"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import shlex
 import signal
@@ -13,12 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanflow.cli.flags import OTHER_TASKS, STATE_SUFFIX, Parser, generate_flags, given_parts, part_flags, run_flags, text_cache
+from wanflow.cli.flags import OTHER_TASKS, STATE_SUFFIX, Parser, generate_flags, given_parts, layout, part_flags, run_flags, text_cache
 from wanflow.config import CompleteRequest, Request, RequestError, Runtime
 from wanflow.presets import with_settings
 
 if TYPE_CHECKING:
+    from wanflow.parallel.mesh import Ranks
     from wanflow.pipeline import Pipeline, Progress, Run
+    from wanflow.plan import Plan
     from wanflow.screen import Screen
     from wanflow.weights.load import Checkpoint
     from wanflow.weights.source import Part
@@ -52,11 +55,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     from wanflow.assemble import assemble
-    from wanflow.plan import advice, guard, planned
-    from wanflow.screen import Screen
-    from wanflow.weights.loras import find_loras
+    from wanflow.parallel.mesh import agree
 
-    _refuse_what_is_not_built(args)
+    _refuse_other_tasks(args)
     if args.resume:
         return _resume(args)
     if args.ckpt_dir is None and not given_parts(args):
@@ -64,9 +65,23 @@ def generate(args: argparse.Namespace) -> None:
     if not args.prompt:
         raise RequestError("--prompt is missing: say what the video should show")
     request, runtime = _request(args), _runtime(args)
-    if args.save_file is not None:
+    ranks, screen = _join(args, args.device)
+    if args.save_file is not None and ranks.rank == 0:
         _check_target(args.save_file, args.overwrite)
     checkpoint = _open(args.ckpt_dir, given_parts(args))
+    request, runtime = agree(ranks, lambda: _decide(args, request, _here(runtime, ranks), checkpoint, screen, ranks.size))
+    pipe = assemble(checkpoint, _here(runtime, ranks), screen.loading, ranks)
+    run = pipe.begin(request)
+    _make(pipe, run, args.save_file or _default_target(args.task, run), args, screen)
+
+
+def _decide(
+    args: argparse.Namespace, request: Request, runtime: Runtime, checkpoint: Checkpoint, screen: Screen, processes: int
+) -> tuple[Request, Runtime]:
+    """What to make and how, with nothing left open in how. One of several processes decides for all."""
+    from wanflow.plan import advice
+    from wanflow.weights.loras import find_loras
+
     find_loras(request.loras())  # and a LoRA that is missing
     request.complete(checkpoint.preset)  # refuse a bad request before a server is asked to extend its prompt
     request = _extended(args, request)
@@ -76,38 +91,62 @@ def generate(args: argparse.Namespace) -> None:
         logger.warning(
             "--preset %s is for weights with a distilled LoRA, and no --lora is given: so few steps blur without one", args.preset
         )
-    screen = Screen()
-    plan = planned(checkpoint, runtime, request) if args.force else guard(checkpoint, runtime, request)
-    for reason in plan.reasons if plan.need else ():
+    plan = _plan(checkpoint, runtime, request, args.force, processes)
+    for reason in plan.reasons if plan.need or processes > 1 else ():
         screen.say(f"plan: {reason}")
-    pipe = assemble(checkpoint, plan.runtime, screen.loading)
-    run = pipe.begin(request)
-    _make(pipe, run, args.save_file or _default_target(args.task, run), args, screen)
+    return request, plan.runtime
+
+
+def _plan(checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteRequest, force: bool, processes: int) -> Plan:
+    from wanflow.plan import guard, planned
+
+    return (planned if force else guard)(checkpoint, runtime, request, processes=processes)
+
+
+def _join(args: argparse.Namespace, device: str) -> tuple[Ranks, Screen]:
+    """Join the processes that torchrun or `--gpus` started; alone where there are none. The first one shows what goes on."""
+    from wanflow.assemble import choose_device
+    from wanflow.parallel import mesh
+    from wanflow.screen import Screen
+
+    alone = mesh.place()[1] == 1
+    ranks = mesh.start(choose_device("cpu" if alone else device))
+    if ranks.rank > 0:
+        logger.setLevel(logging.ERROR)
+    return ranks, Screen(ranks.rank == 0)
+
+
+def _here(runtime: Runtime, ranks: Ranks) -> Runtime:
+    """The same for this process: of several, each has a device of its own."""
+    return replace(runtime, device=str(ranks.device)) if ranks.size > 1 else runtime
 
 
 def _resume(args: argparse.Namespace) -> None:
+    from wanflow.parallel.mesh import agree
     from wanflow.pipeline import Run
-    from wanflow.screen import Screen
 
-    run = Run.load(args.resume)
     settled = [f"--{flag}" for flag in SETTLED if getattr(args, flag) is not None]
     if settled:
         raise RequestError(f"--resume continues a saved run, in which {', '.join(settled)} is settled; leave it out")
+    ranks, screen = _join(args, args.device)
+    run = agree(ranks, lambda: Run.load(args.resume))
     target = args.save_file or _beside(args.resume)
-    _check_target(target, args.overwrite)
-    screen = Screen()
-    _make(_reopen(run.recipe, args, screen, args.device), run, target, args, screen)
+    if ranks.rank == 0:
+        _check_target(target, args.overwrite)
+    pipe = _reopen(run.recipe, args, screen, ranks, replace(_runtime(args), device=args.device))
+    _make(pipe, run, target, args, screen)
 
 
 def replay(args: argparse.Namespace) -> None:
-    from wanflow.screen import Screen
+    from wanflow.parallel.mesh import agree
     from wanflow.video import read_recipe
 
-    recipe = read_recipe(args.video)
+    ranks, screen = _join(args, "auto")
+    recipe = agree(ranks, lambda: read_recipe(args.video))
     target = args.save_file or args.video.with_name(f"{args.video.stem}_replay{args.video.suffix}")
-    _check_target(target, args.overwrite)
-    screen = Screen()
-    pipe = _reopen(recipe, args, screen)
+    if ranks.rank == 0:
+        _check_target(target, args.overwrite)
+    pipe = _reopen(recipe, args, screen, ranks)
     try:
         request = Request(**recipe["request"])
     except (KeyError, TypeError) as error:
@@ -120,18 +159,19 @@ def replay(args: argparse.Namespace) -> None:
 
 
 def decode(args: argparse.Namespace) -> None:
+    from wanflow.parallel.mesh import agree
     from wanflow.pipeline import Run
-    from wanflow.screen import Screen
 
-    run = Run.load(args.latent)
+    ranks, screen = _join(args, "auto")
+    run = agree(ranks, lambda: Run.load(args.latent))
     if not run.finished:
         raise RequestError(
             f"{args.latent} stands at step {run.state.index} of {run.request.sample_steps}; finish it with: wanflow generate --resume"
         )
     target = args.save_file or _beside(args.latent)
-    _check_target(target, args.overwrite)
-    screen = Screen()
-    _make(_reopen(run.recipe, args, screen, finished=True), run, target, args, screen)
+    if ranks.rank == 0:
+        _check_target(target, args.overwrite)
+    _make(_reopen(run.recipe, args, screen, ranks, finished=True), run, target, args, screen)
 
 
 def _beside(state_file: Path) -> Path:
@@ -139,31 +179,40 @@ def _beside(state_file: Path) -> Path:
     return state_file.with_name(state_file.name.removesuffix(STATE_SUFFIX) + ".mp4")
 
 
-def _reopen(recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, device: str = "auto", finished: bool = False) -> Pipeline:
-    """The pipeline that made a recipe, on this machine: same weights, dtype and choices, and its device where there is one."""
-    from wanflow.assemble import assemble
-    from wanflow.plan import guard, planned
+def _reopen(
+    recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, ranks: Ranks, asked: Runtime | None = None, finished: bool = False
+) -> Pipeline:
+    """The pipeline that made a recipe, on this machine: same weights, dtype and choices, and its device where there is one.
 
+    On how many processes it was made does not matter; how these ones share the work is `asked`'s matter, and the plan's.
+    """
+    from wanflow.assemble import assemble
+    from wanflow.parallel.mesh import agree
+
+    asked = asked or Runtime()
     try:
         request = CompleteRequest(**recipe["request"])
         made = recipe["runtime"]
-        wanted = made["device"] if device == "auto" else device
+        wanted = made["device"] if asked.device == "auto" else asked.device
         noise, cfg_batch = recipe["noise_device"], recipe["cfg_batch"]
         runtime = Runtime(
             wanted, made["dtype"], made["t5_cpu"] or None, cfg_batch=cfg_batch, noise_device=noise, lora=made.get("lora", "live"),
             chunk_tokens=made.get("chunk_tokens") or None, vae_tile=made.get("vae_tile") or None, quantize=made.get("quantize", ""),
             quantize_layers=made.get("quantize_layers", "ffn"), attention=made.get("attention", "auto"), text_cache=text_cache(None),
+            cfg_parallel=asked.cfg_parallel, ring_size=asked.ring_size, ulysses_size=asked.ulysses_size, dit_fsdp=asked.dit_fsdp,
         )  # fmt: skip
+        if ranks.size > 1:  # which decode in strips
+            runtime = replace(runtime, vae_tile=None)
         model = args.ckpt_dir or _model_of(recipe)
         given = given_parts(args) or (
             {} if args.ckpt_dir else {part: Path(path) for part, path in recipe["model"].get("parts", {}).items()}
         )
     except (KeyError, TypeError) as error:
         raise RequestError(f"the recipe is incomplete or of another version: {error} is missing") from None
-    runtime = _possible_here(runtime, checkpoint := _open(model, given))
+    runtime = _possible_here(_here(runtime, ranks), checkpoint := _open(model, given))
     # A latent that is finished can be decoded where a denoising step would not run.
-    plan = planned(checkpoint, runtime, request) if args.force or finished else guard(checkpoint, runtime, request)
-    pipe = assemble(checkpoint, plan.runtime, screen.loading)
+    runtime = agree(ranks, lambda: _plan(checkpoint, runtime, request, args.force or finished, ranks.size).runtime)
+    pipe = assemble(checkpoint, _here(runtime, ranks), screen.loading, ranks)
     _same_weights(recipe, pipe.parts.made_by, args.force)
     return pipe
 
@@ -188,10 +237,16 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
 
 
 def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, screen: Screen) -> None:
-    """Denoise, decode and write, keeping the run's state on disk until the video is safely there."""
+    """Denoise, decode and write, keeping the run's state on disk until the video is safely there; the first of several writes."""
     from wanflow.pipeline import save_frames
     from wanflow.sanity import OutputError
 
+    if pipe.team.ranks.rank > 0:
+        pipe.take_loras(run)
+        run = pipe.resume(run)
+        for _ in pipe.frames(run):
+            pass
+        return
     if run.request.frame_num == 1 and args.save_file is None:
         target = target.with_suffix(".png")
     _check_target(target, args.overwrite)
@@ -199,22 +254,29 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
     pipe.take_loras(run)
     screen.begin(run, target)
     keeper = StateKeeper(run, state_file)
+
+    def keep() -> None:
+        """Write down where the run stands, whatever ends it."""
+        if keeper.run.state.index == 0:
+            return
+        keeper.run.save(state_file)
+        where = f"step {keeper.run.state.index} of {run.request.sample_steps}"
+        names = f"--resume {shlex.quote(str(state_file))} --save_file {shlex.quote(str(target))}"
+        screen.say(f"stopped at {where}; go on with: wanflow generate {names}")
+
+    args.watch.last_will = keep
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with screen.denoising(run) as on_step:
             run = pipe.resume(run, lambda told: keeper(told) and on_step(told))
         run.save(state_file)
         save_frames(target, pipe.frames(run, screen.decoding()), run.request.fps, run.recipe, args.overwrite)
-    except KeyboardInterrupt:
-        keeper.run.save(state_file)
-        where = f"step {keeper.run.state.index} of {run.request.sample_steps}"
-        names = f"--resume {shlex.quote(str(state_file))} --save_file {shlex.quote(str(target))}"
-        screen.say(f"stopped at {where}; go on with: wanflow generate {names}")
-        raise
     except (OSError, OutputError):
+        args.watch.last_will = None
         if run.finished and state_file.exists():
             screen.say(f"the finished latent is kept in {state_file}; finish it with: wanflow decode {shlex.quote(str(state_file))}")
         raise
+    args.watch.last_will = None
     for file in {state_file, getattr(args, "resume", None) or state_file}:
         file.unlink(missing_ok=True)
     screen.say(f"saved {target}")
@@ -257,7 +319,7 @@ def _runtime(args: argparse.Namespace) -> Runtime:
     return Runtime(
         args.device, args.dtype, args.t5_cpu or None, keep, args.cfg_batch, args.noise_device, args.lora_mode or "live", args.prefetch,
         args.resident_blocks, args.stream_from, args.chunk_tokens, args.vae_tile, args.quantize or "", args.quantize_layers, args.attention,
-        text_cache(args.text_cache),
+        text_cache(args.text_cache), **layout(args),
     )  # fmt: skip
 
 
@@ -275,16 +337,18 @@ def _extended(args: argparse.Namespace, request: Request) -> Request:
     return replace(request, prompt=extend(request.prompt, args.prompt_extend_target_lang, args.prompt_extend_model, url, key))
 
 
-def _refuse_what_is_not_built(args: argparse.Namespace) -> None:
+def _refuse_other_tasks(args: argparse.Namespace) -> None:
+    """RequestError for what this command cannot do, before anything is looked at."""
     if args.task != "t2v-A14B":
         raise RequestError(f"--task {args.task} is another model; wanflow runs t2v-A14B")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    several = [flag for flag in ("dit_fsdp", "t5_fsdp") if getattr(args, flag)] + (["ulysses_size"] if args.ulysses_size != 1 else [])
-    if processes > 1 or several:
-        what = f"{processes} processes" if processes > 1 else f"--{several[0]}"
+    processes, wanted = int(os.environ.get("WORLD_SIZE", "1")), layout(args)
+    sizes = [2 if wanted["cfg_parallel"] else 1, wanted["ring_size"] or 1, wanted["ulysses_size"] or 1]
+    if processes == 1 and (math.prod(sizes) > 1 or args.dit_fsdp):
+        count = max(2, math.prod(sizes))
+        said = "--dit_fsdp" if math.prod(sizes) == 1 else f"a layout of {count} processes"
         raise RequestError(
-            f"{what}: one video on several GPUs is not built yet; run `python generate.py` on one GPU, without torchrun,"
-            f" --dit_fsdp, --t5_fsdp and --ulysses_size",
+            f"{said} needs several processes, and there is one: start them with torchrun --nproc_per_node={count} generate.py ...,"
+            f" or with wanflow generate --gpus {','.join(str(number) for number in range(count))} ...",
             *_what_is_missing(args.ckpt_dir),
         )
     unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]

@@ -9,19 +9,21 @@ waiting until the group's timeout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
+from wanflow.parallel.layout import Group, Team
 from wanflow.parallel.mesh import Ranks
+from wanflow.parallel.shares import rows_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -131,7 +133,7 @@ def mean(value: Tensor, ranks: Ranks) -> Tensor:
 # sampling
 
 
-def share_out(model: WanDiT, mesh: DeviceMesh) -> None:
+def share_out(model: WanDiT, team: Team) -> None:
     """Let each process keep some rows of every matmul weight of the blocks; a block is whole while it works.
 
     To be called on a model that is laid out on meta, before `load_module`, which then reads this process' rows alone. Packed and
@@ -139,11 +141,12 @@ def share_out(model: WanDiT, mesh: DeviceMesh) -> None:
     (0.5 GB of 28.6 in bfloat16), stays whole, so that LoRAs may change it in place. `forward` and `text_states` may be called; every
     process must make the same calls. No gradient goes through it.
     """
-    ignored = set(model.parameters())
+    mesh, ignored = team.mesh, set(model.parameters())
     for block in model.blocks:
-        shared = {parameter for leaf in block.modules() for parameter in _rows_of(leaf)}
+        shared = {parameter for leaf in block.modules() for parameter in rows_of(leaf)}
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=set(block.parameters()) - shared)
         register_fsdp_forward_method(block, "text_kv")
+        cast(FSDPModule, block).set_custom_all_gather(cast(Any, Gather(team.world)))
         ignored -= shared
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
     register_fsdp_forward_method(model, "text_states")
@@ -151,9 +154,16 @@ def share_out(model: WanDiT, mesh: DeviceMesh) -> None:
         block._apply(lambda value: torch.empty_like(value, device=mesh.device_type) if isinstance(value, DTensor) else value)  # type: ignore[no-untyped-call]
 
 
-def _rows_of(leaf: nn.Module) -> list[nn.Parameter]:
-    """What a matmul has for each of its output features, but for the bias: its weight, or packed data and their scales."""
-    if not hasattr(leaf, "in_features"):
-        return []
-    own = leaf.named_parameters(recurse=False)
-    return [value for name, value in own if name != "bias" and value.ndim and len(value) == leaf.out_features]
+class Gather:
+    """What FSDP calls to make a block whole: as bytes, since not every backend knows float8; and counted, as "weights"."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
+        self.group.traffic.add("weights", (self.group.size - 1) * input_tensor.nbytes)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the second is its name before PyTorch 2.13
+        return cast("dist.Work | None", gather(output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), group, async_op))

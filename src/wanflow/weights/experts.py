@@ -75,7 +75,7 @@ def open_expert(
 
         source = open_part("dit", checkpoint.experts[which])
         model = expert_structure(checkpoint.preset.dit, source, where.runtime, where.dtype, where.device, changes or {})
-        share_out(model, where.team.mesh)
+        share_out(model, where.team)
         load_module(model, source, where.device, report, changes)
         return model
     resident = where.resident(checkpoint.preset.dit.num_layers)
