@@ -6,15 +6,14 @@ import argparse
 import logging
 import os
 import sys
-import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from wanflow.cli import doctor, download, generate, plan, train, weights
+from wanflow.cli import doctor, download, generate, launch, plan, train, weights
 from wanflow.cli.flags import Parser
 from wanflow.config import RequestError
-
-RANK_ZERO_SPEAKS = 5.0  # seconds: torchrun ends all processes when one ends, and the first to end should be the one that says why
+from wanflow.parallel.watch import Watch
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate.generate,
@@ -42,38 +41,62 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Run one command and return its exit code."""
-    args = build_parser().parse_args(argv)
-    quiet = int(os.environ.get("RANK", "0")) != 0
+    """Run one command and return its exit code. One of several processes that fails does not return: see `Watch.fail`."""
+    rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
-    logging.getLogger("wanflow").setLevel(logging.INFO)
-
-    def fail(code: int, text: str) -> int:
-        if quiet:
-            time.sleep(RANK_ZERO_SPEAKS)
-        else:
-            print(f"wanflow: {text}", file=sys.stderr, flush=True)
-        return code
-
+    logging.getLogger("wanflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    watch = Watch(rank=rank)
     try:
+        if several:
+            watch = _among_others()
+        args = build_parser().parse_args(argv)
+        args.watch = watch
+        watch.timeout_s = getattr(args, "timeout", watch.timeout_s)
+        if getattr(args, "gpus", None) is not None and (processes := launch.prepare(args)):
+            return launch.launch(argv, processes)
         COMMANDS[args.command](args)
-    except RequestError as error:
-        return fail(2, str(error))
-    except KeyboardInterrupt:
-        return fail(130, "interrupted")
-    except ModuleNotFoundError as error:
-        return fail(1, f"{error.name} is not installed; run `make install`, or pip install wanflow")
+    except SystemExit:  # --help
+        watch.leave()
+        raise
     except BrokenPipeError:  # who read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        return fail(1, str(error))
-    except RuntimeError as error:
-        if type(error).__name__ not in ("OutputError", "OutOfMemoryError"):
+    except BaseException as error:
+        code, text = _words(error)
+        if text is not None:
+            return watch.fail(code, text, sure=code != 130)
+        if watch.store is None:
+            watch.keep()
             raise
-        return fail(
-            1, f"{error}" if type(error).__name__ == "OutputError" else f"out of memory: {error}; try a smaller --size or fewer frames"
-        )
+        # The end of another process breaks collectives, which is a RuntimeError here; any other is this one's own.
+        trace = "".join(traceback.format_exception(error))
+        return watch.fail(code, f"{type(error).__name__}: {error}", not isinstance(error, RuntimeError), trace)
+    watch.leave()
     return 0
+
+
+def _among_others() -> Watch:
+    """The watch of one of several processes, begun: before anything that can fail in one of them."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch prints the stack where a store breaks; we say it in words
+    from wanflow.parallel.mesh import meet
+
+    watch = meet()
+    watch.start()
+    return watch
+
+
+def _words(error: BaseException) -> tuple[int, str | None]:
+    """Exit code and message for what ends a command; no message for what nobody expected."""
+    if isinstance(error, RequestError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, ModuleNotFoundError):
+        return 1, f"{error.name} is not installed; run `make install`, or pip install wanflow"
+    if isinstance(error, OSError) or type(error).__name__ == "OutputError":
+        return 1, str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return 1, f"out of memory: {error}; try a smaller --size or fewer frames"
+    return 1, None
 
 
 def entry(argv: list[str] | None = None) -> NoReturn:

@@ -149,7 +149,7 @@ def sent(
 
 @dataclass
 class Traffic:
-    """What this process sent to others, by what it was: bytes, and collectives."""
+    """What this process sent to others, by what it was: bytes, and collectives. Counted before it goes: the watch compares the calls."""
 
     sent: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
@@ -177,18 +177,18 @@ class Group:
 
     def all_to_all(self, what: str, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Flat and contiguous, [sum of sent] -> [sum of received]: so many numbers to each, and from each, in order of rank."""
+        self.traffic.add(what, (sum(sent) - sent[self.rank]) * values.itemsize)
         got = values.new_empty(sum(received))
         if self.handle is not None:
             dist.all_to_all_single(got, values, list(received), list(sent), group=self.handle)
-        self.traffic.add(what, (sum(sent) - sent[self.rank]) * values.itemsize)
         return got
 
     def all_gather(self, what: str, values: Tensor) -> list[Tensor]:
         """Everybody's, in order of rank; of one shape."""
+        self.traffic.add(what, (self.size - 1) * values.nbytes)
         got = list(values.new_empty(self.size, *values.shape))
         if self.handle is not None:
             dist.all_gather(got, values.contiguous(), group=self.handle)
-        self.traffic.add(what, (self.size - 1) * values.nbytes)
         return got
 
     def pass_on(self, what: str, values: Tensor, arriving: Tensor) -> list[dist.Work]:
@@ -206,9 +206,9 @@ class Group:
 
     def from_first(self, what: str, values: Tensor) -> Tensor:
         """What the first process has; the others' is overwritten."""
+        self.traffic.add(what, (self.size - 1) * values.nbytes if self.rank == 0 else 0)
         if self.handle is not None:
             dist.broadcast(values, group=self.handle, group_src=0)
-        self.traffic.add(what, (self.size - 1) * values.nbytes if self.rank == 0 else 0)
         return values
 
 
