@@ -753,6 +753,21 @@ def test_full_size_memory(sparse: Path) -> None:
     assert loaded["model"] * 0.95 < loaded["peak"] < loaded["model"] * 1.25
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc")
+def test_a_share_is_read_alone(sparse: Path) -> None:
+    """One process of four reads its rows of a published file, and never holds more. (At full size: benchmarks/results.)"""
+    script = HERE.parent / "benchmarks" / "load_shares.py"
+    command = [sys.executable, str(script), str(sparse / "two"), "--processes", "4"]
+    env = {"PYTHONPATH": str(HERE.parent / "src"), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # A quarter of two blocks (1.4 GB in bfloat16), and what stands outside the blocks whole.
+    assert found["own_weights_GB"] < found["whole_expert_GB"] - 0.7 * 1.4
+    assert found["own_weights_GB"] * 0.95 < found["peak_anonymous_GB"] < found["own_weights_GB"] * 1.05 + 0.1
+    assert found["read_GB"] < found["file_GB"] - 0.7 * 2.8
+
+
 def test_the_sparse_folder_is_recognised_as_the_published_model(sparse: Path) -> None:
     assert open_checkpoint(sparse / "full").preset == T2V_A14B
     assert len(fingerprint(open_checkpoint(sparse / "full"))) == 16
