@@ -26,7 +26,7 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.plan import Machine, Plan, advice, describe, described, guard, planned, published, settle
 from wanflow.plan.estimate import WAYS, estimate, figures, rated
-from wanflow.plan.machines import GPUS, Rates, rates
+from wanflow.plan.machines import GPUS, Rates
 from wanflow.plan.need import expert_phases, on_device
 from wanflow.plan.starting import LEAST, refuse
 from wanflow.plan.trace import Trace, fake, materialise
@@ -49,6 +49,12 @@ def of(preset: Preset, **wanted: Any) -> Any:
 @cache
 def plan_for(machine: Machine, runtime: Runtime = Runtime(), **wanted: Any) -> Plan:  # noqa: B008
     return settle(published(), of(T2V_A14B, **wanted), runtime, machine)
+
+
+@cache
+def together(processes: int, gpu: str = "a100-80gb", ram: int = 64, runtime: Runtime = Runtime(), **wanted: Any) -> Plan:  # noqa: B008
+    """A plan for a machine with so many GPUs."""
+    return settle(published(), of(T2V_A14B, **wanted), runtime, described(gpu, processes, ram=ram), processes=processes)
 
 
 # the trace
@@ -297,7 +303,7 @@ def test_nano_passes_and_gets_every_setting() -> None:
 
 def test_no_room_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     tight = replace(described("none", ram=1), ram_free=10 * MB)
-    monkeypatch.setattr("wanflow.plan.starting.this_machine", lambda folder: tight)
+    monkeypatch.setattr("wanflow.plan.starting.this_machine", lambda folder, used: tight)
     with pytest.raises(RequestError) as refusal:
         guard(resolve("nano"), Runtime(device="cpu"))
     assert "free RAM" in str(refusal.value) and "do:" in str(refusal.value)
@@ -372,17 +378,19 @@ def test_published_times_are_met_where_settings_are_the_same() -> None:
 
 
 def test_the_documents_figures() -> None:
-    plan = plan_for(described("a100-80gb", ram=128), Runtime(keep_experts=False))
-    assert plan.need is not None
-    table = {row.gpus: row for row in figures(plan.need, estimate(plan), rates("a100-80gb"))}
+    runtime = Runtime(keep_experts=False)
+    guided = {count: together(count, ram=128, runtime=runtime) for count in (1, 8)}
+    plain = {count: together(count, ram=128, runtime=runtime, cfg_high=1.0, cfg_low=1.0) for count in (1, 8)}
+    table = {row.gpus: row for row in figures(guided, plain)}
     assert table[1].at_peak == pytest.approx(27.9, abs=0.1) and not table[1].reached_by(exact=True)
     assert table[1].reached_by(exact=False), "distilled LoRAs reach it"
-    assert table[4].at_peak > 6 and not table[2].reached_by(exact=True)
-    minutes = [table[1].minutes[way.name] for way in WAYS]
-    assert minutes == sorted(minutes, reverse=True)
-    # The official program's own: 45.6 minutes on one A100, 12.1 on four, 6.4 on eight.
+    assert table[8].at_peak == pytest.approx(27.9 / 8, abs=0.1)
+    for row in table.values():
+        minutes = [row.minutes[way.name] for way in WAYS]
+        assert minutes == sorted(minutes, reverse=True)
+    # The official program's own: 45.6 minutes on one A100. On several it does more than its share: see docs/performance.md.
     assert table[1].minutes[WAYS[0].name] == pytest.approx(45.6, rel=0.1)
-    assert table[8].minutes[WAYS[0].name] == pytest.approx(6.4, rel=0.1)
+    assert 0.8 * 6.4 < table[8].minutes[WAYS[0].name] < 6.4
 
 
 def test_nanos_time_is_measured_here() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from wanflow.cli import generate
 from wanflow.cli.flags import Parser, generate_flags, given_parts
-from wanflow.config import CompleteRequest, Request, Runtime
+from wanflow.config import Request, Runtime
 
 if TYPE_CHECKING:
     from wanflow.plan import Machine
@@ -24,7 +24,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     p.description = "Takes every flag of `wanflow generate`. Without --ckpt_dir the official weights are meant; nothing needs to be there."
     machine = p.add_argument_group("machine", "this one, unless one is described")
     machine.add_argument("--gpu", help="a100-80gb, h100-80gb, h200, h20, rtx5090, rtx4090, l40s, a6000, or none")
-    machine.add_argument("--num_gpus", type=int, default=1, help="how many of them (1); of a100-80gb where --gpu is left out")
+    machine.add_argument(
+        "--num_gpus", type=int, default=1, help="how many of them share the video (1); of a100-80gb where --gpu is left out"
+    )
     machine.add_argument("--ram", type=float, metavar="GB", help="RAM of the described machine (64)")
     machine.add_argument("--disk", type=float, metavar="GB", help="its disk (150)")
     p.add_argument("--figures", action="store_true", help="the times that are promised for A100 GPUs, and what reaches them")
@@ -53,7 +55,9 @@ def plan(args: argparse.Namespace) -> None:
         model = describe(checkpoint)
     request = completed(wanted, model.preset)
     machine = _machine(args, Path.cwd() if checkpoint is None else checkpoint.folder)
-    settled = rated(settle(model, request, runtime, machine, trace_small=True), model, request)
+    # On this machine one process is meant, as `generate` starts without --gpus; described ones have as many as GPUs.
+    processes = args.num_gpus if machine.described else 1
+    settled = rated(settle(model, request, runtime, machine, trace_small=True, processes=processes), model, request)
     time = estimate(settled) if settled.machine.rates is not None else None
     if args.json:
         print(json.dumps(document(model, request, settled, time), indent=2, ensure_ascii=False))
@@ -79,17 +83,21 @@ def _machine(args: argparse.Namespace, folder: Path) -> Machine:
 def _figures(as_json: bool) -> None:
     """The document's figures on A100 GPUs of 80 GB."""
     from wanflow.plan import described, published, settle
-    from wanflow.plan.estimate import CLAIMED_GB, estimate, figures
-    from wanflow.plan.machines import rates as rates_of
+    from wanflow.plan.estimate import CLAIMED_GB, CLAIMS, figures
     from wanflow.plan.report import figures_page
 
-    model, machine = published(), described("a100-80gb", ram=128)
-    tables, gigabytes, rates = {}, {}, rates_of("a100-80gb")
+    model, tables, gigabytes = published(), {}, {}
     for size in SIZES:
-        request: CompleteRequest = Request("any", size=size, seed=0).complete(model.preset)
-        plans = [settle(model, request, Runtime(keep_experts=keep), machine) for keep in (True, False)]
-        needs = [plan.need for plan in plans if plan.need is not None]
-        tables[size] = figures(needs[1], estimate(plans[1]), rates)
+        guided = Request("any", size=size, seed=0).complete(model.preset)
+        without = replace(guided, cfg_high=1.0, cfg_low=1.0)
+        one, both = Runtime(keep_experts=False), Runtime(keep_experts=True)
+        machines = {count: described("a100-80gb", count, ram=128) for count in CLAIMS}
+        plans = [
+            {count: settle(model, request, one, machine, processes=count) for count, machine in machines.items()}
+            for request in (guided, without)
+        ]
+        needs = [plan.need for plan in (settle(model, guided, both, machines[1]), plans[0][1]) if plan.need is not None]
+        tables[size] = figures(*plans)
         gigabytes[size] = needs[0].device.device / 1e9, needs[1].device.device / 1e9
     if not as_json:
         for line in figures_page(tables, gigabytes):

@@ -99,6 +99,15 @@ def nvidia(root: Path = Path("/")) -> tuple[str, str, tuple[str, ...]]:
     return version[1] if version else "", serves[1] if serves else "", cards
 
 
+def free_memory() -> dict[str, int]:
+    """Bytes that are free on each card that the NVIDIA driver sees, by its UUID without "GPU-"; of no card where the driver's tool is
+    missing."""
+    rows = re.findall(
+        r"^(?:GPU-)?([\w-]+), (\d+)$", _run("nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"), re.M
+    )
+    return {name: int(size) * 2**20 for name, size in rows}
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(errors="replace")

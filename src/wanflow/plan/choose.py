@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -13,7 +14,7 @@ from wanflow.parallel.layout import Layout
 from wanflow.plan.machines import Machine
 from wanflow.plan.model import Model
 from wanflow.plan.need import SCATTER, Kind, Need, Phase, decode_phase, expert_phases, need, on_device, streamed_bytes, text_phase
-from wanflow.plan.together import PER_MACHINE, layout_reasons, settle_layout
+from wanflow.plan.together import layout_reasons, settle_layout, used_here
 from wanflow.plan.traces import Traces
 
 GB = 10**9
@@ -22,6 +23,7 @@ TILES = (512, 384, 256, 192)  # pixels
 # Of RAM, on a CPU: what stays in memory beside a model that does not fit. The rest is the system's, whose cache the files are read through.
 CPU_SHARE, CPU_LEAST = 1 / 3, 8 * 10**9
 SPARE = 0.02  # of what is free: what other programs take while a run goes on
+ONE = Layout()
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Plan:
     reasons: tuple[str, ...]
     short: tuple[str, ...] = ()
     offers: tuple[str, ...] = ()
-    layout: Layout = Layout()  # noqa: RUF009 (it is frozen)
+    layout: Layout = ONE
 
     @property
     def fits(self) -> bool:
@@ -61,11 +63,13 @@ def dtype_of(model: Model, runtime: Runtime, kind: Kind) -> torch.dtype:
     return DTYPES.get(runtime.dtype, torch.float32 if small else torch.bfloat16)
 
 
-def traces_of(model: Model, request: CompleteRequest, runtime: Runtime, machine: Machine) -> Traces:
+def traces_of(
+    model: Model, request: CompleteRequest, runtime: Runtime, machine: Machine, layout: Layout = ONE, per_machine: int = 1
+) -> Traces:
     """What a plan is traced with."""
     kind = kind_of(runtime, machine)
-    here = kind == "gpu" and not machine.described
-    return Traces(model, request, dtype_of(model, runtime, kind), torch.device("cuda" if here else "cpu"))
+    device = torch.device("cuda" if kind == "gpu" and not machine.described else "cpu")
+    return Traces(model, request, dtype_of(model, runtime, kind), device, layout, per_machine)
 
 
 def settle(
@@ -87,20 +91,19 @@ def settle(
     Raises:
         RequestError: for a layout that is not one of so many processes.
     """
-    kind = kind_of(runtime, machine)
-    runtime, layout = settle_layout(model, request, runtime, processes, per_machine or min(processes, PER_MACHINE))
-    reasons = layout_reasons(model, request, layout)
+    kind, per_machine = kind_of(runtime, machine), used_here(processes, per_machine)
+    runtime, layout = settle_layout(model, request, runtime, processes, per_machine)
+    told = layout_reasons(model, request, layout)
     if processes > 1:
-        runtime = filled(runtime, vae_tile=0)
-    runtime = filled(runtime, dit_fsdp=False)
-    if model.small(dtype_of(model, runtime, kind)):
-        layers = model.preset.dit.num_layers
-        runtime = filled(runtime, t5_cpu=False, keep_experts=True, prefetch=False, resident_blocks=layers, chunk_tokens=0, vae_tile=0)
-        runtime = filled(runtime, stream_from="disk" if kind == "cpu" else "ram")
-        made = need(traces_of(model, request, runtime, machine), runtime, kind) if trace_small else None
-        return Plan(runtime, machine, kind, made, (*reasons, "the model is small: all of it stays in memory"), layout=layout)
-    made_plan = _Choice(traces_of(model, request, runtime, machine), machine, kind).plan(runtime)
-    return replace(made_plan, reasons=(*reasons, *made_plan.reasons), layout=layout)
+        runtime = filled(runtime, vae_tile=0)  # strips
+    if not model.small(dtype_of(model, runtime, kind)):
+        plan = _Choice(traces_of(model, request, runtime, machine, layout, per_machine), machine, kind).plan(runtime)
+        return replace(plan, reasons=(*told, *plan.reasons))
+    layers = model.preset.dit.num_layers
+    runtime = filled(runtime, t5_cpu=False, keep_experts=True, prefetch=False, resident_blocks=layers, chunk_tokens=0, vae_tile=0)
+    runtime = filled(runtime, stream_from="disk" if kind == "cpu" else "ram", dit_fsdp=False)
+    made = need(traces_of(model, request, runtime, machine, layout, per_machine), runtime, kind) if trace_small else None
+    return Plan(runtime, machine, kind, made, (*told, "the model is small: all of it stays in memory"), layout=layout)
 
 
 def filled(runtime: Runtime, **values: object) -> Runtime:
@@ -116,6 +119,7 @@ class _Choice:
         self.layers = traces.model.preset.dit.num_layers
         self.room = round((machine.gpu_free or machine.gpu) * (1 - SPARE))
         self.ram = round(machine.ram_free * (1 - SPARE)) if machine.ram_free else 1 << 62
+        self.several = traces.layout.size > 1
 
     def plan(self, runtime: Runtime) -> Plan:
         reasons: list[str] = []
@@ -123,12 +127,15 @@ class _Choice:
         made = need(self.traces, runtime, self.kind)
         short = []
         if made.device.device > self.room:
-            short.append(f"{made.device.device / GB:.1f} GB of GPU memory ({made.device.name}); {self.room / GB:.1f} GB can be used")
+            each = " on each GPU" if self.several else ""
+            short.append(f"{made.device.device / GB:.1f} GB of GPU memory{each} ({made.device.name}); {self.room / GB:.1f} GB can be used")
         if made.ram.ram > self.ram:
-            short.append(f"{made.ram.ram / GB:.1f} GB of RAM ({made.ram.name}); {self.ram / GB:.1f} GB can be used")
+            all_ = f" for {self.traces.here} processes" if self.traces.here > 1 else ""
+            short.append(f"{made.ram.ram / GB:.1f} GB of RAM{all_} ({made.ram.name}); {self.ram / GB:.1f} GB can be used")
         if self.machine.described and made.disk > self.machine.disk_free:  # on one that is here the weights may lie there already
             short.append(f"{made.disk / GB:.0f} GB of disk; there are {self.machine.disk_free / GB:.0f} GB")
-        return Plan(runtime, self.machine, self.kind, made, tuple(reasons), tuple(short), tuple(self._offers(runtime, bool(short))))
+        offers = tuple(self._offers(runtime, bool(short)))
+        return Plan(runtime, self.machine, self.kind, made, tuple(reasons), tuple(short), offers, self.traces.layout)
 
     # each setting
 
@@ -137,7 +144,9 @@ class _Choice:
             return filled(runtime, t5_cpu=True)
         there = text_phase(self.traces, replace(runtime, t5_cpu=False), self.kind)
         runtime = replace(runtime, t5_cpu=there.device > self.room)
-        reasons.append(f"the text encoder's blocks are read and used one after the other, on the {'CPU' if runtime.t5_cpu else 'GPU'}")
+        who = ", by the first process, which tells the others" if self.several else ""
+        device = "CPU" if runtime.t5_cpu else "GPU"
+        reasons.append(f"the text encoder's blocks are read and used one after the other, on the {device}{who}")
         return runtime
 
     def _experts(self, runtime: Runtime, reasons: list[str]) -> Runtime:
@@ -155,22 +164,38 @@ class _Choice:
     def _ways(self, runtime: Runtime) -> Iterator[tuple[Runtime, str]]:
         """Ways to hold the experts, the best first and the last resort at the end; what is set already is kept."""
         on_cpu = self.kind == "cpu"
-        chunks = [0, CHUNK] if self.traces.tokens() > CHUNK else [0]
+        chunks = [0, CHUNK] if self.traces.own_tokens() > CHUNK else [0]
         keeps = [True, False] if runtime.keep_experts is None and not on_cpu else [bool(runtime.keep_experts)]
         sources = ["disk"] if on_cpu else ["ram", "disk"]
         if on_cpu:  # where a larger cache of files is worth more than anything else that RAM could hold
             chunks = chunks[-1:]
         chunks = chunks if runtime.chunk_tokens is None else [runtime.chunk_tokens]
         sources = sources if runtime.stream_from is None else [runtime.stream_from]
-        for keep in keeps if runtime.resident_blocks in (None, self.layers) else ():
-            for chunk in chunks:
-                way = filled(runtime, keep_experts=keep, resident_blocks=self.layers, chunk_tokens=chunk, stream_from=sources[0])
-                size = f"{on_device(self.traces, self.traces.working[0], way) / GB:.1f} GB"
-                yield way, f"both experts stay in memory ({size} each)" if keep else f"one expert at a time is in memory, whole ({size})"
-        for source in sources if runtime.resident_blocks != self.layers else ():
-            way = filled(runtime, keep_experts=keeps[-1], chunk_tokens=chunks[-1], stream_from=source)
+        all_there = runtime.resident_blocks in (None, self.layers)
+        # Shares come after whole experts, which need nobody to work, and before blocks that are streamed: what is gathered takes no RAM.
+        sharing = [False, True] if self.several and not on_cpu and all_there else [False]
+        sharing = sharing if runtime.dit_fsdp is None else [runtime.dit_fsdp]
+        for shared, keep, chunk in product(sharing, keeps, chunks):
+            if shared or all_there:
+                way = filled(
+                    runtime, dit_fsdp=shared, keep_experts=keep, resident_blocks=self.layers, chunk_tokens=chunk, stream_from=sources[0]
+                )
+                yield way, self._resident_words(way, runtime.dit_fsdp is None)
+        for source in sources if not runtime.dit_fsdp and runtime.resident_blocks != self.layers else ():
+            way = filled(runtime, dit_fsdp=False, keep_experts=keeps[-1], chunk_tokens=chunks[-1], stream_from=source)
             way = way if way.resident_blocks is not None else replace(way, resident_blocks=self._most_resident(way))
             yield way, self._streaming_words(way)
+
+    def _resident_words(self, way: Runtime, chosen: bool) -> str:
+        size = f"{on_device(self.traces, self.traces.working[0], way) / GB:.1f} GB"
+        if not way.dit_fsdp:
+            return (
+                f"both experts stay in memory ({size} each)" if way.keep_experts else f"one expert at a time is in memory, whole ({size})"
+            )
+        held = f"both experts ({size} each)" if way.keep_experts else f"the expert at work ({size})"
+        whole = max(self.traces.expert(which, way).total for which in set(self.traces.working)) / GB
+        why = f"; whole, one would take {whole:.1f} GB, and streamed, RAM for each process" if chosen else ""
+        return f"each process keeps a share of {held}, and a block is put together while the one before it works{why}"
 
     def _most_resident(self, way: Runtime) -> int:
         """How many blocks fit beside what a step needs; at least none, and never all."""
@@ -179,7 +204,7 @@ class _Choice:
         phases = expert_phases(self.traces, bare, self.kind)
         if self.kind == "cpu":
             room = min(self.ram, max(CPU_LEAST, round(self.ram * CPU_SHARE)))
-            return max(0, min(self.layers - 1, (room - max(phase.ram for phase in phases)) // block))
+            return max(0, min(self.layers - 1, (room - max(phase.ram for phase in phases)) // (block * self.traces.here)))
         return max(0, min(self.layers - 1, int((self.room - max(phase.device for phase in phases)) / (block * (1 + SCATTER)))))
 
     def _streaming_words(self, way: Runtime) -> str:
@@ -189,7 +214,7 @@ class _Choice:
 
     def _prefetch(self, runtime: Runtime, reasons: list[str]) -> Runtime:
         """Read the next expert into RAM meanwhile, where there is a next one, and RAM for it."""
-        if self.kind == "cpu" or len(set(self.traces.working)) < 2:
+        if self.kind == "cpu" or runtime.dit_fsdp or len(set(self.traces.working)) < 2:
             return replace(runtime, prefetch=False)
         ahead = replace(runtime, prefetch=True)
         fits = max(phase.ram for phase in expert_phases(self.traces, ahead, self.kind)) <= self.ram
@@ -213,15 +238,18 @@ class _Choice:
     def _fits(self, runtime: Runtime) -> bool:
         held = [on_device(self.traces, which, runtime) for which in set(self.traces.working)]
         least = sum(held) if runtime.keep_experts else max(held)  # known without tracing a step
-        return least <= (self.room if self.kind == "gpu" else self.ram) and all(
-            self._has_room(phase) for phase in expert_phases(self.traces, runtime, self.kind)
-        )
+        if least > (self.room if self.kind == "gpu" else self.ram // self.traces.here):
+            return False
+        phases = expert_phases(self.traces, runtime, self.kind)
+        if self.several:  # strips are all there is; one process has tiles yet
+            phases.append(decode_phase(self.traces, runtime, self.kind))
+        return all(self._has_room(phase) for phase in phases)
 
     def _has_room(self, phase: Phase) -> bool:
         return phase.device <= self.room and phase.ram <= self.ram
 
     def _offers(self, runtime: Runtime, short: bool) -> Iterator[str]:
-        if self.kind == "gpu" and not runtime.quantize and (runtime.resident_blocks or 0) < self.layers:
+        if self.kind == "gpu" and not runtime.quantize and ((runtime.resident_blocks or 0) < self.layers or (short and runtime.dit_fsdp)):
             smaller = replace(runtime, quantize="fp8", quantize_layers="all", resident_blocks=self.layers, keep_experts=False)
             beside = max(phase.beside for phase in expert_phases(self.traces, runtime, self.kind))
             size = max(on_device(self.traces, which, smaller) for which in set(self.traces.working)) + beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from wanflow.assemble import choose_device
@@ -9,17 +10,13 @@ from wanflow.config import CompleteRequest, RequestError
 from wanflow.plan.choose import Plan, dtype_of
 from wanflow.plan.machines import Rates, measured
 from wanflow.plan.model import Model
-from wanflow.plan.need import Need, Phase
+from wanflow.plan.need import Phase
 from wanflow.plan.trace import Work
-
-# What the official program keeps of its speed on one GPU, for each of several (A100: 2735.7 s on one, 725.3 on four, 386.7 on eight; two
-# is between). It is what such a layout has been seen to reach; wanflow's own is not built.
-SHARE_KEPT = {1: 1.0, 2: 0.97, 4: 0.943, 8: 0.884}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run, in seconds. step: of each, where there are several; bound: what a step waits for."""
+    """A part of a run, in seconds. step: of each, where there are several; bound: what a step waits for; sending: of a step, to others."""
 
     name: str
     seconds: float
@@ -27,11 +24,12 @@ class Stage:
     step: float
     steps: int
     bound: str
+    sending: float = 0.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole run on one device. source: where its rates come from."""
+    """Of a whole run, by the process that has the most to do. source: where its rates come from."""
 
     stages: tuple[Stage, ...]
     source: str
@@ -78,13 +76,19 @@ def _stage(phase: Phase, rates: Rates, meanwhile: float) -> Stage:
     loading = max(0.0, phase.read / rates.disk - meanwhile)
     if phase.kind == "gpu" and "expert" in phase.name:
         loading += phase.weights / rates.copy if not phase.copied else 0.0
+    # Rates of a CPU are those of all its cores, which its processes share.
+    sharing = phase.here if phase.kind == "cpu" and not phase.alone else 1
     parts = {
-        "computing": compute_seconds(phase.work, rates, phase.kind == "cpu"),
+        "computing": compute_seconds(phase.work, rates, phase.kind == "cpu") * sharing,
         "copying weights to the GPU": phase.copied / rates.copy,
         "reading weights from the disk": phase.read_in_step / rates.disk,
+        "the others' shares of the weights": phase.gathered / rates.link,
     }
     bound = max(parts, key=lambda name: parts[name])
-    return Stage(phase.name, loading + parts[bound] * phase.steps, loading, parts[bound], phase.steps, bound)
+    # What attention waits for is sent while nothing else is done. Shares of weights come while the block before works.
+    sending = sum(phase.sent.values()) / rates.link + phase.messages * rates.message
+    step = parts[bound] + sending
+    return Stage(phase.name, loading + step * phase.steps, loading, step, phase.steps, bound, sending)
 
 
 def compute_seconds(work: Work, rates: Rates, on_cpu: bool) -> float:
@@ -104,22 +108,28 @@ def compute_seconds(work: Work, rates: Rates, on_cpu: bool) -> float:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make a video: how many passes through an expert, and whether the result is the model's own. fused: see FUSED."""
+    """A way to make a video: steps, passes through an expert, and whether the result is the model's own. fused: see FUSED."""
 
     name: str
+    steps: int
     passes: int
     exact: bool
     fused: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether every step has guidance, so that two groups can split it."""
+        return self.passes == 2 * self.steps
 
 
 # Of the bytes that elementwise operations move, so much is left where a compiler fuses those of a block (1.2 of 4.2 TB a pass at 720p).
 FUSED = 0.29
 WAYS = (
-    Way("40 steps, as published", 80, True),
-    Way("40 steps, elementwise work fused (not built)", 80, True, True),
-    Way("8 steps, --preset lightning-motion", 10, False),
-    Way("8 steps, --preset lightning8", 8, False),
-    Way("4 steps, --preset lightning4", 4, False),
+    Way("40 steps, as published", 40, 80, True),
+    Way("40 steps, elementwise work fused (not built)", 40, 80, True, True),
+    Way("8 steps, --preset lightning-motion", 8, 10, False),
+    Way("8 steps, --preset lightning8", 8, 8, False),
+    Way("4 steps, --preset lightning4", 4, 4, False),
 )
 CLAIMS = {1: (8, 12), 2: (3, 6), 4: (3, 6), 8: (3, 6)}  # minutes for 1280*720 and 5 seconds on so many A100 of 80 GB
 CLAIMED_GB = (70, 75)
@@ -140,16 +150,33 @@ class Figure:
         return [way.name for way in WAYS if way.exact == exact and self.minutes[way.name] <= self.claim[1]]
 
 
-def figures(need: Need, whole: Estimate, rates: Rates) -> list[Figure]:
-    """The document's figures against a traced run of 40 guided steps on one A100, its weights being loaded."""
-    phases = [phase for phase in need.phases if "expert" in phase.name]
-    passes = 2 * sum(phase.steps for phase in phases)
-    flops = sum(phase.work.total() * phase.steps for phase in phases)
-    saved = (1 - FUSED) * sum(phase.work.traffic * phase.steps for phase in phases) / rates.memory / passes
-    rest = whole.seconds - whole.denoising - sum(stage.loading for stage in whole.stages)
+def figures(guided: Mapping[int, Plan], plain: Mapping[int, Plan]) -> list[Figure]:
+    """The document's figures against plans for so many GPUs each, with known rates, the weights being loaded.
+
+    Args:
+        guided: every step has guidance; one of a single GPU is among them.
+        plain: no step has. A way with few guided steps makes two passes of each on these layouts.
+    """
+
+    def of_steps(plan: Plan, fused: bool) -> tuple[float, float]:
+        """Seconds of a step, and of all that is no step."""
+        whole, rates = estimate(plan), plan.machine.rates
+        assert rates is not None and plan.need is not None
+        phases = [phase for phase in plan.need.phases if "expert" in phase.name]
+        steps = sum(phase.steps for phase in phases)
+        saved = (1 - FUSED) * sum(phase.work.traffic * phase.steps for phase in phases) / rates.memory / steps if fused else 0.0
+        rest = whole.seconds - whole.denoising - sum(stage.loading for stage in whole.stages)
+        return whole.denoising / steps - saved, rest
 
     def minutes(way: Way, gpus: int) -> float:
-        one_pass = whole.denoising / passes - (saved if way.fused else 0)
-        return (rest + way.passes * one_pass / (gpus * SHARE_KEPT[gpus])) / 60
+        step, rest = of_steps(guided[gpus] if way.guided else plain[gpus], way.fused)
+        return (rest + (way.steps if way.guided else way.passes) * step) / 60
 
-    return [Figure(gpus, {way.name: minutes(way, gpus) for way in WAYS}, claim, flops / PEAK / gpus / 60) for gpus, claim in CLAIMS.items()]
+    alone = guided[1].need
+    assert alone is not None
+    flops = sum(phase.work.total() * phase.steps for phase in alone.phases if "expert" in phase.name)
+    return [
+        Figure(gpus, {way.name: minutes(way, gpus) for way in WAYS}, claim, flops / PEAK / gpus / 60)
+        for gpus, claim in CLAIMS.items()
+        if gpus in guided
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanflow.config import DiTConfig, RequestError
-from wanflow.doctor.machine import memory
+from wanflow.doctor.machine import free_memory, memory
 from wanflow.models.dit import Block, Conditioning, rope_table
 from wanflow.plan.trace import Trace
 
 GB = 10**9
 T = 10**12
+
+
+# Bytes/s from one GPU to the others of its machine, one way, while as much comes back. Taken, not measured: two thirds of the data sheets,
+# for NVLink (600 GB/s for both ways together on an A100, 900 on H100, H200 and H20) and for PCIe 4.0 x16 (32 GB/s one way). Cards without
+# NVLink between all of them (L40S, RTX; an A6000 has it to one other) go by PCIe, and consumer cards, which do not reach each other's
+# memory, through RAM, where a faster slot helps little.
+NVLINK3, NVLINK4, PCIE = 200 * GB, 300 * GB, 20 * GB
+MESSAGE = 3e-5  # seconds, assumed: a collective among 8 GPUs of a machine before its bytes count
+GLOO = GB  # bytes/s between processes on one machine's CPU, assumed
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,8 @@ class Rates:
 
     matmul, attention: in bfloat16 on a GPU, in float32 on a CPU. float32: convolutions in float32, as the VAE's. low: matmuls of fp8 or
     int8 with values rounded likewise, 0 where the device has none. memory: what elementwise work moves. copy: from RAM to the device.
-    disk: reading files. launch: seconds that any operation takes at least.
+    disk: reading files. launch: seconds that any operation takes at least. link: from one device to others of the same machine, while
+    as much comes back. message: seconds that a collective takes at least.
     """
 
     matmul: float
@@ -41,22 +51,25 @@ class Rates:
     disk: float
     launch: float
     source: str
+    link: float = PCIE
+    message: float = MESSAGE
 
 
 # What "80 GB" is as a driver reports it, rounded down; FLOP/s achieved in bf16 (matmul, attention), in float32 convolutions, in fp8 or
-# int8 (0: none); bytes/s of memory, of the bus. Matmul and attention: A100, H100 and H200 as calibrated on published runs of this model,
-# H20 from its published total; the others 75 % and 68 % of the data sheet, which is about what A100 and H100 reach. float32: 19 % of the
-# data sheet's TF32, which one published decode on an H100 gives (639 TFLOP in 6.9 s). Low: 60 % of the data sheet. Memory: 80 % of it.
-GPUS: dict[str, tuple[str, float, float, float, float, float, float, float, str]] = {
-    #              name                  GiB    matmul attention f32 low  memory bus
-    "a100-80gb": ("NVIDIA A100 80 GB", 79.1, 255, 215, 30, 374, 1.63, 25, "published runs"),
-    "h100-80gb": ("NVIDIA H100 80 GB", 79.1, 690, 660, 93, 1187, 2.68, 50, "published runs"),
-    "h200": ("NVIDIA H200", 139.7, 790, 660, 93, 1187, 3.84, 50, "a measurement and published runs"),
-    "h20": ("NVIDIA H20", 95.0, 129, 129, 14, 178, 3.2, 50, "published runs"),
-    "rtx5090": ("NVIDIA RTX 5090", 31.3, 157, 142, 20, 251, 1.43, 50, "data sheet times a usual share"),
-    "rtx4090": ("NVIDIA RTX 4090", 23.5, 124, 112, 16, 198, 0.81, 25, "data sheet times a usual share"),
-    "l40s": ("NVIDIA L40S", 44.3, 272, 246, 35, 440, 0.69, 25, "data sheet times a usual share"),
-    "a6000": ("NVIDIA RTX A6000", 47.4, 116, 105, 15, 186, 0.61, 25, "data sheet times a usual share"),
+# int8 (0: none); bytes/s of memory, of the bus, of the link to others. Matmul and attention: A100, H100 and H200 as calibrated on
+# published runs of this model, H20 from its published total; the others 75 % and 68 % of the data sheet, which is about what A100 and
+# H100 reach. float32: 19 % of the data sheet's TF32, which one published decode on an H100 gives (639 TFLOP in 6.9 s). Low: 60 % of the
+# data sheet. Memory: 80 % of it.
+GPUS: dict[str, tuple[str, float, float, float, float, float, float, float, float, str]] = {
+    #              name                  GiB    matmul attention f32 low  memory bus link
+    "a100-80gb": ("NVIDIA A100 80 GB", 79.1, 255, 215, 30, 374, 1.63, 25, NVLINK3, "published runs"),
+    "h100-80gb": ("NVIDIA H100 80 GB", 79.1, 690, 660, 93, 1187, 2.68, 50, NVLINK4, "published runs"),
+    "h200": ("NVIDIA H200", 139.7, 790, 660, 93, 1187, 3.84, 50, NVLINK4, "a measurement and published runs"),
+    "h20": ("NVIDIA H20", 95.0, 129, 129, 14, 178, 3.2, 50, NVLINK4, "published runs"),
+    "rtx5090": ("NVIDIA RTX 5090", 31.3, 157, 142, 20, 251, 1.43, 50, PCIE, "data sheet times a usual share"),
+    "rtx4090": ("NVIDIA RTX 4090", 23.5, 124, 112, 16, 198, 0.81, 25, PCIE, "data sheet times a usual share"),
+    "l40s": ("NVIDIA L40S", 44.3, 272, 246, 35, 440, 0.69, 25, PCIE, "data sheet times a usual share"),
+    "a6000": ("NVIDIA RTX A6000", 47.4, 116, 105, 15, 186, 0.61, 25, PCIE, "data sheet times a usual share"),
 }
 DISK_RATE = 2 * GB  # assumed: an NVMe disk in a cloud machine, at about half of what it is sold with
 PAGEABLE = 0.4  # of the bus' rate, where RAM is not pinned
@@ -85,11 +98,18 @@ class Machine:
         return f"{gpu}, {self.ram / 2**30:.0f} GiB of RAM, {self.disk_free / GB:.0f} GB of {'' if self.described else 'free '}disk"
 
 
-def this_machine(folder: Path) -> Machine:
-    """What is here; `folder` tells which disk is meant."""
+def this_machine(folder: Path, used: int = 1) -> Machine:
+    """What is here; `folder` tells which disk is meant.
+
+    Args:
+        used: by how many processes, each of which has a GPU of its own: the smallest of the first ones counts, and the least that is
+            free on any of them.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.cuda.get_device_properties(index) for index in range(count)]
     best = max(range(count), key=lambda index: cards[index].total_memory, default=None)
+    if used > 1 and count:
+        best = min(range(min(used, count)), key=lambda index: cards[index].total_memory)
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     ram, free, _ = memory()
@@ -98,7 +118,16 @@ def this_machine(folder: Path) -> Machine:
         return Machine(0, "", ram, free, disk)
     card = cards[best]
     known = next((rates(key) for key, row in GPUS.items() if _same_card(row[0], card.name, card.total_memory, row[1])), None)
-    return Machine(card.total_memory, card.name, ram, free, disk, count, torch.cuda.mem_get_info(best)[0], known)
+    gpu_free = torch.cuda.mem_get_info(best)[0] if used == 1 else _least_free(cards[:used])
+    return Machine(card.total_memory, card.name, ram, free, disk, count, gpu_free, known)
+
+
+def _least_free(cards: Sequence[Any]) -> int:
+    """Of the GPUs' memory. The driver's tool is asked: by way of CUDA this process would have a context on each, some 0.5 GB."""
+    free = free_memory()
+    here = [free[str(card.uuid).removeprefix("GPU-")] for card in cards if str(card.uuid).removeprefix("GPU-") in free]
+    # Where the tool is not there or does not know them: the one that this process works on.
+    return min(here) if len(here) == len(cards) else torch.cuda.mem_get_info()[0]
 
 
 def _same_card(ours: str, theirs: str, size: int, gib: float) -> bool:
@@ -108,8 +137,8 @@ def _same_card(ours: str, theirs: str, size: int, gib: float) -> bool:
 
 def rates(key: str) -> Rates:
     """Of a GPU in the table."""
-    _, _, matmul, attention, f32, low, memory, bus, source = GPUS[key]
-    return Rates(matmul * T, attention * T, f32 * T, low * T, memory * T, bus * GB, DISK_RATE, 5e-6, source)
+    _, _, matmul, attention, f32, low, memory, bus, link, source = GPUS[key]
+    return Rates(matmul * T, attention * T, f32 * T, low * T, memory * T, bus * GB, DISK_RATE, 5e-6, source, link)
 
 
 def described(gpu: str | None = None, count: int = 1, ram: float | None = None, disk: float | None = None) -> Machine:
@@ -161,7 +190,8 @@ def measured(device: torch.device, dtype: torch.dtype, dim: int, heads: int, tok
             block(few, told, text)
         launch = _seconds(lambda: block(few, told, text), device) / trace.work.kernels
     copy = 10 * GB if device.type == "cpu" else 20 * GB
-    return Rates(matmul, attention, conv, 0, memory, copy, DISK_RATE, launch, "a short measurement here")
+    link = GLOO if device.type == "cpu" else PCIE
+    return Rates(matmul, attention, conv, 0, memory, copy, DISK_RATE, launch, "a short measurement here", link)
 
 
 def _tiny_block(device: torch.device) -> tuple[Block, Tensor, Conditioning, tuple[Tensor, Tensor]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from wanflow.config import Runtime
+from wanflow.plan.decoding import kept_features
 from wanflow.plan.trace import Held, Work
 from wanflow.plan.traces import Traces
 from wanflow.sampling.experts import Expert
@@ -28,6 +30,10 @@ class Phase:
 
     host: what lies in RAM, where the device has memory of its own. work: of one step, of which there are `steps`. read: bytes of files
     that are read before. copied, read_in_step: bytes that go to the device, or are read, in every step.
+
+    Of several processes all this is of one, the one with the most to do. here: how many the machine has; alone: the first does this
+    and the others wait. sent: bytes that it sends in a step, by what they are, in so many `messages`; gathered: bytes of others'
+    shares of the weights that it receives in a step.
     """
 
     name: str
@@ -42,6 +48,11 @@ class Phase:
     read_in_step: int = 0
     workspace: int = 0
     top: tuple[Held, ...] = ()
+    here: int = 1
+    alone: bool = False
+    sent: Mapping[str, int] = field(default_factory=dict)
+    messages: int = 0
+    gathered: int = 0
 
     @property
     def tensors(self) -> int:
@@ -54,8 +65,9 @@ class Phase:
 
     @property
     def ram(self) -> int:
-        """Bytes of anonymous memory: mapped files, which the system can drop, are not in it."""
-        return PROCESS + self.tensors + self.host if self.kind == "cpu" else PROCESS_CUDA + self.host
+        """Bytes of anonymous memory on one machine, all its processes together: mapped files, which the system can drop, are not in it."""
+        each = self.tensors + self.host if self.kind == "cpu" else self.host
+        return self.here * (PROCESS if self.kind == "cpu" else PROCESS_CUDA) + (1 if self.alone else self.here) * each
 
 
 @dataclass(frozen=True)
@@ -93,8 +105,11 @@ def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         rest, block = held.total - sum(held.blocks), max(held.blocks)
         weights, host = (rest + 2 * block, 0) if on_host else (block, rest + 2 * block)
     if kind == "gpu" and on_host:
-        return Phase("text encoder on the CPU", kind, 0, 0, READING + weights + traced.beside, traced.work, read=read, top=traced.top)
-    return Phase("text encoder", kind, weights, traced.beside, READING + host, traced.work, read=read, top=traced.top)
+        beside = READING + weights + traced.beside
+        return Phase("text encoder on the CPU", kind, 0, 0, beside, traced.work, read=read, top=traced.top, here=traces.here, alone=True)
+    return Phase(
+        "text encoder", kind, weights, traced.beside, READING + host, traced.work, read=read, top=traced.top, here=traces.here, alone=True
+    )
 
 
 def expert_phases(traces: Traces, runtime: Runtime, kind: Kind) -> list[Phase]:
@@ -110,14 +125,28 @@ def expert_phases(traces: Traces, runtime: Runtime, kind: Kind) -> list[Phase]:
 
 
 def on_device(traces: Traces, which: Expert, runtime: Runtime) -> int:
-    """Bytes of an expert's weights on the device: all, or resident blocks, two slots for the others, and the small tensors."""
+    """Bytes of an expert's weights on the device: all, or resident blocks, two slots for the others, and the small tensors.
+
+    With dit_fsdp: a share of the blocks' matmul weights, and the rest.
+    """
     held = traces.expert(which, runtime)
-    streamed = len(held.blocks) - resident(traces, runtime)
     loras = traces.lora_bytes(which, runtime)
+    if runtime.dit_fsdp:
+        return held.total - held.shared + held.share + loras
+    streamed = len(held.blocks) - resident(traces, runtime)
     if streamed <= 0:
         return held.total + loras
     # Blocks of one form are alike; where they are not (GGUF), those that are streamed are taken as average ones, the slots as the largest.
     return held.total + loras - round(streamed * sum(held.blocks) / len(held.blocks)) + 2 * max(held.blocks)
+
+
+def gathered_blocks(traces: Traces, which: Expert, runtime: Runtime, count: int) -> int:
+    """Bytes of so many blocks put together from all processes' shares; none without dit_fsdp.
+
+    Counted and not traced, since FSDP does not run on tensors without memory: it holds the block at work, and beside it the message
+    in which it came, until the next one has come. That message is kept after the last block too, as long as its expert is.
+    """
+    return count * traces.expert(which, runtime).gathered if runtime.dit_fsdp else 0
 
 
 def resident(traces: Traces, runtime: Runtime) -> int:
@@ -126,7 +155,9 @@ def resident(traces: Traces, runtime: Runtime) -> int:
 
 
 def streamed_bytes(traces: Traces, which: Expert, runtime: Runtime) -> int:
-    """Bytes of the blocks that are not on the device, in the form in which they move."""
+    """Bytes of the blocks that are not on the device, in the form in which they move; with dit_fsdp none move."""
+    if runtime.dit_fsdp:
+        return 0
     held = traces.expert(which, runtime)
     return round(sum(held.blocks) * (len(held.blocks) - resident(traces, runtime)) / len(held.blocks))
 
@@ -137,7 +168,9 @@ def _denoise(
     held, streamed = traces.expert(which, runtime), streamed_bytes(traces, which, runtime)
     guided = traces.guided(indexes[-1])
     traced = traces.step(which, indexes[-1], runtime, streamed > 0)
-    passes = 2 if guided and not traces.batched(runtime) else 1
+    passes = 2 if guided and traces.layout.cfg == 1 and not traces.batched(runtime) else 1
+    others = sum(on_device(traces, other, runtime) + gathered_blocks(traces, other, runtime, 1) for other in before)
+    size = traces.layout.size
     from_ram = streamed > 0 and runtime.stream_from == "ram"
     host = READING + (held.largest if kind == "gpu" else 0)
     if from_ram:
@@ -151,21 +184,23 @@ def _denoise(
     return Phase(
         f"{which}-noise expert{'' if guided else ' without guidance'}", kind,
         # What is kept of the other expert has nothing of this one's steps on it.
-        on_device(traces, which, runtime) + sum(on_device(traces, other, runtime) for other in before),
+        on_device(traces, which, runtime) + gathered_blocks(traces, which, runtime, 2) + others,
         traced.beside, host, traced.work, len(indexes), read=file - from_files, copied=passes * streamed if kind == "gpu" else 0,
-        read_in_step=passes * from_files, top=traced.top,
+        read_in_step=passes * from_files, top=traced.top, here=traces.here, sent=traced.sent, messages=traced.messages,
+        gathered=passes * (size - 1) * held.share if runtime.dit_fsdp else 0,
     )  # fmt: skip
 
 
 def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     tile, kept = runtime.vae_tile or 0, set(traces.working) if runtime.keep_experts else set()
     traced, weights = traces.decode(tile), traces.vae_bytes()
-    weights += sum(on_device(traces, which, runtime) for which in kept)
+    weights += sum(on_device(traces, which, runtime) + gathered_blocks(traces, which, runtime, 1) for which in kept)
     width, height = traces.request.size
-    host = READING + (traces.request.frame_num * width * height * 3 + traces.kept_features() if tile else 0)
+    kept_in_ram = kept_features(traces.model.preset.vae, traces.latent_shape())
+    host = READING + (traces.request.frame_num * width * height * 3 + kept_in_ram if tile else 0)
     if runtime.stream_from == "ram":
         host += sum(streamed_bytes(traces, which, runtime) for which in kept)
     return Phase(
         "VAE", kind, weights, traced.beside, host, traced.work, read=traces.model.file_bytes["vae"],
-        workspace=WORKSPACE if kind == "gpu" else 0, top=traced.top,
+        workspace=WORKSPACE if kind == "gpu" else 0, top=traced.top, here=traces.here, sent=traced.sent, messages=traced.messages,
     )  # fmt: skip

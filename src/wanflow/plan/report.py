@@ -8,13 +8,16 @@ from typing import Any
 
 from wanflow.config import CompleteRequest
 from wanflow.plan.choose import Plan
-from wanflow.plan.estimate import CLAIMED_GB, CLAIMS, SHARE_KEPT, WAYS, Estimate, Figure
+from wanflow.plan.estimate import CLAIMED_GB, CLAIMS, WAYS, Estimate, Figure
 from wanflow.plan.model import Model
 from wanflow.sampling.experts import experts
 from wanflow.sampling.schedule import make_schedule, snr
 
 GB = 10**9
-SETTINGS = ("t5_cpu", "keep_experts", "prefetch", "resident_blocks", "stream_from", "chunk_tokens", "vae_tile", "quantize", "cfg_batch")
+SENT = {
+    "qkv": "queries, keys and values", "out": "attention's results", "ring": "keys and values", "patches": "patches",
+    "velocity": "velocity", "halo": "borders of strips", "kv": "keys and values", "frames": "frames",
+}  # fmt: skip
 
 
 def split_of(request: CompleteRequest) -> dict[str, Any]:
@@ -49,12 +52,14 @@ def page(model: Model, request: CompleteRequest, plan: Plan, estimate: Estimate 
     yield from (f"  possible: {offer}" for offer in plan.offers)
     yield ""
     yield from _memory_lines(plan, full)
+    if plan.layout.size > 1:
+        yield from _layout_lines(plan)
     yield f"disk: {plan.need.disk / GB:.0f} GB, of {plan.machine.disk_free / GB:.0f}"
     yield ""
     yield from _work_lines(plan)
     yield from _time_lines(plan, estimate)
-    if plan.machine.gpus > 1 and estimate is not None:
-        yield from _several(plan.machine.gpus, estimate)
+    if plan.machine.gpus > plan.layout.size and plan.kind == "gpu":
+        yield f"this is for {plan.layout.size} of {plan.machine.gpus} GPUs: --num_gpus plans for more, and generate --gpus uses them"
     if not plan.fits:
         yield ""
         yield f"it does not fit: {'; '.join(plan.short)}"
@@ -75,7 +80,8 @@ def _split_lines(request: CompleteRequest) -> Iterator[str]:
 def _memory_lines(plan: Plan, full: bool) -> Iterator[str]:
     need = plan.need
     assert need is not None
-    rows: list[tuple[str, ...]] = [("memory, GB", "weights", "beside", "GPU in all", "RAM")]
+    several = plan.layout.size > 1
+    rows: list[tuple[str, ...]] = [(f"memory{' of each process' if several else ''}, GB", "weights", "beside", "GPU in all", "RAM")]
     rows += [
         (phase.name, *(f"{value / GB:.1f}" if value else "-" for value in (phase.weights, phase.beside, phase.device, phase.ram)))
         for phase in need.phases
@@ -85,9 +91,12 @@ def _memory_lines(plan: Plan, full: bool) -> Iterator[str]:
     for row in rows:
         yield "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))]).rstrip()
     if plan.kind == "gpu":
-        yield f"  here: {plan.machine.gpu_free / GB:.1f} GB of GPU memory, {plan.machine.ram_free / GB:.1f} GB of RAM free"
+        each = " on each" if several else ""
+        yield f"  here: {plan.machine.gpu_free / GB:.1f} GB of GPU memory{each}, {plan.machine.ram_free / GB:.1f} GB of RAM free"
     else:
         yield f"  here: {plan.machine.ram_free / GB:.1f} GB of RAM free; files that are read count only as cache, which can be dropped"
+    if several:
+        yield f"  RAM: of all {need.ram.here} processes of a machine"
     if full:
         for phase in need.phases:
             yield f"  largest at the peak of {phase.name}"
@@ -115,6 +124,8 @@ def _flops(count: float) -> str:
 
 
 def _bytes(count: float) -> str:
+    if count < 1e8:
+        return f"{count / 1e6:.1f} MB"
     return f"{count / 1e12:.1f} TB" if count >= 1e12 else f"{count / 1e9:.1f} GB"
 
 
@@ -132,17 +143,22 @@ def _time_lines(plan: Plan, estimate: Estimate | None) -> Iterator[str]:
     for stage in estimate.stages:
         each = f"{stage.steps} steps of {_time(stage.step)}" if stage.steps > 1 else _time(stage.step)
         wait = f", which wait for {stage.bound}" if stage.bound != "computing" else ""
+        send = f", {_time(stage.sending)} of it sending" if stage.sending >= 0.05 else ""
         load = f" + {_time(stage.loading)} to read its weights" if stage.loading >= 0.1 else ""
-        yield f"  {stage.name}: {each}{wait}{load}"
+        yield f"  {stage.name}: {each}{send}{wait}{load}"
 
 
-def _several(gpus: int, estimate: Estimate) -> Iterator[str]:
-    share = SHARE_KEPT.get(gpus, SHARE_KEPT[8])
-    seconds = estimate.seconds - estimate.denoising + estimate.denoising / (gpus * share)
-    yield (
-        f"on {gpus} GPUs: wanflow works on one today, and layouts for several join as they are built; at the share of their speed that"
-        f" the official program keeps ({share:.0%}), {gpus} would take about {_time(seconds)}"
-    )
+def _layout_lines(plan: Plan) -> Iterator[str]:
+    """What a process sends in a step of each kind."""
+    assert plan.need is not None
+    yield f"on {plan.layout.size} processes ({plan.layout}), each sends"
+    for phase in plan.need.phases:
+        if not phase.sent and not phase.gathered:
+            continue
+        named = ", ".join(f"{_bytes(count)} {SENT.get(what, what)}" for what, count in phase.sent.items())
+        gathered = f"; and gets {_bytes(phase.gathered)} of weights" if phase.gathered else ""
+        once = "in all" if phase.name == "VAE" else "a step"
+        yield f"  {phase.name}: {_bytes(sum(phase.sent.values()))} {once} ({named}){gathered}"
 
 
 def document(model: Model, request: CompleteRequest, plan: Plan, estimate: Estimate | None) -> dict[str, Any]:
@@ -156,6 +172,7 @@ def document(model: Model, request: CompleteRequest, plan: Plan, estimate: Estim
         "fits": plan.fits,
         "short": list(plan.short),
         "runtime": asdict(plan.runtime),
+        "layout": asdict(plan.layout) | {"processes": plan.layout.size},
         "reasons": list(plan.reasons),
         "offers": list(plan.offers),
         "experts": split_of(request),
@@ -167,7 +184,10 @@ def document(model: Model, request: CompleteRequest, plan: Plan, estimate: Estim
                 "name": phase.name, "steps": phase.steps, "weights": phase.weights, "beside": phase.beside, "gpu": phase.device,
                 "ram": phase.ram, "copied": phase.copied, "read": phase.read, "read_in_step": phase.read_in_step,
                 "flops": {f"{kind}{'_float32' if f32 else ''}": count for (kind, f32), count in phase.work.flops.items()},
-                "traffic": phase.work.traffic, "kernels": phase.work.kernels, "largest": [str(held).strip() for held in phase.top[:6]],
+                "processes_here": phase.here, "alone": phase.alone,
+                "sent": dict(phase.sent), "messages": phase.messages, "gathered": phase.gathered,
+                "traffic": phase.work.traffic, "kernels": phase.work.kernels,
+                "largest": [str(held).strip() for held in phase.top[:6]],
             }
             for phase in plan.need.phases
         ],
@@ -196,8 +216,8 @@ def figures_page(tables: dict[str, list[Figure]], gigabytes: dict[str, tuple[flo
     low, high = CLAIMED_GB
     yield f"{low}-{high} GB: {gigabytes['1280*720'][0]:.1f} GB hold both experts; it runs from 12 GB, with its blocks streamed"
     yield ""
-    yield "Times are of a run whose weights are loaded. Several GPUs: at the share of its speed that the official program keeps; wanflow"
-    yield "works on one today. The lightning LoRAs are distilled: their videos are not the model's own, and move less."
+    yield "Estimated, for a run whose weights are loaded: work by rates, on several GPUs with what goes over NVLink, and no other loss."
+    yield "The lightning LoRAs are distilled: their videos are not the model's own, and move less."
 
 
 def _verdict(row: Figure) -> str:

@@ -9,6 +9,7 @@ from wanflow.config import CompleteRequest, Preset, Request, RequestError, Runti
 from wanflow.plan.choose import Plan, dtype_of, settle
 from wanflow.plan.machines import Machine, this_machine
 from wanflow.plan.model import Model, describe
+from wanflow.plan.together import used_here
 from wanflow.weights.load import Checkpoint
 from wanflow.weights.loras import find_loras
 
@@ -60,7 +61,7 @@ def planned(
         processes, per_machine: as `settle` takes them. One process may plan for all.
     """
     complete = completed(request, checkpoint.preset)
-    machine = this_machine(checkpoint.folder)
+    machine = this_machine(checkpoint.folder, used_here(processes, per_machine))
     return settle(describe(checkpoint), complete, runtime, machine, processes=processes, per_machine=per_machine)
 
 
@@ -79,7 +80,7 @@ def guard(
     Raises:
         RequestError: in three lines: what is needed, what is here, what to do.
     """
-    model, machine = describe(checkpoint), this_machine(checkpoint.folder)
+    model, machine = describe(checkpoint), this_machine(checkpoint.folder, used_here(processes, per_machine))
     if machine.gpu == 0 or runtime.device == "cpu":
         refuse_without_gpu(model, machine)  # before anything is traced, which takes seconds
     complete = completed(request, checkpoint.preset)

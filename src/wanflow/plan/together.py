@@ -15,6 +15,11 @@ from wanflow.transforms.attention import BACKENDS
 PER_MACHINE = 8  # processes that one machine has at most, where nothing else is said
 
 
+def used_here(processes: int, per_machine: int | None) -> int:
+    """How many of the processes one machine has, where nothing, or a number, is said."""
+    return min(processes, per_machine or PER_MACHINE)
+
+
 def all_guided(request: CompleteRequest) -> bool:
     """Whether every step has guidance.
 

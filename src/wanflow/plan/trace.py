@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,6 +54,20 @@ class Work:
         flops = Counter(self.flops)
         flops.update(other.flops)
         return Work(flops, self.traffic + other.traffic, self.kernels + other.kernels)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a stretch takes beside its weights, in bytes, what it computes, and the largest storages at its peak.
+
+    sent: bytes that this process sends to others, by what they are; messages: in how many collectives.
+    """
+
+    beside: int
+    work: Work
+    top: tuple[Held, ...] = ()
+    sent: Mapping[str, int] = field(default_factory=dict)
+    messages: int = 0
 
 
 class Trace(TorchDispatchMode):

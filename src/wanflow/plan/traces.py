@@ -6,27 +6,30 @@ counted, not traced) and the keys and values that it keeps of the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wanflow.config import CompleteRequest, Lora, Preset, Runtime
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
-from wanflow.models.vae import State, WanVAE, stream
-from wanflow.pipeline import FEW_TOKENS, Frames, Pipeline
+from wanflow.models.vae import WanVAE
+from wanflow.parallel.layout import Layout, Traffic, imagined, sizes
+from wanflow.parallel.sequence import connect
+from wanflow.parallel.shares import rows_of, share
+from wanflow.pipeline import FEW_TOKENS, Pipeline
+from wanflow.plan import decoding
 from wanflow.plan.model import FirstBlocks, Model
-from wanflow.plan.trace import Held, Trace, Work, fake, materialise
+from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
 from wanflow.sampling.experts import Expert, experts
 from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
-from wanflow.transforms import tiling
+from wanflow.transforms.attention import BACKENDS
 from wanflow.transforms.lora import Adapters, Change, Decomposed, LowRank
 from wanflow.transforms.offload import Frame, InLine, Streaming
 from wanflow.transforms.packed import PackedLeaf
@@ -34,25 +37,24 @@ from wanflow.transforms.quant import QuantLinear
 from wanflow.weights.adapters import describe_adapter, open_adapter
 from wanflow.weights.load import build, expert_structure, lay_out
 
-STEADY = 3  # latent frames after which every further one takes what the one before did
-
-
-@dataclass(frozen=True)
-class Traced:
-    """What a stretch takes beside its weights, in bytes, what it computes, and the largest storages at its peak."""
-
-    beside: int
-    work: Work
-    top: tuple[Held, ...] = ()
+# The kernel of the trace: on fake CPU tensors its attention stays one operation, with the log-sum-exp too.
+KERNEL = BACKENDS["sdpa"]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of an expert's weights: all of them, those that are streamed when no block is resident, and the largest tensor of them."""
+    """Bytes of an expert's weights: all of them, those that are streamed when no block is resident, and the largest tensor of them.
+
+    shared: of what is cut into shares with dit_fsdp, whole; share: what one process keeps of that; gathered: of one block, filled up
+    to shares of one size, as it is when all of them are put together.
+    """
 
     total: int
     blocks: tuple[int, ...]
     largest: int
+    shared: int = 0
+    share: int = 0
+    gathered: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,26 @@ class FakeParts:
         raise AssertionError("a denoising step decodes nothing")
 
 
-class Enough(Exception):
-    """Ends a traced decode when it repeats itself."""
-
-
 class Traces:
-    """All of one model, request and dtype, on one kind of device; what differs between candidates is in the arguments."""
+    """All of one model, request, dtype and layout, on one kind of device; what differs between candidates is in the arguments.
+
+    Of several processes the last is traced: what does not divide leaves it the most tokens and the most heads. here: how many of
+    them one machine has.
+    """
 
     TRACED_BLOCKS = 1  # of an expert; a test traces all and compares
 
-    def __init__(self, model: Model, request: CompleteRequest, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Model,
+        request: CompleteRequest,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: Layout = Layout(),  # noqa: B008 (it is frozen)
+        here: int = 1,
+    ) -> None:
         self.model, self.request, self.dtype, self.device = model, request, dtype, device
+        self.layout, self.here = layout, here
         self.small = model.small(dtype)
         # As `assemble` has it: the large encoder's activations overflow float16.
         self.text_dtype = dtype if self.small and dtype != torch.float16 else torch.bfloat16
@@ -152,6 +163,10 @@ class Traces:
         _, _, frames, rows, columns = self.latent_shape()
         return frames * rows * columns // 4
 
+    def own_tokens(self) -> int:
+        """Those of a process that has the most."""
+        return max(sizes(self.tokens(), self.layout.sequence))
+
     # an expert
 
     def expert(self, which: Expert, runtime: Runtime) -> Weights:
@@ -160,7 +175,12 @@ class Traces:
         if key not in self._done:
             model = expert_structure(self.model.preset.dit, self.model.source(which), runtime, self.dtype, self.device)
             sizes = [value.nbytes for value in model.parameters()]
-            self._done[key] = Weights(sum(sizes), tuple(Frame(block).layout.nbytes for block in model.blocks), max(sizes))
+            blocks = [[value for leaf in block.modules() for value in rows_of(leaf)] for block in model.blocks]
+            shares = [sum(share(value, self.layout.size) for value in block) for block in blocks]
+            self._done[key] = Weights(
+                sum(sizes), tuple(Frame(block).layout.nbytes for block in model.blocks), max(sizes),
+                sum(value.nbytes for block in blocks for value in block), sum(shares), max(shares) * self.layout.size,
+            )  # fmt: skip
         return cast(Weights, self._done[key])
 
     def lora_bytes(self, which: Expert, runtime: Runtime) -> int:
@@ -193,16 +213,19 @@ class Traces:
             if loras:
                 _attach(plain, loras)
             parts = FakeParts(preset, model, self.text_dtype)
-            pipe = Pipeline(parts, "cpu", runtime.cfg_batch)
+            team = imagined(self.layout, self.layout.size - 1)
+            connect(plain, team, KERNEL.attend, KERNEL.with_lse)
+            pipe = Pipeline(parts, "cpu", runtime.cfg_batch, team=team)
             weights = trace.live
             trace.mark()
-            text = _text_bytes(model.text_states(parts.text([""] * (2 if self.guided(index) else 1))))
+            branches = 2 if self.guided(index) and self.layout.cfg == 1 else 1
+            text = _text_bytes(model.text_states(parts.text([""] * branches)))
             before = trace.work
             velocity = pipe.velocity(self.request, self.schedule, index)
             x = torch.empty(self.latent_shape())
             past = min(2, index)
             state = SolverState(index, x, tuple(torch.empty_like(x) for _ in range(past)), torch.empty_like(x) if past else None)
-            inside = Inside(trace, next(iter(plain.blocks)))
+            inside = Inside(trace, next(iter(plain.blocks)), team.traffic)
             trace.mark()
             advance(self.schedule, state, velocity)
             beside = trace.peak - weights
@@ -210,7 +233,10 @@ class Traces:
         others = layers - self.TRACED_BLOCKS
         excess, more = self._leaves(which, runtime, inside.calls)
         work = trace.work + before.scaled(-1) + inside.work.scaled(others) + more.scaled(layers)
-        return Traced(beside + excess + text // self.TRACED_BLOCKS * others, work, tuple(trace.top()))
+        sent = Counter({what: count for what, count in team.traffic.sent.items() if count})
+        sent.update({what: count * others for what, count in inside.sent.items()})
+        messages = sum(team.traffic.calls.values()) + inside.messages * others
+        return Traced(beside + excess + text // self.TRACED_BLOCKS * others, work, tuple(trace.top()), sent, messages)
 
     def _leaves(self, which: Expert, runtime: Runtime, passes: int) -> tuple[int, Work]:
         """What packed or quantised leaves of a block need beyond plain ones: the most bytes of one, and the work of all in a step.
@@ -223,7 +249,7 @@ class Traces:
         forms = [expert_structure(dit, source and FirstBlocks(source, 1), runtime, self.dtype, self.device)]
         forms.append(expert_structure(dit, None, replace(runtime, quantize=""), self.dtype, self.device))
         ours, plain = (dict(next(iter(model.blocks)).named_modules()) for model in forms)
-        tokens = self.tokens()
+        tokens = self.own_tokens()
         rows = min(runtime.chunk_tokens or tokens, tokens)
         excess, work, done = 0, Work(), {}
         for path, leaf in ours.items():
@@ -274,79 +300,14 @@ class Traces:
         return cast(Traced, self._done["text"])
 
     def decode(self, tile: int) -> Traced:
-        """The VAE, in float32: until it repeats itself. In tiles, the features that are kept in RAM are not counted."""
+        """The VAE, in float32: until it repeats itself; in strips on several processes."""
         if ("decode", tile) not in self._done:
-            self._done["decode", tile] = self._tiled(tile) if tile else self._whole()
+            vae, shape = self.model.preset.vae, self.latent_shape()
+            if self.layout.size > 1:
+                self._done["decode", tile] = decoding.in_strips(vae, shape, self.layout)
+            else:
+                self._done["decode", tile] = decoding.tiled(vae, shape, tile) if tile else decoding.whole(vae, shape)
         return cast(Traced, self._done["decode", tile])
-
-    def _whole(self) -> Traced:
-        frames, work = self.latent_shape()[2], Work()
-        vae = build(WanVAE, self.model.preset.vae)
-        with fake() as trace:
-            weights = materialise(vae)
-            latent = torch.empty(self.latent_shape())
-            trace.mark()
-            for number, _ in enumerate(vae.decode_frames(latent)):
-                done, trace.work = trace.work, Work()
-                work = work + done.scaled(1 if number < STEADY - 1 else frames - STEADY + 1)
-                if number == STEADY - 1:
-                    break
-        return Traced(trace.peak - weights, work, tuple(trace.top()))
-
-    def _tiled(self, tile: int) -> Traced:
-        """The layers that see whole frames, then those that do not, for the tile that sees the most around it."""
-        shape, preset = self.latent_shape(), self.model.preset
-        stride, frames = preset.vae.spatial_stride, min(STEADY, shape[2])
-        boxes = tiling.tiles(preset.vae, shape[3] * stride, shape[4] * stride, tile)
-
-        def first_part(vae: WanVAE) -> None:
-            with suppress(Enough):
-                for _ in tiling.decode_frames(vae, torch.empty(*shape[:2], frames, *shape[3:]), tile, _as_numpy, _enough):
-                    pass
-
-        def one_tile(vae: WanVAE) -> None:
-            _, local = tiling.halves(vae)
-            shown, layers = max((tiling.trimmed(local, box, *shape[3:]) for box in boxes), key=lambda found: _area(found[0]))
-            part = torch.empty(1, vae.config.dim * vae.config.dim_mult[-1], 1, shown.bottom - shown.top, shown.right - shown.left)
-            state: State = {}
-            for _ in range(frames):
-                torch.cat(list(stream(layers, part.contiguous(memory_format=torch.channels_last_3d), state)), dim=2)
-
-        whole, local = (self._decoding(run) for run in (first_part, one_tile))
-        # The first part keeps its features in RAM; its run here has gone one frame into a tile.
-        whole = replace(whole, beside=whole.beside - self._features(frames, *shape[3:]))
-        work = whole.work.scaled(shape[2] / frames) + local.work.scaled(len(boxes) * shape[2] / frames)
-        return replace(max((whole, local), key=lambda traced: traced.beside), work=work)
-
-    def _decoding(self, run: Callable[[WanVAE], None]) -> Traced:
-        vae = build(WanVAE, self.model.preset.vae)
-        with fake() as trace:
-            weights = materialise(vae)
-            trace.mark()
-            run(vae)
-        return Traced(trace.peak - weights, trace.work, tuple(trace.top()))
-
-    def kept_features(self) -> int:
-        """Bytes of what a tiled decode keeps in RAM between its two halves."""
-        return self._features(*self.latent_shape()[2:])
-
-    def _features(self, frames: int, rows: int, columns: int) -> int:
-        vae = self.model.preset.vae
-        return vae.dim * vae.dim_mult[-1] * 4 * frames * rows * columns
-
-
-def _area(box: tiling.Box) -> int:
-    return (box.bottom - box.top) * (box.right - box.left)
-
-
-def _as_numpy(part: Tensor) -> Frames:
-    """What stands for a fake tensor's frames; numpy's memory is the system's until it is written to."""
-    _, _, count, rows, columns = part.shape
-    return np.empty((count, rows, columns, 3), dtype=np.uint8)
-
-
-def _enough(done: int, _: int) -> None:
-    raise Enough
 
 
 def _one_leaf(leaf: nn.Module, rows: int) -> tuple[int, Work]:
@@ -361,18 +322,23 @@ def _one_leaf(leaf: nn.Module, rows: int) -> tuple[int, Work]:
 
 
 class Inside:
-    """The work of every call of a module, from now on."""
+    """The work of every call of a module from now on, and what it sends."""
 
-    def __init__(self, trace: Trace, module: nn.Module) -> None:
+    def __init__(self, trace: Trace, module: nn.Module, traffic: Traffic | None = None) -> None:
         self.work = before = Work()
-        self.calls = 0
+        self.calls = self.messages = 0
+        self.sent = sent_before = Counter[str]()
+        traffic = traffic or Traffic()
 
         def enter(*_: Any) -> None:
-            nonlocal before
-            before = trace.work + Work()
+            nonlocal before, sent_before
+            before, sent_before = trace.work + Work(), Counter(traffic.sent)
+            self.messages -= sum(traffic.calls.values())
 
         def leave(*_: Any) -> None:
             self.work = self.work + trace.work + before.scaled(-1)
+            self.sent.update(Counter(traffic.sent) - sent_before)
+            self.messages += sum(traffic.calls.values())
             self.calls += 1
 
         module.register_forward_pre_hook(enter)
