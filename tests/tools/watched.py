@@ -23,6 +23,7 @@ from wanflow.cli import launch
 from wanflow.config import RequestError
 from wanflow.parallel import mesh
 from wanflow.parallel.layout import Layout, form
+from wanflow.parallel.watch import LATER
 
 
 def happen(what: str, rank: int) -> None:
@@ -56,8 +57,8 @@ def work(args: argparse.Namespace) -> None:
     what, when = plot.get(rank, ("", -1))
     if when == 0:
         happen(what, rank)
-    ranks = mesh.start(torch.device("cpu"), args.timeout)
-    team = form(Layout(ulysses=size), ranks, args.timeout)
+    ranks = mesh.start(torch.device("cpu"), args.timeout + LATER)
+    team = form(Layout(ulysses=size), ranks)
     watch.progress = lambda: sum(team.traffic.calls.values())
     done = 0
 

@@ -107,10 +107,11 @@ def _join(args: argparse.Namespace, device: str) -> tuple[Ranks, Screen]:
     """Join the processes that torchrun or `--gpus` started; alone where there are none. The first one shows what goes on."""
     from wanflow.assemble import choose_device
     from wanflow.parallel import mesh
+    from wanflow.parallel.watch import LATER
     from wanflow.screen import Screen
 
     alone = mesh.place()[1] == 1
-    ranks = mesh.start(choose_device("cpu" if alone else device))
+    ranks = mesh.start(choose_device("cpu" if alone else device), args.timeout + LATER)
     if ranks.rank > 0:
         logger.setLevel(logging.ERROR)
     return ranks, Screen(ranks.rank == 0)
@@ -241,6 +242,7 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
     from wanflow.pipeline import save_frames
     from wanflow.sanity import OutputError
 
+    args.watch.progress = lambda: sum(pipe.team.traffic.calls.values())
     if pipe.team.ranks.rank > 0:
         pipe.take_loras(run)
         run = pipe.resume(run)

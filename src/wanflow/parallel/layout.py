@@ -249,12 +249,12 @@ class Team:
         return int(self.world.from_first("first", torch.tensor([number], dtype=torch.int64, device=self.ranks.device)))
 
 
-def form(layout: Layout, ranks: Ranks, timeout_s: float = 600.0) -> Team:
+def form(layout: Layout, ranks: Ranks, timeout_s: float | None = None) -> Team:
     """Make the groups. Every process must call it, with the same layout.
 
     Args:
         ranks: what `mesh.start` returned.
-        timeout_s: a collective that one of a group does not join fails in the others after this time.
+        timeout_s: a collective that one of a group does not join fails in the others after this time; without it that of `ranks`.
 
     Raises:
         RequestError: when the layout is of another number of processes than there are.
@@ -268,7 +268,9 @@ def form(layout: Layout, ranks: Ranks, timeout_s: float = 600.0) -> Team:
     def group(*rows: list[int]) -> Group:
         if len(rows[0]) == 1:
             return Group(traffic)
-        handle, _ = dist.new_subgroups_by_enumeration([list(row) for row in rows], timeout=timedelta(seconds=timeout_s))
+        handle, _ = dist.new_subgroups_by_enumeration(
+            [list(row) for row in rows], timeout=timedelta(seconds=ranks.timeout_s if timeout_s is None else timeout_s)
+        )
         return Group(traffic, handle)
 
     ring = group(*numbers.movedim(1, 2).flatten(0, 1).tolist())

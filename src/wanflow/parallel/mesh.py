@@ -24,11 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run, and its device."""
+    """This process among those of the run, its device, and how long a collective waits for the others, in seconds."""
 
     rank: int
     size: int
     device: torch.device
+    timeout_s: float = 600.0
 
 
 def place() -> tuple[int, int]:
@@ -102,7 +103,7 @@ def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
-    return Ranks(rank, size, device)
+    return Ranks(rank, size, device, timeout_s)
 
 
 def agree(ranks: Ranks, make: Callable[[], T]) -> T:

@@ -30,6 +30,7 @@ NUDGE = 2.0  # after a failure became known, a collective that broke has ended t
 GRACE = 6.0  # and what has not come out by then is ended, after its last will
 WILL = 4.0  # how long that may take: a GPU that hangs does not give its tensors back
 AGREE = 2.0  # how long the one that speaks looks whether all fail alike
+LATER = 30.0  # so long after the watch would have ended a run do torch's own limits hold; NCCL's end a process without a word
 ALL_END = 15.0  # all of these together: from a failure that is known to the end of all processes
 
 
