@@ -107,11 +107,22 @@ def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
 
 
 def agree(ranks: Ranks, make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, for all. Every process must call it; nothing large should go this way."""
+    """What `make` gives in the first process, for all. Every process must call it; nothing large should go this way.
+
+    Raises:
+        RequestError: in all of them, where `make` raises one.
+    """
     if ranks.size == 1:
         return make()
-    box: list[Any] = [make() if ranks.rank == 0 else None]
+    box: list[Any] = [None]
+    if ranks.rank == 0:
+        try:
+            box = [make()]
+        except RequestError as error:
+            box = [error]
     dist.broadcast_object_list(box, src=0, device=ranks.device)
+    if isinstance(box[0], RequestError):
+        raise box[0]
     return cast(T, box[0])
 
 
