@@ -98,9 +98,10 @@ def _decide(
 
 
 def _plan(checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteRequest, force: bool, processes: int) -> Plan:
+    from wanflow.parallel.mesh import per_machine
     from wanflow.plan import guard, planned
 
-    return (planned if force else guard)(checkpoint, runtime, request, processes=processes)
+    return (planned if force else guard)(checkpoint, runtime, request, processes, per_machine())
 
 
 def _join(args: argparse.Namespace, device: str) -> tuple[Ranks, Screen]:

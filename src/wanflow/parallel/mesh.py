@@ -32,6 +32,11 @@ class Ranks:
     timeout_s: float = 600.0
 
 
+def per_machine() -> int | None:
+    """How many of the processes run on this machine, if torchrun says."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+
+
 def place() -> tuple[int, int]:
     """This process' number and how many there are, as torchrun says; joins nothing."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,7 +76,7 @@ def _own_part(store: TCPStore) -> Store:
 
 
 def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
-    """Join the group that torchrun describes in the environment; alone where it describes none.
+    """Join the group that torchrun describes in the environment; alone where it describes none. Who has joined already stays.
 
     Args:
         device: what the run asks for; on CUDA each process takes the GPU of its number on this machine.
@@ -96,6 +101,8 @@ def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
             raise RequestError(f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return Ranks(rank, size, device, timeout_s)
     dist.init_process_group(
         BACKENDS[device.type],
         rank=rank,

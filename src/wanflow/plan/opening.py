@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from wanflow.assemble import Report, assemble, resolve
+from wanflow.assemble import Report, assemble, choose_device, resolve
 from wanflow.config import Request, RequestError, Runtime
+from wanflow.parallel import mesh
 from wanflow.pipeline import Pipeline
 from wanflow.plan.starting import guard, planned
 from wanflow.weights.layouts import PARTS
@@ -20,6 +21,9 @@ def load(
     model: str | Path | None = "nano", report: Report | None = None, plan_for: Request | None = None, force: bool = False, **options: Any
 ) -> Pipeline:
     """A pipeline for a model, run in the way that is best for it on this machine.
+
+    In a script that torchrun starts several times, the processes share the work. Each must make the same calls with the same
+    arguments; the first one's seed, callback and video count.
 
     Args:
         model: `"nano"`, or a folder in any layout, or a repository's name if Hugging Face's cache has it.
@@ -37,9 +41,16 @@ def load(
     if unknown:
         known = ", ".join([*(f.name for f in fields(Runtime)), *PARTS])
         raise RequestError(f"load does not know {', '.join(unknown)}; it knows {known}")
+    runtime, ranks = Runtime(**options), None
+    if mesh.place()[1] > 1:
+        ranks = mesh.start(choose_device(runtime.device))
+        runtime = replace(runtime, device=str(ranks.device))
     checkpoint = resolve(model, given)
-    for note in checkpoint.notes:
-        logger.warning(note)
-    runtime = Runtime(**options)
-    plan = planned(checkpoint, runtime, plan_for) if force else guard(checkpoint, runtime, plan_for)
-    return assemble(checkpoint, plan.runtime, report)
+    if ranks is None or ranks.rank == 0:
+        for note in checkpoint.notes:
+            logger.warning(note)
+    decide = planned if force else guard
+    if ranks is None:
+        return assemble(checkpoint, decide(checkpoint, runtime, plan_for).runtime, report)
+    settled = mesh.agree(ranks, lambda: decide(checkpoint, runtime, plan_for, ranks.size, mesh.per_machine()).runtime)
+    return assemble(checkpoint, replace(settled, device=str(ranks.device)), report if ranks.rank == 0 else None, ranks)
