@@ -101,7 +101,7 @@ def generate_flags(p: argparse.ArgumentParser) -> None:
     official.add_argument("--size", help="WIDTH*HEIGHT, any multiples of 16 (1280*720)")
     official.add_argument("--frame_num", type=int, help="frames, 4n+1 (81)")
     official.add_argument("--ckpt_dir", help="folder of the weights, or nano")
-    official.add_argument("--offload_model", type=yes_or_no, help="keep only the expert at work in memory (true unless the model is small)")
+    official.add_argument("--offload_model", type=yes_or_no, help="keep only the expert at work in memory (settled by the plan)")
     official.add_argument("--ulysses_size", type=int, default=1, help="processes that share the attention heads; 1 leaves it to the plan")
     official.add_argument(
         "--t5_fsdp", action="store_true", help="accepted: the text encoder passes through one process block by block anyway"
@@ -141,6 +141,14 @@ def generate_flags(p: argparse.ArgumentParser) -> None:
     ours.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
     ours.add_argument("--noise_device", choices=("cpu", "cuda"), default="cpu", help="cuda draws the noise as the official code does")
     ours.add_argument("--cfg_batch", type=yes_or_no, help="both guidance branches in one batch (true for small videos)")
+    ours.add_argument("--resume", type=Path, metavar="FILE", help=f"continue a run saved as FILE (*{STATE_SUFFIX})")
+    ours.add_argument("--force", action="store_true", help="start although the machine is too small")
+    _memory_flags(p)
+    _parallel_flags(p)
+    run_flags(p, save_file=False)
+
+
+def _memory_flags(p: argparse.ArgumentParser) -> None:
     memory = p.add_argument_group(
         "memory and precision", "what is left out, the plan settles for the machine at hand (`wanflow plan` shows it)"
     )
@@ -157,15 +165,15 @@ def generate_flags(p: argparse.ArgumentParser) -> None:
     )
     memory.add_argument("--attention", default="auto", metavar="KERNEL", help="auto, or a name that `wanflow doctor` lists")
     memory.add_argument("--text_cache", metavar="DIR", help="where encoded prompts are kept (the user's cache); none: nowhere")
+
+
+def _parallel_flags(p: argparse.ArgumentParser) -> None:
     several = p.add_argument_group("several processes", "under torchrun; what is left out, the plan settles")
     several.add_argument("--cfg_parallel", type=yes_or_no, help="one half of the processes for each branch of guidance")
     several.add_argument("--ring_size", type=int, metavar="N", help="processes among which keys and values go round")
     several.add_argument(
         "--parallel", type=parallel, default=None, metavar="LAYOUT", help="auto, or all at once, as in cfg2xring2xulysses4"
     )
-    ours.add_argument("--resume", type=Path, metavar="FILE", help=f"continue a run saved as FILE (*{STATE_SUFFIX})")
-    ours.add_argument("--force", action="store_true", help="start although the machine is too small")
-    run_flags(p, save_file=False)
 
 
 def part_flags(p: argparse.ArgumentParser) -> None:
