@@ -197,7 +197,6 @@ class Watch:
     def _work(self) -> None:
         assert self.store is not None
         while not self._gone.is_set():
-            self._listen()
             try:
                 if not self._lost:
                     self._turn(self.store)
@@ -207,6 +206,8 @@ class Watch:
                 self._gone.set()
             if self.failure is not None and not self._out:
                 self._end()
+            if not self._gone.is_set():
+                self._listen()
 
     def _turn(self, store: Store) -> None:
         self._meet(store)
@@ -216,8 +217,16 @@ class Watch:
         if self._mine and not self._spoke:
             self._speak(store)
         if self._out and self._may_leave():
-            store.set(f"sign/{self.rank}", "left")
+            self._part()
             self._gone.set()
+
+    def _part(self) -> None:
+        """The last sign of life."""
+        try:
+            if self.store is not None and not self._lost:
+                self.store.set(f"sign/{self.rank}", "left")
+        except RuntimeError:
+            self._lost = True
 
     def _listen(self) -> None:
         """Wait for the next turn, or for a signal."""
@@ -314,6 +323,7 @@ class Watch:
             keeper = threading.Thread(target=self.keep, daemon=True)
             keeper.start()
             keeper.join(WILL)
+            self._part()
             self._exit()
 
     def _orphaned(self) -> None:
