@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from filelock import FileLock
+from processes import CPU, Processes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -40,7 +37,8 @@ GOLDEN = Path(os.environ.get("WANFLOW_GOLDEN") or Path(__file__).parent / "golde
 PUBLISHED = VAEConfig(dim=8, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16)  # its layers, with fewer channels
 OTHER = VAEConfig(8, 4, (1, 2, 2), 1, (True, False), latent_mean=(0.1,) * 4, latent_std=(1.5,) * 4)
 QUICK, SLOW = (2, 3, 4), (6, 8)
-CPU = torch.device("cpu")
+# Strips change the shapes of convolutions and so the order of their sums (7.0e-6 seen at most, for values up to 1.7).
+ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -210,72 +208,35 @@ def test_attention_needs_all_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 # processes
 
 
-def work(rank: int, world_sizes: tuple[int, ...], folder: Path) -> None:
-    """Every case for every size that this process is part of; what came out goes into a file."""
-    torch.set_num_threads(1)
-    for size in world_sizes:
-        if rank >= size:
-            continue
-        store = dist.FileStore(str(folder / f"{size}.store"), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=20))
-        try:
-            layout = Layout(cfg=2, ulysses=size // 2) if size % 2 == 0 else Layout(ring=size)
-            found = gone_through(form(layout, mesh.Ranks(rank, size, CPU), 20))
-        finally:
-            mesh.stop()
-        torch.save(found, folder / f"{size}-{rank}.pt")
+def gone_through(ranks: mesh.Ranks) -> dict[str, dict[str, Any]]:
+    """Every case, on one of several processes."""
+    size = ranks.size
+    team, found = form(Layout(cfg=2, ulysses=size // 2) if size % 2 == 0 else Layout(ring=size), ranks, 60), {}
 
+    def agree(done: int, _: int) -> None:
+        # As in a run that any process may be told to stop: all must say how far they are equally often.
+        assert team.first(done) == done
 
-def gone_through(team: Team) -> dict[str, dict[str, Any]]:
-    found = {}
     for name, case in CASES.items():
-        # As a run does that any process may be told to stop: all must say how far they are equally often.
-        told = decoded(team, made(case.config, case.dtype), latent_of(case), lambda done, _: agree(team, done))
-        found[name] = vars(told) | {"frames": [torch.from_numpy(frames) for frames in told.frames]}
+        one = decoded(team, made(case.config, case.dtype), latent_of(case), agree)
+        found[name] = vars(one) | {"frames": [torch.from_numpy(frames) for frames in one.frames]}
     return found
-
-
-def agree(team: Team, done: int) -> None:
-    assert team.first(done) == done
 
 
 Worked = Callable[[int], list[dict[str, Found]]]
 
 
 @pytest.fixture
-def worked(tmp_path_factory: pytest.TempPathFactory) -> Worked:
-    """What each of so many processes found. They are started once, whichever of pytest's own processes comes first."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "strips"
-    folder.mkdir(exist_ok=True)
+def worked(processes: Processes) -> Worked:
+    """What each of so many processes found."""
 
     def results(size: int) -> list[dict[str, Found]]:
-        group = QUICK if size in QUICK else SLOW
-        ended = folder / f"ended-{max(group)}.json"
-        with FileLock(ended.with_suffix(".lock")):
-            if not ended.exists():
-                ended.write_text(json.dumps(start(group, folder)))
-        assert json.loads(ended.read_text()) == [0] * max(group)
-        files = [torch.load(folder / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
+        files = processes(gone_through, size, QUICK if size in QUICK else SLOW)
         return [
             {name: Found(**one | {"frames": [frames.numpy() for frames in one["frames"]]}) for name, one in file.items()} for file in files
         ]
 
     return results
-
-
-def start(group: tuple[int, ...], folder: Path) -> list[int | None]:
-    """Run `work` in as many processes as the largest size needs; how they ended."""
-    # A fork of a process that has imported torch starts at once.
-    context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-    context.set_forkserver_preload([__name__])
-    processes = [context.Process(target=work, args=(rank, group, folder), daemon=True) for rank in range(max(group))]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-    return [process.exitcode for process in processes]
 
 
 SIZES = [
@@ -289,7 +250,7 @@ def test_strips_give_what_one_process_gives(size: int, worked: Worked) -> None:
     found = worked(size)
     for name in EXACT:
         video = together([one[name] for one in found], Strips(*CASES[name].shape[1:], size))
-        torch.testing.assert_close(video, alone(name), atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(video, alone(name), **ROUNDING, msg=lambda text, name=name: f"{name}: {text}")
         apart = np.abs(np.concatenate(found[0][name].frames).astype(int) - to_uint8(alone(name)))
         assert apart.max() <= 1 and (apart > 0).mean() < 1e-3, name
     assert sum(float(alone(name).std()) > 0.1 for name in EXACT) == len(EXACT)
