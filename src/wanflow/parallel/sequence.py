@@ -29,8 +29,9 @@ def sharded(team: Team, trunk: Trunk = run_blocks) -> Trunk:
     # A function and no object: a call of an object would keep the whole video's tokens in memory until it returns.
     def shared(blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning) -> Tensor:
         team.tokens = tokens.shape[1]
-        tokens = tokens[:, team.part].clone()
-        return _gathered(trunk(blocks, head, tokens, conditioning.part(team.part)), team)
+        own = [tokens[:, team.part].clone()]
+        del tokens  # and out of the list below: what this names stays in memory until the last block is done
+        return _gathered(trunk(blocks, head, own.pop(), conditioning.part(team.part)), team)
 
     return shared
 
