@@ -26,12 +26,11 @@ from typing import NoReturn, Protocol
 EVERY = 0.5  # seconds between two signs of life
 LOST = 30.0  # without a sign for so long a process is gone; a large library may hold a process' threads back for seconds
 SUSPECT = 4.0  # the same, where a broken connection or torchrun's signal shows that something has happened already
-NUDGE = 2.0  # after a failure became known, a collective that broke has ended the work by itself; what has not is interrupted
-GRACE = 6.0  # and what has not come out by then is ended, after its last will
-WILL = 4.0  # how long that may take: a GPU that hangs does not give its tensors back
-AGREE = 2.0  # how long the one that speaks looks whether all fail alike
+AGREE = 2.0  # how long the others may take to refuse a request, too, before it is called one process' own
+GRACE = 6.0  # after a failure became known all work is interrupted; what has not come out by then is ended, after its last will
+WILL = 3.0  # how long that may take: a GPU that hangs does not give its tensors back
 LATER = 30.0  # so long after the watch would have ended a run do torch's own limits hold; NCCL's end a process without a word
-ALL_END = 15.0  # all of these together: from a failure that is known to the end of all processes
+ALL_END = 15.0  # from what fails to the end of all processes; where nothing shows it, LOST or the run's timeout comes before that
 
 
 class Store(Protocol):
@@ -295,13 +294,17 @@ class Watch:
         """Say the failure, once it is clear whether all processes fail alike."""
         assert self.failure is not None
         keys, line = [f"said/{rank}" for rank in range(self.size)], self.failure.line(self.size)
-        if self._said and self.failure == self._own:
+        if self._said and self._common():
             said = set(store.multi_get(keys)) if store.check(keys) else set()
             if not said and time.monotonic() - self._since < AGREE:
                 return
             line = self.failure.text if len(said) == 1 else line
         self._spoke = True
         say(f"{self._trace if self.failure == self._own else ''}wanflow: {line}")
+
+    def _common(self) -> bool:
+        """Whether the failure is of a kind that all processes come upon, each by itself: a bad request."""
+        return self.failure is not None and self.failure.code == 2
 
     def _may_leave(self) -> bool:
         if self._own is not None and self.failure is None:
@@ -316,7 +319,7 @@ class Watch:
     def _end(self) -> None:
         """A failure is known, and the main thread is still at work: first it is asked to stop, then it is not asked."""
         passed = time.monotonic() - self._since
-        if passed > NUDGE and not self._nudged:
+        if not self._nudged and passed >= (AGREE if self._common() else 0):
             self._nudged = True
             _thread.interrupt_main()
         if passed > GRACE:
