@@ -305,7 +305,7 @@ def recorded(runtime: Runtime, device: torch.device, dtype: torch.dtype, kernel:
     return {
         "device": device.type, "dtype": str(dtype).removeprefix("torch."), "t5_cpu": bool(runtime.t5_cpu), "lora": runtime.lora,
         "chunk_tokens": runtime.chunk_tokens or 0, "vae_tile": runtime.vae_tile or 0, "quantize": runtime.quantize,
-        "quantize_layers": runtime.quantize_layers, "attention": kernel,
+        "quantize_layers": runtime.quantize_layers, "attention": kernel, "layout": str(layout_of(runtime)),
     }  # fmt: skip
 
 
