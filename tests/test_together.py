@@ -57,8 +57,10 @@ def on_layout(ranks: mesh.Ranks, layout: Layout) -> dict[str, Any]:
     run = pipe.resume(pipe.begin(WANTED))
     video = pipe.finish(run)
     drawn = pipe.begin(replace(WANTED, seed=-1)).request.seed
+    with pytest.raises(Cancelled) as cancelled:  # what the first says holds for all
+        pipe.resume(pipe.begin(WANTED), lambda told: told.step < 2 if ranks.rank == 0 else None)
     shared = opened(ranks, layout, **SHARED)
-    found = {"latent": run.state.x, "frames": torch.from_numpy(video.frames), "seed": drawn}
+    found = {"latent": run.state.x, "frames": torch.from_numpy(video.frames), "seed": drawn, "half": cancelled.value.run.state.tensors()}
     found |= {"shared out": shared.resume(shared.begin(WANTED)).state.x, "shares": shares(shared)}
     for case in PIPELINE["runs"] if not fields(layout)["cfg_parallel"] or ranks.size < 4 else PIPELINE["runs"][:1]:
         found[case["name"]] = golden(ranks, layout, case)
@@ -171,6 +173,16 @@ def test_weights_that_are_shared_out_change_no_bit(size: int, found: Found) -> N
             assert torch.equal(value["shared out"], value["latent"]), (rank, layout)
             ((own, whole),) = value["shares"]
             assert own < 1.3 * whole / size, "each process keeps its share"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_process_goes_on_where_several_were_stopped(size: int, found: Found) -> None:
+    pipe = assemble(resolve("nano"), Runtime(device="cpu"))
+    begun = pipe.begin(WANTED)
+    for layout, values in found(size)[size - 1].items():
+        run = replace(begun, state=SolverState.from_tensors(2, values["half"]))
+        latent = pipe.resume(run).state.x
+        torch.testing.assert_close(latent, alone()["latent"], atol=1e-4, rtol=1e-5, msg=lambda text, where=layout: f"{where}: {text}")
 
 
 @pytest.mark.parametrize("size", SIZES)
