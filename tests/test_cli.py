@@ -104,6 +104,8 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
         ("generate --ckpt_dir nano --prompt a --parallel cfg2xring3", "--gpus 0,1,2,3,4,5"),
         ("generate --ckpt_dir nano --prompt a --parallel tensor4", "neither auto nor a layout"),
         ("generate --ckpt_dir nano --prompt a --parallel cfg2 --ring_size 2", "leave out --ring_size"),
+        ("plan --ckpt_dir nano --gpus cpu,cpu --num_gpus 2", "describe another; leave one out"),
+        ("plan --ckpt_dir nano --gpus 0,0", "names a GPU twice"),
         ("generate --ckpt_dir nano --prompt a --device tpu", "device"),
         ("generate --ckpt_dir nano --prompt a --dtype int3", "dtype"),
         ("generate --ckpt_dir nano --prompt a --save_file x.avi", "mp4"),
@@ -295,3 +297,10 @@ def test_a_small_machine_is_refused_the_full_model(tmp_path: Path, capsys: pytes
     assert time.monotonic() - began < 20
     for words in ("80 GB", "64 GB of RAM", "150 GB", "here:", "do:", "--force"):
         assert words in said
+
+
+def test_a_plan_for_the_processes_that_would_be_started(capsys: pytest.CaptureFixture[str]) -> None:
+    """It starts none."""
+    assert main(["plan", "--ckpt_dir", "nano", "--gpus", "cpu,cpu,cpu", "--json"]) == 0
+    runtime = json.loads(capsys.readouterr().out)["runtime"]
+    assert (runtime["cfg_parallel"], runtime["ring_size"], runtime["ulysses_size"]) == (False, 1, 3)

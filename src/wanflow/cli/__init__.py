@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         args = build_parser().parse_args(argv)
         args.watch = watch
         watch.timeout_s = getattr(args, "timeout", watch.timeout_s)
-        if getattr(args, "gpus", None) is not None and (processes := launch.prepare(args)):
+        if getattr(args, "gpus", None) is not None and args.command != "plan" and (processes := launch.prepare(args)):
             return launch.launch(argv, processes)
         COMMANDS[args.command](args)
     except SystemExit:  # --help

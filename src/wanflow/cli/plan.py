@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli import generate
+from wanflow.cli import generate, launch
 from wanflow.cli.flags import Parser, generate_flags, given_parts
-from wanflow.config import Request, Runtime
+from wanflow.config import Request, RequestError, Runtime
 
 if TYPE_CHECKING:
     from wanflow.plan import Machine
@@ -44,6 +44,7 @@ def plan(args: argparse.Namespace) -> None:
 
     if args.figures:
         return _figures(args.json)
+    here = _processes(args)
     wanted, runtime = generate._request(args), generate._runtime(args)
     wanted = replace(wanted, prompt=wanted.prompt or "any")
     if args.ckpt_dir is None and not given_parts(args):
@@ -54,9 +55,9 @@ def plan(args: argparse.Namespace) -> None:
         checkpoint = resolve(args.ckpt_dir, given_parts(args))
         model = describe(checkpoint)
     request = completed(wanted, model.preset)
-    machine = _machine(args, Path.cwd() if checkpoint is None else checkpoint.folder)
-    # On this machine one process is meant, as `generate` starts without --gpus; described ones have as many as GPUs.
-    processes = args.num_gpus if machine.described else 1
+    machine = _machine(args, Path.cwd() if checkpoint is None else checkpoint.folder, here)
+    # Described machines have as many processes as GPUs; this one as many as `generate` would start.
+    processes = args.num_gpus if machine.described else here
     settled = rated(settle(model, request, runtime, machine, trace_small=True, processes=processes), model, request)
     time = estimate(settled) if settled.machine.rates is not None else None
     if args.json:
@@ -68,13 +69,27 @@ def plan(args: argparse.Namespace) -> None:
         refuse(settled, model)
 
 
-def _machine(args: argparse.Namespace, folder: Path) -> Machine:
-    """The machine that is described, or this one, with other RAM or disk where those alone are given."""
+def _processes(args: argparse.Namespace) -> int:
+    """How many `--gpus` would start on this machine."""
+    if args.gpus is None:
+        return 1
+    if args.gpu is not None or args.num_gpus != 1:
+        raise RequestError("--gpus are of this machine, and --gpu and --num_gpus describe another; leave one out")
+    started = launch.prepare(args)
+    return 1 if started is None else started.count
+
+
+def _machine(args: argparse.Namespace, folder: Path, used: int) -> Machine:
+    """The machine that is described, or this one, with other RAM or disk where those alone are given.
+
+    Args:
+        used: how many GPUs of this one are meant.
+    """
     from wanflow.plan import described, this_machine
 
     if args.gpu is not None or args.num_gpus != 1:
         return described(args.gpu or "a100-80gb", args.num_gpus, args.ram, args.disk)
-    here, other = this_machine(folder), described("none", 1, args.ram, args.disk)
+    here, other = this_machine(folder, used), described("none", 1, args.ram, args.disk)
     if args.ram is not None:
         here = replace(here, ram=other.ram, ram_free=other.ram_free)
     return here if args.disk is None else replace(here, disk_free=other.disk_free)
