@@ -108,7 +108,7 @@ CASES = (
     Case("2 processes, VAE in strips, 320*320, 9 frames", stage="decode", size="320*320", frames=9, layout=TWO),
     Case("3 processes, VAE in strips, 480*320, 9 frames", stage="decode", size="480*320", frames=9, layout=THREE),
     # What `make test` takes as well.
-    Case("quick: 2 processes, ulysses 2, dit_fsdp", size="64*64", cfg=1.0, runtime=SHARED, layout=TWO),
+    Case("quick: 2 processes, ulysses 2, dit_fsdp, one layer", layers=1, size="64*64", cfg=1.0, runtime=SHARED, layout=TWO),
     Case("quick: bf16, one layer", layers=1, size="64*64", cfg=1.0),
     Case("quick: streamed, none of two resident", size="64*64", cfg=1.0, runtime={"resident_blocks": 0}),
     Case("quick: VAE, 192*192, 5 frames", stage="decode", size="192*192", frames=5),
@@ -325,6 +325,8 @@ def compare(case: Case) -> dict[str, Any]:
         # The C library keeps freed memory for itself where pieces are below a bound that moves up to 32 MB; with the bound fixed, what
         # is freed is given back, as a GPU's allocator gives it to the next tensor.
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+        if case.layout.size > 1:  # which share the cores
+            env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // case.layout.size))
         numbers = range(case.layout.size)
         started = [
             subprocess.Popen([*command, "--number", str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
@@ -375,7 +377,8 @@ def main() -> None:
     machine = {"cpu": processor(), "system": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps({
         "what": "the plan's memory against anonymous memory measured on a CPU", "date": str(date.today()), "machine": machine,
-        "command": "OMP_NUM_THREADS=1 python benchmarks/plan_memory.py", "allowed": f"{ALLOWED:.0%} and {ALLOWED_MB} MB",
+        "command": "OMP_NUM_THREADS=1 python benchmarks/plan_memory.py" + (f" --only {args.only!r}" if args.only else ""),
+        "allowed": f"{ALLOWED:.0%} and {ALLOWED_MB} MB",
         "within": sum(row["within"] for row in rows), "of": len(rows), "rows": rows,
     }))  # fmt: skip
 

@@ -169,15 +169,15 @@ def test_flops_at_720p_are_the_published_reckoning() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quick: bf16", "quick: VAE", "quick: streamed"])
+@pytest.mark.parametrize("name", ["quick: bf16", "quick: VAE", "quick: streamed", "quick: 2 processes"])
 def test_memory_is_as_predicted(name: str) -> None:
-    """At real widths, in a process of its own; the rest of the table is `benchmarks/plan_memory.py`."""
+    """At real widths, in processes of their own; the rest of the table is `benchmarks/plan_memory.py`."""
     code = f"import json, plan_memory as b; print(json.dumps(b.compare(next(c for c in b.CASES if c.name.startswith({name!r})))))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])
-    assert row["within"], row
+    assert row["within"] and row.get("sent_as_predicted", True), row
     assert row["measured_mb"] > 500
 
 

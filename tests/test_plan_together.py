@@ -21,7 +21,7 @@ from wanflow.plan import described, guard, planned, published, settle
 from wanflow.plan import machines as plan_machines
 from wanflow.plan.estimate import estimate
 from wanflow.plan.machines import PCIE, rates
-from wanflow.plan.need import gathered_blocks, on_device
+from wanflow.plan.need import on_device
 from wanflow.plan.starting import refuse
 from wanflow.plan.together import settle_layout
 from wanflow.plan.traces import Traces
@@ -113,7 +113,7 @@ def test_the_official_command_stays_as_it_is() -> None:
 
 
 def test_several_that_are_too_small_are_refused_in_three_lines() -> None:
-    small = replace(described("rtx4090", 2), gpu_free=11 * GB)
+    small = replace(described("rtx4090", 2), gpu_free=13 * GB)
     plan = settle(published(), of(T2V_A14B, **QUICK), Runtime(dit_fsdp=True), small, processes=2)
     with pytest.raises(RequestError) as refusal:
         refuse(plan, published())
@@ -177,8 +177,10 @@ def test_shares_are_rows(quantize: Any) -> None:
     kept = sum(-(-len(value) // 3) * (value.nbytes // len(value)) if value in cut else value.nbytes for value in model.parameters())
     assert on_device(traces, "high", runtime) == kept
     block = sum(3 * -(-len(value) // 3) * (value.nbytes // len(value)) for value in cut) / preset.dit.num_layers
-    assert gathered_blocks(traces, "high", runtime, 2) == 2 * block
-    assert gathered_blocks(traces, "high", replace(runtime, dit_fsdp=False), 2) == 0
+    # At work a block is there twice: whole, and as the message in which it came; gloo has a copy of that while it comes.
+    plain = traces.step("high", 2, replace(runtime, dit_fsdp=False), False).beside
+    ours, gloos = (traces.step("high", 2, runtime, False, gloo=gloo).beside for gloo in (False, True))
+    assert max(plain, 2 * block) <= ours <= plain + 2 * block and max(ours, 3 * block) <= gloos <= plain + 3 * block
 
 
 def test_strips_share_a_decode() -> None:

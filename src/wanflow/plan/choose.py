@@ -252,6 +252,9 @@ class _Choice:
         if self.kind == "gpu" and not runtime.quantize and ((runtime.resident_blocks or 0) < self.layers or (short and runtime.dit_fsdp)):
             smaller = replace(runtime, quantize="fp8", quantize_layers="all", resident_blocks=self.layers, keep_experts=False)
             beside = max(phase.beside for phase in expert_phases(self.traces, runtime, self.kind))
+            if runtime.dit_fsdp:  # two of its blocks are whole, which would be smaller too
+                first = self.traces.working[0]
+                beside -= 2 * (self.traces.expert(first, runtime).gathered - self.traces.expert(first, smaller).gathered)
             size = max(on_device(self.traces, which, smaller) for which in set(self.traces.working)) + beside
             if size * (1 + SCATTER) + GB < self.room:
                 yield f"--quantize fp8 --quantize_layers all would keep an expert in memory ({size / GB:.1f} GB), and changes the video"

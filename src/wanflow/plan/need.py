@@ -140,15 +140,6 @@ def on_device(traces: Traces, which: Expert, runtime: Runtime) -> int:
     return held.total + loras - round(streamed * sum(held.blocks) / len(held.blocks)) + 2 * max(held.blocks)
 
 
-def gathered_blocks(traces: Traces, which: Expert, runtime: Runtime, count: int) -> int:
-    """Bytes of so many blocks put together from all processes' shares; none without dit_fsdp.
-
-    Counted and not traced, since FSDP does not run on tensors without memory: it holds the block at work, and beside it the message
-    in which it came, until the next one has come. That message is kept after the last block too, as long as its expert is.
-    """
-    return count * traces.expert(which, runtime).gathered if runtime.dit_fsdp else 0
-
-
 def resident(traces: Traces, runtime: Runtime) -> int:
     layers = traces.model.preset.dit.num_layers
     return layers if runtime.resident_blocks is None else min(layers, runtime.resident_blocks)
@@ -167,9 +158,9 @@ def _denoise(
 ) -> Phase:
     held, streamed = traces.expert(which, runtime), streamed_bytes(traces, which, runtime)
     guided = traces.guided(indexes[-1])
-    traced = traces.step(which, indexes[-1], runtime, streamed > 0)
+    traced = traces.step(which, indexes[-1], runtime, streamed > 0, kind == "cpu")
     passes = 2 if guided and traces.layout.cfg == 1 and not traces.batched(runtime) else 1
-    others = sum(on_device(traces, other, runtime) + gathered_blocks(traces, other, runtime, 1) for other in before)
+    others = sum(on_device(traces, other, runtime) for other in before)
     size = traces.layout.size
     from_ram = streamed > 0 and runtime.stream_from == "ram"
     host = READING + (held.largest if kind == "gpu" else 0)
@@ -184,7 +175,7 @@ def _denoise(
     return Phase(
         f"{which}-noise expert{'' if guided else ' without guidance'}", kind,
         # What is kept of the other expert has nothing of this one's steps on it.
-        on_device(traces, which, runtime) + gathered_blocks(traces, which, runtime, 2) + others,
+        on_device(traces, which, runtime) + others,
         traced.beside, host, traced.work, len(indexes), read=file - from_files, copied=passes * streamed if kind == "gpu" else 0,
         read_in_step=passes * from_files, top=traced.top, here=traces.here, sent=traced.sent, messages=traced.messages,
         gathered=passes * (size - 1) * held.share if runtime.dit_fsdp else 0,
@@ -194,7 +185,7 @@ def _denoise(
 def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     tile, kept = runtime.vae_tile or 0, set(traces.working) if runtime.keep_experts else set()
     traced, weights = traces.decode(tile), traces.vae_bytes()
-    weights += sum(on_device(traces, which, runtime) + gathered_blocks(traces, which, runtime, 1) for which in kept)
+    weights += sum(on_device(traces, which, runtime) for which in kept)
     width, height = traces.request.size
     kept_in_ram = kept_features(traces.model.preset.vae, traces.latent_shape())
     host = READING + (traces.request.frame_num * width * height * 3 + kept_in_ram if tile else 0)

@@ -187,13 +187,18 @@ class Traces:
         """Live LoRAs lie on the device in the dtype that their leaves compute in."""
         return 0 if runtime.lora == "fused" else sum(lora.numbers * self.dtype.itemsize for lora in self.loras if lora.works_on(which))
 
-    def step(self, which: Expert, index: int, runtime: Runtime, streamed: bool) -> Traced:
-        """One denoising step, with the solver's state and all keys and values of the text."""
+    def step(self, which: Expert, index: int, runtime: Runtime, streamed: bool, gloo: bool = False) -> Traced:
+        """One denoising step, with the solver's state, all keys and values of the text, and blocks put together from shares.
+
+        Args:
+            gloo: what the processes speak, on a CPU: it makes a copy of what it gathers.
+        """
         live = runtime.lora == "live" and tuple(lora for lora in self.loras if lora.works_on(which))
         settings = (runtime.quantize, runtime.quantize_layers, runtime.chunk_tokens, runtime.cfg_batch)
-        key = ("step", self._form(which), self.guided(index), min(index, 2), streamed, live, *settings)
+        gathered = self.expert(which, runtime).gathered if runtime.dit_fsdp else 0
+        key = ("step", self._form(which), self.guided(index), min(index, 2), streamed, live, *settings, gathered, gloo)
         if key not in self._done:
-            self._done[key] = self._step(which, index, runtime, streamed, live or ())
+            self._done[key] = self._step(which, index, runtime, streamed, live or (), (gathered, gloo))
         return cast(Traced, self._done[key])
 
     def _form(self, which: Expert) -> Any:
@@ -201,7 +206,9 @@ class Traces:
         source = self.model.source(which)
         return None if source is None else tuple((name, info.packing) for name, info in source.tensors.items() if info.packing)
 
-    def _step(self, which: Expert, index: int, runtime: Runtime, streamed: bool, loras: tuple[FakeLora, ...]) -> Traced:
+    def _step(
+        self, which: Expert, index: int, runtime: Runtime, streamed: bool, loras: tuple[FakeLora, ...], together: tuple[int, bool]
+    ) -> Traced:
         preset = replace(self.model.preset, dit=replace(self.model.preset.dit, num_layers=self.TRACED_BLOCKS))
         # Leaves that unpack weights do so in many small steps: they are traced by themselves (`_leaves`), once.
         plain = expert_structure(preset.dit, None, replace(runtime, quantize=""), self.dtype, self.device)
@@ -226,6 +233,8 @@ class Traces:
             past = min(2, index)
             state = SolverState(index, x, tuple(torch.empty_like(x) for _ in range(past)), torch.empty_like(x) if past else None)
             inside = Inside(trace, next(iter(plain.blocks)), team.traffic)
+            if together[0]:
+                hold_gathered(plain, together[0], self.model.preset.dit.num_layers > 1, together[1])
             trace.mark()
             advance(self.schedule, state, velocity)
             beside = trace.peak - weights
@@ -319,6 +328,39 @@ def _one_leaf(leaf: nn.Module, rows: int) -> tuple[int, Work]:
         start = trace.live
         leaf(x)
         return trace.peak - start, trace.work
+
+
+def hold_gathered(model: WanDiT, nbytes: int, many: bool, gloo: bool) -> None:
+    """Hold in a trace what FSDP holds, which does not itself run on tensors without memory.
+
+    That is the block at work, put together from all processes' shares, and beside it the message in which it came, until the next one
+    has come or the forward is over.
+
+    Args:
+        nbytes: of a block.
+        many: other blocks come before the ones that are traced.
+        gloo: it copies what it gathers.
+    """
+    held: list[Tensor] = []
+
+    def block() -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def enter(*_: Any) -> None:
+        if many and not held:
+            held.append(block())
+        message, copy = block(), block() if gloo else None
+        del copy
+        held[:] = [message]
+        held.append(block())
+
+    def leave(*_: Any) -> None:
+        held.pop()
+
+    for module in model.blocks:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    model.register_forward_hook(lambda *_: held.clear())
 
 
 class Inside:
