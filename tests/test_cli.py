@@ -76,7 +76,9 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
     argv = [sys.executable, "-m", "torch.distributed.run", words[1], str(ROOT / words[2]), *words[3:]]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.count("wanflow: ") == 1 and "wanflow: T2V_A14B_weights is missing" in done.stderr
+    # On a busy machine one process may say it before all have found it out, and then says which it is.
+    (said,) = re.findall(r"^wanflow: (?:process \d of 4: )?(.*)$", done.stderr, re.M)
+    assert said.startswith("T2V_A14B_weights is missing")
     assert "80 GB" in done.stderr
     assert "exitcode  : 2" in done.stderr
 
