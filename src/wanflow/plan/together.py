@@ -20,18 +20,17 @@ def used_here(processes: int, per_machine: int | None) -> int:
     return min(processes, per_machine or PER_MACHINE)
 
 
-def all_guided(request: CompleteRequest) -> bool:
-    """Whether every step has guidance.
-
-    In a step without it, two groups that share the branches would compute the same: one such step costs more time than the exchange
-    of a velocity saves.
-    """
+def guided_steps(request: CompleteRequest) -> list[bool]:
+    """Which steps have guidance."""
     working = experts(make_schedule(request.sample_solver, request.sample_steps, request.sample_shift), request.boundary)
-    return all(request.guidance(which, index + 1) != 1 for index, which in enumerate(working))
+    return [request.guidance(which, index + 1) != 1 for index, which in enumerate(working)]
 
 
 def settle_layout(model: Model, request: CompleteRequest, runtime: Runtime, processes: int, machine: int) -> tuple[Runtime, Layout]:
     """The runtime with cfg_parallel, ring_size and ulysses_size settled; what is set stays.
+
+    Guidance is split where every step has it. In a step without, both groups would compute the same: one such step costs more time
+    than exchanging a velocity in the others saves.
 
     Args:
         machine: how many of the processes one machine has.
@@ -44,7 +43,7 @@ def settle_layout(model: Model, request: CompleteRequest, runtime: Runtime, proc
     kernel = BACKENDS.get(runtime.attention)
     cfg = None if runtime.cfg_parallel is None else 2 if runtime.cfg_parallel else 1
     layout = choose(
-        processes, model.preset.dit.num_heads, all_guided(request), kernel is None or kernel.with_lse is not None, machine,
+        processes, model.preset.dit.num_heads, all(guided_steps(request)), kernel is None or kernel.with_lse is not None, machine,
         cfg=cfg, ring=runtime.ring_size, ulysses=runtime.ulysses_size,
     )  # fmt: skip
     settled = replace(runtime, cfg_parallel=layout.cfg == 2, ring_size=layout.ring, ulysses_size=layout.ulysses)
@@ -59,7 +58,7 @@ def layout_reasons(model: Model, request: CompleteRequest, layout: Layout) -> li
     words = []
     if layout.cfg == 2:
         words.append("one half of the processes for each branch of guidance, which exchange one velocity a step")
-    elif not all_guided(request):
+    elif any(guided := guided_steps(request)) and not all(guided):
         words.append("guidance is not split: steps without it would be computed twice")
     if layout.ulysses > 1:
         words.append(f"{layout.ulysses} share the attention heads")
