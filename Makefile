@@ -6,7 +6,7 @@ PROMPT ?= a large red star moves right on a blue background
 OUT ?= out/demo.mp4
 COUNT ?= 2000
 
-.PHONY: help install demo test test-distributed fuzz check format bench nano clean
+.PHONY: help install demo test coverage test-distributed fuzz check format bench nano clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,6 +25,9 @@ demo: install    ## a prompt becomes an mp4; make demo PROMPT="a small cyan cros
 	@$(BIN)/wanflow generate --ckpt_dir nano --prompt "$(PROMPT)" --save_file $(OUT) --contact_sheet --overwrite
 
 test: install    ## the test suite
+	$(BIN)/python -m pytest
+
+coverage: install  ## the same with its coverage, which takes a third longer
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
 test-distributed: install  ## every layout on up to 8 processes (make test takes up to 4)

@@ -67,7 +67,7 @@ CASES = {
     "who holds the store is killed": Case({0: ("kill", 6)}, f"process 0 of 3: {NOISE}", (-9, 1, 1), hosted=False),
     "one ends by itself": Case({1: ("quit", 6)}, f"process 1 of 3: {NOISE}", (1, 3, 1), kept="5"),
     "one is frozen": Case({1: ("freeze", 6)}, "process 1 of 3: no sign of life for 2 s: killed, out of memory, or frozen", (1, -9, 1), 2 + ALL_END, "5", lost=2, frozen=(1,)),
-    "one does not join": Case({1: ("late", 6)}, "process 1 of 3: did not join the others, who waited for 2 s (--timeout)", (1, 1, 1), 2 + ALL_END, "5", flags=("--timeout", "2")),
+    "one does not join": Case({1: ("late", 6)}, "process 1 of 3: did not join the others, who waited for 5 s (--timeout)", (1, 1, 1), 5 + ALL_END, "5", flags=("--timeout", "5")),
     "two are stuck when the third fails": Case({0: ("deaf", 6), 1: ("request", 6), 2: ("deaf", 6)}, "process 1 of 3: cannot read high.safetensors", (2, 2, 2), kept="5"),
     "one is interrupted": Case({1: ("ctrl-c", 6)}, "interrupted", (130, 130, 130), kept="5"),
     "all are interrupted": Case(dict.fromkeys(range(3), ("ctrl-c", 6)), "interrupted", (130, 130, 130), kept="5"),

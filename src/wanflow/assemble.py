@@ -352,7 +352,7 @@ def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = N
     """
     _refuse(runtime, checkpoint.preset.dit.num_layers)
     team = form(layout_of(runtime), ranks) if ranks is not None and ranks.size > 1 else imagined(Layout())
-    _refuse_together(runtime, checkpoint.preset.dit.num_layers, team)
+    refuse_together(runtime, checkpoint.preset.dit.num_layers, team.layout.size)
     parts = LoadedParts(checkpoint, runtime, report, team)
     for caution in attention.cautions(parts.kernel, runtime.quantize):
         logger.warning(caution)
@@ -365,9 +365,9 @@ def layout_of(runtime: Runtime) -> Layout:
     return Layout(2 if runtime.cfg_parallel else 1, runtime.ring_size or 1, runtime.ulysses_size or 1)
 
 
-def _refuse_together(runtime: Runtime, layers: int, team: Team) -> None:
-    """RequestError for what cannot go together on several processes."""
-    if team.layout.size == 1:
+def refuse_together(runtime: Runtime, layers: int, processes: int) -> None:
+    """RequestError for what cannot go together on so many processes."""
+    if processes == 1:
         if runtime.dit_fsdp:
             raise RequestError("dit_fsdp shares the weights out over several processes, and there is one; start more, or leave it out")
         return

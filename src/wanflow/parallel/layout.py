@@ -98,7 +98,7 @@ def choose(
     Args:
         size: how many processes.
         heads: of the model's attention.
-        guided: whether any step has guidance.
+        guided: whether there is guidance to split; a step without it is computed twice by two groups.
         lse: whether the attention kernel says the log-sum-exp; without it a ring is taken only where it is asked for.
         machine: how many processes one machine has.
 

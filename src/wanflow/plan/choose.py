@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from wanflow.assemble import DTYPES, SMALL, choose_device
+from wanflow.assemble import DTYPES, SMALL, choose_device, refuse_together
 from wanflow.config import CompleteRequest, RequestError, Runtime
 from wanflow.parallel.layout import Layout
 from wanflow.plan.machines import Machine
@@ -89,9 +89,10 @@ def settle(
         per_machine: how many of them one machine has, whose RAM they share; None: up to 8.
 
     Raises:
-        RequestError: for a layout that is not one of so many processes.
+        RequestError: for a layout that is not one of so many processes, and for settings that cannot go together on them.
     """
     kind, per_machine = kind_of(runtime, machine), used_here(processes, per_machine)
+    refuse_together(runtime, model.preset.dit.num_layers, processes)
     runtime, layout = settle_layout(model, request, runtime, processes, per_machine)
     told = layout_reasons(model, request, layout)
     if processes > 1:
