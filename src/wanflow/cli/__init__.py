@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # who read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:
+        watch.hold()  # before the words are looked for, which reads files
         code, text = _words(error)
         if text is not None:
             return watch.fail(code, text, sure=code != 130)

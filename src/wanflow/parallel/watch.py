@@ -146,7 +146,7 @@ class Watch:
             sure: that the cause lies here. What the end of another process can cause, too, waits for news of it first.
             trace: is shown before the message by the process that speaks.
         """
-        self._held = True  # torchrun's signal, or a second Ctrl-C, must not break what follows
+        self.hold()
         if self.store is None:
             self.keep()
             if self.rank == 0:
@@ -167,6 +167,10 @@ class Watch:
         if self.store is not None:
             self._ring()
             self._gone.wait(None if self.hosts and self.rank == 0 else ALL_END)
+
+    def hold(self) -> None:
+        """From now on no signal interrupts the main thread: torchrun's, or a second Ctrl-C, must not break what it does at the end."""
+        self._held = True
 
     def _signalled(self, *_: object) -> None:
         if not self._held:
