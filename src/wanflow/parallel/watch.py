@@ -25,6 +25,7 @@ from typing import NoReturn, Protocol
 
 EVERY = 0.5  # seconds between two signs of life
 LOST = 30.0  # without a sign for so long a process is gone; a large library may hold a process' threads back for seconds
+START = 60.0  # so long a process may take until its first sign of life, however short --timeout is: libraries are read from slow disks
 SUSPECT = 4.0  # the same, where a broken connection or torchrun's signal shows that something has happened already
 AGREE = 2.0  # how long the others may take to refuse a request, too, before it is called one process' own
 GRACE = 6.0  # after a failure became known all work is interrupted; what has not come out by then is ended, after its last will
@@ -278,8 +279,8 @@ class Watch:
             if peer.sign and not peer.left and peer.silent > limit:
                 why = f"no sign of life for {LOST:g} s: " if self._doubt is None else "gone without a word: "
                 return Failure(rank, 1, f"{why}killed, out of memory{', or frozen' if self._doubt is None else ''}")
-            if not peer.sign and peer.silent > self.timeout_s:
-                return Failure(rank, 1, f"has not started within {self.timeout_s:g} s")
+            if not peer.sign and peer.silent > max(self.timeout_s, START):
+                return Failure(rank, 1, f"has not started within {max(self.timeout_s, START):g} s")
         at_work = [(peer.entered, rank) for rank, peer in enumerate(self._peers) if peer.sign and not peer.left]
         if min(self._peers[rank].still for _, rank in at_work) > self.timeout_s and min(at_work)[0] < max(at_work)[0]:
             return Failure(min(at_work)[1], 1, f"did not join the others, who waited for {self.timeout_s:g} s (--timeout)")
