@@ -10,7 +10,7 @@ import logging
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -348,8 +348,11 @@ def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = N
     """The parts in their order; nothing is read before every choice is made and found possible.
 
     Args:
-        ranks: this process among those of the run, each of which must come here with the same Runtime; None: it is alone.
+        ranks: this process among those of the run, each of which must come here with the same Runtime, and works on its own device;
+            None: it is alone.
     """
+    if ranks is not None and ranks.size > 1:
+        runtime = replace(runtime, device=str(ranks.device))
     _refuse(runtime, checkpoint.preset.dit.num_layers)
     team = form(layout_of(runtime), ranks) if ranks is not None and ranks.size > 1 else imagined(Layout())
     refuse_together(runtime, checkpoint.preset.dit.num_layers, team.layout.size)

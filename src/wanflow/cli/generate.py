@@ -57,7 +57,7 @@ def generate(args: argparse.Namespace) -> None:
     from wanflow.assemble import assemble
     from wanflow.parallel.mesh import agree
 
-    _refuse_other_tasks(args)
+    _refuse_at_once(args)
     if args.resume:
         return _resume(args)
     if args.ckpt_dir is None and not given_parts(args):
@@ -70,7 +70,7 @@ def generate(args: argparse.Namespace) -> None:
         _check_target(args.save_file, args.overwrite)
     checkpoint = _open(args.ckpt_dir, given_parts(args))
     request, runtime = agree(ranks, lambda: _decide(args, request, _here(runtime, ranks), checkpoint, screen, ranks.size))
-    pipe = assemble(checkpoint, _here(runtime, ranks), screen.loading, ranks)
+    pipe = assemble(checkpoint, runtime, screen.loading, ranks)
     run = pipe.begin(request)
     _make(pipe, run, args.save_file or _default_target(args.task, run), args, screen)
 
@@ -135,7 +135,7 @@ def _resume(args: argparse.Namespace) -> None:
     target = args.save_file or _beside(args.resume)
     if ranks.rank == 0:
         _check_target(target, args.overwrite)
-    pipe = _reopen(run.recipe, args, screen, ranks, replace(_runtime(args), device=args.device))
+    pipe = _reopen(run.recipe, args, screen, ranks, _runtime(args))
     _make(pipe, run, target, args, screen)
 
 
@@ -214,7 +214,7 @@ def _reopen(
     runtime = _possible_here(_here(runtime, ranks), checkpoint := _open(model, given))
     # A latent that is finished can be decoded where a denoising step would not run.
     runtime = agree(ranks, lambda: _plan(checkpoint, runtime, request, args.force or finished, ranks.size).runtime)
-    pipe = assemble(checkpoint, _here(runtime, ranks), screen.loading, ranks)
+    pipe = assemble(checkpoint, runtime, screen.loading, ranks)
     _same_weights(recipe, pipe.parts.made_by, args.force)
     return pipe
 
@@ -340,7 +340,7 @@ def _extended(args: argparse.Namespace, request: Request) -> Request:
     return replace(request, prompt=extend(request.prompt, args.prompt_extend_target_lang, args.prompt_extend_model, url, key))
 
 
-def _refuse_other_tasks(args: argparse.Namespace) -> None:
+def _refuse_at_once(args: argparse.Namespace) -> None:
     """RequestError for what this command cannot do, before anything is looked at."""
     if args.task != "t2v-A14B":
         raise RequestError(f"--task {args.task} is another model; wanflow runs t2v-A14B")

@@ -53,4 +53,4 @@ def load(
     if ranks is None:
         return assemble(checkpoint, decide(checkpoint, runtime, plan_for).runtime, report)
     settled = mesh.agree(ranks, lambda: decide(checkpoint, runtime, plan_for, ranks.size, mesh.per_machine()).runtime)
-    return assemble(checkpoint, replace(settled, device=str(ranks.device)), report if ranks.rank == 0 else None, ranks)
+    return assemble(checkpoint, settled, report if ranks.rank == 0 else None, ranks)
