@@ -8,7 +8,10 @@ try:
     from wanflow.cli import entry
 except ModuleNotFoundError as error:
     if error.name != "wanflow":
-        sys.exit(f"generate.py: {error.name} is missing; run `make install`, then .venv/bin/python generate.py ...")
+        sys.exit(
+            f"generate.py: {error.name} is missing; run `make install`, then .venv/bin/python"
+            " generate.py ..."
+        )
     sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
     from wanflow.cli import entry
 

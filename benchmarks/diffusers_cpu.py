@@ -1,10 +1,12 @@
-"""wanflow beside diffusers on this CPU: one denoising step, and one VAE decode. `make bench`; the last line is JSON.
+"""wanflow beside diffusers on this CPU: one denoising step, and one VAE decode. `make bench`; the
+last line is JSON.
 
-Both sides hold the same random weights and run in one process, in turn, so that what else the machine does hits both alike.
-A denoising step is both branches of guidance. Each side takes the faster of its two ways (two passes, or one batch of two);
-wanflow prepares the text states once per prompt, as its pipeline does, and that is not part of a step. Ratios are medians of
-per-round ratios. Peak memory is measured in processes of their own: the most anonymous memory during a decode, less what was
-there before it.
+Both sides hold the same random weights and run in one process, in turn, so that what else the
+machine does hits both alike. A denoising step is both branches of guidance. Each side takes the
+faster of its two ways (two passes, or one batch of two); wanflow prepares the text states once per
+prompt, as its pipeline does, and that is not part of a step. Ratios are medians of per-round
+ratios. Peak memory is measured in processes of their own: the most anonymous memory during a
+decode, less what was there before it.
 """
 
 from __future__ import annotations
@@ -47,14 +49,25 @@ def randomise(module: nn.Module) -> None:
             noise = torch.randn(value.shape, generator=generator)
             if value.ndim > 1 and "modulation" not in name and "gamma" not in name:
                 noise *= value[0].numel() ** -0.5
-            value.copy_(1 + 0.1 * noise if "norm" in name or "gamma" in name else noise if value.ndim > 1 else 0.1 * noise)
+            value.copy_(
+                1 + 0.1 * noise
+                if "norm" in name or "gamma" in name
+                else noise
+                if value.ndim > 1
+                else 0.1 * noise
+            )
 
 
 def give(kind: str, ours: nn.Module, theirs: nn.Module) -> None:
     """Copy our weights into the peer, in the dtype it holds them in."""
     state = ours.state_dict()
     names = to_official(kind, list(theirs.state_dict()))
-    theirs.load_state_dict({name: state[names[name]].reshape(value.shape).to(value.dtype) for name, value in theirs.state_dict().items()})
+    theirs.load_state_dict(
+        {
+            name: state[names[name]].reshape(value.shape).to(value.dtype)
+            for name, value in theirs.state_dict().items()
+        }
+    )
 
 
 def rounds(fns: dict[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
@@ -70,7 +83,10 @@ def rounds(fns: dict[str, Callable[[], Any]], count: int) -> dict[str, list[floa
 
 
 def faster(times: dict[str, list[float]], prefix: str) -> str:
-    return min((name for name in times if name.startswith(prefix)), key=lambda name: statistics.median(times[name]))
+    return min(
+        (name for name in times if name.startswith(prefix)),
+        key=lambda name: statistics.median(times[name]),
+    )
 
 
 def compared(times: dict[str, list[float]], difference: float) -> dict[str, Any]:
@@ -93,7 +109,10 @@ def where_time_goes(fn: Callable[[], Any]) -> dict[str, float]:
         fn()
     spent = dict.fromkeys([*KINDS, "elementwise and the rest"], 0.0)
     for event in profile.key_averages():
-        kind = next((kind for kind, marks in KINDS.items() if any(mark in event.key for mark in marks)), "elementwise and the rest")
+        kind = next(
+            (kind for kind, marks in KINDS.items() if any(mark in event.key for mark in marks)),
+            "elementwise and the rest",
+        )
         spent[kind] += event.self_cpu_time_total
     total = sum(spent.values())
     return {kind: round(value / total, 3) for kind, value in spent.items()}
@@ -104,9 +123,18 @@ def step(dtype: torch.dtype, count: int) -> dict[str, Any]:
 
     ours = WanDiT(DIT).eval().requires_grad_(False)
     randomise(ours)
-    heads = {"num_attention_heads": DIT.num_heads, "attention_head_dim": DIT.dim // DIT.num_heads, "ffn_dim": DIT.ffn_dim}
-    theirs = WanTransformer3DModel(**heads, num_layers=DIT.num_layers, rope_max_seq_len=64).eval().requires_grad_(False)
-    # As `from_pretrained(torch_dtype=...)` does: everything in the dtype but the modules that diffusers keeps in float32.
+    heads = {
+        "num_attention_heads": DIT.num_heads,
+        "attention_head_dim": DIT.dim // DIT.num_heads,
+        "ffn_dim": DIT.ffn_dim,
+    }
+    theirs = (
+        WanTransformer3DModel(**heads, num_layers=DIT.num_layers, rope_max_seq_len=64)
+        .eval()
+        .requires_grad_(False)
+    )
+    # As `from_pretrained(torch_dtype=...)` does: everything in the dtype but the modules that
+    # diffusers keeps in float32.
     kept = tuple(theirs._keep_in_fp32_modules or ())
     for name, parameter in theirs.named_parameters():
         if not any(mark in name for mark in kept):
@@ -128,7 +156,9 @@ def step(dtype: torch.dtype, count: int) -> dict[str, Any]:
         "wanflow, one batch": lambda: ours(both, timestep.expand(2), states),
         "wanflow, two passes": lambda: torch.cat([ours(latent, timestep, row) for row in rows]),
         "diffusers, one batch": lambda: peer(both, timestep.expand(2), text),
-        "diffusers, two passes": lambda: torch.cat([peer(latent, timestep, text[row : row + 1]) for row in range(2)]),
+        "diffusers, two passes": lambda: torch.cat(
+            [peer(latent, timestep, text[row : row + 1]) for row in range(2)]
+        ),
     }
     a, b = fns["wanflow, one batch"](), fns["diffusers, one batch"]().float()
     difference = float((a - b).abs().max() / b.abs().max())
@@ -139,7 +169,11 @@ def step(dtype: torch.dtype, count: int) -> dict[str, Any]:
         best()
     rate = counter.get_total_flops() / result["seconds"][result["ours"]]
     machine = matmul_rate(dtype)
-    return result | {"share_of_matmul_rate": round(rate / machine, 3), "matmul_gflops": round(machine / 1e9), "time": where_time_goes(best)}
+    return result | {
+        "share_of_matmul_rate": round(rate / machine, 3),
+        "matmul_gflops": round(machine / 1e9),
+        "time": where_time_goes(best),
+    }
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
@@ -154,11 +188,19 @@ def vae_pair() -> dict[str, Callable[[], Tensor]]:
 
     ours = WanVAE(VAEConfig()).eval().requires_grad_(False)
     randomise(ours)
-    theirs = AutoencoderKLWan(latents_mean=[0.0] * 16, latents_std=[1.0] * 16).eval().requires_grad_(False)
+    theirs = (
+        AutoencoderKLWan(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+        .eval()
+        .requires_grad_(False)
+    )
     give("vae", ours, theirs)
     z = torch.randn(VAE_LATENT, generator=torch.Generator().manual_seed(2))
-    # Both hand over frames as they come, or whole: diffusers returns the whole video, so ours is asked for it too.
-    return {"wanflow": lambda: ours.decode(z).clamp_(-1, 1), "diffusers": lambda: theirs.decode(z, return_dict=False)[0]}
+    # Both hand over frames as they come, or whole: diffusers returns the whole video, so ours is
+    # asked for it too.
+    return {
+        "wanflow": lambda: ours.decode(z).clamp_(-1, 1),
+        "diffusers": lambda: theirs.decode(z, return_dict=False)[0],
+    }
 
 
 def decode(count: int) -> dict[str, Any]:
@@ -169,7 +211,9 @@ def decode(count: int) -> dict[str, Any]:
     result = compared(rounds(fns, count), difference)
     peaks = {}
     for side in fns:
-        done = subprocess.run([sys.executable, __file__, "--peak", side], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--peak", side], capture_output=True, text=True, check=True
+        )
         peaks[side] = float(done.stdout.split()[-1])
     memory = {"peak_mb": peaks, "memory_ratio": round(peaks["wanflow"] / peaks["diffusers"], 3)}
     return result | memory | {"time": where_time_goes(fns["wanflow"])}
@@ -182,7 +226,9 @@ def anonymous() -> int:
 
 
 def peak(side: str) -> float:
-    """Megabytes that a decode adds at its peak, sampled every 2 ms; after a tiny decode that fills the libraries' own buffers."""
+    """Megabytes that a decode adds at its peak, sampled every 2 ms; after a tiny decode that fills
+    the libraries' own buffers.
+    """
     import ctypes
 
     fn = vae_pair()[side]
@@ -224,7 +270,10 @@ def main() -> None:
         results[name] = run()
         print(f"{name}: {results[name]}", flush=True)
     with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
+        cpu = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")),
+            platform.processor(),
+        )
     about = {
         "cpu": cpu,
         "threads": args.threads,
@@ -232,7 +281,15 @@ def main() -> None:
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
     }
-    print(json.dumps({"command": "python benchmarks/diffusers_cpu.py " + " ".join(sys.argv[1:]), **about, "results": results}))
+    print(
+        json.dumps(
+            {
+                "command": "python benchmarks/diffusers_cpu.py " + " ".join(sys.argv[1:]),
+                **about,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Teach nano a new word from 50 clips, and measure what it then understands: the new word, and the old ones.
+"""Teach nano a new word from 50 clips, and measure what it then understands: the new word, and the
+old ones.
 
     python benchmarks/finetune_nano.py [--word pink] [--steps 300] [--prompts 100]
 
-The last line of output is JSON. The word is a colour that no clip of nano's training had; the 50 clips show it in all shapes and
-motions but some combinations, which are measured on their own. What the clips show is read from their pixels
-(`wanflow.train.adherence`).
+The last line of output is JSON. The word is a colour that no clip of nano's training had; the 50
+clips show it in all shapes and motions but some combinations, which are measured on their own. What
+the clips show is read from their pixels (`wanflow.train.adherence`).
 """
 
 from __future__ import annotations
@@ -25,16 +26,26 @@ from wanflow.train import adherence, toy
 from wanflow.video import VideoWriter, to_uint8
 
 COLOURS = {"pink": (255, 120, 190), "brown": (120, 70, 30), "lime": (170, 255, 40)}
-KEPT_FROM_TRAINING = {("star", "right"), ("circle", "up"), ("square", "spins"), ("cross", "left"), ("triangle", "still")}
+KEPT_FROM_TRAINING = {
+    ("star", "right"),
+    ("circle", "up"),
+    ("square", "spins"),
+    ("cross", "left"),
+    ("triangle", "still"),
+}
 
 
 def scenes(word: str, count: int, seed: str, held_out: bool) -> list[toy.Scene]:
-    """Scenes of the new colour; `held_out` ones show a shape and a motion that were kept from the clips."""
+    """Scenes of the new colour; `held_out` ones show a shape and a motion that were kept from the
+    clips.
+    """
     found: list[toy.Scene] = []
     rng = random.Random(seed)
     while len(found) < count:
         scene = toy.sample_scene(rng, None)
-        scene = toy.Scene(word, scene.background, scene.shape, scene.motion, scene.size, scene.speed)
+        scene = toy.Scene(
+            word, scene.background, scene.shape, scene.motion, scene.size, scene.speed
+        )
         if ((scene.shape, scene.motion) in KEPT_FROM_TRAINING) == held_out:
             found.append(scene)
     return found
@@ -57,15 +68,24 @@ def measure(shown: list[toy.Scene], loras: tuple[str, ...]) -> dict[str, float]:
     pipe = wanflow.load("nano", device="cpu")
     tally = adherence.Tally()
     for seed, scene in enumerate(shown):
-        tally.add(adherence.read(pipe.generate(toy.caption(scene), seed=seed, lora=loras).frames), scene)
-    return {name: tally.right[name] / len(shown) for name in ("background", "colour", "shape", "motion", "all")}
+        tally.add(
+            adherence.read(pipe.generate(toy.caption(scene), seed=seed, lora=loras).frames), scene
+        )
+    return {
+        name: tally.right[name] / len(shown)
+        for name in ("background", "colour", "shape", "motion", "all")
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--word", choices=COLOURS, default="pink")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--old", type=int, default=20, help="how many of the 50 clips show old colours")
+    parser.add_argument(
+        "--old", type=int, default=20, help="how many of the 50 clips show old colours"
+    )
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("train", nargs="*", help="more flags for wanflow train, after --")
     args = parser.parse_args()
@@ -94,7 +114,10 @@ def main() -> None:
             sys.exit("training failed")
         minutes = (time.monotonic() - began) / 60
         lora = (str(folder / "lora"),)
-        seen, unseen = scenes(args.word, args.prompts, "seen", False), scenes(args.word, 60, "unseen", True)
+        seen, unseen = (
+            scenes(args.word, args.prompts, "seen", False),
+            scenes(args.word, 60, "unseen", True),
+        )
         result: dict[str, object] = {
             "word": args.word,
             "clips": 50,
@@ -102,8 +125,16 @@ def main() -> None:
             "minutes": round(minutes, 2),
             "flags": args.train,
         }
-        for name, what in (("new_word", seen), ("new_word_held_out_pairs", unseen), ("old_words", old)):
-            result[name] = {"prompts": len(what), "before": measure(what, ()), "after": measure(what, lora)}
+        for name, what in (
+            ("new_word", seen),
+            ("new_word_held_out_pairs", unseen),
+            ("old_words", old),
+        ):
+            result[name] = {
+                "prompts": len(what),
+                "before": measure(what, ()),
+                "after": measure(what, lora),
+            }
             print(name, result[name], file=sys.stderr)
     print(json.dumps(result))
 

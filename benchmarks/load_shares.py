@@ -1,13 +1,16 @@
-"""What one process of several reads and holds when an expert's weights are shared out (`--dit_fsdp`), at full size.
+"""What one process of several reads and holds when an expert's weights are shared out
+(`--dit_fsdp`), at full size.
 
-Takes a sparse folder in the official layout (tests/tools/sparse_checkpoint.py writes one; its values are zeros, its sizes are real).
-The process is one of as many as asked for, by PyTorch's fake group: what the others would hold is not there. Anonymous memory (RssAnon)
-is read every few milliseconds, bytes read from /proc/self/io (rchar).
+Takes a sparse folder in the official layout (tests/tools/sparse_checkpoint.py writes one; its
+values are zeros, its sizes are real). The process is one of as many as asked for, by PyTorch's fake
+group: what the others would hold is not there. Anonymous memory (RssAnon) is read every few
+milliseconds, bytes read from /proc/self/io (rchar).
 
     python tests/tools/sparse_checkpoint.py /tmp/sparse --no-t5
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/load_shares.py /tmp/sparse --processes 8
 
-MALLOC_MMAP_THRESHOLD_ has the C library give back what is freed; by default it kept 1.6 GB of freed pieces here.
+MALLOC_MMAP_THRESHOLD_ has the C library give back what is freed; by default it kept 1.6 GB of freed
+pieces here.
 """
 
 from __future__ import annotations
@@ -68,7 +71,9 @@ class Peak:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--rank", type=int, default=1)
@@ -79,29 +84,53 @@ def main() -> None:
     checkpoint = open_checkpoint(args.folder)
     dist.init_process_group("fake", rank=args.rank, world_size=args.processes)
     team = form(Layout(ulysses=args.processes), Ranks(args.rank, args.processes, CPU))
-    runtime = Runtime(device="cpu", dit_fsdp=True, quantize=args.quantize, quantize_layers="all" if args.quantize else "ffn")
+    runtime = Runtime(
+        device="cpu",
+        dit_fsdp=True,
+        quantize=args.quantize,
+        quantize_layers="all" if args.quantize else "ffn",
+    )
     import_module("torch.distributed.fsdp")  # whose modules are no weights
 
     peak, read, began = Peak(), number("io", "rchar"), time.monotonic()
     model = open_expert(checkpoint, "high", Where(dtype, CPU, runtime, team))
     seconds, read = time.monotonic() - began, number("io", "rchar") - read
-    own = sum(value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes for value in model.parameters())
+    own = sum(
+        value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes
+        for value in model.parameters()
+    )
     found = {
         "what": "one process of several reads its share of an expert",
-        "command": f"python benchmarks/load_shares.py SPARSE --processes {args.processes} --rank {args.rank} --dtype {args.dtype}"
-        + (f" --quantize {args.quantize}" if args.quantize else ""),
+        "command": (
+            f"python benchmarks/load_shares.py SPARSE --processes {args.processes} --rank"
+            f" {args.rank} --dtype {args.dtype}"
+            + (f" --quantize {args.quantize}" if args.quantize else "")
+        ),
         "layers": checkpoint.preset.dit.num_layers,
         "whole_expert_GB": whole_bytes(checkpoint, dtype) / 1e9,
         "own_weights_GB": own / 1e9,
         "peak_anonymous_GB": peak.stop() / 1e9,
         "read_GB": read / 1e9,
-        "file_GB": sum(value.numel() * 4 for value in build(type(model), checkpoint.preset.dit).parameters()) / 1e9,
+        "file_GB": (
+            sum(
+                value.numel() * 4
+                for value in build(type(model), checkpoint.preset.dit).parameters()
+            )
+            / 1e9
+        ),
         "seconds_beside_other_work": seconds,
         "torch": torch.__version__,
         "machine": platform.machine(),
         "date": date.today().isoformat(),
     }
-    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}))
+    print(
+        json.dumps(
+            {
+                key: round(value, 4) if isinstance(value, float) else value
+                for key, value in found.items()
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""What the plan predicts against what a process really takes, on a CPU: the most anonymous memory of real runs at real widths.
+"""What the plan predicts against what a process really takes, on a CPU: the most anonymous memory
+of real runs at real widths.
 
-Each configuration runs in a process of its own: random weights of the published widths (dim 5120, feed-forward 13824, 40 heads; text
-encoder 4096 wide; VAE of 96), one to three layers, through the pipeline's own code. Anonymous memory (RssAnon) is read every few
-milliseconds; what the process had before the weights were made is taken off, and the prediction is that of the plan's tensors. The C
-library is told to give back what is freed (MALLOC_MMAP_THRESHOLD_): by default it may keep a few hundred MB of it.
+Each configuration runs in a process of its own: random weights of the published widths (dim 5120,
+feed-forward 13824, 40 heads; text encoder 4096 wide; VAE of 96), one to three layers, through the
+pipeline's own code. Anonymous memory (RssAnon) is read every few milliseconds; what the process had
+before the weights were made is taken off, and the prediction is that of the plan's tensors. The C
+library is told to give back what is freed (MALLOC_MMAP_THRESHOLD_): by default it may keep a few
+hundred MB of it.
 
-Where a case has several processes, they speak gloo, and the prediction is that of the process with the most to do, which is the last one
-(for a decode, one in the middle); the one that took the most is compared. What the last one sent in a step is compared to the byte.
+Where a case has several processes, they speak gloo, and the prediction is that of the process with
+the most to do, which is the last one (for a decode, one in the middle); the one that took the most
+is compared. What the last one sent in a step is compared to the byte.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_memory.py [--only NAME]
 """
@@ -85,34 +89,116 @@ CASES = (
     Case("bf16, without guidance", cfg=1.0),
     Case("float32, two passes", dtype="float32", layers=1, runtime={"cfg_batch": False}),
     Case("bf16, three layers", layers=3, cfg=1.0),
-    Case("float32, 480p, 5 frames (3,120 tokens)", dtype="float32", layers=1, size="832*480", frames=5, cfg=1.0),
-    Case("the same, 1,024 tokens at a time", dtype="float32", layers=1, size="832*480", frames=5, cfg=1.0, runtime={"chunk_tokens": 1024}),
+    Case(
+        "float32, 480p, 5 frames (3,120 tokens)",
+        dtype="float32",
+        layers=1,
+        size="832*480",
+        frames=5,
+        cfg=1.0,
+    ),
+    Case(
+        "the same, 1,024 tokens at a time",
+        dtype="float32",
+        layers=1,
+        size="832*480",
+        frames=5,
+        cfg=1.0,
+        runtime={"chunk_tokens": 1024},
+    ),
     Case("streamed, none of three resident", layers=3, cfg=1.0, runtime={"resident_blocks": 0}),
     Case("streamed, one of three resident", layers=3, cfg=1.0, runtime={"resident_blocks": 1}),
     Case("fp8, feed-forward", cfg=1.0, runtime={"quantize": "fp8"}),
     Case("int8, all", cfg=1.0, runtime={"quantize": "int8", "quantize_layers": "all"}),
-    Case("nf4, all, one of three resident", layers=3, cfg=1.0,
-         runtime={"quantize": "nf4", "quantize_layers": "all", "resident_blocks": 1}),
+    Case(
+        "nf4, all, one of three resident",
+        layers=3,
+        cfg=1.0,
+        runtime={"quantize": "nf4", "quantize_layers": "all", "resident_blocks": 1},
+    ),
     Case("LoRA of rank 64, live", rank=64, cfg=1.0),
     Case("text encoder, two layers", stage="text"),
     Case("VAE, 320*320, 9 frames", stage="decode", size="320*320", frames=9),
-    Case("VAE, 320*320, 9 frames, tiles of 160", stage="decode", size="320*320", frames=9, runtime={"vae_tile": 160}),
+    Case(
+        "VAE, 320*320, 9 frames, tiles of 160",
+        stage="decode",
+        size="320*320",
+        frames=9,
+        runtime={"vae_tile": 160},
+    ),
     Case("2 processes, cfg 2", runtime={"cfg_batch": False}, layout=GUIDED),
-    Case("2 processes, ulysses 2, float32, 3,120 tokens", dtype="float32", layers=1, size="832*480", frames=5, cfg=1.0, layout=TWO),
-    Case("2 processes, ring 2, float32, 3,120 tokens", dtype="float32", layers=1, size="832*480", frames=5, cfg=1.0, layout=Layout(ring=2)),
-    Case("2 processes, ulysses 2, dit_fsdp, three layers", layers=3, cfg=1.0, runtime=SHARED, layout=TWO),
+    Case(
+        "2 processes, ulysses 2, float32, 3,120 tokens",
+        dtype="float32",
+        layers=1,
+        size="832*480",
+        frames=5,
+        cfg=1.0,
+        layout=TWO,
+    ),
+    Case(
+        "2 processes, ring 2, float32, 3,120 tokens",
+        dtype="float32",
+        layers=1,
+        size="832*480",
+        frames=5,
+        cfg=1.0,
+        layout=Layout(ring=2),
+    ),
+    Case(
+        "2 processes, ulysses 2, dit_fsdp, three layers",
+        layers=3,
+        cfg=1.0,
+        runtime=SHARED,
+        layout=TWO,
+    ),
     Case("2 processes, cfg 2, dit_fsdp, three layers", layers=3, runtime=SHARED, layout=GUIDED),
-    Case("3 processes, ulysses 3, dit_fsdp, four layers", layers=4, cfg=1.0, runtime=SHARED, layout=THREE),
-    Case("2 processes, ulysses 2, dit_fsdp, int8, all", layers=3, cfg=1.0,
-         runtime={**SHARED, "quantize": "int8", "quantize_layers": "all"}, layout=TWO),
-    Case("2 processes, VAE in strips, 320*320, 9 frames", stage="decode", size="320*320", frames=9, layout=TWO),
-    Case("3 processes, VAE in strips, 480*320, 9 frames", stage="decode", size="480*320", frames=9, layout=THREE),
+    Case(
+        "3 processes, ulysses 3, dit_fsdp, four layers",
+        layers=4,
+        cfg=1.0,
+        runtime=SHARED,
+        layout=THREE,
+    ),
+    Case(
+        "2 processes, ulysses 2, dit_fsdp, int8, all",
+        layers=3,
+        cfg=1.0,
+        runtime={**SHARED, "quantize": "int8", "quantize_layers": "all"},
+        layout=TWO,
+    ),
+    Case(
+        "2 processes, VAE in strips, 320*320, 9 frames",
+        stage="decode",
+        size="320*320",
+        frames=9,
+        layout=TWO,
+    ),
+    Case(
+        "3 processes, VAE in strips, 480*320, 9 frames",
+        stage="decode",
+        size="480*320",
+        frames=9,
+        layout=THREE,
+    ),
     # What `make test` takes as well.
-    Case("quick: 2 processes, ulysses 2, dit_fsdp, one layer", layers=1, size="64*64", cfg=1.0, runtime=SHARED, layout=TWO),
+    Case(
+        "quick: 2 processes, ulysses 2, dit_fsdp, one layer",
+        layers=1,
+        size="64*64",
+        cfg=1.0,
+        runtime=SHARED,
+        layout=TWO,
+    ),
     Case("quick: bf16, one layer", layers=1, size="64*64", cfg=1.0),
-    Case("quick: streamed, none of two resident", size="64*64", cfg=1.0, runtime={"resident_blocks": 0}),
+    Case(
+        "quick: streamed, none of two resident",
+        size="64*64",
+        cfg=1.0,
+        runtime={"resident_blocks": 0},
+    ),
     Case("quick: VAE, 192*192, 5 frames", stage="decode", size="192*192", frames=5),
-)  # fmt: skip
+)
 
 
 class Peak:
@@ -148,12 +234,25 @@ def anonymous() -> int:
 
 
 def preset_of(case: Case) -> Preset:
-    return replace(T2V_A14B, dit=replace(T2V_A14B.dit, num_layers=case.layers), text=replace(T2V_A14B.text, num_layers=2))
+    return replace(
+        T2V_A14B,
+        dit=replace(T2V_A14B.dit, num_layers=case.layers),
+        text=replace(T2V_A14B.text, num_layers=2),
+    )
 
 
 def request_of(case: Case, folder: Path) -> CompleteRequest:
     lora = (str(folder / "lora.safetensors"),) if case.rank else None
-    wanted = Request("a", size=case.size, frame_num=case.frames, cfg_high=case.cfg, cfg_low=case.cfg, seed=1, sample_steps=8, lora=lora)
+    wanted = Request(
+        "a",
+        size=case.size,
+        frame_num=case.frames,
+        cfg_high=case.cfg,
+        cfg_low=case.cfg,
+        seed=1,
+        sample_steps=8,
+        lora=lora,
+    )
     return wanted.complete(preset_of(case))
 
 
@@ -177,19 +276,36 @@ def runtime_of(case: Case) -> Runtime:
 
 def predicted(case: Case, folder: Path) -> Phase:
     runtime, dtype = runtime_of(case), getattr(torch, case.dtype)
-    traces = Traces(published(preset_of(case)), request_of(case, folder), dtype, torch.device("cpu"), case.layout, case.layout.size)
+    traces = Traces(
+        published(preset_of(case)),
+        request_of(case, folder),
+        dtype,
+        torch.device("cpu"),
+        case.layout,
+        case.layout.size,
+    )
     if case.stage == "text":
         return text_phase(traces, runtime, "cpu")
-    return decode_phase(traces, runtime, "cpu") if case.stage == "decode" else expert_phases(traces, runtime, "cpu")[0]
+    return (
+        decode_phase(traces, runtime, "cpu")
+        if case.stage == "decode"
+        else expert_phases(traces, runtime, "cpu")[0]
+    )
 
 
 # what really happens
 
 
 def noise(dtype: torch.dtype) -> Tensor:
-    """A million values of a weight's size, to be repeated: drawing a gigabyte of them takes minutes."""
+    """A million values of a weight's size, to be repeated: drawing a gigabyte of them takes
+    minutes.
+    """
     values = torch.randn(1 << 20) * 0.02
-    return torch.randint(0, 256, (1 << 20,), dtype=torch.uint8).view(dtype) if not dtype.is_floating_point else values.to(dtype)
+    return (
+        torch.randint(0, 256, (1 << 20,), dtype=torch.uint8).view(dtype)
+        if not dtype.is_floating_point
+        else values.to(dtype)
+    )
 
 
 def fill(value: Tensor) -> Tensor:
@@ -211,12 +327,20 @@ def load(module: nn.Module, but: set[str] = set()) -> None:  # noqa: B006
             continue
         owner, _, leaf = name.rpartition(".")
         value = torch.empty(parameter.shape, dtype=parameter.dtype)
-        value = torch.tensor(NF4) if leaf == "levels" else value.fill_(0.01) if leaf == "scale" else fill(value)
+        value = (
+            torch.tensor(NF4)
+            if leaf == "levels"
+            else value.fill_(0.01)
+            if leaf == "scale"
+            else fill(value)
+        )
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def denoise(case: Case, folder: Path, peak: Peak, team: Team) -> None:
-    """One step of the middle, where all there is of the solver's state is there; several processes make two and count the second."""
+    """One step of the middle, where all there is of the solver's state is there; several processes
+    make two and count the second.
+    """
     preset, request, runtime = preset_of(case), request_of(case, folder), runtime_of(case)
     dtype = getattr(torch, case.dtype)
     plain = expert_structure(preset.dit, None, runtime, dtype, "cpu")
@@ -236,7 +360,12 @@ def denoise(case: Case, folder: Path, peak: Peak, team: Team) -> None:
         load(plain)
     connect(plain, team, KERNEL.attend, KERNEL.with_lse)
     if case.rank:
-        Adapters(plain).attach("lora", read_adapter(folder / "lora.safetensors", shapes_of(build(type(plain), preset.dit))).changes["high"])
+        Adapters(plain).attach(
+            "lora",
+            read_adapter(
+                folder / "lora.safetensors", shapes_of(build(type(plain), preset.dit))
+            ).changes["high"],
+        )
     gc.collect()
     peak.reset()
     pipe = Pipeline(FakeParts(preset, model, torch.bfloat16), "cpu", runtime.cfg_batch, team=team)
@@ -244,9 +373,12 @@ def denoise(case: Case, folder: Path, peak: Peak, team: Team) -> None:
     velocity = pipe.velocity(request, schedule, 2)
     first, second, x, origin = (pipe.noise(request) for _ in range(4))
     state = SolverState(2, x, (first, second), origin)
-    # Buffers for streamed blocks are memory only from when they are first written to, late in the first pass.
+    # Buffers for streamed blocks are memory only from when they are first written to, late in the
+    # first pass.
     for _ in range(2 if len(resident) < case.layers or case.layout.size > 1 else 1):
-        team.traffic.reset()  # the first step also makes keys and values of the text, for which shares are put together once more
+        # the first step also makes keys and values of the text, for which shares are put together
+        # once more
+        team.traffic.reset()
         advance(schedule, state, velocity)
 
 
@@ -282,8 +414,16 @@ def write_lora(case: Case, file: Path) -> None:
     dit = preset_of(case).dit
     tensors = {}
     for block in range(dit.num_layers):
-        sides = {f"{kind}.{leaf}": (dit.dim, dit.dim) for kind in ("self_attn", "cross_attn") for leaf in "qkvo"}
-        for leaf, (out, inner) in {**sides, "ffn.0": (dit.ffn_dim, dit.dim), "ffn.2": (dit.dim, dit.ffn_dim)}.items():
+        sides = {
+            f"{kind}.{leaf}": (dit.dim, dit.dim)
+            for kind in ("self_attn", "cross_attn")
+            for leaf in "qkvo"
+        }
+        for leaf, (out, inner) in {
+            **sides,
+            "ffn.0": (dit.ffn_dim, dit.dim),
+            "ffn.2": (dit.dim, dit.ffn_dim),
+        }.items():
             name = f"diffusion_model.blocks.{block}.{leaf}"
             tensors[f"{name}.lora_A.weight"] = torch.randn(case.rank, inner).bfloat16() * 0.01
             tensors[f"{name}.lora_B.weight"] = torch.randn(out, case.rank).bfloat16() * 0.01
@@ -294,8 +434,14 @@ def joined(layout: Layout, number: int, folder: Path) -> Team:
     """This process' team, which meets in the folder."""
     if layout.size == 1:
         return imagined(layout)
-    # Where the benchmark's processes meet is no description by torchrun, so `mesh.start` cannot be asked.
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), layout.size), rank=number, world_size=layout.size)
+    # Where the benchmark's processes meet is no description by torchrun, so `mesh.start` cannot be
+    # asked.
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(folder / "store"), layout.size),
+        rank=number,
+        world_size=layout.size,
+    )
     team = form(layout, Ranks(number, layout.size, torch.device("cpu")))
     team.world.all_gather("first", torch.zeros(1))  # what talking takes at all
     return team
@@ -315,21 +461,37 @@ def child(case: Case, folder: Path, number: int) -> None:
         {"denoise": denoise, "text": text, "decode": decode}[case.stage](case, folder, peak, team)
         most = peak.stop()
     sent = {what: count for what, count in team.traffic.sent.items() if count}
-    print(json.dumps({"measured": most - before, "before": before, "seconds": time.monotonic() - began, "sent": sent}))
+    print(
+        json.dumps(
+            {
+                "measured": most - before,
+                "before": before,
+                "seconds": time.monotonic() - began,
+                "sent": sent,
+            }
+        )
+    )
 
 
 def compare(case: Case) -> dict[str, Any]:
     """Prediction and measurement of one case, in MB."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--child", case.name, "--folder", folder]
-        # The C library keeps freed memory for itself where pieces are below a bound that moves up to 32 MB; with the bound fixed, what
-        # is freed is given back, as a GPU's allocator gives it to the next tensor.
+        # The C library keeps freed memory for itself where pieces are below a bound that moves up
+        # to 32 MB; with the bound fixed, what is freed is given back, as a GPU's allocator gives it
+        # to the next tensor.
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         if case.layout.size > 1:  # which share the cores
             env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // case.layout.size))
         numbers = range(case.layout.size)
         started = [
-            subprocess.Popen([*command, "--number", str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+            subprocess.Popen(
+                [*command, "--number", str(number)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env,
+            )
             for number in numbers
         ]
         said = [process.communicate() for process in started]
@@ -338,12 +500,19 @@ def compare(case: Case) -> dict[str, Any]:
                 raise RuntimeError(f"{case.name}: {error[-2000:]}")
         each = [json.loads(out.splitlines()[-1]) for out, _ in said]
         phase = predicted(case, Path(folder))
-    want, got = (phase.tensors + tiled_host(case, phase)) / 1e6, max(one["measured"] for one in each) / 1e6
+    want, got = (
+        (phase.tensors + tiled_host(case, phase)) / 1e6,
+        max(one["measured"] for one in each) / 1e6,
+    )
     row: dict[str, Any] = {
-        "case": case.name, "predicted_mb": round(want), "measured_mb": round(got), "ratio": round(want / got, 3),
-        "within": abs(want - got) <= ALLOWED * got + ALLOWED_MB, "weights_mb": round(phase.weights / 1e6),
+        "case": case.name,
+        "predicted_mb": round(want),
+        "measured_mb": round(got),
+        "ratio": round(want / got, 3),
+        "within": abs(want - got) <= ALLOWED * got + ALLOWED_MB,
+        "weights_mb": round(phase.weights / 1e6),
         "seconds": round(max(one["seconds"] for one in each), 1),
-    }  # fmt: skip
+    }
     if case.layout.size > 1:
         row["each_mb"] = [round(one["measured"] / 1e6) for one in each]
     if case.layout.size > 1 and case.stage == "denoise":
@@ -365,27 +534,55 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(next(case for case in CASES if case.name == args.child), args.folder, args.number)
+        return child(
+            next(case for case in CASES if case.name == args.child), args.folder, args.number
+        )
     rows = []
     for case in CASES:
         if args.only is None or args.only in case.name:
             row = compare(case)
             rows.append(row)
-            line = f"{case.name:50} predicted {row['predicted_mb']:6} MB  measured {row['measured_mb']:6} MB  ratio {row['ratio']:.3f}"
+            line = (
+                f"{case.name:50} predicted {row['predicted_mb']:6} MB  measured"
+                f" {row['measured_mb']:6} MB  ratio {row['ratio']:.3f}"
+            )
             sent = "" if row.get("sent_as_predicted", True) else ", and it SENT OTHERWISE"
-            print(f"{line}  {row['seconds']:5.1f} s  {'within' if row['within'] else 'OUTSIDE'}{sent}", flush=True)
-    machine = {"cpu": processor(), "system": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps({
-        "what": "the plan's memory against anonymous memory measured on a CPU", "date": str(date.today()), "machine": machine,
-        "command": "OMP_NUM_THREADS=1 python benchmarks/plan_memory.py" + (f" --only {args.only!r}" if args.only else ""),
-        "allowed": f"{ALLOWED:.0%} and {ALLOWED_MB} MB",
-        "within": sum(row["within"] for row in rows), "of": len(rows), "rows": rows,
-    }))  # fmt: skip
+            print(
+                f"{line}  {row['seconds']:5.1f} s "
+                f" {'within' if row['within'] else 'OUTSIDE'}{sent}",
+                flush=True,
+            )
+    machine = {
+        "cpu": processor(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    print(
+        json.dumps(
+            {
+                "what": "the plan's memory against anonymous memory measured on a CPU",
+                "date": str(date.today()),
+                "machine": machine,
+                "command": (
+                    "OMP_NUM_THREADS=1 python benchmarks/plan_memory.py"
+                    + (f" --only {args.only!r}" if args.only else "")
+                ),
+                "allowed": f"{ALLOWED:.0%} and {ALLOWED_MB} MB",
+                "within": sum(row["within"] for row in rows),
+                "of": len(rows),
+                "rows": rows,
+            }
+        )
+    )
 
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""What rounding costs one layer at full width: the error of its results on easy and on hard numbers, its time and its memory.
+"""What rounding costs one layer at full width: the error of its results on easy and on hard
+numbers, its time and its memory.
 
     python benchmarks/quant_layers.py [--tokens 64] [--no-time | --no-errors]
 
-The last line of output is JSON. Errors are signal-to-noise ratios in dB of x @ w.T against the same product unrounded: of all results
-(`all`), of the worst token and of the worst output feature, since large ones hide small ones in a sum. `fp8 tensor` and `int8 tensor`
-are the naive choice, one scale for a whole weight and one for all tokens; `fp8 cast` has no scale at all, so that what is above 448 is cut
-off (null: not finite). Names with `w8a8` round the tokens too, the others the weight alone. Where torchao is installed, it is timed
-beside ours.
+The last line of output is JSON. Errors are signal-to-noise ratios in dB of x @ w.T against the same
+product unrounded: of all results (`all`), of the worst token and of the worst output feature, since
+large ones hide small ones in a sum. `fp8 tensor` and `int8 tensor` are the naive choice, one scale
+for a whole weight and one for all tokens; `fp8 cast` has no scale at all, so that what is above 448
+is cut off (null: not finite). Names with `w8a8` round the tokens too, the others the weight alone.
+Where torchao is installed, it is timed beside ours.
 
-Weights: `normal`; `rows`, 8 output features 20 to 100 times as large; `columns`, 8 input features so. Tokens: `normal`; `channels`, 8 input
-features 20 to 100 times as large; `tokens`, 4 tokens 100 to 1000 times as large.
+Weights: `normal`; `rows`, 8 output features 20 to 100 times as large; `columns`, 8 input features
+    so. Tokens: `normal`; `channels`, 8 input features 20 to 100 times as large; `tokens`, 4 tokens
+    100 to 1000 times as large.
 """
 
 from __future__ import annotations
@@ -35,8 +38,12 @@ from wanflow.transforms.quant import NF4, QuantLinear, Way
 
 SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824))  # out, in: attention, the feed-forward's two
 OURS: tuple[tuple[Any, Way], ...] = (
-    ("fp8", "weight-only"), ("int8", "weight-only"), ("nf4", "weight-only"), ("fp8", "scaled_mm"), ("int8", "int_mm"),
-)  # fmt: skip
+    ("fp8", "weight-only"),
+    ("int8", "weight-only"),
+    ("nf4", "weight-only"),
+    ("fp8", "scaled_mm"),
+    ("int8", "int_mm"),
+)
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 
 
@@ -44,7 +51,9 @@ LARGEST = {"fp8": 448.0, "int8": 127.0}
 
 
 def hard(shape: tuple[int, int], size: float, kind: str, seed: int) -> Tensor:
-    """Normal values, of which 8 rows or columns (or 4 tokens) are larger by factors that are evenly spread."""
+    """Normal values, of which 8 rows or columns (or 4 tokens) are larger by factors that are evenly
+    spread.
+    """
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator) * size
     side = {"rows": 0, "tokens": 0, "columns": 1, "channels": 1}.get(kind)
@@ -63,7 +72,9 @@ def decibels(error: Tensor, want: Tensor) -> float | None:
 
 
 def worst(error: Tensor, want: Tensor, side: int) -> float | None:
-    """The lowest of any token (side 0) or output feature (side 1), all of the other side counting alike, whatever their size."""
+    """The lowest of any token (side 0) or output feature (side 1), all of the other side counting
+    alike, whatever their size.
+    """
     alike = want.square().mean(side, keepdim=True).sqrt()
     ratio = (want / alike).square().mean(1 - side) / (error / alike).square().mean(1 - side)
     value = float(10 * torch.log10(ratio.min()))
@@ -83,21 +94,31 @@ def layer(weight: Tensor, mode: Any, way: Way, dtype: torch.dtype) -> QuantLinea
 def by_tensor(values: Tensor, mode: str) -> Tensor:
     """Rounded with one scale for all of them, and put back."""
     scale = values.abs().max() / LARGEST[mode]
-    return ((values / scale).to(torch.float8_e4m3fn).float() if mode == "fp8" else torch.round(values / scale)) * scale
+    return (
+        (values / scale).to(torch.float8_e4m3fn).float()
+        if mode == "fp8"
+        else torch.round(values / scale)
+    ) * scale
 
 
 def ways(weight: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """(name, x -> results in float32), one after the other, so that one weight is in memory."""
     for mode, way in OURS:
         leaf = layer(weight, mode, way, torch.bfloat16 if way == "scaled_mm" else torch.float32)
-        yield f"{mode} row" + ("" if way == "weight-only" else " w8a8") if mode != "nf4" else "nf4", leaf
+        yield (
+            f"{mode} row" + ("" if way == "weight-only" else " w8a8") if mode != "nf4" else "nf4",
+            leaf,
+        )
     cast = weight.to(torch.float8_e4m3fn).float()
     yield "fp8 cast", lambda x: x @ cast.T
     yield "fp8 cast w8a8", lambda x: x.to(torch.float8_e4m3fn).float() @ cast.T
     for mode in LARGEST:
         rounded = by_tensor(weight, mode)
         yield f"{mode} tensor", lambda x, rounded=rounded: x @ rounded.T  # type: ignore[misc]
-        yield f"{mode} tensor w8a8", lambda x, rounded=rounded, mode=mode: by_tensor(x, mode) @ rounded.T  # type: ignore[misc]
+        yield (
+            f"{mode} tensor w8a8",
+            lambda x, rounded=rounded, mode=mode: by_tensor(x, mode) @ rounded.T,
+        )  # type: ignore[misc]
 
 
 def errors(count: int) -> dict[str, Any]:
@@ -107,27 +128,41 @@ def errors(count: int) -> dict[str, Any]:
         cases = table[f"{out} x {columns}"] = {}
         for kind in ("normal", "rows", "columns"):
             weight = hard((out, columns), 0.02, kind, 0)
-            tokens = {other: hard((count, columns), 1.0, other, 1) for other in ("normal", "channels", "tokens")}
+            tokens = {
+                other: hard((count, columns), 1.0, other, 1)
+                for other in ("normal", "channels", "tokens")
+            }
             exact = {other: x @ weight.T for other, x in tokens.items()}
             for name, way in ways(weight):
                 for other, x in tokens.items():
                     want = exact[other]
                     error = way(x).float() - want
-                    found = {"all": decibels(error, want), "token": worst(error, want, 0), "feature": worst(error, want, 1)}
+                    found = {
+                        "all": decibels(error, want),
+                        "token": worst(error, want, 0),
+                        "feature": worst(error, want, 1),
+                    }
                     cases.setdefault(f"{kind} / {other}", {})[name] = found
-                    print(f"{out:6} x {columns:5}  weights {kind:8} tokens {other:9} {name:18} {found}")
+                    print(
+                        f"{out:6} x {columns:5}  weights {kind:8} tokens {other:9} {name:18}"
+                        f" {found}"
+                    )
     return table
 
 
 def scales_of_nf4() -> dict[str, float | None]:
-    """dB of a normal weight in nf4 by the dtype of its scales; small: the same where the weight is 10^-5 of usual."""
+    """dB of a normal weight in nf4 by the dtype of its scales; small: the same where the weight is
+    10^-5 of usual.
+    """
     levels, result = torch.tensor(NF4), {}
     for name, size in (("usual", 0.02), ("small", 2e-7)):
         blocks = hard((512, 5120), size, "normal", 0).view(-1, 64)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             scale = blocks.abs().amax(1, keepdim=True).to(dtype).float()
             codes = torch.bucketize(blocks / scale.clamp_min(1e-30), (levels[1:] + levels[:-1]) / 2)
-            result[f"{name}, {dtype}".replace("torch.", "")] = decibels(levels[codes] * scale - blocks, blocks)
+            result[f"{name}, {dtype}".replace("torch.", "")] = decibels(
+                levels[codes] * scale - blocks, blocks
+            )
     return result
 
 
@@ -164,7 +199,12 @@ def peers(weight: Tensor) -> dict[str, Callable[[], Any]]:
     """torchao's, each as a function that makes the layer; empty where it is not installed."""
     if importlib.util.find_spec("torchao") is None:
         return {}
-    from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
 
     def made(config: Any) -> nn.Module:
@@ -177,12 +217,19 @@ def peers(weight: Tensor) -> dict[str, Callable[[], Any]]:
         packed = to_nf4(weight.bfloat16())
         return lambda x: linear_nf4(x, packed)
 
-    configs = {"fp8": Float8WeightOnlyConfig(), "int8": Int8WeightOnlyConfig(), "int8 w8a8": Int8DynamicActivationInt8WeightConfig()}
-    return {f"torchao {name}": lambda config=config: made(config) for name, config in configs.items()} | {"torchao nf4": nf4}  # type: ignore[misc]
+    configs = {
+        "fp8": Float8WeightOnlyConfig(),
+        "int8": Int8WeightOnlyConfig(),
+        "int8 w8a8": Int8DynamicActivationInt8WeightConfig(),
+    }
+    return {
+        f"torchao {name}": lambda config=config: made(config) for name, config in configs.items()
+    } | {"torchao nf4": nf4}  # type: ignore[misc]
 
 
 def times() -> dict[str, Any]:
-    """Of 5120 -> 13824 in bfloat16: rounding its weight, and multiplying 1, 64 and 512 tokens (the best of five, in ms).
+    """Of 5120 -> 13824 in bfloat16: rounding its weight, and multiplying 1, 64 and 512 tokens (the
+    best of five, in ms).
 
     CPU time of the one thread that works, which others on the machine do not lengthen much.
     """
@@ -192,7 +239,9 @@ def times() -> dict[str, Any]:
     plain = weight.bfloat16()
     makers: dict[str, Callable[[], Any]] = {"bfloat16": lambda: lambda x: F.linear(x, plain)}
     for mode, way in OURS:
-        makers[f"ours {mode} {way}"] = lambda mode=mode, way=way: layer(weight, mode, way, torch.bfloat16)  # type: ignore[misc]
+        makers[f"ours {mode} {way}"] = lambda mode=mode, way=way: layer(
+            weight, mode, way, torch.bfloat16
+        )  # type: ignore[misc]
     result: dict[str, Any] = {}
     for name, make in (makers | peers(weight)).items():
         with torch.no_grad():
@@ -217,7 +266,9 @@ def times() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--no-errors", action="store_true")

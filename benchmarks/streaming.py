@@ -1,12 +1,14 @@
-"""Is reading hidden behind the work? A step of one expert at full width with its blocks resident, streamed, and streamed in line.
+"""Is reading hidden behind the work? A step of one expert at full width with its blocks resident,
+streamed, and streamed in line.
 
-Blocks are read from a float32 file and rounded to bfloat16 in every pass, as on a machine whose RAM holds no expert. One thread computes
-and one reads. "In line" is the same with the reading in the computing thread: what nothing hides. All give the same numbers, which is
-checked.
+Blocks are read from a float32 file and rounded to bfloat16 in every pass, as on a machine whose RAM
+holds no expert. One thread computes and one reads. "In line" is the same with the reading in the
+computing thread: what nothing hides. All give the same numbers, which is checked.
 
     python benchmarks/streaming.py [--layers 3] [--size 256*256] [--frame_num 17] [--rounds 5]
 
-The last line of output is one JSON document: seconds by way, each the median of interleaved rounds, and their ratios to "resident".
+The last line of output is one JSON document: seconds by way, each the median of interleaved rounds,
+and their ratios to "resident".
 """
 
 from __future__ import annotations
@@ -38,7 +40,13 @@ def write_expert(path: Path, config: DiTConfig) -> None:
     with torch.device("meta"):
         model = WanDiT(config)
     generator = torch.Generator().manual_seed(0)
-    save_file({name: torch.randn(p.shape, generator=generator).mul_(0.02) for name, p in model.named_parameters()}, path)
+    save_file(
+        {
+            name: torch.randn(p.shape, generator=generator).mul_(0.02)
+            for name, p in model.named_parameters()
+        },
+        path,
+    )
 
 
 def laid_out(config: DiTConfig, source: OfficialSource) -> WanDiT:
@@ -48,7 +56,11 @@ def laid_out(config: DiTConfig, source: OfficialSource) -> WanDiT:
 def streamed(config: DiTConfig, source: OfficialSource, worker: InLine | None) -> Streaming:
     model = laid_out(config, source)
     fetch = block_reader(model, source, {})
-    names = {f"blocks.{n}.{path.rpartition('.')[0]}.weight" for n, block in enumerate(model.blocks) for path in matmul_leaves(block)}
+    names = {
+        f"blocks.{n}.{path.rpartition('.')[0]}.weight"
+        for n, block in enumerate(model.blocks)
+        for path in matmul_leaves(block)
+    }
     load_module(model, source, CPU, skip=names)
     return Streaming(model, fetch, (), CPU, worker=worker)
 
@@ -60,10 +72,16 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, object]:
     source = open_part("dit", path)
     resident = laid_out(config, source)
     load_module(resident, source, CPU)
-    ways = {"resident": resident, "streamed": streamed(config, source, None), "in line": streamed(config, source, InLine())}
+    ways = {
+        "resident": resident,
+        "streamed": streamed(config, source, None),
+        "in line": streamed(config, source, InLine()),
+    }
     width, height = args.size
     generator = torch.Generator().manual_seed(1)
-    latent = torch.randn(1, 16, (args.frame_num - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+    latent = torch.randn(
+        1, 16, (args.frame_num - 1) // 4 + 1, height // 8, width // 8, generator=generator
+    )
     text = resident.text_states(torch.randn(1, 512, 4096, generator=generator))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     expected = None
@@ -76,15 +94,25 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, object]:
             expected = out if expected is None else expected
             if not torch.equal(out, expected):
                 sys.exit(f"{way} gave other numbers")
-            print(f"round {number} of {args.rounds}, {way}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"round {number} of {args.rounds}, {way}: {time.perf_counter() - start:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     medians = {way: statistics.median(times) for way, times in seconds.items()}
     return {
         "what": "one expert's step, bfloat16, full width, blocks from a float32 file",
-        "layers": args.layers, "size": f"{width}*{height}", "frames": args.frame_num, "tokens": latent[0, 0].numel() // 4,
-        "seconds": medians, "ratio": {way: value / medians["resident"] for way, value in medians.items()},
+        "layers": args.layers,
+        "size": f"{width}*{height}",
+        "frames": args.frame_num,
+        "tokens": latent[0, 0].numel() // 4,
+        "seconds": medians,
+        "ratio": {way: value / medians["resident"] for way, value in medians.items()},
         "spread": {way: [min(times), max(times)] for way, times in seconds.items()},
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
 
 
 if __name__ == "__main__":
@@ -93,7 +121,9 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=parse_size, default=(256, 256))
     parser.add_argument("--frame_num", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the file of 5 GB is written (a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the file of 5 GB is written (a temporary folder)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -1,8 +1,10 @@
-"""What decoding in tiles saves and costs on this CPU: anonymous memory and seconds, whole frames against tiles. The last line is JSON.
+"""What decoding in tiles saves and costs on this CPU: anonymous memory and seconds, whole frames
+against tiles. The last line is JSON.
 
-The VAE has the published shape and random weights. Each decode runs in a process of its own, in turn, round after round, so that
-what else the machine does hits all alike; `cpu_seconds` count only what the process itself had of the CPUs. Its memory is the most
-that it adds, sampled every 2 ms, after a tiny decode that fills the libraries' own buffers. Every tiled video is compared with the
+The VAE has the published shape and random weights. Each decode runs in a process of its own, in
+turn, round after round, so that what else the machine does hits all alike; `cpu_seconds` count only
+what the process itself had of the CPUs. Its memory is the most that it adds, sampled every 2 ms,
+after a tiny decode that fills the libraries' own buffers. Every tiled video is compared with the
 whole decode's.
 """
 
@@ -73,7 +75,9 @@ def one(args: argparse.Namespace, tile: int, out: Path) -> dict[str, float]:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """Largest difference of two videos in steps of 1/255, how many values differ, and PSNR in dB (null where they are equal)."""
+    """Largest difference of two videos in steps of 1/255, how many values differ, and PSNR in dB
+    (null where they are equal).
+    """
     apart = np.abs(a.astype(np.int16) - b)
     error = float((apart.astype(np.float64) ** 2).mean())
     psnr = round(10 * math.log10(255**2 / error), 1) if error else None
@@ -107,19 +111,52 @@ def main() -> None:
                 found[tile].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"tile {tile}: {found[tile][-1]}", flush=True)
         whole = np.load(Path(folder, "0.npy"))
-        differences = {tile: difference(np.load(Path(folder, f"{tile}.npy")), whole) for tile in args.tiles}
+        differences = {
+            tile: difference(np.load(Path(folder, f"{tile}.npy")), whole) for tile in args.tiles
+        }
     results: dict[str, Any] = {}
     for tile in sizes:
-        entry: dict[str, Any] = {name: [round(run[name], 1) for run in found[tile]] for name in found[tile][0]}
+        entry: dict[str, Any] = {
+            name: [round(run[name], 1) for run in found[tile]] for name in found[tile][0]
+        }
         if tile:
-            ratios = {name: [mine[name] / base[name] for mine, base in zip(found[tile], found[0], strict=True)] for name in found[0][0]}
-            entry |= {"tiles": len(tiling.tiles(VAEConfig(), height, width, tile)), **differences[tile]}
-            entry |= {f"{name}_ratio": round(statistics.median(values), 3) for name, values in ratios.items()}
+            ratios = {
+                name: [
+                    mine[name] / base[name]
+                    for mine, base in zip(found[tile], found[0], strict=True)
+                ]
+                for name in found[0][0]
+            }
+            entry |= {
+                "tiles": len(tiling.tiles(VAEConfig(), height, width, tile)),
+                **differences[tile],
+            }
+            entry |= {
+                f"{name}_ratio": round(statistics.median(values), 3)
+                for name, values in ratios.items()
+            }
         results[str(tile) if tile else "whole frames"] = entry
     with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    about = {"cpu": cpu, "threads": args.threads, "torch": torch.__version__, "size": args.size, "frames": args.frames, "dtype": args.dtype}
-    print(json.dumps({"command": " ".join(["python benchmarks/vae_tiles.py", *sys.argv[1:]]), **about, "results": results}))
+        cpu = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), ""
+        )
+    about = {
+        "cpu": cpu,
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "size": args.size,
+        "frames": args.frames,
+        "dtype": args.dtype,
+    }
+    print(
+        json.dumps(
+            {
+                "command": " ".join(["python benchmarks/vae_tiles.py", *sys.argv[1:]]),
+                **about,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

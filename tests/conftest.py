@@ -1,4 +1,6 @@
-"""Shared by all tests: a small folder in the official layout with random weights, and the embedded miniature."""
+"""Shared by all tests: a small folder in the official layout with random weights, and the embedded
+miniature.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ QUICK = {"frame_num": 5, "sample_steps": 4, "seed": 7}
 PROMPT = "a red circle moves left on a blue background"
 
 
-# One thread a process, in the processes that tests start too: on a shared machine two threads that wait for each other at every
-# small operation are many times slower than one, and the tests run side by side instead.
+# One thread a process, in the processes that tests start too: on a shared machine two threads that
+# wait for each other at every small operation are many times slower than one, and the tests run
+# side by side instead.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 

@@ -1,4 +1,6 @@
-"""Real processes that speak gloo: what a test looks at is done in them, and what came out is read from files."""
+"""Real processes that speak gloo: what a test looks at is done in them, and what came out is read
+from files.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ Work = Callable[[mesh.Ranks], Any]  # what one process does in a group, and has 
 def joined(rank: int, size: int, folder: Path, name: str) -> Iterator[mesh.Ranks]:
     """In a group of its own, found by a file."""
     store = dist.FileStore(str(folder / f"{name}.store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
     try:
         yield mesh.Ranks(rank, size, CPU)
     finally:
@@ -55,9 +59,14 @@ def _process(rank: int, work: Work, sizes: tuple[int, ...], folder: Path) -> Non
 def start(work: Work, sizes: tuple[int, ...], folder: Path) -> list[int | None]:
     """Run `work` in groups of these sizes, one after the other; how the processes ended."""
     # A fork of a process that has imported torch starts at once.
-    context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+    context = mp.get_context(
+        "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+    )
     context.set_forkserver_preload([work.__module__])
-    processes = [context.Process(target=_process, args=(rank, work, sizes, folder), daemon=True) for rank in range(max(sizes))]
+    processes = [
+        context.Process(target=_process, args=(rank, work, sizes, folder), daemon=True)
+        for rank in range(max(sizes))
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -67,13 +76,17 @@ def start(work: Work, sizes: tuple[int, ...], folder: Path) -> list[int | None]:
 
 
 class Processes:
-    """Results of work in several processes, which are started once in a run of pytest, whichever of its own processes comes first."""
+    """Results of work in several processes, which are started once in a run of pytest, whichever of
+    its own processes comes first.
+    """
 
     def __init__(self, base: Path) -> None:
         self.base = base
 
     def __call__(self, work: Work, size: int, group: tuple[int, ...]) -> Sequence[Any]:
-        """What each of `size` processes found; groups of all the sizes in `group` do their work at the same time."""
+        """What each of `size` processes found; groups of all the sizes in `group` do their work at
+        the same time.
+        """
         folder = self.base / f"{work.__module__}-{work.__name__}-{max(group)}"
         folder.mkdir(exist_ok=True)
         ended = folder / "ended.json"
@@ -81,7 +94,10 @@ class Processes:
             if not ended.exists():
                 ended.write_text(json.dumps(start(work, group, folder)))
         assert json.loads(ended.read_text()) == [0] * max(group)
-        return [torch.load(folder / f"{size}-{rank}.pt", weights_only=True, mmap=True) for rank in range(size)]
+        return [
+            torch.load(folder / f"{size}-{rank}.pt", weights_only=True, mmap=True)
+            for rank in range(size)
+        ]
 
 
 @pytest.fixture

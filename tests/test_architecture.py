@@ -1,4 +1,6 @@
-"""The walls of docs and design, kept by reading the source: who may import whom, what stands only where, how large things get."""
+"""The walls of docs and design, kept by reading the source: who may import whom, what stands only
+where, how large things get.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +83,15 @@ def imports(file: str, node: ast.AST) -> list[str]:
             package = package if file.endswith("__init__.py") else package[:-1]
             base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
         return [f"{base}.{alias.name}" for alias in node.names]
-    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if (
+        isinstance(node, ast.Call)
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    ):
+        called = (
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        )
         if called in ("import_module", "__import__"):
             return [node.args[0].value]
     return []
@@ -111,7 +120,8 @@ def edges() -> Iterator[tuple[str, str]]:
     """(importing module, imported module), of ours, deferred imports too."""
     for file, name in all_imports():
         target = ours(name)
-        # `from wanflow import __version__` reads a fact of the package, which is loaded before any of its modules
+        # `from wanflow import __version__` reads a fact of the package, which is loaded before any
+        # of its modules
         if target and name != "wanflow.__version__":
             yield module_name(file), target
 
@@ -122,7 +132,13 @@ def places(found: Iterator[str] | list[str]) -> None:
 
 
 def test_every_file_has_a_layer() -> None:
-    places([f"{file}: give it a line in LAYERS" for file in FILES if unit(module_name(file)) not in {*LEVEL, *LEAVES}])
+    places(
+        [
+            f"{file}: give it a line in LAYERS"
+            for file in FILES
+            if unit(module_name(file)) not in {*LEVEL, *LEAVES}
+        ]
+    )
 
 
 def test_arrows() -> None:
@@ -156,7 +172,11 @@ def test_no_cycles() -> None:
 
 
 def test_config_needs_only_the_standard_library() -> None:
-    found = [name for file, name in all_imports() if file in ("config.py", "weights/names.py") and not name.startswith("wanflow.config")]
+    found = [
+        name
+        for file, name in all_imports()
+        if file in ("config.py", "weights/names.py") and not name.startswith("wanflow.config")
+    ]
     places([name for name in found if name.split(".")[0] not in sys.stdlib_module_names])
 
 
@@ -166,31 +186,62 @@ def top(name: str) -> str:
 
 def test_distributed_only_in_parallel() -> None:
     found = [file for file, name in all_imports() if f"{name}.".startswith("torch.distributed.")]
-    found += [file for file, node in nodes() if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed")]
+    found += [
+        file
+        for file, node in nodes()
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed")
+    ]
     places([f"{file}: torch.distributed" for file in found if not file.startswith("parallel/")])
 
 
 def test_kernels_only_in_transforms() -> None:
-    places([f"{file}: {name}" for file, name in all_imports() if top(name) in KERNELS and not file.startswith("transforms/")])
+    places(
+        [
+            f"{file}: {name}"
+            for file, name in all_imports()
+            if top(name) in KERNELS and not file.startswith("transforms/")
+        ]
+    )
 
 
 def test_peers_and_oracles_nowhere() -> None:
-    places([f"{file}: {name}" for file, name in all_imports() if top(name) in ("diffusers", "transformers", "wan")])
+    places(
+        [
+            f"{file}: {name}"
+            for file, name in all_imports()
+            if top(name) in ("diffusers", "transformers", "wan")
+        ]
+    )
 
 
 def test_environment_only_in_two_places() -> None:
     words = ("environ", "environb", "getenv", "putenv", "unsetenv")
     found = [file for file, name in all_imports() if name in {f"os.{word}" for word in words}]
     for file, node in nodes():
-        if isinstance(node, ast.Attribute) and node.attr in words and isinstance(node.value, ast.Name) and node.value.id == "os":
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in words
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "os"
+        ):
             found.append(file)
     places(
-        [f"{file}: environment variables" for file in found if file not in ("cli.py", "parallel/mesh.py") and not file.startswith("cli/")]
+        [
+            f"{file}: environment variables"
+            for file in found
+            if file not in ("cli.py", "parallel/mesh.py") and not file.startswith("cli/")
+        ]
     )
 
 
 def test_no_global() -> None:
-    places([f"{file}:{node.lineno}: global {', '.join(node.names)}" for file, node in nodes() if isinstance(node, ast.Global)])
+    places(
+        [
+            f"{file}:{node.lineno}: global {', '.join(node.names)}"
+            for file, node in nodes()
+            if isinstance(node, ast.Global)
+        ]
+    )
 
 
 def test_nothing_left_unfinished() -> None:
@@ -204,8 +255,16 @@ def test_nothing_left_unfinished() -> None:
 
 
 def test_files_are_small() -> None:
-    lengths = {file: len(path.read_text(encoding="utf-8").splitlines()) for file, path in FILES.items()}
-    places([f"{file}: {length} lines, at most {MAX_FILE}" for file, length in lengths.items() if length > MAX_FILE])
+    lengths = {
+        file: len(path.read_text(encoding="utf-8").splitlines()) for file, path in FILES.items()
+    }
+    places(
+        [
+            f"{file}: {length} lines, at most {MAX_FILE}"
+            for file, length in lengths.items()
+            if length > MAX_FILE
+        ]
+    )
 
 
 def test_functions_are_small() -> None:
@@ -214,16 +273,29 @@ def test_functions_are_small() -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION:
-                found.append(f"{file}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION}")
+                found.append(
+                    f"{file}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION}"
+                )
     places(found)
 
 
 @pytest.mark.parametrize("module", ["wanflow", "wanflow.config", "wanflow.weights.names"])
 def test_import_stays_light(module: str) -> None:
-    """Importing the package, its settings or its tables of names loads no torch, and nothing else from outside."""
-    code = f"import sys; before = set(sys.modules); import {module}; print(*(set(sys.modules) - before))"
+    """Importing the package, its settings or its tables of names loads no torch, and nothing else
+    from outside.
+    """
+    code = (
+        f"import sys; before = set(sys.modules); import {module}; print(*(set(sys.modules) -"
+        " before))"
+    )
     path = os.pathsep.join([str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     loaded = {top(name) for name in run.stdout.split()}
     assert "torch" not in loaded
     places([name for name in loaded - {"wanflow"} if name not in sys.stdlib_module_names])
@@ -236,12 +308,20 @@ def test_import_stays_light(module: str) -> None:
     ("file", "line", "expected"),
     [
         ("models/dit.py", "import wanflow.pipeline", ["wanflow.pipeline"]),
-        ("models/dit.py", "from wanflow import pipeline, video", ["wanflow.pipeline", "wanflow.video"]),
+        (
+            "models/dit.py",
+            "from wanflow import pipeline, video",
+            ["wanflow.pipeline", "wanflow.video"],
+        ),
         ("models/dit.py", "from . import vae", ["wanflow.models.vae"]),
         ("models/dit.py", "from ..config import DiTConfig", ["wanflow.config.DiTConfig"]),
         ("models/__init__.py", "from .dit import WanDiT", ["wanflow.models.dit.WanDiT"]),
         ("models/dit.py", "importlib.import_module('wanflow.cli')", ["wanflow.cli"]),
-        ("models/dit.py", "from torch.distributed import all_gather", ["torch.distributed.all_gather"]),
+        (
+            "models/dit.py",
+            "from torch.distributed import all_gather",
+            ["torch.distributed.all_gather"],
+        ),
     ],
 )
 def test_imports_are_seen(file: str, line: str, expected: list[str]) -> None:
@@ -249,6 +329,19 @@ def test_imports_are_seen(file: str, line: str, expected: list[str]) -> None:
 
 
 def test_levels() -> None:
-    assert LEVEL["cli"] > LEVEL["train"] == LEVEL["serve"] > LEVEL["plan"] > LEVEL["weights"] > LEVEL["sampling"] > LEVEL["config"] > 0
-    assert ours("wanflow.config.DiTConfig") == "wanflow.config" and unit("wanflow.models.dit") == "models" and unit("wanflow") == "__init__"
+    assert (
+        LEVEL["cli"]
+        > LEVEL["train"]
+        == LEVEL["serve"]
+        > LEVEL["plan"]
+        > LEVEL["weights"]
+        > LEVEL["sampling"]
+        > LEVEL["config"]
+        > 0
+    )
+    assert (
+        ours("wanflow.config.DiTConfig") == "wanflow.config"
+        and unit("wanflow.models.dit") == "models"
+        and unit("wanflow") == "__init__"
+    )
     assert ours("wanflow.load") == "wanflow" and ours("torch.nn") is None

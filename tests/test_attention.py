@@ -1,4 +1,6 @@
-"""Attention kernels: each against float64, the choice among them, and packages that are missing, broken or lying (as fakes on the path)."""
+"""Attention kernels: each against float64, the choice among them, and packages that are missing,
+broken or lying (as fakes on the path).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,17 @@ from wanflow.config import DiTConfig, RequestError
 from wanflow.models.dit import Attend, Attention, WanDiT, sdpa
 from wanflow.pipeline import Pipeline
 from wanflow.transforms import attention
-from wanflow.transforms.attention import BACKENDS, Backend, Trial, attempt, cautions, choose, obstacle, order, set_attention
+from wanflow.transforms.attention import (
+    BACKENDS,
+    Backend,
+    Trial,
+    attempt,
+    cautions,
+    choose,
+    obstacle,
+    order,
+    set_attention,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HERE = ("sdpa", "flash", "math")  # those that a CPU has
@@ -35,7 +47,10 @@ SHAPES = [
 def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     batch, queries, keys, heads, size = shape
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(batch, rows, heads, size, generator=generator).to(dtype) for rows in (queries, keys, keys))
+    q, k, v = (
+        torch.randn(batch, rows, heads, size, generator=generator).to(dtype)
+        for rows in (queries, keys, keys)
+    )
     return 3 * q, k, v
 
 
@@ -43,7 +58,10 @@ def truth(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output [B, L, N, K] and log-sum-exp [B, N, L], float64, spelled without softmax."""
     scores = torch.einsum("blnk,bsnk->bnls", q.double(), k.double()) * q.shape[-1] ** -0.5
     weights = scores.exp()
-    return torch.einsum("bnls,bsnk->blnk", weights / weights.sum(-1, keepdim=True), v.double()), weights.sum(-1).log()
+    return (
+        torch.einsum("bnls,bsnk->blnk", weights / weights.sum(-1, keepdim=True), v.double()),
+        weights.sum(-1).log(),
+    )
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
@@ -77,8 +95,12 @@ def test_parts_of_the_keys_are_joined_by_their_log_sum_exp(name: str) -> None:
     q, k, v = numbers((1, 40, 96, 2, 32), torch.float32)
     with_lse = BACKENDS[name].with_lse
     assert with_lse is not None
-    parts = [with_lse(q, k[:, part], v[:, part]) for part in (slice(0, 16), slice(16, 90), slice(90, 96))]
-    weights = torch.stack([lse for _, lse in parts]).softmax(0).transpose(2, 3).unsqueeze(-1)  # [3, B, L, N, 1]
+    parts = [
+        with_lse(q, k[:, part], v[:, part]) for part in (slice(0, 16), slice(16, 90), slice(90, 96))
+    ]
+    weights = (
+        torch.stack([lse for _, lse in parts]).softmax(0).transpose(2, 3).unsqueeze(-1)
+    )  # [3, B, L, N, 1]
     whole = sum(weight * out for weight, (out, _) in zip(weights, parts, strict=True))
     assert torch.allclose(whole, sdpa(q, k, v), atol=2e-6)
 
@@ -88,7 +110,11 @@ def test_parts_of_the_keys_are_joined_by_their_log_sum_exp(name: str) -> None:
 
 def test_every_attention_of_a_model_gets_the_same_function() -> None:
     with torch.device("meta"):
-        model = WanDiT(DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=3, text_dim=16, text_len=8, freq_dim=16))
+        model = WanDiT(
+            DiTConfig(
+                dim=32, ffn_dim=64, num_heads=2, num_layers=3, text_dim=16, text_len=8, freq_dim=16
+            )
+        )
     set_attention(model, BACKENDS["math"])
     slots = [module.attend for module in model.modules() if isinstance(module, Attention)]
     assert len(slots) == 6 and set(slots) == {BACKENDS["math"].attend}
@@ -125,7 +151,9 @@ def test_compiling_sees_one_function_for_all_blocks() -> None:
         for module in modules:
             set_attention(module, BACKENDS[name])
         torch._dynamo.reset()
-        compiled = torch.compile(lambda module, q, k, v: module.attend(q, k, v), backend=counter, fullgraph=True)
+        compiled = torch.compile(
+            lambda module, q, k, v: module.attend(q, k, v), backend=counter, fullgraph=True
+        )
         q, k, v = numbers((1, 16, 16, 2, 32), torch.float32)
         for module in modules:
             assert torch.allclose(compiled(module, q, k, v), sdpa(q, k, v), atol=1e-6)
@@ -141,10 +169,16 @@ def test_on_a_cpu_auto_is_pytorchs_own() -> None:
     assert choose("math", CPU, torch.float32, 128) == BACKENDS["math"]
 
 
-def as_if(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], works: tuple[str, ...]) -> None:
+def as_if(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], works: tuple[str, ...]
+) -> None:
     """A GPU of this capability on which these kernels work."""
     monkeypatch.setattr(attention, "_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "attempt", lambda backend, *_: Trial(backend, "" if backend.name in works else "it is a fake"))
+    monkeypatch.setattr(
+        attention,
+        "attempt",
+        lambda backend, *_: Trial(backend, "" if backend.name in works else "it is a fake"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +193,10 @@ def as_if(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], works: t
     ],
 )
 def test_auto_takes_the_first_that_works(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], works: tuple[str, ...], chosen: str
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    works: tuple[str, ...],
+    chosen: str,
 ) -> None:
     as_if(monkeypatch, capability, works)
     assert choose("auto", CUDA, torch.bfloat16, 128).name == chosen
@@ -180,7 +217,10 @@ def test_refusals_say_why_and_what_works(monkeypatch: pytest.MonkeyPatch) -> Non
         choose("cudnn", CPU, torch.float32, 128)
     first, second = str(refusal.value).splitlines()
     assert first == "attention cudnn: it runs on cuda only, not on cpu"
-    assert "on cpu with float32 these work: auto, sdpa, flash, math;" in second and "wanflow doctor" in second
+    assert (
+        "on cpu with float32 these work: auto, sdpa, flash, math;" in second
+        and "wanflow doctor" in second
+    )
     as_if(monkeypatch, (9, 0), ())
     with pytest.raises(RequestError, match="nothing else works either"):
         choose("flash", CUDA, torch.bfloat16, 128)
@@ -189,23 +229,41 @@ def test_refusals_say_why_and_what_works(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_known_without_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "installed", lambda package: True)
 
-    def why(name: str, capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> str:
+    def why(
+        name: str,
+        capability: tuple[int, int],
+        dtype: torch.dtype = torch.bfloat16,
+        head_dim: int = 128,
+    ) -> str:
         monkeypatch.setattr(attention, "_capability", lambda device: capability)
         return obstacle(BACKENDS[name], CUDA, dtype, head_dim)
 
-    assert why("flash", (9, 0)) == why("cudnn", (9, 0)) == why("efficient", (7, 5), torch.float32) == ""
+    assert (
+        why("flash", (9, 0))
+        == why("cudnn", (9, 0))
+        == why("efficient", (7, 5), torch.float32)
+        == ""
+    )
     assert "does not compute in float32" in why("flash", (9, 0), torch.float32)
     assert "does not compute in float32" in why("cudnn", (9, 0), torch.float32)
-    assert "from 9.0 to below 10.0, and this GPU has 10.0; on Blackwell it imports and then dies" in why("flash_attn_3", (10, 0))
+    assert (
+        "from 9.0 to below 10.0, and this GPU has 10.0; on Blackwell it imports and then dies"
+        in why("flash_attn_3", (10, 0))
+    )
     assert "from 9.0 to below 10.0, and this GPU has 8.0" in why("flash_attn_3", (8, 0))
     assert "from 8.0, and this GPU has 7.5" in why("flash_attn", (7, 5))
     assert "at most 128 wide, and these are 256" in why("sage", (8, 9), head_dim=256)
-    assert "runs on cpu and cuda only, not on mps" in obstacle(BACKENDS["flash"], torch.device("mps"), torch.bfloat16, 128)
+    assert "runs on cpu and cuda only, not on mps" in obstacle(
+        BACKENDS["flash"], torch.device("mps"), torch.bfloat16, 128
+    )
 
 
 def test_cautions() -> None:
     assert cautions(BACKENDS["cudnn"], "fp8") == []
-    assert [("differs" in note, "black" in note) for note in cautions(BACKENDS["sage"], "fp8")] == [(True, False), (False, True)]
+    assert [("differs" in note, "black" in note) for note in cautions(BACKENDS["sage"], "fp8")] == [
+        (True, False),
+        (False, True),
+    ]
     assert len(cautions(BACKENDS["sage"], "")) == 1
 
 
@@ -235,7 +293,8 @@ import torch.nn.functional as F
 def sageattn(q, k, v, tensor_layout="HND", is_causal=True):
     assert tensor_layout == "NHD" and not is_causal
     q, k = (x.div(x.abs().max() / 127).round() * (x.abs().max() / 127) for x in (q, k))
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 """
 
 
@@ -251,15 +310,24 @@ def test_a_package_that_works(fake: Callable[..., Backend]) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("raise ImportError('undefined symbol: _ZN3c10')", "ImportError: undefined symbol: _ZN3c10"),
+        (
+            "raise ImportError('undefined symbol: _ZN3c10')",
+            "ImportError: undefined symbol: _ZN3c10",
+        ),
         ("raise ValueError('no GPU found')", "ValueError: no GPU found"),
         ("", "ImportError: cannot import name"),
         (
-            "def sageattn(*args, **kwargs):\n raise RuntimeError('CUDA error: no kernel image is available\\nmore')",
+            (
+                "def sageattn(*args, **kwargs):\n raise RuntimeError('CUDA error: no kernel image"
+                " is available\\nmore')"
+            ),
             "no kernel image is available)",
         ),
         ("def sageattn(q, *args, **kwargs):\n return q.new_zeros(())", "IndexError"),
-        ("def sageattn(q, *args, **kwargs):\n import torch; return torch.randn_like(q)", "wrong numbers"),
+        (
+            "def sageattn(q, *args, **kwargs):\n import torch; return torch.randn_like(q)",
+            "wrong numbers",
+        ),
         ("def sageattn(q, *args, **kwargs):\n return q * float('nan')", "wrong numbers: nan"),
         ("def sageattn(q, *args, **kwargs):\n return q[:, :, :1]", "wrong numbers"),
     ],
@@ -269,11 +337,19 @@ def test_a_package_that_does_not(fake: Callable[..., Backend], source: str, word
     assert words in attempt(backend, CPU, torch.float32, 64).why
     with pytest.raises(RequestError) as refusal:
         choose("sage", CPU, torch.float32, 64)
-    assert words in str(refusal.value) and "these work: auto, sdpa, flash, math;" in str(refusal.value)
+    assert words in str(refusal.value) and "these work: auto, sdpa, flash, math;" in str(
+        refusal.value
+    )
 
 
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "sage", replace(BACKENDS["sage"], devices=("cpu",), dtypes=(torch.float32,), package="sage_not_here"))
+    monkeypatch.setitem(
+        BACKENDS,
+        "sage",
+        replace(
+            BACKENDS["sage"], devices=("cpu",), dtypes=(torch.float32,), package="sage_not_here"
+        ),
+    )
     with pytest.raises(RequestError, match="the package sage_not_here is not installed"):
         choose("sage", CPU, torch.float32, 64)
 
@@ -281,7 +357,8 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 FLASH = """
 import torch
 def flash_attn_func(q, k, v{flag}):
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x.transpose(1, 2) for x in (q, k, v)))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(*(x.transpose(1, 2) for x in (q, k, v)))
     out, lse = out.transpose(1, 2), torch.nn.functional.pad(lse, (0, 7), value=9.0)
     return {result}
 """
@@ -290,12 +367,18 @@ def flash_attn_func(q, k, v{flag}):
 @pytest.mark.parametrize(
     ("name", "flag", "result"),
     [
-        ("flash_attn", ", return_attn_probs=False", "(out, lse, None) if return_attn_probs else out"),
+        (
+            "flash_attn",
+            ", return_attn_probs=False",
+            "(out, lse, None) if return_attn_probs else out",
+        ),
         ("flash_attn_3", ", return_attn_probs=False", "(out, lse) if return_attn_probs else out"),
         ("flash_attn_3", "", "(out, lse)"),
     ],
 )
-def test_flash_attentions_ways_to_return(fake: Callable[..., Backend], name: str, flag: str, result: str) -> None:
+def test_flash_attentions_ways_to_return(
+    fake: Callable[..., Backend], name: str, flag: str, result: str
+) -> None:
     source = FLASH.format(flag=flag, result=result)
     trial = attempt(fake(name, source), CPU, torch.float32, 64)
     assert trial.why == trial.lse_why == "" and trial.lse_error < 1e-5
@@ -303,7 +386,10 @@ def test_flash_attentions_ways_to_return(fake: Callable[..., Backend], name: str
 
 
 def test_a_wrong_log_sum_exp_costs_only_that(fake: Callable[..., Backend]) -> None:
-    source = FLASH.format(flag=", return_attn_probs=False", result="(out, lse / 0.69314718) if return_attn_probs else out")
+    source = FLASH.format(
+        flag=", return_attn_probs=False",
+        result="(out, lse / 0.69314718) if return_attn_probs else out",
+    )
     backend = fake("flash_attn", source)
     chosen = choose("flash_attn", CPU, torch.float32, 64)
     assert chosen.attend is backend.attend and chosen.with_lse is None
@@ -317,9 +403,14 @@ def test_a_package_is_no_break_for_compiling(fake: Callable[..., Backend]) -> No
     assert torch.allclose(compiled(q, k, v), sdpa(q, k, v), atol=1e-6)
 
 
-def test_sage_on_hopper_is_refused_for_its_fp8_values(fake: Callable[..., Backend], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sage_on_hopper_is_refused_for_its_fp8_values(
+    fake: Callable[..., Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
-    for source, words in ((SAGE + "\nsageattn_qk_int8_pv_fp8_cuda_sm90 = sageattn", "noise with Wan2.2"), (SAGE, "")):
+    for source, words in (
+        (SAGE + "\nsageattn_qk_int8_pv_fp8_cuda_sm90 = sageattn", "noise with Wan2.2"),
+        (SAGE, ""),
+    ):
         backend = replace(fake("sage", source), devices=("cuda",), dtypes=(torch.bfloat16,))
         why = obstacle(backend, CUDA, torch.bfloat16, 128)
         assert words in why and bool(why) == bool(words)
@@ -328,14 +419,25 @@ def test_sage_on_hopper_is_refused_for_its_fp8_values(fake: Callable[..., Backen
 def test_importing_imports_no_kernel_package(tmp_path: Path) -> None:
     for package in ("flash_attn", "flash_attn_interface", "sageattention"):
         (tmp_path / f"{package}.py").write_text("raise SystemExit('imported')")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import wanflow.transforms.attention as a; print(a.installed('flash_attn'))"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import wanflow.transforms.attention as"
+        " a; print(a.installed('flash_attn'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 
 
 def test_log_sum_exps_with_rows_or_dimensions_too_many() -> None:
-    """As the memory-efficient kernel (rows up to a multiple of 32) and cuDNN's (a dimension at the end) return them, which no CPU has."""
+    """As the memory-efficient kernel (rows up to a multiple of 32) and cuDNN's (a dimension at the
+    end) return them, which no CPU has.
+    """
     out, lse = torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40)
-    for given in (torch.nn.functional.pad(lse, (0, 24), value=9.0), lse.unsqueeze(-1), lse.double()):
+    for given in (
+        torch.nn.functional.pad(lse, (0, 24), value=9.0),
+        lse.unsqueeze(-1),
+        lse.double(),
+    ):
         turned, rows = attention._finish(out, given, 40)
-        assert turned.shape == (2, 40, 3, 8) and rows.dtype == torch.float32 and torch.equal(rows, lse)
+        assert (
+            turned.shape == (2, 40, 3, 8) and rows.dtype == torch.float32 and torch.equal(rows, lse)
+        )

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: the official flags, refusals in words, resume, decode, replay."""
+"""The command line as a user meets it: the official flags, refusals in words, resume, decode,
+replay.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,25 @@ from wanflow.video import read_frames, read_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT_ONE = (
-    "python generate.py --task t2v-A14B --size 1280*720 --ckpt_dir ./T2V_A14B_weights --offload_model True --convert_model_dtype"
-    ' --prompt "A beautiful sunset over the ocean"'
+    "python generate.py --task t2v-A14B --size 1280*720 --ckpt_dir ./T2V_A14B_weights"
+    ' --offload_model True --convert_model_dtype --prompt "A beautiful sunset over the ocean"'
 )
 DOCUMENT_MANY = (
-    "torchrun --nproc_per_node=4 generate.py --task t2v-A14B --size 1280*720 --ckpt_dir ./T2V_A14B_weights --dit_fsdp --t5_fsdp"
-    ' --ulysses_size 4 --prompt "A beautiful sunset over the ocean"'
+    "torchrun --nproc_per_node=4 generate.py --task t2v-A14B --size 1280*720 --ckpt_dir"
+    ' ./T2V_A14B_weights --dit_fsdp --t5_fsdp --ulysses_size 4 --prompt "A beautiful sunset over'
+    ' the ocean"'
 )
-BASE = ["generate", "--ckpt_dir", "nano", "--device", "cpu", "--frame_num", "5", "--sample_steps", "4"]
+BASE = [
+    "generate",
+    "--ckpt_dir",
+    "nano",
+    "--device",
+    "cpu",
+    "--frame_num",
+    "5",
+    "--sample_steps",
+    "4",
+]
 MAKE = [*BASE, "--prompt", PROMPT, "--seed", "7"]
 
 
@@ -48,35 +61,86 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_every_official_flag_has_its_official_default() -> None:
     args = build_parser().parse_args(["generate"])
     official = {
-        "task": "t2v-A14B", "size": None, "frame_num": None, "ckpt_dir": None, "offload_model": None, "ulysses_size": 1, "t5_fsdp": False,
-        "t5_cpu": False, "dit_fsdp": False, "save_file": None, "use_prompt_extend": False, "prompt_extend_method": "local_qwen",
-        "prompt_extend_model": None, "prompt_extend_target_lang": "zh", "base_seed": -1, "sample_solver": None, "sample_steps": None,
-        "sample_shift": None, "sample_guide_scale": None, "convert_model_dtype": False,
-    }  # fmt: skip
+        "task": "t2v-A14B",
+        "size": None,
+        "frame_num": None,
+        "ckpt_dir": None,
+        "offload_model": None,
+        "ulysses_size": 1,
+        "t5_fsdp": False,
+        "t5_cpu": False,
+        "dit_fsdp": False,
+        "save_file": None,
+        "use_prompt_extend": False,
+        "prompt_extend_method": "local_qwen",
+        "prompt_extend_model": None,
+        "prompt_extend_target_lang": "zh",
+        "base_seed": -1,
+        "sample_solver": None,
+        "sample_steps": None,
+        "sample_shift": None,
+        "sample_guide_scale": None,
+        "convert_model_dtype": False,
+    }
     assert {name: getattr(args, name) for name in official} == official
     from wanflow.presets import T2V_A14B
 
-    made = [T2V_A14B.size, T2V_A14B.frame_num, T2V_A14B.sample_solver, T2V_A14B.sample_steps, T2V_A14B.sample_shift]
+    made = [
+        T2V_A14B.size,
+        T2V_A14B.frame_num,
+        T2V_A14B.sample_solver,
+        T2V_A14B.sample_steps,
+        T2V_A14B.sample_shift,
+    ]
     assert made == [(1280, 720), 81, "unipc", 40, 12.0]
-    assert (T2V_A14B.cfg_high, T2V_A14B.cfg_low, T2V_A14B.boundary, T2V_A14B.fps) == (4.0, 3.0, 0.875, 16)
+    assert (T2V_A14B.cfg_high, T2V_A14B.cfg_low, T2V_A14B.boundary, T2V_A14B.fps) == (
+        4.0,
+        3.0,
+        0.875,
+        16,
+    )
 
 
 def test_the_documents_first_command_word_for_word(in_tmp: Path) -> None:
     words = shlex.split(DOCUMENT_ONE)
-    done = subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / words[1]), *words[2:]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    for expected in ("T2V_A14B_weights", "80 GB", "64 GB", "150 GB", "here:", "wanflow download", "Alibaba PAI", "nano"):
+    for expected in (
+        "T2V_A14B_weights",
+        "80 GB",
+        "64 GB",
+        "150 GB",
+        "here:",
+        "wanflow download",
+        "Alibaba PAI",
+        "nano",
+    ):
         assert expected in done.stderr
 
 
 def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
-    """By the real torchrun, which adds its own report (with a traceback of its own) to the one message of ours, and ends with 1."""
+    """By the real torchrun, which adds its own report (with a traceback of its own) to the one
+    message of ours, and ends with 1.
+    """
     words = shlex.split(DOCUMENT_MANY)
-    argv = [sys.executable, "-m", "torch.distributed.run", words[1], str(ROOT / words[2]), *words[3:]]
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        words[1],
+        str(ROOT / words[2]),
+        *words[3:],
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    # On a busy machine one process may say it before all have found it out, and then says which it is.
+    # On a busy machine one process may say it before all have found it out, and then says which it
+    # is.
     (said,) = re.findall(r"^wanflow: (?:process \d of 4: )?(.*)$", done.stderr, re.M)
     assert said.startswith("T2V_A14B_weights is missing")
     assert "80 GB" in done.stderr
@@ -102,10 +166,16 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
             "generate --ckpt_dir nano --prompt a --dit_fsdp",
             "--dit_fsdp needs several processes, and there is one: start them with torchrun",
         ),
-        ("generate --ckpt_dir nano --prompt a --ulysses_size 4", "a layout of 4 processes needs several processes"),
+        (
+            "generate --ckpt_dir nano --prompt a --ulysses_size 4",
+            "a layout of 4 processes needs several processes",
+        ),
         ("generate --ckpt_dir nano --prompt a --parallel cfg2xring3", "--gpus 0,1,2,3,4,5"),
         ("generate --ckpt_dir nano --prompt a --parallel tensor4", "neither auto nor a layout"),
-        ("generate --ckpt_dir nano --prompt a --parallel cfg2 --ring_size 2", "leave out --ring_size"),
+        (
+            "generate --ckpt_dir nano --prompt a --parallel cfg2 --ring_size 2",
+            "leave out --ring_size",
+        ),
         ("plan --ckpt_dir nano --gpus cpu,cpu --num_gpus 2", "describe another; leave one out"),
         ("plan --ckpt_dir nano --gpus 0,0", "names a GPU twice"),
         ("generate --ckpt_dir nano --prompt a --device tpu", "device"),
@@ -114,7 +184,13 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
         ("generate --resume missing.safetensors", "no saved run"),
         ("generate --ckpt_dir nano --prompt a --image x.png --size 7", "WIDTH"),
         ("generate --ckpt_dir nano --prompt a --use_prompt_extend", "local_qwen"),
-        ("generate --ckpt_dir nano --prompt a --use_prompt_extend --prompt_extend_method dashscope", "DASH_API_KEY"),
+        (
+            (
+                "generate --ckpt_dir nano --prompt a --use_prompt_extend --prompt_extend_method"
+                " dashscope"
+            ),
+            "DASH_API_KEY",
+        ),
         ("generate --ckpt_dir nano --prompt a --promt b", "--promt"),
         ("generate --ckpt_dir /nowhere --prompt a", "/nowhere"),
         ("replay missing.mp4", "missing.mp4"),
@@ -125,7 +201,11 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
     ],
 )
 def test_bad_input_gets_words_and_exit_code_2(
-    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: str, words: str
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: str,
+    words: str,
 ) -> None:
     monkeypatch.delenv("DASH_API_KEY", raising=False)
     monkeypatch.delenv("DASH_API_URL", raising=False)
@@ -133,13 +213,19 @@ def test_bad_input_gets_words_and_exit_code_2(
     assert not list(in_tmp.iterdir())
 
 
-def test_cuda_is_refused_where_there_is_none(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_is_refused_where_there_is_none(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if not torch.cuda.is_available():
-        assert "this machine has none" in refused(capsys, *MAKE[:-4], "--prompt", PROMPT, "--device", "cuda")
+        assert "this machine has none" in refused(
+            capsys, *MAKE[:-4], "--prompt", PROMPT, "--device", "cuda"
+        )
         assert "noise_device cuda" in refused(capsys, *MAKE, "--noise_device", "cuda")
 
 
-def test_generate_replay_and_never_overwrite(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_replay_and_never_overwrite(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*MAKE, "--save_file", "one.mp4", "--contact_sheet"]) == 0
     said = capsys.readouterr().err
     assert re.search(r"step 4/4\s+low-noise expert\s+sigma \S+\s+ETA", said)
@@ -155,7 +241,9 @@ def test_generate_replay_and_never_overwrite(in_tmp: Path, capsys: pytest.Captur
 def test_a_default_name_is_safe_and_tells_the_prompt(in_tmp: Path) -> None:
     assert main([*BASE, "--prompt", "红色的圆 / a:b*c? red circle on blue", "--seed", "1"]) == 0
     (file,) = in_tmp.iterdir()
-    assert re.fullmatch(r"nano_64x64_[a-z0-9-]*red-circle[a-z0-9-]*_[0-9-]+_[0-9a-f]+\.mp4", file.name)
+    assert re.fullmatch(
+        r"nano_64x64_[a-z0-9-]*red-circle[a-z0-9-]*_[0-9-]+_[0-9a-f]+\.mp4", file.name
+    )
 
 
 def test_one_frame_is_a_picture(in_tmp: Path) -> None:
@@ -165,8 +253,16 @@ def test_one_frame_is_a_picture(in_tmp: Path) -> None:
 
 
 def test_flags_reach_the_recipe(in_tmp: Path) -> None:
-    extra = "--negative_prompt '' --cfg_high 2 --sample_guide_scale 5 --boundary 0.9 --fps 12 --sample_solver dpm++ --sample_shift 3 --size 48*64"
-    assert main([*MAKE, *shlex.split(extra), "--save_file", "x.mp4", "--dtype", "bfloat16", "--t5_cpu"]) == 0
+    extra = (
+        "--negative_prompt '' --cfg_high 2 --sample_guide_scale 5 --boundary 0.9 --fps 12"
+        " --sample_solver dpm++ --sample_shift 3 --size 48*64"
+    )
+    assert (
+        main(
+            [*MAKE, *shlex.split(extra), "--save_file", "x.mp4", "--dtype", "bfloat16", "--t5_cpu"]
+        )
+        == 0
+    )
     recipe = read_recipe(Path("x.mp4"))
     wanted = {
         "cfg_high": 2.0,
@@ -183,7 +279,17 @@ def test_flags_reach_the_recipe(in_tmp: Path) -> None:
 
 
 def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> None:
-    slow = [*BASE[:-4], "--frame_num", "33", "--sample_steps", "40", "--prompt", PROMPT, "--seed", "3"]
+    slow = [
+        *BASE[:-4],
+        "--frame_num",
+        "33",
+        "--sample_steps",
+        "40",
+        "--prompt",
+        PROMPT,
+        "--seed",
+        "3",
+    ]
     command = [sys.executable, str(ROOT / "generate.py"), *slow[1:], "--save_file", "cut.mp4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -196,7 +302,20 @@ def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> N
     assert "Traceback" not in rest
     assert [p.name for p in in_tmp.iterdir()] == ["cut.latent.safetensors"]
     assert "go on with: wanflow generate --resume cut.latent.safetensors" in rest
-    assert main(["generate", "--resume", "cut.latent.safetensors", "--save_file", "cut.mp4", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--resume",
+                "cut.latent.safetensors",
+                "--save_file",
+                "cut.mp4",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert main([*slow, "--save_file", "whole.mp4"]) == 0
     assert np.array_equal(read_frames(Path("cut.mp4"))[0], read_frames(Path("whole.mp4"))[0])
     assert not list(in_tmp.glob("*.safetensors"))
@@ -223,14 +342,20 @@ def test_when_writing_fails_the_latent_is_kept_and_decode_finishes(
     assert np.array_equal(read_frames(Path("a.mp4"))[0], read_frames(Path("b.mp4"))[0])
 
 
-def test_decode_refuses_a_run_that_is_not_finished(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decode_refuses_a_run_that_is_not_finished(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import wanflow
 
-    wanflow.load("nano", device="cpu").begin(wanflow.Request(PROMPT)).save(Path("begun.latent.safetensors"))
+    wanflow.load("nano", device="cpu").begin(wanflow.Request(PROMPT)).save(
+        Path("begun.latent.safetensors")
+    )
     assert "--resume" in refused(capsys, "decode", "begun.latent.safetensors")
 
 
-def test_other_weights_are_not_taken_for_the_same(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_weights_are_not_taken_for_the_same(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     assert main([*MAKE, "--save_file", "one.mp4"]) == 0
@@ -241,11 +366,26 @@ def test_other_weights_are_not_taken_for_the_same(in_tmp: Path, capsys: pytest.C
     file.write_bytes(data)
     said = refused(capsys, "replay", "one.mp4", "--ckpt_dir", "other", "--save_file", "two.mp4")
     assert "other weights" in said
-    assert main(["replay", "one.mp4", "--ckpt_dir", "other", "--save_file", "two.mp4", "--force"]) == 0
+    assert (
+        main(["replay", "one.mp4", "--ckpt_dir", "other", "--save_file", "two.mp4", "--force"]) == 0
+    )
 
 
-def test_an_unknown_word_is_told_and_a_known_one_is_not(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert main([*BASE, "--prompt", "a dragon breathes fire on a blue background", "--save_file", "d.mp4"]) == 0
+def test_an_unknown_word_is_told_and_a_known_one_is_not(
+    in_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (
+        main(
+            [
+                *BASE,
+                "--prompt",
+                "a dragon breathes fire on a blue background",
+                "--save_file",
+                "d.mp4",
+            ]
+        )
+        == 0
+    )
     assert "does not know dragon, breathes, fire" in caplog.text
     caplog.clear()
     assert main([*MAKE, "--save_file", "k.mp4"]) == 0
@@ -263,7 +403,13 @@ def test_prompt_extension_asks_the_server_and_falls_back(
     class Server(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            body = json.dumps({"choices": [{"message": {"content": " a large red star spins on a black background "}}]}).encode()
+            body = json.dumps(
+                {
+                    "choices": [
+                        {"message": {"content": " a large red star spins on a black background "}}
+                    ]
+                }
+            ).encode()
             self.send_response(200 if len(asked) == 1 else 500)
             self.end_headers()
             self.wfile.write(body)
@@ -274,10 +420,19 @@ def test_prompt_extension_asks_the_server_and_falls_back(
     server = HTTPServer(("127.0.0.1", 0), Server)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("DASH_API_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    extend = ["--use_prompt_extend", "--prompt_extend_method", "dashscope", "--prompt_extend_target_lang", "en"]
+    extend = [
+        "--use_prompt_extend",
+        "--prompt_extend_method",
+        "dashscope",
+        "--prompt_extend_target_lang",
+        "en",
+    ]
     try:
         assert main([*MAKE, *extend, "--save_file", "a.mp4"]) == 0
-        assert read_recipe(Path("a.mp4"))["request"]["prompt"] == "a large red star spins on a black background"
+        assert (
+            read_recipe(Path("a.mp4"))["request"]["prompt"]
+            == "a large red star spins on a black background"
+        )
         assert asked[0]["model"] == "qwen-plus"
         assert main([*MAKE, *extend, "--save_file", "b.mp4"]) == 0
         assert read_recipe(Path("b.mp4"))["request"]["prompt"] == PROMPT
@@ -286,15 +441,33 @@ def test_prompt_extension_asks_the_server_and_falls_back(
         server.shutdown()
 
 
-def test_a_small_machine_is_refused_the_full_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_machine_is_refused_the_full_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A full-size folder of sparse files: complete, readable, and not started here."""
     maker = Path(__file__).parent / "tools" / "sparse_checkpoint.py"
-    subprocess.run([sys.executable, str(maker), str(tmp_path / "w")], check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, str(maker), str(tmp_path / "w")],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     (tmp_path / "w/google/umt5-xxl").mkdir(parents=True)
-    (tmp_path / "w/google/umt5-xxl/tokenizer.json").write_bytes((NANO_FOLDER / "google/umt5-xxl/tokenizer.json").read_bytes())
+    (tmp_path / "w/google/umt5-xxl/tokenizer.json").write_bytes(
+        (NANO_FOLDER / "google/umt5-xxl/tokenizer.json").read_bytes()
+    )
     began = time.monotonic()
     said = refused(
-        capsys, "generate", "--ckpt_dir", str(tmp_path / "w"), "--prompt", "a", "--save_file", str(tmp_path / "x.mp4"), "--device", "cpu"
+        capsys,
+        "generate",
+        "--ckpt_dir",
+        str(tmp_path / "w"),
+        "--prompt",
+        "a",
+        "--save_file",
+        str(tmp_path / "x.mp4"),
+        "--device",
+        "cpu",
     )
     assert time.monotonic() - began < 20
     for words in ("80 GB", "64 GB of RAM", "150 GB", "here:", "do:", "--force"):

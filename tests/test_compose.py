@@ -1,4 +1,6 @@
-"""Every feature with every other one: the result is the plain run's, or the combination is refused in words."""
+"""Every feature with every other one: the result is the plain run's, or the combination is refused
+in words.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,18 @@ from wanflow.weights.convert import convert, open_model
 
 
 def write_loras(root: Path) -> Path:
-    """A LoRA for both experts, and one that only the low-noise expert gets, from the second step on."""
+    """A LoRA for both experts, and one that only the low-noise expert gets, from the second step
+    on.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, modules in (("both", ("self_attn.q", "cross_attn.v")), ("low_noise", ("ffn.2",))):
         tensors = {}
-        for path in (f"diffusion_model.blocks.{n}.{module}" for n in range(6) for module in modules):
-            tensors[f"{path}.lora_A.weight"] = torch.randn(4, 640 if "ffn" in path else 160, generator=generator)
+        for path in (
+            f"diffusion_model.blocks.{n}.{module}" for n in range(6) for module in modules
+        ):
+            tensors[f"{path}.lora_A.weight"] = torch.randn(
+                4, 640 if "ffn" in path else 160, generator=generator
+            )
             tensors[f"{path}.lora_B.weight"] = torch.randn(160, 4, generator=generator) * 0.02
         save_file(tensors, root / f"{name}.safetensors")
     return root
@@ -45,9 +53,10 @@ def made() -> Path:
     return write_loras(root)
 
 
-# Each feature: what it adds to load() and to the request, and how far the final latent may then be from the plain run's.
-# Bit-equal where only residency changes, rounding where a batch or a dtype does (stated, not fitted:
-# float32 rounding over six evaluations with guidance 4 stays below 1e-3 of latents of size 1; bfloat16 has 8 bits).
+# Each feature: what it adds to load() and to the request, and how far the final latent may then be
+# from the plain run's. Bit-equal where only residency changes, rounding where a batch or a dtype
+# does (stated, not fitted: float32 rounding over six evaluations with guidance 4 stays below 1e-3
+# of latents of size 1; bfloat16 has 8 bits).
 BIT, ROUNDING, BF16, QUANTISED = 0.0, 1e-3, 0.35, 0.35
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "one expert at a time": ({"keep_experts": False}, {}, BIT),
@@ -66,7 +75,11 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "one frame": ({}, {"frame_num": 1}, BIT),
     "guidance at the start": ({}, {"cfg_start": 2.0, "cfg_start_steps": 2}, BIT),
     "LoRA": ({}, {"lora": ("both.safetensors@high=1,low=0.5",)}, BIT),
-    "two LoRAs, by steps": ({}, {"lora": ("both.safetensors@steps=2", "low_noise.safetensors")}, BIT),
+    "two LoRAs, by steps": (
+        {},
+        {"lora": ("both.safetensors@steps=2", "low_noise.safetensors")},
+        BIT,
+    ),
     "fused LoRAs": ({"lora": "fused"}, {}, ROUNDING),
     "blocks streamed from disk": ({"resident_blocks": 1, "stream_from": "disk"}, {}, BIT),
     "blocks streamed from RAM": ({"resident_blocks": 0, "stream_from": "ram"}, {}, BIT),
@@ -83,7 +96,9 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
 
 @functools.cache
 def pipeline(model: str, runtime: tuple[tuple[str, Any], ...]) -> Pipeline:
-    return wanflow.load("nano" if model == "nano" else made() / model, device="cpu", **dict(runtime))
+    return wanflow.load(
+        "nano" if model == "nano" else made() / model, device="cpu", **dict(runtime)
+    )
 
 
 @functools.cache
@@ -92,7 +107,9 @@ def plain_latent(request: tuple[tuple[str, Any], ...]) -> torch.Tensor:
 
 
 def latent(runtime: dict[str, Any], request: dict[str, Any]) -> torch.Tensor:
-    """The final latent of a run, stopped, saved as tensors and resumed where the request says so."""
+    """The final latent of a run, stopped, saved as tensors and resumed where the request says
+    so.
+    """
     request = {"frame_num": 5, "sample_steps": 3, "seed": 3, **request}
     stop = request.pop("stop", None)
     request["lora"] = tuple(str(made() / lora) for lora in request.get("lora", ()))
@@ -112,7 +129,11 @@ def compatible(one: str, two: str) -> bool:
 
 
 # What truly cannot go together is refused in words, before a weight is read.
-REFUSED = {(a, b): "packed in their file already" for a in ("quantised", "all quantised") for b in ("fp8 weights", "GGUF weights")}
+REFUSED = {
+    (a, b): "packed in their file already"
+    for a in ("quantised", "all quantised")
+    for b in ("fp8 weights", "GGUF weights")
+}
 PAIRS = [(a, b) for a, b in itertools.combinations(FEATURES, 2) if compatible(a, b)]
 
 
@@ -126,7 +147,9 @@ def test_pair(one: str, two: str) -> None:
             latent(runtime1 | runtime2, what)
         return
     result = latent(runtime1 | runtime2, what)
-    plain = plain_latent(tuple(sorted((key, value) for key, value in what.items() if key != "stop")))
+    plain = plain_latent(
+        tuple(sorted((key, value) for key, value in what.items() if key != "stop"))
+    )
     assert torch.isfinite(result).all()
     limit = max(limit1, limit2)
     if limit == BIT:
@@ -137,9 +160,16 @@ def test_pair(one: str, two: str) -> None:
 
 @pytest.mark.parametrize(
     ("runtime", "words"),
-    [({"dtype": "int4"}, "dtype"), ({"device": "tpu"}, "device"), ({"noise_device": "tpu"}, "noise_device"), ({"devise": "cpu"}, "devise")],
+    [
+        ({"dtype": "int4"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"noise_device": "tpu"}, "noise_device"),
+        ({"devise": "cpu"}, "devise"),
+    ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_read(runtime: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_read(
+    runtime: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import wanflow.assemble as assemble
 
     def read(*_: object) -> None:
@@ -154,5 +184,11 @@ def test_what_cannot_be_is_refused_before_anything_is_read(runtime: dict[str, An
 def test_a_pipeline_serves_many_requests(nano: Pipeline) -> None:
     """No request leaves anything behind for the next."""
     first = nano.generate(PROMPT, frame_num=5, sample_steps=2, seed=1).frames
-    nano.generate("a large green cross spins on a black background", frame_num=9, sample_steps=3, sample_solver="euler", cfg_high=1.0)
+    nano.generate(
+        "a large green cross spins on a black background",
+        frame_num=9,
+        sample_steps=3,
+        sample_solver="euler",
+        cfg_high=1.0,
+    )
     assert (nano.generate(PROMPT, frame_num=5, sample_steps=2, seed=1).frames == first).all()

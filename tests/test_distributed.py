@@ -1,7 +1,9 @@
-"""One video on several processes: every layout gives what one process gives, and sends what the plan says.
+"""One video on several processes: every layout gives what one process gives, and sends what the
+plan says.
 
-Real processes speak gloo; one set of them does all that is looked at, for every number of processes, since starting them takes longest.
-Numbers of processes that would be slow here are played by PyTorch's fake group, which sends nothing: shapes and counted bytes only.
+Real processes speak gloo; one set of them does all that is looked at, for every number of
+processes, since starting them takes longest. Numbers of processes that would be slow here are
+played by PyTorch's fake group, which sends nothing: shapes and counted bytes only.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from wanflow.transforms.attention import BACKENDS
 from wanflow.transforms.offload import InLine, Streaming, read_homes
 
 KERNEL = BACKENDS["sdpa"]
-GOLDEN = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=16, freq_dim=32)
+GOLDEN = DiTConfig(
+    dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=16, freq_dim=32
+)
 WIDE = replace(GOLDEN, dim=240, num_heads=40)
 SMALL = replace(NANO.dit, num_layers=3)
 QUICK, SLOW = (2, 3, 4), (6, 8)
@@ -41,7 +45,9 @@ pytestmark = pytest.mark.distributed
 
 @dataclass(frozen=True)
 class Case:
-    """A forward. Text rows are as many as samples; `resident`: only this block is not streamed; `per_token`: timesteps differ."""
+    """A forward. Text rows are as many as samples; `resident`: only this block is not streamed;
+    `per_token`: timesteps differ.
+    """
 
     config: DiTConfig = GOLDEN
     batch: int = 1
@@ -71,7 +77,9 @@ EXACT = [name for name, case in CASES.items() if case.dtype == torch.float32]
 
 @cache
 def made(config: DiTConfig) -> WanDiT:
-    """Random weights that keep every value near 1, as golden's do, so that attention is neither flat nor a choice of one."""
+    """Random weights that keep every value near 1, as golden's do, so that attention is neither
+    flat nor a choice of one.
+    """
     generator = torch.Generator().manual_seed(1)
     model = WanDiT(config).requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -79,7 +87,9 @@ def made(config: DiTConfig) -> WanDiT:
         if "norm" in name and name.endswith("weight"):
             parameter.mul_(0.2).add_(1)
         else:
-            parameter.mul_({1: 0.1, 3: 0.5}.get(parameter.ndim, math.prod(parameter.shape[1:]) ** -0.5))
+            parameter.mul_(
+                {1: 0.1, 3: 0.5}.get(parameter.ndim, math.prod(parameter.shape[1:]) ** -0.5)
+            )
     return model
 
 
@@ -90,7 +100,11 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     latent = torch.randn(case.batch, 16, frames, 2 * rows, 2 * columns, generator=generator)
     text = torch.randn(case.batch, case.config.text_len, case.config.text_dim, generator=generator)
     shape = (case.batch, case.tokens) if case.per_token else (case.batch,)
-    return latent, torch.tensor([999.0, 700.0, 37.5])[torch.randint(3, shape, generator=generator)], text
+    return (
+        latent,
+        torch.tensor([999.0, 700.0, 37.5])[torch.randint(3, shape, generator=generator)],
+        text,
+    )
 
 
 def model_of(case: Case) -> WanDiT | Streaming:
@@ -106,7 +120,14 @@ def model_of(case: Case) -> WanDiT | Streaming:
         for name, view in views.items():
             view.copy_(weights[index][name])
 
-    return Streaming(model, fetch, {case.resident}, CPU, read_homes(model, fetch, False, skip={case.resident}), InLine())
+    return Streaming(
+        model,
+        fetch,
+        {case.resident},
+        CPU,
+        read_homes(model, fetch, False, skip={case.resident}),
+        InLine(),
+    )
 
 
 @cache
@@ -125,7 +146,9 @@ def work(ranks: mesh.Ranks) -> dict[str, Any]:
 
 
 def on_layout(team: Team) -> dict[str, Any]:
-    """{case: output}, what was sent for each, both branches of guidance, and a number that all agree on."""
+    """{case: output}, what was sent for each, both branches of guidance, and a number that all
+    agree on.
+    """
     found: dict[str, Any] = {"sent": {}, "first": team.first(40 + team.ranks.rank)}
     for name, case in CASES.items():
         model = model_of(case)
@@ -143,7 +166,13 @@ def on_layout(team: Team) -> dict[str, Any]:
             else:
                 assert cfg.own(team, text) is text
                 found[f"branches of {name}"] = tuple(
-                    model(first, row, tuple((k[i : i + 1], v[i : i + 1]) for k, v in states), sharded(team)) for i in range(2)
+                    model(
+                        first,
+                        row,
+                        tuple((k[i : i + 1], v[i : i + 1]) for k, v in states),
+                        sharded(team),
+                    )
+                    for i in range(2)
                 )
     return found
 
@@ -187,13 +216,19 @@ def test_every_layout_gives_what_one_process_gives(size: int, worked: Worked) ->
             for name in EXACT:
                 expected = alone(name)
                 torch.testing.assert_close(
-                    values[name], expected, atol=1e-5, rtol=0, msg=lambda text, where=(layout, rank, name): f"{where}: {text}"
+                    values[name],
+                    expected,
+                    atol=1e-5,
+                    rtol=0,
+                    msg=lambda text, where=(layout, rank, name): f"{where}: {text}",
                 )
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_process_has_the_same_bits(size: int, worked: Worked) -> None:
-    """Within a group for guidance they hold what they gathered; between groups the same was computed twice."""
+    """Within a group for guidance they hold what they gathered; between groups the same was
+    computed twice.
+    """
     first, *others = worked(size)
     for found in others:
         for layout, values in found.items():
@@ -204,7 +239,9 @@ def test_every_process_has_the_same_bits(size: int, worked: Worked) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_bfloat16_differs_by_its_rounding(size: int, worked: Worked) -> None:
-    """As far from float32 as one process in bfloat16 is: sharing the work adds no loss of its own."""
+    """As far from float32 as one process in bfloat16 is: sharing the work adds no loss of its
+    own.
+    """
     case = CASES["bfloat16"]
     exact = model_of(replace(case, dtype=torch.float32))(*inputs(case))
     one = float((alone("bfloat16") - exact).norm() / exact.norm())
@@ -214,7 +251,9 @@ def test_bfloat16_differs_by_its_rounding(size: int, worked: Worked) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.batch == 2])
-@pytest.mark.parametrize("size", [2, 4, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)])
+@pytest.mark.parametrize(
+    "size", [2, 4, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
+)
 def test_two_groups_give_the_bits_of_two_passes(size: int, name: str, worked: Worked) -> None:
     """Two passes of one group of the same layout."""
     half = {} if size == 2 else worked(size // 2)[0]
@@ -224,7 +263,11 @@ def test_two_groups_give_the_bits_of_two_passes(size: int, name: str, worked: Wo
             if layout.cfg == 1:
                 continue
             branches = found[str(layout)][f"branches of {name}"]
-            expected = two_passes(name) if size == 2 else half[str(replace(layout, cfg=1))][f"branches of {name}"]
+            expected = (
+                two_passes(name)
+                if size == 2
+                else half[str(replace(layout, cfg=1))][f"branches of {name}"]
+            )
             for got, wanted in zip(branches, expected, strict=True):
                 assert torch.equal(got, wanted), layout
             assert not torch.equal(*branches)
@@ -244,8 +287,18 @@ def test_what_is_sent_is_what_the_plan_says(size: int, worked: Worked) -> None:
     for rank, found in enumerate(worked(size)):
         for layout in layouts(size):
             for name, case in CASES.items():
-                wanted = sent(layout, case.config, case.tokens, rank, case.batch, case.dtype.itemsize, guided=False)
-                assert {key: value for key, value in found[str(layout)]["sent"][name].items() if value} == wanted, (layout, rank, name)
+                wanted = sent(
+                    layout,
+                    case.config,
+                    case.tokens,
+                    rank,
+                    case.batch,
+                    case.dtype.itemsize,
+                    guided=False,
+                )
+                assert {
+                    key: value for key, value in found[str(layout)]["sent"][name].items() if value
+                } == wanted, (layout, rank, name)
 
 
 def test_a_process_left_alone_fails_in_time(processes: Processes) -> None:
@@ -258,7 +311,9 @@ def test_a_process_left_alone_fails_in_time(processes: Processes) -> None:
 
 @pytest.mark.parametrize("size", FAKE)
 def test_shapes_and_bytes_of_sizes_that_are_not_run(size: int) -> None:
-    """Of 40 heads and odd numbers of tokens. (A process without heads sends nothing and receives, which the fake group cannot play.)"""
+    """Of 40 heads and odd numbers of tokens. (A process without heads sends nothing and receives,
+    which the fake group cannot play.)
+    """
     for rank in (0, 1, size - 1):
         with played(rank, size) as ranks, torch.no_grad():
             for layout in layouts(size):
@@ -271,17 +326,29 @@ def test_shapes_and_bytes_of_sizes_that_are_not_run(size: int) -> None:
                     velocity = model(latent, timestep, text, sharded(team))
                     assert velocity.shape == latent.shape
                     if layout.cfg == 2:
-                        assert [branch.shape for branch in cfg.both(team, velocity)] == [latent.shape] * 2
+                        assert [branch.shape for branch in cfg.both(team, velocity)] == [
+                            latent.shape
+                        ] * 2
                     wanted = sent(layout, case.config, case.tokens, rank, case.batch, 4)
-                    assert {key: value for key, value in team.traffic.sent.items() if value} == wanted
+                    assert {
+                        key: value for key, value in team.traffic.sent.items() if value
+                    } == wanted
                     layers = case.config.num_layers
-                    calls = {"ring": layers * (layout.ring - 1), "patches": int(layout.sequence > 1), "velocity": layout.cfg - 1}
+                    calls = {
+                        "ring": layers * (layout.ring - 1),
+                        "patches": int(layout.sequence > 1),
+                        "velocity": layout.cfg - 1,
+                    }
                     calls |= dict.fromkeys(("qkv", "out"), layers * (layout.ulysses > 1))
-                    assert dict(team.traffic.calls) == {key: value for key, value in calls.items() if value}
+                    assert dict(team.traffic.calls) == {
+                        key: value for key, value in calls.items() if value
+                    }
 
 
 def test_a_14b_video_on_eight_sends_what_is_known() -> None:
-    """The volumes of Ulysses at 720p, 81 frames, by hand: four of tokens x width move, but for a process' own share."""
+    """The volumes of Ulysses at 720p, 81 frames, by hand: four of tokens x width move, but for a
+    process' own share.
+    """
     tokens = 21 * 45 * 80
     for size in (2, 4, 8):
         found = sent(Layout(ulysses=size), T2V_A14B.dit, tokens)
@@ -304,8 +371,12 @@ def test_layouts_of_all_sizes() -> None:
         for layout in found:
             assert len({layout.place(rank) for rank in range(size)}) == size
     assert [str(layout) for layout in layouts(4)] == [
-        "cfg 2 x ulysses 2", "cfg 2 x ring 2", "ulysses 4", "ring 2 x ulysses 2", "ring 4",
-    ]  # fmt: skip
+        "cfg 2 x ulysses 2",
+        "cfg 2 x ring 2",
+        "ulysses 4",
+        "ring 2 x ulysses 2",
+        "ring 4",
+    ]
     assert str(Layout()) == "one process"
 
 
@@ -338,7 +409,10 @@ def test_the_layout_that_is_chosen(size: int, options: dict[str, Any], expected:
 
 
 def test_what_is_no_layout() -> None:
-    with pytest.raises(RequestError, match=r"cfg 2 x ulysses 3 does not make 4 processes; these do: cfg 2 x ulysses 2,"):
+    with pytest.raises(
+        RequestError,
+        match=r"cfg 2 x ulysses 3 does not make 4 processes; these do: cfg 2 x ulysses 2,",
+    ):
         choose(4, 40, cfg=2, ulysses=3)
     with pytest.raises(RequestError, match="ring 0 is not a number of processes"):
         choose(4, 40, ring=0)
@@ -362,7 +436,9 @@ def test_one_process_is_left_as_it_is() -> None:
     model = WanDiT(GOLDEN)
     connect(model, team, sdpa)
     assert sharded(team) is run_blocks
-    assert all(module.attend is sdpa for module in model.modules() if isinstance(module, SelfAttention))
+    assert all(
+        module.attend is sdpa for module in model.modules() if isinstance(module, SelfAttention)
+    )
     assert team.first(3) == 3
 
 
@@ -373,13 +449,23 @@ def test_only_attention_among_tokens_is_shared() -> None:
     with played(0, 4) as ranks:
         model = WanDiT(GOLDEN)
         connect(model, form(Layout(ring=2, ulysses=2), ranks), KERNEL.attend, KERNEL.with_lse)
-        assert all(block.self_attn.attend is not sdpa and block.cross_attn.attend is sdpa for block in model.blocks)
+        assert all(
+            block.self_attn.attend is not sdpa and block.cross_attn.attend is sdpa
+            for block in model.blocks
+        )
 
 
 def test_a_ring_needs_the_log_sum_exp() -> None:
     with played(0, 2) as ranks:
-        with pytest.raises(RequestError, match="ring 2: this attention kernel does not say the log-sum-exp"):
-            connect(WanDiT(GOLDEN), form(Layout(ring=2), ranks), BACKENDS["sage"].attend, BACKENDS["sage"].with_lse)
+        with pytest.raises(
+            RequestError, match="ring 2: this attention kernel does not say the log-sum-exp"
+        ):
+            connect(
+                WanDiT(GOLDEN),
+                form(Layout(ring=2), ranks),
+                BACKENDS["sage"].attend,
+                BACKENDS["sage"].with_lse,
+            )
         connect(WanDiT(GOLDEN), form(Layout(ulysses=2), ranks), BACKENDS["sage"].attend)
 
 
@@ -389,7 +475,9 @@ def test_a_model_called_without_its_trunk_says_so(layout: Layout) -> None:
         case, team = CASES["plain"], form(layout, ranks)
         model = model_of(case)
         connect(model, team, KERNEL.attend, KERNEL.with_lse)
-        with pytest.raises(ValueError, match=r"attention was given 45 tokens, .* trunk=sharded\(team\)"):
+        with pytest.raises(
+            ValueError, match=r"attention was given 45 tokens, .* trunk=sharded\(team\)"
+        ):
             model(*inputs(case))
 
 
@@ -400,7 +488,9 @@ def test_parts_of_attention_join_to_the_whole(scale: float) -> None:
     q, k, v = (torch.randn(2, length, 3, 8, generator=generator) for length in (5, 13, 13))
     parts, joined_parts = [0, 4, 5, 13], None
     for start, end in pairwise(parts):
-        joined_parts = join(joined_parts, *KERNEL.with_lse(q * scale, k[:, start:end], v[:, start:end]))
+        joined_parts = join(
+            joined_parts, *KERNEL.with_lse(q * scale, k[:, start:end], v[:, start:end])
+        )
     out, lse = joined_parts
     expected = KERNEL.with_lse((q * scale).double(), k.double(), v.double())
     # A log-sum-exp of 90 is known to 4e-6 in float32, and so is each part's weight.
@@ -423,6 +513,10 @@ def test_the_whole_tokens_are_let_go() -> None:
         whole = weakref.ref(tokens)
         arguments = [tokens]
         del tokens
-        conditioning = Conditioning(torch.zeros(1, 1, 48), torch.zeros(1, 1, 6, 48), None, torch.zeros(45, 12), ())
-        shared(model.blocks, model.head, arguments.pop(), conditioning)  # in no assert: pytest would hold what it is given
+        conditioning = Conditioning(
+            torch.zeros(1, 1, 48), torch.zeros(1, 1, 6, 48), None, torch.zeros(45, 12), ()
+        )
+        shared(
+            model.blocks, model.head, arguments.pop(), conditioning
+        )  # in no assert: pytest would hold what it is given
     assert held == [True]

@@ -1,4 +1,6 @@
-"""Downloads: the real client against a server on loopback that speaks the hub's API; whole, broken off, damaged, refused, offline."""
+"""Downloads: the real client against a server on loopback that speaks the hub's API; whole, broken
+off, damaged, refused, offline.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,29 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 from hub import REPO, Hub
 
 ROOT = Path(__file__).parent.parent
-BIG, SMALL = "high_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors", "high_noise_model/config.json"
-T5, VAE, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json"
+BIG, SMALL = (
+    "high_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors",
+    "high_noise_model/config.json",
+)
+T5, VAE, TOKENIZER = (
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "Wan2.1_VAE.pth",
+    "google/umt5-xxl/tokenizer.json",
+)
 FILES = {
     name: random.Random(name).randbytes(size)
     for name, size in {
-        BIG: 400_000, BIG.replace("high", "low"): 300_000, SMALL: 250, SMALL.replace("high", "low"): 250,
-        T5: 200_000, VAE: 100_000, TOKENIZER: 20_000, "README.md": 300, "assets/logo.png": 5_000,
+        BIG: 400_000,
+        BIG.replace("high", "low"): 300_000,
+        SMALL: 250,
+        SMALL.replace("high", "low"): 250,
+        T5: 200_000,
+        VAE: 100_000,
+        TOKENIZER: 20_000,
+        "README.md": 300,
+        "assets/logo.png": 5_000,
     }.items()
-}  # fmt: skip
+}
 WANTED = {name: data for name, data in FILES.items() if name != "assets/logo.png"}
 
 
@@ -71,12 +87,20 @@ def start(*argv: str, env: dict[str, str] | None = None) -> subprocess.Popen[str
     """The command in a process of its own."""
     code = f"from wanflow.cli import entry; entry({['download', *argv]!r})"
     return subprocess.Popen(
-        [sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}
+        [sys.executable, "-c", code],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **(env or {})},
     )
 
 
 def inside(folder: Path) -> dict[str, bytes]:
-    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".wanflow")]
+    files = [
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not file.name.startswith(".wanflow")
+    ]
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
@@ -106,7 +130,10 @@ def test_everything_comes_once(hub: Hub, folder: Path, capsys: pytest.CaptureFix
     assert "every byte verified" in said(capsys)
     remembered = json.loads((folder / fetch.LEDGER).read_text())["files"]
     assert remembered.keys() == WANTED.keys()
-    assert remembered[BIG]["sha256"] == hashlib.sha256(FILES[BIG]).hexdigest() and remembered[BIG]["from"] == f"{REPO}@{hub.commit(REPO)}"
+    assert (
+        remembered[BIG]["sha256"] == hashlib.sha256(FILES[BIG]).hexdigest()
+        and remembered[BIG]["from"] == f"{REPO}@{hub.commit(REPO)}"
+    )
     before = hub.downloads
     assert run(hub, folder) == 0
     assert hub.downloads == before == len(WANTED)
@@ -128,7 +155,9 @@ def test_only_some_parts(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[s
     assert "--only vae leaves nothing of lightning, which has high, low" in said(capsys)
 
 
-def test_a_dry_run_writes_nothing(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_writes_nothing(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(hub, folder, "--dry_run") == 0
     assert not folder.exists() and hub.downloads == 0
     assert f"to fetch {BIG}" in said(capsys)
@@ -149,7 +178,9 @@ def test_what_another_program_brought_is_hashed_and_kept(hub: Hub, folder: Path)
 
 def test_the_official_client_agrees_with_the_server(hub: Hub, folder: Path) -> None:
     huggingface_hub.snapshot_download(REPO, local_dir=folder, endpoint=hub.url, token=False)
-    assert {name: data for name, data in inside(folder).items() if not name.startswith(".cache")} == FILES
+    assert {
+        name: data for name, data in inside(folder).items() if not name.startswith(".cache")
+    } == FILES
 
 
 def test_any_repository(hub: Hub, in_tmp: Path) -> None:
@@ -159,33 +190,63 @@ def test_any_repository(hub: Hub, in_tmp: Path) -> None:
 
 
 def test_a_variant_of_several_repositories(hub: Hub, folder: Path) -> None:
-    names = [f"diffusion_models/wan2.2_t2v_{which}_noise_14B_fp8_scaled.safetensors" for which in ("high", "low")]
+    names = [
+        f"diffusion_models/wan2.2_t2v_{which}_noise_14B_fp8_scaled.safetensors"
+        for which in ("high", "low")
+    ]
     names += ["text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "vae/wan_2.1_vae.safetensors"]
-    hub.repos[catalogue.COMFY] = {f"split_files/{name}": name.encode() * 100 for name in (*names, "vae/wan2.2_vae.safetensors")}
+    hub.repos[catalogue.COMFY] = {
+        f"split_files/{name}": name.encode() * 100
+        for name in (*names, "vae/wan2.2_vae.safetensors")
+    }
     assert run(hub, folder, "--variant", "comfy-fp8") == 0
-    assert inside(folder) == {**{name: name.encode() * 100 for name in names}, TOKENIZER: FILES[TOKENIZER]}
+    assert inside(folder) == {
+        **{name: name.encode() * 100 for name in names},
+        TOKENIZER: FILES[TOKENIZER],
+    }
 
 
 def test_the_script(hub: Hub, folder: Path) -> None:
     """download_T2V_A14B_weights.py from any folder, with the mirror in HF_ENDPOINT."""
-    argv = [sys.executable, str(ROOT / "download_T2V_A14B_weights.py"), "--local_dir", str(folder), "--only", "high", "vae"]
-    done = subprocess.run(argv, env={**os.environ, "HF_ENDPOINT": hub.url}, cwd="/", capture_output=True, text=True)
+    argv = [
+        sys.executable,
+        str(ROOT / "download_T2V_A14B_weights.py"),
+        "--local_dir",
+        str(folder),
+        "--only",
+        "high",
+        "vae",
+    ]
+    done = subprocess.run(
+        argv, env={**os.environ, "HF_ENDPOINT": hub.url}, cwd="/", capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert inside(folder).keys() == {BIG, SMALL, VAE}
 
 
 def test_the_script_without_wanflow(tmp_path: Path) -> None:
     shutil.copy(ROOT / "download_T2V_A14B_weights.py", tmp_path)
-    done = subprocess.run([sys.executable, "-S", str(tmp_path / "download_T2V_A14B_weights.py")], capture_output=True, text=True, env={})
+    done = subprocess.run(
+        [sys.executable, "-S", str(tmp_path / "download_T2V_A14B_weights.py")],
+        capture_output=True,
+        text=True,
+        env={},
+    )
     assert done.returncode == 1
-    assert "wanflow is not installed; say `pip install .`" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        "wanflow is not installed; say `pip install .`" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_the_batch_file() -> None:
     """Not run here: what Windows needs of it that a test can see."""
     text = (ROOT / "download_T2V_A14B_weights.bat").read_bytes()
     assert text.isascii() and text.count(b"\n") == text.count(b"\r\n") > 20
-    assert b'"%PYTHON%" "%HERE%download_T2V_A14B_weights.py" %*' in text and b'set "HERE=%~dp0"' in text
+    assert (
+        b'"%PYTHON%" "%HERE%download_T2V_A14B_weights.py" %*' in text
+        and b'set "HERE=%~dp0"' in text
+    )
 
 
 # broken off
@@ -193,7 +254,9 @@ def test_the_batch_file() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="kills with signals")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_download_goes_on_where_it_stopped(hub: Hub, folder: Path, how: signal.Signals) -> None:
+def test_a_stopped_download_goes_on_where_it_stopped(
+    hub: Hub, folder: Path, how: signal.Signals
+) -> None:
     hub.fault(BIG, "slow", 0.05)
     process = start("--endpoint", hub.url, "--local_dir", str(folder), "--only", "high")
     wait_for(part(folder, BIG, FILES[BIG]), 100_000)
@@ -223,11 +286,15 @@ def test_a_busy_server_is_asked_again(hub: Hub, folder: Path) -> None:
     assert len(hub.asked(BIG)) == 3
 
 
-def test_a_dead_network_keeps_what_came(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_network_keeps_what_came(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.fault(BIG, "cut", 70_000)
     hub.fault(BIG, "status", 503, times=-1)
     assert run(hub, folder, "--workers", "1") == 1
-    assert f"{BIG} stopped at 70,000 of 400,000 bytes, 4 tries in a row brought nothing" in said(capsys)
+    assert f"{BIG} stopped at 70,000 of 400,000 bytes, 4 tries in a row brought nothing" in said(
+        capsys
+    )
     assert part(folder, BIG, FILES[BIG]).read_bytes() == FILES[BIG][:70_000]
     hub.faults.clear()
     assert run(hub, folder) == 0
@@ -257,10 +324,15 @@ def test_two_versions_are_never_glued_together(hub: Hub, folder: Path) -> None:
     hub.log.clear()
     hub.repos[REPO][BIG] = newer = FILES[BIG][::-1]
     assert run(hub, folder) == 0
-    assert [asked.range for asked in hub.asked(BIG)] == [None] and inside(folder) == {**WANTED, BIG: newer}
+    assert [asked.range for asked in hub.asked(BIG)] == [None] and inside(folder) == {
+        **WANTED,
+        BIG: newer,
+    }
 
 
-def test_two_downloads_into_one_folder(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_downloads_into_one_folder(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder.mkdir()
     with fetch.FileLock(folder / fetch.LOCK):
         assert run(hub, folder) == 2
@@ -270,7 +342,9 @@ def test_two_downloads_into_one_folder(hub: Hub, folder: Path, capsys: pytest.Ca
 # damaged
 
 
-def test_a_damaged_file_is_fetched_again(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_fetched_again(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.fault(VAE, "wrong")
     hub.fault(SMALL, "wrong")  # small files have git's hash only
     assert run(hub, folder) == 0
@@ -278,27 +352,44 @@ def test_a_damaged_file_is_fetched_again(hub: Hub, folder: Path, capsys: pytest.
     assert f"{VAE} came damaged (sha256" in said(capsys)
 
 
-def test_a_file_that_stays_damaged_is_named(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_stays_damaged_is_named(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.fault(BIG, "wrong", times=-1)
     hub.fault(SMALL, "wrong", times=-1)
     assert run(hub, folder) == 1
     text = said(capsys)
-    assert f"{BIG} came damaged twice" in text and f"{SMALL} came damaged twice" in text and "Traceback" not in text
-    assert inside(folder) == {name: data for name, data in WANTED.items() if name not in (BIG, SMALL)}
+    assert (
+        f"{BIG} came damaged twice" in text
+        and f"{SMALL} came damaged twice" in text
+        and "Traceback" not in text
+    )
+    assert inside(folder) == {
+        name: data for name, data in WANTED.items() if name not in (BIG, SMALL)
+    }
 
 
-def test_verify_finds_and_repairs(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_and_repairs(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(hub, folder) == 0
     stat = (folder / T5).stat()
     (folder / T5).write_bytes(FILES[T5][:-1] + b"?")
-    os.utime(folder / T5, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a disk that rots does not set the time
+    os.utime(
+        folder / T5, ns=(stat.st_atime_ns, stat.st_mtime_ns)
+    )  # a disk that rots does not set the time
     (folder / VAE).unlink()
     said(capsys)
     assert run(hub, folder, "--verify", "--dry_run") == 0
-    assert f"{T5} is damaged or of another version" in said(capsys) and len(inside(folder)) == len(WANTED) - 1
+    assert (
+        f"{T5} is damaged or of another version" in said(capsys)
+        and len(inside(folder)) == len(WANTED) - 1
+    )
     assert run(hub, folder, "--verify") == 0
     text = said(capsys)
-    assert f"{T5} is damaged or of another version; fetching it again" in text and "2 fetched" in text
+    assert (
+        f"{T5} is damaged or of another version; fetching it again" in text and "2 fetched" in text
+    )
     assert inside(folder) == WANTED
 
 
@@ -310,7 +401,9 @@ def test_a_changed_file_is_noticed_without_verify(hub: Hub, folder: Path) -> Non
     assert inside(folder) == WANTED and hub.downloads == len(WANTED) + 2
 
 
-def test_verify_offline(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_offline(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(hub, folder) == 0
     nowhere = f"http://127.0.0.1:{free_port()}"
     assert run(nowhere, folder, "--verify") == 0
@@ -323,7 +416,10 @@ def test_verify_offline(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[st
     # Brought by another program: what is published is still known.
     (folder / fetch.LEDGER).unlink()
     (folder / VAE).write_bytes(FILES[VAE])
-    published = {VAE: hashlib.sha256(FILES[VAE]).hexdigest(), T5: hashlib.sha256(FILES[T5]).hexdigest()}
+    published = {
+        VAE: hashlib.sha256(FILES[VAE]).hexdigest(),
+        T5: hashlib.sha256(FILES[T5]).hexdigest(),
+    }
     monkeypatch.setattr(catalogue, "KNOWN", published)
     assert run(nowhere, folder, "--verify") == 1
     assert f"damaged: {T5};" in said(capsys)
@@ -339,7 +435,9 @@ def test_a_broken_memory_is_only_slower(hub: Hub, folder: Path) -> None:
     assert hub.downloads == 1
 
 
-def test_another_content_than_the_published_is_told(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_content_than_the_published_is_told(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(hub, folder, "--only", "vae") == 0
     assert f"has another {VAE} than the one wanflow was made with" in said(capsys)
 
@@ -347,7 +445,9 @@ def test_another_content_than_the_published_is_told(hub: Hub, folder: Path, caps
 # refused
 
 
-def test_a_full_disk_is_refused_first(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_first(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     total, looked = sum(map(len, WANTED.values())), []
 
     def usage(place: Path) -> shutil._ntuple_diskusage:
@@ -357,7 +457,9 @@ def test_a_full_disk_is_refused_first(hub: Hub, folder: Path, capsys: pytest.Cap
     monkeypatch.setattr(fetch.shutil, "disk_usage", usage)
     assert run(hub, folder / "deep" / "er") == 2
     text = said(capsys)
-    assert f"({total:,} bytes)" in text and f"({total - 1:,} bytes)" in text and "--local_dir" in text
+    assert (
+        f"({total:,} bytes)" in text and f"({total - 1:,} bytes)" in text and "--local_dir" in text
+    )
     assert looked == [folder.parent.resolve()] and not folder.exists() and hub.downloads == 0
     # What is there, whole or in part, needs no room again.
     target = part(folder, BIG, FILES[BIG])
@@ -366,17 +468,23 @@ def test_a_full_disk_is_refused_first(hub: Hub, folder: Path, capsys: pytest.Cap
     assert run(hub, folder) == 0
 
 
-def test_authorisation(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_authorisation(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.token = "secret"
     assert run(hub, folder) == 2
     text = said(capsys)
-    assert "(401)" in text and "hf auth login" in text and "--token" in text and "secret" not in text
+    assert (
+        "(401)" in text and "hf auth login" in text and "--token" in text and "secret" not in text
+    )
     assert run(hub, folder, "--token", "wrong") == 2
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert run(hub, folder) == 0 and inside(folder) == WANTED
 
 
-def test_a_stored_login_is_not_sent_to_mirrors(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_login_is_not_sent_to_mirrors(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: "stored")
     assert hubs.build_hf_headers(token=None)["authorization"] == "Bearer stored"
     assert run(hub, folder, "--only", "vae") == 0
@@ -385,14 +493,18 @@ def test_a_stored_login_is_not_sent_to_mirrors(hub: Hub, folder: Path, monkeypat
 
 
 def test_the_token_stays_with_the_hub(hub: Hub, folder: Path) -> None:
-    """Large files come from a storage host that must not see it; ranges work across the redirect."""
+    """Large files come from a storage host that must not see it; ranges work across the
+    redirect.
+    """
     with Hub({REPO: dict(FILES)}) as storage:
         hub.token, hub.storage = "secret", storage.url
         storage.fault(BIG, "cut", 70_000)
         storage.fault(VAE, "status", 403)  # a signed address that has run out
         assert run(hub, folder, "--token", "secret") == 0 and inside(folder) == WANTED
         assert [asked.range for asked in storage.asked(BIG)] == [None, "bytes=70000-"]
-        assert {asked.token for asked in storage.log} == {None} and {asked.token for asked in hub.log} == {"secret"}
+        assert {asked.token for asked in storage.log} == {None} and {
+            asked.token for asked in hub.log
+        } == {"secret"}
 
 
 def test_a_gated_repository(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -410,25 +522,34 @@ def test_a_gated_repository(hub: Hub, folder: Path, capsys: pytest.CaptureFixtur
         (["--repo", "not a name"], "'not a name' is not the name of a repository"),
         (["--variant", "fp4"], "there is no variant 'fp4'; there are official,"),
         (["--variant", "gguf-q4", "--repo", "no/such"], "does not exist"),
-        (["--variant", "official-bf16"], "official-bf16 is published on ModelScope only; add --source modelscope"),
+        (
+            ["--variant", "official-bf16"],
+            "official-bf16 is published on ModelScope only; add --source modelscope",
+        ),
         (["--endpoint", "huggingface.co"], "'huggingface.co' is not the address of a hub"),
         (["--workers", "0"], "0 files at a time fetch nothing"),
     ],
 )
-def test_wrong_words(hub: Hub, folder: Path, more: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words(
+    hub: Hub, folder: Path, more: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(hub, folder, *more) == 2
     text = capsys.readouterr().err
     assert line in text and len(text.splitlines()) == 1
     assert not folder.exists()
 
 
-def test_a_file_that_was_renamed(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_was_renamed(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     del hub.repos[REPO][VAE]
     assert run(hub, folder) == 2
     assert f"{REPO} has no {VAE}: it was renamed or withdrawn" in said(capsys)
 
 
-def test_a_file_that_goes_while_others_come(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_goes_while_others_come(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.fault(BIG, "status", 404)
     assert run(hub, folder) == 2
     assert f"{hub.url}/{REPO} does not have this (404)" in said(capsys)
@@ -440,34 +561,59 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_offline(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(f"http://127.0.0.1:{free_port()}", folder) == 2
     text = said(capsys)
-    for word in ("cannot be reached", "HF_ENDPOINT=https://hf-mirror.com", "--source modelscope", "--verify works offline"):
+    for word in (
+        "cannot be reached",
+        "HF_ENDPOINT=https://hf-mirror.com",
+        "--source modelscope",
+        "--verify works offline",
+    ):
         assert word in text
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run("http://127.0.0.1:9", folder) == 2
     assert "HF_HUB_OFFLINE is set" in said(capsys) and not folder.exists()
 
 
-def test_a_server_that_is_no_hub(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_no_hub(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Hub({REPO: {}}) as hub:
-        monkeypatch.setattr("hub.Handler.json", lambda self, *_: self.head(200, {"Content-Length": "0"}))
+        monkeypatch.setattr(
+            "hub.Handler.json", lambda self, *_: self.head(200, {"Content-Length": "0"})
+        )
         assert run(hub, folder) == 2
     assert "does not speak the hub's API" in said(capsys)
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "/etc/outside", "a/../../outside", "a\\..\\outside", "a//b", ".", "c:outside", fetch.LEDGER]
+    "name",
+    [
+        "../outside",
+        "/etc/outside",
+        "a/../../outside",
+        "a\\..\\outside",
+        "a//b",
+        ".",
+        "c:outside",
+        fetch.LEDGER,
+    ],
 )
-def test_names_that_lead_out(hub: Hub, folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_lead_out(
+    hub: Hub, folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.repos["bad/names"] = {"good": b"x", name: b"y"}
     assert run(hub, folder, "--repo", "bad/names") == 2
     assert "a name that is not written to this machine; nothing was fetched" in said(capsys)
     assert not folder.exists() and hub.downloads == 0
 
 
-def test_links_that_lead_out(hub: Hub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_that_lead_out(
+    hub: Hub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "elsewhere").mkdir()
     folder.mkdir()
     (folder / "high_noise_model").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
@@ -486,7 +632,9 @@ def test_odd_places(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert run(hub, folder) == 2 and "is not a file; move it away" in said(capsys)
 
 
-def test_a_disk_that_fails_is_told(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_is_told(
+    hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -527,7 +675,9 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].split()[:3] == ["official", "126.2", "117.5"]
 
 
-def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_in_plain_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("wanflow.screen.EVERY", 0.0)
     with download.Bar() as bar:
         for done in (0, 10**9, 2 * 10**9):
@@ -535,7 +685,12 @@ def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch
             bar(done, 4 * 10**9)
         bar(5, 10)
     text = said(capsys)
-    assert "1.00 of 4.00 GB" in text and "2.00 of 4.00 GB" in text and "GB/s" in text and "s left" in text
+    assert (
+        "1.00 of 4.00 GB" in text
+        and "2.00 of 4.00 GB" in text
+        and "GB/s" in text
+        and "s left" in text
+    )
 
 
 def test_cached(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,31 +706,52 @@ def test_cached(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # ModelScope, by a stand-in for its package
 
 
-def test_modelscope_is_an_extra(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelscope_is_an_extra(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     monkeypatch.setitem(sys.modules, "modelscope_hub.api", None)
     assert cli.main(["download", "--source", "modelscope", "--local_dir", str(folder)]) == 2
     assert "pip install -U modelscope" in said(capsys)
 
 
-def test_modelscope(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelscope(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, str]] = []
 
     class HubApi:
         def __init__(self, **_: object) -> None:
             pass
 
-        def list_repo_files(self, repo: str, kind: str, *, revision: str, recursive: bool) -> list[types.SimpleNamespace]:
+        def list_repo_files(
+            self, repo: str, kind: str, *, revision: str, recursive: bool
+        ) -> list[types.SimpleNamespace]:
             asked.append((repo, revision))
             sums = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
-            files = [types.SimpleNamespace(path=name, size=len(FILES[name]), sha256=sums[name], is_dir=False) for name in FILES]
-            return [types.SimpleNamespace(path="high_noise_model", size=0, sha256=None, is_dir=True), *files]
+            files = [
+                types.SimpleNamespace(
+                    path=name, size=len(FILES[name]), sha256=sums[name], is_dir=False
+                )
+                for name in FILES
+            ]
+            return [
+                types.SimpleNamespace(path="high_noise_model", size=0, sha256=None, is_dir=True),
+                *files,
+            ]
 
-        def download_file(self, repo: str, kind: str, path: str, *, local_dir: Path, **_: object) -> None:
+        def download_file(
+            self, repo: str, kind: str, path: str, *, local_dir: Path, **_: object
+        ) -> None:
             (local_dir / path).parent.mkdir(parents=True, exist_ok=True)
-            (local_dir / path).write_bytes(b"?" + FILES[path][1:] if path == broken else FILES[path])
+            (local_dir / path).write_bytes(
+                b"?" + FILES[path][1:] if path == broken else FILES[path]
+            )
 
-    errors = {name: type(name, (Exception,), {}) for name in ("HubError", "NotExistError", "AuthenticationError", "PermissionDeniedError")}
+    errors = {
+        name: type(name, (Exception,), {})
+        for name in ("HubError", "NotExistError", "AuthenticationError", "PermissionDeniedError")
+    }
     monkeypatch.setitem(sys.modules, "modelscope_hub", types.ModuleType("modelscope_hub"))
     monkeypatch.setitem(sys.modules, "modelscope_hub.api", types.SimpleNamespace(HubApi=HubApi))
     monkeypatch.setitem(sys.modules, "modelscope_hub.errors", types.SimpleNamespace(**errors))

@@ -1,4 +1,6 @@
-"""Training on several processes: two of them, each with half the batch, learn what one learns with all of it."""
+"""Training on several processes: two of them, each with half the batch, learn what one learns with
+all of it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from wanflow.parallel import fsdp, mesh
 from wanflow.transforms import packed
 from wanflow.transforms.lora import Adapters, LowRank
 
-CONFIG = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16)
+CONFIG = DiTConfig(
+    dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16
+)
 ALONE = mesh.Ranks(0, 1, torch.device("cpu"))
 
 
@@ -37,7 +41,10 @@ def made(lora: bool) -> WanDiT:
         changes = {}
         for name, parameter in model.named_parameters():
             if "blocks." in name and parameter.ndim == 2:
-                up, down = (torch.randn(*shape, generator=generator) * 0.1 for shape in ((len(parameter), 3), (3, parameter.shape[1])))
+                up, down = (
+                    torch.randn(*shape, generator=generator) * 0.1
+                    for shape in ((len(parameter), 3), (3, parameter.shape[1]))
+                )
                 changes[name] = LowRank(up, down)
         adapters = Adapters(model)
         adapters.attach("trained", changes)
@@ -49,16 +56,26 @@ def made(lora: bool) -> WanDiT:
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
     # eps: below it, a gradient that is nothing but rounding would be a whole step
-    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3, eps=1e-5)
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=1e-3,
+        eps=1e-5,
+    )
 
 
-def train(model: WanDiT, optim: torch.optim.Optimizer, ranks: mesh.Ranks, steps: range) -> list[float]:
-    """Some steps on this rank's share of each step's batch; the losses of the whole batch, and the norms that were clipped."""
+def train(
+    model: WanDiT, optim: torch.optim.Optimizer, ranks: mesh.Ranks, steps: range
+) -> list[float]:
+    """Some steps on this rank's share of each step's batch; the losses of the whole batch, and the
+    norms that were clipped.
+    """
     seen = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         shapes = ((4, 16, 2, 4, 4), (4, 16, 2, 4, 4), (4, CONFIG.text_len, CONFIG.text_dim))
-        latent, goal, text = (torch.randn(shape, generator=generator)[ranks.rank :: ranks.size] for shape in shapes)
+        latent, goal, text = (
+            torch.randn(shape, generator=generator)[ranks.rank :: ranks.size] for shape in shapes
+        )
         timestep = (torch.rand(4, generator=generator) * 1000)[ranks.rank :: ranks.size]
         loss = (model(latent, timestep, text) - goal).square().mean()
         loss.backward()
@@ -71,13 +88,17 @@ def train(model: WanDiT, optim: torch.optim.Optimizer, ranks: mesh.Ranks, steps:
 
 def join(rank: int, port: int, timeout_s: float, together: Barrier) -> mesh.Ranks:
     """What torchrun does, and `start`; the timeout does not count what a process does before it."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     together.wait(60)
     return mesh.start(torch.device("cpu"), timeout_s)
 
 
 def work(rank: int, ports: list[int], together: Barrier, folder: Path) -> None:
-    """All that the tests look at, in one pair of processes: starting them takes longer than what they do."""
+    """All that the tests look at, in one pair of processes: starting them takes longer than what
+    they do.
+    """
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     ranks = join(rank, ports[0], 30, together)
@@ -107,16 +128,25 @@ def work(rank: int, ports: list[int], together: Barrier, folder: Path) -> None:
 
 
 def learn(lora: bool, ranks: mesh.Ranks, file: Path) -> None:
-    """Train for three steps, save what there was after two, and take the third once more from there."""
+    """Train for three steps, save what there was after two, and take the third once more from
+    there.
+    """
     model = made(lora)
     fsdp.shard(model, ranks)
-    held, everything = (sum(sizes) for sizes in zip(*((p.to_local().numel(), p.numel()) for p in model.parameters()), strict=True))
+    held, everything = (
+        sum(sizes)
+        for sizes in zip(
+            *((p.to_local().numel(), p.numel()) for p in model.parameters()), strict=True
+        )
+    )
     assert held < 0.6 * everything
     optim = optimizer(model)
     seen = train(model, optim, ranks, range(2))
     state = fsdp.gather({"model": model.state_dict(), "optim": optim.state_dict(), "step": 2})
     seen += train(model, optim, ranks, range(2, 3))
-    after = fsdp.whole(model, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    after = fsdp.whole(
+        model, [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    )
     assert (state is None) == (not after) == (ranks.rank > 0)
     if ranks.rank == 0:
         torch.save({"state": state, "seen": seen, "after": after}, file)
@@ -124,13 +154,21 @@ def learn(lora: bool, ranks: mesh.Ranks, file: Path) -> None:
     again = made(lora)
     fsdp.shard(again, ranks)
     resume(again, ranks, file)
-    assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a.to_local(), b.to_local())
+        for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def resume(model: WanDiT, ranks: mesh.Ranks, file: Path) -> None:
     """Take the third step from a state saved after two."""
     state = torch.load(file, weights_only=True, mmap=True)["state"]
-    model.load_state_dict({name: fsdp.scatter(state["model"][name], value) for name, value in model.state_dict().items()})
+    model.load_state_dict(
+        {
+            name: fsdp.scatter(state["model"][name], value)
+            for name, value in model.state_dict().items()
+        }
+    )
     optim = optimizer(model)
     optim.load_state_dict(fsdp.scatter_optimizer(state["optim"], optim))
     train(model, optim, ranks, range(state["step"], 3))
@@ -150,13 +188,19 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worked")
     context = mp.get_context("spawn")
     together, ports = context.Barrier(2), free_ports(3)
-    processes = [context.Process(target=work, args=(rank, ports, together, folder), daemon=True) for rank in range(2)]
+    processes = [
+        context.Process(target=work, args=(rank, ports, together, folder), daemon=True)
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(90)
         process.kill()
-    assert [process.exitcode for process in processes] == [0, 1]  # the second raises in the end, and the first survives it
+    assert [process.exitcode for process in processes] == [
+        0,
+        1,
+    ]  # the second raises in the end, and the first survives it
     return folder
 
 
@@ -167,7 +211,9 @@ def test_two_processes_learn_what_one_does(worked: Path, lora: bool) -> None:
     fsdp.shard(model, ALONE)
     seen = train(model, optimizer(model), ALONE, range(3))
     assert two["seen"] == pytest.approx(seen, abs=1e-5)
-    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    trained = {
+        name: value.detach() for name, value in model.named_parameters() if value.requires_grad
+    }
     assert two["after"].keys() == trained.keys()
     for name, value in trained.items():
         assert not torch.equal(before[name], value)
@@ -195,7 +241,9 @@ def test_what_cannot_be_split_is_refused() -> None:
     model = made(False)
     packed.swap(model, {"blocks.1.ffn.0.weight": "F8_E4M3"}, torch.float32)
     fsdp.shard(model, ALONE)
-    with pytest.raises(RequestError, match=r"blocks\.1\.ffn\.0\.data is torch\.float8_e4m3fn: packed weights"):
+    with pytest.raises(
+        RequestError, match=r"blocks\.1\.ffn\.0\.data is torch\.float8_e4m3fn: packed weights"
+    ):
         fsdp.shard(model, two)
     model = made(False)
     model.blocks[0].ffn.bfloat16()

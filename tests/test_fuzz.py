@@ -1,6 +1,8 @@
-"""Damaged files of every kind end in one clear error or none: no crash, no hang, no memory for a lie. `make fuzz` tries ten times as many.
+"""Damaged files of every kind end in one clear error or none: no crash, no hang, no memory for a
+lie. `make fuzz` tries ten times as many.
 
-What is damaged, and how, is in tools/fuzz.py and tools/mutations.py; `python tests/tools/fuzz.py CONTAINER SEED 1` shows one again.
+What is damaged, and how, is in tools/fuzz.py and tools/mutations.py; `python tests/tools/fuzz.py
+CONTAINER SEED 1` shows one again.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ def test_nothing_but_one_clear_error(container: str, worker: fuzz.Worker) -> Non
         ("hang", "Timeout"),
     ],
 )
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory that is only asked for is not seen")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere memory that is only asked for is not seen"
+)
 def test_every_fault_is_seen(fault: str, told: str, bare: fuzz.Worker) -> None:
     result = bare.try_one(fault, 0, 0.5 if fault == "hang" else fuzz.SECONDS)
     assert "fault" in result
@@ -88,7 +92,8 @@ def test_a_seed_is_always_the_same_file(tmp_path: Path) -> None:
         assert one == other and one[1] != bench.good[one[0]] and one[0] in dict(container.files)
 
 
-# What damage has found, by hand: each of these once crashed, hung, took memory, or told nobody which file it was.
+# What damage has found, by hand: each of these once crashed, hung, took memory, or told nobody
+# which file it was.
 
 
 class Memory:
@@ -104,13 +109,25 @@ def refusal(path: Path, action: Callable[[Path], object]) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["blocks.99999999.ffn.0.weight", f"blocks.{'9' * 5000}.ffn.0.weight", "decoder.upsamples.99999999.resample.1.weight"]
+    "name",
+    [
+        "blocks.99999999.ffn.0.weight",
+        f"blocks.{'9' * 5000}.ffn.0.weight",
+        "decoder.upsamples.99999999.resample.1.weight",
+    ],
 )
 def test_a_name_with_a_huge_number_makes_no_huge_table(name: str, tmp_path: Path) -> None:
     kind = "vae" if name.startswith("decoder") else "dit"
-    assert to_official(kind, [name, "decoder.conv1.weight" if kind == "vae" else "patch_embedding.weight"])[name] == name  # type: ignore[arg-type]
+    assert (
+        to_official(
+            kind, [name, "decoder.conv1.weight" if kind == "vae" else "patch_embedding.weight"]
+        )[name]
+        == name
+    )  # type: ignore[arg-type]
     many = {f"blocks.{number}.modulation": torch.zeros(1) for number in range(300)}
-    save_file(many | {"patch_embedding.weight": torch.zeros(32, 16, 1, 2, 2)}, tmp_path / "x.safetensors")
+    save_file(
+        many | {"patch_embedding.weight": torch.zeros(32, 16, 1, 2, 2)}, tmp_path / "x.safetensors"
+    )
     source = open_part("dit", tmp_path / "x.safetensors")
     with pytest.raises(RequestError, match="more than 256 blocks"):
         _numbered(source, "blocks.")
@@ -130,10 +147,20 @@ def test_a_normaliser_that_leads_outside_itself(charsmap: bytes, tmp_path: Path)
     check_charsmap(fuzz.CHARSMAP, tmp_path)
     told = refusal(tmp_path, lambda path: check_charsmap(charsmap, path))
     assert "normaliser" in told
-    said = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}}
-    for text in (json.dumps(said), json.dumps(said).replace("precompiled_ch", "precompiled\\u005fch")):
+    said = {
+        "normalizer": {
+            "type": "Precompiled",
+            "precompiled_charsmap": base64.b64encode(charsmap).decode(),
+        }
+    }
+    for text in (
+        json.dumps(said),
+        json.dumps(said).replace("precompiled_ch", "precompiled\\u005fch"),
+    ):
         (tmp_path / "tokenizer.json").write_text(text)
-        assert refusal(tmp_path / "tokenizer.json", open_tokenizer).endswith(told.partition(": ")[2])
+        assert refusal(tmp_path / "tokenizer.json", open_tokenizer).endswith(
+            told.partition(": ")[2]
+        )
 
 
 def test_pickles_that_ask_for_memory_or_hold_odd_numbers(tmp_path: Path) -> None:
@@ -155,7 +182,11 @@ def test_names_that_a_terminal_would_obey(tmp_path: Path) -> None:
 
 def test_scales_of_no_format_and_a_state_without_end(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({"a.weight": torch.ones(2)}, path, {"_quantization_metadata": json.dumps({"layers": {"a": {"format": ["x"]}}})})
+    save_file(
+        {"a.weight": torch.ones(2)},
+        path,
+        {"_quantization_metadata": json.dumps({"layers": {"a": {"format": ["x"]}}})},
+    )
     assert "the format ['x']" in refusal(path, open_source)
     save_file({"x": torch.ones(2)}, path, {"wanflow": "[" * 100_000})
     assert "not a saved wanflow run" in refusal(path, Run.load)

@@ -1,4 +1,6 @@
-"""Changes of weights, and adapters on a model: fused equals live equals the formula; strengths move, and they come off again."""
+"""Changes of weights, and adapters on a model: fused equals live equals the formula; strengths
+move, and they come off again.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from wanflow.transforms.lora import (
 )
 from wanflow.transforms.packed import Packed, PackedLinear, swap
 
-TINY = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16)
+TINY = DiTConfig(
+    dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,10 @@ def model(plain: WanDiT) -> WanDiT:
 
 def run(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    latent, text = torch.randn(1, 16, 2, 4, 4, generator=generator), torch.randn(1, 5, 24, generator=generator)
+    latent, text = (
+        torch.randn(1, 16, 2, 4, 4, generator=generator),
+        torch.randn(1, 5, 24, generator=generator),
+    )
     return model(latent, torch.tensor([500.0]), text)
 
 
@@ -84,7 +91,9 @@ def everything() -> dict[str, Change]:
 def fuse(model: nn.Module, changes: dict[str, Change], strength: float) -> None:
     for name, parameter in model.named_parameters():
         if name in changes:
-            parameter.data = changed(parameter.data.float(), changes[name], strength).to(parameter.dtype)
+            parameter.data = changed(parameter.data.float(), changes[name], strength).to(
+                parameter.dtype
+            )
 
 
 # values
@@ -98,7 +107,9 @@ def test_formulas() -> None:
     up, down, a, b, c, d = r(6, 2), r(2, 8), r(6, 2), r(2, 8), r(6, 2), r(2, 8)
     one, two, m, row = r(2, 4), r(3, 2), r(6, 1).abs(), r(1, 8).abs()
     v = w + 0.5 * up @ down
-    kron = torch.stack([torch.cat([one[i, j] * two for j in range(4)], 1) for i in range(2)]).flatten(0, 1)
+    kron = torch.stack(
+        [torch.cat([one[i, j] * two for j in range(4)], 1) for i in range(2)]
+    ).flatten(0, 1)
     expected: list[tuple[Change, Tensor]] = [
         (LowRank(up, down, 0.5), w + s * 0.5 * up @ down),
         (LowRank(up, down, 0.5, torch.eye(2) * 3), w + s * 1.5 * up @ down),
@@ -108,8 +119,14 @@ def test_formulas() -> None:
         (Difference(v), w + s * v),
         (Replacement(v), w + s * (v - w)),
         (Decomposed(LowRank(up, down, 0.5), m), w + s * (m * v / v.norm(dim=1, keepdim=True) - w)),
-        (Decomposed(LowRank(up, down, 0.5), m.flatten()), w + s * (m * v / v.norm(dim=1, keepdim=True) - w)),
-        (Decomposed(LowRank(up, down, 0.5), row), w + s * (row * v / v.norm(dim=0, keepdim=True) - w)),
+        (
+            Decomposed(LowRank(up, down, 0.5), m.flatten()),
+            w + s * (m * v / v.norm(dim=1, keepdim=True) - w),
+        ),
+        (
+            Decomposed(LowRank(up, down, 0.5), row),
+            w + s * (row * v / v.norm(dim=0, keepdim=True) - w),
+        ),
     ]
     for change, value in expected:
         assert misfit(change, (6, 8)) is None
@@ -119,12 +136,19 @@ def test_formulas() -> None:
 
 
 def test_convolutions() -> None:
-    """A product of convolutions, around a kernel in the middle too, is the convolution by one weight."""
+    """A product of convolutions, around a kernel in the middle too, is the convolution by one
+    weight.
+    """
     torch.manual_seed(4)
     r = torch.randn
     x, w = r(2, 4, 3, 6, 6), torch.zeros(6, 4, 1, 2, 2)
     up, down, mid, thin = r(6, 2, 1, 1, 1), r(2, 4, 1, 2, 2), r(2, 2, 1, 2, 2), r(2, 4, 1, 1, 1)
-    torch.testing.assert_close(F.conv3d(x, changed(w, LowRank(up, down), 1.0)), F.conv3d(F.conv3d(x, down), up), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        F.conv3d(x, changed(w, LowRank(up, down), 1.0)),
+        F.conv3d(F.conv3d(x, down), up),
+        atol=1e-4,
+        rtol=1e-4,
+    )
     tucker = LowRank(up, thin, 1.0, mid)
     assert misfit(tucker, (6, 4, 1, 2, 2)) is None
     by_hand = F.conv3d(F.conv3d(F.conv3d(x, thin), mid), up)
@@ -132,7 +156,13 @@ def test_convolutions() -> None:
     loha = Hadamard(r(2, 6), r(2, 4), r(2, 6), r(2, 4), 1.0, mid, mid)
     lokr = Kronecker(r(2, 2), r(2, 3), 1.0, None, r(2, 2), mid)
     conv = Decomposed(LowRank(up, down), r(6, 1, 1, 1, 1))
-    for change in (loha, lokr, conv, Kronecker(r(2, 2), r(3, 2, 1, 2, 2)), Kronecker(r(2, 2), r(3, 1), 1.0, None, r(1, 8))):
+    for change in (
+        loha,
+        lokr,
+        conv,
+        Kronecker(r(2, 2), r(3, 2, 1, 2, 2)),
+        Kronecker(r(2, 2), r(3, 1), 1.0, None, r(1, 8)),
+    ):
         assert misfit(change, (6, 4, 1, 2, 2)) is None
         assert changed(torch.ones_like(w), change, 1.0).shape == w.shape
     kernel = torch.einsum("rsxyz,ro,si->oixyz", mid, lokr.w2, lokr.w2_b)
@@ -173,7 +203,9 @@ def test_live_equals_fused(plain: WanDiT, model: WanDiT, strength: float) -> Non
 
 
 def test_strength_and_removal(plain: WanDiT, model: WanDiT) -> None:
-    """0 and removal give the model's own output, bit for bit, and a strength that comes back its old output."""
+    """0 and removal give the model's own output, bit for bit, and a strength that comes back its
+    old output.
+    """
     base, adapters = run(plain), Adapters(model)
     adapters.attach("a", everything())
     full = run(model)
@@ -184,7 +216,9 @@ def test_strength_and_removal(plain: WanDiT, model: WanDiT) -> None:
     adapters.remove("a")
     assert torch.equal(run(model), base) and adapters.names == ()
     assert not any(isinstance(module, Adapted) for module in model.modules())
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_several_at_once(plain: WanDiT, model: WanDiT) -> None:
@@ -209,7 +243,9 @@ def test_several_at_once(plain: WanDiT, model: WanDiT) -> None:
 
 
 def test_dtypes(plain: WanDiT) -> None:
-    """On a bfloat16 base the sum is as near as bfloat16 is, the float32 islands stay, and 0 is still nothing."""
+    """On a bfloat16 base the sum is as near as bfloat16 is, the float32 islands stay, and 0 is
+    still nothing.
+    """
     model = copy.deepcopy(plain)
     for block in model.blocks:
         block.to(torch.bfloat16)
@@ -218,7 +254,10 @@ def test_dtypes(plain: WanDiT) -> None:
     assert torch.equal(run(model), base)
     adapters.set_strength("a", 0.5)
     slot = adapters.slots("a")["blocks.0.self_attn.q.weight"]
-    assert slot.up.dtype == torch.bfloat16 and adapters.slots("a")["head.head.weight"].up.dtype == torch.float32
+    assert (
+        slot.up.dtype == torch.bfloat16
+        and adapters.slots("a")["head.head.weight"].up.dtype == torch.float32
+    )
     assert model.blocks[0].self_attn.q.compute_dtype == torch.bfloat16  # type: ignore[index]
     fused = copy.deepcopy(plain)
     fuse(fused, everything(), 0.5)
@@ -234,7 +273,11 @@ class PackedDouble(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.compute_dtype = linear.in_features, linear.out_features, torch.float32
+        self.in_features, self.out_features, self.compute_dtype = (
+            linear.in_features,
+            linear.out_features,
+            torch.float32,
+        )
         self.bias = linear.bias
         self.register_buffer("data", (linear.weight * 100).round().to(torch.int16))
 
@@ -248,7 +291,14 @@ class PackedDouble(nn.Module):
 def test_packed_base(model: WanDiT) -> None:
     """A base that has no float weight takes every kind; its own matmul stays what it was."""
     for block in model.blocks:
-        for name in ("self_attn.q", "self_attn.v", "cross_attn.k", "cross_attn.v", "ffn.0", "ffn.2"):
+        for name in (
+            "self_attn.q",
+            "self_attn.v",
+            "cross_attn.k",
+            "cross_attn.v",
+            "ffn.0",
+            "ffn.2",
+        ):
             parent, _, child = name.rpartition(".")
             setattr(block.get_submodule(parent), child, PackedDouble(block.get_submodule(name)))  # type: ignore[arg-type]
     base, adapters = run(model), Adapters(model)
@@ -272,16 +322,29 @@ def test_packed_base(model: WanDiT) -> None:
 @pytest.mark.parametrize("kind", ["F8_E4M3", "Q8_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_and_gguf_bases(model: WanDiT, kind: str, dtype: torch.dtype) -> None:
-    """Every matmul of every block packed: the change is of the weight that the packed one stands for."""
-    weights = {f"{name}.weight": leaf.weight for name, leaf in model.named_modules() if isinstance(leaf, nn.Linear) and "blocks" in name}
+    """Every matmul of every block packed: the change is of the weight that the packed one stands
+    for.
+    """
+    weights = {
+        f"{name}.weight": leaf.weight
+        for name, leaf in model.named_modules()
+        if isinstance(leaf, nn.Linear) and "blocks" in name
+    }
     biases = {name: model.get_parameter(name.replace(".weight", ".bias")) for name in weights}
     packed = {}
     for name, weight in weights.items():
         if kind == "Q8_0":
-            data = torch.from_numpy(gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0))
+            data = torch.from_numpy(
+                gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            )
             packed[name] = Packed(kind, tuple(weight.shape), data)
         else:
-            packed[name] = Packed(kind, tuple(weight.shape), (weight * 100).to(torch.float8_e4m3fn), torch.tensor(0.01))
+            packed[name] = Packed(
+                kind,
+                tuple(weight.shape),
+                (weight * 100).to(torch.float8_e4m3fn),
+                torch.tensor(0.01),
+            )
     fused = copy.deepcopy(model)
     for name, value in packed.items():
         fused.get_parameter(name).copy_(value.dense())
@@ -334,7 +397,9 @@ def test_no_recompiling(model: WanDiT) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients(model: WanDiT, autocast: bool) -> None:
-    """They reach `up` and `down`, scaled by the strength, and nothing else; they are those of the fused weight."""
+    """They reach `up` and `down`, scaled by the strength, and nothing else; they are those of the
+    fused weight.
+    """
     adapters = Adapters(model)
     change = low_rank(32, 32)
     adapters.attach("a", {"blocks.1.self_attn.v.weight": change}, 0.5)
@@ -352,7 +417,10 @@ def test_gradients(model: WanDiT, autocast: bool) -> None:
     up = (change.up * change.scale).requires_grad_()
     down = change.down.clone().requires_grad_()
     weight = linear.weight + 0.5 * up @ down
-    expected = torch.autograd.grad(torch.func.functional_call(_Loss(model), {"model.blocks.1.self_attn.v.weight": weight}, ()), (up, down))
+    expected = torch.autograd.grad(
+        torch.func.functional_call(_Loss(model), {"model.blocks.1.self_attn.v.weight": weight}, ()),
+        (up, down),
+    )
     tolerance = 0.1 if autocast else 1e-4
     for grad, other in zip((slot.up.grad, slot.down.grad), expected, strict=True):
         assert grad is not None and (grad - other).norm() <= tolerance * other.norm()

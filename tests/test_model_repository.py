@@ -1,4 +1,6 @@
-"""The model repository without weights, `Wan2.2-T2V-A14B/`: names, sizes and configurations agree with the code, and no weight is in it."""
+"""The model repository without weights, `Wan2.2-T2V-A14B/`: names, sizes and configurations agree
+with the code, and no weight is in it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "Wan2.2-T2V-A14B"
 SHARDS = [f"diffusion_pytorch_model-{number:05d}-of-00006.safetensors" for number in range(1, 7)]
 SHARD_LIMIT = 10 * 10**9
-SMALL = 10**6  # bytes: no file here is larger; the smallest weight file of the model is the VAE, 0.5 GB
+SMALL = (
+    10**6
+)  # bytes: no file here is larger; the smallest weight file of the model is the VAE, 0.5 GB
 EXPERTS = pytest.mark.parametrize("expert", ["high_noise_model", "low_noise_model"])
 
 
@@ -74,16 +78,24 @@ def test_shards_follow_the_models_order_and_hold_at_most_10_gb(expert: str) -> N
 
 
 def test_shards_have_the_published_sizes() -> None:
-    """A shard is its tensors, 8 bytes, and a JSON header padded to 8. Known are the first shard and the last, from a public manifest."""
+    """A shard is its tensors, 8 bytes, and a JSON header padded to 8. Known are the first shard and
+    the last, from a public manifest.
+    """
     weight_map = index("high_noise_model")["weight_map"]
     with torch.device("meta"):
-        shapes = {name: list(value.shape) for name, value in WanDiT(T2V_A14B.dit).state_dict().items()}
+        shapes = {
+            name: list(value.shape) for name, value in WanDiT(T2V_A14B.dit).state_dict().items()
+        }
     sizes = []
     for shard in SHARDS:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name in sorted(name for name, file in weight_map.items() if file == shard):
-            header[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [at, at + tensor_bytes()[name]]}
+            header[name] = {
+                "dtype": "F32",
+                "shape": shapes[name],
+                "data_offsets": [at, at + tensor_bytes()[name]],
+            }
             at += tensor_bytes()[name]
         text = len(json.dumps(header, separators=(",", ":")))
         sizes.append(8 + text + -text % 8 + at)
@@ -102,9 +114,20 @@ def test_modelscope_configuration() -> None:
 
 def committed() -> list[Path]:
     """The folder's files that are, or would be, in git; without git, all of them."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", FOLDER.name]
+    command = [
+        "git",
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "--",
+        FOLDER.name,
+    ]
     try:
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.split("\0")
+        listed = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        ).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
         return [path for path in FOLDER.rglob("*") if path.is_file()]
     return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
@@ -119,7 +142,12 @@ def test_no_weights_are_committed() -> None:
 
 def test_readme_states_the_true_sizes() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    sizes = {"experts": 57_153_966_336, "t5": 11_361_920_418, "vae": 507_609_880, "tokenizer": 21_454_081}
+    sizes = {
+        "experts": 57_153_966_336,
+        "t5": 11_361_920_418,
+        "vae": 507_609_880,
+        "tokenizer": 21_454_081,
+    }
     total = sizes["experts"] + sum(sizes.values())
     for number in (*sizes.values(), total):
         assert f"{number:,}" in text

@@ -1,4 +1,6 @@
-"""What the models promise beside their numbers: equal ways to the same result, memory, refusals, precision, gradients."""
+"""What the models promise beside their numbers: equal ways to the same result, memory, refusals,
+precision, gradients.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,35 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.train.text import build_tokenizer
 
-DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=3, in_dim=4, out_dim=4, text_dim=12, text_len=10, freq_dim=32)
+DIT = DiTConfig(
+    dim=48,
+    ffn_dim=96,
+    num_heads=2,
+    num_layers=3,
+    in_dim=4,
+    out_dim=4,
+    text_dim=12,
+    text_len=10,
+    freq_dim=32,
+)
 TEXT = TextConfig(vocab=50, dim=24, dim_attn=32, dim_ffn=40, num_heads=4, num_layers=2)
-VAE = VAEConfig(dim=8, z_dim=4, num_res_blocks=1, latent_mean=(0.3, -1, 0, 2), latent_std=(1.5, 0.7, 2, 1))
-# float32 keeps 24 bits: outputs of order 1 after some dozens of operations agree to a few 1e-6 (the golden numbers tell as much).
+VAE = VAEConfig(
+    dim=8, z_dim=4, num_res_blocks=1, latent_mean=(0.3, -1, 0, 2), latent_std=(1.5, 0.7, 2, 1)
+)
+# float32 keeps 24 bits: outputs of order 1 after some dozens of operations agree to a few 1e-6 (the
+# golden numbers tell as much).
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
-# bfloat16 keeps 8 bits, an error of up to 2^-9 = 0.2 % in each rounding of weights and activations, which a few dozen
-# roundings in a row, partly averaged out, bring to some per cent of the output's size.
+# bfloat16 keeps 8 bits, an error of up to 2^-9 = 0.2 % in each rounding of weights and activations,
+# which a few dozen roundings in a row, partly averaged out, bring to some per cent of the output's
+# size.
 BF16 = 0.03
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it brings, and on a busy machine very much more."""
+    """At these sizes a second thread costs more than it brings, and on a busy machine very much
+    more.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -113,25 +131,34 @@ def test_zero_text_rows_are_attended_to(dit: WanDiT) -> None:
     text, t = texts(1), torch.tensor([500])
     shorter = WanDiT(DiTConfig(**{**vars(DIT), "text_len": 7}))
     shorter.load_state_dict(dit.state_dict())
-    assert off(shorter.requires_grad_(False)(latents(1), t, text[:, :7]), dit(latents(1), t, text)) > 1e-2
+    assert (
+        off(shorter.requires_grad_(False)(latents(1), t, text[:, :7]), dit(latents(1), t, text))
+        > 1e-2
+    )
 
 
 def test_two_branches_in_one_batch(dit: WanDiT) -> None:
     x, t = latents(1), torch.tensor([812.0])
     both = dit(x.expand(2, -1, -1, -1, -1), t.expand(2), texts())
     for branch in range(2):
-        torch.testing.assert_close(both[branch : branch + 1], dit(x, t, texts()[branch : branch + 1]), **ROUNDING)
+        torch.testing.assert_close(
+            both[branch : branch + 1], dit(x, t, texts()[branch : branch + 1]), **ROUNDING
+        )
 
 
 @pytest.mark.parametrize("times", [[999, 999], [3, 875.5]], ids=["one", "two"])
 def test_timestep_per_token(dit: WanDiT, times: list[float]) -> None:
     x, text, t = latents(), texts(), torch.tensor(times)
     tokens = 3 * 3 * 5
-    torch.testing.assert_close(dit(x, t[:, None].expand(-1, tokens), text), dit(x, t, text), **ROUNDING)
+    torch.testing.assert_close(
+        dit(x, t[:, None].expand(-1, tokens), text), dit(x, t, text), **ROUNDING
+    )
 
 
 def test_timesteps_of_tokens_differ(dit: WanDiT) -> None:
-    """Each token takes its own: changing one leaves the time rows of the others alone, and changes the output."""
+    """Each token takes its own: changing one leaves the time rows of the others alone, and changes
+    the output.
+    """
     x, text, t = latents(1), texts(1), torch.full((1, 45), 600)
     changed = t.clone()
     changed[0, 7] = 0
@@ -145,7 +172,9 @@ def test_trunk_is_handed_blocks_and_tokens(dit: WanDiT) -> None:
     """Block streaming passes a generator; the result is the same."""
     x, t = latents(), torch.tensor([5, 6])
 
-    def streamed(blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning) -> Tensor:
+    def streamed(
+        blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         return run_blocks((block for block in blocks), head, tokens, conditioning)
 
     same(dit(x, t, texts(), streamed), dit(x, t, texts()))
@@ -201,7 +230,10 @@ def test_gradient_mode_changes_nothing(vae: WanVAE) -> None:
 
 def held(states: dict[nn.Module, Tensor]) -> tuple[int, int]:
     """Bytes of a decoder's memory: what is kept alive, and what is looked at."""
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in states.values()}
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for value in states.values()
+    }
     return sum(storages.values()), sum(value.nbytes for value in states.values())
 
 
@@ -230,10 +262,12 @@ from wanflow.config import VAEConfig
 from wanflow.models.vae import WanVAE
 
 def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 torch.set_num_threads(1)
-vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)).requires_grad_(False)
+stats = {"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}
+vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, **stats)).requires_grad_(False)
 
 top = 0.0
 kept = None
@@ -262,10 +296,20 @@ print(most(2), most(11), most(11, leak=True))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_resident_memory_does_not_grow_with_frames() -> None:
-    """41 frames against 5, in a process of its own; keeping what the layers make shows that growth would be seen."""
-    path = os.pathsep.join([str(Path(wanflow.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
-    run = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, check=True, env=env)
+    """41 frames against 5, in a process of its own; keeping what the layers make shows that growth
+    would be seen.
+    """
+    path = os.pathsep.join(
+        [str(Path(wanflow.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    env = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # what is freed goes back at once
+    run = subprocess.run(
+        [sys.executable, "-c", WATCH], capture_output=True, text=True, check=True, env=env
+    )
     short, long, leaking = (float(word) for word in run.stdout.split())
     frame_of_activations = 8 * 96 * 96 * 4 / 2**20  # MB of one tensor of one frame at full size
     assert leaking - short > 60 * frame_of_activations, run.stdout
@@ -276,16 +320,40 @@ def test_resident_memory_does_not_grow_with_frames() -> None:
 
 Call = Callable[[WanDiT, WanVAE], object]
 REFUSED: dict[str, tuple[Call, str]] = {
-    "latent_rank": (lambda dit, vae: dit(latents()[0], torch.tensor([1]), texts(1)), r"latent is \[4, 3, 6, 10\]"),
-    "latent_channels": (lambda dit, vae: dit(latents()[:, :3], torch.tensor([1, 2]), texts()), r"latent is .* not \[B, 4, T"),
-    "latent_odd": (lambda dit, vae: dit(latents()[..., :9], torch.tensor([1, 2]), texts()), "even W"),
-    "text_too_long": (lambda dit, vae: dit(latents(), torch.tensor([1, 2]), randn(2, 11, 12)), "at most 10, 12"),
-    "text_width": (lambda dit, vae: dit(latents(), torch.tensor([1, 2]), randn(2, 10, 11)), "at most 10, 12"),
+    "latent_rank": (
+        lambda dit, vae: dit(latents()[0], torch.tensor([1]), texts(1)),
+        r"latent is \[4, 3, 6, 10\]",
+    ),
+    "latent_channels": (
+        lambda dit, vae: dit(latents()[:, :3], torch.tensor([1, 2]), texts()),
+        r"latent is .* not \[B, 4, T",
+    ),
+    "latent_odd": (
+        lambda dit, vae: dit(latents()[..., :9], torch.tensor([1, 2]), texts()),
+        "even W",
+    ),
+    "text_too_long": (
+        lambda dit, vae: dit(latents(), torch.tensor([1, 2]), randn(2, 11, 12)),
+        "at most 10, 12",
+    ),
+    "text_width": (
+        lambda dit, vae: dit(latents(), torch.tensor([1, 2]), randn(2, 10, 11)),
+        "at most 10, 12",
+    ),
     "text_rank": (lambda dit, vae: dit.text_states(texts()[0]), r"text is \[10, 12\]"),
-    "timestep_tokens": (lambda dit, vae: dit(latents(), torch.ones(2, 44), texts()), r"timestep is \[2, 44\], not .* \[2, 45\]"),
-    "video_frames": (lambda dit, vae: vae.encode(randn(1, 3, 4, 16, 16)), r"a video of 4 frames.*4n\+1"),
+    "timestep_tokens": (
+        lambda dit, vae: dit(latents(), torch.ones(2, 44), texts()),
+        r"timestep is \[2, 44\], not .* \[2, 45\]",
+    ),
+    "video_frames": (
+        lambda dit, vae: vae.encode(randn(1, 3, 4, 16, 16)),
+        r"a video of 4 frames.*4n\+1",
+    ),
     "video_none": (lambda dit, vae: vae.encode(randn(1, 3, 0, 16, 16)), r"video.*\b0\b"),
-    "video_size": (lambda dit, vae: vae.encode(randn(1, 3, 1, 16, 20)), "a video of 1 frames, 20.16.*multiples of 8"),
+    "video_size": (
+        lambda dit, vae: vae.encode(randn(1, 3, 1, 16, 20)),
+        "a video of 1 frames, 20.16.*multiples of 8",
+    ),
 }
 SHAPES: dict[str, Call] = {
     "timestep_batch": lambda dit, vae: dit(latents(), torch.tensor([1, 2, 3]), texts()),
@@ -350,19 +418,26 @@ def test_tokenizer_pads_and_ends(tokenizer_file: Path, caplog: pytest.LogCapture
     assert not caplog.records
 
 
-def test_long_prompt_is_cut_with_a_warning(tokenizer_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompt_is_cut_with_a_warning(
+    tokenizer_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = Tokenizer(tokenizer_file, 6)
     with caplog.at_level(logging.WARNING, logger="wanflow"):
         fits, _ = tokenizer(["a red circle moves left"])
         assert not caplog.records
         ids, mask = tokenizer(["a red circle moves left on a blue background"])
     (record,) = caplog.records
-    assert "10 tokens long and the model reads 6" in record.getMessage() and "on a blue background" in record.getMessage()
+    assert (
+        "10 tokens long and the model reads 6" in record.getMessage()
+        and "on a blue background" in record.getMessage()
+    )
     same(ids, fits)
     assert mask.sum() == 6 and ids[0, -1] == tokenizer.end
 
 
-def test_warning_of_a_very_long_prompt_is_short(tokenizer_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_of_a_very_long_prompt_is_short(
+    tokenizer_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Tokenizer(tokenizer_file, 4)(["red " * 5000])
     assert len(caplog.records[0].getMessage()) < 300
 
@@ -398,7 +473,11 @@ def test_padding_is_not_read(encoder: UMT5Encoder) -> None:
 
 def test_no_float64_leaks(dit: WanDiT, vae: WanVAE, encoder: UMT5Encoder) -> None:
     """Angles and tables are float64 inside; nothing of it comes out, whatever goes in."""
-    for t in (torch.tensor([7, 9]), torch.tensor([7.5, 9]), torch.tensor([7.5, 9], dtype=torch.float64)):
+    for t in (
+        torch.tensor([7, 9]),
+        torch.tensor([7.5, 9]),
+        torch.tensor([7.5, 9], dtype=torch.float64),
+    ):
         for x, text in ((latents(), texts()), (latents().double(), texts().double())):
             assert dit(x, t, text).dtype == torch.float32
             assert dit(x, t[:, None].expand(-1, 45), text).dtype == torch.float32
@@ -408,11 +487,17 @@ def test_no_float64_leaks(dit: WanDiT, vae: WanVAE, encoder: UMT5Encoder) -> Non
         assert vae.decode(x).dtype == torch.float32
     assert encoder(*tokens()).dtype == torch.float32
     for module in (dit, vae, encoder):
-        assert not [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.dtype != torch.float32]
+        assert not [
+            name
+            for name, value in (*module.named_parameters(), *module.named_buffers())
+            if value.dtype != torch.float32
+        ]
 
 
 def test_transformer_in_bf16(dit: WanDiT) -> None:
-    """All weights in bf16, and, as on a GPU, only those of matmuls: the residual stream and all that steers it stay float32."""
+    """All weights in bf16, and, as on a GPU, only those of matmuls: the residual stream and all
+    that steers it stay float32.
+    """
     x, t, text = latents(), torch.tensor([970, 31]), texts()
     full = dit(x, t, text)
     for module in dit.modules():
@@ -444,7 +529,11 @@ def test_text_encoder_in_bf16(encoder: UMT5Encoder) -> None:
 
 
 def all_have_gradients(module: nn.Module) -> None:
-    poor = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    poor = [
+        name
+        for name, p in module.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+    ]
     assert not poor, poor
 
 
@@ -462,7 +551,9 @@ def test_transformer_gradient_is_right(dit: WanDiT) -> None:
     dit(leaf, t, text).square().mean().backward()
     assert leaf.grad is not None
     step = 1e-2
-    quotient = (dit(x + step * way, t, text).square().mean() - dit(x - step * way, t, text).square().mean()) / (2 * step)
+    quotient = (
+        dit(x + step * way, t, text).square().mean() - dit(x - step * way, t, text).square().mean()
+    ) / (2 * step)
     torch.testing.assert_close((leaf.grad * way).sum(), quotient, rtol=1e-2, atol=1e-4)
 
 
@@ -481,6 +572,8 @@ def test_autoencoder_learns_the_same_in_chunks(vae: WanVAE) -> None:
         loss = (vae.decode(mean, groups) - video).square().mean() + log_variance.square().mean()
         loss.backward()
         all_have_gradients(vae)
-        gradients.append({name: p.grad.clone() for name, p in vae.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad.clone() for name, p in vae.named_parameters() if p.grad is not None}
+        )
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)

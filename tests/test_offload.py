@@ -1,4 +1,6 @@
-"""Streaming: the numbers of a model that is all in memory, whatever of it is not, and whatever goes wrong on the way."""
+"""Streaming: the numbers of a model that is all in memory, whatever of it is not, and whatever goes
+wrong on the way.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,25 @@ from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.config import DiTConfig, Runtime
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.transforms.lora import Adapters, Difference, LowRank
-from wanflow.transforms.offload import Frame, InLine, Layout, Streaming, host_buffer, matmul_leaves, read_homes, set_chunk, spread
+from wanflow.transforms.offload import (
+    Frame,
+    InLine,
+    Layout,
+    Streaming,
+    host_buffer,
+    matmul_leaves,
+    read_homes,
+    set_chunk,
+    spread,
+)
 from wanflow.weights.encoder import StreamedEncoder
 from wanflow.weights.experts import Ahead, Where, open_expert
 from wanflow.weights.load import load_expert, load_text_encoder
 
 CPU = torch.device("cpu")
-CONFIG = DiTConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=5, text_dim=24, text_len=7, freq_dim=16)
+CONFIG = DiTConfig(
+    dim=48, ffn_dim=96, num_heads=4, num_layers=5, text_dim=24, text_len=7, freq_dim=16
+)
 
 
 def whole(seed: int = 0) -> WanDiT:
@@ -39,7 +53,10 @@ class File:
     """Stands for a file of blocks: copies them out of a whole model, and notes which."""
 
     def __init__(self, model: WanDiT) -> None:
-        self.blocks = [{name: getattr(leaf, key) for name, (leaf, key) in matmul_leaves(block).items()} for block in model.blocks]
+        self.blocks = [
+            {name: getattr(leaf, key) for name, (leaf, key) in matmul_leaves(block).items()}
+            for block in model.blocks
+        ]
         self.read: list[int] = []
         self.fails_at: int | None = None
         self.seconds = 0.0
@@ -53,7 +70,9 @@ class File:
             view.copy_(self.blocks[index][name])
 
 
-def streaming(model: WanDiT, resident: set[int], home: str, worker: InLine | None = None) -> tuple[Streaming, File]:
+def streaming(
+    model: WanDiT, resident: set[int], home: str, worker: InLine | None = None
+) -> tuple[Streaming, File]:
     file = File(model)
     bare = copy.deepcopy(model)
     homes = read_homes(bare, file.fetch, False, skip=resident) if home == "ram" else None
@@ -62,7 +81,10 @@ def streaming(model: WanDiT, resident: set[int], home: str, worker: InLine | Non
 
 def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    latent, text = torch.randn(batch, 16, 2, 6, 4, generator=generator), torch.randn(batch, 7, 24, generator=generator)
+    latent, text = (
+        torch.randn(batch, 16, 2, 6, 4, generator=generator),
+        torch.randn(batch, 7, 24, generator=generator),
+    )
     return latent, torch.full((batch,), 700.0), text
 
 
@@ -77,7 +99,9 @@ def test_streamed_is_resident(home: str, resident: set[int]) -> None:
     assert torch.equal(streamed(*inputs(2)), model(*inputs(2)))
     states = streamed.text_states(inputs()[2])
     assert all(
-        torch.equal(a, b) for one, two in zip(states, model.text_states(inputs()[2]), strict=True) for a, b in zip(one, two, strict=True)
+        torch.equal(a, b)
+        for one, two in zip(states, model.text_states(inputs()[2]), strict=True)
+        for a, b in zip(one, two, strict=True)
     )
     assert torch.equal(streamed(*inputs()[:2], states), model(*inputs()))
     if home == "ram":  # the file was read once, for what is not resident by `read_homes`
@@ -128,15 +152,25 @@ def test_weights_that_wait_take_no_memory() -> None:
     model = whole()
     streamed, _ = streaming(model, {0}, "disk", InLine())
     streamed(*inputs())
-    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in streamed.parameters()}
+    held = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in streamed.parameters()
+    }
     block = Frame(next(iter(model.blocks))).layout.nbytes
-    small = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("blocks.") or p.ndim != 2)
+    small = sum(
+        p.nbytes
+        for name, p in model.named_parameters()
+        if not name.startswith("blocks.") or p.ndim != 2
+    )
     assert sum(held.values()) < block + small + 5 * 10 * 8
     seen: list[int] = []
 
     def watch(blocks, head, tokens, conditioning):  # type: ignore[no-untyped-def]
         for block, text in zip(blocks, conditioning.text, strict=True):
-            inside = sum(leaf.weight.untyped_storage().nbytes() > 8 for b in streamed.model.blocks for leaf in (b.ffn[0],))
+            inside = sum(
+                leaf.weight.untyped_storage().nbytes() > 8
+                for b in streamed.model.blocks
+                for leaf in (b.ffn[0],)
+            )
             seen.append(inside)
             tokens = block(tokens, conditioning, text)
         return head(tokens, conditioning)
@@ -147,7 +181,9 @@ def test_weights_that_wait_take_no_memory() -> None:
 
 @torch.no_grad()
 def test_the_next_block_is_read_beside_the_work() -> None:
-    """With reading and working as long as each other, a pass takes about one of the two and not their sum."""
+    """With reading and working as long as each other, a pass takes about one of the two and not
+    their sum.
+    """
     model = whole()
     streamed, file = streaming(model, set(), "disk")
     streamed(*inputs())
@@ -201,10 +237,19 @@ def test_loras_on_streamed_blocks(home: str) -> None:
     streamed, _ = streaming(model, {1}, home)
     generator = torch.Generator().manual_seed(3)
     changes = {
-        f"blocks.{n}.{leaf}": LowRank(torch.randn(out, 2, generator=generator), torch.randn(2, side, generator=generator))
+        f"blocks.{n}.{leaf}": LowRank(
+            torch.randn(out, 2, generator=generator), torch.randn(2, side, generator=generator)
+        )
         for n in range(5)
-        for leaf, out, side in (("ffn.0.weight", 96, 48), ("self_attn.q.weight", 48, 48), ("cross_attn.k.weight", 48, 48))
-    } | {"blocks.3.ffn.2.bias": Difference(torch.ones(48)), "blocks.0.modulation": Difference(torch.ones(1, 6, 48))}  # fmt: skip
+        for leaf, out, side in (
+            ("ffn.0.weight", 96, 48),
+            ("self_attn.q.weight", 48, 48),
+            ("cross_attn.k.weight", 48, 48),
+        )
+    } | {
+        "blocks.3.ffn.2.bias": Difference(torch.ones(48)),
+        "blocks.0.modulation": Difference(torch.ones(1, 6, 48)),
+    }
     plain = model(*inputs())
     both = [Adapters(model), Adapters(streamed.model)]
     for strength in (1.0, 0.3):
@@ -230,7 +275,9 @@ def test_chunks_of_tokens(chunk: int) -> None:
     for timestep in (torch.full((2,), 700.0), timesteps):
         expected = model(latent, timestep, inputs(2)[2])
         set_chunk(model, chunk)
-        torch.testing.assert_close(model(latent, timestep, inputs(2)[2]), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(latent, timestep, inputs(2)[2]), expected, rtol=1e-5, atol=1e-5
+        )
         set_chunk(model, 0)
 
 
@@ -239,7 +286,11 @@ def test_chunks_of_tokens(chunk: int) -> None:
 
 def test_an_expert_read_ahead_is_the_one_read_at_once() -> None:
     checkpoint = resolve("nano")
-    for runtime in (Runtime(), Runtime(resident_blocks=2, stream_from="ram"), Runtime(quantize="nf4", quantize_layers="all")):
+    for runtime in (
+        Runtime(),
+        Runtime(resident_blocks=2, stream_from="ram"),
+        Runtime(quantize="nf4", quantize_layers="all"),
+    ):
         where = Where(torch.float32, CPU, runtime)
         ahead = Ahead(checkpoint, "low", where, None, ())
         expected = open_expert(checkpoint, "low", where)
@@ -276,25 +327,46 @@ def test_a_text_encoder_that_is_never_whole_in_memory() -> None:
     told: list[tuple[int, int]] = []
     for dtype in (torch.float32, torch.bfloat16):
         encoder = load_text_encoder(checkpoint, dtype, "cpu")
-        streamed = StreamedEncoder(checkpoint, dtype, CPU, lambda done, total: told.append((done, total)))
+        streamed = StreamedEncoder(
+            checkpoint, dtype, CPU, lambda done, total: told.append((done, total))
+        )
         with torch.no_grad():
             expected = torch.zeros(3, 16, checkpoint.preset.text.dim, dtype=dtype)
             for row, length in enumerate(mask.sum(1).tolist()):
-                expected[row, :length] = encoder(ids[row : row + 1, :length], mask[row : row + 1, :length])
+                expected[row, :length] = encoder(
+                    ids[row : row + 1, :length], mask[row : row + 1, :length]
+                )
             padded = encoder(ids, mask) * mask.unsqueeze(-1)
         assert torch.equal(streamed(ids, mask), expected)
         # Padding is not attended to, so leaving it out changes rounding only.
-        assert (expected - padded).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * padded.abs().max()
+        assert (expected - padded).abs().max() <= (
+            1e-5 if dtype == torch.float32 else 0.03
+        ) * padded.abs().max()
     first = told[: len(told) // 2]
-    assert first == sorted(first) and first[-1][0] == first[-1][1] and len(first) == checkpoint.preset.text.num_layers
+    assert (
+        first == sorted(first)
+        and first[-1][0] == first[-1][1]
+        and len(first) == checkpoint.preset.text.num_layers
+    )
 
 
 def test_streaming_leaves_no_threads_and_no_weights(tmp_path: Path) -> None:
     before = set(threading.enumerate())  # other tests keep pipelines that stream
-    pipe = wanflow.load("nano", device="cpu", resident_blocks=1, stream_from="disk", keep_experts=False, prefetch=True)
-    pipe.generate("a red circle moves left on a blue background", frame_num=5, sample_steps=2, seed=1)
+    pipe = wanflow.load(
+        "nano",
+        device="cpu",
+        resident_blocks=1,
+        stream_from="disk",
+        keep_experts=False,
+        prefetch=True,
+    )
+    pipe.generate(
+        "a red circle moves left on a blue background", frame_num=5, sample_steps=2, seed=1
+    )
     pipe.parts.close()  # type: ignore[attr-defined]
-    assert not any(thread.name.startswith("wanflow") for thread in set(threading.enumerate()) - before)
+    assert not any(
+        thread.name.startswith("wanflow") for thread in set(threading.enumerate()) - before
+    )
 
 
 def test_quantised_blocks_stream_too(tmp_path: Path) -> None:
@@ -304,11 +376,21 @@ def test_quantised_blocks_stream_too(tmp_path: Path) -> None:
         runtime = Runtime(quantize=mode, quantize_layers="all")  # type: ignore[arg-type]
         expected = load_expert(checkpoint, "high", torch.float32, "cpu", runtime=runtime)
         for home in ("ram", "disk"):
-            where = Where(torch.float32, CPU, Runtime(quantize=mode, quantize_layers="all", resident_blocks=1, stream_from=home))  # type: ignore[arg-type]
+            where = Where(
+                torch.float32,
+                CPU,
+                Runtime(quantize=mode, quantize_layers="all", resident_blocks=1, stream_from=home),
+            )  # type: ignore[arg-type]
             streamed = open_expert(checkpoint, "high", where)
-            latent, text = torch.randn(1, 16, 2, 8, 8), torch.randn(1, 9, checkpoint.preset.dit.text_dim)
+            latent, text = (
+                torch.randn(1, 16, 2, 8, 8),
+                torch.randn(1, 9, checkpoint.preset.dit.text_dim),
+            )
             with torch.no_grad():
-                assert torch.equal(streamed(latent, torch.tensor([900.0]), text), expected(latent, torch.tensor([900.0]), text))
+                assert torch.equal(
+                    streamed(latent, torch.tensor([900.0]), text),
+                    expected(latent, torch.tensor([900.0]), text),
+                )
             streamed.close()  # type: ignore[union-attr]
 
 
@@ -322,7 +404,9 @@ def test_a_file_that_is_cut_while_blocks_are_streamed_ends_in_words(tmp_path: Pa
     with expert.open("r+b") as file:
         file.truncate(expert.stat().st_size // 2)
     with pytest.raises(wanflow.RequestError, match=expert.name):
-        pipe.generate("a red circle moves left on a blue background", frame_num=5, sample_steps=2, seed=1)
+        pipe.generate(
+            "a red circle moves left on a blue background", frame_num=5, sample_steps=2, seed=1
+        )
 
 
 SOAK = """
@@ -332,20 +416,26 @@ def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 ways = {
     "resident": {},
-    "swapped, read ahead, streamed": {"keep_experts": False, "prefetch": True, "resident_blocks": 2, "stream_from": "disk", "chunk_tokens": 64},
+    "swapped, read ahead, streamed": {
+        "keep_experts": False, "prefetch": True, "resident_blocks": 2, "stream_from": "disk",
+        "chunk_tokens": 64,
+    },
 }
 for name, runtime in ways.items():
     pipe = wanflow.load("nano", device="cpu", **runtime)
     seen = []
     for number in range(50):
-        pipe.generate("a red circle moves left on a blue background", frame_num=5, sample_steps=2, seed=number)
+        prompt = "a red circle moves left on a blue background"
+        pipe.generate(prompt, frame_num=5, sample_steps=2, seed=number)
         seen.append(anonymous())
     print(json.dumps({"way": name, "early": max(seen[5:20]), "late": max(seen[35:])}))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc"
+)
 def test_fifty_generations_leak_nothing() -> None:
     import json
     import os
@@ -353,7 +443,14 @@ def test_fifty_generations_leak_nothing() -> None:
     import sys
 
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", SOAK], capture_output=True, text=True, check=False, env=settings, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SOAK],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=settings,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         measured = json.loads(line)

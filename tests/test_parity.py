@@ -1,7 +1,8 @@
 """The golden numbers: what the official code computes, number by number.
 
-The folder is WANFLOW_GOLDEN or tests/golden; its README.md describes the format. File names, shapes, settings and tolerances
-all come from the manifests, so that another folder of the same format, with other seeds, sizes and cases, runs the same tests.
+The folder is WANFLOW_GOLDEN or tests/golden; its README.md describes the format. File names,
+shapes, settings and tolerances all come from the manifests, so that another folder of the same
+format, with other seeds, sizes and cases, runs the same tests.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ M = TypeVar("M", bound=nn.Module)
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it brings, and on a busy machine very much more."""
+    """At these sizes a second thread costs more than it brings, and on a busy machine very much
+    more.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +49,11 @@ def _one_thread() -> Iterator[None]:
 def read_manifests() -> dict[str, Json]:
     """The folder's manifests by their `kind`."""
     found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.json")))
-    return {manifest["kind"]: manifest for manifest in found if isinstance(manifest, dict) and manifest.get("kind") in KINDS}
+    return {
+        manifest["kind"]: manifest
+        for manifest in found
+        if isinstance(manifest, dict) and manifest.get("kind") in KINDS
+    }
 
 
 MANIFESTS = read_manifests()
@@ -59,7 +66,10 @@ SIZES: Json = MANIFESTS.get("sizes", {"modules": {}})
 
 
 def test_folder_holds_manifests() -> None:
-    assert MANIFESTS, f"{FOLDER.resolve()} holds no manifest of any kind ({', '.join(KINDS)}); set WANFLOW_GOLDEN to a folder that does"
+    assert MANIFESTS, (
+        f"{FOLDER.resolve()} holds no manifest of any kind ({', '.join(KINDS)}); set WANFLOW_GOLDEN"
+        " to a folder that does"
+    )
     if not os.environ.get("WANFLOW_GOLDEN"):
         assert set(MANIFESTS) == set(KINDS)  # our own folder has all of them; another need not
 
@@ -72,26 +82,33 @@ def tensors(file: str) -> dict[str, Tensor]:
 def stored(file: str, key: str, entry: Json) -> Tensor:
     """A stored tensor, checked against what its manifest says of it."""
     tensor = tensors(file)[key]
-    assert list(tensor.shape) == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}", (
-        f"{file}: {key} is not as its manifest says"
-    )
+    assert (
+        list(tensor.shape) == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}"
+    ), f"{file}: {key} is not as its manifest says"
     return tensor
 
 
 def case_tensors(file: str, case: Json, entries: str = "tensors") -> dict[str, Tensor]:
     """A case's tensors, without its name in front."""
-    return {key.removeprefix(f"{case['name']}."): stored(file, key, entry) for key, entry in case.get(entries, {}).items()}
+    return {
+        key.removeprefix(f"{case['name']}."): stored(file, key, entry)
+        for key, entry in case.get(entries, {}).items()
+    }
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: Json, what: str) -> None:
     """|a - b| <= atol + rtol |b|, b being the stored value."""
-    assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, stored {list(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {list(actual.shape)}, stored {list(expected.shape)}"
+    )
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, stored {expected.dtype}"
     far = (actual.double() - expected.double()).abs()
     allowed = tolerance["atol"] + tolerance["rtol"] * expected.double().abs()
     worst = int((far / allowed.clamp_min(1e-300)).argmax())
     # written so that NaN fails
-    assert bool((far <= allowed).all()), f"{what}: off by {far.flatten()[worst]:.3g} where {allowed.flatten()[worst]:.3g} is allowed"
+    assert bool((far <= allowed).all()), (
+        f"{what}: off by {far.flatten()[worst]:.3g} where {allowed.flatten()[worst]:.3g} is allowed"
+    )
 
 
 def filled(module: M, file: str, manifest: Json) -> M:
@@ -99,7 +116,9 @@ def filled(module: M, file: str, manifest: Json) -> M:
     weights = {key: stored(file, key, entry) for key, entry in manifest["weights"].items()}
     assert weights.keys() == tensors(file).keys()
     module.load_state_dict(weights, strict=True)
-    assert sum(p.numel() for p in module.parameters()) == manifest.get("parameters", sum(w.numel() for w in weights.values()))
+    assert sum(p.numel() for p in module.parameters()) == manifest.get(
+        "parameters", sum(w.numel() for w in weights.values())
+    )
     return module.eval().requires_grad_(False)
 
 
@@ -109,7 +128,11 @@ def filled(module: M, file: str, manifest: Json) -> M:
 @cache
 def dit(model: str) -> WanDiT:
     manifest = DIT["models"][model]
-    return filled(WanDiT(from_mapping(DiTConfig, manifest["config"], "dit.json")), manifest["weights_file"], manifest)
+    return filled(
+        WanDiT(from_mapping(DiTConfig, manifest["config"], "dit.json")),
+        manifest["weights_file"],
+        manifest,
+    )
 
 
 def run_dit(model: str, case: Json, sample: int) -> tuple[Tensor, Tensor]:
@@ -150,8 +173,13 @@ def test_dit_batch(model: str, case: Json) -> None:
     """Samples of one size, as one batch: the caller pads the texts."""
     manifest = DIT["models"][model]
     found = case_tensors(manifest["cases_file"], case)
-    latent, expected = (torch.stack([found[f"{key}.{n}"] for n in range(case["batch"])]) for key in ("latent", "output"))
-    text = torch.nn.utils.rnn.pad_sequence([found[f"context.{n}"] for n in range(case["batch"])], batch_first=True)
+    latent, expected = (
+        torch.stack([found[f"{key}.{n}"] for n in range(case["batch"])])
+        for key in ("latent", "output")
+    )
+    text = torch.nn.utils.rnn.pad_sequence(
+        [found[f"context.{n}"] for n in range(case["batch"])], batch_first=True
+    )
     t = found["t"] if found["t"].ndim == 1 else found["t"][:, : case["tokens"][0]]
     close(dit(model)(latent, t, text), expected, manifest["tolerance"], f"output of {case['name']}")
 
@@ -159,7 +187,11 @@ def test_dit_batch(model: str, case: Json) -> None:
 def module_path(name: str) -> str:
     """`block1.self_attn` -> `blocks.1.self_attn`; other names are the module's own."""
     head, _, rest = name.partition(".")
-    return f"blocks.{head.removeprefix('block')}{'.' * bool(rest)}{rest}" if head.startswith("block") else name
+    return (
+        f"blocks.{head.removeprefix('block')}{'.' * bool(rest)}{rest}"
+        if head.startswith("block")
+        else name
+    )
 
 
 @pytest.mark.parametrize(("model", "case", "sample"), DIT_MIDDLES)
@@ -185,7 +217,9 @@ def test_dit_intermediates(model: str, case: Json, sample: int) -> None:
         row = expected[min(sample, len(expected) - 1)]  # the time rows are stored once
         if name.startswith(("block", "head")):
             row = row[: case["tokens"][sample]]  # the rest is padding
-        close(seen[name].reshape(row.shape), row, manifest["tolerance"], f"{name} of {case['name']}")
+        close(
+            seen[name].reshape(row.shape), row, manifest["tolerance"], f"{name} of {case['name']}"
+        )
 
 
 # --- the autoencoder ---
@@ -209,14 +243,24 @@ def vae_tensors(case: Json, way: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", VAE_CASES)
 def test_vae_encode(case: Json, groups: int) -> None:
     found = vae_tensors(case, "encode")
-    close(vae().encode(found["video"], groups), found["latent"], VAE["tolerance"]["encode"], f"latent of {case['name']}")
+    close(
+        vae().encode(found["video"], groups),
+        found["latent"],
+        VAE["tolerance"]["encode"],
+        f"latent of {case['name']}",
+    )
 
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("case", VAE_CASES)
 def test_vae_decode(case: Json, groups: int) -> None:
     found = vae_tensors(case, "decode")
-    close(vae().decode(found["latent"], groups), found["video_unclamped"], VAE["tolerance"]["decode"], f"video of {case['name']}")
+    close(
+        vae().decode(found["latent"], groups),
+        found["video_unclamped"],
+        VAE["tolerance"]["decode"],
+        f"video of {case['name']}",
+    )
 
 
 @pytest.mark.parametrize("case", VAE_CASES)
@@ -237,17 +281,26 @@ def test_vae_decode_streamed(case: Json) -> None:
 
 @cache
 def t5() -> UMT5Encoder:
-    return filled(UMT5Encoder(from_mapping(TextConfig, T5["config"], "t5.json")), T5["weights_file"], T5)
+    return filled(
+        UMT5Encoder(from_mapping(TextConfig, T5["config"], "t5.json")), T5["weights_file"], T5
+    )
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in T5["cases"]])
 def test_t5(case: Json) -> None:
     found = case_tensors(T5["cases_file"], case)
     assert found["mask"].sum(1).tolist() == case["valid_tokens"]
-    close(t5()(found["ids"], found["mask"]), found["output"], T5["tolerance"], f"output of {case['name']}")
+    close(
+        t5()(found["ids"], found["mask"]),
+        found["output"],
+        T5["tolerance"],
+        f"output of {case['name']}",
+    )
 
 
-@pytest.mark.parametrize("keys", [pytest.param(T5["buckets"]["keys"], id="buckets")] if "buckets" in T5 else [])
+@pytest.mark.parametrize(
+    "keys", [pytest.param(T5["buckets"]["keys"], id="buckets")] if "buckets" in T5 else []
+)
 def test_t5_buckets(keys: list[str]) -> None:
     relative, bucket = (tensors(T5["cases_file"])[key] for key in keys)
     config = t5().config
@@ -260,7 +313,9 @@ RUNS = [pytest.param(run, id=run["name"]) for run in SOLVERS["runs"]]
 
 
 def golden_velocity(x: Tensor, step: Step) -> Tensor:
-    """The manifest's field: factor and wave in float64, rounded; tanh, product and sum in float32."""
+    """The manifest's field: factor and wave in float64, rounded; tanh, product and sum in
+    float32.
+    """
     p = SOLVERS["velocity"]["parameters"]
     tau = step.timestep / SOLVERS["num_train_timesteps"]
     places = torch.arange(x.numel(), dtype=torch.float64).view(x.shape)
@@ -289,7 +344,9 @@ def test_schedule_experts(run: Json) -> None:
         if "boundary_" not in key:
             continue
         chosen = experts(schedule, float(key.rpartition("boundary_")[2]))
-        assert expected == (chosen.count("high") if key.startswith("high_steps") else list(chosen)), key
+        assert expected == (
+            chosen.count("high") if key.startswith("high_steps") else list(chosen)
+        ), key
         checked += 1
     assert checked
 
@@ -344,7 +401,9 @@ def test_pipeline(run: Json) -> None:
     """Both experts with guidance: velocity and latent of every step, then the video."""
     file, tolerance = PIPELINE["cases_file"], PIPELINE["tolerance"]
     found = case_tensors(file, run)
-    context, context_null = (stored(file, key, PIPELINE["context"][key])[None] for key in ("context", "context_null"))
+    context, context_null = (
+        stored(file, key, PIPELINE["context"][key])[None] for key in ("context", "context_null")
+    )
     schedule = schedule_of(run)
     assert list(schedule.timesteps) == run["timesteps"] == found["timesteps"].tolist()
     close(torch.tensor(schedule.sigmas), found["sigmas"], tolerance["sigmas"], "sigmas")
@@ -363,8 +422,18 @@ def test_pipeline(run: Json) -> None:
     assert torch.equal(state.x[0], found["latents"][0])
     for index in range(len(schedule)):
         state = advance(schedule, state, velocity)
-        close(velocities[-1][0], found["velocity"][index], tolerance["latents"], f"velocity of step {index}")
-        close(state.x[0], found["latents"][index + 1], tolerance["latents"], f"latent after step {index}")
+        close(
+            velocities[-1][0],
+            found["velocity"][index],
+            tolerance["latents"],
+            f"velocity of step {index}",
+        )
+        close(
+            state.x[0],
+            found["latents"][index + 1],
+            tolerance["latents"],
+            f"latent after step {index}",
+        )
     close(state.x[0], found["final_latent"], tolerance["latents"], "final latent")
     video = vae().decode(state.x).clamp(-1, 1)
     assert video.shape[2:] == (PIPELINE["frames"], PIPELINE["height"], PIPELINE["width"])
@@ -373,17 +442,35 @@ def test_pipeline(run: Json) -> None:
 
 # --- full size, on meta ---
 
-BUILDERS = {"dit": (WanDiT, DiTConfig), "t5 encoder": (UMT5Encoder, TextConfig), "wan2.1 vae": (WanVAE, VAEConfig)}
+BUILDERS = {
+    "dit": (WanDiT, DiTConfig),
+    "t5 encoder": (UMT5Encoder, TextConfig),
+    "wan2.1 vae": (WanVAE, VAEConfig),
+}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name, entry in SIZES["modules"].items() if entry["module"] in BUILDERS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, id=name)
+        for name, entry in SIZES["modules"].items()
+        if entry["module"] in BUILDERS
+    ],
+)
 def test_sizes(name: str) -> None:
     entry = SIZES["modules"][name]
     build, config = BUILDERS[entry["module"]]
     with torch.device("meta"):
         state = build(from_mapping(config, entry["config"], name)).state_dict()
-    described = {key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for key, value in state.items()}
+    described = {
+        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for key, value in state.items()
+    }
     assert described == entry["state"]
     count = sum(math.prod(value.shape) for value in state.values())
     assert len(state) == entry["tensors"]
-    assert (count, count * 4, count * 2) == (entry["parameters"], entry["bytes_fp32"], entry["bytes_bf16"])
+    assert (count, count * 4, count * 2) == (
+        entry["parameters"],
+        entry["bytes_fp32"],
+        entry["bytes_bf16"],
+    )

@@ -1,4 +1,6 @@
-"""The pipeline on nano: runs as values, cancel and resume, experts in and out of memory, outputs that are refused."""
+"""The pipeline on nano: runs as values, cancel and resume, experts in and out of memory, outputs
+that are refused.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_a_prompt_becomes_a_video(nano: Pipeline, tmp_path: Path) -> None:
     assert video.frames.shape == (5, 64, 64, 3)
     assert video.frames.dtype == np.uint8
     assert [p.step for p in told] == [1, 2, 3, 4]
-    assert [p.expert for p in told] == sorted((p.expert for p in told), reverse=False)  # high before low
+    assert [p.expert for p in told] == sorted(
+        (p.expert for p in told), reverse=False
+    )  # high before low
     assert told[0].snr < told[-1].snr
     path = video.save(tmp_path / "out.mp4")
     recipe = read_recipe(path)
@@ -56,7 +60,9 @@ def test_a_seed_is_drawn_and_kept(nano: Pipeline) -> None:
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_stopped_saved_loaded_finished_is_the_same_run(nano: Pipeline, tmp_path: Path, solver: str, stop: int) -> None:
+def test_stopped_saved_loaded_finished_is_the_same_run(
+    nano: Pipeline, tmp_path: Path, solver: str, stop: int
+) -> None:
     whole = nano.resume(nano.begin(wanflow.Request(PROMPT, sample_solver=solver, **QUICK)))  # type: ignore[arg-type]
     with pytest.raises(Cancelled) as stopped:
         nano.generate(PROMPT, on_step=lambda p: p.step < stop, sample_solver=solver, **QUICK)
@@ -72,11 +78,13 @@ def test_a_run_is_finished_in_a_new_process(nano: Pipeline, tmp_path: Path) -> N
     with pytest.raises(Cancelled) as stopped:
         nano.generate(PROMPT, on_step=lambda p: p.step < 2, **QUICK)
     stopped.value.run.save(tmp_path / "run.safetensors")
-    code = (
-        "import numpy, wanflow; pipe = wanflow.load('nano', device='cpu');"
-        f"run = wanflow.Run.load(__import__('pathlib').Path({str(tmp_path / 'run.safetensors')!r}));"
-        f"numpy.save({str(tmp_path / 'frames.npy')!r}, pipe.finish(pipe.resume(run)).frames)"
-    )
+    state, frames = str(tmp_path / "run.safetensors"), str(tmp_path / "frames.npy")
+    code = f"""
+import numpy, pathlib, wanflow
+pipe = wanflow.load("nano", device="cpu")
+run = wanflow.Run.load(pathlib.Path({state!r}))
+numpy.save({frames!r}, pipe.finish(pipe.resume(run)).frames)
+"""
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert np.array_equal(np.load(tmp_path / "frames.npy"), whole.frames)
 
@@ -98,11 +106,15 @@ def test_an_unfinished_run_is_not_decoded(nano: Pipeline) -> None:
         nano.finish(nano.begin(wanflow.Request(PROMPT, **QUICK)))
 
 
-def test_guidance_one_leaves_the_second_branch_out(nano: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_one_leaves_the_second_branch_out(
+    nano: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches: list[int] = []
     forward = WanDiT.forward
 
-    def counted(self: WanDiT, latent: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def counted(
+        self: WanDiT, latent: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor:
         batches.append(latent.shape[0])
         return forward(self, latent, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -116,7 +128,9 @@ def test_guidance_one_leaves_the_second_branch_out(nano: Pipeline, monkeypatch: 
 
 
 def test_one_expert_at_a_time(nano: Pipeline) -> None:
-    """The high-noise expert is gone before the low-noise one is read, and the video is the same to the bit."""
+    """The high-noise expert is gone before the low-noise one is read, and the video is the same to
+    the bit.
+    """
     lean = wanflow.load("nano", device="cpu", keep_experts=False)
     alive: list[int] = []
     seen: list[weakref.ref[WanDiT]] = []
@@ -179,13 +193,17 @@ def test_bad_requests_are_named(nano: Pipeline, wrong: dict[str, object], words:
 
 
 def test_other_sizes_and_a_single_frame(nano: Pipeline, tmp_path: Path) -> None:
-    assert nano.generate(PROMPT, size=(96, 48), frame_num=9, sample_steps=2, seed=1).frames.shape == (9, 48, 96, 3)
+    assert nano.generate(
+        PROMPT, size=(96, 48), frame_num=9, sample_steps=2, seed=1
+    ).frames.shape == (9, 48, 96, 3)
     picture = nano.generate(PROMPT, frame_num=1, sample_steps=2, seed=1)
     assert read_recipe(picture.save(tmp_path / "one.png"))["request"]["frame_num"] == 1
 
 
 class GoldenParts:
-    """The reference models as parts of the real pipeline: one loop, and it is the one that users run."""
+    """The reference models as parts of the real pipeline: one loop, and it is the one that users
+    run.
+    """
 
     def __init__(self, folder: Path) -> None:
         manifest = json.loads((folder / "pipeline.json").read_text())
@@ -197,11 +215,15 @@ class GoldenParts:
         self.made_by = {"model": {"name": "golden", "fingerprint": "", "folder": ""}}
         cases = load_file(folder / manifest["cases_file"])
         rows = [cases["context"], cases["context_null"]]
-        self.texts = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, config.text_len - len(row))) for row in rows])
+        self.texts = torch.stack(
+            [torch.nn.functional.pad(row, (0, 0, 0, config.text_len - len(row))) for row in rows]
+        )
         self.models: dict[str, WanDiT] = {}
         for which in ("high", "low"):
             self.models[which] = WanDiT(config)
-            self.models[which].load_state_dict(load_file(folder / manifest[f"{which}_weights_file"]))
+            self.models[which].load_state_dict(
+                load_file(folder / manifest[f"{which}_weights_file"])
+            )
         self._vae = WanVAE(self.preset.vae)
         self._vae.load_state_dict(load_file(folder / vae["weights_file"]))
 
@@ -225,19 +247,34 @@ def test_the_loop_gives_the_reference_latents(golden: Path, together: bool) -> N
     pipe = Pipeline(GoldenParts(golden), cfg_batch=together)
     for run in manifest["runs"]:
         request = wanflow.Request(
-            "golden", "none", size=(manifest["width"], manifest["height"]), frame_num=manifest["frames"],
-            sample_solver="unipc" if run["solver"] == "unipc" else "dpm++", sample_steps=run["steps"], sample_shift=run["shift"],
-            cfg_high=manifest["guide_scale"]["high"], cfg_low=manifest["guide_scale"]["low"], boundary=manifest["boundary"], seed=0,
-        )  # fmt: skip
-        begun = replace(pipe.begin(request), state=SolverState(0, cases[f"{run['name']}.noise"].unsqueeze(0)))
+            "golden",
+            "none",
+            size=(manifest["width"], manifest["height"]),
+            frame_num=manifest["frames"],
+            sample_solver="unipc" if run["solver"] == "unipc" else "dpm++",
+            sample_steps=run["steps"],
+            sample_shift=run["shift"],
+            cfg_high=manifest["guide_scale"]["high"],
+            cfg_low=manifest["guide_scale"]["low"],
+            boundary=manifest["boundary"],
+            seed=0,
+        )
+        begun = replace(
+            pipe.begin(request), state=SolverState(0, cases[f"{run['name']}.noise"].unsqueeze(0))
+        )
         told: list[Progress] = []
         done = pipe.resume(begun, told.append)
         assert [p.expert for p in told] == run["expert"]
         assert [int(p.timestep) for p in told] == run["timesteps"]
         for index, progress in enumerate(told):
             torch.testing.assert_close(
-                progress.latents[0], cases[f"{run['name']}.latents"][index + 1], atol=limit["atol"], rtol=limit["rtol"]
+                progress.latents[0],
+                cases[f"{run['name']}.latents"][index + 1],
+                atol=limit["atol"],
+                rtol=limit["rtol"],
             )
         frames = np.concatenate(list(pipe.frames(done)))
-        wanted = ((cases[f"{run['name']}.video"].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+        wanted = (
+            ((cases[f"{run['name']}.video"].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).numpy()
+        )
         assert np.abs(frames - (wanted - 0.5)).max() <= 0.52  # truncated to whole values

@@ -1,4 +1,6 @@
-"""The plan of one video on several GPUs: the layout, the shares of weights, what a process holds and sends, and the time that follows."""
+"""The plan of one video on several GPUs: the layout, the shares of weights, what a process holds
+and sends, and the time that follows.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,17 @@ def chosen(processes: int, runtime: Runtime = Runtime(), machine: int = 8, **wan
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (1, Layout()), (2, Layout(2)), (3, Layout(ulysses=3)), (4, Layout(2, 1, 2)), (6, Layout(2, 1, 3)), (7, Layout(ulysses=7)),
-        (8, Layout(2, 1, 4)), (16, Layout(2, 1, 8)), (32, Layout(2, 2, 8)),
+        (1, Layout()),
+        (2, Layout(2)),
+        (3, Layout(ulysses=3)),
+        (4, Layout(2, 1, 2)),
+        (6, Layout(2, 1, 3)),
+        (7, Layout(ulysses=7)),
+        (8, Layout(2, 1, 4)),
+        (16, Layout(2, 1, 8)),
+        (32, Layout(2, 2, 8)),
     ],
-)  # fmt: skip
+)
 def test_layouts_that_are_chosen(processes: int, layout: Layout) -> None:
     assert chosen(processes) == layout
 
@@ -54,7 +63,11 @@ def test_layouts_that_are_chosen(processes: int, layout: Layout) -> None:
 def test_guidance_is_split_only_where_every_step_has_it() -> None:
     """A step without it would be computed twice, by both groups."""
     assert chosen(8, cfg_high=1.0, cfg_low=1.0) == chosen(8, cfg_low=1.0) == Layout(ulysses=8)
-    for name, runs in (("lightning4", Layout(ulysses=4)), ("lightning8", Layout(ulysses=4)), ("lightning-motion", Layout(ulysses=4))):
+    for name, runs in (
+        ("lightning4", Layout(ulysses=4)),
+        ("lightning8", Layout(ulysses=4)),
+        ("lightning-motion", Layout(ulysses=4)),
+    ):
         request = with_settings(Request("any", seed=0), name).complete(T2V_A14B)
         assert settle_layout(published(), request, Runtime(), 4, 8)[1] == runs, name
     assert chosen(2, Runtime(cfg_parallel=True), cfg_low=1.0) == Layout(2), "what is set stays"
@@ -65,8 +78,14 @@ def test_what_is_set_stays_and_the_rest_follows() -> None:
     assert chosen(8, Runtime(cfg_parallel=False)) == Layout(ulysses=8)
     assert chosen(8, Runtime(ring_size=2)) == Layout(2, 2, 2)
     assert chosen(16, machine=4) == Layout(2, 2, 4)
-    assert chosen(64, Runtime(attention="sage")).ring == 1, "a ring needs the log-sum-exp, which this kernel does not say"
-    for processes, runtime in ((4, Runtime(ulysses_size=3)), (1, Runtime(ulysses_size=4)), (3, Runtime(cfg_parallel=True))):
+    assert chosen(64, Runtime(attention="sage")).ring == 1, (
+        "a ring needs the log-sum-exp, which this kernel does not say"
+    )
+    for processes, runtime in (
+        (4, Runtime(ulysses_size=3)),
+        (1, Runtime(ulysses_size=4)),
+        (3, Runtime(cfg_parallel=True)),
+    ):
         with pytest.raises(RequestError, match="does not make"):
             chosen(processes, runtime)
     with pytest.raises(RequestError, match="no number of processes"):
@@ -76,9 +95,13 @@ def test_what_is_set_stays_and_the_rest_follows() -> None:
 def test_a_small_model_is_settled_without_a_trace() -> None:
     plan = guard(resolve("nano"), Runtime(device="cpu"), processes=4)
     assert plan.need is None and plan.layout == layout_of(plan.runtime) == Layout(2, 1, 2)
-    assert plan.runtime.dit_fsdp is False and plan.runtime.vae_tile == 0 and plan.runtime.keep_experts
+    assert (
+        plan.runtime.dit_fsdp is False and plan.runtime.vae_tile == 0 and plan.runtime.keep_experts
+    )
     assert any("5 heads on 2" in reason for reason in plan.reasons)
-    assert planned(resolve("nano"), Runtime(device="cpu", dit_fsdp=True), processes=2).runtime.dit_fsdp
+    assert planned(
+        resolve("nano"), Runtime(device="cpu", dit_fsdp=True), processes=2
+    ).runtime.dit_fsdp
 
 
 # what is chosen
@@ -88,28 +111,51 @@ def test_nothing_is_left_open() -> None:
     plan = together(8, **QUICK)
     left = {name for name, value in vars(plan.runtime).items() if value is None}
     assert plan.fits and left == {"cfg_batch", "text_cache"}
-    assert plan.runtime.vae_tile == 0 and not plan.runtime.dit_fsdp and plan.runtime.keep_experts and plan.runtime.resident_blocks == 40
+    assert (
+        plan.runtime.vae_tile == 0
+        and not plan.runtime.dit_fsdp
+        and plan.runtime.keep_experts
+        and plan.runtime.resident_blocks == 40
+    )
 
 
-@pytest.mark.parametrize(("gpu", "processes", "keep"), [("rtx4090", 2, False), ("rtx4090", 4, True)])
+@pytest.mark.parametrize(
+    ("gpu", "processes", "keep"), [("rtx4090", 2, False), ("rtx4090", 4, True)]
+)
 def test_shares_where_a_whole_expert_does_not_fit(gpu: str, processes: int, keep: bool) -> None:
     plan = together(processes, gpu, **QUICK)
     assert plan.fits, plan.short
-    assert plan.runtime.dit_fsdp and plan.runtime.resident_blocks == 40 and not plan.runtime.prefetch
+    assert (
+        plan.runtime.dit_fsdp and plan.runtime.resident_blocks == 40 and not plan.runtime.prefetch
+    )
     assert plan.runtime.keep_experts is keep
     assert any("a share" in reason and "28.6 GB" in reason for reason in plan.reasons)
 
 
 def test_whole_experts_come_first_and_streaming_last() -> None:
     one = together(2, "l40s", **QUICK)
-    assert one.fits and not one.runtime.dit_fsdp and not one.runtime.keep_experts and one.runtime.resident_blocks == 40
+    assert (
+        one.fits
+        and not one.runtime.dit_fsdp
+        and not one.runtime.keep_experts
+        and one.runtime.resident_blocks == 40
+    )
     streamed = together(2, "rtx4090", runtime=Runtime(dit_fsdp=False), **QUICK)
-    assert streamed.fits and not streamed.runtime.dit_fsdp and 0 < (streamed.runtime.resident_blocks or 0) < 40
+    assert (
+        streamed.fits
+        and not streamed.runtime.dit_fsdp
+        and 0 < (streamed.runtime.resident_blocks or 0) < 40
+    )
 
 
 def test_the_official_command_stays_as_it_is() -> None:
     plan = together(4, runtime=Runtime(dit_fsdp=True, ulysses_size=4, keep_experts=False), **QUICK)
-    assert plan.fits and plan.layout == Layout(ulysses=4) and plan.runtime.dit_fsdp and not plan.runtime.keep_experts
+    assert (
+        plan.fits
+        and plan.layout == Layout(ulysses=4)
+        and plan.runtime.dit_fsdp
+        and not plan.runtime.keep_experts
+    )
 
 
 def test_several_that_are_too_small_are_refused_in_three_lines() -> None:
@@ -125,28 +171,48 @@ def test_several_that_are_too_small_are_refused_in_three_lines() -> None:
 def test_processes_of_a_machine_share_its_ram() -> None:
     """Each has its own pinned copy of what it streams."""
     runtime = Runtime(
-        dit_fsdp=False, resident_blocks=20, keep_experts=False, stream_from="ram", chunk_tokens=0, t5_cpu=False, prefetch=False, vae_tile=0
+        dit_fsdp=False,
+        resident_blocks=20,
+        keep_experts=False,
+        stream_from="ram",
+        chunk_tokens=0,
+        t5_cpu=False,
+        prefetch=False,
+        vae_tile=0,
     )
     one, two = (together(processes, "rtx4090", 128, runtime, **QUICK) for processes in (1, 2))
     assert one.need is not None and two.need is not None
     each = [phase.ram for phase in one.need.phases[1:3]]
-    assert [phase.ram for phase in two.need.phases[1:3]] == [2 * ram for ram in each] and each[0] > 14 * GB
-    assert two.need.phases[0].ram - one.need.phases[0].ram == pytest.approx(1.5 * GB), "the second one waits while the first encodes"
+    assert [phase.ram for phase in two.need.phases[1:3]] == [2 * ram for ram in each] and each[
+        0
+    ] > 14 * GB
+    assert two.need.phases[0].ram - one.need.phases[0].ram == pytest.approx(1.5 * GB), (
+        "the second one waits while the first encodes"
+    )
     machine = described("rtx4090", 2, ram=128)
-    apart = settle(published(), of(T2V_A14B, **QUICK), two.runtime, machine, processes=2, per_machine=1)
+    apart = settle(
+        published(), of(T2V_A14B, **QUICK), two.runtime, machine, processes=2, per_machine=1
+    )
     assert apart.need is not None and apart.need.phases[1].ram == each[0], "on a machine each"
 
 
 # what a process holds and sends
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(ulysses=3), Layout(2, 1, 4), Layout(1, 2, 2), Layout(2, 2, 2)])
+@pytest.mark.parametrize(
+    "layout", [Layout(2), Layout(ulysses=3), Layout(2, 1, 4), Layout(1, 2, 2), Layout(2, 2, 2)]
+)
 def test_bytes_at_full_size_are_the_layouts_own(layout: Layout) -> None:
-    """Counted in the code that sends; attention stays one operation, with its share of the heads."""
-    traced = Traces(published(), of(T2V_A14B), torch.bfloat16, CPU, layout).step("high", 2, Runtime(chunk_tokens=0), False)
+    """Counted in the code that sends; attention stays one operation, with its share of the
+    heads.
+    """
+    traced = Traces(published(), of(T2V_A14B), torch.bfloat16, CPU, layout).step(
+        "high", 2, Runtime(chunk_tokens=0), False
+    )
     passes, tokens = 2 // layout.cfg, 75_600
     told = {
-        what: count * (1 if what == "velocity" else passes) for what, count in sent(layout, T2V_A14B.dit, tokens, layout.size - 1).items()
+        what: count * (1 if what == "velocity" else passes)
+        for what, count in sent(layout, T2V_A14B.dit, tokens, layout.size - 1).items()
     }
     assert dict(traced.sent) == told
     heads, own = sizes(40, layout.ulysses)[-1], tokens // layout.ring
@@ -159,11 +225,18 @@ def test_bytes_at_full_size_are_the_layouts_own(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", [Layout(2, 1, 2), Layout(ulysses=3), Layout(1, 2, 2)])
 def test_one_block_stands_for_all(layout: Layout) -> None:
     preset = replace(NANO, dit=SMALL_DIT)
-    sides = [Traces(published(preset), of(preset, size="256*256"), torch.bfloat16, CPU, layout) for _ in range(2)]
+    sides = [
+        Traces(published(preset), of(preset, size="256*256"), torch.bfloat16, CPU, layout)
+        for _ in range(2)
+    ]
     sides[1].TRACED_BLOCKS = SMALL_DIT.num_layers
     reckoned, traced = (side.step("high", 2, Runtime(cfg_batch=False), False) for side in sides)
     assert reckoned.beside == traced.beside
-    assert reckoned.work == traced.work and reckoned.sent == traced.sent and reckoned.messages == traced.messages > 0
+    assert (
+        reckoned.work == traced.work
+        and reckoned.sent == traced.sent
+        and reckoned.messages == traced.messages > 0
+    )
 
 
 @pytest.mark.parametrize("quantize", ["", "int8"])
@@ -173,20 +246,42 @@ def test_shares_are_rows(quantize: Any) -> None:
     runtime = Runtime(quantize=quantize, quantize_layers="all", chunk_tokens=0, dit_fsdp=True)
     traces = Traces(published(preset), of(preset), torch.bfloat16, CPU, layout)
     model = expert_structure(preset.dit, None, runtime, torch.bfloat16, "cpu")
-    cut = {value for block in model.blocks for leaf in block.modules() for value in shares.rows_of(leaf)}
-    kept = sum(-(-len(value) // 3) * (value.nbytes // len(value)) if value in cut else value.nbytes for value in model.parameters())
+    cut = {
+        value
+        for block in model.blocks
+        for leaf in block.modules()
+        for value in shares.rows_of(leaf)
+    }
+    kept = sum(
+        -(-len(value) // 3) * (value.nbytes // len(value)) if value in cut else value.nbytes
+        for value in model.parameters()
+    )
     assert on_device(traces, "high", runtime) == kept
-    block = sum(3 * -(-len(value) // 3) * (value.nbytes // len(value)) for value in cut) / preset.dit.num_layers
-    # At work a block is there twice: whole, and as the message in which it came; gloo has a copy of that while it comes.
+    block = (
+        sum(3 * -(-len(value) // 3) * (value.nbytes // len(value)) for value in cut)
+        / preset.dit.num_layers
+    )
+    # At work a block is there twice: whole, and as the message in which it came; gloo has a copy of
+    # that while it comes.
     plain = traces.step("high", 2, replace(runtime, dit_fsdp=False), False).beside
-    ours, gloos = (traces.step("high", 2, runtime, False, gloo=gloo).beside for gloo in (False, True))
-    assert max(plain, 2 * block) <= ours <= plain + 2 * block and max(ours, 3 * block) <= gloos <= plain + 3 * block
+    ours, gloos = (
+        traces.step("high", 2, runtime, False, gloo=gloo).beside for gloo in (False, True)
+    )
+    assert (
+        max(plain, 2 * block) <= ours <= plain + 2 * block
+        and max(ours, 3 * block) <= gloos <= plain + 3 * block
+    )
 
 
 def test_strips_share_a_decode() -> None:
     """Of the process with the most to do; the whole frame is known from `tests/test_strips.py`."""
-    whole, part = (Traces(published(), of(T2V_A14B), torch.bfloat16, CPU, layout).decode(0) for layout in (Layout(), Layout(2, 1, 4)))
-    assert part.beside < 1.06 * whole.beside / 8 and part.work.total() < 1.06 * whole.work.total() / 8
+    whole, part = (
+        Traces(published(), of(T2V_A14B), torch.bfloat16, CPU, layout).decode(0)
+        for layout in (Layout(), Layout(2, 1, 4))
+    )
+    assert (
+        part.beside < 1.06 * whole.beside / 8 and part.work.total() < 1.06 * whole.work.total() / 8
+    )
     assert set(part.sent) == {"halo", "kv", "frames"} and not whole.sent
 
 
@@ -198,9 +293,16 @@ def test_sending_is_added_and_gathering_overlaps() -> None:
     assert plan.need is not None and plan.machine.rates is not None
     phase, fast = plan.need.phases[1], plan.machine.rates
     slow = replace(fast, link=PCIE)
-    ours, theirs = (estimate(replace(plan, machine=replace(plan.machine, rates=each))).stages[1] for each in (fast, slow))
-    assert ours.bound == "computing" and ours.sending == pytest.approx(sum(phase.sent.values()) / fast.link + phase.messages * fast.message)
-    assert theirs.bound == "the others' shares of the weights" and theirs.step == pytest.approx(phase.gathered / PCIE + theirs.sending)
+    ours, theirs = (
+        estimate(replace(plan, machine=replace(plan.machine, rates=each))).stages[1]
+        for each in (fast, slow)
+    )
+    assert ours.bound == "computing" and ours.sending == pytest.approx(
+        sum(phase.sent.values()) / fast.link + phase.messages * fast.message
+    )
+    assert theirs.bound == "the others' shares of the weights" and theirs.step == pytest.approx(
+        phase.gathered / PCIE + theirs.sending
+    )
     assert phase.gathered == 3 * sum(
         -(-len(value) // 4) * (value.nbytes // len(value))
         for block in expert_structure(T2V_A14B.dit, None, Runtime(), torch.bfloat16, "cpu").blocks
@@ -234,7 +336,9 @@ def test_the_least_free_memory_of_the_gpus_that_are_used(monkeypatch: pytest.Mon
     assert plan_machines._least_free(cards) == 70_000 * 2**20
     monkeypatch.setattr(plan_machines, "free_memory", dict)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 6))
-    assert plan_machines._least_free(cards) == 5, "where the driver's tool is missing, the one at hand"
+    assert plan_machines._least_free(cards) == 5, (
+        "where the driver's tool is missing, the one at hand"
+    )
 
 
 # the command
@@ -244,19 +348,51 @@ def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--gpu", "rtx4090", "--num_gpus", "3", "--size", "832*480", "--frame_num", "17"]
     assert main(argv) == 0
     page = capsys.readouterr().out
-    for words in ("3 x NVIDIA RTX 4090", "3 processes as ulysses 3", "40 heads on 3", "memory of each process", "on each", "of all 3",
-                  "queries, keys and values", "GB of weights", "of it sending", "by the first process"):  # fmt: skip
+    for words in (
+        "3 x NVIDIA RTX 4090",
+        "3 processes as ulysses 3",
+        "40 heads on 3",
+        "memory of each process",
+        "on each",
+        "of all 3",
+        "queries, keys and values",
+        "GB of weights",
+        "of it sending",
+        "by the first process",
+    ):
         assert words in page, words
 
 
 def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["plan", "--num_gpus", "4", "--dit_fsdp", "--t5_fsdp", "--ulysses_size", "4", "--size", "832*480", "--frame_num", "17", "--json"]
+    argv = [
+        "plan",
+        "--num_gpus",
+        "4",
+        "--dit_fsdp",
+        "--t5_fsdp",
+        "--ulysses_size",
+        "4",
+        "--size",
+        "832*480",
+        "--frame_num",
+        "17",
+        "--json",
+    ]
     assert main(argv) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] and told["layout"] == {"cfg": 1, "ring": 1, "ulysses": 4, "processes": 4}
-    assert told["runtime"]["dit_fsdp"] is True and told["runtime"]["ulysses_size"] == 4 and told["machine"]["rates"]["link"] == 200e9
+    assert (
+        told["runtime"]["dit_fsdp"] is True
+        and told["runtime"]["ulysses_size"] == 4
+        and told["machine"]["rates"]["link"] == 200e9
+    )
     text, step, *_, vae = told["phases"]
-    assert text["alone"] and step["processes_here"] == 4 and set(step["sent"]) == {"qkv", "out", "patches"} and step["gathered"] > 20 * GB
+    assert (
+        text["alone"]
+        and step["processes_here"] == 4
+        and set(step["sent"]) == {"qkv", "out", "patches"}
+        and step["gathered"] > 20 * GB
+    )
     assert set(vae["sent"]) == {"halo", "kv", "frames"}
     assert told["estimate"]["stages"][1]["sending"] > 0
 

@@ -1,4 +1,6 @@
-"""Rounded weights: every format against an independent spelling, every way of multiplying against its bound, and what they must bear."""
+"""Rounded weights: every format against an independent spelling, every way of multiplying against
+its bound, and what they must bear.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,20 @@ from wanflow.transforms import packed as packing
 from wanflow.transforms import quant as module
 from wanflow.transforms.lora import Adapters, Decomposed, LowRank, changed
 from wanflow.transforms.packed import PackedLinear, swap
-from wanflow.transforms.quant import LARGEST, NF4, QuantLinear, Way, choose_way, leaves, swap_quantised
+from wanflow.transforms.quant import (
+    LARGEST,
+    NF4,
+    QuantLinear,
+    Way,
+    choose_way,
+    leaves,
+    swap_quantised,
+)
 
 # heads of 16; 160 is nano's width, of two and a half of nf4's blocks
-TINY = DiTConfig(dim=160, ffn_dim=320, num_heads=10, num_layers=2, text_dim=24, text_len=8, freq_dim=16)
+TINY = DiTConfig(
+    dim=160, ffn_dim=320, num_heads=10, num_layers=2, text_dim=24, text_len=8, freq_dim=16
+)
 WAYS: list[tuple[Quantization, Way]] = [("fp8", "scaled_mm"), ("int8", "int_mm")]
 EVERY: list[tuple[Quantization, Way]] = [*((mode, "weight-only") for mode in QUANTIZATIONS), *WAYS]
 
@@ -42,7 +54,11 @@ def fill(leaf: QuantLinear, weight: Tensor, bias: Tensor | None = None) -> Quant
 
 
 def rounded(
-    weight: Tensor, mode: Quantization, way: Way = "weight-only", dtype: torch.dtype = torch.bfloat16, bias: Tensor | None = None
+    weight: Tensor,
+    mode: Quantization,
+    way: Way = "weight-only",
+    dtype: torch.dtype = torch.bfloat16,
+    bias: Tensor | None = None,
 ) -> QuantLinear:
     with torch.device("meta"):
         leaf = QuantLinear(weight.shape[1], weight.shape[0], bias is not None, mode, dtype, way)
@@ -50,11 +66,20 @@ def rounded(
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
 
 
 def snr(got: Tensor, want: Tensor) -> float:
-    return float(10 * torch.log10(want.double().square().mean() / (got.double() - want.double()).square().mean()))
+    return float(
+        10
+        * torch.log10(
+            want.double().square().mean() / (got.double() - want.double()).square().mean()
+        )
+    )
 
 
 # formats
@@ -69,14 +94,18 @@ def values_of(mode: Quantization) -> Tensor:
 
 
 def spelled(weight: Tensor, mode: Quantization) -> tuple[Tensor, Tensor]:
-    """What a weight should become, in float64: its scale for every value, and the nearest of the format's values times that."""
+    """What a weight should become, in float64: its scale for every value, and the nearest of the
+    format's values times that.
+    """
     out, columns = weight.shape
     scale = torch.empty(out, columns, dtype=torch.float64)
     for row in range(out):
         for start in range(0, columns, 64 if mode == "nf4" else columns):
             part = slice(start, start + (64 if mode == "nf4" else columns))
             largest = weight[row, part].abs().max()
-            scale[row, part] = largest.bfloat16().double() if mode == "nf4" else (largest / LARGEST[mode]).double()
+            scale[row, part] = (
+                largest.bfloat16().double() if mode == "nf4" else (largest / LARGEST[mode]).double()
+            )
     levels = values_of(mode)
     nearest = (weight.double() / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)
     return scale, levels[nearest] * scale
@@ -84,15 +113,21 @@ def spelled(weight: Tensor, mode: Quantization) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("shape", [(24, 640), (16, 160), (3, 70), (1, 1), (5, 129)], ids=str)
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
-def test_every_value_becomes_the_nearest(mode: Quantization, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_value_becomes_the_nearest(
+    mode: Quantization, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = random(*shape, size=0.02)
     weight[0] *= 300  # rows of very different size
     leaf = rounded(weight, mode)
     scale, want = spelled(weight, mode)
     got = leaf.dense(torch.float32).double()
-    torch.testing.assert_close(got, want, rtol=0, atol=float(scale.max()) * LARGEST[mode] * 0.08)  # a tie may go either way, ...
+    torch.testing.assert_close(
+        got, want, rtol=0, atol=float(scale.max()) * LARGEST[mode] * 0.08
+    )  # a tie may go either way, ...
     best, error = (want - weight.double()).abs(), (got - weight.double()).abs()
-    assert bool((error <= best + 1e-5 * scale * LARGEST[mode]).all())  # ... but no value is further off than it need be
+    assert bool(
+        (error <= best + 1e-5 * scale * LARGEST[mode]).all()
+    )  # ... but no value is further off than it need be
     for dtype in (torch.bfloat16, torch.float16):
         assert same_bits(leaf.dense(dtype), leaf.dense(torch.float32).to(dtype))
     assert leaf.dense().dtype == torch.bfloat16 and leaf.dense().shape == shape
@@ -104,20 +139,33 @@ def test_every_value_becomes_the_nearest(mode: Quantization, shape: tuple[int, i
 
 
 def test_the_levels_of_nf4() -> None:
-    """Quantiles of the normal distribution, eight above zero and seven below, as the paper derives them."""
+    """Quantiles of the normal distribution, eight above zero and seven below, as the paper derives
+    them.
+    """
     edge = 0.5 * (1 / 32 + 1 / 30)
-    up, down = (torch.special.ndtri(torch.linspace(1 - edge, 0.5, n, dtype=torch.float64))[:-1] for n in (9, 8))
+    up, down = (
+        torch.special.ndtri(torch.linspace(1 - edge, 0.5, n, dtype=torch.float64))[:-1]
+        for n in (9, 8)
+    )
     levels = torch.cat([-down, torch.zeros(1, dtype=torch.float64), up]).sort().values
-    torch.testing.assert_close(torch.tensor(NF4, dtype=torch.float64), levels / levels.max(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(NF4, dtype=torch.float64), levels / levels.max(), rtol=0, atol=1e-6
+    )
 
 
 def test_nf4_bytes() -> None:
     """The first of two values in the upper bits, blocks of 64, the last one filled up."""
     weight = torch.zeros(1, 66)
-    weight[0, :4], weight[0, 64:] = torch.tensor([-2.0, 2.0, 0.0, 2 * NF4[9]]), torch.tensor([0.5, -0.5])
+    weight[0, :4], weight[0, 64:] = (
+        torch.tensor([-2.0, 2.0, 0.0, 2 * NF4[9]]),
+        torch.tensor([0.5, -0.5]),
+    )
     made = rounded(weight, "nf4").quantise(weight)
     assert made["data"].shape == (1, 64) and made["data"].dtype == torch.uint8
-    assert made["data"][0, :2].tolist() == [0x0F, 0x79] and made["data"][0, 32:34].tolist() == [0xF0, 0x77]
+    assert made["data"][0, :2].tolist() == [0x0F, 0x79] and made["data"][0, 32:34].tolist() == [
+        0xF0,
+        0x77,
+    ]
     assert made["scale"].tolist() == [[2.0, 0.5]] and made["scale"].dtype == torch.bfloat16
 
 
@@ -125,9 +173,9 @@ def test_nf4_bytes() -> None:
 def test_size_and_error_on_a_normal_weight(mode: Quantization, bits: float) -> None:
     weight = random(256, 5120, size=0.02)
     leaf = rounded(weight, mode)
-    assert sum(value.nbytes for name, value in leaf.named_parameters() if name != "levels") * 8 / weight.numel() == pytest.approx(
-        bits, 2e-3
-    )
+    assert sum(
+        value.nbytes for name, value in leaf.named_parameters() if name != "levels"
+    ) * 8 / weight.numel() == pytest.approx(bits, 2e-3)
     assert snr(leaf.dense(torch.float32), weight) > {"fp8": 31, "int8": 40, "nf4": 20}[mode]
 
 
@@ -139,9 +187,13 @@ def test_zeros_and_extremes(mode: Quantization) -> None:
     weight[5] = torch.finfo(torch.float32).max / 2
     weight[6], weight[6, 100] = 1e-20, 1.0
     got = rounded(weight, mode).dense(torch.float32)
-    assert same_bits(got[2].abs(), torch.zeros(640)) and same_bits(got[3, 64:].abs(), torch.zeros(576))
+    assert same_bits(got[2].abs(), torch.zeros(640)) and same_bits(
+        got[3, 64:].abs(), torch.zeros(576)
+    )
     assert got.isfinite().all() and got[4].abs().max() < 1e-27
-    assert got[5] == pytest.approx(weight[5], rel=4e-3) and got[6, 100] == pytest.approx(1, rel=4e-3)
+    assert got[5] == pytest.approx(weight[5], rel=4e-3) and got[6, 100] == pytest.approx(
+        1, rel=4e-3
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -181,8 +233,15 @@ def test_rounding_takes_little_memory(mode: Quantization, monkeypatch: pytest.Mo
 # structure
 
 
-def experts(mode: Quantization, layers: Any = "all", way: Way | None = None, dtype: torch.dtype = torch.float32) -> tuple[WanDiT, WanDiT]:
-    """A tiny expert with rounded leaves, built on meta and filled tensor by tensor, and its twin that is not rounded."""
+def experts(
+    mode: Quantization,
+    layers: Any = "all",
+    way: Way | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[WanDiT, WanDiT]:
+    """A tiny expert with rounded leaves, built on meta and filled tensor by tensor, and its twin
+    that is not rounded.
+    """
     torch.manual_seed(0)
     plain = WanDiT(TINY).eval().requires_grad_(False)
     for parameter in plain.parameters():
@@ -203,21 +262,41 @@ def experts(mode: Quantization, layers: Any = "all", way: Way | None = None, dty
 
 def run(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(random(1, 16, 2, 4, 4, seed=1), torch.tensor([500.0]), random(1, 5, 24, seed=2))
+        return model(
+            random(1, 16, 2, 4, 4, seed=1), torch.tensor([500.0]), random(1, 5, 24, seed=2)
+        )
 
 
 def test_leaves() -> None:
     with torch.device("meta"):
         model = WanDiT(TINY)
     assert leaves(model, "ffn") == [f"blocks.{n}.ffn.{m}" for n in (0, 1) for m in (0, 2)]
-    attention = {f"blocks.{n}.{kind}_attn.{side}" for n in (0, 1) for kind in ("self", "cross") for side in "qkvo"}
-    assert set(leaves(model, "all")) == {*attention, *leaves(model, "ffn")} and len(leaves(model, "all")) == 20
-    swap(model, {"blocks.0.ffn.0.weight": "Q8_0", "blocks.1.self_attn.q.weight": "F8_E4M3"}, torch.bfloat16)
+    attention = {
+        f"blocks.{n}.{kind}_attn.{side}"
+        for n in (0, 1)
+        for kind in ("self", "cross")
+        for side in "qkvo"
+    }
+    assert (
+        set(leaves(model, "all")) == {*attention, *leaves(model, "ffn")}
+        and len(leaves(model, "all")) == 20
+    )
+    swap(
+        model,
+        {"blocks.0.ffn.0.weight": "Q8_0", "blocks.1.self_attn.q.weight": "F8_E4M3"},
+        torch.bfloat16,
+    )
     assert leaves(model, "ffn") == ["blocks.0.ffn.2", "blocks.1.ffn.0", "blocks.1.ffn.2"]
     swap_quantised(model, leaves(model, "all"), "int8", torch.bfloat16, "cpu")
-    kinds = {type(leaf) for path, leaf in model.named_modules() if path.startswith("blocks.") and hasattr(leaf, "in_features")}
+    kinds = {
+        type(leaf)
+        for path, leaf in model.named_modules()
+        if path.startswith("blocks.") and hasattr(leaf, "in_features")
+    }
     assert kinds == {QuantLinear, PackedLinear} and leaves(model, "all") == []
-    assert isinstance(model.time_projection[1], Linear32) and isinstance(model.text_embedding[0], Linear)
+    assert isinstance(model.time_projection[1], Linear32) and isinstance(
+        model.text_embedding[0], Linear
+    )
     with pytest.raises(RequestError, match="'attention' is neither ffn nor all"):
         leaves(model, "attention")  # type: ignore[arg-type]
 
@@ -233,7 +312,13 @@ def test_what_cannot_be_swapped() -> None:
     with pytest.raises(ValueError, match="head.head is a Linear32"):
         swap_quantised(model, ["head.head"], "fp8", torch.bfloat16, "cpu")
     assert leaves(model, "ffn") == paths
-    wrong = [("nf4", "int_mm"), ("fp8", "int_mm"), ("int8", "scaled_mm"), ("fp8", "fast"), ("fp8", "scaled_mm")]
+    wrong = [
+        ("nf4", "int_mm"),
+        ("fp8", "int_mm"),
+        ("int8", "scaled_mm"),
+        ("fp8", "fast"),
+        ("fp8", "scaled_mm"),
+    ]
     for mode, way in wrong:
         with pytest.raises(ValueError, match="is no way to multiply"):
             QuantLinear(32, 32, True, mode, torch.float32, way)  # type: ignore[arg-type]
@@ -241,7 +326,10 @@ def test_what_cannot_be_swapped() -> None:
 
 def test_the_way_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, bf16 = torch.device("cuda"), torch.bfloat16
-    assert all(choose_way(mode, bf16, torch.device("cpu"), 5120, 13824) == "weight-only" for mode in QUANTIZATIONS)
+    assert all(
+        choose_way(mode, bf16, torch.device("cpu"), 5120, 13824) == "weight-only"
+        for mode in QUANTIZATIONS
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_way("fp8", bf16, gpu, 5120, 13824) == "weight-only"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -256,10 +344,14 @@ def test_the_way_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatch) -> No
         ways = [choose_way(mode, bf16, gpu, 5120, 13824) for mode in QUANTIZATIONS]
         assert ways == [fp8, int8, "weight-only"], capability
     assert (
-        choose_way("fp8", torch.float16, gpu, 5120, 13824) == "weight-only" and choose_way("int8", torch.float16, gpu, 64, 64) == "int_mm"
+        choose_way("fp8", torch.float16, gpu, 5120, 13824) == "weight-only"
+        and choose_way("int8", torch.float16, gpu, 64, 64) == "int_mm"
     )
     assert choose_way("int8", torch.float32, gpu, 64, 64) == "weight-only"
-    assert choose_way("fp8", bf16, gpu, 160, 40) == "weight-only" and choose_way("int8", bf16, gpu, 160, 40) == "int_mm"
+    assert (
+        choose_way("fp8", bf16, gpu, 160, 40) == "weight-only"
+        and choose_way("int8", bf16, gpu, 160, 40) == "int_mm"
+    )
     assert choose_way("int8", bf16, gpu, 160, 36) == "weight-only"
     with torch.device("meta"):
         model = WanDiT(TINY)
@@ -276,10 +368,14 @@ def test_meta_structure_is_the_filled_one(mode: Quantization) -> None:
     with torch.device("meta"):
         empty = WanDiT(TINY)
     swap_quantised(empty, leaves(empty, "all"), mode, torch.bfloat16, "cpu")
-    shapes = {name: (value.shape, value.dtype, value.nbytes) for name, value in empty.named_parameters()}
+    shapes = {
+        name: (value.shape, value.dtype, value.nbytes) for name, value in empty.named_parameters()
+    }
     assert all(value.is_meta for value in empty.parameters())
     full, _ = experts(mode, dtype=torch.bfloat16)
-    assert {name: (value.shape, value.dtype, value.nbytes) for name, value in full.named_parameters()} == shapes
+    assert {
+        name: (value.shape, value.dtype, value.nbytes) for name, value in full.named_parameters()
+    } == shapes
     assert all(type(value) is nn.Parameter and value.is_contiguous() for value in full.parameters())
     assert not list(full.buffers())
 
@@ -304,12 +400,20 @@ def test_parameters_may_be_views_of_one_buffer_of_bytes(mode: Quantization, way:
 @pytest.mark.parametrize(("mode", "way"), EVERY)
 def test_to_moves_and_does_not_convert(mode: Quantization, way: Way) -> None:
     leaf = rounded(random(32, 160), mode, way, bias=random(32))
-    x, before = random(20, 160, seed=1), {name: value.clone() for name, value in leaf.named_parameters()}
+    x, before = (
+        random(20, 160, seed=1),
+        {name: value.clone() for name, value in leaf.named_parameters()},
+    )
     want = leaf(x)
     for changed_leaf in (leaf.to(torch.float16), leaf.double(), copy.deepcopy(leaf).half()):
-        assert all(same_bits(value, before[name]) for name, value in changed_leaf.named_parameters())
+        assert all(
+            same_bits(value, before[name]) for name, value in changed_leaf.named_parameters()
+        )
         assert same_bits(changed_leaf(x), want) and changed_leaf.compute_dtype == torch.bfloat16
-    assert all(value.is_meta and value.dtype == before[name].dtype for name, value in copy.deepcopy(leaf).to("meta").named_parameters())
+    assert all(
+        value.is_meta and value.dtype == before[name].dtype
+        for name, value in copy.deepcopy(leaf).to("meta").named_parameters()
+    )
     assert mode in repr(leaf) and way in repr(leaf) and "32 x 160" in repr(leaf)
 
 
@@ -318,7 +422,9 @@ def test_to_moves_and_does_not_convert(mode: Quantization, way: Way) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
-def test_weight_only_is_a_matmul_with_the_dense_weight(mode: Quantization, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_only_is_a_matmul_with_the_dense_weight(
+    mode: Quantization, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, bias, x = random(80, 160), random(80, seed=1), random(2, 3, 160, seed=2)
     for given in (bias, None):
         leaf = rounded(weight, mode, dtype=dtype, bias=given)
@@ -331,7 +437,9 @@ def test_weight_only_is_a_matmul_with_the_dense_weight(mode: Quantization, dtype
 
 
 def outliers(rows: int, columns: int) -> Tensor:
-    """Activations with what real ones have: large channels, large tokens, a token of zeros; on a grid that bfloat16 keeps."""
+    """Activations with what real ones have: large channels, large tokens, a token of zeros; on a
+    grid that bfloat16 keeps.
+    """
     x = random(rows, columns, seed=3)
     x[:, ::50] *= 40
     x[rows // 2] *= 300
@@ -340,20 +448,26 @@ def outliers(rows: int, columns: int) -> Tensor:
 
 
 def bound(leaf: QuantLinear, x: Tensor) -> Tensor:
-    """How far results may lie from those of the same weight and unrounded tokens, by what rounding does to one value.
+    """How far results may lie from those of the same weight and unrounded tokens, by what rounding
+    does to one value.
 
-    int8: at most half a scale. fp8: at most 1/16 of the value, or half of the smallest step (2^-10 of the scale). Then the result
-    itself is rounded to bfloat16, 2^-8 of it at most (a bias that is added afterwards rounds twice).
+    int8: at most half a scale. fp8: at most 1/16 of the value, or half of the smallest step (2^-10
+        of the scale). Then the result itself is rounded to bfloat16, 2^-8 of it at most (a bias
+        that is added afterwards rounds twice).
     """
     weight = leaf.dense(torch.float32).double()
     scale = x.double().abs().amax(-1, keepdim=True) / LARGEST[leaf.mode]
     if leaf.mode == "int8":
         moved = (scale / 2 * weight.abs().sum(-1)) * (1 + 1e-4)
     else:
-        moved = (x.double().abs() @ weight.abs().T / 16 + scale * 2**-10 * weight.abs().sum(-1)) * (1 + 1e-4)
+        moved = (x.double().abs() @ weight.abs().T / 16 + scale * 2**-10 * weight.abs().sum(-1)) * (
+            1 + 1e-4
+        )
     exact = x.double() @ weight.T
     bias = torch.zeros(1, dtype=torch.float64) if leaf.bias is None else leaf.bias.double().abs()
-    return moved + (exact.abs() + moved + bias) * 2**-7 * (leaf.compute_dtype == torch.bfloat16) + 1e-6
+    return (
+        moved + (exact.abs() + moved + bias) * 2**-7 * (leaf.compute_dtype == torch.bfloat16) + 1e-6
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 75])
@@ -373,9 +487,15 @@ def test_rounded_tokens_by_another_spelling(mode: Quantization, way: Way) -> Non
     weight, x = random(32, 320, size=0.05), outliers(20, 320)
     leaf = rounded(weight, mode, way)
     step = x.abs().amax(-1, keepdim=True) / LARGEST[mode] + (x.abs().amax(-1, keepdim=True) == 0)
-    tokens = (x / step).to(torch.float8_e4m3fn).double() if mode == "fp8" else torch.round(x / step).double()
+    tokens = (
+        (x / step).to(torch.float8_e4m3fn).double()
+        if mode == "fp8"
+        else torch.round(x / step).double()
+    )
     want = (tokens * step.double()) @ leaf.dense(torch.float32).double().T
-    torch.testing.assert_close(leaf(x).double(), want, rtol=2**-8, atol=1e-5 * float(want.abs().max()))
+    torch.testing.assert_close(
+        leaf(x).double(), want, rtol=2**-8, atol=1e-5 * float(want.abs().max())
+    )
 
 
 @pytest.mark.parametrize(("mode", "way"), EVERY)
@@ -386,9 +506,23 @@ def test_shapes_of_input(mode: Quantization, way: Way, monkeypatch: pytest.Monke
     assert want.shape == (3, 40, 48) and want.dtype == torch.bfloat16
     wide, turned = random(3, 40, 320, seed=2), x.transpose(0, 1).contiguous().transpose(0, 1)
     wide[..., ::2] = x
-    for same in (turned, wide[..., ::2]):  # another layout takes another matmul, which adds the bias after rounding
-        assert same_bits(leaf(same), want if way != "weight-only" else F.linear(same.bfloat16(), leaf.dense(), leaf.bias.bfloat16()))
-    assert leaf(x[:0]).shape == (0, 40, 48) and leaf(x[0, :0]).shape == (0, 48) and leaf(x[0, 0]).shape == (48,)
+    for same in (
+        turned,
+        wide[..., ::2],
+    ):  # another layout takes another matmul, which adds the bias after rounding
+        assert same_bits(
+            leaf(same),
+            (
+                want
+                if way != "weight-only"
+                else F.linear(same.bfloat16(), leaf.dense(), leaf.bias.bfloat16())
+            ),
+        )
+    assert (
+        leaf(x[:0]).shape == (0, 40, 48)
+        and leaf(x[0, :0]).shape == (0, 48)
+        and leaf(x[0, 0]).shape == (48,)
+    )
     assert same_bits(leaf(x.bfloat16()), want)
     monkeypatch.setattr(module, "PIECE", 1)  # 32 tokens at a time
     torch.testing.assert_close(leaf(x), want)
@@ -402,7 +536,9 @@ def test_sums_of_int8_do_not_overflow_at_full_width() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("mode", "way"), EVERY)
-def test_a_token_that_is_not_finite_is_seen_and_spoils_no_other(mode: Quantization, way: Way, value: float) -> None:
+def test_a_token_that_is_not_finite_is_seen_and_spoils_no_other(
+    mode: Quantization, way: Way, value: float
+) -> None:
     leaf, x = rounded(random(48, 160), mode, way), random(20, 160, seed=1)
     want = leaf(x)
     x[7, 3] = value
@@ -416,7 +552,9 @@ def test_gradients_pass_by_the_dense_weight(mode: Quantization, way: Way) -> Non
     leaf = rounded(random(48, 160), mode, way)
     x = random(20, 160, seed=1).bfloat16().requires_grad_()
     leaf(x).float().sum().backward()
-    torch.testing.assert_close(x.grad, leaf.dense().float().sum(0).expand(20, -1).bfloat16(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        x.grad, leaf.dense().float().sum(0).expand(20, -1).bfloat16(), rtol=2e-2, atol=2e-2
+    )
 
 
 @pytest.fixture
@@ -455,7 +593,10 @@ def test_traced_without_memory(mode: Quantization, way: Way) -> None:
 
 
 @pytest.mark.parametrize("layers", ["ffn", "all"])
-@pytest.mark.parametrize(("mode", "way"), [("fp8", "weight-only"), ("int8", "weight-only"), ("nf4", "weight-only"), ("int8", "int_mm")])
+@pytest.mark.parametrize(
+    ("mode", "way"),
+    [("fp8", "weight-only"), ("int8", "weight-only"), ("nf4", "weight-only"), ("int8", "int_mm")],
+)
 def test_expert(mode: Quantization, way: Way, layers: str) -> None:
     model, plain = experts(mode, layers, way)
     twin = copy.deepcopy(plain)
@@ -469,18 +610,27 @@ def test_expert(mode: Quantization, way: Way, layers: str) -> None:
     assert {"fp8": 22, "int8": 30, "nf4": 12}[mode] < snr(got, want) < 70
 
 
-@pytest.mark.parametrize(("mode", "way"), [("fp8", "weight-only"), ("nf4", "weight-only"), ("int8", "int_mm")])
+@pytest.mark.parametrize(
+    ("mode", "way"), [("fp8", "weight-only"), ("nf4", "weight-only"), ("int8", "int_mm")]
+)
 def test_lora_beside_a_rounded_weight(mode: Quantization, way: Way) -> None:
     model, _ = experts(mode, "all", way)
     clean = run(model)
     plain_leaf: Any = model.blocks[0].ffn[0]
     thin = LowRank(random(320, 4, seed=5) / 4, random(4, 160, seed=6) / 4, 0.5)
-    turned = Decomposed(LowRank(random(160, 4, seed=7) / 4, random(4, 160, seed=8) / 4), random(160, 1, seed=9).abs())
+    turned = Decomposed(
+        LowRank(random(160, 4, seed=7) / 4, random(4, 160, seed=8) / 4),
+        random(160, 1, seed=9).abs(),
+    )
     adapters = Adapters(model)
-    adapters.attach("one", {"blocks.0.ffn.0.weight": thin, "blocks.1.self_attn.q.weight": turned}, 0.7)
+    adapters.attach(
+        "one", {"blocks.0.ffn.0.weight": thin, "blocks.1.self_attn.q.weight": turned}, 0.7
+    )
     x = random(9, 160, seed=4)
     leaf: Any = model.blocks[0].ffn[0]
-    torch.testing.assert_close(leaf(x), plain_leaf(x) + 0.7 * 0.5 * x @ thin.down.T @ thin.up.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        leaf(x), plain_leaf(x) + 0.7 * 0.5 * x @ thin.down.T @ thin.up.T, rtol=1e-4, atol=1e-4
+    )
     other: Any = model.blocks[1].self_attn.q
     delta = changed(other.leaf.dense(torch.float32), turned, 0.7) - other.leaf.dense(torch.float32)
     torch.testing.assert_close(other(x), other.leaf(x) + x @ delta.T, rtol=1e-4, atol=1e-4)
@@ -493,8 +643,13 @@ def test_lora_beside_a_rounded_weight(mode: Quantization, way: Way) -> None:
 
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 def test_a_fused_lora_is_rounded_with_its_weight(mode: Quantization) -> None:
-    """Live and fused differ by rounding only: that of the changed weight against that of the unchanged one."""
-    weight, change = random(320, 160, size=0.1), LowRank(random(320, 4, seed=5) / 9, random(4, 160, seed=6) / 9)
+    """Live and fused differ by rounding only: that of the changed weight against that of the
+    unchanged one.
+    """
+    weight, change = (
+        random(320, 160, size=0.1),
+        LowRank(random(320, 4, seed=5) / 9, random(4, 160, seed=6) / 9),
+    )
     fused = rounded(changed(weight, change, 0.7), mode, dtype=torch.float32)
     live = rounded(weight, mode, dtype=torch.float32)
     x = random(50, 160, seed=4)
@@ -504,4 +659,6 @@ def test_a_fused_lora_is_rounded_with_its_weight(mode: Quantization) -> None:
 
 
 def test_every_way_is_tested() -> None:
-    assert {way for _, way in EVERY} == set(get_args(Way)) and {mode for mode, _ in EVERY} == set(QUANTIZATIONS)
+    assert {way for _, way in EVERY} == set(get_args(Way)) and {mode for mode, _ in EVERY} == set(
+        QUANTIZATIONS
+    )

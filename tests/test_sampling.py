@@ -1,4 +1,6 @@
-"""Schedules and solvers beside the golden numbers: published timesteps, states as values, order of accuracy, refusals."""
+"""Schedules and solvers beside the golden numbers: published timesteps, states as values, order of
+accuracy, refusals.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,18 @@ SHIFTS = (0.3, 1.0, 3.0, 5.0, 8.0, 12.0, 17.3, 100.0)
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it brings, and on a busy machine very much more."""
+    """At these sizes a second thread costs more than it brings, and on a busy machine very much
+    more.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def run(schedule: Schedule, state: SolverState, velocity: Velocity, until: int | None = None) -> SolverState:
+def run(
+    schedule: Schedule, state: SolverState, velocity: Velocity, until: int | None = None
+) -> SolverState:
     for _ in range(state.index, len(schedule) if until is None else until):
         state = advance(schedule, state, velocity)
     return state
@@ -61,12 +67,18 @@ def test_four_euler_steps_at_shift_5() -> None:
 def test_expert_split_of_40_steps(solver: Solver, shift: float, high: int, low: int) -> None:
     chosen = experts(make_schedule(solver, 40, shift), 0.875)
     assert (chosen.count("high"), chosen.count("low")) == (high, low)
-    assert list(chosen) == ["high"] * high + ["low"] * low  # one change of expert, from noise to detail
+    assert (
+        list(chosen) == ["high"] * high + ["low"] * low
+    )  # one change of expert, from noise to detail
 
 
 def test_expert_changes_at_the_boundary_itself() -> None:
     assert [expert_at(t, 0.875) for t in (874.999, 875, 875.001)] == ["low", "high", "high"]
-    assert expert_at(0, 0.0) == "high" and expert_at(1000, 1.0) == "high" and expert_at(999, 1.0) == "low"
+    assert (
+        expert_at(0, 0.0) == "high"
+        and expert_at(1000, 1.0) == "high"
+        and expert_at(999, 1.0) == "low"
+    )
 
 
 def test_signal_to_noise_at_the_boundary() -> None:
@@ -83,9 +95,15 @@ def test_sigmas_fall(solver: Solver, steps: int, shift: float) -> None:
     assert len(schedule) == len(schedule.timesteps) == steps == len(schedule.sigmas) - 1
     assert all(a > b for a, b in itertools.pairwise(schedule.sigmas))
     assert all(a >= b for a, b in itertools.pairwise(schedule.timesteps))
-    assert schedule.sigmas[-1] == 0 and schedule.sigmas[0] <= 1 and 0 < schedule.timesteps[0] <= 1000
-    assert list(schedule.sigmas) == torch.tensor(schedule.sigmas).tolist()  # float32 holds them exactly
-    for index, (timestep, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=False)):
+    assert (
+        schedule.sigmas[-1] == 0 and schedule.sigmas[0] <= 1 and 0 < schedule.timesteps[0] <= 1000
+    )
+    assert (
+        list(schedule.sigmas) == torch.tensor(schedule.sigmas).tolist()
+    )  # float32 holds them exactly
+    for index, (timestep, sigma) in enumerate(
+        zip(schedule.timesteps, schedule.sigmas, strict=False)
+    ):
         assert schedule.step(index) == Step(index, timestep, sigma)
         exact = timestep == pytest.approx(1000 * sigma, abs=1e-4)  # but for float32
         assert exact if solver == "euler" else exact or 0 < 1000 * sigma - timestep < 1 + 1e-4
@@ -93,11 +111,17 @@ def test_sigmas_fall(solver: Solver, steps: int, shift: float) -> None:
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
 def test_model_is_told_whole_timesteps(solver: Solver) -> None:
-    assert all(timestep == int(timestep) for steps in STEPS for timestep in make_schedule(solver, steps, 7.0).timesteps)
+    assert all(
+        timestep == int(timestep)
+        for steps in STEPS
+        for timestep in make_schedule(solver, steps, 7.0).timesteps
+    )
 
 
 def test_unipc_from_92_steps() -> None:
-    """Its first two timesteps coincide; the schedule is followed all the same, without skipping a sigma."""
+    """Its first two timesteps coincide; the schedule is followed all the same, without skipping a
+    sigma.
+    """
     first, second = make_schedule("unipc", 92, 12.0).timesteps[:2]
     assert first == second == 999
     asked: list[Step] = []
@@ -134,7 +158,9 @@ def test_bad_solver_and_shift(solver: Solver, shift: float) -> None:
 # --- solvers ---
 
 
-@pytest.mark.parametrize(("steps", "orders"), [(1, [1]), (2, [1, 1]), (3, [1, 2, 1]), (4, [1, 2, 2, 1])])
+@pytest.mark.parametrize(
+    ("steps", "orders"), [(1, [1]), (2, [1, 1]), (3, [1, 2, 1]), (4, [1, 2, 2, 1])]
+)
 def test_orders(steps: int, orders: list[int]) -> None:
     for solver in ("unipc", "dpm++"):
         schedule = make_schedule(solver, steps, 5.0)
@@ -145,7 +171,9 @@ def test_orders(steps: int, orders: list[int]) -> None:
 def test_one_step_goes_straight_to_the_prediction(solver: Solver) -> None:
     schedule, x = make_schedule(solver, 1, 5.0), noise()
     state = run(schedule, SolverState(0, x), wavy)
-    torch.testing.assert_close(state.x, x - schedule.sigmas[0] * wavy(x, schedule.step(0)), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        state.x, x - schedule.sigmas[0] * wavy(x, schedule.step(0)), atol=1e-6, rtol=1e-6
+    )
     assert state.x.dtype == torch.float32 and state.index == 1
 
 
@@ -164,7 +192,11 @@ def test_velocity_is_asked_once_a_step(solver: Solver) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_low_precision_velocity_keeps_the_sample_float32(solver: Solver) -> None:
-    state = run(make_schedule(solver, 5, 5.0), SolverState(0, noise()), lambda x, step: wavy(x, step).bfloat16())
+    state = run(
+        make_schedule(solver, 5, 5.0),
+        SolverState(0, noise()),
+        lambda x, step: wavy(x, step).bfloat16(),
+    )
     assert {value.dtype for value in state.tensors().values()} == {torch.float32}
 
 
@@ -175,7 +207,10 @@ def test_stop_anywhere_and_go_on(solver: Solver, stop: int, tmp_path: Path) -> N
     schedule = make_schedule(solver, 8, 12.0)
     whole = run(schedule, SolverState(0, noise()), wavy)
     stopped = run(schedule, SolverState(0, noise()), wavy, stop)
-    save_file({key: value.contiguous() for key, value in stopped.tensors().items()}, tmp_path / "state.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in stopped.tensors().items()},
+        tmp_path / "state.safetensors",
+    )
     loaded = SolverState.from_tensors(stop, load_file(tmp_path / "state.safetensors"))
     assert loaded.tensors().keys() == stopped.tensors().keys() and loaded.index == stopped.index
     ended = run(make_schedule(solver, 8, 12.0), loaded, wavy)
@@ -213,7 +248,9 @@ MEAN, DEVIATION = 1.3, 0.6
 
 
 def spread(sigma: float) -> float:
-    """Standard deviation of (1 - sigma) data + sigma noise, the data being normal with MEAN and DEVIATION."""
+    """Standard deviation of (1 - sigma) data + sigma noise, the data being normal with MEAN and
+    DEVIATION.
+    """
     return math.hypot((1 - sigma) * DEVIATION, sigma)
 
 
@@ -225,7 +262,9 @@ def gaussian_velocity(x: Tensor, step: Step) -> Tensor:
 
 
 def gaussian_flow(x: Tensor, start: float, end: float) -> Tensor:
-    """Where the flow takes x between two sigmas: the distance from the mean, counted in deviations, stays."""
+    """Where the flow takes x between two sigmas: the distance from the mean, counted in deviations,
+    stays.
+    """
     return (1 - end) * MEAN + spread(end) * (x - (1 - start) * MEAN) / spread(start)
 
 
@@ -236,7 +275,9 @@ def error(schedule: Schedule) -> float:
 
 
 def even_schedule(solver: Solver, steps: int) -> Schedule:
-    """From sigma 0.9 to 0.1 in equal steps of lambda, without the last leap to 0, whose error is its own."""
+    """From sigma 0.9 to 0.1 in equal steps of lambda, without the last leap to 0, whose error is
+    its own.
+    """
     sigmas = tuple(1 / (1 + 9 ** (2 * index / steps - 1)) for index in range(steps + 1))
     return Schedule(solver, tuple(1000 * sigma for sigma in sigmas[:-1]), sigmas)
 
@@ -272,7 +313,13 @@ def test_distribution_is_reached(solver: Solver) -> None:
 
 @pytest.mark.parametrize("solver", ["dpm++", "unipc"])
 def test_constant_data_is_exact(solver: Solver) -> None:
-    """Where every sample leads to one point, a solver that integrates the data prediction makes no error at any number of steps."""
+    """Where every sample leads to one point, a solver that integrates the data prediction makes no
+    error at any number of steps.
+    """
     for steps in (1, 2, 3, 10):
-        state = run(make_schedule(solver, steps, 5.0), SolverState(0, noise().double()), lambda x, step: (x - 0.7) / step.sigma)
+        state = run(
+            make_schedule(solver, steps, 5.0),
+            SolverState(0, noise().double()),
+            lambda x, step: (x - 0.7) / step.sigma,
+        )
         torch.testing.assert_close(state.x, torch.full_like(state.x, 0.7), atol=1e-9, rtol=0)

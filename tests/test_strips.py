@@ -1,7 +1,8 @@
 """A latent decoded in strips, one a process, gives the frames of one process.
 
-Numbers are proven three ways: with threads that play the processes, exactly and for any number of them; with processes that speak gloo,
-started once for all that is looked at; and with one that imagines the others, for shapes, bytes and memory at full size.
+Numbers are proven three ways: with threads that play the processes, exactly and for any number of
+them; with processes that speak gloo, started once for all that is looked at; and with one that
+imagines the others, for shapes, bytes and memory at full size.
 """
 
 from __future__ import annotations
@@ -34,16 +35,21 @@ from wanflow.presets import T2V_A14B
 from wanflow.video import to_uint8
 
 GOLDEN = Path(os.environ.get("WANFLOW_GOLDEN") or Path(__file__).parent / "golden")
-PUBLISHED = VAEConfig(dim=8, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16)  # its layers, with fewer channels
+PUBLISHED = VAEConfig(
+    dim=8, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16
+)  # its layers, with fewer channels
 OTHER = VAEConfig(8, 4, (1, 2, 2), 1, (True, False), latent_mean=(0.1,) * 4, latent_std=(1.5,) * 4)
 QUICK, SLOW = (2, 3, 4), (6, 8)
-# Strips change the shapes of convolutions and so the order of their sums (7.0e-6 seen at most, for values up to 1.7).
+# Strips change the shapes of convolutions and so the order of their sums (7.0e-6 seen at most, for
+# values up to 1.7).
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A decode of a random latent of so many frames, rows and columns; without a config, of the golden weights."""
+    """A decode of a random latent of so many frames, rows and columns; without a config, of the
+    golden weights.
+    """
 
     shape: tuple[int, int, int]
     config: VAEConfig | None = PUBLISHED
@@ -77,12 +83,16 @@ def made(config: VAEConfig | None, dtype: torch.dtype = torch.float32) -> WanVAE
     for name, parameter in vae.named_parameters():
         # So that activations stay near one, and every pixel is told by all in reach.
         if "gamma" not in name:
-            parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1, generator=generator)
+            parameter.normal_(
+                std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1, generator=generator
+            )
     return vae.to(dtype)
 
 
 def latent_of(case: Case) -> Tensor:
-    return torch.randn(1, made(case.config).config.z_dim, *case.shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        1, made(case.config).config.z_dim, *case.shape, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @cache
@@ -94,7 +104,9 @@ def alone(name: str) -> Tensor:
 
 @dataclass
 class Found:
-    """What came out on one process: its strip in numbers, the frames, what it was told, and what it sent."""
+    """What came out on one process: its strip in numbers, the frames, what it was told, and what it
+    sent.
+    """
 
     part: Tensor | None
     frames: list[Frames]
@@ -102,7 +114,9 @@ class Found:
     sent: dict[str, int]
 
 
-def decoded(team: Team, vae: WanVAE, latent: Tensor, on_part: Callable[[int, int], None] | None = None) -> Found:
+def decoded(
+    team: Team, vae: WanVAE, latent: Tensor, on_part: Callable[[int, int], None] | None = None
+) -> Found:
     parts: list[Tensor] = []
     told: list[tuple[int, int]] = []
 
@@ -123,7 +137,9 @@ def decoded(team: Team, vae: WanVAE, latent: Tensor, on_part: Callable[[int, int
 
 def together(found: Sequence[Found], cut: Strips) -> Tensor:
     """The video [1, 3, T, H, W] of all strips."""
-    assert [one.part is not None for one in found] == [rank < len(cut.sizes) for rank in range(len(found))]
+    assert [one.part is not None for one in found] == [
+        rank < len(cut.sizes) for rank in range(len(found))
+    ]
     return torch.cat([one.part for one in found if one.part is not None], dim=cut.axis + 1)
 
 
@@ -147,7 +163,12 @@ class Threads(Group):
         super().__init__(team.traffic, rank=team.ranks.rank, size=team.layout.size)
         self.queues = queues
 
-    def exchange(self, what: str, leaving: Sequence[tuple[int, Tensor]], arriving: Sequence[tuple[int, Tensor]]) -> list[Any]:
+    def exchange(
+        self,
+        what: str,
+        leaving: Sequence[tuple[int, Tensor]],
+        arriving: Sequence[tuple[int, Tensor]],
+    ) -> list[Any]:
         self.traffic.add(what, sum(values.nbytes for _, values in leaving))
         for peer, values in leaving:
             assert values.is_contiguous() and peer != self.rank
@@ -158,7 +179,9 @@ class Threads(Group):
 
 def played(size: int, vae: WanVAE, latent: Tensor) -> list[Found]:
     """What each of so many processes finds, in order."""
-    queues: dict[tuple[int, int], Queue[Tensor]] = {(a, b): Queue() for a in range(size) for b in range(size)}
+    queues: dict[tuple[int, int], Queue[Tensor]] = {
+        (a, b): Queue() for a in range(size) for b in range(size)
+    }
     found: dict[int, Found] = {}
 
     def work(rank: int) -> None:
@@ -196,13 +219,17 @@ def test_a_smaller_halo_shows(monkeypatch: pytest.MonkeyPatch, number: int) -> N
     reaching = [layer for layer in vae.decoder.layers() if needed(layer)]
     assert len(reaching) == 19
     monkeypatch.setattr(strips, "needed", lambda layer: needed(layer) - (layer is reaching[number]))
-    assert (together(played(3, vae, latent), Strips(3, 9, 3)) - vae.decode(latent)).abs().max() > 1e-6
+    assert (
+        together(played(3, vae, latent), Strips(3, 9, 3)) - vae.decode(latent)
+    ).abs().max() > 1e-6
 
 
 def test_attention_needs_all_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strips.Attention, "forward", lambda self, x: self.block(x, {}))
     vae, latent = made(PUBLISHED, torch.float64), latent_of(Case((1, 3, 9)))
-    assert (together(played(3, vae, latent), Strips(3, 9, 3)) - vae.decode(latent)).abs().max() > 1e-6
+    assert (
+        together(played(3, vae, latent), Strips(3, 9, 3)) - vae.decode(latent)
+    ).abs().max() > 1e-6
 
 
 # processes
@@ -211,10 +238,14 @@ def test_attention_needs_all_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 def gone_through(ranks: mesh.Ranks) -> dict[str, dict[str, Any]]:
     """Every case, on one of several processes."""
     size = ranks.size
-    team, found = form(Layout(cfg=2, ulysses=size // 2) if size % 2 == 0 else Layout(ring=size), ranks, 60), {}
+    team, found = (
+        form(Layout(cfg=2, ulysses=size // 2) if size % 2 == 0 else Layout(ring=size), ranks, 60),
+        {},
+    )
 
     def agree(done: int, _: int) -> None:
-        # As in a run that any process may be told to stop: all must say how far they are equally often.
+        # As in a run that any process may be told to stop: all must say how far they are equally
+        # often.
         assert team.first(done) == done
 
     for name, case in CASES.items():
@@ -233,7 +264,11 @@ def worked(processes: Processes) -> Worked:
     def results(size: int) -> list[dict[str, Found]]:
         files = processes(gone_through, size, QUICK if size in QUICK else SLOW)
         return [
-            {name: Found(**one | {"frames": [frames.numpy() for frames in one["frames"]]}) for name, one in file.items()} for file in files
+            {
+                name: Found(**one | {"frames": [frames.numpy() for frames in one["frames"]]})
+                for name, one in file.items()
+            }
+            for file in files
         ]
 
     return results
@@ -250,7 +285,9 @@ def test_strips_give_what_one_process_gives(size: int, worked: Worked) -> None:
     found = worked(size)
     for name in EXACT:
         video = together([one[name] for one in found], Strips(*CASES[name].shape[1:], size))
-        torch.testing.assert_close(video, alone(name), **ROUNDING, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            video, alone(name), **ROUNDING, msg=lambda text, name=name: f"{name}: {text}"
+        )
         apart = np.abs(np.concatenate(found[0][name].frames).astype(int) - to_uint8(alone(name)))
         assert apart.max() <= 1 and (apart > 0).mean() < 1e-3, name
     assert sum(float(alone(name).std()) > 0.1 for name in EXACT) == len(EXACT)
@@ -267,7 +304,9 @@ def test_process_0_has_the_frames_in_order(size: int, worked: Worked) -> None:
                 continue
             image = (*(side * config.spatial_stride for side in case.shape[1:]), 3)
             counts = [1, *[config.temporal_stride] * (steps - 1)]
-            assert [frames.shape for frames in found[name].frames] == [(count, *image) for count in counts]
+            assert [frames.shape for frames in found[name].frames] == [
+                (count, *image) for count in counts
+            ]
             assert all(frames.dtype == np.uint8 for frames in found[name].frames)
 
 
@@ -276,7 +315,9 @@ def test_bfloat16_differs_by_its_rounding(size: int, worked: Worked) -> None:
     case = CASES["bfloat16"]
     exact = made(case.config).decode(latent_of(case))
     video = together([one["bfloat16"] for one in worked(size)], Strips(*case.shape[1:], size))
-    errors = [float((one.float() - exact).norm() / exact.norm()) for one in (video, alone("bfloat16"))]
+    errors = [
+        float((one.float() - exact).norm() / exact.norm()) for one in (video, alone("bfloat16"))
+    ]
     assert errors[1] > 1e-3 and errors[0] < 1.1 * errors[1]
 
 
@@ -284,7 +325,9 @@ def test_bfloat16_differs_by_its_rounding(size: int, worked: Worked) -> None:
 def test_what_is_sent_is_what_is_said(size: int, worked: Worked) -> None:
     for rank, found in enumerate(worked(size)):
         for name, case in CASES.items():
-            wanted = sent(made(case.config, case.dtype), case.shape[0], Strips(*case.shape[1:], size), rank)
+            wanted = sent(
+                made(case.config, case.dtype), case.shape[0], Strips(*case.shape[1:], size), rank
+            )
             told = {"first": 8 * (size - 1) * case.shape[0]} if rank == 0 else {}
             assert found[name].sent == wanted | told, (rank, name)
 
@@ -298,7 +341,10 @@ def test_one_process_is_a_plain_decode(name: str) -> None:
     vae, latent, team = made(case.config), latent_of(case), form(Layout(), mesh.Ranks(0, 1, CPU))
     found = decoded(team, vae, latent)
     assert found.part is not None and torch.equal(found.part, alone(name)) and not found.sent
-    assert all(np.array_equal(a, to_uint8(b)) for a, b in zip(found.frames, vae.decode_frames(latent), strict=True))
+    assert all(
+        np.array_equal(a, to_uint8(b))
+        for a, b in zip(found.frames, vae.decode_frames(latent), strict=True)
+    )
     layers = vae.decoder.layers()
     assert connected(layers, Strips(9, 9, 1), team.world) == layers
 
@@ -306,7 +352,10 @@ def test_one_process_is_a_plain_decode(name: str) -> None:
 @pytest.mark.parametrize("name", ["one strip", "one pixel"])
 def test_one_strip_is_a_plain_decode(name: str) -> None:
     """However many processes there are."""
-    found = [decoded(imagined(Layout(ulysses=4), rank), made(PUBLISHED), latent_of(CASES[name])) for rank in range(4)]
+    found = [
+        decoded(imagined(Layout(ulysses=4), rank), made(PUBLISHED), latent_of(CASES[name]))
+        for rank in range(4)
+    ]
     assert torch.equal(together(found, Strips(*CASES[name].shape[1:], 4)), alone(name))
     assert not any(one.sent for one in found)
 
@@ -319,8 +368,15 @@ def test_strips_cover_a_frame() -> None:
             assert cut.sizes == [longer] or min(cut.sizes) >= NARROWEST
             assert len(cut.sizes) == min(size, max(1, longer // NARROWEST))
             assert cut.axis == (-3 if height > width else -2) and cut.across == min(height, width)
-            ends = [(cut.around(rank)[0], longer - cut.around(rank)[1]) for rank in range(len(cut.sizes))]
-            assert ends[0][0] == 0 and ends[-1][1] == longer and all(a[1] == b[0] for a, b in pairwise(ends))
+            ends = [
+                (cut.around(rank)[0], longer - cut.around(rank)[1])
+                for rank in range(len(cut.sizes))
+            ]
+            assert (
+                ends[0][0] == 0
+                and ends[-1][1] == longer
+                and all(a[1] == b[0] for a, b in pairwise(ends))
+            )
             assert [cut.neighbours(rank) for rank in (0, len(cut.sizes) - 1)] == (
                 [[1], [len(cut.sizes) - 2]] if len(cut.sizes) > 1 else [[], []]
             )
@@ -368,25 +424,41 @@ def test_convert_and_on_part_can_end_it(rank: int) -> None:
             list(decode_frames(made(PUBLISHED), latent, team, *ways))
 
 
-@pytest.mark.parametrize("shape", [(16, 1, 8, 8), (2, 16, 1, 8, 8), (1, 15, 1, 8, 8), (1, 16, 0, 8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(16, 1, 8, 8), (2, 16, 1, 8, 8), (1, 15, 1, 8, 8), (1, 16, 0, 8, 8)]
+)
 def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="latent is"):
-        next(decode_frames(made(PUBLISHED), torch.zeros(shape), imagined(Layout(ulysses=2)), to_uint8))
+        next(
+            decode_frames(
+                made(PUBLISHED), torch.zeros(shape), imagined(Layout(ulysses=2)), to_uint8
+            )
+        )
 
 
 # full size, without memory
 
 
 def traced(size: int, rank: int, latent: tuple[int, int, int]) -> tuple[int, int]:
-    """Bytes at the peak beside the weights, and FLOPs, of the published VAE; what it sends is compared on the way."""
+    """Bytes at the peak beside the weights, and FLOPs, of the published VAE; what it sends is
+    compared on the way.
+    """
     with torch.device("meta"):
         vae = WanVAE(T2V_A14B.vae)
     with fake() as trace:
-        weights, x, team = materialise(vae), torch.empty(1, 16, *latent), imagined(Layout(ulysses=size), rank)
+        weights, x, team = (
+            materialise(vae),
+            torch.empty(1, 16, *latent),
+            imagined(Layout(ulysses=size), rank),
+        )
         trace.mark()
-        for frames in decode_frames(vae, x, team, lambda part: np.empty((part.shape[2], *part.shape[3:], 3), dtype=np.uint8)):
+        for frames in decode_frames(
+            vae, x, team, lambda part: np.empty((part.shape[2], *part.shape[3:], 3), dtype=np.uint8)
+        ):
             assert frames.shape[1:] == (latent[1] * 8, latent[2] * 8, 3)
-    assert {key: value for key, value in team.traffic.sent.items() if value} == sent(vae, latent[0], Strips(*latent[1:], size), rank)
+    assert {key: value for key, value in team.traffic.sent.items() if value} == sent(
+        vae, latent[0], Strips(*latent[1:], size), rank
+    )
     return trace.peak - weights, trace.work.total()
 
 
@@ -394,19 +466,30 @@ def test_memory_and_work_are_shared() -> None:
     """At 1280*720 all the halos cost a process in the middle 6 % at most, of memory and of work."""
     peak, work = traced(1, 0, (3, 90, 160))
     assert 12.5e9 < peak < 13.5e9
-    for size, rank, latent in ((2, 0, (3, 90, 160)), (4, 2, (3, 90, 160)), (8, 4, (3, 90, 160)), (8, 7, (3, 160, 90))):
+    for size, rank, latent in (
+        (2, 0, (3, 90, 160)),
+        (4, 2, (3, 90, 160)),
+        (8, 4, (3, 90, 160)),
+        (8, 7, (3, 160, 90)),
+    ):
         own, done = traced(size, rank, latent)
         assert own < 1.06 * peak / size and done < 1.06 * work / size, (size, rank)
 
 
 def test_a_14b_decode_on_eight_sends_what_is_known() -> None:
-    """By hand: 81 frames at 1280*720. Keys and values are 2 * 384 numbers of a latent pixel; a column is 90 latent pixels high."""
+    """By hand: 81 frames at 1280*720. Keys and values are 2 * 384 numbers of a latent pixel; a
+    column is 90 latent pixels high.
+    """
     with torch.device("meta"):
         vae = WanVAE(T2V_A14B.vae)
     found = sent(vae, 21, Strips(90, 160, 8), 3)
     assert found["kv"] == 7 * 20 * 90 * 2 * 384 * 21 * 4
     assert found["frames"] == 81 * 720 * 160 * 3
-    levels = [(90, 21, 16 + 2 * 2 * 384 + 3 * 2 * 384 + 384), (180, 41, 2 * 192 + 2 * 2 * 384 + 384),
-              (360, 81, 3 * 2 * 192 + 192), (720, 81, 3 * 2 * 96 + 96)]  # fmt: skip
+    levels = [
+        (90, 21, 16 + 2 * 2 * 384 + 3 * 2 * 384 + 384),
+        (180, 41, 2 * 192 + 2 * 2 * 384 + 384),
+        (360, 81, 3 * 2 * 192 + 192),
+        (720, 81, 3 * 2 * 96 + 96),
+    ]
     assert found["halo"] == 2 * 4 * sum(high * frames * numbers for high, frames, numbers in levels)
     assert sent(vae, 21, Strips(90, 160, 1)) == sent(vae, 1, Strips(2, 6, 8), 3) == {}

@@ -1,4 +1,6 @@
-"""Encoded prompts on disk: given back to the bit, and never the reason for a failure, whatever happens to the folder."""
+"""Encoded prompts on disk: given back to the bit, and never the reason for a failure, whatever
+happens to the folder.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ PROMPT = "a red circle moves left"
 CPU = torch.device("cpu")
 
 
-def states(tokens: int = 5, rows: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+def states(
+    tokens: int = 5, rows: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
     """[1, rows, 8], zero from `tokens` on."""
     x = torch.randn(1, rows, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
     x[:, tokens:] = 0
@@ -36,7 +40,12 @@ def states(tokens: int = 5, rows: int = 12, dtype: torch.dtype = torch.float32, 
 
 def same(a: Tensor | None, b: Tensor) -> bool:
     """To the bit."""
-    return a is not None and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return (
+        a is not None
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,7 +81,9 @@ def test_another_prompt_or_encoder_has_its_own(tmp_path: Path) -> None:
     prompts = [PROMPT, PROMPT + " ", "", "色调艳丽", "\udc80"]
     for number, prompt in enumerate(prompts):
         cache.put(prompt, states(seed=number))
-    assert all(same(cache.get(prompt), states(seed=number)) for number, prompt in enumerate(prompts))
+    assert all(
+        same(cache.get(prompt), states(seed=number)) for number, prompt in enumerate(prompts)
+    )
     assert TextCache(tmp_path, "other").get(PROMPT) is None
 
 
@@ -153,7 +164,10 @@ def test_the_oldest_go_first(tmp_path: Path) -> None:
     assert cache.get("0") is not None  # which makes "1" the one not used for longest
     cache.put("3", states())
     assert [cache.get(str(number)) is not None for number in range(4)] == [True, False, True, True]
-    assert {path.name for path in tmp_path.iterdir() if path.stem in ("notes", "model")} == {"notes.txt", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir() if path.stem in ("notes", "model")} == {
+        "notes.txt",
+        "model.safetensors",
+    }
 
 
 def test_a_kept_prompt_is_not_its_own_victim(tmp_path: Path) -> None:
@@ -219,7 +233,9 @@ def test_processes_at_once(tmp_path: Path) -> None:
         _, told = child.communicate(timeout=120)
         assert child.returncode == 0 and not told, told
     assert not list(tmp_path.glob("*.part"))
-    assert 1 <= len(list(tmp_path.iterdir())) <= 4  # the two may each have left out the other's last
+    assert (
+        1 <= len(list(tmp_path.iterdir())) <= 4
+    )  # the two may each have left out the other's last
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -232,7 +248,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
     assert len(caplog.records) == 1 and "cannot be kept in" in caplog.text
 
 
-def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = Path.write_bytes
 
     def full(path: Path, data: bytes) -> int:
@@ -276,11 +294,20 @@ def test_the_key_follows_all_that_matters(tmp_path: Path) -> None:
         text_key(checkpoint, torch.bfloat16, CPU),
         text_key(checkpoint, torch.float32, torch.device("cuda", 1)),
         text_key(
-            replace(checkpoint, preset=replace(checkpoint.preset, text=replace(checkpoint.preset.text, num_heads=2))), torch.float32, CPU
+            replace(
+                checkpoint,
+                preset=replace(
+                    checkpoint.preset, text=replace(checkpoint.preset.text, num_heads=2)
+                ),
+            ),
+            torch.float32,
+            CPU,
         ),
     }
     assert len(keys) == 4
-    assert text_key(checkpoint, torch.float32, torch.device("cuda", 0)) == text_key(checkpoint, torch.float32, torch.device("cuda", 1))
+    assert text_key(checkpoint, torch.float32, torch.device("cuda", 0)) == text_key(
+        checkpoint, torch.float32, torch.device("cuda", 1)
+    )
     (folder / "Wan2.1_VAE.pth").write_bytes(b"another")
     assert text_fingerprint(checkpoint) == first
     for path in (checkpoint.tokenizer, checkpoint.t5):

@@ -1,4 +1,6 @@
-"""Decoding in tiles gives the whole decode's frames, whatever the sizes, and no layer of it sees more than a tile and its margin."""
+"""Decoding in tiles gives the whole decode's frames, whatever the sizes, and no layer of it sees
+more than a tile and its margin.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from wanflow.weights.load import load_vae
 
 # The published layers, with fewer channels.
 DEEP = VAEConfig(dim=8, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16)
-# Tiles change the shapes of convolutions and so the order of their sums: a few 1e-6 for values around 1 (2.7e-6 seen at most).
+# Tiles change the shapes of convolutions and so the order of their sums: a few 1e-6 for values
+# around 1 (2.7e-6 seen at most).
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -31,7 +34,9 @@ def deep() -> WanVAE:
     torch.manual_seed(0)
     vae = WanVAE(DEEP).requires_grad_(False)
     for name, parameter in vae.named_parameters():
-        if parameter.ndim > 1 and "gamma" not in name:  # so that activations stay near one and every pixel is told by all in reach
+        if (
+            parameter.ndim > 1 and "gamma" not in name
+        ):  # so that activations stay near one and every pixel is told by all in reach
             parameter.normal_(std=parameter[0].numel() ** -0.5)
     return vae
 
@@ -53,7 +58,9 @@ def whole(vae: WanVAE, latent: Tensor) -> Tensor:
 
 
 def tiled(vae: WanVAE, latent: Tensor, tile: int) -> Tensor:
-    """The video that `decode_frames` would round, put together again from what it hands to `convert`."""
+    """The video that `decode_frames` would round, put together again from what it hands to
+    `convert`.
+    """
     steps, height, width = latent.shape[2:]
     parts: list[Tensor] = []
 
@@ -65,7 +72,9 @@ def tiled(vae: WanVAE, latent: Tensor, tile: int) -> Tensor:
     video = parts[0].new_empty(1, 3, len(frames), height * 8, width * 8)
     for number, box in enumerate(tiles(vae.config, height * 8, width * 8, tile)):
         place = box.times(8)
-        video[..., place.top : place.bottom, place.left : place.right] = torch.cat(parts[number * steps : (number + 1) * steps], dim=2)
+        video[..., place.top : place.bottom, place.left : place.right] = torch.cat(
+            parts[number * steps : (number + 1) * steps], dim=2
+        )
     assert np.array_equal(frames, to_uint8(video))
     return video
 
@@ -86,7 +95,9 @@ def test_a_video_is_the_same_in_tiles(nano: Pipeline, finished: Run, tile: int) 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 9, 21), (2, 24, 8), (3, 11, 19), (2, 33, 3)])
 @pytest.mark.parametrize("tile", [64, 88])
-def test_the_published_layers_are_the_same_in_tiles(deep: WanVAE, shape: tuple[int, int, int], tile: int) -> None:
+def test_the_published_layers_are_the_same_in_tiles(
+    deep: WanVAE, shape: tuple[int, int, int], tile: int
+) -> None:
     latent = randn(1, 16, *shape)
     before = latent.clone()
     expected = whole(deep, latent)
@@ -112,7 +123,11 @@ def test_frames_come_in_the_order_of_time(deep: WanVAE) -> None:
     told: list[tuple[int, int]] = []
     latent = randn(1, 16, 3, 16, 20)
     chunks = list(decode_frames(deep, latent, 80, to_uint8, lambda *part: told.append(part)))
-    assert [chunk.shape for chunk in chunks] == [(1, 128, 160, 3), (4, 128, 160, 3), (4, 128, 160, 3)]
+    assert [chunk.shape for chunk in chunks] == [
+        (1, 128, 160, 3),
+        (4, 128, 160, 3),
+        (4, 128, 160, 3),
+    ]
     assert all(chunk.dtype == np.uint8 for chunk in chunks)
     assert told == [(done, 12) for done in range(1, 13)]
     ours, theirs = np.concatenate(chunks), to_uint8(whole(deep, latent))
@@ -121,13 +136,17 @@ def test_frames_come_in_the_order_of_time(deep: WanVAE) -> None:
 
 
 def narrowed(number: int) -> Callable[[list[nn.Module]], list[int]]:
-    """`margins`, with one of them a pixel smaller; those after it no larger than what is there then."""
+    """`margins`, with one of them a pixel smaller; those after it no larger than what is there
+    then.
+    """
 
     def found(layers: list[nn.Module]) -> list[int]:
         needed = margins(layers)
         needed[number] -= 1
         for place in range(number, len(layers)):
-            needed[place + 1] = min(needed[place + 1], needed[place] * (2 if isinstance(layers[place], Upsample) else 1))
+            needed[place + 1] = min(
+                needed[place + 1], needed[place] * (2 if isinstance(layers[place], Upsample) else 1)
+            )
         return needed
 
     return found
@@ -135,7 +154,9 @@ def narrowed(number: int) -> Callable[[list[nn.Module]], list[int]]:
 
 @pytest.fixture(scope="module")
 def exact(deep: WanVAE) -> tuple[WanVAE, Tensor, Tensor]:
-    """A VAE in float64, where rounding does not hide how little the outermost pixel tells; a latent and its video."""
+    """A VAE in float64, where rounding does not hide how little the outermost pixel tells; a latent
+    and its video.
+    """
     vae = WanVAE(DEEP).double().requires_grad_(False)
     vae.load_state_dict(deep.state_dict())
     latent = randn(1, 16, 1, 18, 18)
@@ -143,7 +164,9 @@ def exact(deep: WanVAE) -> tuple[WanVAE, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("number", range(15))
-def test_a_smaller_margin_shows(exact: tuple[WanVAE, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_smaller_margin_shows(
+    exact: tuple[WanVAE, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     vae, latent, expected = exact
     assert (tiled(vae, latent, 64) - expected).abs().max() < 1e-13
     monkeypatch.setattr(tiling, "margins", narrowed(number))
@@ -156,11 +179,15 @@ def test_margins_are_what_the_layers_see(deep: WanVAE) -> None:
     box = Box(10, 12, 11, 14)
     features = randn(1, 32, 1, 24, 24).requires_grad_(True)
     place = box.times(8)
-    part = torch.cat(list(stream(layers, features, {})), dim=2)[..., place.top : place.bottom, place.left : place.right]
+    part = torch.cat(list(stream(layers, features, {})), dim=2)[
+        ..., place.top : place.bottom, place.left : place.right
+    ]
     (gradient,) = torch.autograd.grad(part.square().sum(), features)
     seen = gradient.abs().sum(dim=(0, 1, 2)) > 0
     rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
-    assert box.grown(margins(layers)[0], 24, 24) == Box(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+    assert box.grown(margins(layers)[0], 24, 24) == Box(
+        int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    )
 
 
 def test_margins_of_the_published_model() -> None:
@@ -168,7 +195,9 @@ def test_margins_of_the_published_model() -> None:
         layers = halves(WanVAE(VAEConfig()))[1]
     found = margins(layers)
     assert found[0] == 7 and found[-1] == 0
-    assert [value for value, layer in zip(found, layers, strict=False) if isinstance(layer, Upsample)] == [7, 6, 4]
+    assert [
+        value for value, layer in zip(found, layers, strict=False) if isinstance(layer, Upsample)
+    ] == [7, 6, 4]
 
 
 def test_no_layer_sees_more_than_a_tile(deep: WanVAE) -> None:
@@ -210,7 +239,9 @@ def test_a_tile_too_small_is_refused(deep: WanVAE, tile: int) -> None:
         next(decode_frames(deep, randn(1, 16, 1, 8, 8), tile, to_uint8))
 
 
-@pytest.mark.parametrize("shape", [(16, 1, 8, 8), (2, 16, 1, 8, 8), (1, 15, 1, 8, 8), (1, 16, 0, 8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(16, 1, 8, 8), (2, 16, 1, 8, 8), (1, 15, 1, 8, 8), (1, 16, 0, 8, 8)]
+)
 def test_another_shape_is_refused(deep: WanVAE, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="latent is"):
         next(decode_frames(deep, randn(*shape), 64, to_uint8))

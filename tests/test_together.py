@@ -1,4 +1,5 @@
-"""Whole runs on several processes: what one process makes, with every other feature, stopped and resumed on another number of them.
+"""Whole runs on several processes: what one process makes, with every other feature, stopped and
+resumed on another number of them.
 
 Real processes speak gloo; for each number of them one set does all that is looked at.
 """
@@ -37,7 +38,11 @@ pytestmark = pytest.mark.distributed
 
 
 def fields(layout: Layout) -> dict[str, Any]:
-    return {"cfg_parallel": layout.cfg == 2, "ring_size": layout.ring, "ulysses_size": layout.ulysses}
+    return {
+        "cfg_parallel": layout.cfg == 2,
+        "ring_size": layout.ring,
+        "ulysses_size": layout.ulysses,
+    }
 
 
 @cache
@@ -46,14 +51,18 @@ def checkpoint(model: str) -> Checkpoint:
 
 
 def opened(ranks: mesh.Ranks, layout: Layout, model: str = "nano", **runtime: Any) -> Pipeline:
-    return assemble(checkpoint(model), Runtime(device="cpu", **fields(layout), **runtime), None, ranks)
+    return assemble(
+        checkpoint(model), Runtime(device="cpu", **fields(layout), **runtime), None, ranks
+    )
 
 
 # every layout
 
 
 def on_layouts(ranks: mesh.Ranks) -> dict[str, Any]:
-    """nano's latent and frames, and golden's latents, on every layout; and the latent with the weights shared out."""
+    """nano's latent and frames, and golden's latents, on every layout; and the latent with the
+    weights shared out.
+    """
     return {str(layout): on_layout(ranks, layout) for layout in layouts(ranks.size)}
 
 
@@ -65,7 +74,12 @@ def on_layout(ranks: mesh.Ranks, layout: Layout) -> dict[str, Any]:
     with pytest.raises(Cancelled) as cancelled:  # what the first says holds for all
         pipe.resume(pipe.begin(WANTED), lambda told: told.step < 2 if ranks.rank == 0 else None)
     shared = opened(ranks, layout, **SHARED)
-    found = {"latent": run.state.x, "frames": torch.from_numpy(video.frames), "seed": drawn, "half": cancelled.value.run.state.tensors()}
+    found = {
+        "latent": run.state.x,
+        "frames": torch.from_numpy(video.frames),
+        "seed": drawn,
+        "half": cancelled.value.run.state.tensors(),
+    }
     found |= {"shared out": shared.resume(shared.begin(WANTED)).state.x, "shares": shares(shared)}
     for case in PIPELINE["runs"] if ranks.size == 2 else PIPELINE["runs"][:1]:
         found[case["name"]] = golden(ranks, layout, case)
@@ -73,9 +87,13 @@ def on_layout(ranks: mesh.Ranks, layout: Layout) -> dict[str, Any]:
 
 
 def shares(pipe: Pipeline) -> list[tuple[int, int]]:
-    """Of an expert's parameters: numbers that this process keeps, and in all, of those that are shared out."""
+    """Of an expert's parameters: numbers that this process keeps, and in all, of those that are
+    shared out.
+    """
     model: Any = pipe.parts.expert("low")
-    held = [(p.to_local().numel(), p.numel()) for p in model.parameters() if hasattr(p, "device_mesh")]
+    held = [
+        (p.to_local().numel(), p.numel()) for p in model.parameters() if hasattr(p, "device_mesh")
+    ]
     return [tuple(map(sum, zip(*held, strict=True)))]  # type: ignore[list-item]
 
 
@@ -109,9 +127,19 @@ def golden(ranks: mesh.Ranks, layout: Layout, case: dict[str, Any]) -> list[Tens
     team = form(layout, ranks, 60)
     pipe: Any = Pipeline(GoldenParts(team), team=team)  # type: ignore[arg-type]
     request = CompleteRequest(
-        "context", "context_null", (PIPELINE["width"], PIPELINE["height"]), PIPELINE["frames"], case["solver"], case["steps"], case["shift"],
-        PIPELINE["guide_scale"]["high"], PIPELINE["guide_scale"]["low"], PIPELINE["boundary"], 16, 0,
-    )  # fmt: skip
+        "context",
+        "context_null",
+        (PIPELINE["width"], PIPELINE["height"]),
+        PIPELINE["frames"],
+        case["solver"],
+        case["steps"],
+        case["shift"],
+        PIPELINE["guide_scale"]["high"],
+        PIPELINE["guide_scale"]["low"],
+        PIPELINE["boundary"],
+        16,
+        0,
+    )
     schedule = schedule_of(case)
     state, latents = SolverState(0, case_tensors(PIPELINE["cases_file"], case)["noise"][None]), []
     velocity = pipe.velocity(request, schedule, 0)
@@ -144,9 +172,15 @@ def test_a_whole_run_gives_the_latent_of_one_process(size: int, found: Found) ->
     assert list(first) == [str(layout) for layout in layouts(size)]
     for layout, values in first.items():
         torch.testing.assert_close(
-            values["latent"], alone()["latent"], atol=1e-4, rtol=1e-5, msg=lambda text, where=layout: f"{where}: {text}"
+            values["latent"],
+            alone()["latent"],
+            atol=1e-4,
+            rtol=1e-5,
+            msg=lambda text, where=layout: f"{where}: {text}",
         )
-        assert all(torch.equal(values["latent"], other[layout]["latent"]) for other in others), layout
+        assert all(torch.equal(values["latent"], other[layout]["latent"]) for other in others), (
+            layout
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -166,7 +200,12 @@ def test_golden_runs_on_every_layout(size: int, found: Found) -> None:
         for case in PIPELINE["runs"]:
             wanted = case_tensors(PIPELINE["cases_file"], case)["latents"]
             for index, latent in enumerate(values.get(case["name"], ())):
-                close(latent, wanted[index + 1], PIPELINE["tolerance"]["latents"], f"{layout}, {case['name']}, step {index}")
+                close(
+                    latent,
+                    wanted[index + 1],
+                    PIPELINE["tolerance"]["latents"],
+                    f"{layout}, {case['name']}, step {index}",
+                )
                 compared += 1
     assert compared >= len(layouts(size)) * PIPELINE["runs"][0]["steps"]
 
@@ -187,7 +226,13 @@ def test_one_process_goes_on_where_several_were_stopped(size: int, found: Found)
     for layout, values in found(size)[size - 1].items():
         run = replace(begun, state=SolverState.from_tensors(2, values["half"]))
         latent = pipe.resume(run).state.x
-        torch.testing.assert_close(latent, alone()["latent"], atol=1e-4, rtol=1e-5, msg=lambda text, where=layout: f"{where}: {text}")
+        torch.testing.assert_close(
+            latent,
+            alone()["latent"],
+            atol=1e-4,
+            rtol=1e-5,
+            msg=lambda text, where=layout: f"{where}: {text}",
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -198,16 +243,31 @@ def test_all_draw_the_first_one_s_seed(size: int, found: Found) -> None:
 
 # every feature
 
-# Where a feature cannot be had on several processes, or with shared-out weights, it is refused in these words.
+# Where a feature cannot be had on several processes, or with shared-out weights, it is refused in
+# these words.
 REFUSED = {"tiles": "several processes decode in strips"}
 REFUSED_SHARED = {
-    "blocks streamed from disk": "not both", "blocks streamed from RAM": "not both", "the next expert read ahead": "is not read ahead",
-}  # fmt: skip
-WAYS = {"cfg": (Layout(cfg=2), {}), "ring": (Layout(ring=2), {}), "ulysses, shared out": (Layout(ulysses=2), SHARED)}
+    "blocks streamed from disk": "not both",
+    "blocks streamed from RAM": "not both",
+    "the next expert read ahead": "is not read ahead",
+}
+WAYS = {
+    "cfg": (Layout(cfg=2), {}),
+    "ring": (Layout(ring=2), {}),
+    "ulysses, shared out": (Layout(ulysses=2), SHARED),
+}
 # A ring is another attention and nothing else: it goes with what attention sees of a feature.
 OF_ATTENTION = (
-    "two passes", "one batch", "bfloat16", "another size", "one frame", "another attention", "tokens in chunks", "blocks streamed from disk", "quantised",
-)  # fmt: skip
+    "two passes",
+    "one batch",
+    "bfloat16",
+    "another size",
+    "one frame",
+    "another attention",
+    "tokens in chunks",
+    "blocks streamed from disk",
+    "quantised",
+)
 PAIRS = [(way, name) for way in WAYS for name in FEATURES if way != "ring" or name in OF_ATTENTION]
 
 
@@ -246,7 +306,8 @@ def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
         return
     assert torch.equal(*results)
     one = latent(runtime, {key: value for key, value in request.items() if key != "stop"})
-    # Two processes make what one makes with the same feature, to rounding, which is larger where values are rounded to 8 bits or bfloat16.
+    # Two processes make what one makes with the same feature, to rounding, which is larger where
+    # values are rounded to 8 bits or bfloat16.
     assert (results[0] - one).abs().mean() <= max(ROUNDING, limit / 4) * one.abs().mean()
 
 
@@ -258,16 +319,24 @@ def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
     [
         ({"ulysses_size": 3}, r"ulysses 3 = 3 needs as many processes, and there are 2"),
         ({"ulysses_size": 2, "vae_tile": 64}, "several processes decode in strips"),
-        ({"ulysses_size": 2, "dit_fsdp": True, "resident_blocks": 2}, "shared out over the processes or streamed, not both"),
+        (
+            {"ulysses_size": 2, "dit_fsdp": True, "resident_blocks": 2},
+            "shared out over the processes or streamed, not both",
+        ),
         ({"ulysses_size": 2, "dit_fsdp": True, "prefetch": True}, "is not read ahead"),
     ],
 )
-def test_what_cannot_go_together_is_refused_before_anything_is_read(runtime: dict[str, Any], words: str) -> None:
+def test_what_cannot_go_together_is_refused_before_anything_is_read(
+    runtime: dict[str, Any], words: str
+) -> None:
     with played(0, 2) as ranks, pytest.raises(RequestError, match=words):
         assemble(resolve("nano"), Runtime(device="cpu", **runtime), None, ranks)
 
 
 def test_a_share_of_one_is_refused() -> None:
-    with pytest.raises(RequestError, match="dit_fsdp shares the weights out over several processes, and there is one"):
+    with pytest.raises(
+        RequestError,
+        match="dit_fsdp shares the weights out over several processes, and there is one",
+    ):
         assemble(resolve("nano"), Runtime(device="cpu", dit_fsdp=True))
     assert layout_of(Runtime()) == Layout()

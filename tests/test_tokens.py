@@ -19,21 +19,41 @@ from wanflow.train import toy
 from wanflow.weights.tokens import embeds_tokenizer, open_tokenizer
 
 PROMPTS = [
-    "a small red circle moves left quickly on a blue background", "A  LARGE green   cross", "turquoise, spins!", "五 stars — naïve façade",
-    "", "   ", "ﬁne ½ Ｆｕｌｌ width", "emoji 🎬 and\ttabs", "</s> <pad> marks", "▁underline",
-]  # fmt: skip
+    "a small red circle moves left quickly on a blue background",
+    "A  LARGE green   cross",
+    "turquoise, spins!",
+    "五 stars — naïve façade",
+    "",
+    "   ",
+    "ﬁne ½ Ｆｕｌｌ width",
+    "emoji 🎬 and\ttabs",
+    "</s> <pad> marks",
+    "▁underline",
+]
 
 
 @pytest.fixture(scope="module", params=["bytes", "unknown"])
 def model(request: pytest.FixtureRequest) -> bytes:
     """A unigram model as T5's: pad, end and unknown first; with pieces for bytes or without."""
     rng = random.Random(0)
-    sentences = [toy.caption(toy.sample_scene(rng), rng) for _ in range(400)] + ["fine naïve façade ½ width tabs"] * 3
+    sentences = [toy.caption(toy.sample_scene(rng), rng) for _ in range(400)] + [
+        "fine naïve façade ½ width tabs"
+    ] * 3
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=out, vocab_size=420, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        byte_fallback=request.param == "bytes", hard_vocab_limit=False, user_defined_symbols=["<extra_id_0>"], minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(sentences),
+        model_writer=out,
+        vocab_size=420,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        byte_fallback=request.param == "bytes",
+        hard_vocab_limit=False,
+        user_defined_symbols=["<extra_id_0>"],
+        minloglevel=2,
+    )
     return out.getvalue()
 
 
@@ -45,7 +65,9 @@ def in_spiece(model: bytes, folder: Path) -> Path:
 def in_safetensors(model: bytes, folder: Path) -> Path:
     """As ComfyUI's T5 files carry it."""
     tensor = torch.frombuffer(bytearray(model), dtype=torch.uint8)
-    save_file({"spiece_model": tensor, "shared.weight": torch.zeros(2, 2)}, folder / "t5.safetensors")
+    save_file(
+        {"spiece_model": tensor, "shared.weight": torch.zeros(2, 2)}, folder / "t5.safetensors"
+    )
     return folder / "t5.safetensors"
 
 
@@ -78,7 +100,9 @@ def test_ids_are_those_of_sentencepiece(model: bytes, place: object, tmp_path: P
     assert engine.get_vocab_size() == theirs.vocab_size()
     for prompt in PROMPTS:
         if "</s>" in prompt:
-            continue  # marks in a prompt are text to sentencepiece, and marks to T5's tokenizer: as transformers has it
+            # marks in a prompt are text to sentencepiece, and marks to T5's tokenizer: as
+            # transformers has it
+            continue
         ours = engine.encode(prompt, add_special_tokens=False).ids
         assert ours == theirs.encode(prompt), prompt
     assert embeds_tokenizer(file) if file.suffix != ".model" else True
@@ -91,7 +115,9 @@ def test_what_holds_no_tokenizer(tmp_path: Path) -> None:
     assert "holds no tokenizer" in refusal(lambda: open_tokenizer(tmp_path / "t5.safetensors"))
     assert not embeds_tokenizer(tmp_path / "t5.safetensors")
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "not a readable tokenizer" in refusal(lambda: open_tokenizer(tmp_path / "tokenizer.json"))
+    assert "not a readable tokenizer" in refusal(
+        lambda: open_tokenizer(tmp_path / "tokenizer.json")
+    )
     for data in (b"\n\x05\n\x01a", b"\n\xff\xff\xff\xff\x0f", b"\n" + bytes(range(200)), b"\n\x00"):
         (tmp_path / "spiece.model").write_bytes(data)
         assert "tokenizer" in refusal(lambda: open_tokenizer(tmp_path / "spiece.model"))

@@ -1,4 +1,6 @@
-"""Training: the loop resumes to the same weights, the recipe runs from nothing to a model, and nano understands its prompts."""
+"""Training: the loop resumes to the same weights, the recipe runs from nothing to a model, and nano
+understands its prompts.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def fitted(settings: Train, file: Path, stop: int | None = None) -> dict[str, to
 
 @pytest.mark.parametrize("muon", [0.0, 1e-3])
 def test_a_killed_training_gives_the_same_weights(tmp_path: Path, muon: float) -> None:
-    settings = Train(steps=40, batch=8, muon_rate=muon, save_seconds=0.0, dtype=torch.float32, warmup=5)
+    settings = Train(
+        steps=40, batch=8, muon_rate=muon, save_seconds=0.0, dtype=torch.float32, warmup=5
+    )
     whole = fitted(settings, tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
         fitted(settings, tmp_path / "cut.pt", stop=17)
@@ -72,18 +76,33 @@ def test_training_never_sees_held_out_combinations() -> None:
     assert not any(toy.held_out(scene) for scene in seen)
     unseen = [toy.sample_scene(rng, unseen=True) for _ in range(300)]
     assert {toy.held_out(scene) for scene in unseen} == {"colour-shape", "shape-motion", "triple"}
-    for slot in ("colour", "background", "shape", "motion", "size", "speed"):  # every single value is seen
-        assert {getattr(scene, slot) for scene in unseen} <= {getattr(scene, slot) for scene in seen}
+    for slot in (
+        "colour",
+        "background",
+        "shape",
+        "motion",
+        "size",
+        "speed",
+    ):  # every single value is seen
+        assert {getattr(scene, slot) for scene in unseen} <= {
+            getattr(scene, slot) for scene in seen
+        }
 
 
 def test_captions_are_what_the_notes_say() -> None:
     scene = toy.Scene("red", "blue", "circle", "left", "small", "fast")
     assert toy.caption(scene) == "a small red circle moves left quickly on a blue background"
-    assert toy.caption(toy.Scene("orange", "gray", "star", "still")) == "an orange star stays still on a gray background"
+    assert (
+        toy.caption(toy.Scene("orange", "gray", "star", "still"))
+        == "an orange star stays still on a gray background"
+    )
     words = set(toy.vocabulary())
     rng = random.Random(1)
     for _ in range(500):
-        assert {word.strip(",.").lower() for word in toy.caption(toy.sample_scene(rng, None), rng).split()} <= words
+        assert {
+            word.strip(",.").lower()
+            for word in toy.caption(toy.sample_scene(rng, None), rng).split()
+        } <= words
 
 
 def test_sigmas_stay_in_the_experts_own_range() -> None:
@@ -103,7 +122,9 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in said if line.endswith("begins")] == [*nano.STAGES, "low"]
     pipe = wanflow.load(tmp_path / "model", device="cpu")
     assert pipe.parts.preset.dit == NANO.dit
-    video = pipe.generate("a red circle moves left on a blue background", frame_num=5, sample_steps=2, seed=0)
+    video = pipe.generate(
+        "a red circle moves left on a blue background", frame_num=5, sample_steps=2, seed=0
+    )
     assert video.frames.shape == (5, 64, 64, 3)
     assert video.recipe["model"]["name"] == "nano"
 
@@ -116,15 +137,28 @@ def test_a_stage_without_its_input_says_which_is_missing(tmp_path: Path) -> None
 def test_the_embedded_model_is_small_and_in_the_official_layout() -> None:
     from wanflow.assemble import NANO_FOLDER
 
-    files = {file.relative_to(NANO_FOLDER).as_posix(): file.stat().st_size for file in NANO_FOLDER.rglob("*") if file.is_file()}
+    files = {
+        file.relative_to(NANO_FOLDER).as_posix(): file.stat().st_size
+        for file in NANO_FOLDER.rglob("*")
+        if file.is_file()
+    }
     assert sum(files.values()) < 20_000_000
-    assert {"models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json"} <= files.keys()
+    assert {
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "Wan2.1_VAE.pth",
+        "google/umt5-xxl/tokenizer.json",
+    } <= files.keys()
     for expert in ("high_noise_model", "low_noise_model"):
-        assert {f"{expert}/config.json", f"{expert}/diffusion_pytorch_model.safetensors"} <= files.keys()
+        assert {
+            f"{expert}/config.json",
+            f"{expert}/diffusion_pytorch_model.safetensors",
+        } <= files.keys()
 
 
 def test_nano_draws_what_the_prompt_says() -> None:
-    """A floor, well below what is measured on 200 prompts (README): it catches a broken model, not a percent."""
+    """A floor, well below what is measured on 200 prompts (README): it catches a broken model, not
+    a percent.
+    """
     report = json.loads(nano.evaluate("nano", 20, "both", False, False, lambda line: None))
     slots = {name: cell["share"] for name, cell in report["slots"].items()}
     assert slots["background"] >= 0.9
@@ -143,7 +177,13 @@ def test_the_two_experts_are_two(nano: Pipeline) -> None:
         noise = torch.randn(cache.latents.shape, generator=generator)
         with torch.no_grad():
             own, foreign = (
-                experts.flow_loss(nano.parts.expert(name), cache.latents.float(), cache.texts[:, 0].float(), sigma, noise)  # type: ignore[arg-type]
+                experts.flow_loss(
+                    nano.parts.expert(name),
+                    cache.latents.float(),
+                    cache.texts[:, 0].float(),
+                    sigma,
+                    noise,
+                )  # type: ignore[arg-type]
                 for name in (which, other)
             )
         assert own < 0.9 * foreign
@@ -153,7 +193,9 @@ def _rendered(pipe: Pipeline, count: int) -> experts.Cache:
     parts = pipe.parts
     parts.text(["warm"])
     encoder, tokenizer = parts._encoder, parts._tokenizer  # type: ignore[attr-defined]
-    return experts.precompute(parts.vae(), encoder, tokenizer, 99, count, NANO.frame_num, NANO.size[0], lambda line: None)
+    return experts.precompute(
+        parts.vae(), encoder, tokenizer, 99, count, NANO.frame_num, NANO.size[0], lambda line: None
+    )
 
 
 def test_prompts_in_other_words_are_understood_alike(nano: Pipeline) -> None:
@@ -174,7 +216,9 @@ def test_prompts_in_other_words_are_understood_alike(nano: Pipeline) -> None:
 def test_the_tokenizer_knows_its_words_and_survives_any_other(tmp_path: Path) -> None:
     text.build_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json", 32)
-    ids, mask = tokenizer(["A red CIRCLE moves left", "a red circle moves left", "红色 🙂 \x00 zzz"])
+    ids, mask = tokenizer(
+        ["A red CIRCLE moves left", "a red circle moves left", "红色 🙂 \x00 zzz"]
+    )
     assert torch.equal(ids[0], ids[1])
     assert mask[0].sum() == 6
     assert (ids >= 0).all()

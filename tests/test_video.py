@@ -1,4 +1,6 @@
-"""Files that wanflow makes: colours, metadata, and that none is ever half there or overwritten unasked."""
+"""Files that wanflow makes: colours, metadata, and that none is ever half there or overwritten
+unasked.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from wanflow.video import (
     safe_name,
     save_picture,
     to_uint8,
-)  # fmt: skip
+)
 
 SIDE = 64
 WHEN = datetime(2026, 11, 23, 21, 45, 7)
@@ -37,13 +39,23 @@ def moving(frames: int = 9, height: int = SIDE, width: int = SIDE) -> np.ndarray
     y, x = np.mgrid[:height, :width]
     pictures = []
     for t in range(frames):
-        blob = np.exp(-((x - width / 4 - 2 * t) ** 2 + (y - height / 2) ** 2) / (2 * (height / 6) ** 2))
+        blob = np.exp(
+            -((x - width / 4 - 2 * t) ** 2 + (y - height / 2) ** 2) / (2 * (height / 6) ** 2)
+        )
         pictures.append(np.stack([40 + 180 * blob, 60 + x * 60 / width, 200 - 120 * blob], axis=-1))
     return np.stack(pictures).round().astype(np.uint8)
 
 
-def write(path: Path, frames: np.ndarray, fps: float = 16, metadata: dict[str, str] | None = None, **options: bool) -> Path:
-    with VideoWriter(path, frames.shape[2], frames.shape[1], fps, metadata or {}, **options) as writer:
+def write(
+    path: Path,
+    frames: np.ndarray,
+    fps: float = 16,
+    metadata: dict[str, str] | None = None,
+    **options: bool,
+) -> Path:
+    with VideoWriter(
+        path, frames.shape[2], frames.shape[1], fps, metadata or {}, **options
+    ) as writer:
         writer.write(frames)
     return path
 
@@ -58,18 +70,26 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("clip") / "clip.mp4", moving(), metadata=recipe_tags({"seed": 7}, "a blob"))
+    return write(
+        tmp_path_factory.mktemp("clip") / "clip.mp4",
+        moving(),
+        metadata=recipe_tags({"seed": 7}, "a blob"),
+    )
 
 
 def test_a_moving_clip_comes_back(clip: Path) -> None:
     frames, fps = read_frames(clip)
     assert (frames.shape, frames.dtype, fps) == ((9, SIDE, SIDE, 3), np.uint8, 16.0)
     assert psnr(frames, moving()) > 38
-    assert min(psnr(a, b) for a, b in zip(frames, moving(), strict=True)) > 37  # none lost, doubled or out of order
+    assert (
+        min(psnr(a, b) for a, b in zip(frames, moving(), strict=True)) > 37
+    )  # none lost, doubled or out of order
 
 
 def test_frames_may_come_in_pieces_and_the_file_is_the_same(clip: Path, tmp_path: Path) -> None:
-    with VideoWriter(tmp_path / "deep" / "er" / "b.mp4", SIDE, SIDE, 16, recipe_tags({"seed": 7}, "a blob")) as writer:
+    with VideoWriter(
+        tmp_path / "deep" / "er" / "b.mp4", SIDE, SIDE, 16, recipe_tags({"seed": 7}, "a blob")
+    ) as writer:
         for start, stop in ((0, 1), (1, 5), (5, 9)):
             # A view with odd strides, as a permuted tensor gives.
             writer.write(moving()[start:stop].transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3))
@@ -87,23 +107,39 @@ def test_rate_and_duration(tmp_path: Path, fps: float) -> None:
 
 def test_solid_colours_come_back(tmp_path: Path) -> None:
     colours = np.array(list(COLOURS.values()), np.uint8)
-    frames, _ = read_frames(write(tmp_path / "a.mp4", np.broadcast_to(colours[:, None, None], (8, SIDE, SIDE, 3))))
+    frames, _ = read_frames(
+        write(tmp_path / "a.mp4", np.broadcast_to(colours[:, None, None], (8, SIDE, SIDE, 3)))
+    )
     assert np.abs(frames.astype(int) - colours[:, None, None]).max() <= 3
 
 
 def test_the_stored_colours_are_bt709(tmp_path: Path) -> None:
-    """The YUV values in the file against the standard's own formula, and the tags that tell a player so."""
+    """The YUV values in the file against the standard's own formula, and the tags that tell a
+    player so.
+    """
     colours = np.array(list(COLOURS.values()), np.uint8)
     path = write(tmp_path / "a.mp4", np.broadcast_to(colours[:, None, None], (8, SIDE, SIDE, 3)))
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert (stream.color_primaries, stream.color_trc, stream.colorspace, stream.color_range) == (1, 1, 1, 1)
+        assert (
+            stream.color_primaries,
+            stream.color_trc,
+            stream.colorspace,
+            stream.color_range,
+        ) == (1, 1, 1, 1)
         assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
-        rows = [frame.to_ndarray() for frame in container.decode(stream)]  # [H + H/2, W]: Y, then U, then V
-        stored = [[image[20, 20], image[SIDE + 2, 20], image[SIDE + SIDE // 4 + 2, 20]] for image in rows]
+        rows = [
+            frame.to_ndarray() for frame in container.decode(stream)
+        ]  # [H + H/2, W]: Y, then U, then V
+        stored = [
+            [image[20, 20], image[SIDE + 2, 20], image[SIDE + SIDE // 4 + 2, 20]] for image in rows
+        ]
     red, green, blue = colours.T / 255
     luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    expected = np.stack([16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748], axis=1)
+    expected = np.stack(
+        [16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748],
+        axis=1,
+    )
     assert np.abs(np.array(stored, float) - expected).max() <= 1.5
 
 
@@ -114,7 +150,11 @@ def test_players_can_start_at_once(clip: Path) -> None:
 
 def test_metadata_survives(tmp_path: Path) -> None:
     prompt = "un cœur \"rouge\", 'it''s' 一个红色的圆 \U0001f534; a=b\\c\n# two"
-    recipe = {"request": {"prompt": prompt, "seed": 2**63 - 1, "cfg_high": 4.0}, "long": "é" * 100_000, "none": None}
+    recipe = {
+        "request": {"prompt": prompt, "seed": 2**63 - 1, "cfg_high": 4.0},
+        "long": "é" * 100_000,
+        "none": None,
+    }
     tags = recipe_tags(recipe, prompt) | {"a key of my own": "yes"}
     for path in (write(tmp_path / "a.mp4", moving(2), metadata=tags), tmp_path / "a.png"):
         if path.suffix == ".png":
@@ -129,7 +169,12 @@ def test_metadata_survives(tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_no_unicode_does_not_stop_the_writing(tmp_path: Path) -> None:
     recipe = {"prompt": "caf\udce9"}  # what Python makes of a Latin-1 byte on the command line
-    assert read_recipe(write(tmp_path / "a.mp4", moving(1), metadata=recipe_tags(recipe, recipe["prompt"]))) == recipe
+    assert (
+        read_recipe(
+            write(tmp_path / "a.mp4", moving(1), metadata=recipe_tags(recipe, recipe["prompt"]))
+        )
+        == recipe
+    )
 
 
 def test_a_picture_is_lossless_and_other_programs_read_it(tmp_path: Path) -> None:
@@ -166,12 +211,18 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"mine")
     for written in (0, 1, 60):  # before the header, before and after the encoder's delay
-        with pytest.raises(KeyboardInterrupt), VideoWriter(path, SIDE, SIDE, 16, {}, overwrite=True) as writer:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            VideoWriter(path, SIDE, SIDE, 16, {}, overwrite=True) as writer,
+        ):
             writer.write(moving(written) if written else moving(1)[:0])
             raise KeyboardInterrupt
         assert path.read_bytes() == b"mine"
         assert names(tmp_path) == ["a.mp4"]
-    with pytest.raises(ValueError, match="no frame was written"), VideoWriter(path, SIDE, SIDE, 16, {}, overwrite=True):
+    with (
+        pytest.raises(ValueError, match="no frame was written"),
+        VideoWriter(path, SIDE, SIDE, 16, {}, overwrite=True),
+    ):
         pass
     assert names(tmp_path) == ["a.mp4"]
 
@@ -198,7 +249,9 @@ def test_a_full_disk_is_named(clip: Path, tmp_path: Path, share: float) -> None:
     path, limits = tmp_path / "a.mp4", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(clip.stat().st_size * share), limits[1]))
     try:
-        with pytest.raises(OSError, match=r"disk is full or failing.*a\.mp4.*free some space") as caught:
+        with pytest.raises(
+            OSError, match=r"disk is full or failing.*a\.mp4.*free some space"
+        ) as caught:
             write(path, moving())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -206,12 +259,16 @@ def test_a_full_disk_is_named(clip: Path, tmp_path: Path, share: float) -> None:
     assert names(tmp_path) == []
 
 
-def test_bad_places_are_refused(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_places_are_refused(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path, words in (
-        (tmp_path, "not a plain file"), (tmp_path / "file" / "a.mp4", "is a file"), (tmp_path / ("x" * 300), "too long"),
+        (tmp_path, "not a plain file"),
+        (tmp_path / "file" / "a.mp4", "is a file"),
+        (tmp_path / ("x" * 300), "too long"),
         (Path(os.devnull), "not a plain file"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(RequestError, match=words):
             check_target(path, overwrite=True)
 
@@ -219,14 +276,19 @@ def test_bad_places_are_refused(clip: Path, tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "touch", denied)  # a chmod would not stop root
-    with pytest.raises(RequestError, match=r"cannot write .*a\.mp4: Permission denied; choose another folder"):
+    with pytest.raises(
+        RequestError, match=r"cannot write .*a\.mp4: Permission denied; choose another folder"
+    ):
         write(tmp_path / "a.mp4", moving(1))
     assert names(tmp_path) == ["file"]
 
 
 def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
     for frames in (moving(1, height=32), moving(1).astype(np.float32), moving(1)[0]):
-        with pytest.raises(ValueError, match="not uint8"), VideoWriter(tmp_path / "a.mp4", SIDE, SIDE, 16, {}) as writer:
+        with (
+            pytest.raises(ValueError, match="not uint8"),
+            VideoWriter(tmp_path / "a.mp4", SIDE, SIDE, 16, {}) as writer,
+        ):
             writer.write(frames)
     assert names(tmp_path) == []
 
@@ -265,7 +327,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             read_recipe(path)
     for text in ("{", json.dumps([1])):
         with pytest.raises(RequestError, match="recipe is damaged"):
-            read_recipe(write(tmp_path / "bad.mp4", moving(1), metadata={"wanflow": text}, overwrite=True))
+            read_recipe(
+                write(tmp_path / "bad.mp4", moving(1), metadata={"wanflow": text}, overwrite=True)
+            )
 
 
 def test_contact_sheet_of_a_small_clip(tmp_path: Path) -> None:
@@ -276,10 +340,17 @@ def test_contact_sheet_of_a_small_clip(tmp_path: Path) -> None:
     assert sheet.shape == (2 * big + GAP, 3 * big + 2 * GAP, 3)
     for index, frame in enumerate((0, 4, 8, 12, 16)):
         top, left = index // 3 * (big + GAP), index % 3 * (big + GAP)
-        assert np.array_equal(sheet[top : top + big, left : left + big], np.kron(frames[frame], np.ones((3, 3, 1), np.uint8)))
+        assert np.array_equal(
+            sheet[top : top + big, left : left + big],
+            np.kron(frames[frame], np.ones((3, 3, 1), np.uint8)),
+        )
     assert len(np.unique(sheet[:, big : big + GAP])) == 1
     contact_sheet(frames, tmp_path / "a.png")  # replaces
-    assert read_frames(tmp_path / "a.png")[0].shape[1:] == (4 * (big + GAP) - GAP, 5 * (big + GAP) - GAP, 3)
+    assert read_frames(tmp_path / "a.png")[0].shape[1:] == (
+        4 * (big + GAP) - GAP,
+        5 * (big + GAP) - GAP,
+        3,
+    )
     contact_sheet(frames[:1], tmp_path / "one.png")
     assert read_frames(tmp_path / "one.png")[0].shape[1:] == (big, big, 3)
 
@@ -299,7 +370,9 @@ def test_to_uint8_cuts_off() -> None:
     assert frames[1, 2, :, 1].tolist() == [0, 0, 0, 127, 191, 254, 255, 255]
     assert torch.equal(video[0, 0, 0], values)  # the input is left alone
     layout = torch.arange(3 * 2 * 4 * 5).view(1, 3, 2, 4, 5)
-    assert np.array_equal(to_uint8((layout + 0.5) / 127.5 - 1), layout[0].permute(1, 2, 3, 0).numpy())
+    assert np.array_equal(
+        to_uint8((layout + 0.5) / 127.5 - 1), layout[0].permute(1, 2, 3, 0).numpy()
+    )
     with pytest.raises(ValueError, match="not \\[3, T, H, W\\]"):
         to_uint8(torch.zeros(2, 3, 1, 4, 4))
 
@@ -307,10 +380,17 @@ def test_to_uint8_cuts_off() -> None:
 @pytest.mark.parametrize(
     ("prompt", "slug"),
     [
-        ("A red circle", "_a-red-circle"), ("一个红色的圆在移动", ""), ("", ""), ("a/b:c*?<>|\"\\\0\n..", "_a-b-c"),
-        ("Café  ÜBER", "_cafe-uber"), ("x" * 10_000, "_" + "x" * 50), ("con", "_con"), ("y" * 49 + " z", "_" + "y" * 49), ("\udce9", ""),
+        ("A red circle", "_a-red-circle"),
+        ("一个红色的圆在移动", ""),
+        ("", ""),
+        ('a/b:c*?<>|"\\\0\n..', "_a-b-c"),
+        ("Café  ÜBER", "_cafe-uber"),
+        ("x" * 10_000, "_" + "x" * 50),
+        ("con", "_con"),
+        ("y" * 49 + " z", "_" + "y" * 49),
+        ("\udce9", ""),
     ],
-)  # fmt: skip
+)
 def test_safe_name(prompt: str, slug: str, tmp_path: Path) -> None:
     name = safe_name("t2v-A14B", (1280, 720), prompt, WHEN)
     head, digest = name.removesuffix(".mp4").rsplit("_", 1)
@@ -320,6 +400,9 @@ def test_safe_name(prompt: str, slug: str, tmp_path: Path) -> None:
 
 
 def test_safe_name_tells_prompts_apart() -> None:
-    made = {safe_name("a/../b", (64, 64), prompt, WHEN, ".png") for prompt in ("圆", "方", "z" * 60, "z" * 61)}
+    made = {
+        safe_name("a/../b", (64, 64), prompt, WHEN, ".png")
+        for prompt in ("圆", "方", "z" * 60, "z" * 61)
+    }
     assert len(made) == 4
     assert all(name.startswith("a-b_64x64_") and name.endswith(".png") for name in made)

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""One of several processes that meet in a collective step after step, with what goes wrong in it: what tests/test_watch.py starts.
+"""One of several processes that meet in a collective step after step, with what goes wrong in it:
+what tests/test_watch.py starts.
 
     watched.py generate --prompt '{"2": ["bug", 3]}' [--gpus cpu,cpu] [--timeout 5] --save_file STEM
 
-The prompt says for a process what happens at which step; step 0 is before the processes have joined. STEM.when gets the moment it
-happened, and STEM.kept the steps that process 0 had done when its last will was asked for.
+The prompt says for a process what happens at which step; step 0 is before the processes have
+joined. STEM.when gets the moment it happened, and STEM.kept the steps that process 0 had done when
+its last will was asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from wanflow.config import RequestError
 from wanflow.parallel import mesh, watch
 from wanflow.parallel.layout import Layout, form
 
-SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "ctrl-c": signal.SIGINT, "term": signal.SIGTERM}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "freeze": signal.SIGSTOP,
+    "ctrl-c": signal.SIGINT,
+    "term": signal.SIGTERM,
+}
 ERRORS: dict[str, BaseException] = {
     "request": RequestError("cannot read high.safetensors"),
     "full": OSError(28, "No space left on device"),
@@ -85,11 +92,14 @@ def run(argv: list[str], environment: dict[str, str], errors: str, lost: float) 
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     watch.LOST = lost
     cli.COMMANDS["generate"] = work
-    os._exit(cli.main(argv))  # tidying up a copy of all of torch's memory takes longer than all else
+    os._exit(
+        cli.main(argv)
+    )  # tidying up a copy of all of torch's memory takes longer than all else
 
 
 def fork() -> None:
-    """`run` in many processes, each with arguments out of the list in standard input: this one has imported torch for them.
+    """`run` in many processes, each with arguments out of the list in standard input: this one has
+    imported torch for them.
 
     Writes a line for each that ends: its place in the list, its exit code, and the time.
     """
@@ -105,7 +115,11 @@ def fork() -> None:
         print(places.pop(pid), os.waitstatus_to_exitcode(status), time.time(), flush=True)
 
 
-def again(argv: list[str], processes: launch.Processes, command: Sequence[str] = (sys.executable, __file__)) -> int:
+def again(
+    argv: list[str],
+    processes: launch.Processes,
+    command: Sequence[str] = (sys.executable, __file__),
+) -> int:
     return start(argv, processes, command)
 
 

@@ -21,13 +21,31 @@ if TYPE_CHECKING:
     from wanflow.sanity import OutputError
 
 _HOME = {
-    "load": "plan", "Request": "config", "RequestError": "config", "Runtime": "config", "Cancelled": "pipeline",
-    "OutputError": "sanity", "Pipeline": "pipeline", "Progress": "pipeline", "Run": "pipeline", "Video": "pipeline",
-}  # fmt: skip
+    "load": "plan",
+    "Request": "config",
+    "RequestError": "config",
+    "Runtime": "config",
+    "Cancelled": "pipeline",
+    "OutputError": "sanity",
+    "Pipeline": "pipeline",
+    "Progress": "pipeline",
+    "Run": "pipeline",
+    "Video": "pipeline",
+}
 
 __all__ = [
-    "Cancelled", "OutputError", "Pipeline", "Progress", "Request", "RequestError", "Run", "Runtime", "Video", "load", "presets",
-]  # fmt: skip
+    "Cancelled",
+    "OutputError",
+    "Pipeline",
+    "Progress",
+    "Request",
+    "RequestError",
+    "Run",
+    "Runtime",
+    "Video",
+    "load",
+    "presets",
+]
 
 
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """The composition root: a checkpoint and a `Runtime` become the parts of a pipeline, in one order.
 
-What the machine decides (device, dtype, what stays in memory) is decided here, once, before a weight is read.
+What the machine decides (device, dtype, what stays in memory) is decided here, once, before a
+weight is read.
 """
 
 from __future__ import annotations
@@ -65,23 +66,49 @@ def choose_device(wanted: str) -> torch.device:
         RequestError: for a device this machine lacks.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise RequestError(f"device {wanted!r} is not one PyTorch knows; use auto, cpu, cuda, cuda:1 or mps") from None
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        raise RequestError(
+            f"device {wanted!r} is not one PyTorch knows; use auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    present = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not present.get(device.type, False):
-        raise RequestError(f"device {wanted!r}: this machine has none; --device auto takes what is here")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise RequestError(f"device {wanted!r}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+        raise RequestError(
+            f"device {wanted!r}: this machine has none; --device auto takes what is here"
+        )
+    if (
+        device.type == "cuda"
+        and device.index is not None
+        and device.index >= torch.cuda.device_count()
+    ):
+        raise RequestError(
+            f"device {wanted!r}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0"
+        )
     return device
 
 
 def choose_dtype(wanted: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` is bfloat16, but float32 for a small model on a CPU, where it costs little and rounds less."""
+    """`auto` is bfloat16, but float32 for a small model on a CPU, where it costs little and rounds
+    less.
+    """
     if wanted == "auto":
-        return torch.float32 if device.type == "cpu" and expert_bytes(checkpoint, torch.float32) < SMALL else torch.bfloat16
+        return (
+            torch.float32
+            if device.type == "cpu" and expert_bytes(checkpoint, torch.float32) < SMALL
+            else torch.bfloat16
+        )
     if wanted not in DTYPES:
         raise RequestError(f"dtype {wanted!r} is none of auto, {', '.join(DTYPES)}")
     return DTYPES[wanted]
@@ -90,11 +117,18 @@ def choose_dtype(wanted: str, device: torch.device, checkpoint: Checkpoint) -> t
 class LoadedParts:
     """Reads each part when it is first needed and frees it when the run has no more use for it.
 
-    A text encoder is freed before an expert is read, and one expert before the other, so that never two of them are on the device,
-    unless the model is small or `keep_experts` is set. With `prefetch` the next expert is read into RAM meanwhile.
+    A text encoder is freed before an expert is read, and one expert before the other, so that never
+    two of them are on the device, unless the model is small or `keep_experts` is set. With
+    `prefetch` the next expert is read into RAM meanwhile.
     """
 
-    def __init__(self, checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None, team: Team | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runtime: Runtime,
+        report: Report | None = None,
+        team: Team | None = None,
+    ) -> None:
         self.checkpoint, self.runtime = checkpoint, runtime
         self.team = team or imagined(Layout())
         self.preset = checkpoint.preset
@@ -106,21 +140,35 @@ class LoadedParts:
         self.keep_text = small
         # The large encoder is published in bfloat16, and its activations overflow float16.
         self.text_dtype = self.dtype if small and self.dtype != torch.float16 else torch.bfloat16
-        self.kernel = attention.choose(runtime.attention, self.device, self.dtype, self.preset.dit.dim // self.preset.dit.num_heads)
+        self.kernel = attention.choose(
+            runtime.attention,
+            self.device,
+            self.dtype,
+            self.preset.dit.dim // self.preset.dit.num_heads,
+        )
         if self.team.layout.ring > 1 and self.kernel.with_lse is None:
-            raise RequestError(f"ring_size {self.team.layout.ring}: the attention kernel {self.kernel.name} does not say the log-sum-exp,"
-                               " which a ring needs; take another, or leave ring_size to 1")  # fmt: skip
+            raise RequestError(
+                f"ring_size {self.team.layout.ring}: the attention kernel {self.kernel.name} does"
+                " not say the log-sum-exp, which a ring needs; take another, or leave ring_size"
+                " to 1"
+            )
         self.where = Where(self.dtype, self.device, runtime, self.team)
         if runtime.quantize:
             refuse_packed(checkpoint, self.where)
         self.report = report
         self.made_by: dict[str, Any] = {
-            "model": {"name": self.preset.name, "folder": str(checkpoint.folder), "fingerprint": fingerprint(checkpoint)},
+            "model": {
+                "name": self.preset.name,
+                "folder": str(checkpoint.folder),
+                "fingerprint": fingerprint(checkpoint),
+            },
             "runtime": recorded(runtime, self.device, self.dtype, self.kernel.name),
             "versions": versions(),
         }
         if checkpoint.given:
-            self.made_by["model"]["parts"] = {part: str(path) for part, path in checkpoint.given.items()}
+            self.made_by["model"]["parts"] = {
+                part: str(path) for part, path in checkpoint.given.items()
+            }
         self._tokenizer: Tokenizer | None = None
         self._encoder: UMT5Encoder | None = None
         self._texts = self._text_cache()
@@ -137,7 +185,10 @@ class LoadedParts:
     def _text_cache(self) -> TextCache | None:
         if self.runtime.text_cache is None or self.keep_text:
             return None
-        return TextCache(Path(self.runtime.text_cache), text_key(self.checkpoint, self.text_dtype, self.text_device))
+        return TextCache(
+            Path(self.runtime.text_cache),
+            text_key(self.checkpoint, self.text_dtype, self.text_device),
+        )
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Tensor:
@@ -153,7 +204,11 @@ class LoadedParts:
         return self.team.world.from_first("text", states) if self.team.layout.size > 1 else states
 
     def _text(self, prompts: list[str]) -> Tensor:
-        known = {prompt: self._texts.get(prompt) for prompt in prompts} if self._texts is not None else {}
+        known = (
+            {prompt: self._texts.get(prompt) for prompt in prompts}
+            if self._texts is not None
+            else {}
+        )
         missing = [prompt for prompt in dict.fromkeys(prompts) if known.get(prompt) is None]
         for prompt, states in zip(missing, self._encode(missing) if missing else (), strict=True):
             known[prompt] = states
@@ -164,8 +219,8 @@ class LoadedParts:
     def _encode(self, prompts: list[str]) -> Tensor:
         """[B, text_len, D], zero past each prompt's end.
 
-        One prompt at a time, so that an encoding does not depend on what it was encoded beside; and without its padding, to which
-        nothing attends, and which would be most of the work.
+        One prompt at a time, so that an encoding does not depend on what it was encoded beside; and
+        without its padding, to which nothing attends, and which would be most of the work.
         """
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.checkpoint)
@@ -173,15 +228,23 @@ class LoadedParts:
         watch = self._watch("text encoder")
         if not self.keep_text:
             self._free()
-            states = StreamedEncoder(self.checkpoint, self.text_dtype, self.text_device, watch)(ids, mask)
+            states = StreamedEncoder(self.checkpoint, self.text_dtype, self.text_device, watch)(
+                ids, mask
+            )
             self._release()
             return states
         if self._encoder is None:
-            self._encoder = load_text_encoder(self.checkpoint, self.text_dtype, self.text_device, watch)
-        states = torch.zeros(*ids.shape, self.preset.text.dim, dtype=self.text_dtype, device=self.text_device)
+            self._encoder = load_text_encoder(
+                self.checkpoint, self.text_dtype, self.text_device, watch
+            )
+        states = torch.zeros(
+            *ids.shape, self.preset.text.dim, dtype=self.text_dtype, device=self.text_device
+        )
         for row, length in enumerate(mask.sum(1).tolist()):
             part = (slice(row, row + 1), slice(length))
-            states[part] = self._encoder(ids[part].to(self.text_device), mask[part].to(self.text_device))
+            states[part] = self._encoder(
+                ids[part].to(self.text_device), mask[part].to(self.text_device)
+            )
         return states
 
     # LoRAs
@@ -195,7 +258,9 @@ class LoadedParts:
         return {lora.path: lora_files.lora_print(lora.path) for lora in loras}
 
     def use_loras(self, loras: tuple[Lora, ...]) -> None:
-        """Take these as the LoRAs of what follows; RequestError where one does not fit the model."""
+        """Take these as the LoRAs of what follows; RequestError where one does not fit the
+        model.
+        """
         named = lora_files.named(loras)
         if named != self._loras:
             lora_files.check_loras(loras, self._shapes)
@@ -222,25 +287,43 @@ class LoadedParts:
         return self._experts[which]
 
     def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
-        """Say that this expert will be wanted: with `prefetch` it is read into RAM from now on, beside the work."""
+        """Say that this expert will be wanted: with `prefetch` it is read into RAM from now on,
+        beside the work.
+        """
         wanted = self._to_fuse(strengths)
         if not self.runtime.prefetch or which in self._experts:
             return
         if self._ahead is not None and (self._ahead.which, self._ahead.key) == (which, wanted):
             return
         self._drop_ahead()
-        self._ahead = Ahead(self.checkpoint, which, self.where, self._changes(which, wanted), wanted)
+        self._ahead = Ahead(
+            self.checkpoint, which, self.where, self._changes(which, wanted), wanted
+        )
 
     def _to_fuse(self, strengths: tuple[float, ...]) -> Wanted:
         if self.runtime.lora == "live":
             return ()
-        return tuple((name, strength) for name, strength in zip(self._loras, strengths, strict=True) if strength)
+        return tuple(
+            (name, strength)
+            for name, strength in zip(self._loras, strengths, strict=True)
+            if strength
+        )
 
-    def _changes(self, which: Expert, wanted: Wanted) -> Mapping[str, Callable[[str, Tensor], Tensor]] | None:
-        return lora_files.fused(which, [(self._loras[name], strength) for name, strength in wanted], self._shapes) if wanted else None
+    def _changes(
+        self, which: Expert, wanted: Wanted
+    ) -> Mapping[str, Callable[[str, Tensor], Tensor]] | None:
+        return (
+            lora_files.fused(
+                which, [(self._loras[name], strength) for name, strength in wanted], self._shapes
+            )
+            if wanted
+            else None
+        )
 
     def _load(self, which: Expert, wanted: Wanted) -> None:
-        """Read an expert, or take the one that was read ahead; the other one is freed first unless both are kept."""
+        """Read an expert, or take the one that was read ahead; the other one is freed first unless
+        both are kept.
+        """
         ahead = self._ahead
         if ahead is not None and (ahead.which, ahead.key) == (which, wanted):
             self._ahead = None
@@ -251,7 +334,9 @@ class LoadedParts:
             self._experts[which] = ahead.take()
         else:
             watch = self._watch(f"{which}-noise expert")
-            self._experts[which] = open_expert(self.checkpoint, which, self.where, watch, self._changes(which, wanted))
+            self._experts[which] = open_expert(
+                self.checkpoint, which, self.where, watch, self._changes(which, wanted)
+            )
         self._fused[which] = wanted
         attention.set_attention(self._experts[which], self.kernel)
         connect(self._experts[which], self.team, self.kernel.attend, self.kernel.with_lse)
@@ -300,26 +385,41 @@ class LoadedParts:
             torch.cuda.empty_cache()
 
 
-def recorded(runtime: Runtime, device: torch.device, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
+def recorded(
+    runtime: Runtime, device: torch.device, dtype: torch.dtype, kernel: str
+) -> dict[str, Any]:
     """What a recipe notes of how it was made: all that changes a result, if only by rounding."""
     return {
-        "device": device.type, "dtype": str(dtype).removeprefix("torch."), "t5_cpu": bool(runtime.t5_cpu), "lora": runtime.lora,
-        "chunk_tokens": runtime.chunk_tokens or 0, "vae_tile": runtime.vae_tile or 0, "quantize": runtime.quantize,
-        "quantize_layers": runtime.quantize_layers, "attention": kernel, "layout": str(layout_of(runtime)),
-    }  # fmt: skip
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "t5_cpu": bool(runtime.t5_cpu),
+        "lora": runtime.lora,
+        "chunk_tokens": runtime.chunk_tokens or 0,
+        "vae_tile": runtime.vae_tile or 0,
+        "quantize": runtime.quantize,
+        "quantize_layers": runtime.quantize_layers,
+        "attention": kernel,
+        "layout": str(layout_of(runtime)),
+    }
 
 
 def versions() -> dict[str, str]:
     """What a recipe notes about the software."""
-    return {"wanflow": __version__, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    return {
+        "wanflow": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
 
 
 def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = None) -> Checkpoint:
     """A model's files.
 
     Args:
-        model: `"nano"` is the embedded miniature, a name like `"Wan-AI/Wan2.2-T2V-A14B"` what Hugging Face's cache has of it, anything
-            else a folder in any layout. None: where `given` says.
+        model: `"nano"` is the embedded miniature, a name like `"Wan-AI/Wan2.2-T2V-A14B"` what
+            Hugging Face's cache has of it, anything else a folder in any layout. None: where
+            `given` says.
         given: parts (high, low, t5, vae, tokenizer) that are to be taken from other files.
 
     Raises:
@@ -330,31 +430,44 @@ def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = 
         return open_checkpoint(NANO_FOLDER, parts)
     if model is None:
         if not parts:
-            raise RequestError("no model is named: give its folder, nano, or its files (high, low, t5, vae, tokenizer)")
+            raise RequestError(
+                "no model is named: give its folder, nano, or its files (high, low, t5, vae,"
+                " tokenizer)"
+            )
         return open_checkpoint(next(iter(parts.values())).parent, parts)
     folder = Path(model).expanduser()
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         found = cached(str(model))
         if found is None:
             raise RequestError(
-                f"{model} is neither a folder here nor whole in Hugging Face's cache; get it with `hf download {model}`, or the official"
-                " weights into a folder with `wanflow download`"
+                f"{model} is neither a folder here nor whole in Hugging Face's cache; get it with"
+                f" `hf download {model}`, or the official weights into a folder with `wanflow"
+                " download`"
             )
         folder = found
     return open_checkpoint(folder, parts)
 
 
-def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = None, ranks: Ranks | None = None) -> Pipeline:
+def assemble(
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    report: Report | None = None,
+    ranks: Ranks | None = None,
+) -> Pipeline:
     """The parts in their order; nothing is read before every choice is made and found possible.
 
     Args:
-        ranks: this process among those of the run, each of which must come here with the same Runtime, and works on its own device;
-            None: it is alone.
+        ranks: this process among those of the run, each of which must come here with the same
+            Runtime, and works on its own device; None: it is alone.
     """
     if ranks is not None and ranks.size > 1:
         runtime = replace(runtime, device=str(ranks.device))
     _refuse(runtime, checkpoint.preset.dit.num_layers)
-    team = form(layout_of(runtime), ranks) if ranks is not None and ranks.size > 1 else imagined(Layout())
+    team = (
+        form(layout_of(runtime), ranks)
+        if ranks is not None and ranks.size > 1
+        else imagined(Layout())
+    )
     refuse_together(runtime, checkpoint.preset.dit.num_layers, team.layout.size)
     parts = LoadedParts(checkpoint, runtime, report, team)
     for caution in attention.cautions(parts.kernel, runtime.quantize):
@@ -365,43 +478,64 @@ def assemble(checkpoint: Checkpoint, runtime: Runtime, report: Report | None = N
 
 def layout_of(runtime: Runtime) -> Layout:
     """How processes share a forward, in a runtime that leaves none of it open."""
-    return Layout(2 if runtime.cfg_parallel else 1, runtime.ring_size or 1, runtime.ulysses_size or 1)
+    return Layout(
+        2 if runtime.cfg_parallel else 1, runtime.ring_size or 1, runtime.ulysses_size or 1
+    )
 
 
 def refuse_together(runtime: Runtime, layers: int, processes: int) -> None:
     """RequestError for what cannot go together on so many processes."""
     if processes == 1:
         if runtime.dit_fsdp:
-            raise RequestError("dit_fsdp shares the weights out over several processes, and there is one; start more, or leave it out")
+            raise RequestError(
+                "dit_fsdp shares the weights out over several processes, and there is one; start"
+                " more, or leave it out"
+            )
         return
     if runtime.vae_tile:
-        raise RequestError("vae_tile: several processes decode in strips, which take less memory already; leave it out")
+        raise RequestError(
+            "vae_tile: several processes decode in strips, which take less memory already; leave"
+            " it out"
+        )
     if runtime.dit_fsdp:
         if runtime.resident_blocks not in (None, layers):
             raise RequestError(
-                "dit_fsdp and resident_blocks: blocks are shared out over the processes or streamed, not both; leave one out"
+                "dit_fsdp and resident_blocks: blocks are shared out over the processes or"
+                " streamed, not both; leave one out"
             )
         if runtime.prefetch:
             raise RequestError(
-                "dit_fsdp and prefetch: what is shared out is not read ahead; leave one out (keep_experts spares the reading)"
+                "dit_fsdp and prefetch: what is shared out is not read ahead; leave one out"
+                " (keep_experts spares the reading)"
             )
 
 
 def _refuse(runtime: Runtime, layers: int) -> None:
     """RequestError for values that no field may have."""
     known: dict[str, tuple[object, ...]] = {
-        "noise_device": ("cpu", "cuda"), "lora": ("live", "fused"), "stream_from": ("ram", "disk", None),
-        "quantize": (*QUANTIZATIONS, ""), "quantize_layers": ("ffn", "all"),
-    }  # fmt: skip
+        "noise_device": ("cpu", "cuda"),
+        "lora": ("live", "fused"),
+        "stream_from": ("ram", "disk", None),
+        "quantize": (*QUANTIZATIONS, ""),
+        "quantize_layers": ("ffn", "all"),
+    }
     for name, values in known.items():
         if getattr(runtime, name) not in values:
-            raise RequestError(f"{name} {getattr(runtime, name)!r} is none of {', '.join(str(value) for value in values if value)}")
+            raise RequestError(
+                f"{name} {getattr(runtime, name)!r} is none of"
+                f" {', '.join(str(value) for value in values if value)}"
+            )
     if runtime.noise_device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("noise_device cuda: this machine has no CUDA GPU to draw the noise on; use cpu")
+        raise RequestError(
+            "noise_device cuda: this machine has no CUDA GPU to draw the noise on; use cpu"
+        )
     most = {"resident_blocks": layers, "chunk_tokens": 2**31, "vae_tile": 2**31}
     for name, largest in most.items():
         value = getattr(runtime, name)
         if value is not None and (not isinstance(value, int) or not 0 <= value <= largest):
-            raise RequestError(f"{name} {value!r} is not a whole number from 0{f' to {largest}' if largest == layers else ''}")
+            raise RequestError(
+                f"{name} {value!r} is not a whole number from"
+                f" 0{f' to {largest}' if largest == layers else ''}"
+            )
     if runtime.vae_tile:
         check_tile(runtime.vae_tile)

@@ -1,7 +1,8 @@
 """Every setting of wanflow as frozen dataclasses, split by lifetime; standard library only.
 
-Shapes (`DiTConfig`, `TextConfig`, `VAEConfig`, gathered in `Preset`) are facts of a checkpoint. `Request` says what to make,
-`Runtime` how to run it, `Train` how to train it. Field names are the official configuration keys and flags where those exist.
+Shapes (`DiTConfig`, `TextConfig`, `VAEConfig`, gathered in `Preset`) are facts of a checkpoint.
+`Request` says what to make, `Runtime` how to run it, `Train` how to train it. Field names are the
+official configuration keys and flags where those exist.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ SOLVERS: tuple[Solver, ...] = ("unipc", "dpm++", "euler")
 TRAIN_STEPS = 1000  # timesteps run from 1000 (noise) to 0 (data); sigma = timestep / 1000
 
 
-# What a terminal obeys or cannot show: control characters, those that turn the direction of writing, halves of characters.
+# What a terminal obeys or cannot show: control characters, those that turn the direction of
+# writing, halves of characters.
 UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_LINE = 3000  # characters
 
@@ -27,15 +29,20 @@ def plain(text: str) -> str:
 
 
 class RequestError(ValueError):
-    """Bad input or a refusal: one clear line for the user (or several, one an argument), exit code 2, HTTP 4xx.
+    """Bad input or a refusal: one clear line for the user (or several, one an argument), exit code
+    2, HTTP 4xx.
 
-    Names and values in it come from files of strangers, so each line is shown as `plain` and without the middle of what is endless.
+    Names and values in it come from files of strangers, so each line is shown as `plain` and
+    without the middle of what is endless.
     """
 
     def __str__(self) -> str:
         lines = [plain(str(line)) for line in self.args]
         half = LONGEST_LINE // 2
-        return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}" for line in lines)
+        return "\n".join(
+            line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+            for line in lines
+        )
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,14 @@ class DiTConfig:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         object.__setattr__(self, "window_size", tuple(self.window_size))
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise RequestError(f"dim {self.dim} does not split into {self.num_heads} heads of even size")
+            raise RequestError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of even size"
+            )
         if self.window_size != (-1, -1) or not self.qk_norm or not self.cross_attn_norm:
-            raise RequestError("only the published Wan2.2 blocks exist here: full attention, q/k norm, norm before cross-attention")
+            raise RequestError(
+                "only the published Wan2.2 blocks exist here: full attention, q/k norm, norm before"
+                " cross-attention"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,9 @@ class VAEConfig:
         for name in ("dim_mult", "temperal_downsample", "attn_scales", "latent_mean", "latent_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.attn_scales:
-            raise RequestError("the Wan2.1 VAE has attention only in the middle; attn_scales must be empty")
+            raise RequestError(
+                "the Wan2.1 VAE has attention only in the middle; attn_scales must be empty"
+            )
         if len(self.latent_mean) != self.z_dim or len(self.latent_std) != self.z_dim:
             raise RequestError(f"latent_mean and latent_std need {self.z_dim} values each")
 
@@ -143,25 +157,33 @@ class Preset:
 
 
 def parse_size(value: str | tuple[int, int]) -> tuple[int, int]:
-    """`"1280*720"`, `"1280x720"` or `(1280, 720)` -> (width, height), each a positive multiple of 16."""
+    """`"1280*720"`, `"1280x720"` or `(1280, 720)` -> (width, height), each a positive multiple of
+    16.
+    """
     try:
-        parts = value.lower().replace("x", "*").split("*") if isinstance(value, str) else list(value)
+        parts = (
+            value.lower().replace("x", "*").split("*") if isinstance(value, str) else list(value)
+        )
         width, height = (int(part) for part in parts)
     except (ValueError, TypeError):
         raise RequestError(f"size {value!r} is not WIDTH*HEIGHT, such as 1280*720") from None
     for side, name in ((width, "width"), (height, "height")):
         if side <= 0 or side % 16:
             near = max(16, round(side / 16) * 16)
-            raise RequestError(f"{name} {side} is not a positive multiple of 16; the nearest is {near}")
+            raise RequestError(
+                f"{name} {side} is not a positive multiple of 16; the nearest is {near}"
+            )
     return width, height
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file and where it works: at which strength on each expert, in which steps (1-based, both ends included).
+    """A LoRA file and where it works: at which strength on each expert, in which steps (1-based,
+    both ends included).
 
-    Written `FILE`, `FILE@0.8`, `FILE@high=1,low=0.6`, `FILE@1,steps=3-8` (`3-` to the end, `-4` from the start). An expert that is not
-    named where the other one is gets none. A strength of None is settled by the file's name (`resolved`).
+    Written `FILE`, `FILE@0.8`, `FILE@high=1,low=0.6`, `FILE@1,steps=3-8` (`3-` to the end, `-4`
+    from the start). An expert that is not named where the other one is gets none. A strength of
+    None is settled by the file's name (`resolved`).
     """
 
     path: str
@@ -173,15 +195,28 @@ class Lora:
 
     def __str__(self) -> str:
         """The same in words that `parse_lora` reads."""
-        named = [f"{name}={value!r}" for name, value in (("high", self.high), ("low", self.low)) if value is not None]
-        steps = [] if self.first is None and self.last is None else [f"steps={self.first or ''}-{self.last or ''}"]
+        named = [
+            f"{name}={value!r}"
+            for name, value in (("high", self.high), ("low", self.low))
+            if value is not None
+        ]
+        steps = (
+            []
+            if self.first is None and self.last is None
+            else [f"steps={self.first or ''}-{self.last or ''}"]
+        )
         return f"{self.path}@{','.join([*(named or [repr(self.both)]), *steps])}"
 
     def resolved(self, named: Literal["high", "low"] | None, first: int | None = None) -> Lora:
-        """Every strength settled: a file that is named for one expert works on that one only. `first` is its first step, if none is set."""
+        """Every strength settled: a file that is named for one expert works on that one only.
+        `first` is its first step, if none is set.
+        """
         high, low = self.high, self.low
         if high is None and low is None:
-            high, low = (0.0 if named == "low" else self.both), (0.0 if named == "high" else self.both)
+            high, low = (
+                (0.0 if named == "low" else self.both),
+                (0.0 if named == "high" else self.both),
+            )
         begin = first if self.first is None and self.last is None else self.first
         return Lora(self.path, self.both, high or 0.0, low or 0.0, begin, self.last)
 
@@ -198,9 +233,17 @@ def parse_lora(text: str) -> Lora:
     Raises:
         RequestError: for strengths or steps that cannot be read, or are out of range.
     """
-    wrong = f"lora {text!r}: after the last @ comes a strength, or high=1,low=0.6, and steps=2-8 if it is not for all steps"
+    wrong = (
+        f"lora {text!r}: after the last @ comes a strength, or high=1,low=0.6, and steps=2-8 if it"
+        " is not for all steps"
+    )
     path, mark, tail = text.rpartition("@")
-    if not mark or "/" in tail or "\\" in tail or tail.lower().endswith((".safetensors", ".pt", ".pth", ".bin")):
+    if (
+        not mark
+        or "/" in tail
+        or "\\" in tail
+        or tail.lower().endswith((".safetensors", ".pt", ".pth", ".bin"))
+    ):
         return Lora(text)
     values: dict[str, float] = {}
     first = last = None
@@ -221,7 +264,12 @@ def parse_lora(text: str) -> Lora:
             raise RequestError(wrong) from None
     for name, strength in values.items():
         _within(f"lora {path}: strength {name}", strength, -100, 100)
-    if not path or ("both" in values and len(values) > 1) or first == 0 or (last is not None and last < (first or 1)):
+    if (
+        not path
+        or ("both" in values and len(values) > 1)
+        or first == 0
+        or (last is not None and last < (first or 1))
+    ):
         raise RequestError(wrong)
     return Lora(path, values.get("both", 1.0), values.get("high"), values.get("low"), first, last)
 
@@ -244,14 +292,17 @@ class Request:
     seed: int = -1  # negative: draw one (the recipe keeps it)
     lora: tuple[str, ...] | None = None  # each as `Lora` describes
     lora_from: int | None = None  # the first step of those LoRAs that name no steps
-    cfg_start: float | None = None  # guidance of the first `cfg_start_steps` steps, whichever expert does them
+    cfg_start: float | None = (
+        None  # guidance of the first `cfg_start_steps` steps, whichever expert does them
+    )
     cfg_start_steps: int | None = None
 
     def complete(self, preset: Preset) -> CompleteRequest:
         """Fill in the model's defaults and check every value.
 
         Raises:
-            RequestError: naming the field, what it may be, and the nearest good value where there is one.
+            RequestError: naming the field, what it may be, and the nearest good value where there
+                is one.
         """
         values: dict[str, Any] = {}
         for field in fields(CompleteRequest):
@@ -267,13 +318,24 @@ class Request:
 
     def loras(self) -> tuple[Lora, ...]:
         """The LoRAs, read and with their first step, their strengths as given."""
-        if self.lora_from is not None and (not isinstance(self.lora_from, int) or self.lora_from < 1):
+        if self.lora_from is not None and (
+            not isinstance(self.lora_from, int) or self.lora_from < 1
+        ):
             raise RequestError(f"lora_from {self.lora_from!r} is not a step; the first is 1")
         texts = (self.lora,) if isinstance(self.lora, str) else self.lora or ()
         if not all(isinstance(text, str) for text in texts):
-            raise RequestError("lora: give file names, each with its strength after an @ if it is not 1")
+            raise RequestError(
+                "lora: give file names, each with its strength after an @ if it is not 1"
+            )
         loras = (parse_lora(text) for text in texts)
-        return tuple(lora if self.lora_from is None or lora.first or lora.last else replace(lora, first=self.lora_from) for lora in loras)
+        return tuple(
+            (
+                lora
+                if self.lora_from is None or lora.first or lora.last
+                else replace(lora, first=self.lora_from)
+            )
+            for lora in loras
+        )
 
 
 @dataclass(frozen=True)
@@ -308,7 +370,9 @@ class CompleteRequest:
             near = max(1, round((self.frame_num - 1) / 4) * 4 + 1)
             raise RequestError(f"frame_num {self.frame_num} is not 4n+1; the nearest is {near}")
         if self.sample_solver not in SOLVERS:
-            raise RequestError(f"sample_solver {self.sample_solver!r} is none of {', '.join(SOLVERS)}")
+            raise RequestError(
+                f"sample_solver {self.sample_solver!r} is none of {', '.join(SOLVERS)}"
+            )
         _within("sample_steps", self.sample_steps, 1, TRAIN_STEPS)
         _within("sample_shift", self.sample_shift, 1e-3, 1000)
         _within("cfg_high", self.cfg_high, 0, 100)
@@ -320,7 +384,10 @@ class CompleteRequest:
         _within("seed", self.seed, 0, 2**63 - 1)
         for lora in self.loras:
             if (lora.first or 1) > self.sample_steps:
-                raise RequestError(f"lora {lora}: it begins at step {lora.first}, and there are {self.sample_steps}")
+                raise RequestError(
+                    f"lora {lora}: it begins at step {lora.first}, and there are"
+                    f" {self.sample_steps}"
+                )
 
     @property
     def loras(self) -> tuple[Lora, ...]:
@@ -344,23 +411,31 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("fp8", "int8", "nf4")
 
 @dataclass(frozen=True)
 class Runtime:
-    """How to run. None leaves a choice to the plan; only `noise_device` and `quantize` change what is made beyond rounding.
+    """How to run. None leaves a choice to the plan; only `noise_device` and `quantize` change what
+    is made beyond rounding.
 
     t5_cpu: the text encoder works on the CPU.
     keep_experts: both experts stay on the device; else the one at work only.
     prefetch: the next expert is read into RAM while the current one works.
-    resident_blocks: how many of an expert's blocks stay on the device; the others are streamed, one ahead of the one at work.
+    resident_blocks: how many of an expert's blocks stay on the device; the others are streamed, one
+        ahead of the one at work.
     stream_from: where streamed blocks wait: in pinned RAM, or in their files.
-    chunk_tokens: how many tokens go at a time through all that works token by token (everything but attention); 0: all.
-    vae_tile: the side in pixels of the tiles that the VAE decodes one after the other; 0: whole frames.
-    quantize, quantize_layers: round the Linear weights of the blocks while they are read ("" keeps them), of the feed-forward or all.
+    chunk_tokens: how many tokens go at a time through all that works token by token (everything but
+        attention); 0: all.
+    vae_tile: the side in pixels of the tiles that the VAE decodes one after the other; 0: whole
+        frames.
+    quantize, quantize_layers: round the Linear weights of the blocks while they are read ("" keeps
+        them), of the feed-forward or all.
     attention: the kernel, by a name of `wanflow doctor`; "auto" takes the first that works.
     text_cache: a folder where encoded prompts are kept; None keeps none.
-    cfg_parallel, ring_size, ulysses_size: how several processes share a forward: a branch of guidance each, keys and values that go
-    round, attention heads. Their product is the number of processes.
-    dit_fsdp: each process keeps a share of the experts' weights, and has a block whole while it works.
-    lora: "live" computes LoRAs beside the weights, so that strengths change and LoRAs go without reloading; "fused" adds them to the
-    weights while those are read, which costs nothing per step, and reads an expert again when something changes for it.
+    cfg_parallel, ring_size, ulysses_size: how several processes share a forward: a branch of
+        guidance each, keys and values that go round, attention heads. Their product is the number
+        of processes.
+    dit_fsdp: each process keeps a share of the experts' weights, and has a block whole while it
+        works.
+    lora: "live" computes LoRAs beside the weights, so that strengths change and LoRAs go without
+        reloading; "fused" adds them to the weights while those are read, which costs nothing per
+        step, and reads an expert again when something changes for it.
     """
 
     device: str = "auto"
@@ -398,7 +473,9 @@ def from_mapping(cls: type[T], values: dict[str, Any], source: str) -> T:
     plain = {key: value for key, value in values.items() if not key.startswith("_")}
     unknown = sorted(set(plain) - known)
     if unknown:
-        raise RequestError(f"{source}: unknown keys {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+        raise RequestError(
+            f"{source}: unknown keys {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+        )
     try:
         return cast(T, cls(**plain))
     except (TypeError, ValueError) as error:

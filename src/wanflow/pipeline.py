@@ -1,7 +1,8 @@
 """A prompt becomes frames: encode, denoise, decode. The only denoising loop is here.
 
-A run is a value (`Run`): the complete request, what made it, and the solver's state. It can be saved after any step and
-continued in another process to the same bits; at its last step it holds the final latent.
+A run is a value (`Run`): the complete request, what made it, and the solver's state. It can be
+saved after any step and continued in another process to the same bits; at its last step it holds
+the final latent.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run needs to go on: `request` and `made_by` (the recipe), and the solver's state."""
+    """Everything a run needs to go on: `request` and `made_by` (the recipe), and the solver's
+    state.
+    """
 
     request: CompleteRequest
     made_by: dict[str, Any]
@@ -71,7 +74,13 @@ class Run:
         from safetensors.torch import save
 
         meta = {"wanflow": json.dumps({"recipe": self.recipe, "index": self.state.index})}
-        data = save({name: value.detach().cpu().contiguous() for name, value in self.state.tensors().items()}, metadata=meta)
+        data = save(
+            {
+                name: value.detach().cpu().contiguous()
+                for name, value in self.state.tensors().items()
+            },
+            metadata=meta,
+        )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
@@ -99,8 +108,19 @@ class Run:
             return cls(request, recipe, SolverState.from_tensors(int(stored["index"]), tensors))
         except FileNotFoundError:
             raise RequestError(f"there is no saved run at {path}") from None
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise RequestError(f"{path} is not a saved wanflow run, or it is damaged: {error}") from None
+        except (
+            OSError,
+            SafetensorError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            raise RequestError(
+                f"{path} is not a saved wanflow run, or it is damaged: {error}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,9 @@ OnPart = Callable[[int, int], None]  # parts decoded, and in all
 
 @dataclass(frozen=True)
 class Video:
-    """A finished video: frames uint8 [T, H, W, 3], frames per second, and the recipe that made it."""
+    """A finished video: frames uint8 [T, H, W, 3], frames per second, and the recipe that made
+    it.
+    """
 
     frames: Frames
     fps: float
@@ -139,7 +161,13 @@ class Video:
         return save_frames(Path(path), iter([self.frames]), self.fps, self.recipe, overwrite)
 
 
-def save_frames(path: Path, chunks: Iterator[Frames], fps: float, recipe: dict[str, Any], overwrite: bool = False) -> Path:
+def save_frames(
+    path: Path,
+    chunks: Iterator[Frames],
+    fps: float,
+    recipe: dict[str, Any],
+    overwrite: bool = False,
+) -> Path:
     """Write frames as they come; the file appears under its name only when it is whole.
 
     Raises:
@@ -149,12 +177,16 @@ def save_frames(path: Path, chunks: Iterator[Frames], fps: float, recipe: dict[s
     first = next(chunks)
     if path.suffix.lower() == ".png":
         if any(len(chunk) for chunk in chunks) or len(first) != 1:
-            raise RequestError(f"{path.name}: a PNG holds one frame; ask for frame_num 1 or name an .mp4")
+            raise RequestError(
+                f"{path.name}: a PNG holds one frame; ask for frame_num 1 or name an .mp4"
+            )
         refuse_constant(int(first.min()), int(first.max()))
         files.save_picture(path, first[0], tags, overwrite)
         return path
     low, high = int(first.min()), int(first.max())
-    with files.VideoWriter(path, first.shape[2], first.shape[1], fps, tags, overwrite=overwrite) as writer:
+    with files.VideoWriter(
+        path, first.shape[2], first.shape[1], fps, tags, overwrite=overwrite
+    ) as writer:
         writer.write(first)
         for chunk in chunks:
             writer.write(chunk)
@@ -167,7 +199,8 @@ def refuse_constant(low: int, high: int) -> None:
     """Raise where every value of a video is the same."""
     if low == high:
         raise OutputError(
-            f"the output is constant (every value is {low}): the weights are empty or damaged, or the model is not a Wan2.2 one"
+            f"the output is constant (every value is {low}): the weights are empty or damaged, or"
+            " the model is not a Wan2.2 one"
         )
 
 
@@ -191,7 +224,9 @@ class Parts(Protocol):
         """Take these as the LoRAs of what follows."""
 
     def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
-        """An expert with each of these LoRAs at its strength; with none where no strengths are given."""
+        """An expert with each of these LoRAs at its strength; with none where no strengths are
+        given.
+        """
 
     def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
         """That expert will be wanted later in the run."""
@@ -203,7 +238,12 @@ class Pipeline:
     """Prompt to video with the parts it is given; made by `wanflow.load`."""
 
     def __init__(
-        self, parts: Parts, noise_device: str = "cpu", cfg_batch: bool | None = None, vae_tile: int = 0, team: Team | None = None
+        self,
+        parts: Parts,
+        noise_device: str = "cpu",
+        cfg_batch: bool | None = None,
+        vae_tile: int = 0,
+        team: Team | None = None,
     ) -> None:
         self.parts = parts
         self.team = team or imagined(Layout())  # of one: this process
@@ -217,8 +257,9 @@ class Pipeline:
         Args:
             prompt: what it should show.
             on_step: called after each step with a `Progress`; returning False cancels.
-            request: fields of `wanflow.Request` (negative_prompt, size, frame_num, sample_steps, sample_shift,
-                sample_solver, cfg_high, cfg_low, boundary, fps, seed, lora, ...), and `preset`, the name of a settings preset.
+            request: fields of `wanflow.Request` (negative_prompt, size, frame_num, sample_steps,
+                sample_shift, sample_solver, cfg_high, cfg_low, boundary, fps, seed, lora, ...), and
+                `preset`, the name of a settings preset.
 
         Raises:
             RequestError: for values that cannot be.
@@ -231,14 +272,24 @@ class Pipeline:
             known = ", ".join(sorted([*Request.__dataclass_fields__, "preset"]))
             raise RequestError(f"generate does not know {', '.join(unknown)}; it knows {known}")
         wanted = Request(prompt, **request)
-        return self.finish(self.resume(self.begin(with_settings(wanted, settings) if settings else wanted), on_step))
+        return self.finish(
+            self.resume(
+                self.begin(with_settings(wanted, settings) if settings else wanted), on_step
+            )
+        )
 
     def begin(self, request: Request) -> Run:
         """Complete the request and draw its noise: a run at step 0. Reads no weights."""
         loras = self.parts.find_loras(request.loras()) if request.lora else ()
-        complete = replace(request, lora=tuple(str(lora) for lora in loras), lora_from=None).complete(self.parts.preset)
+        complete = replace(
+            request, lora=tuple(str(lora) for lora in loras), lora_from=None
+        ).complete(self.parts.preset)
         complete = replace(complete, seed=self.team.first(complete.seed))
-        made_by = {**self.parts.made_by, "noise_device": self.noise_device, "cfg_batch": self.cfg_batch}
+        made_by = {
+            **self.parts.made_by,
+            "noise_device": self.noise_device,
+            "cfg_batch": self.cfg_batch,
+        }
         if loras:
             made_by["loras"] = self.parts.lora_prints(loras)
         return Run(complete, made_by, SolverState(0, self.noise(complete)))
@@ -248,23 +299,35 @@ class Pipeline:
         vae = self.parts.preset.vae
         width, height = request.size
         shape = (
-            vae.z_dim, (request.frame_num - 1) // vae.temporal_stride + 1, height // vae.spatial_stride, width // vae.spatial_stride,
-        )  # fmt: skip
+            vae.z_dim,
+            (request.frame_num - 1) // vae.temporal_stride + 1,
+            height // vae.spatial_stride,
+            width // vae.spatial_stride,
+        )
         generator = torch.Generator(self.noise_device).manual_seed(request.seed)
-        return torch.randn(shape, generator=generator, device=self.noise_device).unsqueeze(0).to(self.parts.device)
+        return (
+            torch.randn(shape, generator=generator, device=self.noise_device)
+            .unsqueeze(0)
+            .to(self.parts.device)
+        )
 
     @torch.no_grad()
     def resume(self, run: Run, on_step: OnStep | None = None) -> Run:
-        """Denoise from where a run stands to its end. Raises `Cancelled` when `on_step` returns False.
+        """Denoise from where a run stands to its end. Raises `Cancelled` when `on_step` returns
+        False.
 
-        Several processes work on one state, the first one's; and what its `on_step` says holds for all.
+        Several processes work on one state, the first one's; and what its `on_step` says holds for
+        all.
         """
         if run.finished:
             return run
         request = run.request
         schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
         state = replace(run.state, x=run.state.x.to(self.parts.device))
-        tensors = {name: self.team.world.from_first("state", value.to(self.parts.device)) for name, value in state.tensors().items()}
+        tensors = {
+            name: self.team.world.from_first("state", value.to(self.parts.device))
+            for name, value in state.tensors().items()
+        }
         state = SolverState.from_tensors(state.index, tensors)
         self.take_loras(run)
         facts = facts_of(run)
@@ -275,24 +338,39 @@ class Pipeline:
             check_step(state.x, step.index + 1, facts)
             run = replace(run, state=state)
             expert = expert_at(step.timestep, request.boundary)
-            told = Progress(step.index + 1, len(schedule), step.timestep, step.sigma, snr(step.sigma), expert, state.x, run)
+            told = Progress(
+                step.index + 1,
+                len(schedule),
+                step.timestep,
+                step.sigma,
+                snr(step.sigma),
+                expert,
+                state.x,
+                run,
+            )
             if self.team.first(int(on_step is not None and on_step(told) is False)):
                 raise Cancelled(run)
         return run
 
     def take_loras(self, run: Run) -> None:
-        """Read a run's LoRAs, which must fit the model and be the files it was begun with; RequestError otherwise."""
+        """Read a run's LoRAs, which must fit the model and be the files it was begun with;
+        RequestError otherwise.
+        """
         loras = run.request.loras
         if not loras:
             return
         prints = self.parts.lora_prints(loras)
         for path, before in run.made_by.get("loras", {}).items():
             if prints.get(path, before) != before:
-                raise RequestError(f"lora {path} is another file than the one this run was begun with; put that one back")
+                raise RequestError(
+                    f"lora {path} is another file than the one this run was begun with; put that"
+                    " one back"
+                )
         self.parts.use_loras(loras)
 
     def velocity(self, request: CompleteRequest, schedule: Schedule, start: int) -> Velocity:
-        """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the text once for each.
+        """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the
+        text once for each.
 
         On several processes it gives all of them the whole velocity, and each computes its share.
         """
@@ -301,7 +379,9 @@ class Pipeline:
         loras = request.loras
         scales = [request.guidance(which, index + 1) for index, which in enumerate(working)]
         guided = any(scale != 1 for scale in scales[start:])
-        texts = self.parts.text([request.prompt, request.negative_prompt] if guided else [request.prompt])
+        texts = self.parts.text(
+            [request.prompt, request.negative_prompt] if guided else [request.prompt]
+        )
         prepared: dict[tuple[Expert, tuple[float, ...], bool], TextStates] = {}
 
         def velocity(x: Tensor, step: Step) -> Tensor:
@@ -309,11 +389,19 @@ class Pipeline:
             strengths = tuple(lora.strength(which, step.index + 1) for lora in loras)
             key = (which, strengths, scale != 1)
             if key not in prepared:
-                prepared.clear()  # before the next expert is loaded, and at most one expert's keys and values are kept
+                # before the next expert is loaded, and at most one expert's keys and values are
+                # kept
+                prepared.clear()
             model = self.parts.expert(which, strengths)
-            after = next((index for index in range(step.index, len(working)) if working[index] != which), None)
+            after = next(
+                (index for index in range(step.index, len(working)) if working[index] != which),
+                None,
+            )
             if after is not None:
-                self.parts.prepare(working[after], tuple(lora.strength(working[after], after + 1) for lora in loras))
+                self.parts.prepare(
+                    working[after],
+                    tuple(lora.strength(working[after], after + 1) for lora in loras),
+                )
             if key not in prepared:
                 prepared[key] = model.text_states(cfg.own(team, texts) if scale != 1 else texts[:1])
             states = prepared[key]
@@ -324,17 +412,27 @@ class Pipeline:
                 return guide(*cfg.both(team, model(x, timestep, states, trunk)), scale)
             tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
             if self.cfg_batch if self.cfg_batch is not None else tokens <= FEW_TOKENS:
-                conditional, unconditional = model(x.expand(2, -1, -1, -1, -1), timestep.expand(2), states, trunk).split(1)
+                conditional, unconditional = model(
+                    x.expand(2, -1, -1, -1, -1), timestep.expand(2), states, trunk
+                ).split(1)
             else:
                 conditional, unconditional = (
-                    model(x, timestep, tuple((k[row : row + 1], v[row : row + 1]) for k, v in states), trunk) for row in range(2)
+                    model(
+                        x,
+                        timestep,
+                        tuple((k[row : row + 1], v[row : row + 1]) for k, v in states),
+                        trunk,
+                    )
+                    for row in range(2)
                 )
             return guide(conditional, unconditional, scale)
 
         return velocity
 
     def finish(self, run: Run) -> Video:
-        """Decode a finished run. On several processes the first one has the frames, and the others a video of none."""
+        """Decode a finished run. On several processes the first one has the frames, and the others
+        a video of none.
+        """
         width, height = run.request.size
         frames = np.concatenate([np.empty((0, height, width, 3), np.uint8), *self.frames(run)])
         if not len(frames):
@@ -344,12 +442,15 @@ class Pipeline:
 
     @torch.no_grad()
     def frames(self, run: Run, on_part: OnPart | None = None) -> Iterator[Frames]:
-        """Decode a finished run as it goes: uint8 [t, H, W, 3], one frame first, then four at a time.
+        """Decode a finished run as it goes: uint8 [t, H, W, 3], one frame first, then four at a
+        time.
 
-        Of several processes, each of which must go through to the end, the first one is given the frames.
+        Of several processes, each of which must go through to the end, the first one is given the
+        frames.
 
         Args:
-            on_part: told (done, in all) after each part: a latent frame, or one of a tile, whose frames come with the last tile.
+            on_part: told (done, in all) after each part: a latent frame, or one of a tile, whose
+                frames come with the last tile.
 
         Raises:
             RequestError: when the run is not finished.
@@ -357,7 +458,9 @@ class Pipeline:
         """
         if not run.finished:
             steps = f"{run.state.index} of {run.request.sample_steps}"
-            raise RequestError(f"this run stands at step {steps}: finish it first (generate --resume)")
+            raise RequestError(
+                f"this run stands at step {steps}: finish it first (generate --resume)"
+            )
         for suspicion in check_latent(run.state.x, facts_of(run)):
             logger.warning(suspicion)
         latent, vae = run.state.x.to(self.parts.device), self.parts.vae()
@@ -377,11 +480,18 @@ def facts_of(run: Run) -> Facts:
     """What a report on a broken output may name as its cause."""
     runtime, request = run.made_by.get("runtime", {}), run.request
     named = {name: runtime[name] for name in ("dtype", "quantize", "attention") if name in runtime}
-    return Facts(**named, loras=request.lora, guidance=max(request.cfg_high, request.cfg_low), steps=request.sample_steps)
+    return Facts(
+        **named,
+        loras=request.lora,
+        guidance=max(request.cfg_high, request.cfg_low),
+        steps=request.sample_steps,
+    )
 
 
 def to_frames(chunk: Tensor) -> Frames:
-    """[1, 3, n, H, W] in -1..1 -> uint8 [n, H, W, 3]; OutputError where the VAE gave NaN or infinity."""
+    """[1, 3, n, H, W] in -1..1 -> uint8 [n, H, W, 3]; OutputError where the VAE gave NaN or
+    infinity.
+    """
     if not torch.isfinite(chunk).all():
         raise OutputError("the VAE gave NaN or infinity: check its weights file")
     return files.to_uint8(chunk)

@@ -1,7 +1,8 @@
 """Published numbers of the models, and nothing else: shapes, latent statistics, defaults.
 
-Sources: the official configuration of Wan2.2-T2V-A14B (defaults, boundary, negative prompt), its model and VAE files
-(shapes, latent statistics). Guidance is by name, high and low: the official pair is written (low, high).
+Sources: the official configuration of Wan2.2-T2V-A14B (defaults, boundary, negative prompt), its
+    model and VAE files (shapes, latent statistics). Guidance is by name, high and low: the official
+    pair is written (low, high).
 """
 
 from dataclasses import replace
@@ -19,10 +20,13 @@ LATENT_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
-# What the model was tuned with; it names, in Chinese, over-exposure, stillness, subtitles, malformed hands and the like.
+# What the model was tuned with; it names, in Chinese, over-exposure, stillness, subtitles,
+# malformed hands and the like.
 NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，"
     "倒着走"
 )
 
@@ -43,14 +47,20 @@ T2V_A14B = Preset(
     negative_prompt=NEGATIVE_PROMPT,
 )
 
-# The shape alone: it shows that the DiT fits its sibling (timesteps per token); its VAE is another one, so it is not run.
-TI2V_5B = DiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, model_type="ti2v")
+# The shape alone: it shows that the DiT fits its sibling (timesteps per token); its VAE is another
+# one, so it is not run.
+TI2V_5B = DiTConfig(
+    dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, model_type="ti2v"
+)
 
-# The miniature inside the package. Its latent statistics come from training: `wanflow.json` beside its weights has them.
+# The miniature inside the package. Its latent statistics come from training: `wanflow.json` beside
+# its weights has them.
 NANO = Preset(
     name="nano",
     task="t2v-nano",
-    dit=DiTConfig(dim=160, ffn_dim=640, num_heads=5, num_layers=6, text_dim=128, text_len=32, freq_dim=64),
+    dit=DiTConfig(
+        dim=160, ffn_dim=640, num_heads=5, num_layers=6, text_dim=128, text_len=32, freq_dim=64
+    ),
     text=TextConfig(vocab=480, dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=3),
     vae=VAEConfig(dim=16, num_res_blocks=1),
     boundary=0.875,
@@ -64,14 +74,27 @@ NANO = Preset(
     negative_prompt="",
 )
 
-# Settings presets: what a request says where its user says nothing. The Lightning LoRAs (rank 64, one for each expert) were distilled for
-# Euler at shift 5 without guidance; four steps are then told to the model as 1000, 937.5, 833.3 and 625.
-LIGHTNING: dict[str, Any] = {"sample_solver": "euler", "sample_shift": 5.0, "cfg_high": 1.0, "cfg_low": 1.0}
+# Settings presets: what a request says where its user says nothing. The Lightning LoRAs (rank 64,
+# one for each expert) were distilled for Euler at shift 5 without guidance; four steps are then
+# told to the model as 1000, 937.5, 833.3 and 625.
+LIGHTNING: dict[str, Any] = {
+    "sample_solver": "euler",
+    "sample_shift": 5.0,
+    "cfg_high": 1.0,
+    "cfg_low": 1.0,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lightning4": {**LIGHTNING, "sample_steps": 4},
     "lightning8": {**LIGHTNING, "sample_steps": 8},
-    # Three phases, for the motion that distillation costs: two steps as the model was made, then the LoRAs on both experts.
-    "lightning-motion": {**LIGHTNING, "sample_steps": 8, "cfg_start": 3.5, "cfg_start_steps": 2, "lora_from": 3},
+    # Three phases, for the motion that distillation costs: two steps as the model was made, then
+    # the LoRAs on both experts.
+    "lightning-motion": {
+        **LIGHTNING,
+        "sample_steps": 8,
+        "cfg_start": 3.5,
+        "cfg_start_steps": 2,
+        "lora_from": 3,
+    },
 }
 
 
@@ -83,4 +106,7 @@ def with_settings(request: Request, name: str) -> Request:
     """
     if name not in SETTINGS:
         raise RequestError(f"preset {name!r} is none of {', '.join(SETTINGS)}")
-    return replace(request, **{key: value for key, value in SETTINGS[name].items() if getattr(request, key) is None})
+    return replace(
+        request,
+        **{key: value for key, value in SETTINGS[name].items() if getattr(request, key) is None},
+    )

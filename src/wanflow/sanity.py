@@ -1,11 +1,13 @@
 """Whether a latent can become a video, and what may be the cause where it cannot.
 
-The bounds come from measurements on nano, whose latents are normalised like the published model's: 38 runs (five prompts, one of
-them of unknown words, 1 to 10 steps, three solvers, 64*64 to 192*128 pixels, 1 and more frames, guidance 1 to 30) and 17 that were
-broken on purpose. At its own guidance and with two or more steps the final latent's standard deviation was 0.70 to 1.38, its
-largest value at most 7.7 and the correlation of neighbouring values at least 0.60. Guidance 16 brought 1.98, 13 and 0.35, guidance
-30 brought 3.9, 25 and 0.22, a single step 4.0, 16 and 0.80. Where weights were zero neighbours correlated with 0.01 or 0.02.
-Experts that were swapped are not among what can be told: their latent looked like the others.
+The bounds come from measurements on nano, whose latents are normalised like the published model's:
+38 runs (five prompts, one of them of unknown words, 1 to 10 steps, three solvers, 64*64 to 192*128
+pixels, 1 and more frames, guidance 1 to 30) and 17 that were broken on purpose. At its own guidance
+and with two or more steps the final latent's standard deviation was 0.70 to 1.38, its largest value
+at most 7.7 and the correlation of neighbouring values at least 0.60. Guidance 16 brought 1.98, 13
+and 0.35, guidance 30 brought 3.9, 25 and 0.22, a single step 4.0, 16 and 0.80. Where weights were
+zero neighbours correlated with 0.01 or 0.02. Experts that were swapped are not among what can be
+told: their latent looked like the others.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLAT = 1e-3  # the standard deviation within the liveliest channel: 0.15 for nano's plainest picture, one colour and nothing else
+# the standard deviation within the liveliest channel: 0.15 for nano's plainest picture, one colour
+# and nothing else
+FLAT = 1e-3
 EXPLODED = 1e3  # the largest value: 25 at guidance 30, and unit noise has 6
 WIDE = 3.0  # standard deviation of a latent
 NOISE = 0.1  # correlation of neighbouring values
@@ -26,7 +30,9 @@ STRONG, FEW = 8.0, 4  # guidance above, steps below
 
 
 class OutputError(RuntimeError):
-    """The model gave something that is not a video (NaN, or one constant): a failure, never saved as success."""
+    """The model gave something that is not a video (NaN, or one constant): a failure, never saved
+    as success.
+    """
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ def check_step(x: Tensor, step: int, facts: Facts) -> None:
         step: 1-based.
 
     Raises:
-        OutputError: naming the step and what may be the cause, for NaN, infinity, or values hundreds of times as large as noise's.
+        OutputError: naming the step and what may be the cause, for NaN, infinity, or values
+            hundreds of times as large as noise's.
     """
     _check_values(x, f"step {step} gave", facts)
 
@@ -66,29 +73,49 @@ def check_latent(x: Tensor, facts: Facts) -> list[str]:
         A line for each thing that is suspicious, yet possible.
 
     Raises:
-        OutputError: where it cannot be a video: NaN, infinity, exploded values, or nothing but one value in each channel.
+        OutputError: where it cannot be a video: NaN, infinity, exploded values, or nothing but one
+            value in each channel.
     """
     _check_values(x, "the final latent holds", facts)
     x = x.float()
     channels = x.flatten(2)
     if channels.shape[2] > 1 and float(channels.std(dim=2).max()) < FLAT:
-        raise OutputError("the final latent is constant: " + _advice(["the weights are empty or damaged", *_numerics(facts)]))
+        raise OutputError(
+            "the final latent is constant: "
+            + _advice(["the weights are empty or damaged", *_numerics(facts)])
+        )
     told = []
     spread, (correlation, pairs) = float(x.std()), neighbours(x)
     if spread > WIDE:
-        few = [f"so few steps ({facts.steps}) need a LoRA made for them"] if facts.steps < FEW else []
+        few = (
+            [f"so few steps ({facts.steps}) need a LoRA made for them"] if facts.steps < FEW else []
+        )
         advice = _advice([*few, *_strength(facts), *_numerics(facts), "the weights may be damaged"])
-        told.append(f"the final latent is {spread:.1f} times as wide as it should be, so colours will be cut off: {advice}")
+        told.append(
+            f"the final latent is {spread:.1f} times as wide as it should be, so colours will be"
+            f" cut off: {advice}"
+        )
     if pairs >= PAIRS and correlation < NOISE:
-        advice = _advice(["the weights may be empty, damaged or of another model", *_strength(facts), *_numerics(facts)])
-        told.append(f"the final latent looks like noise (neighbours correlate with {correlation:.2f}): {advice}")
+        advice = _advice(
+            [
+                "the weights may be empty, damaged or of another model",
+                *_strength(facts),
+                *_numerics(facts),
+            ]
+        )
+        told.append(
+            f"the final latent looks like noise (neighbours correlate with {correlation:.2f}):"
+            f" {advice}"
+        )
     return told
 
 
 def neighbours(x: Tensor) -> tuple[float, int]:
-    """How values that lie side by side in time, height or width correlate, about zero; and how many such pairs there are.
+    """How values that lie side by side in time, height or width correlate, about zero; and how many
+    such pairs there are.
 
-    About zero and not about each channel's mean, since a picture of one colour is its means and else nothing but noise.
+    About zero and not about each channel's mean, since a picture of one colour is its means and
+    else nothing but noise.
     """
     total, pairs = 0.0, 0
     for side in (2, 3, 4):
@@ -103,13 +130,31 @@ def neighbours(x: Tensor) -> tuple[float, int]:
 def _check_values(x: Tensor, what: str, facts: Facts) -> None:
     largest = float(torch.linalg.vector_norm(x, ord=math.inf))  # NaN where there is one
     if not math.isfinite(largest):
-        float16 = ["float16 overflows in this model: use --dtype bfloat16"] if facts.dtype == "float16" else []
-        others = [] if float16 or facts.dtype == "float32" else ["see whether --dtype float32 helps"]
-        causes = [*float16, *_numerics(facts), *_strength(facts), *others, "check the weights: wanflow inspect --check"]
+        float16 = (
+            ["float16 overflows in this model: use --dtype bfloat16"]
+            if facts.dtype == "float16"
+            else []
+        )
+        others = (
+            [] if float16 or facts.dtype == "float32" else ["see whether --dtype float32 helps"]
+        )
+        causes = [
+            *float16,
+            *_numerics(facts),
+            *_strength(facts),
+            *others,
+            "check the weights: wanflow inspect --check",
+        ]
         raise OutputError(f"{what} NaN or infinity: {_advice(causes)}")
     if largest > EXPLODED:
-        causes = [*_strength(facts), *_numerics(facts), "the weights may be damaged, or fp8 that lacks its scales"]
-        raise OutputError(f"{what} values up to {largest:.3g}, where noise has 6: {_advice(causes)}")
+        causes = [
+            *_strength(facts),
+            *_numerics(facts),
+            "the weights may be damaged, or fp8 that lacks its scales",
+        ]
+        raise OutputError(
+            f"{what} values up to {largest:.3g}, where noise has 6: {_advice(causes)}"
+        )
 
 
 def _strength(facts: Facts) -> list[str]:
@@ -117,7 +162,10 @@ def _strength(facts: Facts) -> list[str]:
     causes = []
     if facts.loras:
         names = ", ".join(re.split(r"[/\\]", lora)[-1] for lora in facts.loras)
-        causes.append(f"the LoRA's strength may be too high, or its alpha not meant for this model ({names}): lower it, or leave it out")
+        causes.append(
+            f"the LoRA's strength may be too high, or its alpha not meant for this model ({names}):"
+            " lower it, or leave it out"
+        )
     if facts.guidance > STRONG:
         causes.append(f"guidance {facts.guidance:g} is high: 3 to 5 is usual")
     return causes

@@ -1,4 +1,6 @@
-"""What the user sees while a run goes on: bars with an ETA on a terminal, a line every two seconds elsewhere."""
+"""What the user sees while a run goes on: bars with an ETA on a terminal, a line every two seconds
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,21 @@ class Screen:
         request, made = run.request, run.made_by
         schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
         high = experts(schedule, request.boundary).count("high")
-        switch = f", switch at SNR {snr(schedule.sigmas[high]):.4f}" if 0 < high < len(schedule) else ""
-        self.say(f"{made['model']['name']} on {made['runtime']['device']} in {made['runtime']['dtype']}, seed {request.seed}")
-        what = f"{request.size[0]}*{request.size[1]}, {request.frame_num} frames at {request.fps:g} fps"
-        steps = f"{len(schedule)} {request.sample_solver} steps: {high} high-noise, {len(schedule) - high} low-noise{switch}"
+        switch = (
+            f", switch at SNR {snr(schedule.sigmas[high]):.4f}" if 0 < high < len(schedule) else ""
+        )
+        self.say(
+            f"{made['model']['name']} on {made['runtime']['device']} in {made['runtime']['dtype']},"
+            f" seed {request.seed}"
+        )
+        what = (
+            f"{request.size[0]}*{request.size[1]}, {request.frame_num} frames at"
+            f" {request.fps:g} fps"
+        )
+        steps = (
+            f"{len(schedule)} {request.sample_solver} steps: {high} high-noise,"
+            f" {len(schedule) - high} low-noise{switch}"
+        )
         self.say(f"{what}; {steps} -> {target}")
 
     def loading(self, what: str, done: int, total: int) -> None:
@@ -46,7 +59,10 @@ class Screen:
             self._reading, self._began, self._told = what, now, now
         elif now - self._told > EVERY:
             rate = done / (now - self._began)
-            self.say(f"reading {what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s, {(total - done) / rate:.0f} s left")
+            self.say(
+                f"reading {what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s,"
+                f" {(total - done) / rate:.0f} s left"
+            )
             self._told = now
 
     def denoising(self, run: Run) -> Denoising:
@@ -61,7 +77,10 @@ class Screen:
             now = time.monotonic()
             if now - told > EVERY:
                 told = now
-                self.say(f"decoding: {100 * done // parts} %, {(now - began) / done * (parts - done):.0f} s left")
+                self.say(
+                    f"decoding: {100 * done // parts} %,"
+                    f" {(now - began) / done * (parts - done):.0f} s left"
+                )
 
         return on_part
 
@@ -74,7 +93,14 @@ class Denoising:
         self.live = screen.console.is_terminal
         self.began = self.told = time.monotonic()
         what, eta = bars.TextColumn("{task.description}"), bars.TextColumn("ETA")
-        columns = (what, bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), eta, bars.TimeRemainingColumn())
+        columns = (
+            what,
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            eta,
+            bars.TimeRemainingColumn(),
+        )
         self.bar = bars.Progress(*columns, console=screen.console, disable=not self.live)
         self.task = self.bar.add_task("denoising", total=self.steps, completed=self.first)
 
@@ -86,9 +112,16 @@ class Denoising:
         self.bar.stop()
 
     def on_step(self, told: Progress) -> None:
-        self.bar.update(self.task, completed=told.step, description=f"{told.expert}-noise expert, sigma {told.sigma:.3f}")
+        self.bar.update(
+            self.task,
+            completed=told.step,
+            description=f"{told.expert}-noise expert, sigma {told.sigma:.3f}",
+        )
         now = time.monotonic()
         if not self.live and (now - self.told > EVERY or told.step == self.steps):
             left = (now - self.began) / (told.step - self.first) * (self.steps - told.step)
-            self.screen.say(f"step {told.step}/{self.steps}  {told.expert}-noise expert  sigma {told.sigma:.3f}  ETA {left:.0f} s")
+            self.screen.say(
+                f"step {told.step}/{self.steps}  {told.expert}-noise expert  sigma {told.sigma:.3f}"
+                f"  ETA {left:.0f} s"
+            )
             self.told = now

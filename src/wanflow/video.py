@@ -2,8 +2,9 @@
 
 Shapes: T frames, H height, W width in pixels; frames are uint8 [T, H, W, 3], RGB.
 
-A file appears under its name only when it is whole: it is written beside the target as `.NAME.xxxxxxxx.part`, flushed to
-the disk, then renamed. Colours are BT.709 in limited range, converted so and tagged so.
+A file appears under its name only when it is whole: it is written beside the target as
+`.NAME.xxxxxxxx.part`, flushed to the disk, then renamed. Colours are BT.709 in limited range,
+converted so and tagged so.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import (
+    ColorPrimaries,
+    ColorRange,
+    Colorspace,
+    ColorTrc,
+    Interpolation,
+    VideoReformatter,
+)
 from av.video.stream import VideoStream
 
 from wanflow.config import RequestError
@@ -40,22 +48,32 @@ if TYPE_CHECKING:
 Frames = npt.NDArray[np.uint8]
 
 RECIPE_KEY = "wanflow"
-# What the reader may open. Without this list ffmpeg also takes text files (drawn as ANSI art) and playlists of other files.
+# What the reader may open. Without this list ffmpeg also takes text files (drawn as ANSI art) and
+# playlists of other files.
 READABLE = "mp4,webm,avi,gif,png_pipe,jpeg_pipe,webp_pipe"
 # The default scaler is fast and up to 2/255 off in a flat colour.
-EXACT = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP)
-# x264's macroblock tree gives another file in each run on CPUs with AVX-512 (seen with core 165, even on one thread).
+EXACT = int(
+    Interpolation.BICUBIC
+    | Interpolation.ACCURATE_RND
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+)
+# x264's macroblock tree gives another file in each run on CPUs with AVX-512 (seen with core 165,
+# even on one thread).
 X264_PARAMS = "mbtree=0"
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_HEADER = 33  # bytes: the magic and the IHDR chunk, after which other chunks may stand
 GAP = 4  # pixels between the pictures of a contact sheet
 SHEET_FRAMES = 20
-SHEET_SIDE = (192, 480)  # pixels: the longer side of a picture on a sheet is brought into this range where a whole factor can
+# pixels: the longer side of a picture on a sheet is brought into this range where a whole factor
+# can
+SHEET_SIDE = (192, 480)
 
 
 class VideoWriter:
-    """Write an mp4 (H.264, yuv420p) frame by frame; the file appears when the `with` block ends without an exception.
+    """Write an mp4 (H.264, yuv420p) frame by frame; the file appears when the `with` block ends
+    without an exception.
 
     Args:
         path: the file to make, with its folders.
@@ -72,7 +90,14 @@ class VideoWriter:
     """
 
     def __init__(
-        self, path: Path, width: int, height: int, fps: float, metadata: Mapping[str, str], crf: int = 10, overwrite: bool = False
+        self,
+        path: Path,
+        width: int,
+        height: int,
+        fps: float,
+        metadata: Mapping[str, str],
+        crf: int = 10,
+        overwrite: bool = False,
     ) -> None:
         self.path, self.width, self.height, self.overwrite = path, width, height, overwrite
         self._rate = Fraction(fps).limit_denominator(1001)
@@ -84,11 +109,15 @@ class VideoWriter:
         check_target(self.path, self.overwrite)
         self._part = _part(self.path)
         with _explained(self.path):
-            self._part.touch(exist_ok=False)  # ffmpeg itself opens the file at the first packet: too late to refuse
+            self._part.touch(
+                exist_ok=False
+            )  # ffmpeg itself opens the file at the first packet: too late to refuse
         options = {"movflags": "+faststart+use_metadata_tags"}
         self._container = av.open(str(self._part.absolute()), "w", format="mp4", options=options)
         self._container.metadata.update(self._metadata)
-        stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": str(self._crf), "x264-params": X264_PARAMS})
+        stream = self._container.add_stream(
+            "libx264", rate=self._rate, options={"crf": str(self._crf), "x264-params": X264_PARAMS}
+        )
         stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
         stream.thread_type = "AUTO"  # PyAV's default cuts frames into slices, which costs bytes
         stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
@@ -99,13 +128,19 @@ class VideoWriter:
     def write(self, frames: Frames) -> None:
         """Append frames [T, H, W, 3]."""
         if frames.dtype != np.uint8 or frames.shape[1:] != (self.height, self.width, 3):
-            raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, {self.height}, {self.width}, 3]")
+            raise ValueError(
+                f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, {self.height},"
+                f" {self.width}, 3]"
+            )
         with _explained(self.path):
             for rgb in frames:
                 frame = self._convert.reformat(
-                    av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb)), format="yuv420p",
-                    dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation=EXACT,
-                )  # fmt: skip
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb)),
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                    interpolation=EXACT,
+                )
                 frame.pts = self._count
                 self._count += 1
                 self._container.mux(self._stream.encode(frame))
@@ -129,8 +164,11 @@ class VideoWriter:
             _publish(self._part, self.path)
 
 
-def save_picture(path: Path, frame: Frames, metadata: Mapping[str, str], overwrite: bool = False) -> None:
-    """Write one frame [H, W, 3] as a PNG that carries `metadata` (keys of 1 to 79 Latin-1 characters).
+def save_picture(
+    path: Path, frame: Frames, metadata: Mapping[str, str], overwrite: bool = False
+) -> None:
+    """Write one frame [H, W, 3] as a PNG that carries `metadata` (keys of 1 to 79 Latin-1
+    characters).
 
     Raises:
         RequestError, OSError: as `VideoWriter`.
@@ -150,7 +188,8 @@ def check_target(path: Path, overwrite: bool) -> None:
     """Make the folders of an output, and refuse it before any work is done for it.
 
     Raises:
-        RequestError: if it exists and may not be replaced, is no plain file, or its folder cannot be made.
+        RequestError: if it exists and may not be replaced, is no plain file, or its folder cannot
+            be made.
     """
     with _explained(path):
         if path.exists() and not path.is_file():  # renaming over /dev/null would destroy it
@@ -161,9 +200,18 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def recipe_tags(recipe: Mapping[str, Any], prompt: str) -> dict[str, str]:
-    """Metadata for a file: the recipe as JSON for `read_recipe`, and what a player shows to a person."""
-    words = prompt.encode("utf-8", "replace").decode()  # a prompt from a shell may hold what is no Unicode text
-    return {RECIPE_KEY: json.dumps(recipe), "title": "wanflow", "comment": words, "description": words}
+    """Metadata for a file: the recipe as JSON for `read_recipe`, and what a player shows to a
+    person.
+    """
+    words = prompt.encode(
+        "utf-8", "replace"
+    ).decode()  # a prompt from a shell may hold what is no Unicode text
+    return {
+        RECIPE_KEY: json.dumps(recipe),
+        "title": "wanflow",
+        "comment": words,
+        "description": words,
+    }
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -196,7 +244,10 @@ def read_frames(path: Path) -> tuple[Frames, float]:
     """
     with _opened(path, "png_pipe" if _is_png(path) else None) as (container, stream):
         stream.thread_type = "AUTO"
-        frames = [frame.to_ndarray(format="rgb24", interpolation=EXACT) for frame in container.decode(stream)]
+        frames = [
+            frame.to_ndarray(format="rgb24", interpolation=EXACT)
+            for frame in container.decode(stream)
+        ]
         rate = stream.average_rate
         if not frames or not rate:
             raise RequestError(f"{path} holds no frames")
@@ -204,7 +255,8 @@ def read_frames(path: Path) -> tuple[Frames, float]:
 
 
 def stream_frames(path: Path) -> Iterator[tuple[float, Frames]]:
-    """Each frame of a video or picture as it is decoded: seconds from the first one, and uint8 [H, W, 3].
+    """Each frame of a video or picture as it is decoded: seconds from the first one, and uint8 [H,
+    W, 3].
 
     Raises:
         RequestError: if the file is missing, damaged or no video.
@@ -213,12 +265,25 @@ def stream_frames(path: Path) -> Iterator[tuple[float, Frames]]:
         stream.thread_type = "AUTO"
         begin: float | None = None
         for number, frame in enumerate(container.decode(stream)):
-            at = float(frame.time) if frame.time is not None else number / float(stream.average_rate or 1)
+            at = (
+                float(frame.time)
+                if frame.time is not None
+                else number / float(stream.average_rate or 1)
+            )
             begin = at if begin is None else begin
-            yield at - begin, frame.to_ndarray(format="rgb24", interpolation=EXACT).astype(np.uint8, copy=False)
+            yield (
+                at - begin,
+                frame.to_ndarray(format="rgb24", interpolation=EXACT).astype(np.uint8, copy=False),
+            )
 
 
-def contact_sheet(frames: Frames, path: Path, columns: int | None = None, count: int | None = None, overwrite: bool = True) -> None:
+def contact_sheet(
+    frames: Frames,
+    path: Path,
+    columns: int | None = None,
+    count: int | None = None,
+    overwrite: bool = True,
+) -> None:
     """Write a PNG of frames [T, H, W, 3] in a grid, row by row.
 
     Args:
@@ -247,7 +312,9 @@ def contact_sheet(frames: Frames, path: Path, columns: int | None = None, count:
 
 
 def to_uint8(video: Tensor) -> Frames:
-    """A video [3, T, H, W] or [1, 3, T, H, W] in -1..1 -> uint8 [T, H, W, 3], cut off (not rounded) as the official code does."""
+    """A video [3, T, H, W] or [1, 3, T, H, W] in -1..1 -> uint8 [T, H, W, 3], cut off (not rounded)
+    as the official code does.
+    """
     if video.ndim == 5 and video.shape[0] == 1:
         video = video[0]
     if video.ndim != 4 or video.shape[0] != 3:
@@ -256,10 +323,14 @@ def to_uint8(video: Tensor) -> Frames:
     return np.asarray(frames.permute(1, 2, 3, 0).contiguous().cpu().numpy(), dtype=np.uint8)
 
 
-def safe_name(task: str, size: tuple[int, int], prompt: str, when: datetime, suffix: str = ".mp4") -> str:
-    """A file name that every system takes, such as `t2v-A14B_1280x720_a-red-circle_20261123-214509_ab12cd.mp4`.
+def safe_name(
+    task: str, size: tuple[int, int], prompt: str, when: datetime, suffix: str = ".mp4"
+) -> str:
+    """A file name that every system takes, such as
+    `t2v-A14B_1280x720_a-red-circle_20261123-214509_ab12cd.mp4`.
 
-    The last part is a hash of the whole prompt, of which only 50 characters (and only Latin ones) can be read in the name.
+    The last part is a hash of the whole prompt, of which only 50 characters (and only Latin ones)
+    can be read in the name.
     """
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:50].rstrip("-")
@@ -283,16 +354,23 @@ def _publish(part: Path, path: Path) -> None:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Say what is wrong with an output in words: RequestError if another place would help, OSError if the disk is the trouble."""
+    """Say what is wrong with an output in words: RequestError if another place would help, OSError
+    if the disk is the trouble.
+    """
     try:
         yield
     except (FileExistsError, NotADirectoryError):
         raise RequestError(f"cannot write {path}: a part of its folder's path is a file") from None
     except OSError as error:
         if error.errno in DISK_TROUBLE:
-            reason = f"the disk is full or failing ({error.strerror}) while writing {path}; free some space or choose another folder"
+            reason = (
+                f"the disk is full or failing ({error.strerror}) while writing {path}; free some"
+                " space or choose another folder"
+            )
             raise OSError(error.errno, reason) from None
-        raise RequestError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+        raise RequestError(
+            f"cannot write {path}: {error.strerror}; choose another folder"
+        ) from None
 
 
 @contextmanager
@@ -304,8 +382,16 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise RequestError(f"{path}: there is no such file") from None
-    except (av.FFmpegError, ValueError, IndexError, struct.error) as error:  # before OSError: some of ffmpeg's are both
-        raise RequestError(f"{path} is no video or picture, or is damaged ({getattr(error, 'strerror', None) or error})") from None
+    except (
+        av.FFmpegError,
+        ValueError,
+        IndexError,
+        struct.error,
+    ) as error:  # before OSError: some of ffmpeg's are both
+        raise RequestError(
+            f"{path} is no video or picture, or is damaged"
+            f" ({getattr(error, 'strerror', None) or error})"
+        ) from None
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from None
 
@@ -314,12 +400,20 @@ def _readable(path: Path) -> Iterator[None]:
 def _opened(path: Path, kind: str | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
     options = {"format_whitelist": READABLE}
     # Through a file object, so that no name is taken for an address, such as `a:b.mp4`.
-    with _readable(path), path.open("rb") as file, av.open(file, "r", kind, options, metadata_errors="replace") as container:
+    with (
+        _readable(path),
+        path.open("rb") as file,
+        av.open(file, "r", kind, options, metadata_errors="replace") as container,
+    ):
         if not container.streams.video:
             raise RequestError(f"{path} holds no video")
         stream = container.streams.video[0]
-        # The index stands first in our files, so one that was cut off opens well and would only miss its end.
-        if max((entry.pos + entry.size for entry in stream.index_entries), default=0) > path.stat().st_size:
+        # The index stands first in our files, so one that was cut off opens well and would only
+        # miss its end.
+        if (
+            max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+            > path.stat().st_size
+        ):
             raise RequestError(f"{path} is cut off: copy or download it again")
         yield container, stream
 
@@ -327,7 +421,9 @@ def _opened(path: Path, kind: str | None = None) -> Iterator[tuple[InputContaine
 def _shrink(pictures: Frames, factor: int) -> Frames:
     """[T, H, W, 3] -> [T, H // factor, W // factor, 3], each pixel the mean of a square."""
     height, width = (side // factor for side in pictures.shape[1:3])
-    squares = pictures[:, : height * factor, : width * factor].reshape(-1, height, factor, width, factor, 3)
+    squares = pictures[:, : height * factor, : width * factor].reshape(
+        -1, height, factor, width, factor, 3
+    )
     shrunk: Frames = squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
     return shrunk
 
@@ -342,11 +438,20 @@ def _png(picture: Frames, texts: Mapping[str, str]) -> bytes:
     encoder.height, encoder.width = picture.shape[:2]
     encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
     encoder.options = {"pred": "mixed"}
-    packets = [*encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))), *encoder.encode(None)]
+    packets = [
+        *encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))),
+        *encoder.encode(None),
+    ]
     data = b"".join(bytes(packet) for packet in packets)
     # iTXt: keyword, 0, not compressed (2 bytes), no language, no translated keyword, text.
-    chunks = (b"iTXt" + key.encode("latin-1") + b"\0\0\0\0\0" + text.encode() for key, text in texts.items())
-    extra = b"".join(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    chunks = (
+        b"iTXt" + key.encode("latin-1") + b"\0\0\0\0\0" + text.encode()
+        for key, text in texts.items()
+    )
+    extra = b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    )
     return data[:PNG_HEADER] + extra + data[PNG_HEADER:]
 
 

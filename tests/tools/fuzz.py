@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Damaged files for every container that wanflow reads, opened in a process of their own as users open them.
+"""Damaged files for every container that wanflow reads, opened in a process of their own as users
+open them.
 
-A seed names one damaged file for good. Whatever is done with it may succeed, or end in a RequestError of one line that names the file;
-nothing else, not a crash of the interpreter, more than `SECONDS`, `MEMORY` bytes, or code that a file carries.
+A seed names one damaged file for good. Whatever is done with it may succeed, or end in a
+RequestError of one line that names the file; nothing else, not a crash of the interpreter, more
+than `SECONDS`, `MEMORY` bytes, or code that a file carries.
 
     python fuzz.py CONTAINER [FIRST [COUNT]]      # what comes of each seed
     python fuzz.py CONTAINER SEED 1 --keep FOLDER # and leave the damaged files in FOLDER
@@ -37,7 +39,18 @@ import gguf
 import numpy as np
 import safetensors.torch
 import torch
-from mutations import Damage, field, of_bytes, of_embedded, of_gguf, of_json, of_metadata, of_safetensors, of_sentencepiece, of_zip
+from mutations import (
+    Damage,
+    field,
+    of_bytes,
+    of_embedded,
+    of_gguf,
+    of_json,
+    of_metadata,
+    of_safetensors,
+    of_sentencepiece,
+    of_zip,
+)
 from tokenizers import Tokenizer as Engine
 from tokenizers import normalizers, pre_tokenizers
 from tokenizers.models import Unigram
@@ -54,7 +67,13 @@ from wanflow.presets import T2V_A14B
 from wanflow.sampling.solvers import SolverState
 from wanflow.transforms.lora import changed
 from wanflow.weights.adapters import read_adapter
-from wanflow.weights.load import load_expert, load_text_encoder, load_tokenizer, load_vae, open_checkpoint
+from wanflow.weights.load import (
+    load_expert,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+    open_checkpoint,
+)
 from wanflow.weights.names import from_official
 from wanflow.weights.source import open_source
 from wanflow.weights.tokens import open_tokenizer
@@ -65,12 +84,15 @@ SELDOM = 7
 LONGEST = 4000  # characters of an error
 
 DIT = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=1, text_dim=32, text_len=8, freq_dim=32)
-TEXT = TextConfig(vocab=32, dim=32, dim_attn=32, dim_ffn=32, num_heads=2, num_layers=1, num_buckets=8, max_dist=16)
+TEXT = TextConfig(
+    vocab=32, dim=32, dim_attn=32, dim_ffn=32, num_heads=2, num_layers=1, num_buckets=8, max_dist=16
+)
 VAE = VAEConfig(dim=4, dim_mult=(1, 1), num_res_blocks=1, temperal_downsample=(False,))
 SHAPES = {name: tuple(value.shape) for name, value in WanDiT(DIT).named_parameters()}
 WORDS = ["<pad>", "</s>", "<unk>", "▁red", "▁circle", "<mark>", "a"]
 TYPES = [3, 3, 2, 1, 1, 4, 1]  # control, control, unknown, normal, normal, user-defined, normal
-# sentencepiece's own, for the rules A -> a, fullwidth A -> a, no-break space -> space, soft hyphen -> nothing.
+# sentencepiece's own, for the rules A -> a, fullwidth A -> a, no-break space -> space, soft hyphen
+# -> nothing.
 CHARSMAP = zlib.decompress(
     base64.b85decode(
         "c-ke?Wy}yn7y#fC_(2cpln!ZWq(d4(y1N9WrQ?GspwbP}sl@0;K|ngCM7lvbr0e<MwrB6Xx4XT&3ekf0Q79EBgs34z%t{rRg$RQYn<Jux*@;4kA&E{bVq$8D&C(np#1%"
@@ -80,7 +102,10 @@ CHARSMAP = zlib.decompress(
         "Fri#!YT;i~qR8?Z~}zmj~SE5fAyF$2{c;&w0j6UhtY%yyZ=J|M{AScku;=kp"
     )
 )
-INDEX, SHARDS = "model.safetensors.index.json", ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX, SHARDS = (
+    "model.safetensors.index.json",
+    ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+)
 State = dict[str, Tensor]
 
 
@@ -90,7 +115,10 @@ State = dict[str, Tensor]
 def states() -> dict[str, State]:
     torch.manual_seed(0)
     models: dict[str, nn.Module] = {"dit": WanDiT(DIT), "t5": UMT5Encoder(TEXT), "vae": WanVAE(VAE)}
-    return {kind: {name: torch.randn_like(value) * 0.2 for name, value in model.named_parameters()} for kind, model in models.items()}
+    return {
+        kind: {name: torch.randn_like(value) * 0.2 for name, value in model.named_parameters()}
+        for kind, model in models.items()
+    }
 
 
 def sentencepiece() -> bytes:
@@ -98,7 +126,11 @@ def sentencepiece() -> bytes:
         field(1, field(1, word.encode()) + field(2, -float(n)) + field(3, kind))
         for n, (word, kind) in enumerate(zip(WORDS, TYPES, strict=True))
     ]
-    return b"".join(pieces) + field(2, field(3, 1)) + field(3, field(1, b"own") + field(2, CHARSMAP) + field(3, 1) + field(4, 1))
+    return (
+        b"".join(pieces)
+        + field(2, field(3, 1))
+        + field(3, field(1, b"own") + field(2, CHARSMAP) + field(3, 1) + field(4, 1))
+    )
 
 
 def write_gguf(path: Path, state: State, arch: str, tokens: bool = False) -> None:
@@ -119,7 +151,9 @@ def write_gguf(path: Path, state: State, arch: str, tokens: bool = False) -> Non
             data = data.reshape(value.shape[0], -1)
         elif value.ndim == 2 and value.shape[1] % 32 == 0:
             kind = kinds[number % len(kinds)]
-        writer.add_tensor(name, np.ascontiguousarray(gguf.quants.quantize(data, kind)), raw_dtype=kind)
+        writer.add_tensor(
+            name, np.ascontiguousarray(gguf.quants.quantize(data, kind)), raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -139,10 +173,14 @@ def fp8(state: State, new: bool, header: bool = False) -> tuple[State, dict[str,
         if not new:
             tensors[f"{layer}.scale_input"] = torch.tensor(1.0)
         elif not header:
-            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(
+                list(json.dumps(layers[layer]).encode()), dtype=torch.uint8
+            )
     if not new:
         tensors["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
-    return tensors, {"_quantization_metadata": json.dumps({"layers": layers})} if header else {"format": "pt"}
+    return tensors, (
+        {"_quantization_metadata": json.dumps({"layers": layers})} if header else {"format": "pt"}
+    )
 
 
 def loras(folder: Path) -> list[str]:
@@ -151,38 +189,69 @@ def loras(folder: Path) -> list[str]:
     files = []
 
     def add(name: str, tensors: State, metadata: dict[str, str] | None = None) -> None:
-        (folder / name).write_bytes(safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()}, metadata))
+        (folder / name).write_bytes(
+            safetensors.torch.save(
+                {key: value.contiguous() for key, value in tensors.items()}, metadata
+            )
+        )
         files.append(name)
 
     def pair(stem: str, ends: tuple[str, str], alpha: str = "") -> State:
         tensors: State = {}
         for module in modules:
             out, inner = SHAPES[f"{module}.weight"]
-            other = from_official("dit", "diffusers", [f"{module}.weight"])[f"{module}.weight"].removesuffix(".weight")
+            other = from_official("dit", "diffusers", [f"{module}.weight"])[
+                f"{module}.weight"
+            ].removesuffix(".weight")
             start = stem.format(o=module, d=other, o_=module.replace(".", "_"))
-            tensors |= {start + ends[0]: torch.randn(4, inner), start + ends[1]: torch.randn(out, 4)}
+            tensors |= {
+                start + ends[0]: torch.randn(4, inner),
+                start + ends[1]: torch.randn(out, 4),
+            }
             if alpha:
                 tensors[start + alpha] = torch.tensor(2.0)
         return tensors
 
     ab, down_up = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
     add("comfy.safetensors", pair("diffusion_model.{o}.", ab))
-    add("kohya.safetensors", pair("lora_unet_{o_}.", down_up, "alpha"), {"ss_network_alpha": "2", "ss_tag": json.dumps({"a": 1})})
-    add("pair.safetensors", pair("transformer.{d}.", ab) | pair("transformer_2.{d}.", ab),
-        {"lora_adapter_metadata": json.dumps({f"transformer{n}.{key}": value for n in ("", "_2") for key, value in PEFT.items()})})  # fmt: skip
+    add(
+        "kohya.safetensors",
+        pair("lora_unet_{o_}.", down_up, "alpha"),
+        {"ss_network_alpha": "2", "ss_tag": json.dumps({"a": 1})},
+    )
+    add(
+        "pair.safetensors",
+        pair("transformer.{d}.", ab) | pair("transformer_2.{d}.", ab),
+        {
+            "lora_adapter_metadata": json.dumps(
+                {f"transformer{n}.{key}": value for n in ("", "_2") for key, value in PEFT.items()}
+            )
+        },
+    )
     out, inner = SHAPES["blocks.0.ffn.0.weight"]
     stem, q = "diffusion_model.blocks.0.ffn.0", "diffusion_model.blocks.0.self_attn.q"
-    w = {f"{stem}.hada_w{n}_{x}": torch.randn(*((out, 4) if x == "a" else (4, inner))) for n in (1, 2) for x in "ab"}
+    w = {
+        f"{stem}.hada_w{n}_{x}": torch.randn(*((out, 4) if x == "a" else (4, inner)))
+        for n in (1, 2)
+        for x in "ab"
+    }
     k = {
         f"{q}.lokr_w1": torch.randn(4, 4),
         f"{q}.lokr_w2_a": torch.randn(8, 2),
         f"{q}.lokr_w2_b": torch.randn(2, 8),
         f"{q}.alpha": torch.ones(()),
     }
-    d = {"diffusion_model.head.head.lora_A.weight": torch.randn(2, 32), "diffusion_model.head.head.lora_B.weight": torch.randn(64, 2),
-         "diffusion_model.head.head.dora_scale": torch.ones(64, 1)}  # fmt: skip
-    more = {"diffusion_model.blocks.0.norm3.diff": torch.randn(32), "diffusion_model.blocks.0.diff_m": torch.randn(1, 6, 32),
-            "diffusion_model.blocks.0.self_attn.k.diff_b": torch.randn(32), "diffusion_model.patch_embedding.set_weight": torch.randn(32, 16, 1, 2, 2)}  # fmt: skip
+    d = {
+        "diffusion_model.head.head.lora_A.weight": torch.randn(2, 32),
+        "diffusion_model.head.head.lora_B.weight": torch.randn(64, 2),
+        "diffusion_model.head.head.dora_scale": torch.ones(64, 1),
+    }
+    more = {
+        "diffusion_model.blocks.0.norm3.diff": torch.randn(32),
+        "diffusion_model.blocks.0.diff_m": torch.randn(1, 6, 32),
+        "diffusion_model.blocks.0.self_attn.k.diff_b": torch.randn(32),
+        "diffusion_model.patch_embedding.set_weight": torch.randn(32, 16, 1, 2, 2),
+    }
     add("lycoris.safetensors", w | k | d | more)
     torch.save(pair("base_model.model.{o}.", ab), folder / "adapter_model.bin")
     return [*files, "adapter_model.bin"]
@@ -226,7 +295,11 @@ def checkpoint(root: Path, given: dict[Any, Path], load: bool = True) -> None:
     found = open_checkpoint(root, given)
     if not load:
         return
-    loaders: dict[str, Callable[..., Any]] = {"high": lambda c, *a: load_expert(c, "high", *a), "t5": load_text_encoder, "vae": load_vae}
+    loaders: dict[str, Callable[..., Any]] = {
+        "high": lambda c, *a: load_expert(c, "high", *a),
+        "t5": load_text_encoder,
+        "vae": load_vae,
+    }
     for part in given:
         if part in loaders:
             loaders[part](found, torch.bfloat16, "cpu")
@@ -253,7 +326,9 @@ def saved(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Container:
-    """files: to be damaged, one for each seed, and how; reach: what is done then, and `seldom` where that takes long, with some seeds."""
+    """files: to be damaged, one for each seed, and how; reach: what is done then, and `seldom`
+    where that takes long, with some seeds.
+    """
 
     files: tuple[tuple[str, Damage], ...]
     reach: Callable[[Path, Path], Iterable[Callable[[], object]]]
@@ -265,7 +340,11 @@ def parts(files: dict[str, tuple[Damage, str]], *more: Callable[[Path], object])
     return Container(
         tuple((name, damage) for name, (damage, _) in files.items()),
         lambda root, file: [lambda: read_all(file), *(lambda one=one: one(file) for one in more)],
-        lambda root, file: [lambda: look(file), lambda: values(file), lambda: checkpoint(root / "model", {files[file.name][1]: file})],
+        lambda root, file: [
+            lambda: look(file),
+            lambda: values(file),
+            lambda: checkpoint(root / "model", {files[file.name][1]: file}),
+        ],
     )
 
 
@@ -274,8 +353,12 @@ def folder(root: Path, file: Path) -> Path:
     return root / file.relative_to(root).parts[0]
 
 
-MODEL = ("wanflow.json", "high_noise_model/config.json", "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
-         "google/umt5-xxl/tokenizer.json")  # fmt: skip
+MODEL = (
+    "wanflow.json",
+    "high_noise_model/config.json",
+    "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
+    "google/umt5-xxl/tokenizer.json",
+)
 DIFFUSERS = (
     "model_index.json",
     "transformer/config.json",
@@ -290,29 +373,60 @@ CONTAINERS: dict[str, Container] = {
     "shards": Container(
         ((f"sharded/{INDEX}", of_json), *((f"sharded/{name}", of_safetensors) for name in SHARDS)),
         lambda root, file: [lambda: read_all(file.parent)],
-        lambda root, file: [lambda: look(file.parent), lambda: values(file.parent), lambda: checkpoint(root / "model", {"high": file.parent})],
+        lambda root, file: [
+            lambda: look(file.parent),
+            lambda: values(file.parent),
+            lambda: checkpoint(root / "model", {"high": file.parent}),
+        ],
     ),
     "torch": parts({"t5.pth": (of_zip, "t5"), "vae.pth": (of_zip, "vae")}),
     "torch by another name": parts({"zip.safetensors": (of_zip, "t5")}),
     "GGUF expert": parts({"high.gguf": (of_gguf, "high")}),
     "GGUF T5": parts({"t5.gguf": (of_gguf, "t5")}, tokenizer),
-    "fp8": parts({"old.safetensors": (of_safetensors, "high"), "new.safetensors": (of_safetensors, "high")}),
-    "quantisation metadata": parts({"header.safetensors": (of_metadata, "t5"), "new.safetensors": (of_metadata, "high")}),
-    "LoRA": Container(
-        (*((f"{name}.safetensors", of_safetensors) for name in LORAS), ("adapter_model.bin", of_zip), ("adapter_config.json", of_json)),
-        lambda root, file: [lambda: adapter(root if file.name.startswith("adapter") else file)],
-        lambda root, file: [lambda: look(root / "adapter_model.bin" if file.suffix == ".json" else file)],
+    "fp8": parts(
+        {"old.safetensors": (of_safetensors, "high"), "new.safetensors": (of_safetensors, "high")}
     ),
-    "sentencepiece": Container((("spiece.model", of_sentencepiece),), lambda root, file: [lambda: tokenizer(file)], lambda root, file: [lambda: look(file)]),
+    "quantisation metadata": parts(
+        {"header.safetensors": (of_metadata, "t5"), "new.safetensors": (of_metadata, "high")}
+    ),
+    "LoRA": Container(
+        (
+            *((f"{name}.safetensors", of_safetensors) for name in LORAS),
+            ("adapter_model.bin", of_zip),
+            ("adapter_config.json", of_json),
+        ),
+        lambda root, file: [lambda: adapter(root if file.name.startswith("adapter") else file)],
+        lambda root, file: [
+            lambda: look(root / "adapter_model.bin" if file.suffix == ".json" else file)
+        ],
+    ),
+    "sentencepiece": Container(
+        (("spiece.model", of_sentencepiece),),
+        lambda root, file: [lambda: tokenizer(file)],
+        lambda root, file: [lambda: look(file)],
+    ),
     "embedded tokenizer": parts({"embedded.safetensors": (of_embedded, "t5")}, tokenizer),
-    "tokenizer.json": Container((("tokenizer.json", of_json),), lambda root, file: [lambda: tokenizer(file)], lambda root, file: [lambda: look(file)]),
+    "tokenizer.json": Container(
+        (("tokenizer.json", of_json),),
+        lambda root, file: [lambda: tokenizer(file)],
+        lambda root, file: [lambda: look(file)],
+    ),
     "configs": Container(
-        (*((f"model/{name}", of_json) for name in MODEL), *((f"diffusers/{name}", of_json) for name in DIFFUSERS)),
-        lambda root, file: [lambda: checkpoint(folder(root, file), {"tokenizer": file} if file.name == "tokenizer.json" else {})],
+        (
+            *((f"model/{name}", of_json) for name in MODEL),
+            *((f"diffusers/{name}", of_json) for name in DIFFUSERS),
+        ),
+        lambda root, file: [
+            lambda: checkpoint(
+                folder(root, file), {"tokenizer": file} if file.name == "tokenizer.json" else {}
+            )
+        ],
         lambda root, file: [lambda: look(folder(root, file))],
     ),
-    "saved run": Container((("x.latent.safetensors", of_safetensors),), lambda root, file: [lambda: saved(file)]),
-}  # fmt: skip
+    "saved run": Container(
+        (("x.latent.safetensors", of_safetensors),), lambda root, file: [lambda: saved(file)]
+    ),
+}
 
 
 def write_good(root: Path) -> None:
@@ -321,33 +435,73 @@ def write_good(root: Path) -> None:
     dit, t5, vae = (held[kind] for kind in ("dit", "t5", "vae"))
     save = safetensors.torch.save
     embedded = {"spiece_model": torch.tensor(list(sentencepiece()), dtype=torch.uint8)}
-    sheet = {"name": "tiny", "dit": {"num_heads": 2, "text_len": 8}, "text": {"max_dist": 16}, "vocabulary": ["red"],
-             "defaults": {"size": "64*48", "frame_num": 9, "fps": 8, "sample_steps": 4, "negative_prompt": ""}}  # fmt: skip
-    (root / "high.safetensors").write_bytes(save({name: value.bfloat16() for name, value in dit.items()}, {"format": "pt"}))
+    sheet = {
+        "name": "tiny",
+        "dit": {"num_heads": 2, "text_len": 8},
+        "text": {"max_dist": 16},
+        "vocabulary": ["red"],
+        "defaults": {
+            "size": "64*48",
+            "frame_num": 9,
+            "fps": 8,
+            "sample_steps": 4,
+            "negative_prompt": "",
+        },
+    }
+    (root / "high.safetensors").write_bytes(
+        save({name: value.bfloat16() for name, value in dit.items()}, {"format": "pt"})
+    )
     write_shards(root / "sharded", INDEX, SHARDS, dit)
     (root / "sharded/config.json").write_text("{}")
     torch.save({name: value.bfloat16() for name, value in t5.items()}, root / "t5.pth")
-    torch.save({"model_state": {name: nn.Parameter(value) for name, value in vae.items()}}, root / "vae.pth")
+    torch.save(
+        {"model_state": {name: nn.Parameter(value) for name, value in vae.items()}},
+        root / "vae.pth",
+    )
     torch.save(t5, root / "zip.safetensors")
     write_gguf(root / "high.gguf", dit, "wan")
     names = from_official("t5", "gguf", t5)
-    write_gguf(root / "t5.gguf", {names[name]: value for name, value in t5.items()}, "t5encoder", tokens=True)
-    for name, state, form in (("old", dit, (False,)), ("new", dit, (True,)), ("header", t5, (True, True))):
+    write_gguf(
+        root / "t5.gguf",
+        {names[name]: value for name, value in t5.items()},
+        "t5encoder",
+        tokens=True,
+    )
+    for name, state, form in (
+        ("old", dit, (False,)),
+        ("new", dit, (True,)),
+        ("header", t5, (True, True)),
+    ):
         tensors, metadata = fp8(state, *form)
         (root / f"{name}.safetensors").write_bytes(save(tensors, metadata))
     loras(root)
     (root / "adapter_config.json").write_text(json.dumps(PEFT))
     (root / "spiece.model").write_bytes(sentencepiece())
     names = from_official("t5", "huggingface", t5)
-    (root / "embedded.safetensors").write_bytes(save({names[name]: value.half() for name, value in t5.items()} | embedded))
+    (root / "embedded.safetensors").write_bytes(
+        save({names[name]: value.half() for name, value in t5.items()} | embedded)
+    )
     engine = Engine(Unigram([(word, -float(n)) for n, word in enumerate(WORDS)], unk_id=2))
     engine.normalizer = normalizers.Sequence([normalizers.Precompiled(CHARSMAP)])
     engine.pre_tokenizer = pre_tokenizers.Metaspace()
     engine.save(str(root / "tokenizer.json"))
     for which in ("high", "low"):
         write_shards(root / f"model/{which}_noise_model", *official_names(), dit)
-        keys = ("model_type", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "out_dim", "num_heads", "num_layers", "eps")
-        (root / f"model/{which}_noise_model/config.json").write_text(json.dumps({key: getattr(DIT, key) for key in keys}))
+        keys = (
+            "model_type",
+            "text_len",
+            "in_dim",
+            "dim",
+            "ffn_dim",
+            "freq_dim",
+            "out_dim",
+            "num_heads",
+            "num_layers",
+            "eps",
+        )
+        (root / f"model/{which}_noise_model/config.json").write_text(
+            json.dumps({key: getattr(DIT, key) for key in keys})
+        )
     (root / "model/models_t5_umt5-xxl-enc-bf16.safetensors").write_bytes(save(t5))
     (root / "model/Wan2.1_VAE.safetensors").write_bytes(save(vae))
     (root / "model/google/umt5-xxl").mkdir(parents=True)
@@ -355,14 +509,25 @@ def write_good(root: Path) -> None:
     (root / "model/wanflow.json").write_text(json.dumps(sheet))
     write_diffusers(root / "diffusers", held, sheet)
     shutil.copytree(root / "model/google/umt5-xxl", root / "diffusers/tokenizer")
-    request = replace(Request("a red circle", seed=1), size="64*48", frame_num=5, sample_steps=4, negative_prompt="").complete(T2V_A14B)
+    request = replace(
+        Request("a red circle", seed=1),
+        size="64*48",
+        frame_num=5,
+        sample_steps=4,
+        negative_prompt="",
+    ).complete(T2V_A14B)
     x = torch.randn(4, 1, 16, 2, 6, 8)
-    Run(request, {"wanflow": "1", "weights": "0" * 16}, SolverState(2, x[0], (x[1], x[2]), x[3])).save(root / "x.latent.safetensors")
+    Run(
+        request, {"wanflow": "1", "weights": "0" * 16}, SolverState(2, x[0], (x[1], x[2]), x[3])
+    ).save(root / "x.latent.safetensors")
 
 
 def official_names() -> tuple[str, tuple[str, str]]:
     stem = "diffusion_pytorch_model"
-    return f"{stem}.safetensors.index.json", (f"{stem}-00001-of-00002.safetensors", f"{stem}-00002-of-00002.safetensors")
+    return f"{stem}.safetensors.index.json", (
+        f"{stem}-00001-of-00002.safetensors",
+        f"{stem}-00002-of-00002.safetensors",
+    )
 
 
 def write_shards(folder: Path, index: str, names: tuple[str, str], state: State) -> None:
@@ -370,7 +535,11 @@ def write_shards(folder: Path, index: str, names: tuple[str, str], state: State)
     tensors = list(state)
     places = {tensor: names[number >= len(tensors) // 2] for number, tensor in enumerate(tensors)}
     for name in names:
-        (folder / name).write_bytes(safetensors.torch.save({tensor: state[tensor] for tensor in tensors if places[tensor] == name}))
+        (folder / name).write_bytes(
+            safetensors.torch.save(
+                {tensor: state[tensor] for tensor in tensors if places[tensor] == name}
+            )
+        )
     (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
 
 
@@ -378,24 +547,41 @@ def write_diffusers(root: Path, held: dict[str, State], sheet: dict[str, Any]) -
     from wanflow.weights import configs
 
     preset = replace(
-        T2V_A14B, dit=DIT, text=TEXT, vae=replace(VAE, latent_mean=T2V_A14B.vae.latent_mean, latent_std=T2V_A14B.vae.latent_std)
+        T2V_A14B,
+        dit=DIT,
+        text=TEXT,
+        vae=replace(VAE, latent_mean=T2V_A14B.vae.latent_mean, latent_std=T2V_A14B.vae.latent_std),
     )
-    said = {"transformer": configs.transformer(DIT), "transformer_2": configs.transformer(DIT), "text_encoder": configs.text_encoder(TEXT),
-            "vae": configs.autoencoder(preset.vae), "scheduler": configs.scheduler(3.0)}  # fmt: skip
+    said = {
+        "transformer": configs.transformer(DIT),
+        "transformer_2": configs.transformer(DIT),
+        "text_encoder": configs.text_encoder(TEXT),
+        "vae": configs.autoencoder(preset.vae),
+        "scheduler": configs.scheduler(3.0),
+    }
     kinds: dict[str, tuple[Any, Any]] = {
-        "transformer": ("dit", "diffusers"), "transformer_2": ("dit", "diffusers"), "text_encoder": ("t5", "huggingface"), "vae": ("vae", "diffusers"),
-    }  # fmt: skip
+        "transformer": ("dit", "diffusers"),
+        "transformer_2": ("dit", "diffusers"),
+        "text_encoder": ("t5", "huggingface"),
+        "vae": ("vae", "diffusers"),
+    }
     for folder, config in said.items():
         (root / folder).mkdir(parents=True)
-        (root / folder / ("scheduler_config.json" if folder == "scheduler" else "config.json")).write_bytes(configs.as_json(config))
+        (
+            root / folder / ("scheduler_config.json" if folder == "scheduler" else "config.json")
+        ).write_bytes(configs.as_json(config))
         if folder in kinds:
             kind, dialect = kinds[folder]
             names = from_official(kind, dialect, held[kind])
             state = {names[name]: value for name, value in held[kind].items()}
             file = "model.safetensors" if kind == "t5" else "diffusion_pytorch_model.safetensors"
             (root / folder / file).write_bytes(safetensors.torch.save(state))
-    (root / "model_index.json").write_bytes(configs.as_json(configs.model_index(preset, "T5TokenizerFast")))
-    (root / "wanflow.json").write_text(json.dumps({key: value for key, value in sheet.items() if key != "text"}))
+    (root / "model_index.json").write_bytes(
+        configs.as_json(configs.model_index(preset, "T5TokenizerFast"))
+    )
+    (root / "wanflow.json").write_text(
+        json.dumps({key: value for key, value in sheet.items() if key != "text"})
+    )
 
 
 # what may come of it
@@ -410,14 +596,19 @@ def judge_text(told: str) -> None:
     odd = {
         char
         for char in told
-        if ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u2028\u2029\u202a\u202b\u202c\u202d\u202e" or "\ud800" <= char <= "\udfff"
+        if ord(char) < 32
+        or 127 <= ord(char) < 160
+        or char in "\u2028\u2029\u202a\u202b\u202c\u202d\u202e"
+        or "\ud800" <= char <= "\udfff"
     }
     if odd:
         raise Misbehaviour(f"the message holds {odd}: {told!r:.600}")
 
 
 def judge(error: RequestError, root: Path) -> None:
-    """A refusal must name the file in one line, and not be made of memory that was asked for in vain."""
+    """A refusal must name the file in one line, and not be made of memory that was asked for in
+    vain.
+    """
     told = str(error)
     judge_text(told)
     if str(root) not in told:
@@ -426,7 +617,11 @@ def judge(error: RequestError, root: Path) -> None:
         raise Misbehaviour(f"the message has {len(told):,} characters: {told:.600}")
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, MemoryError) or "allocate memory" in str(cause) or "Cannot allocate" in str(cause):
+        if (
+            isinstance(cause, MemoryError)
+            or "allocate memory" in str(cause)
+            or "Cannot allocate" in str(cause)
+        ):
             raise Misbehaviour(f"it asked for too much memory: {cause!r:.300}")
         cause = cause.__cause__ or cause.__context__
 
@@ -462,7 +657,9 @@ class Bench:
         self.root = root
         if not bare:
             write_good(root)
-        names = {name for container in CONTAINERS.values() for name, _ in container.files if not bare}
+        names = {
+            name for container in CONTAINERS.values() for name, _ in container.files if not bare
+        }
         self.good = {name: (root / name).read_bytes() for name in sorted(names)}
 
     def damaged(self, name: str, seed: int) -> tuple[str, bytes]:
@@ -478,14 +675,19 @@ class Bench:
         return file, of_bytes(rng, good)
 
     def try_one(self, name: str, seed: int) -> dict[str, Any]:
-        """What comes of a seed: how many of the ways to open its file were refused; `fault` where something else came."""
+        """What comes of a seed: how many of the ways to open its file were refused; `fault` where
+        something else came.
+        """
         file, data = ("probe", b"") if name in PROBES else self.damaged(name, seed)
         path = self.root / file
         path.write_bytes(data)
         container = Container((), PROBES[name]) if name in PROBES else CONTAINERS[name]
         result: dict[str, Any] = {"seed": seed, "ways": 0, "refused": 0}
         try:
-            actions = [*container.reach(self.root, path), *(container.seldom(self.root, path) if seed % SELDOM == 0 else ())]
+            actions = [
+                *container.reach(self.root, path),
+                *(container.seldom(self.root, path) if seed % SELDOM == 0 else ()),
+            ]
             for action in actions:
                 result["ways"] += 1
                 try:
@@ -507,36 +709,59 @@ class Bench:
 
 
 def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() if Path("/proc/self/statm").exists() else peak()
+    return (
+        int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        if Path("/proc/self/statm").exists()
+        else peak()
+    )
 
 
 def peak() -> int:
-    """The most that this process held. What getrusage says includes what the process it was started from held, at that time."""
+    """The most that this process held. What getrusage says includes what the process it was started
+    from held, at that time.
+    """
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return next(
+            int(line.split()[1]) << 10
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def bound_memory() -> None:
     """Let no more than `MEMORY` be asked for from here on, whether it is used or not."""
     status = Path("/proc/self/status")
     if status.exists():
-        held = next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmData"))
+        held = next(
+            int(line.split()[1]) << 10
+            for line in status.read_text().splitlines()
+            if line.startswith("VmData")
+        )
         resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY, held + MEMORY))
 
 
 def serve(root: Path, bare: bool) -> None:
-    """Read lines of JSON, `{"name", "seed", "seconds"}`, and answer each with a line of what came of it."""
+    """Read lines of JSON, `{"name", "seed", "seconds"}`, and answer each with a line of what came
+    of it.
+    """
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print stays out of the answers
     faulthandler.enable()
     bench = Bench(root, bare)
     os.chdir(root)
-    for name, container in CONTAINERS.items() if not bare else ():  # nothing is damaged yet: all must be well, and is imported then
+    for name, container in (
+        CONTAINERS.items() if not bare else ()
+    ):  # nothing is damaged yet: all must be well, and is imported then
         for file, _ in container.files:
-            for action in (*container.reach(root, root / file), *container.seldom(root, root / file)):
+            for action in (
+                *container.reach(root, root / file),
+                *container.seldom(root, root / file),
+            ):
                 try:
                     action()
                 except RequestError as error:
@@ -552,11 +777,17 @@ def serve(root: Path, bare: bool) -> None:
         grown = peak() - before if peak() > highest else 0
         if grown > MEMORY:
             result["fault"] = f"memory grew by {grown >> 20} MB"
-        print(json.dumps(result | {"seconds": time.perf_counter() - start, "grown": grown}), file=answers, flush=True)
+        print(
+            json.dumps(result | {"seconds": time.perf_counter() - start, "grown": grown}),
+            file=answers,
+            flush=True,
+        )
 
 
 class Worker:
-    """The process in which files are tried; one that dies is replaced. bare: without any files, for the probes."""
+    """The process in which files are tried; one that dies is replaced. bare: without any files, for
+    the probes.
+    """
 
     def __init__(self, folder: Path, bare: bool) -> None:
         self.folder, self.bare = folder, bare
@@ -570,9 +801,27 @@ class Worker:
         place.mkdir()
         self.log.seek(0)
         self.log.truncate()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, __file__, "--serve", str(place), *(["--bare"] if self.bare else [])]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONWARNINGS": "ignore",
+        }
+        command = [
+            sys.executable,
+            __file__,
+            "--serve",
+            str(place),
+            *(["--bare"] if self.bare else []),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
+        )
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
             raise RuntimeError(f"the worker did not start: {self._logged()}")
@@ -586,7 +835,9 @@ class Worker:
         if self.process is None:
             self.process = self._start()
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"name": name, "seed": seed, "seconds": seconds}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"name": name, "seed": seed, "seconds": seconds}) + "\n"
+        )
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if answer:
@@ -615,7 +866,9 @@ def worker(bare: bool = False) -> Iterator[Worker]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("container", nargs="?", choices=[*CONTAINERS, *PROBES, "all"], default="all")
+    parser.add_argument(
+        "container", nargs="?", choices=[*CONTAINERS, *PROBES, "all"], default="all"
+    )
     parser.add_argument("first", nargs="?", type=int, default=0)
     parser.add_argument("count", nargs="?", type=int, default=200)
     parser.add_argument("--keep", type=Path, help="leave the damaged files here")
@@ -642,7 +895,11 @@ def main() -> None:
                     print(f"--- {name} {seed}\n{results[-1]['fault']}")
             refused = sum(result.get("refused", 0) > 0 for result in results)
             faults = sum("fault" in result for result in results)
-            print(f"{name}: {len(results)} files, {refused} refused, {faults} faults, {time.perf_counter() - start:.1f} s", flush=True)
+            print(
+                f"{name}: {len(results)} files, {refused} refused, {faults} faults,"
+                f" {time.perf_counter() - start:.1f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

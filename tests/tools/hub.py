@@ -1,6 +1,8 @@
-"""A server on loopback that speaks as much of Hugging Face's API as its client asks: revisions, listings, files with ranges, refusals.
+"""A server on loopback that speaks as much of Hugging Face's API as its client asks: revisions,
+listings, files with ranges, refusals.
 
-Faults can be planned per file: the connection is cut, bytes are wrong, the server is busy, ignores ranges, or is slow.
+Faults can be planned per file: the connection is cut, bytes are wrong, the server is busy, ignores
+ranges, or is slow.
 """
 
 from __future__ import annotations
@@ -55,10 +57,14 @@ class Hub:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Hub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self})
+        )
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,14 +73,22 @@ class Hub:
 
     def commit(self, repo: str) -> str:
         """The commit of what the repository holds now."""
-        return hashlib.sha1(b"".join(name.encode() + data for name, data in sorted(self.repos[repo].items()))).hexdigest()
+        return hashlib.sha1(
+            b"".join(name.encode() + data for name, data in sorted(self.repos[repo].items()))
+        ).hexdigest()
 
     def fault(self, path: str, kind: str, value: float = 0, times: int = 1) -> None:
         self.faults[path].append(Fault(kind, value, times))
 
     def asked(self, path: str) -> list[Asked]:
         """The downloads of a file that were asked for."""
-        return [asked for asked in self.log if asked.method == "GET" and asked.path.endswith(f"/{path}") and "/resolve/" in asked.path]
+        return [
+            asked
+            for asked in self.log
+            if asked.method == "GET"
+            and asked.path.endswith(f"/{path}")
+            and "/resolve/" in asked.path
+        ]
 
     @property
     def downloads(self) -> int:
@@ -108,16 +122,32 @@ class Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.log.append(Asked(self.command, path, self.headers.get("Range"), token))
         steps = path.strip("/").split("/")
-        what = steps[4] if steps[:2] == ["api", "models"] and len(steps) > 4 else steps[2] if len(steps) > 4 else "revision"
+        what = (
+            steps[4]
+            if steps[:2] == ["api", "models"] and len(steps) > 4
+            else steps[2]
+            if len(steps) > 4
+            else "revision"
+        )
         repo = "/".join(steps[2:4] if steps[0] == "api" else steps[:2])
         if repo not in hub.repos or (hub.token and token != hub.token):
             return self.refuse(401 if token is None or repo in hub.repos else 404, "RepoNotFound")
         commit = hub.commit(repo)
-        revision = (steps[5] if steps[0] == "api" else steps[3]) if len(steps) > (5 if steps[0] == "api" else 3) else "main"
+        revision = (
+            (steps[5] if steps[0] == "api" else steps[3])
+            if len(steps) > (5 if steps[0] == "api" else 3)
+            else "main"
+        )
         if revision not in ("main", commit):
             return self.refuse(404, "RevisionNotFound")
         if what == "revision":
-            return self.json({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in hub.repos[repo]]})
+            return self.json(
+                {
+                    "id": repo,
+                    "sha": commit,
+                    "siblings": [{"rfilename": name} for name in hub.repos[repo]],
+                }
+            )
         if what == "tree":
             return self.tree(repo, int(parse_qs(url.query).get("cursor", ["0"])[0]))
         name = "/".join(steps[4:])
@@ -132,7 +162,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
-        self.head(status, {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})})
+        self.head(
+            status,
+            {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                **(headers or {}),
+            },
+        )
         if self.command == "GET":
             self.wfile.write(body)
 
@@ -143,25 +180,54 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def tree(self, repo: str, cursor: int) -> None:
-        entries: list[dict[str, Any]] = [{"type": "directory", "path": "a-folder", "oid": "0" * 40, "size": 0}]
+        entries: list[dict[str, Any]] = [
+            {"type": "directory", "path": "a-folder", "oid": "0" * 40, "size": 0}
+        ]
         for path, data in self.hub.repos[repo].items():
-            entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+            entry = {
+                "type": "file",
+                "path": path,
+                "size": len(data),
+                "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+            }
             if len(data) >= LFS:
-                entry |= {"oid": "1" * 40, "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+                entry |= {
+                    "oid": "1" * 40,
+                    "lfs": {
+                        "oid": hashlib.sha256(data).hexdigest(),
+                        "size": len(data),
+                        "pointerSize": 134,
+                    },
+                }
             entries.append(entry)
         end = cursor + self.hub.page
-        more = {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?recursive=True&cursor={end}>; rel="next"'} if end < len(entries) else {}
+        more = (
+            {
+                "Link": (
+                    f"<{self.hub.url}{urlsplit(self.path).path}?recursive=True&cursor={end}>;"
+                    ' rel="next"'
+                )
+            }
+            if end < len(entries)
+            else {}
+        )
         self.json(entries[cursor:end], headers=more)
 
     def file(self, repo: str, commit: str, name: str) -> None:
         hub, data = self.hub, self.hub.repos[repo][name]
         kept_by_lfs = len(data) >= LFS
-        etag = hashlib.sha256(data).hexdigest() if kept_by_lfs else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        etag = (
+            hashlib.sha256(data).hexdigest()
+            if kept_by_lfs
+            else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        )
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if kept_by_lfs:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
             if hub.storage:
-                return self.head(302, {**headers, "Location": f"{hub.storage}{self.path}", "Content-Length": "0"})
+                return self.head(
+                    302, {**headers, "Location": f"{hub.storage}{self.path}", "Content-Length": "0"}
+                )
         if self.command == "HEAD":
             return self.head(200, {**headers, "Content-Length": str(len(data))})
         with hub.lock:
@@ -173,19 +239,26 @@ class Handler(BaseHTTPRequestHandler):
         if wanted and kind != "no_ranges":
             begin = int(wanted.removeprefix("bytes=").partition("-")[0])
             if begin >= len(data):
-                return self.head(416, {"Content-Range": f"bytes */{len(data)}", "Content-Length": "0"})
+                return self.head(
+                    416, {"Content-Range": f"bytes */{len(data)}", "Content-Length": "0"}
+                )
             headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
         body = data[begin:]
         if kind == "wrong":
             body = bytes(byte ^ 255 for byte in body)
         if kind == "longer":
             body += b"more"
-        self.head(206 if "Content-Range" in headers else 200, {**headers, "Content-Length": str(len(body))})
+        self.head(
+            206 if "Content-Range" in headers else 200,
+            {**headers, "Content-Length": str(len(body))},
+        )
         with hub.lock:
             hub.busy += 1
             hub.most_busy = max(hub.busy, hub.most_busy)
         try:
-            self.send(body[: int(value)] if kind == "cut" else body, value if kind == "slow" else 0.0)
+            self.send(
+                body[: int(value)] if kind == "cut" else body, value if kind == "slow" else 0.0
+            )
         finally:
             with hub.lock:
                 hub.busy -= 1

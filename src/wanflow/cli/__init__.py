@@ -32,7 +32,11 @@ def build_parser() -> Parser:
     """Every command and its flags."""
     from wanflow import __version__
 
-    parser = Parser(prog="wanflow", description="Run Wan2.2-T2V-A14B, or its miniature nano.", allow_abbrev=False)
+    parser = Parser(
+        prog="wanflow",
+        description="Run Wan2.2-T2V-A14B, or its miniature nano.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"wanflow {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for module in (generate, download, weights, train, doctor, plan):
@@ -41,7 +45,9 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Run one command and return its exit code. One of several processes that fails does not return: see `Watch.fail`."""
+    """Run one command and return its exit code. One of several processes that fails does not
+    return: see `Watch.fail`.
+    """
     rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
     logging.getLogger("wanflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -52,7 +58,11 @@ def main(argv: list[str]) -> int:
         args = build_parser().parse_args(argv)
         args.watch = watch
         watch.timeout_s = getattr(args, "timeout", watch.timeout_s)
-        if getattr(args, "gpus", None) is not None and args.command != "plan" and (processes := launch.prepare(args)):
+        if (
+            getattr(args, "gpus", None) is not None
+            and args.command != "plan"
+            and (processes := launch.prepare(args))
+        ):
             return launch.launch(argv, processes)
         COMMANDS[args.command](args)
     except SystemExit:  # --help
@@ -68,16 +78,23 @@ def main(argv: list[str]) -> int:
         if watch.store is None:
             watch.keep()
             raise
-        # The end of another process breaks collectives, which is a RuntimeError here; any other is this one's own.
+        # The end of another process breaks collectives, which is a RuntimeError here; any other is
+        # this one's own.
         trace = "".join(traceback.format_exception(error))
-        return watch.fail(code, f"{type(error).__name__}: {error}", not isinstance(error, RuntimeError), trace)
+        return watch.fail(
+            code, f"{type(error).__name__}: {error}", not isinstance(error, RuntimeError), trace
+        )
     watch.leave()
     return 0
 
 
 def _among_others() -> Watch:
-    """The watch of one of several processes, begun: before anything that can fail in one of them."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch prints the stack where a store breaks; we say it in words
+    """The watch of one of several processes, begun: before anything that can fail in one of
+    them.
+    """
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # torch prints the stack where a store breaks; we say it in words
     from wanflow.parallel.mesh import meet
 
     watch = meet()

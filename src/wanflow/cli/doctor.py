@@ -30,8 +30,18 @@ class BrokenError(OSError):
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command and its flags."""
-    p = commands.add_parser("doctor", help="what this machine is, what works on it, what is wrong with it", allow_abbrev=False)
-    p.add_argument("--ckpt_dir", type=Path, default=Path(), metavar="DIR", help="where weights are or will be: its disk is timed (.)")
+    p = commands.add_parser(
+        "doctor",
+        help="what this machine is, what works on it, what is wrong with it",
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--ckpt_dir",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="where weights are or will be: its disk is timed (.)",
+    )
     p.add_argument("--json", action="store_true", help="everything, as one JSON document")
 
 
@@ -47,22 +57,37 @@ def doctor(args: argparse.Namespace) -> None:
         except ModuleNotFoundError:
             raise
         except ImportError as problem:
-            raise BrokenError(f"PyTorch cannot be loaded: {problem}; pip install --force-reinstall torch") from None
+            raise BrokenError(
+                f"PyTorch cannot be loaded: {problem}; pip install --force-reinstall torch"
+            ) from None
         folder = _folder(args.ckpt_dir)
         with redirect_stdout(sys.stderr):  # packages print what they like while they are tried
             report = examine(folder, os.environ.get("CUDA_VISIBLE_DEVICES"), say)
         say("the best settings")
         try:
             best = advice(report, folder)
-        except Exception as problem:  # on a machine that is broken the planner may be too, and the report is wanted all the more
+        except Exception as problem:
+            # on a machine that is broken the planner may be too, and the report is wanted all the
+            # more
             best = [f"none: the planner failed, {type(problem).__name__}: {problem}"]
     if args.json:
         print(json.dumps({**report.as_dict(), "advice": best}, indent=2, ensure_ascii=False))
     else:
-        show([*lines(report), ("", ""), ("bold", "best settings"), *(("", f"  {line}") for line in best)])
+        show(
+            [
+                *lines(report),
+                ("", ""),
+                ("bold", "best settings"),
+                *(("", f"  {line}") for line in best),
+            ]
+        )
     broken = [problem.text for problem in report.problems if problem.level == "broken"]
     if broken:
-        raise BrokenError(f"broken: {'; '.join(broken)}" if args.json else f"{len(broken)} of the things above must be mended first")
+        raise BrokenError(
+            f"broken: {'; '.join(broken)}"
+            if args.json
+            else f"{len(broken)} of the things above must be mended first"
+        )
 
 
 def _folder(path: Path) -> Path:
@@ -75,7 +100,9 @@ def _folder(path: Path) -> Path:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """What is being tried, on standard error: in place on a terminal, a line every two seconds elsewhere."""
+    """What is being tried, on standard error: in place on a terminal, a line every two seconds
+    elsewhere.
+    """
     try:
         from rich.text import Text
 
@@ -131,11 +158,26 @@ def _gb(count: int) -> str:
 
 def _machine(report: Report) -> Iterator[Line]:
     here, disk = report.system, report.disk
-    build = f"CUDA {here.cuda}" + (f", cuDNN {here.cudnn}" if here.cudnn else "") if here.cuda else "no CUDA"
-    yield "bold", f"wanflow {here.wanflow}, PyTorch {here.torch} ({build}), Python {here.python}, {here.os}"
-    usable = f", of which {here.cores_usable:g} may be used" if here.cores_usable < here.cores else ""
+    build = (
+        f"CUDA {here.cuda}" + (f", cuDNN {here.cudnn}" if here.cudnn else "")
+        if here.cuda
+        else "no CUDA"
+    )
+    yield (
+        "bold",
+        f"wanflow {here.wanflow}, PyTorch {here.torch} ({build}), Python {here.python}, {here.os}",
+    )
+    usable = (
+        f", of which {here.cores_usable:g} may be used" if here.cores_usable < here.cores else ""
+    )
     yield "", f"processor  {here.cpu or 'unknown'}, {here.cores} cores{usable}"
-    yield "", f"RAM        {_gb(here.ram)}, {_gb(here.ram_free)} free{' (the limit of this container)' if here.ram_limited else ''}"
+    yield (
+        "",
+        (
+            f"RAM        {_gb(here.ram)}, {_gb(here.ram_free)}"
+            f" free{' (the limit of this container)' if here.ram_limited else ''}"
+        ),
+    )
     for device in report.devices:
         if device.name != "cpu":
             extra = f", capability {device.capability}" if device.capability else ""
@@ -146,7 +188,11 @@ def _machine(report: Report) -> Iterator[Line]:
         yield "", f"driver     NVIDIA {here.driver}{serves}: {', '.join(here.cards) or 'no card'}"
     elif len(report.devices) == 1:
         yield "", "GPU        none"
-    speeds = [f"{word} {speed / 1e9:.2f} GB/s" for word, speed in (("writes", disk.writes), ("reads", disk.reads)) if speed]
+    speeds = [
+        f"{word} {speed / 1e9:.2f} GB/s"
+        for word, speed in (("writes", disk.writes), ("reads", disk.reads))
+        if speed
+    ]
     if disk.reads:
         speeds.append(f"an expert as published in {EXPERT / disk.reads:.0f} s")
     yield "", f"disk       {disk.folder}: {', '.join([_gb(disk.free) + ' free', *speeds])}"
@@ -159,27 +205,44 @@ def _machine(report: Report) -> Iterator[Line]:
 
 
 def _table(what: str, report: Report) -> Iterator[Line]:
-    """One kind of try as an aligned table; a way that does not work has the reason in place of its numbers."""
+    """One kind of try as an aligned table; a way that does not work has the reason in place of its
+    numbers.
+    """
     from wanflow.doctor import tries as made
     from wanflow.transforms.attention import BACKENDS
 
     tries = [one for one in report.tries if one.what == what]
     names = [(one.device, one.dtype, one.way) for one in tries]
-    kinds = [kind for kind in made.SIZES if any(one.device.partition(":")[0] == kind for one in tries)]
+    kinds = [
+        kind for kind in made.SIZES if any(one.device.partition(":")[0] == kind for one in tries)
+    ]
     title = {
         "attention": ", ".join(
-            f"{made.SIZES[kind][1]:,} tokens, {made.SIZES[kind][0]} heads of {made.HEAD_DIM} on {kind}" for kind in kinds
+            f"{made.SIZES[kind][1]:,} tokens, {made.SIZES[kind][0]} heads of {made.HEAD_DIM} on"
+            f" {kind}"
+            for kind in kinds
         ),
-        "matmul": ", ".join(f"{made.SIZES[kind][2]:,} x {made.SIZES[kind][2]:,} on {kind}" for kind in kinds),
+        "matmul": ", ".join(
+            f"{made.SIZES[kind][2]:,} x {made.SIZES[kind][2]:,} on {kind}" for kind in kinds
+        ),
     }[what]
     yield "", ""
-    yield "bold", f"{'attention' if what == 'attention' else 'matrix products'} ({title}; errors relative to the largest value)"
+    yield (
+        "bold",
+        (
+            f"{'attention' if what == 'attention' else 'matrix products'} ({title}; errors relative"
+            " to the largest value)"
+        ),
+    )
     head = ("device", "dtype", "kernel" if what == "attention" else "way", "error", "ms", "TFLOP/s")
     rows = [head, *((*name, *_numbers(one)) for name, one in zip(names, tries, strict=True))]
     widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        cells = (f"{cell:<{widths[n]}}" if n < 3 else f"{cell:>{widths[n]}}" for n, cell in enumerate(row))
+        cells = (
+            f"{cell:<{widths[n]}}" if n < 3 else f"{cell:>{widths[n]}}"
+            for n, cell in enumerate(row)
+        )
         return f"  {'  '.join(cells)}"
 
     yield "dim", line(head)
@@ -188,7 +251,9 @@ def _table(what: str, report: Report) -> Iterator[Line]:
             yield "yellow", f"{line(name)}  {one.why}"
             continue
         remarks = [BACKENDS[one.way].about] if what == "attention" else []
-        remarks += ["auto takes it"] if report.auto.get(one.device, {}).get(one.dtype) == one.way else []
+        remarks += (
+            ["auto takes it"] if report.auto.get(one.device, {}).get(one.dtype) == one.way else []
+        )
         remarks += [f"no log-sum-exp: {one.lse}"] if one.lse else []
         yield "", f"{line((*name, *_numbers(one)))}  {', '.join(remarks)}".rstrip()
 
@@ -202,7 +267,9 @@ def _numbers(one: Try) -> tuple[str, str, str]:
 
 
 def advice(report: Report, folder: Path) -> list[str]:
-    """How the full-size model runs here, in words: what `wanflow generate` settles by itself, and where it does not fit, what does."""
+    """How the full-size model runs here, in words: what `wanflow generate` settles by itself, and
+    where it does not fit, what does.
+    """
     from wanflow.config import Request, RequestError, Runtime
     from wanflow.plan import WHERE_ELSE, needed_words
     from wanflow.plan.choose import settle
@@ -221,7 +288,10 @@ def advice(report: Report, folder: Path) -> list[str]:
         except RequestError as refusal:
             said.append(f"{size}, {request.frame_num} frames: {refusal}")
             continue
-        said.append(f"{size}, {request.frame_num} frames: {'fits' if plan.fits else 'does not fit: ' + '; '.join(plan.short)}")
+        said.append(
+            f"{size}, {request.frame_num} frames:"
+            f" {'fits' if plan.fits else 'does not fit: ' + '; '.join(plan.short)}"
+        )
         said += [f"  {line}" for line in (*plan.reasons, *plan.offers)]
         if plan.fits:
             break

@@ -24,24 +24,46 @@ DRAW = 0.1  # seconds between two updates of the bar
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command and its flags."""
-    p = commands.add_parser("download", help="get the weights: resumable, in parallel, every byte verified", allow_abbrev=False)
+    p = commands.add_parser(
+        "download",
+        help="get the weights: resumable, in parallel, every byte verified",
+        allow_abbrev=False,
+    )
     what = p.add_argument_group("what")
-    what.add_argument("--variant", default="official", metavar="NAME", help=f"{', '.join(VARIANTS)} (official)")
+    what.add_argument(
+        "--variant", default="official", metavar="NAME", help=f"{', '.join(VARIANTS)} (official)"
+    )
     what.add_argument("--repo", metavar="OWNER/NAME", help="everything in some other repository")
     what.add_argument("--only", nargs="+", choices=ROLES, default=[], help="some parts of it")
     what.add_argument("--revision", help="a branch, tag or commit of the repository")
-    what.add_argument("--list", action="store_true", help="show the variants and their sizes, and fetch nothing")
+    what.add_argument(
+        "--list", action="store_true", help="show the variants and their sizes, and fetch nothing"
+    )
     where = p.add_argument_group("where to, where from")
     where.add_argument("--local_dir", type=Path, help="the folder (./T2V_A14B_weights)")
     where.add_argument("--source", choices=("huggingface", "modelscope"), default="huggingface")
-    where.add_argument("--endpoint", help="a mirror's address (HF_ENDPOINT, else https://huggingface.co)")
-    where.add_argument("--token", help="an access token (HF_TOKEN, else what `hf auth login` stored; a mirror gets only the first two)")
+    where.add_argument(
+        "--endpoint", help="a mirror's address (HF_ENDPOINT, else https://huggingface.co)"
+    )
+    where.add_argument(
+        "--token",
+        help=(
+            "an access token (HF_TOKEN, else what `hf auth login` stored; a mirror gets only the"
+            " first two)"
+        ),
+    )
     how = p.add_argument_group("how")
     how.add_argument("--workers", type=int, default=4, help="files at the same time (4)")
     how.add_argument(
-        "--verify", action="store_true", help="hash every file again, and fetch what is damaged; works offline, then only tells"
+        "--verify",
+        action="store_true",
+        help="hash every file again, and fetch what is damaged; works offline, then only tells",
     )
-    how.add_argument("--dry_run", action="store_true", help="say what would be fetched; with --verify, hash and name what is damaged")
+    how.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="say what would be fetched; with --verify, hash and name what is damaged",
+    )
 
 
 def download(args: argparse.Namespace) -> None:
@@ -57,24 +79,48 @@ def download(args: argparse.Namespace) -> None:
         store = hubs.ModelScope(args.endpoint, args.token, args.revision)
     else:
         endpoint = args.endpoint or os.environ.get("HF_ENDPOINT") or hubs.HUGGINGFACE
-        store = hubs.Hub(endpoint.rstrip("/"), args.token or os.environ.get("HF_TOKEN"), args.revision)
+        store = hubs.Hub(
+            endpoint.rstrip("/"), args.token or os.environ.get("HF_TOKEN"), args.revision
+        )
     with Bar() as bar:
         found = fetch.download(
-            variant, folder, store, only=args.only, workers=args.workers, verify=args.verify, dry_run=args.dry_run, say=bar.say, watch=bar
+            variant,
+            folder,
+            store,
+            only=args.only,
+            workers=args.workers,
+            verify=args.verify,
+            dry_run=args.dry_run,
+            say=bar.say,
+            watch=bar,
         )
     _tell(found, variant, args, bar.say)
 
 
-def _tell(found: Survey, variant: Variant, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+def _tell(
+    found: Survey, variant: Variant, args: argparse.Namespace, say: Callable[[str], None]
+) -> None:
     """The last words: what would be fetched, or what is there now."""
     if args.dry_run:
         for file in found.files:
-            have = "here" if file.name in found.good else "here, not verified" if file.name in found.unsure else "to fetch"
+            have = (
+                "here"
+                if file.name in found.good
+                else "here, not verified"
+                if file.name in found.unsure
+                else "to fetch"
+            )
             say(f"{file.size / 1e9:10.3f} GB  {have:<18}  {file.name}")
-        say(f"{found.needed / 1e9:.1f} GB to fetch into {found.folder}, of {found.total / 1e9:.1f} GB in {len(found.files)} files")
+        say(
+            f"{found.needed / 1e9:.1f} GB to fetch into {found.folder}, of {found.total / 1e9:.1f}"
+            f" GB in {len(found.files)} files"
+        )
         return
     fetched = f"{len(found.missing)} fetched" if found.missing else "nothing had to be fetched"
-    say(f"{found.folder}: {len(found.files)} files, {found.total / 1e9:.1f} GB, every byte verified; {fetched}")
+    say(
+        f"{found.folder}: {len(found.files)} files, {found.total / 1e9:.1f} GB, every byte"
+        f" verified; {fetched}"
+    )
     if variant.name == "official" and not args.only:
         say(f'next: wanflow generate --ckpt_dir {shlex.quote(str(found.folder))} --prompt "..."')
 
@@ -84,7 +130,10 @@ def _show() -> None:
     print(f"{'variant':<14} {'GB':>6} {'GiB':>6}  what, and from where")
     for variant in VARIANTS.values():
         repos = ", ".join(dict.fromkeys(part.repo for part in variant.parts))
-        print(f"{variant.name:<14} {variant.bytes / 1e9:>6.1f} {variant.bytes / 2**30:>6.1f}  {variant.about}; {repos}")
+        print(
+            f"{variant.name:<14} {variant.bytes / 1e9:>6.1f} {variant.bytes / 2**30:>6.1f} "
+            f" {variant.about}; {repos}"
+        )
 
 
 class Bar:
@@ -97,7 +146,13 @@ class Bar:
 
         self.screen = Screen()
         self.live = self.screen.console.is_terminal
-        columns = (bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TextColumn("ETA"), bars.TimeRemainingColumn())
+        columns = (
+            bars.BarColumn(),
+            bars.DownloadColumn(),
+            bars.TransferSpeedColumn(),
+            bars.TextColumn("ETA"),
+            bars.TimeRemainingColumn(),
+        )
         self.bar = bars.Progress(*columns, console=self.screen.console, disable=not self.live)
         self.task: TaskID | None = None
         self.total, self.first = 0, 0  # bytes: in all, and there when it began
@@ -128,4 +183,7 @@ class Bar:
         self.bar.update(self.task, completed=done)
         if not self.live and now - self.began > self.every:
             rate = max(done - self.first, 1) / (now - self.began)
-            self.say(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.3f} GB/s, {(total - done) / rate:.0f} s left")
+            self.say(
+                f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.3f} GB/s,"
+                f" {(total - done) / rate:.0f} s left"
+            )

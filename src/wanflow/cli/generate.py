@@ -14,7 +14,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanflow.cli.flags import OTHER_TASKS, STATE_SUFFIX, Parser, generate_flags, given_parts, layout, part_flags, run_flags, text_cache
+from wanflow.cli.flags import (
+    OTHER_TASKS,
+    STATE_SUFFIX,
+    Parser,
+    generate_flags,
+    given_parts,
+    layout,
+    part_flags,
+    run_flags,
+    text_cache,
+)
 from wanflow.config import CompleteRequest, Request, RequestError, Runtime
 from wanflow.presets import with_settings
 
@@ -30,27 +40,56 @@ logger = logging.getLogger("wanflow")
 
 # What a resumed run has settled already.
 SETTLED = (
-    "prompt", "negative_prompt", "size", "frame_num", "sample_solver", "sample_steps", "sample_shift", "sample_guide_scale", "cfg_high",
-    "cfg_low", "boundary", "fps", "cfg_batch", "lora", "lora_mode", "preset", "cfg_start", "cfg_start_steps",
-)  # fmt: skip
+    "prompt",
+    "negative_prompt",
+    "size",
+    "frame_num",
+    "sample_solver",
+    "sample_steps",
+    "sample_shift",
+    "sample_guide_scale",
+    "cfg_high",
+    "cfg_low",
+    "boundary",
+    "fps",
+    "cfg_batch",
+    "lora",
+    "lora_mode",
+    "preset",
+    "cfg_start",
+    "cfg_start_steps",
+)
 SAVE_SECONDS = 5.0  # at most so much work is lost to a crash, beside the step under way
 
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """The three commands and their flags."""
-    generate_flags(commands.add_parser("generate", help="a prompt becomes a video", allow_abbrev=False))
-    again = commands.add_parser("replay", help="make a video again from the recipe inside it", allow_abbrev=False)
+    generate_flags(
+        commands.add_parser("generate", help="a prompt becomes a video", allow_abbrev=False)
+    )
+    again = commands.add_parser(
+        "replay", help="make a video again from the recipe inside it", allow_abbrev=False
+    )
     again.add_argument("video", type=Path)
-    finish = commands.add_parser("decode", help="finish a run whose denoising is done, from its saved latent", allow_abbrev=False)
+    finish = commands.add_parser(
+        "decode",
+        help="finish a run whose denoising is done, from its saved latent",
+        allow_abbrev=False,
+    )
     finish.add_argument("latent", type=Path)
     for command in (again, finish):
-        command.add_argument("--ckpt_dir", help="the weights, where they are not where the recipe says")
+        command.add_argument(
+            "--ckpt_dir", help="the weights, where they are not where the recipe says"
+        )
         part_flags(command)
-        command.add_argument("--force", action="store_true", help="go on although weights or machine differ")
+        command.add_argument(
+            "--force", action="store_true", help="go on although weights or machine differ"
+        )
         run_flags(command)
 
 
-# --- generate, replay, decode ---------------------------------------------------------------------------------------------
+# --- generate, replay, decode
+# ---------------------------------------------------------------------------------------------
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -61,7 +100,10 @@ def generate(args: argparse.Namespace) -> None:
     if args.resume:
         return _resume(args)
     if args.ckpt_dir is None and not given_parts(args):
-        raise RequestError("--ckpt_dir is missing: the folder of the weights, or nano for the miniature that ships with wanflow")
+        raise RequestError(
+            "--ckpt_dir is missing: the folder of the weights, or nano for the miniature that ships"
+            " with wanflow"
+        )
     if not args.prompt:
         raise RequestError("--prompt is missing: say what the video should show")
     request, runtime = _request(args), _runtime(args)
@@ -69,27 +111,40 @@ def generate(args: argparse.Namespace) -> None:
     if args.save_file is not None and ranks.rank == 0:
         _check_target(args.save_file, args.overwrite)
     checkpoint = _open(args.ckpt_dir, given_parts(args))
-    request, runtime = agree(ranks, lambda: _decide(args, request, _here(runtime, ranks), checkpoint, screen, ranks.size))
+    request, runtime = agree(
+        ranks, lambda: _decide(args, request, _here(runtime, ranks), checkpoint, screen, ranks.size)
+    )
     pipe = assemble(checkpoint, runtime, screen.loading, ranks)
     run = pipe.begin(request)
     _make(pipe, run, args.save_file or _default_target(args.task, run), args, screen)
 
 
 def _decide(
-    args: argparse.Namespace, request: Request, runtime: Runtime, checkpoint: Checkpoint, screen: Screen, processes: int
+    args: argparse.Namespace,
+    request: Request,
+    runtime: Runtime,
+    checkpoint: Checkpoint,
+    screen: Screen,
+    processes: int,
 ) -> tuple[Request, Runtime]:
-    """What to make and how, with nothing left open in how. One of several processes decides for all."""
+    """What to make and how, with nothing left open in how. One of several processes decides for
+    all.
+    """
     from wanflow.plan import advice
     from wanflow.weights.loras import find_loras
 
     find_loras(request.loras())  # and a LoRA that is missing
-    request.complete(checkpoint.preset)  # refuse a bad request before a server is asked to extend its prompt
+    request.complete(
+        checkpoint.preset
+    )  # refuse a bad request before a server is asked to extend its prompt
     request = _extended(args, request)
     for note in (*checkpoint.notes, *advice(request.complete(checkpoint.preset), checkpoint)):
         logger.warning(note)
     if args.preset and not request.lora:
         logger.warning(
-            "--preset %s is for weights with a distilled LoRA, and no --lora is given: so few steps blur without one", args.preset
+            "--preset %s is for weights with a distilled LoRA, and no --lora is given: so few steps"
+            " blur without one",
+            args.preset,
         )
     plan = _plan(checkpoint, runtime, request, args.force, processes)
     for reason in plan.reasons if plan.need or processes > 1 else ():
@@ -97,7 +152,13 @@ def _decide(
     return request, plan.runtime
 
 
-def _plan(checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteRequest, force: bool, processes: int) -> Plan:
+def _plan(
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    request: Request | CompleteRequest,
+    force: bool,
+    processes: int,
+) -> Plan:
     from wanflow.parallel.mesh import per_machine
     from wanflow.plan import guard, planned
 
@@ -105,7 +166,9 @@ def _plan(checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteR
 
 
 def _join(args: argparse.Namespace, device: str) -> tuple[Ranks, Screen]:
-    """Join the processes that torchrun or `--gpus` started; alone where there are none. The first one shows what goes on."""
+    """Join the processes that torchrun or `--gpus` started; alone where there are none. The first
+    one shows what goes on.
+    """
     from wanflow.assemble import choose_device
     from wanflow.parallel import mesh
     from wanflow.parallel.watch import LATER
@@ -129,7 +192,10 @@ def _resume(args: argparse.Namespace) -> None:
 
     settled = [f"--{flag}" for flag in SETTLED if getattr(args, flag) is not None]
     if settled:
-        raise RequestError(f"--resume continues a saved run, in which {', '.join(settled)} is settled; leave it out")
+        raise RequestError(
+            f"--resume continues a saved run, in which {', '.join(settled)} is settled; leave"
+            " it out"
+        )
     ranks, screen = _join(args, args.device)
     run = agree(ranks, lambda: Run.load(args.resume))
     target = args.save_file or _beside(args.resume)
@@ -154,9 +220,16 @@ def replay(args: argparse.Namespace) -> None:
     except (KeyError, TypeError) as error:
         raise RequestError(f"the recipe in {args.video} is of another version: {error}") from None
     run = pipe.begin(request)
-    odd = [path for path, print_ in recipe.get("loras", {}).items() if run.made_by.get("loras", {}).get(path, print_) != print_]
+    odd = [
+        path
+        for path, print_ in recipe.get("loras", {}).items()
+        if run.made_by.get("loras", {}).get(path, print_) != print_
+    ]
     if odd and not args.force:
-        raise RequestError(f"the recipe was made with another LoRA than {odd[0]} is now; put that one back, or take this with --force")
+        raise RequestError(
+            f"the recipe was made with another LoRA than {odd[0]} is now; put that one back, or"
+            " take this with --force"
+        )
     _make(pipe, run, target, args, screen)
 
 
@@ -168,7 +241,8 @@ def decode(args: argparse.Namespace) -> None:
     run = agree(ranks, lambda: Run.load(args.latent))
     if not run.finished:
         raise RequestError(
-            f"{args.latent} stands at step {run.state.index} of {run.request.sample_steps}; finish it with: wanflow generate --resume"
+            f"{args.latent} stands at step {run.state.index} of {run.request.sample_steps}; finish"
+            " it with: wanflow generate --resume"
         )
     target = args.save_file or _beside(args.latent)
     if ranks.rank == 0:
@@ -182,11 +256,18 @@ def _beside(state_file: Path) -> Path:
 
 
 def _reopen(
-    recipe: dict[str, Any], args: argparse.Namespace, screen: Screen, ranks: Ranks, asked: Runtime | None = None, finished: bool = False
+    recipe: dict[str, Any],
+    args: argparse.Namespace,
+    screen: Screen,
+    ranks: Ranks,
+    asked: Runtime | None = None,
+    finished: bool = False,
 ) -> Pipeline:
-    """The pipeline that made a recipe, on this machine: same weights, dtype and choices, and its device where there is one.
+    """The pipeline that made a recipe, on this machine: same weights, dtype and choices, and its
+    device where there is one.
 
-    On how many processes it was made does not matter; how these ones share the work is `asked`'s matter, and the plan's.
+    On how many processes it was made does not matter; how these ones share the work is `asked`'s
+    matter, and the plan's.
     """
     from wanflow.assemble import assemble
     from wanflow.parallel.mesh import agree
@@ -198,29 +279,50 @@ def _reopen(
         wanted = made["device"] if asked.device == "auto" else asked.device
         noise, cfg_batch = recipe["noise_device"], recipe["cfg_batch"]
         runtime = Runtime(
-            wanted, made["dtype"], made["t5_cpu"] or None, cfg_batch=cfg_batch, noise_device=noise, lora=made.get("lora", "live"),
-            chunk_tokens=made.get("chunk_tokens") or None, vae_tile=made.get("vae_tile") or None, quantize=made.get("quantize", ""),
-            quantize_layers=made.get("quantize_layers", "ffn"), attention=made.get("attention", "auto"), text_cache=text_cache(None),
-            cfg_parallel=asked.cfg_parallel, ring_size=asked.ring_size, ulysses_size=asked.ulysses_size, dit_fsdp=asked.dit_fsdp,
-        )  # fmt: skip
+            wanted,
+            made["dtype"],
+            made["t5_cpu"] or None,
+            cfg_batch=cfg_batch,
+            noise_device=noise,
+            lora=made.get("lora", "live"),
+            chunk_tokens=made.get("chunk_tokens") or None,
+            vae_tile=made.get("vae_tile") or None,
+            quantize=made.get("quantize", ""),
+            quantize_layers=made.get("quantize_layers", "ffn"),
+            attention=made.get("attention", "auto"),
+            text_cache=text_cache(None),
+            cfg_parallel=asked.cfg_parallel,
+            ring_size=asked.ring_size,
+            ulysses_size=asked.ulysses_size,
+            dit_fsdp=asked.dit_fsdp,
+        )
         if ranks.size > 1:  # which decode in strips
             runtime = replace(runtime, vae_tile=None)
         model = args.ckpt_dir or _model_of(recipe)
         given = given_parts(args) or (
-            {} if args.ckpt_dir else {part: Path(path) for part, path in recipe["model"].get("parts", {}).items()}
+            {}
+            if args.ckpt_dir
+            else {part: Path(path) for part, path in recipe["model"].get("parts", {}).items()}
         )
     except (KeyError, TypeError) as error:
-        raise RequestError(f"the recipe is incomplete or of another version: {error} is missing") from None
+        raise RequestError(
+            f"the recipe is incomplete or of another version: {error} is missing"
+        ) from None
     runtime = _possible_here(_here(runtime, ranks), checkpoint := _open(model, given))
     # A latent that is finished can be decoded where a denoising step would not run.
-    runtime = agree(ranks, lambda: _plan(checkpoint, runtime, request, args.force or finished, ranks.size).runtime)
+    runtime = agree(
+        ranks,
+        lambda: _plan(checkpoint, runtime, request, args.force or finished, ranks.size).runtime,
+    )
     pipe = assemble(checkpoint, runtime, screen.loading, ranks)
     _same_weights(recipe, pipe.parts.made_by, args.force)
     return pipe
 
 
 def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
-    """A recipe's choices, but for those that this machine cannot follow: the result may then differ by rounding, which is said."""
+    """A recipe's choices, but for those that this machine cannot follow: the result may then differ
+    by rounding, which is said.
+    """
     from wanflow.assemble import choose_device, choose_dtype
     from wanflow.transforms.attention import choose
 
@@ -231,7 +333,12 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
         runtime = replace(runtime, device="auto", attention="auto")
     device, shape = choose_device(runtime.device), checkpoint.preset.dit
     try:
-        choose(runtime.attention, device, choose_dtype(runtime.dtype, device, checkpoint), shape.dim // shape.num_heads)
+        choose(
+            runtime.attention,
+            device,
+            choose_dtype(runtime.dtype, device, checkpoint),
+            shape.dim // shape.num_heads,
+        )
     except RequestError as error:
         logger.warning("%s; going on with another kernel, the result may differ by rounding", error)
         runtime = replace(runtime, attention="auto")
@@ -239,7 +346,9 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
 
 
 def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, screen: Screen) -> None:
-    """Denoise, decode and write, keeping the run's state on disk until the video is safely there; the first of several writes."""
+    """Denoise, decode and write, keeping the run's state on disk until the video is safely there;
+    the first of several writes.
+    """
     from wanflow.pipeline import save_frames
     from wanflow.sanity import OutputError
 
@@ -273,11 +382,16 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
         with screen.denoising(run) as on_step:
             run = pipe.resume(run, lambda told: keeper(told) and on_step(told))
         run.save(state_file)
-        save_frames(target, pipe.frames(run, screen.decoding()), run.request.fps, run.recipe, args.overwrite)
+        save_frames(
+            target, pipe.frames(run, screen.decoding()), run.request.fps, run.recipe, args.overwrite
+        )
     except (OSError, OutputError):
         args.watch.last_will = None
         if run.finished and state_file.exists():
-            screen.say(f"the finished latent is kept in {state_file}; finish it with: wanflow decode {shlex.quote(str(state_file))}")
+            screen.say(
+                f"the finished latent is kept in {state_file}; finish it with: wanflow decode"
+                f" {shlex.quote(str(state_file))}"
+            )
         raise
     args.watch.last_will = None
     for file in {state_file, getattr(args, "resume", None) or state_file}:
@@ -308,22 +422,46 @@ class StateKeeper:
 def _request(args: argparse.Namespace) -> Request:
     both = args.sample_guide_scale
     request = Request(
-        prompt=args.prompt, negative_prompt=args.negative_prompt, size=args.size, frame_num=args.frame_num,
-        sample_solver=args.sample_solver, sample_steps=args.sample_steps, sample_shift=args.sample_shift,
-        cfg_high=both if args.cfg_high is None else args.cfg_high, cfg_low=both if args.cfg_low is None else args.cfg_low,
-        boundary=args.boundary, fps=args.fps, seed=args.base_seed, lora=None if args.lora is None else tuple(args.lora),
-        cfg_start=args.cfg_start, cfg_start_steps=args.cfg_start_steps,
-    )  # fmt: skip
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        size=args.size,
+        frame_num=args.frame_num,
+        sample_solver=args.sample_solver,
+        sample_steps=args.sample_steps,
+        sample_shift=args.sample_shift,
+        cfg_high=both if args.cfg_high is None else args.cfg_high,
+        cfg_low=both if args.cfg_low is None else args.cfg_low,
+        boundary=args.boundary,
+        fps=args.fps,
+        seed=args.base_seed,
+        lora=None if args.lora is None else tuple(args.lora),
+        cfg_start=args.cfg_start,
+        cfg_start_steps=args.cfg_start_steps,
+    )
     return with_settings(request, args.preset) if args.preset else request
 
 
 def _runtime(args: argparse.Namespace) -> Runtime:
     keep = None if args.offload_model is None else not args.offload_model
     return Runtime(
-        args.device, args.dtype, args.t5_cpu or None, keep, args.cfg_batch, args.noise_device, args.lora_mode or "live", args.prefetch,
-        args.resident_blocks, args.stream_from, args.chunk_tokens, args.vae_tile, args.quantize or "", args.quantize_layers, args.attention,
-        text_cache(args.text_cache), **layout(args),
-    )  # fmt: skip
+        args.device,
+        args.dtype,
+        args.t5_cpu or None,
+        keep,
+        args.cfg_batch,
+        args.noise_device,
+        args.lora_mode or "live",
+        args.prefetch,
+        args.resident_blocks,
+        args.stream_from,
+        args.chunk_tokens,
+        args.vae_tile,
+        args.quantize or "",
+        args.quantize_layers,
+        args.attention,
+        text_cache(args.text_cache),
+        **layout(args),
+    )
 
 
 def _extended(args: argparse.Namespace, request: Request) -> Request:
@@ -333,11 +471,17 @@ def _extended(args: argparse.Namespace, request: Request) -> Request:
 
     if args.prompt_extend_method == "local_qwen":
         raise RequestError(
-            "--prompt_extend_method local_qwen would load a second large model, which wanflow does not do; serve it behind an"
-            " OpenAI-compatible address and use --prompt_extend_method dashscope with DASH_API_URL set to it"
+            "--prompt_extend_method local_qwen would load a second large model, which wanflow does"
+            " not do; serve it behind an OpenAI-compatible address and use --prompt_extend_method"
+            " dashscope with DASH_API_URL set to it"
         )
     url, key = os.environ.get("DASH_API_URL"), os.environ.get("DASH_API_KEY")
-    return replace(request, prompt=extend(request.prompt, args.prompt_extend_target_lang, args.prompt_extend_model, url, key))
+    return replace(
+        request,
+        prompt=extend(
+            request.prompt, args.prompt_extend_target_lang, args.prompt_extend_model, url, key
+        ),
+    )
 
 
 def _refuse_at_once(args: argparse.Namespace) -> None:
@@ -345,13 +489,18 @@ def _refuse_at_once(args: argparse.Namespace) -> None:
     if args.task != "t2v-A14B":
         raise RequestError(f"--task {args.task} is another model; wanflow runs t2v-A14B")
     processes, wanted = int(os.environ.get("WORLD_SIZE", "1")), layout(args)
-    sizes = [2 if wanted["cfg_parallel"] else 1, wanted["ring_size"] or 1, wanted["ulysses_size"] or 1]
+    sizes = [
+        2 if wanted["cfg_parallel"] else 1,
+        wanted["ring_size"] or 1,
+        wanted["ulysses_size"] or 1,
+    ]
     if processes == 1 and (math.prod(sizes) > 1 or args.dit_fsdp):
         count = max(2, math.prod(sizes))
         said = "--dit_fsdp" if math.prod(sizes) == 1 else f"a layout of {count} processes"
         raise RequestError(
-            f"{said} needs several processes, and there is one: start them with torchrun --nproc_per_node={count} generate.py ...,"
-            f" or with wanflow generate --gpus {','.join(str(number) for number in range(count))} ...",
+            f"{said} needs several processes, and there is one: start them with torchrun"
+            f" --nproc_per_node={count} generate.py ..., or with wanflow generate --gpus"
+            f" {','.join(str(number) for number in range(count))} ...",
             *_what_is_missing(args.ckpt_dir),
         )
     unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]
@@ -384,18 +533,27 @@ def _open(model: str | Path | None, given: dict[Part, Path]) -> Checkpoint:
 
 def _model_of(recipe: dict[str, Any]) -> str:
     model = recipe["model"]
-    return "nano" if model["name"] == "nano" and not Path(model["folder"]).is_dir() else str(model["folder"])
+    return (
+        "nano"
+        if model["name"] == "nano" and not Path(model["folder"]).is_dir()
+        else str(model["folder"])
+    )
 
 
 def _same_weights(recipe: dict[str, Any], made_by: dict[str, Any], force: bool) -> None:
     then, now = recipe["model"]["fingerprint"], made_by["model"]["fingerprint"]
     if then != now and not force:
         raise RequestError(
-            f"the recipe was made with other weights ({recipe['model']['name']} {then}, here {made_by['model']['name']} {now});"
-            " point --ckpt_dir at those, or take these with --force"
+            f"the recipe was made with other weights ({recipe['model']['name']} {then}, here"
+            f" {made_by['model']['name']} {now}); point --ckpt_dir at those, or take these with"
+            " --force"
         )
     if recipe["versions"] != made_by["versions"]:
-        logger.warning("made with %s; here %s: the result may differ by rounding", recipe["versions"], made_by["versions"])
+        logger.warning(
+            "made with %s; here %s: the result may differ by rounding",
+            recipe["versions"],
+            made_by["versions"],
+        )
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
@@ -410,4 +568,8 @@ def _default_target(task: str, run: Run) -> Path:
     from wanflow.video import safe_name
 
     name = run.made_by["model"]["name"]
-    return Path(safe_name(task if name != "nano" else name, run.request.size, run.request.prompt, datetime.now()))
+    return Path(
+        safe_name(
+            task if name != "nano" else name, run.request.size, run.request.prompt, datetime.now()
+        )
+    )

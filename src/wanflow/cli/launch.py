@@ -1,4 +1,6 @@
-"""`--gpus 0,1,2,3`: one video by several processes on this machine, started, watched and ended from here."""
+"""`--gpus 0,1,2,3`: one video by several processes on this machine, started, watched and ended from
+here.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ OURSELVES = (sys.executable, "-P", "-m", "wanflow")
 
 @dataclass(frozen=True)
 class Processes:
-    """How many to start, what their environment gets, and their flags beside those that were given."""
+    """How many to start, what their environment gets, and their flags beside those that were
+    given.
+    """
 
     count: int
     environment: dict[str, str]
@@ -32,35 +36,54 @@ def prepare(args: argparse.Namespace) -> Processes | None:
     """What `--gpus` asks for; None where it is one device, which this process then takes.
 
     Raises:
-        RequestError: for devices that are not there, named twice, or at odds with other flags and torchrun.
+        RequestError: for devices that are not there, named twice, or at odds with other flags and
+            torchrun.
     """
     names = [name.strip() for name in args.gpus.split(",")]
     device = getattr(args, "device", "auto")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RequestError("--gpus starts the processes itself; leave it out under torchrun, or leave torchrun out")
+        raise RequestError(
+            "--gpus starts the processes itself; leave it out under torchrun, or leave torchrun out"
+        )
     flags: tuple[str, ...] = ()
     if set(names) == {"cpu"}:
         if device not in ("auto", "cpu"):
-            raise RequestError(f"--gpus {args.gpus} and --device {device} do not go together; leave one out")
+            raise RequestError(
+                f"--gpus {args.gpus} and --device {device} do not go together; leave one out"
+            )
         visible = ""
-        if hasattr(args, "device"):  # replay and decode take the recipe's device where it is visible
+        if hasattr(
+            args, "device"
+        ):  # replay and decode take the recipe's device where it is visible
             args.device, flags = "cpu", ("--device", "cpu")
     else:
         if device not in ("auto", "cuda"):
-            raise RequestError(f"--gpus {args.gpus} and --device {device} do not go together; several CPU processes are --gpus cpu,cpu")
+            raise RequestError(
+                f"--gpus {args.gpus} and --device {device} do not go together; several CPU"
+                " processes are --gpus cpu,cpu"
+            )
         visible = _visible(args.gpus, names)
     if len(names) == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // len(names)))
-    return Processes(len(names), {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": threads}, flags)
+    return Processes(
+        len(names), {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": threads}, flags
+    )
 
 
 def _visible(given: str, names: list[str]) -> str:
-    """CUDA_VISIBLE_DEVICES for GPUs by their numbers, which count among those that are visible now."""
+    """CUDA_VISIBLE_DEVICES for GPUs by their numbers, which count among those that are visible
+    now.
+    """
     if not all(name.isdecimal() for name in names):
-        raise RequestError(f"--gpus {given!r} is no list of GPUs, such as 0,1,2,3 (or cpu,cpu for two processes on the CPU)")
+        raise RequestError(
+            f"--gpus {given!r} is no list of GPUs, such as 0,1,2,3 (or cpu,cpu for two processes on"
+            " the CPU)"
+        )
     ids = [int(name) for name in names]
     if len(set(ids)) < len(ids):
         raise RequestError(f"--gpus {given} names a GPU twice; each process needs its own")
@@ -68,17 +91,25 @@ def _visible(given: str, names: list[str]) -> str:
 
     there = torch.cuda.device_count()
     if max(ids) >= there:
-        has = f"its GPUs are 0 to {there - 1}" if there > 1 else "it has one GPU, 0" if there else "it has none"
+        has = (
+            f"its GPUs are 0 to {there - 1}"
+            if there > 1
+            else "it has one GPU, 0"
+            if there
+            else "it has none"
+        )
         raise RequestError(f"--gpus {given}: this machine has no GPU {max(ids)}; {has}")
     seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return ",".join(seen[number] if seen else str(number) for number in ids)
 
 
 def launch(argv: list[str], processes: Processes, command: Sequence[str] = OURSELVES) -> int:
-    """Start the processes, wait for them, and return the exit code of the run: that of its first failure.
+    """Start the processes, wait for them, and return the exit code of the run: that of its first
+    failure.
 
-    Ctrl-C and SIGTERM end all. They are told through the store: a process in a session of its own does not hear the terminal, and so
-    hears of it once. What has not ended `ALL_END` seconds after a failure is killed.
+    Ctrl-C and SIGTERM end all. They are told through the store: a process in a session of its own
+    does not hear the terminal, and so hears of it once. What has not ended `ALL_END` seconds after
+    a failure is killed.
 
     Args:
         argv: the command line; the processes get it without `--gpus`.
@@ -91,13 +122,21 @@ def launch(argv: list[str], processes: Processes, command: Sequence[str] = OURSE
     store, port = host()
     package = str(Path(__file__).parents[2])
     shared = {
-        **os.environ, **processes.environment, "WORLD_SIZE": str(processes.count), "LOCAL_WORLD_SIZE": str(processes.count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        **os.environ,
+        **processes.environment,
+        "WORLD_SIZE": str(processes.count),
+        "LOCAL_WORLD_SIZE": str(processes.count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-    }  # fmt: skip
+    }
     command = [*command, *_without_gpus(argv), *processes.flags]
     stops: list[int] = []
-    before = {number: signal.signal(number, lambda told, _: stops.append(told)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda told, _: stops.append(told))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     children: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(processes.count):
@@ -145,4 +184,8 @@ def _failure(children: list[subprocess.Popen[bytes]], stops: list[int]) -> Failu
 
 def _without_gpus(argv: list[str]) -> list[str]:
     where = [index for index, word in enumerate(argv) if word == "--gpus"]
-    return [word for index, word in enumerate(argv) if index not in where and index - 1 not in where and not word.startswith("--gpus=")]
+    return [
+        word
+        for index, word in enumerate(argv)
+        if index not in where and index - 1 not in where and not word.startswith("--gpus=")
+    ]

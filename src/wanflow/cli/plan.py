@@ -1,4 +1,6 @@
-"""`wanflow plan`: what a request takes, on this machine or on one that is described, before anything is read or bought."""
+"""`wanflow plan`: what a request takes, on this machine or on one that is described, before
+anything is read or bought.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,34 @@ SIZES = ("1280*720", "832*480")
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command and its flags: all of generate's, and those that describe a machine."""
-    p = commands.add_parser("plan", help="memory, disk, work and time of a request, on this machine or another", allow_abbrev=False)
-    p.description = "Takes every flag of `wanflow generate`. Without --ckpt_dir the official weights are meant; nothing needs to be there."
-    machine = p.add_argument_group("machine", "this one, unless one is described")
-    machine.add_argument("--gpu", help="a100-80gb, h100-80gb, h200, h20, rtx5090, rtx4090, l40s, a6000, or none")
-    machine.add_argument(
-        "--num_gpus", type=int, default=1, help="how many of them share the video (1); of a100-80gb where --gpu is left out"
+    p = commands.add_parser(
+        "plan",
+        help="memory, disk, work and time of a request, on this machine or another",
+        allow_abbrev=False,
     )
-    machine.add_argument("--ram", type=float, metavar="GB", help="RAM of the described machine (64)")
+    p.description = (
+        "Takes every flag of `wanflow generate`. Without --ckpt_dir the official weights are meant;"
+        " nothing needs to be there."
+    )
+    machine = p.add_argument_group("machine", "this one, unless one is described")
+    machine.add_argument(
+        "--gpu", help="a100-80gb, h100-80gb, h200, h20, rtx5090, rtx4090, l40s, a6000, or none"
+    )
+    machine.add_argument(
+        "--num_gpus",
+        type=int,
+        default=1,
+        help="how many of them share the video (1); of a100-80gb where --gpu is left out",
+    )
+    machine.add_argument(
+        "--ram", type=float, metavar="GB", help="RAM of the described machine (64)"
+    )
     machine.add_argument("--disk", type=float, metavar="GB", help="its disk (150)")
-    p.add_argument("--figures", action="store_true", help="the times that are promised for A100 GPUs, and what reaches them")
+    p.add_argument(
+        "--figures",
+        action="store_true",
+        help="the times that are promised for A100 GPUs, and what reaches them",
+    )
     p.add_argument("--peaks", action="store_true", help="also the largest tensors at each peak")
     p.add_argument("--json", action="store_true", help="one JSON document")
     generate_flags(p)
@@ -58,7 +78,11 @@ def plan(args: argparse.Namespace) -> None:
     machine = _machine(args, Path.cwd() if checkpoint is None else checkpoint.folder, here)
     # Described machines have as many processes as GPUs; this one as many as `generate` would start.
     processes = args.num_gpus if machine.described else here
-    settled = rated(settle(model, request, runtime, machine, trace_small=True, processes=processes), model, request)
+    settled = rated(
+        settle(model, request, runtime, machine, trace_small=True, processes=processes),
+        model,
+        request,
+    )
     time = estimate(settled) if settled.machine.rates is not None else None
     if args.json:
         print(json.dumps(document(model, request, settled, time), indent=2, ensure_ascii=False))
@@ -74,13 +98,16 @@ def _processes(args: argparse.Namespace) -> int:
     if args.gpus is None:
         return 1
     if args.gpu is not None or args.num_gpus != 1:
-        raise RequestError("--gpus are of this machine, and --gpu and --num_gpus describe another; leave one out")
+        raise RequestError(
+            "--gpus are of this machine, and --gpu and --num_gpus describe another; leave one out"
+        )
     started = launch.prepare(args)
     return 1 if started is None else started.count
 
 
 def _machine(args: argparse.Namespace, folder: Path, used: int) -> Machine:
-    """The machine that is described, or this one, with other RAM or disk where those alone are given.
+    """The machine that is described, or this one, with other RAM or disk where those alone are
+    given.
 
     Args:
         used: how many GPUs of this one are meant.
@@ -108,10 +135,17 @@ def _figures(as_json: bool) -> None:
         one, both = Runtime(keep_experts=False), Runtime(keep_experts=True)
         machines = {count: described("a100-80gb", count, ram=128) for count in CLAIMS}
         plans = [
-            {count: settle(model, request, one, machine, processes=count) for count, machine in machines.items()}
+            {
+                count: settle(model, request, one, machine, processes=count)
+                for count, machine in machines.items()
+            }
             for request in (guided, without)
         ]
-        needs = [plan.need for plan in (settle(model, guided, both, machines[1]), plans[0][1]) if plan.need is not None]
+        needs = [
+            plan.need
+            for plan in (settle(model, guided, both, machines[1]), plans[0][1])
+            if plan.need is not None
+        ]
         tables[size] = figures(*plans)
         gigabytes[size] = needs[0].device.device / 1e9, needs[1].device.device / 1e9
     if not as_json:
@@ -119,7 +153,10 @@ def _figures(as_json: bool) -> None:
             print(line)
         return
     rows = {
-        size: [asdict(row) | {"reached_by": [*row.reached_by(True), *row.reached_by(False)]} for row in table]
+        size: [
+            asdict(row) | {"reached_by": [*row.reached_by(True), *row.reached_by(False)]}
+            for row in table
+        ]
         for size, table in tables.items()
     }
     print(json.dumps({"claimed_gb": CLAIMED_GB, "gigabytes": gigabytes, "minutes": rows}, indent=2))

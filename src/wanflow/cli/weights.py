@@ -32,22 +32,54 @@ COLUMNS = ("what", "file", "form", "stored as", "parameters", "tensors", "GB")
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """The commands and their flags."""
-    look = commands.add_parser("inspect", help="what a model, a file of weights or a LoRA is, without loading it", allow_abbrev=False)
-    look.add_argument("path", metavar="PATH", help="a folder in any layout, a file, nano, or a repository's name in Hugging Face's cache")
+    look = commands.add_parser(
+        "inspect",
+        help="what a model, a file of weights or a LoRA is, without loading it",
+        allow_abbrev=False,
+    )
+    look.add_argument(
+        "path",
+        metavar="PATH",
+        help="a folder in any layout, a file, nano, or a repository's name in Hugging Face's cache",
+    )
     look.add_argument("--json", action="store_true", help="everything, as one JSON document")
     look.add_argument("--hash", action="store_true", help="compute the sha256 of every file")
-    look.add_argument("--check", action="store_true", help="read every tensor; exit code 1 where one holds NaN or infinity")
+    look.add_argument(
+        "--check",
+        action="store_true",
+        help="read every tensor; exit code 1 where one holds NaN or infinity",
+    )
 
-    p = commands.add_parser("convert", help="weights in another layout or precision", allow_abbrev=False)
-    p.add_argument("source", metavar="SRC", help="a model in any layout, nano, or a file with one part of one")
-    p.add_argument("target", metavar="DST", type=Path, help="a new folder; for a single part a file, or a folder to put it into")
+    p = commands.add_parser(
+        "convert", help="weights in another layout or precision", allow_abbrev=False
+    )
+    p.add_argument(
+        "source", metavar="SRC", help="a model in any layout, nano, or a file with one part of one"
+    )
+    p.add_argument(
+        "target",
+        metavar="DST",
+        type=Path,
+        help="a new folder; for a single part a file, or a folder to put it into",
+    )
     p.add_argument("--to", required=True, choices=TARGETS, metavar="FORM", help=", ".join(TARGETS))
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="for all that is not quantised")
-    p.add_argument("--parts", default="high,low,t5,vae", help="which parts of a model (high,low,t5,vae)")
-    p.add_argument("--max_shard_size", default="10GB", metavar="SIZE", help="of a file, for official and diffusers (10GB)")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="for all that is not quantised"
+    )
+    p.add_argument(
+        "--parts", default="high,low,t5,vae", help="which parts of a model (high,low,t5,vae)"
+    )
+    p.add_argument(
+        "--max_shard_size",
+        default="10GB",
+        metavar="SIZE",
+        help="of a file, for official and diffusers (10GB)",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace what stands at DST")
     for part in ("high", "low", "t5", "vae", "tokenizer"):
-        p.add_argument(f"--{part}", type=Path, metavar="FILE", help=f"in place of the model's own {part}")
+        p.add_argument(
+            f"--{part}", type=Path, metavar="FILE", help=f"in place of the model's own {part}"
+        )
 
 
 def _path(text: str) -> Path:
@@ -80,7 +112,9 @@ def inspect(args: argparse.Namespace) -> None:
     else:
         found = look(path)
     if args.json:
-        document = found.as_dict() | ({"values": [asdict(value) for value in values]} if args.check else {})
+        document = found.as_dict() | (
+            {"values": [asdict(value) for value in values]} if args.check else {}
+        )
         print(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         _show(found)
@@ -90,19 +124,32 @@ def inspect(args: argparse.Namespace) -> None:
             print("every value is finite, and no tensor is constant")
     bad = [value for value in values if value.bad]
     if bad:
-        raise BadValuesError(f"{path}: {len(bad)} tensors are damaged: {', '.join(value.tensor or value.path for value in bad[:MANY])}")
+        raise BadValuesError(
+            f"{path}: {len(bad)} tensors are damaged:"
+            f" {', '.join(value.tensor or value.path for value in bad[:MANY])}"
+        )
 
 
 # as text
 
 
 def _show(found: Findings) -> None:
-    what = found.parts[0].what if len({row.what for row in found.parts}) == 1 else f"{len(found.parts)} files"
+    what = (
+        found.parts[0].what
+        if len({row.what for row in found.parts}) == 1
+        else f"{len(found.parts)} files"
+    )
     print(f"{found.path}: {found.model or what}, {LAYOUTS[found.layout]}")
     counts = found.parameters
     if counts["experts_total"] > counts["experts_active"]:
-        size = counts["published"] or f"{_short(counts['experts_total'])} total, {_short(counts['experts_active'])} active"
-        exact = f"experts {counts['experts_total']:,}, of which {counts['experts_active']:,} are active in a step;"
+        size = (
+            counts["published"]
+            or f"{_short(counts['experts_total'])} total, {_short(counts['experts_active'])} active"
+        )
+        exact = (
+            f"experts {counts['experts_total']:,}, of which {counts['experts_active']:,} are active"
+            " in a step;"
+        )
         exact += f" {counts['all']:,} with all parts"
         print(f"{size} ({exact})")
     elif counts["all"]:
@@ -119,7 +166,12 @@ def _show(found: Findings) -> None:
         print(f"it does not load as a model: {found.problem}")
 
 
-LAYOUTS = {"official": "the official layout", "diffusers": "Diffusers' layout", "files": "loose files", "file": "one file"}
+LAYOUTS = {
+    "official": "the official layout",
+    "diffusers": "Diffusers' layout",
+    "files": "loose files",
+    "file": "one file",
+}
 
 
 def _short(count: int) -> str:
@@ -135,26 +187,46 @@ def _cells(row: Row) -> tuple[str, ...]:
         form += f", {row.dialect} names" + (f" after {row.prefix!r}" if row.prefix else "")
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in row.dtypes.items())
     numbers = (f"{row.parameters:,}", f"{row.tensors:,}") if row.tensors else ("", "")
-    return row.what, row.path, form, kinds, *numbers, f"{sum(file.bytes for file in row.files) / 1e9:.3f}"
+    return (
+        row.what,
+        row.path,
+        form,
+        kinds,
+        *numbers,
+        f"{sum(file.bytes for file in row.files) / 1e9:.3f}",
+    )
 
 
 def _remarks(row: Row, model: str | None) -> list[str]:
-    """What does not fit into a table; whose shape it is, only where that is not said of the whole."""
+    """What does not fit into a table; whose shape it is, only where that is not said of the
+    whole.
+    """
     told = [] if row.model is None or row.model.startswith(model or "?") else [row.model]
     if row.lora is not None:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in row.lora["kinds"].items())
-        ranks, alphas = (", ".join(f"{value:g}" for value in row.lora[name]) for name in ("ranks", "alphas"))
-        told.append(f"rank {ranks or 'none'}, alpha {alphas or 'not given (the rank)'}, {row.lora['modules']:,} modules ({kinds})")
-    for what, names in (("lacks", row.missing), ("unknown", row.unexpected), ("of another shape", row.wrong_shape)):
+        ranks, alphas = (
+            ", ".join(f"{value:g}" for value in row.lora[name]) for name in ("ranks", "alphas")
+        )
+        told.append(
+            f"rank {ranks or 'none'}, alpha {alphas or 'not given (the rank)'},"
+            f" {row.lora['modules']:,} modules ({kinds})"
+        )
+    for what, names in (
+        ("lacks", row.missing),
+        ("unknown", row.unexpected),
+        ("of another shape", row.wrong_shape),
+    ):
         if names:
             more = f" and {len(names) - MANY:,} more" if len(names) > MANY else ""
             told.append(f"{what}: {', '.join(names[:MANY])}{more}")
     told += row.notes
     told += [
-        f"{'' if file.name == row.path else file.name + ': '}sha256 {file.sha256} ({file.sha256_from})"
+        f"{'' if file.name == row.path else file.name + ': '}sha256 {file.sha256}"
+        f" ({file.sha256_from})"
         + (f", published as {file.published_as}" if file.published_as else "")
-        for file in row.files if file.sha256
-    ]  # fmt: skip
+        for file in row.files
+        if file.sha256
+    ]
     return told + ([row.error] if row.error else [])
 
 
@@ -169,7 +241,9 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 
         table = Table(box=SIMPLE)
         for column in COLUMNS:
-            table.add_column(column, justify="right" if column in COLUMNS[-3:] else "left", overflow="fold")
+            table.add_column(
+                column, justify="right" if column in COLUMNS[-3:] else "left", overflow="fold"
+            )
         for row in rows:
             table.add_row(*(cell.replace("[", "\\[") for cell in row))
         console.print(table)
@@ -211,9 +285,16 @@ def convert(args: argparse.Namespace) -> None:
     from wanflow.weights.convert import open_model
 
     wanted = options(
-        args.to, args.dtype, parts=_parts(args.parts), shard=size(args.max_shard_size), overwrite=args.overwrite,
-    )  # fmt: skip
+        args.to,
+        args.dtype,
+        parts=_parts(args.parts),
+        shard=size(args.max_shard_size),
+        overwrite=args.overwrite,
+    )
     model = open_model(_path(args.source), given_parts(args))
     with Bar() as bar:
         out = write(model, args.target.expanduser(), wanted, bar.say, bar)
-        bar.say(f"{out}: {sum(file.stat().st_size for file in (out.rglob('*') if out.is_dir() else [out]) if file.is_file()) / 1e9:.3f} GB")
+        written = out.rglob("*") if out.is_dir() else [out]
+        bar.say(
+            f"{out}: {sum(file.stat().st_size for file in written if file.is_file()) / 1e9:.3f} GB"
+        )

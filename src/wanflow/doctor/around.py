@@ -17,10 +17,27 @@ from wanflow.transforms import attention
 
 Say = Callable[[str], None]
 
-REQUIRED = ("numpy", "safetensors", "tokenizers", "ftfy", "av", "rich", "huggingface_hub", "filelock")
-OPTIONAL = (*(backend.package for backend in attention.BACKENDS.values() if backend.package), "gguf", "modelscope")
+REQUIRED = (
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "ftfy",
+    "av",
+    "rich",
+    "huggingface_hub",
+    "filelock",
+)
+OPTIONAL = (
+    *(backend.package for backend in attention.BACKENDS.values() if backend.package),
+    "gguf",
+    "modelscope",
+)
 DISK_BYTES, DISK_CHUNK, DISK_SECONDS = 256 * 2**20, 16 * 2**20, 2.0
-CACHED = () if hasattr(os, "posix_fadvise") else ("this system cannot be told to forget what it has read: reading may be its cache's",)
+CACHED = (
+    ()
+    if hasattr(os, "posix_fadvise")
+    else ("this system cannot be told to forget what it has read: reading may be its cache's",)
+)
 LOOKED_AT = 5000  # files, before the search for weights ends: the folder may be anything
 WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".bin")
 
@@ -37,7 +54,9 @@ class Disk:
 
 
 def look_at_packages() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of what wanflow uses, "" for what is not installed; and what is there, or needed, and does not import: {name: why}."""
+    """Versions of what wanflow uses, "" for what is not installed; and what is there, or needed,
+    and does not import: {name: why}.
+    """
     versions, broken = dict[str, str](), dict[str, str]()
     try:
         names = metadata.packages_distributions()
@@ -65,7 +84,11 @@ def encoder() -> str:
         av = import_module("av")
         context = av.CodecContext.create("libx264", "w")
         context.width = context.height = 64
-        context.pix_fmt, context.framerate, context.time_base = "yuv420p", Fraction(16), Fraction(1, 16)
+        context.pix_fmt, context.framerate, context.time_base = (
+            "yuv420p",
+            Fraction(16),
+            Fraction(1, 16),
+        )
         packets = [*context.encode(av.VideoFrame(64, 64, "yuv420p")), *context.encode(None)]
     except Exception as problem:
         return attention.words(problem)
@@ -73,9 +96,11 @@ def encoder() -> str:
 
 
 def disk(folder: Path, say: Say = lambda _: None) -> Disk:
-    """How much room a folder has, and how fast its disk is: by a temporary file, or, where none can be written, by weights that lie there.
+    """How much room a folder has, and how fast its disk is: by a temporary file, or, where none can
+    be written, by weights that lie there.
 
-    The temporary file has no name where the system allows that, so nothing stays behind even if this is killed.
+    The temporary file has no name where the system allows that, so nothing stays behind even if
+    this is killed.
     """
     notes = []
     there = folder.expanduser().absolute()
@@ -105,12 +130,20 @@ def disk(folder: Path, say: Say = lambda _: None) -> Disk:
         with file_there.open("rb", buffering=0) as file:
             reads = _read(file.fileno(), file_there.stat().st_size // 2, DISK_BYTES)
     except OSError as problem:
-        return Disk(str(there), free, notes=(*notes, f"and {file_there.name} cannot be read ({problem.strerror})"))
-    return Disk(str(there), free, None, reads, (*notes, f"reading was timed on {file_there.name}", *CACHED))
+        return Disk(
+            str(there),
+            free,
+            notes=(*notes, f"and {file_there.name} cannot be read ({problem.strerror})"),
+        )
+    return Disk(
+        str(there), free, None, reads, (*notes, f"reading was timed on {file_there.name}", *CACHED)
+    )
 
 
 def _write(file: int) -> tuple[float, int]:
-    """Write random bytes until there are enough or time is up, and wait for the disk: (bytes per second, bytes)."""
+    """Write random bytes until there are enough or time is up, and wait for the disk: (bytes per
+    second, bytes).
+    """
     chunk = os.urandom(DISK_CHUNK)  # some file systems store what repeats, or zeros, as nothing
     start, wrote = time.perf_counter(), 0
     while wrote < DISK_BYTES and time.perf_counter() - start < DISK_SECONDS:
@@ -135,6 +168,10 @@ def _read(file: int, offset: int, most: int) -> float:
 
 def _weights(folder: Path) -> Path | None:
     """The largest file of weights in a folder, of those that a few levels of it hold."""
-    files = islice(chain.from_iterable(folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*")), LOOKED_AT)
-    found = [(file.stat().st_size, file) for file in files if file.suffix in WEIGHTS and file.is_file()]
+    files = islice(
+        chain.from_iterable(folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*")), LOOKED_AT
+    )
+    found = [
+        (file.stat().st_size, file) for file in files if file.suffix in WEIGHTS and file.is_file()
+    ]
     return max(found)[1] if found else None

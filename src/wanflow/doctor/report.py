@@ -1,4 +1,6 @@
-"""Everything about this machine in one value, and what is wrong with it: found by trying, not looked up in a table of names."""
+"""Everything about this machine in one value, and what is wrong with it: found by trying, not
+looked up in a table of names.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Report:
         return {"fine": self.fine, **asdict(self)}
 
 
-def examine(folder: Path, hidden: str | None = None, say: Callable[[str], None] = lambda _: None) -> Report:
+def examine(
+    folder: Path, hidden: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> Report:
     """Look at everything; takes some seconds.
 
     Args:
@@ -59,21 +63,29 @@ def examine(folder: Path, hidden: str | None = None, say: Callable[[str], None] 
     tries: list[Try] = []
     models: set[str] = set()
     for device in found:
-        if device.model not in models:  # of several equal GPUs one stands for all; the products below are tried on each
+        if (
+            device.model not in models
+        ):  # of several equal GPUs one stands for all; the products below are tried on each
             tries += try_attention(torch.device(device.name), say)
         tries += try_matmul(torch.device(device.name), say)
         models.add(device.model)
     say("the packages and the video encoder")
     packages, broken = look_at_packages()
     no_encoder = f"av {broken['av']}" if "av" in broken else encoder()
-    report = Report(here, found, tuple(tries), _auto(found, tries), disk(folder, say), no_encoder, packages)
+    report = Report(
+        here, found, tuple(tries), _auto(found, tries), disk(folder, say), no_encoder, packages
+    )
     return replace(report, problems=tuple(problems(report, broken, hidden, trouble)))
 
 
 def _auto(found: Sequence[Device], tries: Sequence[Try]) -> dict[str, dict[str, str]]:
     chosen: dict[str, dict[str, str]] = {}
     for device in found:
-        works = {(one.dtype, one.way) for one in tries if one.what == "attention" and one.device == device.name and not one.why}
+        works = {
+            (one.dtype, one.way)
+            for one in tries
+            if one.what == "attention" and one.device == device.name and not one.why
+        }
         order = attention.order(torch.device(device.name)) if works else ()
         for dtype in map(word, DTYPES):
             first = next((way for way in order if (dtype, way) in works), None)
@@ -82,40 +94,73 @@ def _auto(found: Sequence[Device], tries: Sequence[Try]) -> dict[str, dict[str, 
     return chosen
 
 
-def problems(report: Report, broken: dict[str, str], hidden: str | None, trouble: Sequence[str]) -> Iterator[Problem]:
+def problems(
+    report: Report, broken: dict[str, str], hidden: str | None, trouble: Sequence[str]
+) -> Iterator[Problem]:
     """What is known to go wrong on such a machine; "broken" is what wanflow cannot do without."""
     here = report.system
     if tuple(map(int, re.findall(r"\d+", here.torch)[:2])) < OLDEST_TORCH:
         need = ".".join(map(str, OLDEST_TORCH))
-        yield Problem("broken", f"PyTorch {here.torch} is too old, and loads damaged or hostile files; pip install 'torch>={need}'")
+        yield Problem(
+            "broken",
+            f"PyTorch {here.torch} is too old, and loads damaged or hostile files; pip install"
+            f" 'torch>={need}'",
+        )
     for package, why in broken.items():
         if package in REQUIRED:
             yield Problem("broken", f"{package} {why}; pip install --force-reinstall {package}")
         else:
             yield Problem("warning", f"{package} {why}")
     if report.encoder and "av" not in broken:
-        yield Problem("broken", f"no video can be written, H.264 is missing: {report.encoder}; pip install --force-reinstall av")
+        yield Problem(
+            "broken",
+            f"no video can be written, H.264 is missing: {report.encoder}; pip install"
+            " --force-reinstall av",
+        )
     yield from _gpu_problems(report, hidden, trouble)
     for device in report.devices:
         works = {one.what for one in report.tries if one.device == device.name and not one.why}
-        same = [other.name for other in report.devices if other.model == device.model]  # attention was tried on the first of them
+        same = [
+            other.name for other in report.devices if other.model == device.model
+        ]  # attention was tried on the first of them
         if "matmul" not in works or (same[0] == device.name and "attention" not in works):
-            why = next((one.why for one in report.tries if one.device == device.name and one.why), "nothing could be tried")
+            why = next(
+                (one.why for one in report.tries if one.device == device.name and one.why),
+                "nothing could be tried",
+            )
             yield Problem("broken", f"{device.name} ({device.model}) cannot compute: {why}")
     for one in report.tries:
         package = attention.BACKENDS[one.way].package if one.way in attention.BACKENDS else ""
-        if one.why and package and report.packages.get(package) and package not in broken and one.dtype == "bfloat16":
-            yield Problem("warning", f"attention {one.way} is installed but does not work on {one.device}: {one.why}")
+        if (
+            one.why
+            and package
+            and report.packages.get(package)
+            and package not in broken
+            and one.dtype == "bfloat16"
+        ):
+            yield Problem(
+                "warning",
+                f"attention {one.way} is installed but does not work on {one.device}: {one.why}",
+            )
     if report.packages.get("sageattention"):
-        yield Problem("note", "attention sage is never chosen by itself: it changes the video, and with fp8 weights black frames are known")
+        yield Problem(
+            "note",
+            "attention sage is never chosen by itself: it changes the video, and with fp8 weights"
+            " black frames are known",
+        )
     if any(device.name == "mps" for device in report.devices):
         yield Problem("note", "MPS has no float64: what needs it is computed on the CPU")
     if 0 < here.shm < SMALL_SHM:
         several = sum(device.name.startswith("cuda") for device in report.devices) > 1
-        text = f"/dev/shm holds only {here.shm / 2**20:.0f} MiB, too little for several GPUs; in Docker start with --shm-size=8g"
+        text = (
+            f"/dev/shm holds only {here.shm / 2**20:.0f} MiB, too little for several GPUs; in"
+            " Docker start with --shm-size=8g"
+        )
         yield Problem("warning" if several else "note", text)
     if here.ram_limited:
-        yield Problem("note", f"this container may use {here.ram / 1e9:.1f} GB of RAM; the machine has more")
+        yield Problem(
+            "note", f"this container may use {here.ram / 1e9:.1f} GB of RAM; the machine has more"
+        )
 
 
 def _gpu_problems(report: Report, hidden: str | None, trouble: Sequence[str]) -> Iterator[Problem]:
@@ -126,22 +171,38 @@ def _gpu_problems(report: Report, hidden: str | None, trouble: Sequence[str]) ->
         for text in trouble:
             yield Problem("warning", f"CUDA: {text}")
         return
-    what = f"{', '.join(dict.fromkeys(here.cards)) or 'an NVIDIA GPU'} (driver {here.driver or 'unknown'})"
+    what = (
+        f"{', '.join(dict.fromkeys(here.cards)) or 'an NVIDIA GPU'} (driver"
+        f" {here.driver or 'unknown'})"
+    )
     newest = int(here.driver_cuda.partition(".")[0]) if here.driver_cuda else 0
     index = "cu130" if newest >= 13 else "cu126"
     install = f"pip install --force-reinstall torch --index-url {WHEELS}/{index}"
     if hidden is not None and hidden.strip() in ("", "-1"):
-        yield Problem("warning", f"{what} is hidden by CUDA_VISIBLE_DEVICES={hidden!r}; unset it to use the GPU")
+        yield Problem(
+            "warning",
+            f"{what} is hidden by CUDA_VISIBLE_DEVICES={hidden!r}; unset it to use the GPU",
+        )
     elif newest and newest < 12:
-        yield Problem("broken", f"{what} cannot be used: the driver serves CUDA {here.driver_cuda} at most; install driver 580 or newer")
+        yield Problem(
+            "broken",
+            f"{what} cannot be used: the driver serves CUDA {here.driver_cuda} at most; install"
+            " driver 580 or newer",
+        )
     elif not here.cuda:
-        yield Problem("broken", f"{what} cannot be used: this PyTorch ({here.torch}) is built for CPUs only; {install}")
+        yield Problem(
+            "broken",
+            f"{what} cannot be used: this PyTorch ({here.torch}) is built for CPUs only; {install}",
+        )
     elif newest and newest < int(here.cuda.partition(".")[0]):
         yield Problem(
-            "broken", f"{what} cannot be used: PyTorch is built for CUDA {here.cuda} and the driver serves {here.driver_cuda} at most; "
-            f"install a newer driver, or {install}",
-        )  # fmt: skip
+            "broken",
+            f"{what} cannot be used: PyTorch is built for CUDA {here.cuda} and the driver serves"
+            f" {here.driver_cuda} at most; install a newer driver, or {install}",
+        )
     else:
         why = "; ".join(trouble) or "PyTorch sees no CUDA device"
-        why += "; see whether nvidia-smi works, and restart the machine after an update of the driver"
+        why += (
+            "; see whether nvidia-smi works, and restart the machine after an update of the driver"
+        )
         yield Problem("broken", f"{what} cannot be used: {why}")

@@ -1,4 +1,6 @@
-"""What works here: every attention kernel and every way to multiply by weights is run, compared and timed."""
+"""What works here: every attention kernel and every way to multiply by weights is run, compared and
+timed.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,20 @@ Way = Callable[[Tensor, Tensor], Callable[[], Tensor]]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 128  # of the model
-# (heads, tokens) of attention, and the side of the matrices: enough to time, little enough for ten tries in seconds and 4 GB.
+# (heads, tokens) of attention, and the side of the matrices: enough to time, little enough for ten
+# tries in seconds and 4 GB.
 SIZES = {"cpu": (2, 1024, 512), "cuda": (8, 4096, 4096), "mps": (4, 2048, 1024)}
 COMPARED = 64  # rows of a product that are compared with float64
-WORKS = 0.15  # largest error relative to the largest value at which a rounded product still counts as one
+# largest error relative to the largest value at which a rounded product still counts as one
+WORKS = 0.15
 
 
 @dataclass(frozen=True)
 class Try:
     """One way to compute, tried.
 
-    why: why it does not work, "" if it does. error: the largest against float64, relative to the largest value. seconds: of one call.
+    why: why it does not work, "" if it does. error: the largest against float64, relative to the
+        largest value. seconds: of one call.
     lse: of attention, "" if it also says the log-sum-exp, else why not.
     """
 
@@ -51,11 +56,23 @@ def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[T
         say(f"attention on {device} in {word(dtype)}")
         for backend in attention.BACKENDS.values():
             if device.type in backend.devices:
-                tried = attention.attempt(backend, device, dtype, HEAD_DIM, (heads, tokens, tokens), repeats=2)
+                tried = attention.attempt(
+                    backend, device, dtype, HEAD_DIM, (heads, tokens, tokens), repeats=2
+                )
                 seconds = _number(tried.seconds)
                 speed = work / seconds / 1e12 if seconds else None
                 lse = None if tried.why else tried.lse_why
-                yield Try("attention", str(device), word(dtype), backend.name, tried.why, _number(tried.error), seconds, speed, lse)
+                yield Try(
+                    "attention",
+                    str(device),
+                    word(dtype),
+                    backend.name,
+                    tried.why,
+                    _number(tried.error),
+                    seconds,
+                    speed,
+                    lse,
+                )
 
 
 def _rows(x: Tensor, most: float) -> tuple[Tensor, Tensor]:
@@ -79,7 +96,9 @@ def _fp8(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
 
     def product() -> Tensor:
         row, a = _rows(x, 448.0)
-        return torch._scaled_mm(a.to(torch.float8_e4m3fn), b, scale_a=row, scale_b=column.t(), out_dtype=torch.bfloat16)
+        return torch._scaled_mm(
+            a.to(torch.float8_e4m3fn), b, scale_a=row, scale_b=column.t(), out_dtype=torch.bfloat16
+        )
 
     return product
 
@@ -96,7 +115,8 @@ def _int8(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
     return product
 
 
-# {(dtype, way): x [n, n], w [n, n] -> what computes x w^T}: the weights are rounded before, fp8's and int8's inputs at each call.
+# {(dtype, way): x [n, n], w [n, n] -> what computes x w^T}: the weights are rounded before, fp8's
+# and int8's inputs at each call.
 MATMULS: dict[tuple[str, str], Way] = {
     ("float32", "matmul"): _plain(torch.float32),
     ("bfloat16", "matmul"): _plain(torch.bfloat16),
@@ -117,7 +137,9 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Try]
     for (dtype, way), prepare in MATMULS.items():
         try:
             product = prepare(x.to(device), w.to(device))
-            error = float((product()[::step].cpu().double() - truth).abs().max() / truth.abs().max())
+            error = float(
+                (product()[::step].cpu().double() - truth).abs().max() / truth.abs().max()
+            )
             times = []
             for _ in range(3):
                 attention.wait(device)
@@ -128,8 +150,21 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Try]
         except Exception as problem:  # as with attention: each device has its own way to fail
             yield Try("matmul", str(device), dtype, way, attention.words(problem))
             continue
-        why = "" if error <= WORKS else f"it gives wrong numbers, {error:.2g} of the largest value away"
-        yield Try("matmul", str(device), dtype, way, why, _number(error), min(times), 2 * n**3 / min(times) / 1e12)
+        why = (
+            ""
+            if error <= WORKS
+            else f"it gives wrong numbers, {error:.2g} of the largest value away"
+        )
+        yield Try(
+            "matmul",
+            str(device),
+            dtype,
+            way,
+            why,
+            _number(error),
+            min(times),
+            2 * n**3 / min(times) / 1e12,
+        )
 
 
 def _number(value: float) -> float | None:

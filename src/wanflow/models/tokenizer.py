@@ -18,20 +18,28 @@ logger = logging.getLogger("wanflow")
 
 
 def clean(prompt: str) -> str:
-    """Repair broken Unicode, undo HTML escapes (twice, as they come doubled), and fold white space."""
+    """Repair broken Unicode, undo HTML escapes (twice, as they come doubled), and fold white
+    space.
+    """
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def read(file: Path) -> Engine:
-    """The engine that a `tokenizer.json` describes; a RequestError when the file is missing or something else."""
+    """The engine that a `tokenizer.json` describes; a RequestError when the file is missing or
+    something else.
+    """
     if not file.is_file():
-        raise RequestError(f"the tokenizer is missing: {file} (it comes with the weights, folder google/umt5-xxl)")
+        raise RequestError(
+            f"the tokenizer is missing: {file} (it comes with the weights, folder google/umt5-xxl)"
+        )
     try:
         return Engine.from_file(str(file))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # of a malformed file the library makes a bare Exception, or a panic, which is none
+    except (
+        BaseException
+    ) as error:  # of a malformed file the library makes a bare Exception, or a panic, which is none
         raise RequestError(f"{file} is not a readable tokenizer: {error}") from None
 
 
@@ -64,8 +72,10 @@ class Tokenizer:
                 lost = self.engine.decode(tokens[len(kept) :])
                 logger.warning(
                     "the prompt is %d tokens long and the model reads %d; not read: %r",
-                    len(tokens) + 1, self.length, lost if len(lost) < 120 else lost[:117] + "...",
-                )  # fmt: skip
+                    len(tokens) + 1,
+                    self.length,
+                    lost if len(lost) < 120 else lost[:117] + "...",
+                )
             ids[row, : len(kept) + 1] = torch.tensor([*kept, self.end])
             mask[row, : len(kept) + 1] = 1
         return ids, mask

@@ -2,8 +2,8 @@
 
 Shapes: B batch, S tokens, D width, N heads, K head size.
 
-T5's habits: RMS norms without centring, no biases, scores not divided by sqrt(K), a learnt bias per bucket of relative
-position. UMT5's own: every layer has its own table of biases.
+T5's habits: RMS norms without centring, no biases, scores not divided by sqrt(K), a learnt bias per
+bucket of relative position. UMT5's own: every layer has its own table of biases.
 """
 
 from __future__ import annotations
@@ -27,27 +27,41 @@ class T5Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 inside, rounded to the weight's dtype before the weight."""
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(self.weight.dtype) * self.weight
+        return (
+            F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(self.weight.dtype)
+            * self.weight
+        )
 
 
 class T5Attention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
-        self.q, self.k, self.v = (nn.Linear(config.dim, config.dim_attn, bias=False) for _ in range(3))
+        self.q, self.k, self.v = (
+            nn.Linear(config.dim, config.dim_attn, bias=False) for _ in range(3)
+        )
         self.o = nn.Linear(config.dim_attn, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [B, S, D], bias [B, N, S, S] -> [B, S, D]."""
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        out: Tensor = self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0).transpose(1, 2).flatten(2))
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        out: Tensor = self.o(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         return out
 
 
 class T5FeedForward(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(config.dim, config.dim_ffn, bias=False), nn.GELU("tanh"))
+        self.gate = nn.Sequential(
+            nn.Linear(config.dim, config.dim_ffn, bias=False), nn.GELU("tanh")
+        )
         self.fc1 = nn.Linear(config.dim, config.dim_ffn, bias=False)
         self.fc2 = nn.Linear(config.dim_ffn, config.dim, bias=False)
 
@@ -85,22 +99,35 @@ class T5Block(nn.Module):
 
 
 def position_buckets(relative: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each relative position (key index minus query index): half for each direction, exact when near, logarithmic beyond.
+    """Bucket of each relative position (key index minus query index): half for each direction,
+    exact when near, logarithmic beyond.
 
-    Source: the T5 paper's bidirectional scheme; checked against `buckets.*` of the reference numbers.
+    Source: the T5 paper's bidirectional scheme; checked against `buckets.*` of the reference
+        numbers.
     """
     half = buckets // 2
     exact = half // 2
     away = relative.abs()
-    far = exact + (torch.log(away.float().clamp_min(1) / exact) / math.log(max_distance / exact) * (half - exact)).long()
-    return torch.where(relative > 0, half, 0) + torch.where(away < exact, away, far.clamp_max(half - 1))
+    far = (
+        exact
+        + (
+            torch.log(away.float().clamp_min(1) / exact)
+            / math.log(max_distance / exact)
+            * (half - exact)
+        ).long()
+    )
+    return torch.where(relative > 0, half, 0) + torch.where(
+        away < exact, away, far.clamp_max(half - 1)
+    )
 
 
 TextTrunk = Callable[[Iterable[T5Block], Tensor, Tensor, Tensor], Tensor]
 
 
 def run_blocks(blocks: Iterable[T5Block], x: Tensor, buckets: Tensor, keys: Tensor) -> Tensor:
-    """The plain trunk: every block in turn. x [B, S, D], buckets [S, S], keys [B, 1, 1, S] True at tokens -> [B, S, D]."""
+    """The plain trunk: every block in turn. x [B, S, D], buckets [S, S], keys [B, 1, 1, S] True at
+    tokens -> [B, S, D].
+    """
     for block in blocks:
         x = block(x, buckets, keys)
     return x
@@ -115,7 +142,9 @@ class UMT5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab, config.dim)
-        self.blocks = cast(Iterable[T5Block], nn.ModuleList(T5Block(config) for _ in range(config.num_layers)))
+        self.blocks = cast(
+            Iterable[T5Block], nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
+        )
         self.norm = T5Norm(config.dim, config.eps)
 
     def forward(self, ids: Tensor, mask: Tensor, trunk: TextTrunk | None = None) -> Tensor:
@@ -127,10 +156,15 @@ class UMT5Encoder(nn.Module):
             trunk: runs the blocks, in place of a plain loop, where they are not in memory.
 
         Returns:
-            [B, S, D] in the weights' dtype; rows at padding mean nothing and are the caller's to zero.
+            [B, S, D] in the weights' dtype; rows at padding mean nothing and are the caller's to
+            zero.
         """
         place = torch.arange(ids.shape[1], device=ids.device)
-        buckets = position_buckets(place[None, :] - place[:, None], self.config.num_buckets, self.config.max_dist)
+        buckets = position_buckets(
+            place[None, :] - place[:, None], self.config.num_buckets, self.config.max_dist
+        )
         keys = mask.bool()[:, None, None, :]
-        out: Tensor = self.norm((trunk or run_blocks)(self.blocks, self.token_embedding(ids), buckets, keys))
+        out: Tensor = self.norm(
+            (trunk or run_blocks)(self.blocks, self.token_embedding(ids), buckets, keys)
+        )
         return out

@@ -1,15 +1,17 @@
-"""The Wan2.1 causal 3D VAE: video <-> latent, streamed with memory that does not grow with the number of frames.
+"""The Wan2.1 causal 3D VAE: video <-> latent, streamed with memory that does not grow with the
+number of frames.
 
-Shapes: B batch, C channels, T frames, H height, W width in pixels; t, h, w the same in latent units:
-    T = 1 + 4 (t - 1), H = 8 h, W = 8 w.
+Shapes: B batch, C channels, T frames, H height, W width in pixels; t, h, w the same in latent
+    units: T = 1 + 4 (t - 1), H = 8 h, W = 8 w.
 
-Every convolution looks back over at most two frames, so the video is worked through in chunks: the first frame alone,
-then groups of four. What a convolution must remember between chunks lives in `State`, a value made per call and keyed by
-module. A chunk may hold any number of groups, with the same result: decoding uses one latent frame per chunk, training
-uses all at once. Inside the decoder a chunk passes two frames at a time where no gradient is wanted (`stream`).
+Every convolution looks back over at most two frames, so the video is worked through in chunks: the
+first frame alone, then groups of four. What a convolution must remember between chunks lives in
+`State`, a value made per call and keyed by module. A chunk may hold any number of groups, with the
+same result: decoding uses one latent frame per chunk, training uses all at once. Inside the decoder
+a chunk passes two frames at a time where no gradient is wanted (`stream`).
 
-Activations are kept in channels-last memory order, in which CPU and GPU convolutions are fastest and the channel norm
-reads consecutive memory.
+Activations are kept in channels-last memory order, in which CPU and GPU convolutions are fastest
+and the channel norm reads consecutive memory.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ State = dict[nn.Module, Tensor]
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution over (time, height, width) that sees no future: two past frames come from `state`, zeros before them."""
+    """A convolution over (time, height, width) that sees no future: two past frames come from
+    `state`, zeros before them.
+    """
 
     def forward(self, x: Tensor, state: State) -> Tensor:  # type: ignore[override]
         """x [B, C, T, H, W] -> [B, C', T, H, W]."""
@@ -36,10 +40,18 @@ class CausalConv3d(nn.Conv3d):
             return F.conv3d(x, self.weight, self.bias, padding=(0, *space))
         past = state.get(self)
         if past is None and x.shape[2] == 1:
-            # Taps that would only meet zeros are left out instead of fed: the first frame costs a third.
+            # Taps that would only meet zeros are left out instead of fed: the first frame costs a
+            # third.
             state[self] = F.pad(x, (0, 0, 0, 0, reach - 1, 0))
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=space).unsqueeze(2)
-        if past is not None and x.shape[2] % 2 == 0 and self.kernel_size == (3, 3, 3) and _pairs_pay(x, self.weight):
+            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=space).unsqueeze(
+                2
+            )
+        if (
+            past is not None
+            and x.shape[2] % 2 == 0
+            and self.kernel_size == (3, 3, 3)
+            and _pairs_pay(x, self.weight)
+        ):
             out = conv_pairs([*past.unbind(2), *x.unbind(2)], self.weight, self.bias)
             past.copy_(x[:, :, -reach:])
             return out
@@ -49,10 +61,12 @@ class CausalConv3d(nn.Conv3d):
 
 
 def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3x3 convolution of T + 2 frames [B, C, H, W], unpadded in time, T even -> [B, C', T, H, W].
+    """A 3x3x3 convolution of T + 2 frames [B, C, H, W], unpadded in time, T even -> [B, C', T, H,
+    W].
 
-    Convolutions are most of a decode's time, and two frames of output take four 2D convolutions here instead of six. It is
-    Winograd's F(2, 3) over time; of four frames a, b, c, d and the weights' three taps u, v, w it makes
+    Convolutions are most of a decode's time, and two frames of output take four 2D convolutions
+    here instead of six. It is Winograd's F(2, 3) over time; of four frames a, b, c, d and the
+    weights' three taps u, v, w it makes
 
         even = (a - c) u + (b + c) (u + v + w) / 2 + (c - b) (u - v + w) / 2  =  a u + b v + c w
         odd  = (d - b) w + (b + c) (u + v + w) / 2 - (c - b) (u - v + w) / 2  =  b u + c v + d w
@@ -64,7 +78,9 @@ def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
     plus, minus = outer + v / 2, outer - v / 2
     batch, _, height, width = frames[0].shape
     size = (batch, len(weight), len(frames) - 2, height, width)
-    out = torch.empty(size, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last_3d)
+    out = torch.empty(
+        size, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last_3d
+    )
     for t in range(0, size[2], 2):
         a, b, c, d = frames[t : t + 4]
         even, odd = out[:, :, t], out[:, :, t + 1]
@@ -75,8 +91,12 @@ def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def _pairs_pay(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv_pairs` is for these: it writes over memory that autograd would need, and rounds too often for bfloat16."""
-    return weight.dtype == torch.float32 and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    """Whether `conv_pairs` is for these: it writes over memory that autograd would need, and rounds
+    too often for bfloat16.
+    """
+    return weight.dtype == torch.float32 and not (
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    )
 
 
 class ChannelNorm(nn.Module):
@@ -97,9 +117,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            ChannelNorm(in_dim), nn.SiLU(inplace=True), CausalConv3d(in_dim, out_dim, 3),
-            ChannelNorm(out_dim), nn.SiLU(inplace=True), nn.Identity(), CausalConv3d(out_dim, out_dim, 3),
-        )  # fmt: skip
+            ChannelNorm(in_dim),
+            nn.SiLU(inplace=True),
+            CausalConv3d(in_dim, out_dim, 3),
+            ChannelNorm(out_dim),
+            nn.SiLU(inplace=True),
+            nn.Identity(),
+            CausalConv3d(out_dim, out_dim, 3),
+        )
         self.shortcut = nn.Identity() if in_dim == out_dim else CausalConv3d(in_dim, out_dim, 1)
 
     def forward(self, x: Tensor, state: State) -> Tensor:
@@ -124,16 +149,19 @@ class AttentionBlock(nn.Module):
         """As `forward`, for a part of a frame: x [B, C, T, h, w] -> the same.
 
         Args:
-            complete: takes the keys and values of these pixels, [B T, 1, h w, 2 C], to those of all the frame's, in any order.
+            complete: takes the keys and values of these pixels, [B T, 1, h w, 2 C], to those of all
+                the frame's, in any order.
         """
         batch, channels, frames, height, width = x.shape
         images = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
-        # In order of pixels: fused attention wants a pixel's channels together, and the unfused one has a score for each two pixels
-        # (0.8 GB at 720p, several times).
+        # In order of pixels: fused attention wants a pixel's channels together, and the unfused one
+        # has a score for each two pixels (0.8 GB at 720p, several times).
         qkv = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
         q, keys_values = qkv.split((channels, 2 * channels), dim=-1)
         k, v = complete(keys_values).chunk(2, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(images.shape)
+        out = (
+            F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(images.shape)
+        )
         out = self.proj(out).view(batch, frames, channels, height, width).transpose(1, 2)
         return x + out
 
@@ -152,15 +180,17 @@ class Downsample(nn.Module):
             return x
         past = state.get(self)
         state[self] = x[:, :, -1:].clone()  # a view would keep all of `x` in memory
-        # The first frame passes unchanged; afterwards three frames, one of them from before, become one.
+        # The first frame passes unchanged; afterwards three frames, one of them from before, become
+        # one.
         return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
 
 
 class DoublingConv2d(nn.Conv2d):
-    """Nearest-neighbour doubling of height and width and the 3x3 convolution after it, as one transposed convolution.
+    """Nearest-neighbour doubling of height and width and the 3x3 convolution after it, as one
+    transposed convolution.
 
-    Where the doubled image repeats a pixel, the taps that meet it are added up beforehand: 16 products per pixel instead of 36,
-    and no image of four times the size in between.
+    Where the doubled image repeats a pixel, the taps that meet it are added up beforehand: 16
+    products per pixel instead of 36, and no image of four times the size in between.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,7 +214,11 @@ class Upsample(nn.Module):
             if self in state:
                 batch, channels, frames, height, width = x.shape
                 both = self.time_conv(x, state).permute(0, 2, 3, 4, 1).unflatten(-1, (2, channels))
-                x = both.permute(0, 1, 4, 2, 3, 5).reshape(batch, frames * 2, height, width, channels).permute(0, 4, 1, 2, 3)
+                x = (
+                    both.permute(0, 1, 4, 2, 3, 5)
+                    .reshape(batch, frames * 2, height, width, channels)
+                    .permute(0, 4, 1, 2, 3)
+                )
             else:
                 # The first latent frame is one frame of video, and the next one does not see it.
                 state[self] = x.new_empty(0)
@@ -192,11 +226,19 @@ class Upsample(nn.Module):
 
 
 def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply an image layer to every frame of x [B, C, T, H, W]; views only, in channels-last order."""
+    """Apply an image layer to every frame of x [B, C, T, H, W]; views only, in channels-last
+    order.
+    """
     batch, channels, frames = x.shape[:3]
-    images = x.permute(0, 2, 3, 4, 1).reshape(batch * frames, *x.shape[3:], channels).permute(0, 3, 1, 2)
+    images = (
+        x.permute(0, 2, 3, 4, 1).reshape(batch * frames, *x.shape[3:], channels).permute(0, 3, 1, 2)
+    )
     out = layer(images)
-    return out.permute(0, 2, 3, 1).reshape(batch, frames, *out.shape[2:], out.shape[1]).permute(0, 4, 1, 2, 3)
+    return (
+        out.permute(0, 2, 3, 1)
+        .reshape(batch, frames, *out.shape[2:], out.shape[1])
+        .permute(0, 4, 1, 2, 3)
+    )
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, state: State) -> Tensor:
@@ -209,8 +251,9 @@ def run(layers: Iterable[nn.Module], x: Tensor, state: State) -> Tensor:
 def stream(layers: list[nn.Module], x: Tensor, state: State) -> Iterator[Tensor]:
     """As `run`, but two frames at a time where no gradient is wanted.
 
-    Whenever there are more, as after a doubling of time, each two of them pass through all the layers that follow before the
-    next two do. The last layers work on the largest images, and this halves what they hold.
+    Whenever there are more, as after a doubling of time, each two of them pass through all the
+    layers that follow before the next two do. The last layers work on the largest images, and this
+    halves what they hold.
     """
     for index, layer in enumerate(layers):
         x = run([layer], x, state)
@@ -225,16 +268,23 @@ STATEFUL = (CausalConv3d, ResidualBlock, AttentionBlock, Downsample, Upsample)
 
 
 def needed(layer: nn.Module, margin: int = 0) -> int:
-    """How many pixels around a box a layer must be given, for what it makes of the box and of a margin around it to be right.
+    """How many pixels around a box a layer must be given, for what it makes of the box and of a
+    margin around it to be right.
 
-    Of a decoder's layers, but for the attention, which sees all. The convolutions inside a layer count as if all stood one after
-    the other, as they do but for a residual block's 1x1 shortcut, which reaches nowhere.
+    Of a decoder's layers, but for the attention, which sees all. The convolutions inside a layer
+    count as if all stood one after the other, as they do but for a residual block's 1x1 shortcut,
+    which reaches nowhere.
 
     Args:
         margin: in pixels of the layer's output; what is returned is in pixels of its input.
     """
-    margin += sum(part.kernel_size[-1] // 2 for part in layer.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
-    # An upsampling's convolution sees the doubled image; half of that, rounded up, is what the small one must show.
+    margin += sum(
+        part.kernel_size[-1] // 2
+        for part in layer.modules()
+        if isinstance(part, nn.Conv2d | nn.Conv3d)
+    )
+    # An upsampling's convolution sees the doubled image; half of that, rounded up, is what the
+    # small one must show.
     return -(-margin // 2) if isinstance(layer, Upsample) else margin
 
 
@@ -255,7 +305,10 @@ class Encoder(nn.Module):
         self.conv1 = CausalConv3d(3, dims[0], 3)
         layers: list[nn.Module] = []
         for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
-            layers += [ResidualBlock(in_dim if block == 0 else out_dim, out_dim) for block in range(config.num_res_blocks)]
+            layers += [
+                ResidualBlock(in_dim if block == 0 else out_dim, out_dim)
+                for block in range(config.num_res_blocks)
+            ]
             if level < len(config.dim_mult) - 1:
                 layers.append(Downsample(out_dim, config.temperal_downsample[level]))
         self.downsamples = nn.Sequential(*layers)
@@ -281,7 +334,10 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = []
         for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
             in_dim = in_dim if level == 0 else in_dim // 2  # upsampling has halved the channels
-            layers += [ResidualBlock(in_dim if block == 0 else out_dim, out_dim) for block in range(config.num_res_blocks + 1)]
+            layers += [
+                ResidualBlock(in_dim if block == 0 else out_dim, out_dim)
+                for block in range(config.num_res_blocks + 1)
+            ]
             if level < len(config.dim_mult) - 1:
                 layers.append(Upsample(out_dim, temporal[level]))
         self.upsamples = nn.Sequential(*layers)
@@ -296,7 +352,9 @@ class Decoder(nn.Module):
 
 
 class WanVAE(nn.Module):
-    """Encode and decode video; latents are normalised per channel by the config's mean and standard deviation."""
+    """Encode and decode video; latents are normalised per channel by the config's mean and standard
+    deviation.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -328,15 +386,24 @@ class WanVAE(nn.Module):
         return (mean - shift) / scale
 
     def moments(self, video: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, [B, z, t, h, w] each, before normalisation (training needs both)."""
+        """Mean and log variance, [B, z, t, h, w] each, before normalisation (training needs
+        both).
+        """
         stride, space = self.config.temporal_stride, self.config.spatial_stride
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video is {list(video.shape)}, not [B, 3, T, H, W]")
         frames, height, width = video.shape[2:]
         if frames < 1 or (frames - 1) % stride or height % space or width % space:
-            raise ValueError(f"a video of {frames} frames, {width}*{height}: frames must be {stride}n+1, sides multiples of {space}")
+            raise ValueError(
+                f"a video of {frames} frames, {width}*{height}: frames must be {stride}n+1, sides"
+                f" multiples of {space}"
+            )
         state: State = {}
-        chunks = [video[:, :, :1], *video[:, :, 1:].split(stride * groups, dim=2)] if frames > 1 else [video]
+        chunks = (
+            [video[:, :, :1], *video[:, :, 1:].split(stride * groups, dim=2)]
+            if frames > 1
+            else [video]
+        )
         parts = [self.encoder(_channels_last(chunk.to(self.dtype)), state) for chunk in chunks]
         mean, log_variance = self.conv1(torch.cat(parts, dim=2), state).chunk(2, dim=1)
         return mean, log_variance
@@ -346,23 +413,35 @@ class WanVAE(nn.Module):
         return torch.cat(list(self.decode_frames(latent, groups)), dim=2)
 
     def decode_frames(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
-        """Decode as it goes: [B, 3, 1, H, W], then [B, 3, 4 * groups, H, W] at a time, not clamped."""
+        """Decode as it goes: [B, 3, 1, H, W], then [B, 3, 4 * groups, H, W] at a time, not
+        clamped.
+        """
         state: State = {}
         for chunk in self.chunks(latent, groups):
             yield self.decoder(chunk, state)
 
     def chunks(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
-        """A latent as the decoder takes it, no longer normalised: [B, z, 1, h, w], then [B, z, groups, h, w] at a time."""
+        """A latent as the decoder takes it, no longer normalised: [B, z, 1, h, w], then [B, z,
+        groups, h, w] at a time.
+        """
         if latent.ndim != 5 or latent.shape[1] != self.config.z_dim or not latent.shape[2]:
-            raise ValueError(f"latent is {list(latent.shape)}, not [B, {self.config.z_dim}, t, h, w]")
+            raise ValueError(
+                f"latent is {list(latent.shape)}, not [B, {self.config.z_dim}, t, h, w]"
+            )
         shift, scale = self._statistics(latent)
-        chunks = [latent[:, :, :1], *latent[:, :, 1:].split(groups, dim=2)] if latent.shape[2] > 1 else [latent]
+        chunks = (
+            [latent[:, :, :1], *latent[:, :, 1:].split(groups, dim=2)]
+            if latent.shape[2] > 1
+            else [latent]
+        )
         for chunk in chunks:
             yield self.conv2(_channels_last((chunk * scale + shift).to(self.dtype)), {})
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         def channel(values: tuple[float, ...]) -> Tensor:
-            return torch.tensor(values, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+            return torch.tensor(values, device=like.device, dtype=torch.float32).view(
+                1, -1, 1, 1, 1
+            )
 
         return channel(self.config.latent_mean), channel(self.config.latent_std)
 

@@ -8,14 +8,17 @@ from wanflow.parallel.layout import Team
 
 
 def own(team: Team, pair: Tensor) -> Tensor:
-    """Of texts [2, S, D], the conditional one first, those whose branch this process computes: [1, S, D], or both where it is not split."""
+    """Of texts [2, S, D], the conditional one first, those whose branch this process computes: [1,
+    S, D], or both where it is not split.
+    """
     if team.layout.cfg == 1:
         return pair
     return pair[team.cfg.rank : team.cfg.rank + 1]
 
 
 def both(team: Team, velocity: Tensor) -> tuple[Tensor, Tensor]:
-    """The conditional and the unconditional velocity, from this group's own: the same bits as two passes on one group.
+    """The conditional and the unconditional velocity, from this group's own: the same bits as two
+    passes on one group.
 
     Every process must call it. Only for layouts with cfg 2; each [B, C, T, H, W].
     """

@@ -24,7 +24,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run, its device, and how long a collective waits for the others, in seconds."""
+    """This process among those of the run, its device, and how long a collective waits for the
+    others, in seconds.
+    """
 
     rank: int
     size: int
@@ -43,7 +45,8 @@ def place() -> tuple[int, int]:
 
 
 def meet() -> Watch:
-    """This process among those that the environment describes, not yet watching; alone where it describes none, or not all of it.
+    """This process among those that the environment describes, not yet watching; alone where it
+    describes none, or not all of it.
 
     Raises:
         ConnectionError: when what started the processes, or process 0, cannot be reached.
@@ -52,53 +55,89 @@ def meet() -> Watch:
     if size <= 1 or any(name not in os.environ for name in DESCRIPTION):
         return Watch(rank=rank)
     hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=MEET_S)
+    address, port, wait = (
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        timedelta(seconds=MEET_S),
+    )
     try:
         # One server for all that ask for it in process 0: init_process_group asks, too.
-        store = TCPStore(address, port, size, hosts and rank == 0, wait, wait_for_workers=False, multi_tenant=True)
+        store = TCPStore(
+            address,
+            port,
+            size,
+            hosts and rank == 0,
+            wait,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
     except RuntimeError as error:
         where = "process 0 of the run" if hosts else "what started the processes"
-        raise ConnectionError(f"process {rank} of {size}: {where} cannot be reached at {address}:{port}: {plain(str(error))}") from None
+        raise ConnectionError(
+            f"process {rank} of {size}: {where} cannot be reached at {address}:{port}:"
+            f" {plain(str(error))}"
+        ) from None
     return Watch(_own_part(store), rank, size, hosts)
 
 
 def host() -> tuple[Store, int]:
-    """What `meet` meets in, held by this process for those that it starts on this machine; and its port."""
+    """What `meet` meets in, held by this process for those that it starts on this machine; and its
+    port.
+    """
     ear = socket.create_server(("127.0.0.1", 0))
-    store = TCPStore("127.0.0.1", ear.getsockname()[1], is_master=True, wait_for_workers=False, master_listen_fd=ear.fileno())
+    store = TCPStore(
+        "127.0.0.1",
+        ear.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=ear.fileno(),
+    )
     ear.detach()
     return _own_part(store), store.port
 
 
 def _own_part(store: TCPStore) -> Store:
-    """Our names beside torch's; after torchrun's restart the failure of the try before must not be found."""
+    """Our names beside torch's; after torchrun's restart the failure of the try before must not be
+    found.
+    """
     return PrefixStore(f"wanflow/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
-    """Join the group that torchrun describes in the environment; alone where it describes none. Who has joined already stays.
+    """Join the group that torchrun describes in the environment; alone where it describes none. Who
+    has joined already stays.
 
     Args:
-        device: what the run asks for; on CUDA each process takes the GPU of its number on this machine.
-        timeout_s: a collective that the others do not join fails after this time (torch's own limit is half an hour). It counts
-            while rank 0 writes a file and the others wait, too.
+        device: what the run asks for; on CUDA each process takes the GPU of its number on this
+            machine.
+        timeout_s: a collective that the others do not join fails after this time (torch's own limit
+            is half an hour). It counts while rank 0 writes a file and the others wait, too.
 
     Raises:
-        RequestError: for a device that processes cannot share work on, a GPU that is not there, an incomplete description.
+        RequestError: for a device that processes cannot share work on, a GPU that is not there, an
+            incomplete description.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size <= 1:
         return Ranks(0, 1, device)
     missing = [name for name in DESCRIPTION if name not in os.environ]
     if missing:
-        raise RequestError(f"WORLD_SIZE is {size}, but {', '.join(missing)} missing from the environment: start the run with torchrun")
+        raise RequestError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} missing from the environment: start"
+            " the run with torchrun"
+        )
     if device.type not in BACKENDS:
-        raise RequestError(f"several processes share work on {' or '.join(BACKENDS)}, not on {device.type}")
+        raise RequestError(
+            f"several processes share work on {' or '.join(BACKENDS)}, not on {device.type}"
+        )
     rank = int(os.environ["RANK"])
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", rank))
         if local >= torch.cuda.device_count():
-            raise RequestError(f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}")
+            raise RequestError(
+                f"process {local} of this machine has no GPU of its own: there are"
+                f" {torch.cuda.device_count()}"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if dist.is_initialized():
@@ -114,7 +153,8 @@ def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
 
 
 def agree(ranks: Ranks, make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, for all. Every process must call it; nothing large should go this way.
+    """What `make` gives in the first process, for all. Every process must call it; nothing large
+    should go this way.
 
     Raises:
         RequestError: in all of them, where `make` raises one.

@@ -1,9 +1,12 @@
-"""One forward on several processes, each with some of the tokens: exact, with no change to the model.
+"""One forward on several processes, each with some of the tokens: exact, with no change to the
+model.
 
-The trunk is given a process' tokens and what belongs to them, and its patches are gathered. All but self-attention works token by
-token; there the processes meet, in the `attend` slot. This is for sampling: no gradient goes through it.
+The trunk is given a process' tokens and what belongs to them, and its patches are gathered. All but
+self-attention works token by token; there the processes meet, in the `attend` slot. This is for
+sampling: no gradient goes through it.
 
-Shapes: B batch, L tokens of the whole video, l of this process, N heads of size K; C numbers of a patch.
+Shapes: B batch, L tokens of the whole video, l of this process, N heads of size K; C numbers of a
+    patch.
 """
 
 from __future__ import annotations
@@ -22,33 +25,54 @@ AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def sharded(team: Team, trunk: Trunk = run_blocks) -> Trunk:
-    """A trunk in which each process runs `trunk` on its tokens, and has the patches of all of them in the end."""
+    """A trunk in which each process runs `trunk` on its tokens, and has the patches of all of them
+    in the end.
+    """
     if team.layout.sequence == 1:
         return trunk
 
-    # A function and no object: a call of an object would keep the whole video's tokens in memory until it returns.
-    def shared(blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning) -> Tensor:
+    # A function and no object: a call of an object would keep the whole video's tokens in memory
+    # until it returns.
+    def shared(
+        blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         team.tokens = tokens.shape[1]
         own = [tokens[:, team.part].clone()]
-        del tokens  # and out of the list below: what this names stays in memory until the last block is done
+        del (
+            tokens
+        )  # and out of the list below: what this names stays in memory until the last block is done
         return _gathered(trunk(blocks, head, own.pop(), conditioning.part(team.part)), team)
 
     return shared
 
 
 def _gathered(patches: Tensor, team: Team) -> Tensor:
-    """[B, l, C] of each process -> [B, L, C]. What is gathered is of one length: a last token that is missing is sent as anything."""
+    """[B, l, C] of each process -> [B, L, C]. What is gathered is of one length: a last token that
+    is missing is sent as anything.
+    """
     batch, own, width = patches.shape
     padded = patches.new_zeros(batch, max(team.lengths), width)
     padded[:, :own] = patches
-    return torch.cat([got[:, :length] for got, length in zip(team.sequence.all_gather("patches", padded), team.lengths, strict=True)], 1)
+    return torch.cat(
+        [
+            got[:, :length]
+            for got, length in zip(
+                team.sequence.all_gather("patches", padded), team.lengths, strict=True
+            )
+        ],
+        1,
+    )
 
 
-def connect(model: nn.Module, team: Team, attend: Attend, with_lse: AttendWithLse | None = None) -> None:
-    """Let the self-attentions of a model reach all processes' tokens. Attention to the text stays as it is.
+def connect(
+    model: nn.Module, team: Team, attend: Attend, with_lse: AttendWithLse | None = None
+) -> None:
+    """Let the self-attentions of a model reach all processes' tokens. Attention to the text stays
+    as it is.
 
     Args:
-        model: a `WanDiT`, or what has one inside; to be called with `trunk=sharded(team)` from now on.
+        model: a `WanDiT`, or what has one inside; to be called with `trunk=sharded(team)` from now
+            on.
         attend: the kernel that works on whole sequences.
         with_lse: the same, that says the log-sum-exp too.
 
@@ -58,8 +82,10 @@ def connect(model: nn.Module, team: Team, attend: Attend, with_lse: AttendWithLs
     if team.layout.ring > 1:
         if with_lse is None:
             raise RequestError(
-                f"ring {team.layout.ring}: this attention kernel does not say the log-sum-exp, which a ring needs",
-                "  share the heads instead (ulysses), or take another kernel; `wanflow doctor` lists them",
+                f"ring {team.layout.ring}: this attention kernel does not say the log-sum-exp,"
+                " which a ring needs",
+                "  share the heads instead (ulysses), or take another kernel; `wanflow doctor`"
+                " lists them",
             )
         attend = Ring(with_lse, team)
     if team.layout.ulysses > 1:
@@ -70,10 +96,11 @@ def connect(model: nn.Module, team: Team, attend: Attend, with_lse: AttendWithLs
 
 
 class Ulysses:
-    """Attention in which each process computes some heads, for the tokens of all. [B, l, N, K] each -> [B, l, N, K].
+    """Attention in which each process computes some heads, for the tokens of all. [B, l, N, K] each
+    -> [B, l, N, K].
 
-    Source: DeepSpeed-Ulysses (arXiv:2309.14509). Queries, keys and values travel together. A process may have no head; it
-    takes part all the same.
+    Source: DeepSpeed-Ulysses (arXiv:2309.14509). Queries, keys and values travel together. A
+        process may have no head; it takes part all the same.
     """
 
     def __init__(self, attend: Attend, team: Team) -> None:
@@ -88,20 +115,27 @@ class Ulysses:
         return self._to_tokens(mixed, shares, lengths)
 
     def _apply(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Asks for heads and not for tokens: where there are none in this place of a ring, the others still wait for it.
+        # Asks for heads and not for tokens: where there are none in this place of a ring, the
+        # others still wait for it.
         return self.attend(q, k, v) if q.shape[2] else torch.empty_like(q)
 
-    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor, shares: list[int], lengths: list[int]) -> list[Tensor]:
+    def _to_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, shares: list[int], lengths: list[int]
+    ) -> list[Tensor]:
         """q, k, v [B, l, N, K] -> [B, tokens of the group, this process' heads, K] each."""
         batch, own, _, width = q.shape
         counts = [own * batch * 3 * share * width for share in shares]
         packed = q.new_empty(sum(counts))
         for chunk, share, end in zip(packed.split(counts), shares, accumulate(shares), strict=True):
-            place = chunk.view(own, batch, 3, share, width)  # tokens first: what arrives is then in order, without another copy
+            place = chunk.view(
+                own, batch, 3, share, width
+            )  # tokens first: what arrives is then in order, without another copy
             for index, x in enumerate((q, k, v)):
                 place[:, :, index] = x[:, :, end - share : end].transpose(0, 1)
         mine, group = shares[self.team.ulysses.rank], self.team.ulysses
-        got = group.all_to_all("qkv", packed, counts, [length * batch * 3 * mine * width for length in lengths])
+        got = group.all_to_all(
+            "qkv", packed, counts, [length * batch * 3 * mine * width for length in lengths]
+        )
         return [x.transpose(0, 1) for x in got.view(sum(lengths), batch, 3, mine, width).unbind(2)]
 
     def _to_tokens(self, mixed: Tensor, shares: list[int], lengths: list[int]) -> Tensor:
@@ -111,7 +145,9 @@ class Ulysses:
         own = lengths[group.rank]
         counts = [own * batch * share * width for share in shares]
         packed = mixed.transpose(0, 1).contiguous().flatten()
-        got = group.all_to_all("out", packed, [length * batch * mine * width for length in lengths], counts)
+        got = group.all_to_all(
+            "out", packed, [length * batch * mine * width for length in lengths], counts
+        )
         out = mixed.new_empty(batch, own, sum(shares), width)
         for chunk, share, end in zip(got.split(counts), shares, accumulate(shares), strict=True):
             out[:, :, end - share : end] = chunk.view(own, batch, share, width).transpose(0, 1)
@@ -119,10 +155,12 @@ class Ulysses:
 
 
 class Ring:
-    """Attention to keys and values that go round: each process holds those of its tokens, and passes on what it has used.
+    """Attention to keys and values that go round: each process holds those of its tokens, and
+    passes on what it has used.
 
-    Source: ring attention (arXiv:2310.01889). q, k, v [B, l, N, K] -> [B, l, N, K], where l are the tokens of this place in the ring.
-    What each block gives is joined exactly, by its log-sum-exp, in float32. The next block travels while the current one is used.
+    Source: ring attention (arXiv:2310.01889). q, k, v [B, l, N, K] -> [B, l, N, K], where l are the
+        tokens of this place in the ring. What each block gives is joined exactly, by its
+        log-sum-exp, in float32. The next block travels while the current one is used.
     """
 
     def __init__(self, with_lse: AttendWithLse, team: Team) -> None:
@@ -138,7 +176,9 @@ class Ring:
         for step in range(group.size):
             works, arriving = [], block
             if step + 1 < group.size:
-                arriving = block.new_empty(2, batch, lengths[(group.rank - step - 1) % group.size], heads, width)
+                arriving = block.new_empty(
+                    2, batch, lengths[(group.rank - step - 1) % group.size], heads, width
+                )
                 works = group.pass_on("ring", block, arriving)
             if q.numel() and block.numel():
                 joined = join(joined, *self.with_lse(q, block[0], block[1]))
@@ -167,5 +207,6 @@ def join(before: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tupl
 def _check(q: Tensor, length: int) -> None:
     if q.shape[1] != length:
         raise ValueError(
-            f"attention was given {q.shape[1]} tokens, and this process holds {length}: call the model with trunk=sharded(team)"
+            f"attention was given {q.shape[1]} tokens, and this process holds {length}: call the"
+            " model with trunk=sharded(team)"
         )

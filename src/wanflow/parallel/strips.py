@@ -1,15 +1,20 @@
-"""A VAE decode on all processes of a run: each decodes a strip of every frame, and process 0 puts the frames together.
+"""A VAE decode on all processes of a run: each decodes a strip of every frame, and process 0 puts
+the frames together.
 
-A frame is cut across its longer side. Before a layer that sees beyond a pixel, neighbours give each other the columns (or rows) at
-their border that it reaches, a halo; it runs on the strip with them, and they are taken off again. What a convolution remembers of
-the past is then of the strip with its halo. At the image's own border there is none, and convolutions pad it with zeros as they pad
-the image. The attention of the middle sees a whole frame: there every process gets the keys and values of all pixels.
+A frame is cut across its longer side. Before a layer that sees beyond a pixel, neighbours give each
+other the columns (or rows) at their border that it reaches, a halo; it runs on the strip with them,
+and they are taken off again. What a convolution remembers of the past is then of the strip with its
+halo. At the image's own border there is none, and convolutions pad it with zeros as they pad the
+image. The attention of the middle sees a whole frame: there every process gets the keys and values
+of all pixels.
 
-So the frames are those of one process to rounding, and each has a share of the memory and the work that one would need.
-Strips are of all processes, whatever the layout: guidance and tokens are behind when a latent is decoded.
+So the frames are those of one process to rounding, and each has a share of the memory and the work
+that one would need. Strips are of all processes, whatever the layout: guidance and tokens are
+behind when a latent is decoded.
 
-Shapes: B batch, C channels, T frames; H, W of the whole image, h, w of a strip, in pixels of the layer at hand. What is sent is in the
-order [B, T, h, w, C], in which activations lie in memory; frames come as [n, H, W, 3]. An axis counts from the end of that order.
+Shapes: B batch, C channels, T frames; H, W of the whole image, h, w of a strip, in pixels of the
+    layer at hand. What is sent is in the order [B, T, h, w, C], in which activations lie in memory;
+    frames come as [n, H, W, 3]. An axis counts from the end of that order.
 """
 
 from __future__ import annotations
@@ -27,13 +32,16 @@ from wanflow.models.vae import AttentionBlock, State, Upsample, WanVAE, needed, 
 from wanflow.parallel.layout import Group, Team, sizes
 
 Frames = npt.NDArray[np.uint8]
-# Latent pixels. A residual block, which reaches farthest, sees two; so a halo comes from the nearest neighbour alone.
+# Latent pixels. A residual block, which reaches farthest, sees two; so a halo comes from the
+# nearest neighbour alone.
 NARROWEST = 2
 
 
 @dataclass(frozen=True)
 class Strips:
-    """How the processes share a frame of `height` * `width` latent pixels: the first ones hold a strip each, the others none."""
+    """How the processes share a frame of `height` * `width` latent pixels: the first ones hold a
+    strip each, the others none.
+    """
 
     height: int
     width: int
@@ -51,7 +59,9 @@ class Strips:
 
     @property
     def sizes(self) -> list[int]:
-        """How wide each strip is, from left to right or from top to bottom; as many as there are strips."""
+        """How wide each strip is, from left to right or from top to bottom; as many as there are
+        strips.
+        """
         longer = max(self.height, self.width)
         return sizes(longer, max(1, min(self.processes, longer // NARROWEST)))
 
@@ -66,7 +76,8 @@ class Strips:
 
 
 def sent(vae: WanVAE, frames: int, strips: Strips, rank: int = 0) -> dict[str, int]:
-    """Bytes that one process sends to others in a decode, by what they are: the keys are those of `Traffic`.
+    """Bytes that one process sends to others in a decode, by what they are: the keys are those of
+    `Traffic`.
 
     Args:
         vae: its weights may have no memory (meta).
@@ -78,7 +89,14 @@ def sent(vae: WanVAE, frames: int, strips: Strips, rank: int = 0) -> dict[str, i
         return {}
     own, scale, halo, keys_values = strips.sizes[rank], 1, 0, 0
     for layer in vae.decoder.layers():
-        channels = next((part.in_channels for part in layer.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)), 0)
+        channels = next(
+            (
+                part.in_channels
+                for part in layer.modules()
+                if isinstance(part, nn.Conv2d | nn.Conv3d)
+            ),
+            0,
+        )
         column = channels * frames * strips.across * scale * vae.dtype.itemsize
         if isinstance(layer, AttentionBlock):
             keys_values += 2 * (len(strips.sizes) - 1) * own * column
@@ -88,11 +106,17 @@ def sent(vae: WanVAE, frames: int, strips: Strips, rank: int = 0) -> dict[str, i
             scale *= 2
             frames = frames if layer.time_conv is None else 2 * frames - 1
     shown = 3 * frames * own * strips.across * scale**2 if rank else 0  # process 0 keeps its own
-    return {key: value for key, value in {"halo": halo, "kv": keys_values, "frames": shown}.items() if value}
+    return {
+        key: value
+        for key, value in {"halo": halo, "kv": keys_values, "frames": shown}.items()
+        if value
+    }
 
 
 class Halo(nn.Module):
-    """x [B, C, T, h, w] of this process, with so many pixels of each neighbour's beside it; every process that has a strip must call it."""
+    """x [B, C, T, h, w] of this process, with so many pixels of each neighbour's beside it; every
+    process that has a strip must call it.
+    """
 
     def __init__(self, strips: Strips, group: Group, reach: int) -> None:
         super().__init__()
@@ -101,17 +125,25 @@ class Halo(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         own, axis, rank = x.permute(0, 2, 3, 4, 1), self.strips.axis, self.group.rank
         last = own.shape[axis] - self.reach
-        borders = [(peer, own.narrow(axis, 0 if peer < rank else last, self.reach)) for peer in self.strips.neighbours(rank)]
+        borders = [
+            (peer, own.narrow(axis, 0 if peer < rank else last, self.reach))
+            for peer in self.strips.neighbours(rank)
+        ]
         leaving = [(peer, border.contiguous()) for peer, border in borders]
         arriving = [(peer, torch.empty_like(border)) for peer, border in leaving]
         _trade(self.group, "halo", leaving, arriving)
-        before, after = ([border for peer, border in arriving if (peer < rank) is first] for first in (True, False))
+        before, after = (
+            [border for peer, border in arriving if (peer < rank) is first]
+            for first in (True, False)
+        )
         return torch.cat([*before, own, *after], dim=axis).permute(0, 4, 1, 2, 3)
 
 
 class Attention(nn.Module):
-    """The middle's attention, in which the pixels x [B, C, T, h, w] of this process see those of all; every process that has a strip
-    must call it. Only where a pixel is a latent pixel, before the first doubling."""
+    """The middle's attention, in which the pixels x [B, C, T, h, w] of this process see those of
+    all; every process that has a strip
+    must call it. Only where a pixel is a latent pixel, before the first doubling.
+    """
 
     def __init__(self, block: AttentionBlock, strips: Strips, group: Group) -> None:
         super().__init__()
@@ -123,10 +155,18 @@ class Attention(nn.Module):
     def _complete(self, own: Tensor) -> Tensor:
         """Keys and values of this process' pixels -> of all, strip by strip."""
         own = own.contiguous()
-        parts = [own.new_empty(_resized(own, -2, size * self.strips.across)) for size in self.strips.sizes]
+        parts = [
+            own.new_empty(_resized(own, -2, size * self.strips.across))
+            for size in self.strips.sizes
+        ]
         parts[self.group.rank] = own
         others = [peer for peer in range(len(parts)) if peer != self.group.rank]
-        _trade(self.group, "kv", [(peer, own) for peer in others], [(peer, parts[peer]) for peer in others])
+        _trade(
+            self.group,
+            "kv",
+            [(peer, own) for peer in others],
+            [(peer, parts[peer]) for peer in others],
+        )
         return torch.cat(parts, dim=-2)
 
 
@@ -142,7 +182,9 @@ class Trim(nn.Module):
 
 
 def connected(layers: list[nn.Module], strips: Strips, group: Group) -> list[nn.Module]:
-    """The layers, each between what brings it the pixels of others that it sees and what takes them off again."""
+    """The layers, each between what brings it the pixels of others that it sees and what takes them
+    off again.
+    """
     if len(strips.sizes) == 1:
         return layers
     rank = group.rank
@@ -153,7 +195,9 @@ def connected(layers: list[nn.Module], strips: Strips, group: Group) -> list[nn.
             out.append(Attention(layer, strips, group))
         elif reach:
             beside = reach * (2 if isinstance(layer, Upsample) else 1)
-            before, after = (beside * (peer in strips.neighbours(rank)) for peer in (rank - 1, rank + 1))
+            before, after = (
+                beside * (peer in strips.neighbours(rank)) for peer in (rank - 1, rank + 1)
+            )
             out += [Halo(strips, group, reach), layer, Trim(strips.axis, before, after)]
         else:
             out.append(layer)
@@ -168,16 +212,19 @@ def decode_frames(
     convert: Callable[[Tensor], Frames],
     on_part: Callable[[int, int], None] | None = None,
 ) -> Iterator[Frames]:
-    """Decode on all processes: on process 0 uint8 [n, H, W, 3], the first frame alone, then four at a time; on the others nothing.
+    """Decode on all processes: on process 0 uint8 [n, H, W, 3], the first frame alone, then four at
+    a time; on the others nothing.
 
-    Every process must iterate to the end, with the same latent. One process gives what `vae.decode_frames` gives, bit by bit.
+    Every process must iterate to the end, with the same latent. One process gives what
+    `vae.decode_frames` gives, bit by bit.
 
     Args:
         latent: [1, z, t, h, w], normalised, on the VAE's device.
-        convert: turns this process' strip of the video, [1, 3, n, height, width] in -1..1, not clamped, into uint8
-            [n, height, width, 3]. It may raise, where a value is NaN; the other processes then wait for this one in vain.
-        on_part: told (done, in all) after each latent frame, on every process, those without a strip too. What it raises ends the
-            decode.
+        convert: turns this process' strip of the video, [1, 3, n, height, width] in -1..1, not
+            clamped, into uint8 [n, height, width, 3]. It may raise, where a value is NaN; the other
+            processes then wait for this one in vain.
+        on_part: told (done, in all) after each latent frame, on every process, those without a
+            strip too. What it raises ends the decode.
 
     Raises:
         ValueError: for a latent of another shape.
@@ -186,7 +233,11 @@ def decode_frames(
         raise ValueError(f"latent is {list(latent.shape)}, not [1, z, t, h, w]")
     steps, height, width = latent.shape[2:]
     strips, rank = Strips(height, width, team.world.size), team.world.rank
-    parts = _parts(vae, latent, strips, team.world) if rank < len(strips.sizes) else iter([None] * steps)
+    parts = (
+        _parts(vae, latent, strips, team.world)
+        if rank < len(strips.sizes)
+        else iter([None] * steps)
+    )
     for done, part in enumerate(parts, 1):
         frames = None if part is None else _collected(convert(part), strips, team)
         if on_part is not None:
@@ -214,7 +265,11 @@ def _collected(frames: Frames, strips: Strips, team: Team) -> Frames | None:
         _trade(group, "frames", [(0, own)], [])
         return None
     scale = frames.shape[axis] // strips.sizes[0]
-    arriving = [(peer, own.new_empty(_resized(own, axis, size * scale))) for peer, size in enumerate(strips.sizes) if peer]
+    arriving = [
+        (peer, own.new_empty(_resized(own, axis, size * scale)))
+        for peer, size in enumerate(strips.sizes)
+        if peer
+    ]
     _trade(group, "frames", [], arriving)
     whole = np.empty(_resized(own, axis, sum(strips.sizes) * scale), dtype=np.uint8)
     ends = accumulate(strips.sizes)
@@ -229,6 +284,8 @@ def _resized(like: Tensor, axis: int, size: int) -> list[int]:
     return shape
 
 
-def _trade(group: Group, what: str, leaving: list[tuple[int, Tensor]], arriving: list[tuple[int, Tensor]]) -> None:
+def _trade(
+    group: Group, what: str, leaving: list[tuple[int, Tensor]], arriving: list[tuple[int, Tensor]]
+) -> None:
     for work in group.exchange(what, leaving, arriving):
         work.wait()

@@ -1,12 +1,36 @@
-"""What a request needs, what a machine has, how it is run there, and whether to start: decided before a weight is read."""
+"""What a request needs, what a machine has, how it is run there, and whether to start: decided
+before a weight is read.
+"""
 
 from wanflow.plan.choose import Plan, settle
 from wanflow.plan.machines import Machine, described, this_machine
 from wanflow.plan.model import Model, describe, published
 from wanflow.plan.opening import load
-from wanflow.plan.starting import WHERE_ELSE, advice, enough_for_full_size, guard, needed_words, planned, refuse
+from wanflow.plan.starting import (
+    WHERE_ELSE,
+    advice,
+    enough_for_full_size,
+    guard,
+    needed_words,
+    planned,
+    refuse,
+)
 
 __all__ = [
-    "WHERE_ELSE", "Machine", "Model", "Plan", "advice", "describe", "described", "enough_for_full_size", "guard", "load", "needed_words",
-    "planned", "published", "refuse", "settle", "this_machine",
-]  # fmt: skip
+    "WHERE_ELSE",
+    "Machine",
+    "Model",
+    "Plan",
+    "advice",
+    "describe",
+    "described",
+    "enough_for_full_size",
+    "guard",
+    "load",
+    "needed_words",
+    "planned",
+    "published",
+    "refuse",
+    "settle",
+    "this_machine",
+]

@@ -32,7 +32,9 @@ class Enough(Exception):
 
 
 class Parts:
-    """The work of a decode and what it sends, told after each latent frame; ends it when it repeats itself."""
+    """The work of a decode and what it sends, told after each latent frame; ends it when it repeats
+    itself.
+    """
 
     def __init__(self, trace: Trace, frames: int, traffic: Traffic | None = None) -> None:
         self.trace, self.frames, self.traffic = trace, frames, traffic or Traffic()
@@ -43,7 +45,9 @@ class Parts:
         times = self.frames - STEADY + 1 if last else 1
         new, self.trace.work = self.trace.work, Work()
         self.work = self.work + new.scaled(times)
-        self.sent.update({what: count * times for what, count in self.traffic.sent.items() if count})
+        self.sent.update(
+            {what: count * times for what, count in self.traffic.sent.items() if count}
+        )
         self.messages += sum(self.traffic.calls.values()) * times
         self.traffic.reset()
         self.done += 1
@@ -65,9 +69,14 @@ def whole(config: VAEConfig, shape: Shape) -> Traced:
 
 
 def in_strips(config: VAEConfig, shape: Shape, layout: Layout) -> Traced:
-    """The strip of the process that has the most to do: a widest one, with a neighbour on each side."""
+    """The strip of the process that has the most to do: a widest one, with a neighbour on each
+    side.
+    """
     cut, vae = Strips(*shape[3:], layout.size), build(WanVAE, config)
-    rank = max(range(len(cut.sizes)), key=lambda rank: cut.sizes[rank] + NARROWEST * len(cut.neighbours(rank)))
+    rank = max(
+        range(len(cut.sizes)),
+        key=lambda rank: cut.sizes[rank] + NARROWEST * len(cut.neighbours(rank)),
+    )
     team = imagined(layout, rank)
     with fake() as trace:
         weights = materialise(vae)
@@ -80,7 +89,8 @@ def in_strips(config: VAEConfig, shape: Shape, layout: Layout) -> Traced:
 
 
 def tiled(config: VAEConfig, shape: Shape, tile: int) -> Traced:
-    """The layers that see whole frames, then those that do not, for the tile that sees the most around it.
+    """The layers that see whole frames, then those that do not, for the tile that sees the most
+    around it.
 
     The features that are kept in RAM between the two are not counted.
     """
@@ -89,22 +99,39 @@ def tiled(config: VAEConfig, shape: Shape, tile: int) -> Traced:
 
     def first_part(vae: WanVAE) -> None:
         with suppress(Enough):
-            for _ in tiling.decode_frames(vae, torch.empty(*shape[:2], frames, *shape[3:]), tile, as_numpy, _enough):
+            for _ in tiling.decode_frames(
+                vae, torch.empty(*shape[:2], frames, *shape[3:]), tile, as_numpy, _enough
+            ):
                 pass
 
     def one_tile(vae: WanVAE) -> None:
         _, local = tiling.halves(vae)
-        shown, layers = max((tiling.trimmed(local, box, *shape[3:]) for box in boxes), key=lambda found: _area(found[0]))
-        part = torch.empty(1, vae.config.dim * vae.config.dim_mult[-1], 1, shown.bottom - shown.top, shown.right - shown.left)
+        shown, layers = max(
+            (tiling.trimmed(local, box, *shape[3:]) for box in boxes),
+            key=lambda found: _area(found[0]),
+        )
+        part = torch.empty(
+            1,
+            vae.config.dim * vae.config.dim_mult[-1],
+            1,
+            shown.bottom - shown.top,
+            shown.right - shown.left,
+        )
         state: State = {}
         for _ in range(frames):
-            torch.cat(list(stream(layers, part.contiguous(memory_format=torch.channels_last_3d), state)), dim=2)
+            torch.cat(
+                list(stream(layers, part.contiguous(memory_format=torch.channels_last_3d), state)),
+                dim=2,
+            )
 
     first, local = (_traced(config, run) for run in (first_part, one_tile))
     # The first part keeps its features in RAM; its run here has gone one frame into a tile.
     beside = first.beside - kept_features(config, (*shape[:2], frames, *shape[3:]))
     work = first.work.scaled(shape[2] / frames) + local.work.scaled(len(boxes) * shape[2] / frames)
-    most = max((Traced(beside, work, first.top), Traced(local.beside, work, local.top)), key=lambda traced: traced.beside)
+    most = max(
+        (Traced(beside, work, first.top), Traced(local.beside, work, local.top)),
+        key=lambda traced: traced.beside,
+    )
     return most
 
 
@@ -128,7 +155,9 @@ def _area(box: tiling.Box) -> int:
 
 
 def as_numpy(part: Tensor) -> Frames:
-    """What stands for a fake tensor's frames; numpy's memory is the system's until it is written to."""
+    """What stands for a fake tensor's frames; numpy's memory is the system's until it is written
+    to.
+    """
     _, _, count, rows, columns = part.shape
     return np.empty((count, rows, columns, 3), dtype=np.uint8)
 

@@ -16,7 +16,9 @@ from wanflow.plan.trace import Work
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run, in seconds. step: of each, where there are several; bound: what a step waits for; sending: of a step, to others."""
+    """A part of a run, in seconds. step: of each, where there are several; bound: what a step waits
+    for; sending: of a step, to others.
+    """
 
     name: str
     seconds: float
@@ -45,13 +47,17 @@ class Estimate:
 
 
 def rated(plan: Plan, model: Model, request: CompleteRequest) -> Plan:
-    """The plan with its machine's rates: measured, where it is the one that is here and not in the table (under a second)."""
+    """The plan with its machine's rates: measured, where it is the one that is here and not in the
+    table (under a second).
+    """
     if plan.machine.rates is not None or plan.machine.described:
         return plan
     device = choose_device(plan.runtime.device)
     shape, (width, height) = model.preset.dit, request.size
     tokens = (request.frame_num + 3) // 4 * width * height // 256
-    rates = measured(device, dtype_of(model, plan.runtime, plan.kind), shape.dim, shape.num_heads, tokens)
+    rates = measured(
+        device, dtype_of(model, plan.runtime, plan.kind), shape.dim, shape.num_heads, tokens
+    )
     return replace(plan, machine=replace(plan.machine, rates=rates))
 
 
@@ -62,13 +68,20 @@ def estimate(plan: Plan) -> Estimate:
         RequestError: where one of the two is missing.
     """
     if plan.need is None or plan.machine.rates is None:
-        raise RequestError("there is nothing to estimate a time from: neither a GPU with known rates nor a measurement")
+        raise RequestError(
+            "there is nothing to estimate a time from: neither a GPU with known rates nor a"
+            " measurement"
+        )
     rates, stages = plan.machine.rates, list[Stage]()
     meanwhile = 0.0
     for phase in plan.need.phases:
         stages.append(_stage(phase, rates, meanwhile))
         # What is read ahead is read while the steps before it run.
-        meanwhile = stages[-1].step * stages[-1].steps if plan.runtime.prefetch and "expert" in phase.name else 0.0
+        meanwhile = (
+            stages[-1].step * stages[-1].steps
+            if plan.runtime.prefetch and "expert" in phase.name
+            else 0.0
+        )
     return Estimate(tuple(stages), rates.source)
 
 
@@ -85,22 +98,35 @@ def _stage(phase: Phase, rates: Rates, meanwhile: float) -> Stage:
         "the others' shares of the weights": phase.gathered / rates.link,
     }
     bound = max(parts, key=lambda name: parts[name])
-    # What attention waits for is sent while nothing else is done. Shares of weights come while the block before works.
+    # What attention waits for is sent while nothing else is done. Shares of weights come while the
+    # block before works.
     sending = sum(phase.sent.values()) / rates.link + phase.messages * rates.message
     step = parts[bound] + sending
-    return Stage(phase.name, loading + step * phase.steps, loading, step, phase.steps, bound, sending)
+    return Stage(
+        phase.name, loading + step * phase.steps, loading, step, phase.steps, bound, sending
+    )
 
 
 def compute_seconds(work: Work, rates: Rates, on_cpu: bool) -> float:
-    """Matmuls, attention and convolutions at their rates, then everything else at the memory's; none of it overlaps."""
+    """Matmuls, attention and convolutions at their rates, then everything else at the memory's;
+    none of it overlaps.
+    """
     seconds = work.traffic / rates.memory
     for (kind, in_float32), flops in work.flops.items():
-        rate = {"attention": rates.attention, "convolution": rates.float32, "quantised": rates.low or rates.matmul}.get(kind, rates.matmul)
+        rate = {
+            "attention": rates.attention,
+            "convolution": rates.float32,
+            "quantised": rates.low or rates.matmul,
+        }.get(kind, rates.matmul)
         if in_float32 and kind == "matmul" and not on_cpu:
             rate = rates.float32
         seconds += flops / rate
     # A GPU is handed operations while it works on earlier ones; a CPU does one after the other.
-    return seconds + work.kernels * rates.launch if on_cpu else max(seconds, work.kernels * rates.launch)
+    return (
+        seconds + work.kernels * rates.launch
+        if on_cpu
+        else max(seconds, work.kernels * rates.launch)
+    )
 
 
 # the user's document
@@ -108,7 +134,9 @@ def compute_seconds(work: Work, rates: Rates, on_cpu: bool) -> float:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make a video: steps, passes through an expert, and whether the result is the model's own. fused: see FUSED."""
+    """A way to make a video: steps, passes through an expert, and whether the result is the model's
+    own. fused: see FUSED.
+    """
 
     name: str
     steps: int
@@ -122,7 +150,8 @@ class Way:
         return self.passes == 2 * self.steps
 
 
-# Of the bytes that elementwise operations move, so much is left where a compiler fuses those of a block (1.2 of 4.2 TB a pass at 720p).
+# Of the bytes that elementwise operations move, so much is left where a compiler fuses those of a
+# block (1.2 of 4.2 TB a pass at 720p).
 FUSED = 0.29
 WAYS = (
     Way("40 steps, as published", 40, 80, True),
@@ -131,14 +160,21 @@ WAYS = (
     Way("8 steps, --preset lightning8", 8, 8, False),
     Way("4 steps, --preset lightning4", 4, 4, False),
 )
-CLAIMS = {1: (8, 12), 2: (3, 6), 4: (3, 6), 8: (3, 6)}  # minutes for 1280*720 and 5 seconds on so many A100 of 80 GB
+CLAIMS = {
+    1: (8, 12),
+    2: (3, 6),
+    4: (3, 6),
+    8: (3, 6),
+}  # minutes for 1280*720 and 5 seconds on so many A100 of 80 GB
 CLAIMED_GB = (70, 75)
 PEAK = 312e12  # bf16 FLOP/s on an A100's data sheet
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Minutes on so many GPUs, by way; what the document claims; and the least that the data sheet's FLOP/s allow for 40 steps."""
+    """Minutes on so many GPUs, by way; what the document claims; and the least that the data
+    sheet's FLOP/s allow for 40 steps.
+    """
 
     gpus: int
     minutes: dict[str, float]
@@ -147,11 +183,16 @@ class Figure:
 
     def reached_by(self, exact: bool) -> list[str]:
         """Ways that are no slower than the claim, the slowest first."""
-        return [way.name for way in WAYS if way.exact == exact and self.minutes[way.name] <= self.claim[1]]
+        return [
+            way.name
+            for way in WAYS
+            if way.exact == exact and self.minutes[way.name] <= self.claim[1]
+        ]
 
 
 def figures(guided: Mapping[int, Plan], plain: Mapping[int, Plan]) -> list[Figure]:
-    """The document's figures against plans for so many GPUs each, with known rates, the weights being loaded.
+    """The document's figures against plans for so many GPUs each, with known rates, the weights
+    being loaded.
 
     Args:
         guided: every step has guidance; one of a single GPU is among them.
@@ -164,7 +205,14 @@ def figures(guided: Mapping[int, Plan], plain: Mapping[int, Plan]) -> list[Figur
         assert rates is not None and plan.need is not None
         phases = [phase for phase in plan.need.phases if "expert" in phase.name]
         steps = sum(phase.steps for phase in phases)
-        saved = (1 - FUSED) * sum(phase.work.traffic * phase.steps for phase in phases) / rates.memory / steps if fused else 0.0
+        saved = (
+            (1 - FUSED)
+            * sum(phase.work.traffic * phase.steps for phase in phases)
+            / rates.memory
+            / steps
+            if fused
+            else 0.0
+        )
         rest = whole.seconds - whole.denoising - sum(stage.loading for stage in whole.stages)
         return whole.denoising / steps - saved, rest
 
@@ -174,9 +222,13 @@ def figures(guided: Mapping[int, Plan], plain: Mapping[int, Plan]) -> list[Figur
 
     alone = guided[1].need
     assert alone is not None
-    flops = sum(phase.work.total() * phase.steps for phase in alone.phases if "expert" in phase.name)
+    flops = sum(
+        phase.work.total() * phase.steps for phase in alone.phases if "expert" in phase.name
+    )
     return [
-        Figure(gpus, {way.name: minutes(way, gpus) for way in WAYS}, claim, flops / PEAK / gpus / 60)
+        Figure(
+            gpus, {way.name: minutes(way, gpus) for way in WAYS}, claim, flops / PEAK / gpus / 60
+        )
         for gpus, claim in CLAIMS.items()
         if gpus in guided
     ]

@@ -1,4 +1,6 @@
-"""A model as far as a plan needs to know it: from its files' headers, or from the published shapes alone."""
+"""A model as far as a plan needs to know it: from its files' headers, or from the published shapes
+alone.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,18 @@ from wanflow.weights.source import open_part
 
 Which = Literal["high", "low", "t5", "vae"]
 PUBLISHED_DISK = 126_200_000_000  # bytes of the official folder
-PUBLISHED = {"high": torch.float32, "low": torch.float32, "t5": torch.bfloat16, "vae": torch.float32}  # what its files hold
+PUBLISHED = {
+    "high": torch.float32,
+    "low": torch.float32,
+    "t5": torch.bfloat16,
+    "vae": torch.float32,
+}  # what its files hold
 
 
 @dataclass(frozen=True)
 class Model:
-    """Shapes, files by their headers, and sizes. `sources` is None where only the official files' form is known.
+    """Shapes, files by their headers, and sizes. `sources` is None where only the official files'
+    form is known.
 
     parameters: of each part, a count. file_bytes: what loading a part reads. disk: of all files.
     """
@@ -58,25 +66,54 @@ def _module(preset: Preset, which: Which) -> nn.Module:
 
 def _counts(preset: Preset) -> dict[Which, int]:
     parts: tuple[Which, ...] = ("high", "t5", "vae")
-    counts: dict[Which, int] = {which: sum(value.numel() for value in _module(preset, which).parameters()) for which in parts}
+    counts: dict[Which, int] = {
+        which: sum(value.numel() for value in _module(preset, which).parameters())
+        for which in parts
+    }
     return {**counts, "low": counts["high"]}
 
 
 def published(preset: Preset = T2V_A14B) -> Model:
     """The official model, or one of other shapes in the same kind of files, without having it."""
     counts = _counts(preset)
-    return Model(preset, None, counts, {which: counts[which] * PUBLISHED[which].itemsize for which in counts}, PUBLISHED_DISK)
+    return Model(
+        preset,
+        None,
+        counts,
+        {which: counts[which] * PUBLISHED[which].itemsize for which in counts},
+        PUBLISHED_DISK,
+    )
 
 
 def describe(checkpoint: Checkpoint) -> Model:
     """A model on disk."""
     paths: dict[Which, Path] = {
-        "high": checkpoint.experts["high"], "low": checkpoint.experts["low"], "t5": checkpoint.t5, "vae": checkpoint.vae,
-    }  # fmt: skip
-    sources = {which: open_part(cast(Any, "dit" if which in ("high", "low") else which), path) for which, path in paths.items()}
-    sizes = {which: sum(info.nbytes for info in source.tensors.values()) for which, source in sources.items()}
-    files = {file for path in paths.values() for file in (weight_files(path) if path.is_dir() else [path]) if file.exists()}
-    return Model(checkpoint.preset, sources, _counts(checkpoint.preset), sizes, sum(file.stat().st_size for file in files))
+        "high": checkpoint.experts["high"],
+        "low": checkpoint.experts["low"],
+        "t5": checkpoint.t5,
+        "vae": checkpoint.vae,
+    }
+    sources = {
+        which: open_part(cast(Any, "dit" if which in ("high", "low") else which), path)
+        for which, path in paths.items()
+    }
+    sizes = {
+        which: sum(info.nbytes for info in source.tensors.values())
+        for which, source in sources.items()
+    }
+    files = {
+        file
+        for path in paths.values()
+        for file in (weight_files(path) if path.is_dir() else [path])
+        if file.exists()
+    }
+    return Model(
+        checkpoint.preset,
+        sources,
+        _counts(checkpoint.preset),
+        sizes,
+        sum(file.stat().st_size for file in files),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""What a run takes with every setting settled: bytes on the device and in RAM, phase by phase, and disk."""
+"""What a run takes with every setting settled: bytes on the device and in RAM, phase by phase, and
+disk.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,16 @@ from wanflow.plan.traces import Traces
 from wanflow.sampling.experts import Expert
 
 GB = 10**9
-# Beside tensors, a process that uses a GPU has a context on it with its kernels (0.4 to 0.6 GB are usual), and PyTorch's allocator
-# rounds and scatters what it hands out (a few percent). cuDNN's convolutions take a workspace. None of it was measured here.
+# Beside tensors, a process that uses a GPU has a context on it with its kernels (0.4 to 0.6 GB are
+# usual), and PyTorch's allocator rounds and scatters what it hands out (a few percent). cuDNN's
+# convolutions take a workspace. None of it was measured here.
 CONTEXT, SCATTER, WORKSPACE = 600_000_000, 0.04, 500_000_000
-# Python with PyTorch, before a weight is read: 0.25 GB here; a process that uses CUDA has its libraries' memory too (not measured here).
+# Python with PyTorch, before a weight is read: 0.25 GB here; a process that uses CUDA has its
+# libraries' memory too (not measured here).
 PROCESS, PROCESS_CUDA = 300_000_000, 1_500_000_000
-READING = 200_000_000  # what is between a file and a weight: chunks, headers, the video that is written
+READING = (
+    200_000_000  # what is between a file and a weight: chunks, headers, the video that is written
+)
 OUTPUT_DISK = GB
 
 Kind = Literal["gpu", "cpu"]
@@ -26,14 +32,17 @@ Kind = Literal["gpu", "cpu"]
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run. Bytes on the device: weights, and the most that is there beside them; bytes of RAM; what it computes.
+    """A stretch of a run. Bytes on the device: weights, and the most that is there beside them;
+    bytes of RAM; what it computes.
 
-    host: what lies in RAM, where the device has memory of its own. work: of one step, of which there are `steps`. read: bytes of files
-    that are read before. copied, read_in_step: bytes that go to the device, or are read, in every step.
+    host: what lies in RAM, where the device has memory of its own. work: of one step, of which
+        there are `steps`. read: bytes of files that are read before. copied, read_in_step: bytes
+        that go to the device, or are read, in every step.
 
-    Of several processes all this is of one, the one with the most to do. here: how many the machine has; alone: the first does this
-    and the others wait. sent: bytes that it sends in a step, by what they are, in so many `messages`; gathered: bytes of others'
-    shares of the weights that it receives in a step.
+    Of several processes all this is of one, the one with the most to do. here: how many the machine
+    has; alone: the first does this and the others wait. sent: bytes that it sends in a step, by
+    what they are, in so many `messages`; gathered: bytes of others' shares of the weights that it
+    receives in a step.
     """
 
     name: str
@@ -61,13 +70,22 @@ class Phase:
     @property
     def device(self) -> int:
         """Bytes of GPU memory, with what is there beside tensors; 0 on a CPU."""
-        return 0 if self.kind == "cpu" else round(self.tensors * (1 + SCATTER)) + self.workspace + CONTEXT
+        return (
+            0
+            if self.kind == "cpu"
+            else round(self.tensors * (1 + SCATTER)) + self.workspace + CONTEXT
+        )
 
     @property
     def ram(self) -> int:
-        """Bytes of anonymous memory on one machine, all its processes together: mapped files, which the system can drop, are not in it."""
+        """Bytes of anonymous memory on one machine, all its processes together: mapped files, which
+        the system can drop, are not in it.
+        """
         each = self.tensors + self.host if self.kind == "cpu" else self.host
-        return self.here * (PROCESS if self.kind == "cpu" else PROCESS_CUDA) + (1 if self.alone else self.here) * each
+        return (
+            self.here * (PROCESS if self.kind == "cpu" else PROCESS_CUDA)
+            + (1 if self.alone else self.here) * each
+        )
 
 
 @dataclass(frozen=True)
@@ -90,12 +108,18 @@ class Need:
 
 def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
     """What a run takes with this Runtime, in which nothing is open."""
-    phases = (text_phase(traces, runtime, kind), *expert_phases(traces, runtime, kind), decode_phase(traces, runtime, kind))
+    phases = (
+        text_phase(traces, runtime, kind),
+        *expert_phases(traces, runtime, kind),
+        decode_phase(traces, runtime, kind),
+    )
     return Need(phases, traces.model.disk + OUTPUT_DISK)
 
 
 def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
-    """The text encoder: whole where the model is small, else its table in RAM and its blocks in turn, the next one being read ahead."""
+    """The text encoder: whole where the model is small, else its table in RAM and its blocks in
+    turn, the next one being read ahead.
+    """
     traced, held = traces.text(), traces.text_encoder()
     read = traces.model.file_bytes["t5"]
     on_host = kind == "cpu" or bool(runtime.t5_cpu)
@@ -106,9 +130,29 @@ def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         weights, host = (rest + 2 * block, 0) if on_host else (block, rest + 2 * block)
     if kind == "gpu" and on_host:
         beside = READING + weights + traced.beside
-        return Phase("text encoder on the CPU", kind, 0, 0, beside, traced.work, read=read, top=traced.top, here=traces.here, alone=True)
+        return Phase(
+            "text encoder on the CPU",
+            kind,
+            0,
+            0,
+            beside,
+            traced.work,
+            read=read,
+            top=traced.top,
+            here=traces.here,
+            alone=True,
+        )
     return Phase(
-        "text encoder", kind, weights, traced.beside, READING + host, traced.work, read=read, top=traced.top, here=traces.here, alone=True
+        "text encoder",
+        kind,
+        weights,
+        traced.beside,
+        READING + host,
+        traced.work,
+        read=read,
+        top=traced.top,
+        here=traces.here,
+        alone=True,
     )
 
 
@@ -125,7 +169,8 @@ def expert_phases(traces: Traces, runtime: Runtime, kind: Kind) -> list[Phase]:
 
 
 def on_device(traces: Traces, which: Expert, runtime: Runtime) -> int:
-    """Bytes of an expert's weights on the device: all, or resident blocks, two slots for the others, and the small tensors.
+    """Bytes of an expert's weights on the device: all, or resident blocks, two slots for the
+    others, and the small tensors.
 
     With dit_fsdp: a share of the blocks' matmul weights, and the rest.
     """
@@ -136,8 +181,14 @@ def on_device(traces: Traces, which: Expert, runtime: Runtime) -> int:
     streamed = len(held.blocks) - resident(traces, runtime)
     if streamed <= 0:
         return held.total + loras
-    # Blocks of one form are alike; where they are not (GGUF), those that are streamed are taken as average ones, the slots as the largest.
-    return held.total + loras - round(streamed * sum(held.blocks) / len(held.blocks)) + 2 * max(held.blocks)
+    # Blocks of one form are alike; where they are not (GGUF), those that are streamed are taken as
+    # average ones, the slots as the largest.
+    return (
+        held.total
+        + loras
+        - round(streamed * sum(held.blocks) / len(held.blocks))
+        + 2 * max(held.blocks)
+    )
 
 
 def resident(traces: Traces, runtime: Runtime) -> int:
@@ -146,15 +197,25 @@ def resident(traces: Traces, runtime: Runtime) -> int:
 
 
 def streamed_bytes(traces: Traces, which: Expert, runtime: Runtime) -> int:
-    """Bytes of the blocks that are not on the device, in the form in which they move; with dit_fsdp none move."""
+    """Bytes of the blocks that are not on the device, in the form in which they move; with dit_fsdp
+    none move.
+    """
     if runtime.dit_fsdp:
         return 0
     held = traces.expert(which, runtime)
-    return round(sum(held.blocks) * (len(held.blocks) - resident(traces, runtime)) / len(held.blocks))
+    return round(
+        sum(held.blocks) * (len(held.blocks) - resident(traces, runtime)) / len(held.blocks)
+    )
 
 
 def _denoise(
-    traces: Traces, runtime: Runtime, kind: Kind, which: Expert, indexes: list[int], before: list[Expert], after: Expert | None
+    traces: Traces,
+    runtime: Runtime,
+    kind: Kind,
+    which: Expert,
+    indexes: list[int],
+    before: list[Expert],
+    after: Expert | None,
 ) -> Phase:
     held, streamed = traces.expert(which, runtime), streamed_bytes(traces, which, runtime)
     guided = traces.guided(indexes[-1])
@@ -173,13 +234,23 @@ def _denoise(
     file = traces.model.file_bytes[which]
     from_files = 0 if from_ram else round(file * streamed / held.total)
     return Phase(
-        f"{which}-noise expert{'' if guided else ' without guidance'}", kind,
+        f"{which}-noise expert{'' if guided else ' without guidance'}",
+        kind,
         # What is kept of the other expert has nothing of this one's steps on it.
         on_device(traces, which, runtime) + others,
-        traced.beside, host, traced.work, len(indexes), read=file - from_files, copied=passes * streamed if kind == "gpu" else 0,
-        read_in_step=passes * from_files, top=traced.top, here=traces.here, sent=traced.sent, messages=traced.messages,
+        traced.beside,
+        host,
+        traced.work,
+        len(indexes),
+        read=file - from_files,
+        copied=passes * streamed if kind == "gpu" else 0,
+        read_in_step=passes * from_files,
+        top=traced.top,
+        here=traces.here,
+        sent=traced.sent,
+        messages=traced.messages,
         gathered=passes * (size - 1) * held.share if runtime.dit_fsdp else 0,
-    )  # fmt: skip
+    )
 
 
 def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
@@ -192,6 +263,16 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     if runtime.stream_from == "ram":
         host += sum(streamed_bytes(traces, which, runtime) for which in kept)
     return Phase(
-        "VAE", kind, weights, traced.beside, host, traced.work, read=traces.model.file_bytes["vae"],
-        workspace=WORKSPACE if kind == "gpu" else 0, top=traced.top, here=traces.here, sent=traced.sent, messages=traced.messages,
-    )  # fmt: skip
+        "VAE",
+        kind,
+        weights,
+        traced.beside,
+        host,
+        traced.work,
+        read=traces.model.file_bytes["vae"],
+        workspace=WORKSPACE if kind == "gpu" else 0,
+        top=traced.top,
+        here=traces.here,
+        sent=traced.sent,
+        messages=traced.messages,
+    )

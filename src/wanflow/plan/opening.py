@@ -18,23 +18,30 @@ logger = logging.getLogger("wanflow")
 
 
 def load(
-    model: str | Path | None = "nano", report: Report | None = None, plan_for: Request | None = None, force: bool = False, **options: Any
+    model: str | Path | None = "nano",
+    report: Report | None = None,
+    plan_for: Request | None = None,
+    force: bool = False,
+    **options: Any,
 ) -> Pipeline:
     """A pipeline for a model, run in the way that is best for it on this machine.
 
-    In a script that torchrun starts several times, the processes share the work. Each must make the same calls with the same
-    arguments; the first one's seed, callback and video count.
+    In a script that torchrun starts several times, the processes share the work. Each must make the
+    same calls with the same arguments; the first one's seed, callback and video count.
 
     Args:
-        model: `"nano"`, or a folder in any layout, or a repository's name if Hugging Face's cache has it.
+        model: `"nano"`, or a folder in any layout, or a repository's name if Hugging Face's cache
+            has it.
         report: called while weights are read, with (what, bytes done, bytes in all).
         plan_for: the largest request that will be made; None: the model's default size and length.
         force: load although the machine is too small for that.
-        options: high, low, t5, vae, tokenizer: files in place of the model's own; and the fields of `wanflow.Runtime` (device, dtype,
-            resident_blocks, quantize, ...); what is left out is settled for the machine.
+        options: high, low, t5, vae, tokenizer: files in place of the model's own; and the fields of
+            `wanflow.Runtime` (device, dtype, resident_blocks, quantize, ...); what is left out is
+            settled for the machine.
 
     Raises:
-        RequestError: when weights are missing or damaged, or the machine is too small or lacks what was asked for.
+        RequestError: when weights are missing or damaged, or the machine is too small or lacks what
+            was asked for.
     """
     given = {part: options.pop(part) for part in PARTS if options.get(part) is not None}
     unknown = sorted(set(options) - {f.name for f in fields(Runtime)})
@@ -52,5 +59,7 @@ def load(
     decide = planned if force else guard
     if ranks is None:
         return assemble(checkpoint, decide(checkpoint, runtime, plan_for).runtime, report)
-    settled = mesh.agree(ranks, lambda: decide(checkpoint, runtime, plan_for, ranks.size, mesh.per_machine()).runtime)
+    settled = mesh.agree(
+        ranks, lambda: decide(checkpoint, runtime, plan_for, ranks.size, mesh.per_machine()).runtime
+    )
     return assemble(checkpoint, settled, report if ranks.rank == 0 else None, ranks)

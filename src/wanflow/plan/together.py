@@ -1,4 +1,6 @@
-"""How several processes share one video: settled before anything is traced, since what a process works on follows from it."""
+"""How several processes share one video: settled before anything is traced, since what a process
+works on follows from it.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,20 @@ def used_here(processes: int, per_machine: int | None) -> int:
 
 def guided_steps(request: CompleteRequest) -> list[bool]:
     """Which steps have guidance."""
-    working = experts(make_schedule(request.sample_solver, request.sample_steps, request.sample_shift), request.boundary)
+    working = experts(
+        make_schedule(request.sample_solver, request.sample_steps, request.sample_shift),
+        request.boundary,
+    )
     return [request.guidance(which, index + 1) != 1 for index, which in enumerate(working)]
 
 
-def settle_layout(model: Model, request: CompleteRequest, runtime: Runtime, processes: int, machine: int) -> tuple[Runtime, Layout]:
+def settle_layout(
+    model: Model, request: CompleteRequest, runtime: Runtime, processes: int, machine: int
+) -> tuple[Runtime, Layout]:
     """The runtime with cfg_parallel, ring_size and ulysses_size settled; what is set stays.
 
-    Guidance is split where every step has it. In a step without, both groups would compute the same: one such step costs more time
-    than exchanging a velocity in the others saves.
+    Guidance is split where every step has it. In a step without, both groups would compute the
+    same: one such step costs more time than exchanging a velocity in the others saves.
 
     Args:
         machine: how many of the processes one machine has.
@@ -43,10 +50,18 @@ def settle_layout(model: Model, request: CompleteRequest, runtime: Runtime, proc
     kernel = BACKENDS.get(runtime.attention)
     cfg = None if runtime.cfg_parallel is None else 2 if runtime.cfg_parallel else 1
     layout = choose(
-        processes, model.preset.dit.num_heads, all(guided_steps(request)), kernel is None or kernel.with_lse is not None, machine,
-        cfg=cfg, ring=runtime.ring_size, ulysses=runtime.ulysses_size,
-    )  # fmt: skip
-    settled = replace(runtime, cfg_parallel=layout.cfg == 2, ring_size=layout.ring, ulysses_size=layout.ulysses)
+        processes,
+        model.preset.dit.num_heads,
+        all(guided_steps(request)),
+        kernel is None or kernel.with_lse is not None,
+        machine,
+        cfg=cfg,
+        ring=runtime.ring_size,
+        ulysses=runtime.ulysses_size,
+    )
+    settled = replace(
+        runtime, cfg_parallel=layout.cfg == 2, ring_size=layout.ring, ulysses_size=layout.ulysses
+    )
     assert layout_of(settled) == layout
     return settled, layout
 
@@ -57,7 +72,10 @@ def layout_reasons(model: Model, request: CompleteRequest, layout: Layout) -> li
         return []
     words = []
     if layout.cfg == 2:
-        words.append("one half of the processes for each branch of guidance, which exchange one velocity a step")
+        words.append(
+            "one half of the processes for each branch of guidance, which exchange one velocity a"
+            " step"
+        )
     elif any(guided := guided_steps(request)) and not all(guided):
         words.append("guidance is not split: steps without it would be computed twice")
     if layout.ulysses > 1:
@@ -69,6 +87,7 @@ def layout_reasons(model: Model, request: CompleteRequest, layout: Layout) -> li
     if max(shares) * layout.ulysses > heads:
         lost = max(shares) * layout.ulysses / heads - 1
         reasons.append(
-            f"{heads} heads on {layout.ulysses} are up to {max(shares)} each, so attention takes {lost:.0%} longer than evenly cut"
+            f"{heads} heads on {layout.ulysses} are up to {max(shares)} each, so attention takes"
+            f" {lost:.0%} longer than evenly cut"
         )
     return reasons

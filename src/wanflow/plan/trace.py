@@ -1,7 +1,8 @@
 """What the real code would allocate and compute, seen by running it on tensors that have no memory.
 
-Fake *CPU* tensors: on those the fused attention stays one operation, as on a GPU, while on fake CUDA or meta tensors it falls apart into
-a score matrix of 900 GB. Every storage counts once, from the operation that makes it until nothing refers to it.
+Fake *CPU* tensors: on those the fused attention stays one operation, as on a GPU, while on fake
+CUDA or meta tensors it falls apart into a score matrix of 900 GB. Every storage counts once, from
+the operation that makes it until nothing refers to it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ DEVICE = torch.ops.prim.device.default
 
 @dataclass(frozen=True)
 class Held:
-    """A storage that is alive: its bytes, and the operation that made it, with the shape that came of it."""
+    """A storage that is alive: its bytes, and the operation that made it, with the shape that came
+    of it.
+    """
 
     nbytes: int
     made_by: str
@@ -37,10 +40,14 @@ class Held:
 
 @dataclass
 class Work:
-    """What a stretch of code computes: FLOPs by kind, in float32 and in lower precision apart, and the bytes moved by everything else."""
+    """What a stretch of code computes: FLOPs by kind, in float32 and in lower precision apart, and
+    the bytes moved by everything else.
+    """
 
     flops: Counter[tuple[Kind, bool]] = field(default_factory=Counter)  # bool: in float32
-    traffic: int = 0  # bytes read and written by what is neither matmul, attention nor convolution; each operation by itself, unfused
+    # bytes read and written by what is neither matmul, attention nor convolution; each operation by
+    # itself, unfused
+    traffic: int = 0
     kernels: int = 0
 
     def total(self) -> int:
@@ -58,9 +65,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Traced:
-    """What a stretch takes beside its weights, in bytes, what it computes, and the largest storages at its peak.
+    """What a stretch takes beside its weights, in bytes, what it computes, and the largest storages
+    at its peak.
 
-    sent: bytes that this process sends to others, by what they are; messages: in how many collectives.
+    sent: bytes that this process sends to others, by what they are; messages: in how many
+        collectives.
     """
 
     beside: int
@@ -71,7 +80,9 @@ class Traced:
 
 
 class Trace(TorchDispatchMode):
-    """Counts while it is on. `live` and `peak` are bytes; `mark` begins a new stretch, of which the peak and the work are asked for."""
+    """Counts while it is on. `live` and `peak` are bytes; `mark` begins a new stretch, of which the
+    peak and the work are asked for.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -93,7 +104,11 @@ class Trace(TorchDispatchMode):
 
     def mark(self) -> None:
         """Forget peak and work so far; what is alive stays counted."""
-        self.peak, self.work, self._at_peak = self.live, Work(), tuple(held for _, held in self._held.values())
+        self.peak, self.work, self._at_peak = (
+            self.live,
+            Work(),
+            tuple(held for _, held in self._held.values()),
+        )
 
     def top(self, count: int = 12) -> list[Held]:
         """The largest that was alive at the peak."""
@@ -117,7 +132,9 @@ class Trace(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self.live -= self._held.pop(key)[1].nbytes
 
-    def _count(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], made: list[Tensor]) -> None:
+    def _count(
+        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], made: list[Tensor]
+    ) -> None:
         kind = KINDS.get(func.overloadpacket)
         if kind is not None:
             flops = _flops(kind, func.overloadpacket, args, kwargs, made[0])
@@ -129,20 +146,38 @@ class Trace(TorchDispatchMode):
 
 
 aten = torch.ops.aten
-FREE = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten._unsafe_view.default, aten.alias.default,
-        aten.lift_fresh.default, aten.new_empty.default, aten.new_empty_strided.default, aten.detach.default}  # fmt: skip
+FREE = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten._unsafe_view.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.detach.default,
+}
 KINDS: dict[Any, Kind] = {
-    aten.mm: "matmul", aten.addmm: "matmul", aten.bmm: "matmul", aten.baddbmm: "matmul",
-    aten._scaled_mm: "quantised", aten._int_mm: "quantised",
-    aten._scaled_dot_product_flash_attention_for_cpu: "attention", aten._scaled_dot_product_flash_attention: "attention",
-    aten._scaled_dot_product_efficient_attention: "attention", aten._scaled_dot_product_cudnn_attention: "attention",
+    aten.mm: "matmul",
+    aten.addmm: "matmul",
+    aten.bmm: "matmul",
+    aten.baddbmm: "matmul",
+    aten._scaled_mm: "quantised",
+    aten._int_mm: "quantised",
+    aten._scaled_dot_product_flash_attention_for_cpu: "attention",
+    aten._scaled_dot_product_flash_attention: "attention",
+    aten._scaled_dot_product_efficient_attention: "attention",
+    aten._scaled_dot_product_cudnn_attention: "attention",
     aten.convolution: "convolution",
-}  # fmt: skip
+}
 
 
 def _nbytes(value: Tensor) -> int:
     """Bytes that reading a tensor moves: a broadcast one is read once."""
-    return value.dtype.itemsize * torch.Size(n for n, step in zip(value.shape, value.stride(), strict=True) if step).numel()
+    return (
+        value.dtype.itemsize
+        * torch.Size(n for n, step in zip(value.shape, value.stride(), strict=True) if step).numel()
+    )
 
 
 def _flops(kind: Kind, packet: Any, args: Any, kwargs: Any, out: Tensor) -> int:
@@ -167,14 +202,18 @@ def fake() -> Iterator[Trace]:
 
 
 def materialise(module: nn.Module, but: Collection[str] = ()) -> int:
-    """Give a module on meta fake parameters, in the dtypes it is laid out in, and leave those named in `but`, by the end of their names;
-    returns their bytes. To be called inside `fake`."""
+    """Give a module on meta fake parameters, in the dtypes it is laid out in, and leave those named
+    in `but`, by the end of their names;
+    returns their bytes. To be called inside `fake`.
+    """
     total = 0
     for name, parameter in list(module.named_parameters()):
         if any(name.endswith(f".{end}") for end in but):
             continue
         owner, _, leaf = name.rpartition(".")
-        value = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+        value = nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
+        )
         setattr(module.get_submodule(owner), leaf, value)
         total += value.nbytes
     return total

@@ -1,7 +1,8 @@
-"""The stretches of a run, each traced once: the pipeline's own code with parts whose tensors have no memory.
+"""The stretches of a run, each traced once: the pipeline's own code with parts whose tensors have
+no memory.
 
-An expert and the text encoder are traced with one block, since blocks are alike: a further block adds its weights (which are
-counted, not traced) and the keys and values that it keeps of the text.
+An expert and the text encoder are traced with one block, since blocks are alike: a further block
+adds its weights (which are counted, not traced) and the keys and values that it keeps of the text.
 """
 
 from __future__ import annotations
@@ -37,16 +38,19 @@ from wanflow.transforms.quant import QuantLinear
 from wanflow.weights.adapters import describe_adapter, open_adapter
 from wanflow.weights.load import build, expert_structure, lay_out
 
-# The kernel of the trace: on fake CPU tensors its attention stays one operation, with the log-sum-exp too.
+# The kernel of the trace: on fake CPU tensors its attention stays one operation, with the
+# log-sum-exp too.
 KERNEL = BACKENDS["sdpa"]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of an expert's weights: all of them, those that are streamed when no block is resident, and the largest tensor of them.
+    """Bytes of an expert's weights: all of them, those that are streamed when no block is resident,
+    and the largest tensor of them.
 
-    shared: of what is cut into shares with dit_fsdp, whole; share: what one process keeps of that; gathered: of one block, filled up
-    to shares of one size, as it is when all of them are put together.
+    shared: of what is cut into shares with dit_fsdp, whole; share: what one process keeps of that;
+        gathered: of one block, filled up to shares of one size, as it is when all of them are put
+        together.
     """
 
     total: int
@@ -59,7 +63,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class FakeLora:
-    """What a plan knows of a LoRA file: how many numbers it holds, its rank, and whether the changed weight is made for each call."""
+    """What a plan knows of a LoRA file: how many numbers it holds, its rank, and whether the
+    changed weight is made for each call.
+    """
 
     lora: Lora
     numbers: int
@@ -75,7 +81,12 @@ def known_lora(lora: Lora) -> FakeLora:
     source = open_adapter(Path(lora.path))
     told = describe_adapter(source) or {"ranks": [], "kinds": {}}
     numbers = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
-    return FakeLora(lora, numbers, max(told["ranks"], default=1), any(kind not in ("LoRA", "difference") for kind in told["kinds"]))
+    return FakeLora(
+        lora,
+        numbers,
+        max(told["ranks"], default=1),
+        any(kind not in ("LoRA", "difference") for kind in told["kinds"]),
+    )
 
 
 @dataclass
@@ -110,10 +121,11 @@ class FakeParts:
 
 
 class Traces:
-    """All of one model, request, dtype and layout, on one kind of device; what differs between candidates is in the arguments.
+    """All of one model, request, dtype and layout, on one kind of device; what differs between
+    candidates is in the arguments.
 
-    Of several processes the last is traced: what does not divide leaves it the most tokens and the most heads. here: how many of
-    them one machine has.
+    Of several processes the last is traced: what does not divide leaves it the most tokens and the
+    most heads. here: how many of them one machine has.
     """
 
     TRACED_BLOCKS = 1  # of an expert; a test traces all and compares
@@ -132,7 +144,9 @@ class Traces:
         self.small = model.small(dtype)
         # As `assemble` has it: the large encoder's activations overflow float16.
         self.text_dtype = dtype if self.small and dtype != torch.float16 else torch.bfloat16
-        self.schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
+        self.schedule = make_schedule(
+            request.sample_solver, request.sample_steps, request.sample_shift
+        )
         self.working = experts(self.schedule, request.boundary)
         self.loras = tuple(known_lora(lora) for lora in request.loras)
         self._done: dict[Any, Any] = {}
@@ -173,50 +187,104 @@ class Traces:
         """Its weights as they are held, LoRAs aside."""
         key = ("expert", self._form(which), runtime.quantize, runtime.quantize_layers)
         if key not in self._done:
-            model = expert_structure(self.model.preset.dit, self.model.source(which), runtime, self.dtype, self.device)
+            model = expert_structure(
+                self.model.preset.dit, self.model.source(which), runtime, self.dtype, self.device
+            )
             sizes = [value.nbytes for value in model.parameters()]
-            blocks = [[value for leaf in block.modules() for value in rows_of(leaf)] for block in model.blocks]
+            blocks = [
+                [value for leaf in block.modules() for value in rows_of(leaf)]
+                for block in model.blocks
+            ]
             shares = [sum(share(value, self.layout.size) for value in block) for block in blocks]
             self._done[key] = Weights(
-                sum(sizes), tuple(Frame(block).layout.nbytes for block in model.blocks), max(sizes),
-                sum(value.nbytes for block in blocks for value in block), sum(shares), max(shares) * self.layout.size,
-            )  # fmt: skip
+                sum(sizes),
+                tuple(Frame(block).layout.nbytes for block in model.blocks),
+                max(sizes),
+                sum(value.nbytes for block in blocks for value in block),
+                sum(shares),
+                max(shares) * self.layout.size,
+            )
         return cast(Weights, self._done[key])
 
     def lora_bytes(self, which: Expert, runtime: Runtime) -> int:
         """Live LoRAs lie on the device in the dtype that their leaves compute in."""
-        return 0 if runtime.lora == "fused" else sum(lora.numbers * self.dtype.itemsize for lora in self.loras if lora.works_on(which))
+        return (
+            0
+            if runtime.lora == "fused"
+            else sum(
+                lora.numbers * self.dtype.itemsize for lora in self.loras if lora.works_on(which)
+            )
+        )
 
-    def step(self, which: Expert, index: int, runtime: Runtime, streamed: bool, gloo: bool = False) -> Traced:
-        """One denoising step, with the solver's state, all keys and values of the text, and blocks put together from shares.
+    def step(
+        self, which: Expert, index: int, runtime: Runtime, streamed: bool, gloo: bool = False
+    ) -> Traced:
+        """One denoising step, with the solver's state, all keys and values of the text, and blocks
+        put together from shares.
 
         Args:
             gloo: what the processes speak, on a CPU: it makes a copy of what it gathers.
         """
         live = runtime.lora == "live" and tuple(lora for lora in self.loras if lora.works_on(which))
-        settings = (runtime.quantize, runtime.quantize_layers, runtime.chunk_tokens, runtime.cfg_batch)
+        settings = (
+            runtime.quantize,
+            runtime.quantize_layers,
+            runtime.chunk_tokens,
+            runtime.cfg_batch,
+        )
         gathered = self.expert(which, runtime).gathered if runtime.dit_fsdp else 0
-        key = ("step", self._form(which), self.guided(index), min(index, 2), streamed, live, *settings, gathered, gloo)
+        key = (
+            "step",
+            self._form(which),
+            self.guided(index),
+            min(index, 2),
+            streamed,
+            live,
+            *settings,
+            gathered,
+            gloo,
+        )
         if key not in self._done:
-            self._done[key] = self._step(which, index, runtime, streamed, live or (), (gathered, gloo))
+            self._done[key] = self._step(
+                which, index, runtime, streamed, live or (), (gathered, gloo)
+            )
         return cast(Traced, self._done[key])
 
     def _form(self, which: Expert) -> Any:
         """Experts of one form are traced once."""
         source = self.model.source(which)
-        return None if source is None else tuple((name, info.packing) for name, info in source.tensors.items() if info.packing)
+        return (
+            None
+            if source is None
+            else tuple(
+                (name, info.packing) for name, info in source.tensors.items() if info.packing
+            )
+        )
 
     def _step(
-        self, which: Expert, index: int, runtime: Runtime, streamed: bool, loras: tuple[FakeLora, ...], together: tuple[int, bool]
+        self,
+        which: Expert,
+        index: int,
+        runtime: Runtime,
+        streamed: bool,
+        loras: tuple[FakeLora, ...],
+        together: tuple[int, bool],
     ) -> Traced:
-        preset = replace(self.model.preset, dit=replace(self.model.preset.dit, num_layers=self.TRACED_BLOCKS))
-        # Leaves that unpack weights do so in many small steps: they are traced by themselves (`_leaves`), once.
-        plain = expert_structure(preset.dit, None, replace(runtime, quantize=""), self.dtype, self.device)
+        preset = replace(
+            self.model.preset, dit=replace(self.model.preset.dit, num_layers=self.TRACED_BLOCKS)
+        )
+        # Leaves that unpack weights do so in many small steps: they are traced by themselves
+        # (`_leaves`), once.
+        plain = expert_structure(
+            preset.dit, None, replace(runtime, quantize=""), self.dtype, self.device
+        )
         with fake() as trace:
             model: Any = plain
             materialise(plain, but=set(Frame(next(iter(plain.blocks))).leaves) if streamed else ())
             if streamed:
-                model = Streaming(plain, lambda _, views: None, (), torch.device("cpu"), worker=InLine())
+                model = Streaming(
+                    plain, lambda _, views: None, (), torch.device("cpu"), worker=InLine()
+                )
             if loras:
                 _attach(plain, loras)
             parts = FakeParts(preset, model, self.text_dtype)
@@ -231,7 +299,12 @@ class Traces:
             velocity = pipe.velocity(self.request, self.schedule, index)
             x = torch.empty(self.latent_shape())
             past = min(2, index)
-            state = SolverState(index, x, tuple(torch.empty_like(x) for _ in range(past)), torch.empty_like(x) if past else None)
+            state = SolverState(
+                index,
+                x,
+                tuple(torch.empty_like(x) for _ in range(past)),
+                torch.empty_like(x) if past else None,
+            )
             inside = Inside(trace, next(iter(plain.blocks)), team.traffic)
             if together[0]:
                 hold_gathered(plain, together[0], self.model.preset.dit.num_layers > 1, together[1])
@@ -245,18 +318,32 @@ class Traces:
         sent = Counter({what: count for what, count in team.traffic.sent.items() if count})
         sent.update({what: count * others for what, count in inside.sent.items()})
         messages = sum(team.traffic.calls.values()) + inside.messages * others
-        return Traced(beside + excess + text // self.TRACED_BLOCKS * others, work, tuple(trace.top()), sent, messages)
+        return Traced(
+            beside + excess + text // self.TRACED_BLOCKS * others,
+            work,
+            tuple(trace.top()),
+            sent,
+            messages,
+        )
 
     def _leaves(self, which: Expert, runtime: Runtime, passes: int) -> tuple[int, Work]:
-        """What packed or quantised leaves of a block need beyond plain ones: the most bytes of one, and the work of all in a step.
+        """What packed or quantised leaves of a block need beyond plain ones: the most bytes of one,
+        and the work of all in a step.
 
-        The first block stands for all; in GGUF files others may be packed otherwise, which changes the weights' bytes but not these.
+        The first block stands for all; in GGUF files others may be packed otherwise, which changes
+        the weights' bytes but not these.
         """
         if not runtime.quantize and not self._form(which):
             return 0, Work()
         source, dit = self.model.source(which), replace(self.model.preset.dit, num_layers=1)
-        forms = [expert_structure(dit, source and FirstBlocks(source, 1), runtime, self.dtype, self.device)]
-        forms.append(expert_structure(dit, None, replace(runtime, quantize=""), self.dtype, self.device))
+        forms = [
+            expert_structure(
+                dit, source and FirstBlocks(source, 1), runtime, self.dtype, self.device
+            )
+        ]
+        forms.append(
+            expert_structure(dit, None, replace(runtime, quantize=""), self.dtype, self.device)
+        )
         ours, plain = (dict(next(iter(model.blocks)).named_modules()) for model in forms)
         tokens = self.own_tokens()
         rows = min(runtime.chunk_tokens or tokens, tokens)
@@ -280,8 +367,16 @@ class Traces:
         """Its weights as they are held."""
         if "t5" not in self._done:
             module = cast(UMT5Encoder, self.model.module("t5"))
-            lay_out(module, self.model.source("t5"), lambda name, info: self.text_dtype, self.text_dtype, self.device)
-            blocks = tuple(sum(value.nbytes for value in block.parameters()) for block in module.blocks)
+            lay_out(
+                module,
+                self.model.source("t5"),
+                lambda name, info: self.text_dtype,
+                self.text_dtype,
+                self.device,
+            )
+            blocks = tuple(
+                sum(value.nbytes for value in block.parameters()) for block in module.blocks
+            )
             sizes = [value.nbytes for value in module.parameters()]
             self._done["t5"] = Weights(sum(sizes), blocks, max(sizes))
         return cast(Weights, self._done["t5"])
@@ -295,7 +390,13 @@ class Traces:
             config, source = self.model.preset.text, self.model.source("t5")
             layers = 1
             encoder = build(UMT5Encoder, replace(config, num_layers=layers))
-            lay_out(encoder, source and FirstBlocks(source, layers), lambda name, info: self.text_dtype, self.text_dtype, self.device)
+            lay_out(
+                encoder,
+                source and FirstBlocks(source, layers),
+                lambda name, info: self.text_dtype,
+                self.text_dtype,
+                self.device,
+            )
             with fake() as trace:
                 materialise(encoder)
                 weights = trace.live
@@ -315,7 +416,9 @@ class Traces:
             if self.layout.size > 1:
                 self._done["decode", tile] = decoding.in_strips(vae, shape, self.layout)
             else:
-                self._done["decode", tile] = decoding.tiled(vae, shape, tile) if tile else decoding.whole(vae, shape)
+                self._done["decode", tile] = (
+                    decoding.tiled(vae, shape, tile) if tile else decoding.whole(vae, shape)
+                )
         return cast(Traced, self._done["decode", tile])
 
 
@@ -323,7 +426,9 @@ def _one_leaf(leaf: nn.Module, rows: int) -> tuple[int, Work]:
     """The most that a leaf takes beside its parameters and its input, and its work."""
     with fake() as trace:
         materialise(leaf)
-        x = torch.empty(rows, cast(int, leaf.in_features), dtype=cast(torch.dtype, leaf.compute_dtype))
+        x = torch.empty(
+            rows, cast(int, leaf.in_features), dtype=cast(torch.dtype, leaf.compute_dtype)
+        )
         trace.mark()
         start = trace.live
         leaf(x)
@@ -333,8 +438,8 @@ def _one_leaf(leaf: nn.Module, rows: int) -> tuple[int, Work]:
 def hold_gathered(model: WanDiT, nbytes: int, many: bool, gloo: bool) -> None:
     """Hold in a trace what FSDP holds, which does not itself run on tensors without memory.
 
-    That is the block at work, put together from all processes' shares, and beside it the message in which it came, until the next one
-    has come or the forward is over.
+    That is the block at work, put together from all processes' shares, and beside it the message in
+    which it came, until the next one has come or the forward is over.
 
     Args:
         nbytes: of a block.
@@ -395,11 +500,19 @@ def _attach(model: WanDiT, loras: Iterable[FakeLora]) -> None:
     """LoRAs of these ranks on every matmul of the blocks."""
     adapters = Adapters(model)
     leaves: dict[str, Any] = {
-        name: leaf for name, leaf in model.named_modules() if name.startswith("blocks.") and hasattr(leaf, "in_features")
+        name: leaf
+        for name, leaf in model.named_modules()
+        if name.startswith("blocks.") and hasattr(leaf, "in_features")
     }
     for number, lora in enumerate(loras):
         changes: dict[str, Change] = {}
         for name, leaf in leaves.items():
-            change = LowRank(torch.empty(leaf.out_features, lora.rank), torch.empty(lora.rank, leaf.in_features))
-            changes[f"{name}.weight"] = Decomposed(change, torch.empty(leaf.out_features)) if lora.through_weight else change
+            change = LowRank(
+                torch.empty(leaf.out_features, lora.rank), torch.empty(lora.rank, leaf.in_features)
+            )
+            changes[f"{name}.weight"] = (
+                Decomposed(change, torch.empty(leaf.out_features))
+                if lora.through_weight
+                else change
+            )
         adapters.attach(str(number), changes)

@@ -11,7 +11,9 @@ Expert = Literal["high", "low"]
 
 
 def expert_at(timestep: float, boundary: float) -> Expert:
-    """The high-noise expert from boundary * 1000 upwards (low signal-to-noise ratio), the low-noise expert below."""
+    """The high-noise expert from boundary * 1000 upwards (low signal-to-noise ratio), the low-noise
+    expert below.
+    """
     return "high" if timestep >= boundary * TRAIN_STEPS else "low"
 
 

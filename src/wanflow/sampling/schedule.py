@@ -12,7 +12,9 @@ from wanflow.config import SOLVERS, TRAIN_STEPS, RequestError, Solver
 
 @dataclass(frozen=True)
 class Step:
-    """What a velocity function is told beside x. `timestep` is what the model sees; `sigma` what the solver computes with."""
+    """What a velocity function is told beside x. `timestep` is what the model sees; `sigma` what
+    the solver computes with.
+    """
 
     index: int
     timestep: float
@@ -37,13 +39,14 @@ class Schedule:
 def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
     """The official schedule of each solver.
 
-    u falls evenly from its start to 0 (not reached) and is shifted towards noise: sigma = s u / (1 + (s - 1) u). UniPC starts
-    at 0.999 as float32 has it, the others at 1. UniPC and DPM++ tell the model 1000 sigma truncated to an integer *before*
-    sigma is rounded to float32; Euler tells it 1000 sigma. All of it in float64, with every operation rounded, because
-    timesteps such as 875 depend on the last bit, and with them the expert.
+    u falls evenly from its start to 0 (not reached) and is shifted towards noise: sigma = s u / (1
+    + (s - 1) u). UniPC starts at 0.999 as float32 has it, the others at 1. UniPC and DPM++ tell the
+    model 1000 sigma truncated to an integer *before* sigma is rounded to float32; Euler tells it
+    1000 sigma. All of it in float64, with every operation rounded, because timesteps such as 875
+    depend on the last bit, and with them the expert.
 
-    Source: `golden/README.md`, "solvers". Where UniPC's first timesteps coincide (from 92 steps at shift 12) the official code
-    skips a sigma; this schedule does not.
+    Source: `golden/README.md`, "solvers". Where UniPC's first timesteps coincide (from 92 steps at
+        shift 12) the official code skips a sigma; this schedule does not.
 
     Raises:
         RequestError: for settings no schedule can be made of.
@@ -66,5 +69,7 @@ def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
 
 
 def snr(sigma: float) -> float:
-    """Signal-to-noise ratio ((1 - sigma) / sigma)^2 of x = (1 - sigma) data + sigma noise; infinite at 0."""
+    """Signal-to-noise ratio ((1 - sigma) / sigma)^2 of x = (1 - sigma) data + sigma noise; infinite
+    at 0.
+    """
     return ((1 - sigma) / sigma) ** 2 if sigma > 0 else float("inf")

@@ -1,10 +1,12 @@
 """UniPC, DPM++ 2M and Euler for rectified flow, as pure functions of a state that is a value.
 
-A state can be kept, saved, loaded elsewhere and continued, with the same bits as if nothing had happened.
+A state can be kept, saved, loaded elsewhere and continued, with the same bits as if nothing had
+happened.
 
-With alpha = 1 - sigma and lambda = log(alpha / sigma), both multistep solvers predict the data, x0 = x - sigma v, and
-integrate it exactly over a step h in lambda, with a polynomial through the last predictions. Coefficients are float64,
-samples float32. Sources: UniPC (arXiv 2302.04867, B(h) = e^-h - 1, order 2), DPM-Solver++ (arXiv 2211.01095, 2M, midpoint).
+With alpha = 1 - sigma and lambda = log(alpha / sigma), both multistep solvers predict the data, x0
+= x - sigma v, and integrate it exactly over a step h in lambda, with a polynomial through the last
+predictions. Coefficients are float64, samples float32. Sources: UniPC (arXiv 2302.04867, B(h) =
+e^-h - 1, order 2), DPM-Solver++ (arXiv 2211.01095, 2M, midpoint).
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ Velocity = Callable[[Tensor, Step], Tensor]
 class SolverState:
     """Where a run stands before step `index`.
 
-    x: the sample. data: x0 predictions of the last steps, newest first (at most two). origin: the sample from which the last
-    step set out, which UniPC's corrector returns to.
+    x: the sample. data: x0 predictions of the last steps, newest first (at most two). origin: the
+        sample from which the last step set out, which UniPC's corrector returns to.
     """
 
     index: int
@@ -50,7 +52,9 @@ def advance(schedule: Schedule, state: SolverState, velocity: Velocity) -> Solve
     step = schedule.step(state.index)
     v = velocity(state.x, step).to(state.x.dtype)
     if schedule.solver == "euler":
-        return SolverState(state.index + 1, state.x + (schedule.sigmas[state.index + 1] - step.sigma) * v)
+        return SolverState(
+            state.index + 1, state.x + (schedule.sigmas[state.index + 1] - step.sigma) * v
+        )
     predicted = state.x - step.sigma * v
     if schedule.solver == "dpm++":
         x, origin = _dpm(schedule, state, state.x, predicted), None
@@ -118,4 +122,6 @@ def _correct(schedule: Schedule, state: SolverState, data: Tensor) -> Tensor:
     # The two weights a, b solve a + b = phi2 / B and ratio a + b = 2 phi3 / B, with B = e^-h - 1.
     total, tilted = phi2 / growth, 2 * phi3 / growth
     a = (total - tilted) / (1 - ratio)
-    return result - (weight * a / ratio) * (state.data[1] - before) - (weight * (total - a)) * newest
+    return (
+        result - (weight * a / ratio) * (state.data[1] - before) - (weight * (total - a)) * newest
+    )

@@ -1,7 +1,8 @@
 """Training the miniature's VAE: images first, then clips.
 
-The latent is mean + fixed noise, with a small pull of the mean towards zero: every channel then carries about the same
-signal-to-noise ratio, and the decoder shrugs off errors of the size that a diffusion model makes.
+The latent is mean + fixed noise, with a small pull of the mean towards zero: every channel then
+carries about the same signal-to-noise ratio, and the decoder shrugs off errors of the size that a
+diffusion model makes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ PULL = 5e-4
 
 @torch.no_grad()
 def initialise(vae: WanVAE) -> None:
-    """Start as an image autoencoder: only the newest frame's taps are non-zero, time resampling copies frames."""
+    """Start as an image autoencoder: only the newest frame's taps are non-zero, time resampling
+    copies frames.
+    """
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv3d):
             newest = torch.zeros_like(module.weight)
@@ -35,12 +38,19 @@ def initialise(vae: WanVAE) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if isinstance(module, nn.Conv2d | nn.Conv3d) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Sequential) and len(module) == 7 and isinstance(module[6], CausalConv3d):
+        if (
+            isinstance(module, nn.Sequential)
+            and len(module) == 7
+            and isinstance(module[6], CausalConv3d)
+        ):
             module[6].weight.mul_(0.3)  # residual branches start small
 
 
-def clips(rng: random.Random, count: int, frames: int, side: int, crop: int) -> tuple[Tensor, Tensor]:
-    """Random clips [count, 3, frames, crop, crop] and the weight of each pixel's error, larger at and around the object.
+def clips(
+    rng: random.Random, count: int, frames: int, side: int, crop: int
+) -> tuple[Tensor, Tensor]:
+    """Random clips [count, 3, frames, crop, crop] and the weight of each pixel's error, larger at
+    and around the object.
 
     A crop smaller than `side` is cut around the object, where there is something to learn.
     """
@@ -51,17 +61,30 @@ def clips(rng: random.Random, count: int, frames: int, side: int, crop: int) -> 
         start = rng.randrange(17 - frames + 1)
         course = course[start : start + frames]
         middle = course[frames // 2, :2].tolist()
-        top, left = (min(max(round(at * side) - crop // 2 + rng.randint(-8, 8), 0), side - crop) for at in reversed(middle))
+        top, left = (
+            min(max(round(at * side) - crop // 2 + rng.randint(-8, 8), 0), side - crop)
+            for at in reversed(middle)
+        )
         cover = toy.coverage(scene.shape, course, side)[:, top : top + crop, left : left + crop]
         if rng.random() < 0.6:
             colour, background = toy.COLOURS[scene.colour], toy.BACKGROUNDS[scene.background]
         else:
-            colour, background = ((rng.randrange(256), rng.randrange(256), rng.randrange(256)) for _ in range(2))
-        videos.append(toy.paint(cover, torch.tensor(colour, dtype=torch.float32), torch.tensor(background, dtype=torch.float32)))
+            colour, background = (
+                (rng.randrange(256), rng.randrange(256), rng.randrange(256)) for _ in range(2)
+            )
+        videos.append(
+            toy.paint(
+                cover,
+                torch.tensor(colour, dtype=torch.float32),
+                torch.tensor(background, dtype=torch.float32),
+            )
+        )
         covers.append(cover)
     cover = torch.stack(covers)
     near = F.max_pool2d(cover, 7, stride=1, padding=3)
-    edge = near + F.max_pool2d(-cover, 7, stride=1, padding=3)  # 1 where inside and outside are both near
+    edge = near + F.max_pool2d(
+        -cover, 7, stride=1, padding=3
+    )  # 1 where inside and outside are both near
     return torch.stack(videos), (1 + 2 * near + 4 * edge).unsqueeze(1)
 
 
@@ -73,7 +96,9 @@ def curriculum(step: int, steps: int) -> tuple[int, int, int]:
 
 
 def loss(vae: WanVAE, videos: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Weighted L1 between a clip and its decoded noisy latent, plus the pull on the latent's mean; a scalar."""
+    """Weighted L1 between a clip and its decoded noisy latent, plus the pull on the latent's mean;
+    a scalar.
+    """
     groups = max(1, (videos.shape[2] - 1) // 4)
     mean, _ = vae.moments(videos, groups)
     noisy = mean + NOISE * torch.randn(mean.shape, generator=generator)
@@ -83,8 +108,17 @@ def loss(vae: WanVAE, videos: Tensor, weight: Tensor, generator: torch.Generator
 
 
 @torch.no_grad()
-def statistics(vae: WanVAE, rng: random.Random, side: int, count: int = 96) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each latent channel over palette clips: what the config stores."""
+def statistics(
+    vae: WanVAE, rng: random.Random, side: int, count: int = 96
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each latent channel over palette clips: what the config
+    stores.
+    """
     videos = torch.stack([toy.render(toy.sample_scene(rng), rng, 17, side) for _ in range(count)])
-    means = torch.cat([vae.moments(part, 4)[0] for part in videos.split(16)]).float().transpose(0, 1).flatten(1)
+    means = (
+        torch.cat([vae.moments(part, 4)[0] for part in videos.split(16)])
+        .float()
+        .transpose(0, 1)
+        .flatten(1)
+    )
     return tuple(means.mean(1).tolist()), tuple(means.std(1).tolist())

@@ -1,7 +1,9 @@
-"""A folder of videos with captions, as people keep them, and what training needs of it: latents and text states, made once.
+"""A folder of videos with captions, as people keep them, and what training needs of it: latents and
+text states, made once.
 
-Captions stand in `clip.txt` beside `clip.mp4`, or in one list for all: `metadata.jsonl`, `metadata.csv` or `captions.jsonl`, with the
-columns `file_name` and `text` (or `caption`). Pictures are clips of one frame.
+Captions stand in `clip.txt` beside `clip.mp4`, or in one list for all: `metadata.jsonl`,
+`metadata.csv` or `captions.jsonl`, with the columns `file_name` and `text` (or `caption`). Pictures
+are clips of one frame.
 """
 
 from __future__ import annotations
@@ -52,10 +54,13 @@ def find_clips(folder: Path) -> list[Clip]:
     """Every clip of a folder with its caption, by name.
 
     Raises:
-        RequestError: for a folder that is missing or empty, clips without captions, captions without clips.
+        RequestError: for a folder that is missing or empty, clips without captions, captions
+            without clips.
     """
     if not folder.is_dir():
-        raise RequestError(f"{folder}: there is no such folder; --data wants one with clips and their captions")
+        raise RequestError(
+            f"{folder}: there is no such folder; --data wants one with clips and their captions"
+        )
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEOS | PICTURES)
     if not files:
         raise RequestError(f"{folder} holds no clips ({', '.join(sorted(VIDEOS | PICTURES))})")
@@ -64,19 +69,26 @@ def find_clips(folder: Path) -> list[Clip]:
         captions = _listed(table)
         missing = sorted(name for name in captions if not (folder / name).is_file())
         if missing:
-            raise RequestError(f"{table} names {missing[0]}, which is not there ({len(missing)} of {len(captions)} are missing)")
+            raise RequestError(
+                f"{table} names {missing[0]}, which is not there ({len(missing)} of {len(captions)}"
+                " are missing)"
+            )
         clips = [Clip(folder / name, captions[name]) for name in sorted(captions)]
     else:
         bare = [file for file in files if not file.with_suffix(".txt").is_file()]
         if bare:
             raise RequestError(
-                f"{len(bare)} of {len(files)} clips in {folder} have no caption, {bare[0].name} is the first: write it into"
-                f" {bare[0].with_suffix('.txt').name}, or all into metadata.jsonl (file_name, text)"
+                f"{len(bare)} of {len(files)} clips in {folder} have no caption, {bare[0].name} is"
+                f" the first: write it into {bare[0].with_suffix('.txt').name}, or all into"
+                " metadata.jsonl (file_name, text)"
             )
         texts = {file.with_suffix(".txt") for file in files}
         alone = sorted(text for text in folder.rglob("*.txt") if text not in texts)
         if alone:
-            raise RequestError(f"{alone[0]} is a caption without a clip: add the clip, or take the file out of {folder}")
+            raise RequestError(
+                f"{alone[0]} is a caption without a clip: add the clip, or take the file out of"
+                f" {folder}"
+            )
         clips = [Clip(file, _text(file.with_suffix(".txt"))) for file in files]
     empty = [clip.path.name for clip in clips if not clip.caption.strip()]
     if empty:
@@ -100,7 +112,9 @@ def _listed(table: Path) -> dict[str, str]:
             if table.suffix == ".csv"
             else [json.loads(line) for line in text.splitlines() if line.strip()]
         )
-        found = {str(row["file_name"]): str(row.get("text") or row.get("caption") or "") for row in rows}
+        found = {
+            str(row["file_name"]): str(row.get("text") or row.get("caption") or "") for row in rows
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{table} is no list of file_name and text ({error!r})") from None
     if not found:
@@ -109,7 +123,8 @@ def _listed(table: Path) -> dict[str, str]:
 
 
 def read_clip(path: Path, form: Form) -> Tensor:
-    """The beginning of a clip at the wanted rate, scaled to cover the wanted size and cut from the middle: [3, T, H, W] in -1..1.
+    """The beginning of a clip at the wanted rate, scaled to cover the wanted size and cut from the
+    middle: [3, T, H, W] in -1..1.
 
     Raises:
         RequestError: for a file that is no video, or too short.
@@ -121,15 +136,20 @@ def read_clip(path: Path, form: Form) -> Tensor:
         image = _fitted(torch.from_numpy(picture), width, height)
         while len(frames) < form.frame_num and at >= (wanted := len(frames) / form.fps) - EPSILON:
             # the nearest in time; of two as near, the earlier
-            frames.append(before[1] if before is not None and wanted - before[0] <= at - wanted + EPSILON else image)
+            frames.append(
+                before[1]
+                if before is not None and wanted - before[0] <= at - wanted + EPSILON
+                else image
+            )
         if len(frames) == form.frame_num:
             return torch.stack(frames, 1)
         before = at, image
     last = before[0] if before else 0.0
     need = (form.frame_num - 1) / form.fps
     raise RequestError(
-        f"{path} lasts {last:.2f} s, and {form.frame_num} frames at {form.fps:g} per second need {need:.2f} s; use longer clips, or a"
-        f" smaller --frame_num (this clip has room for {max(1, 4 * ((len(frames) - 1) // 4) + 1)})"
+        f"{path} lasts {last:.2f} s, and {form.frame_num} frames at {form.fps:g} per second need"
+        f" {need:.2f} s; use longer clips, or a smaller --frame_num (this clip has room for"
+        f" {max(1, 4 * ((len(frames) - 1) // 4) + 1)})"
     )
 
 
@@ -138,7 +158,10 @@ def _fitted(picture: Tensor, width: int, height: int) -> Tensor:
     image = picture.permute(2, 0, 1).unsqueeze(0).float()
     factor = max(height / image.shape[2], width / image.shape[3])
     if factor != 1:
-        sides = (max(height, round(image.shape[2] * factor)), max(width, round(image.shape[3] * factor)))
+        sides = (
+            max(height, round(image.shape[2] * factor)),
+            max(width, round(image.shape[3] * factor)),
+        )
         image = F.interpolate(image, sides, mode="bilinear", antialias=True, align_corners=False)
     top, left = (image.shape[2] - height) // 2, (image.shape[3] - width) // 2
     return (image[0, :, top : top + height, left : left + width] / 127.5 - 1).clamp(-1, 1)
@@ -183,26 +206,44 @@ def prepare(
     say: Say,
     wait: bool = False,
 ) -> tuple[list[Sample], Path]:
-    """Latents and text states of every clip in `cache`, and the file of the empty caption's; what is there already is not made again.
+    """Latents and text states of every clip in `cache`, and the file of the empty caption's; what
+    is there already is not made again.
 
     Args:
         model: what tells the VAE and the text encoder from others.
-        encode_clips: loads the VAE and returns [3, T, H, W] -> latent [z, t, h, w]; called if anything is missing.
-        encode_texts: loads the text encoder and returns caption -> states [S, D] without padding; likewise.
+        encode_clips: loads the VAE and returns [3, T, H, W] -> latent [z, t, h, w]; called if
+            anything is missing.
+        encode_texts: loads the text encoder and returns caption -> states [S, D] without padding;
+            likewise.
         wait: make nothing, and wait until another process has.
     """
     cache.mkdir(parents=True, exist_ok=True)
     shape = f"{form.size} {form.frame_num} {form.fps:g}"
-    latents = {clip.path: cache / f"latent-{_key(_digest(clip.path), shape, model)}.safetensors" for clip in clips}
+    latents = {
+        clip.path: cache / f"latent-{_key(_digest(clip.path), shape, model)}.safetensors"
+        for clip in clips
+    }
     captions = dict.fromkeys(["", *(clip.caption for clip in clips)])
     texts = {caption: cache / f"text-{_key(caption, model)}.safetensors" for caption in captions}
     _make("captions", list(texts.items()), encode_texts, lambda text: text, "text", say)
-    _make("clips", list(latents.items()), encode_clips, lambda path: read_clip(path, form), "latent", say)
+    _make(
+        "clips",
+        list(latents.items()),
+        encode_clips,
+        lambda path: read_clip(path, form),
+        "latent",
+        say,
+    )
     return [Sample(latents[clip.path], texts[clip.caption]) for clip in clips], texts[""]
 
 
 def _make(
-    what: str, wanted: Iterable[tuple[T, Path]], load: Callable[[], Callable[[U], Tensor]], read: Callable[[T], U], name: str, say: Say
+    what: str,
+    wanted: Iterable[tuple[T, Path]],
+    load: Callable[[], Callable[[U], Tensor]],
+    read: Callable[[T], U],
+    name: str,
+    say: Say,
 ) -> None:
     missing = [(item, file) for item, file in wanted if not file.exists()]
     if not missing:
@@ -215,5 +256,8 @@ def _make(
         part.replace(file)
         now = time.monotonic()
         if now - told > 2 or number == len(missing):
-            say(f"{what}: {number} of {len(missing)} encoded, {(now - began) / number * (len(missing) - number):.0f} s left")
+            say(
+                f"{what}: {number} of {len(missing)} encoded,"
+                f" {(now - began) / number * (len(missing) - number):.0f} s left"
+            )
             told = now

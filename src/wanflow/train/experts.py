@@ -38,9 +38,18 @@ def encode_texts(encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: list[str])
 
 @torch.no_grad()
 def precompute(
-    vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, seed: int, count: int, frames: int, side: int, say: Callable[[str], None]
+    vae: WanVAE,
+    encoder: UMT5Encoder,
+    tokenizer: Tokenizer,
+    seed: int,
+    count: int,
+    frames: int,
+    side: int,
+    say: Callable[[str], None],
 ) -> Cache:
-    """Render, caption and encode `count` clips that training may see; clip n depends on (seed, n) alone."""
+    """Render, caption and encode `count` clips that training may see; clip n depends on (seed, n)
+    alone.
+    """
     latents, texts = [], []
     for start in range(0, count, 16):
         videos, captions = [], []
@@ -48,17 +57,28 @@ def precompute(
             rng = random.Random(f"{seed}/clip/{clip}")
             scene = toy.sample_scene(rng)
             videos.append(toy.render(scene, rng, frames, side))
-            captions += [toy.caption(scene), *(toy.caption(scene, rng) for _ in range(WORDINGS - 1))]
+            captions += [
+                toy.caption(scene),
+                *(toy.caption(scene, rng) for _ in range(WORDINGS - 1)),
+            ]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             latents.append(vae.encode(torch.stack(videos), groups=4).bfloat16().contiguous())
-        texts.append(encode_texts(encoder, tokenizer, captions).bfloat16().unflatten(0, (-1, WORDINGS)))
+        texts.append(
+            encode_texts(encoder, tokenizer, captions).bfloat16().unflatten(0, (-1, WORDINGS))
+        )
         if start % 1024 == 0:
             say(f"{start} of {count} clips encoded")
-    return Cache(torch.cat(latents), torch.cat(texts).contiguous(), encode_texts(encoder, tokenizer, [""])[0].bfloat16())
+    return Cache(
+        torch.cat(latents),
+        torch.cat(texts).contiguous(),
+        encode_texts(encoder, tokenizer, [""])[0].bfloat16(),
+    )
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by two matmuls, [B, L, N, K] each -> [B, L, N, K]: at under a hundred tokens faster to train than fused kernels."""
+    """Attention by two matmuls, [B, L, N, K] each -> [B, L, N, K]: at under a hundred tokens faster
+    to train than fused kernels.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
@@ -66,7 +86,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: WanDiT) -> None:
-    """Blocks that pass on a third of what they compute, a head that says nothing, time that modulates nothing yet."""
+    """Blocks that pass on a third of what they compute, a head that says nothing, time that
+    modulates nothing yet.
+    """
     layers = model.config.num_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -83,7 +105,9 @@ def initialise(model: WanDiT) -> None:
 
 
 def sigmas(count: int, low: float, high: float, shift: float, generator: torch.Generator) -> Tensor:
-    """[count] sigmas in [low, high], one from each of `count` equal shares of the range, crowded upwards by `shift`."""
+    """[count] sigmas in [low, high], one from each of `count` equal shares of the range, crowded
+    upwards by `shift`.
+    """
 
     def unshift(s: float) -> float:
         return s / (shift - (shift - 1) * s)
@@ -93,14 +117,20 @@ def sigmas(count: int, low: float, high: float, shift: float, generator: torch.G
     return shift * u / (1 + (shift - 1) * u)
 
 
-def flow_loss(model: WanDiT, latents: Tensor, texts: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity, noise minus data; a scalar. latents, noise [B, z, t, h, w], sigma [B]."""
+def flow_loss(
+    model: WanDiT, latents: Tensor, texts: Tensor, sigma: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean squared error of the velocity, noise minus data; a scalar. latents, noise [B, z, t, h,
+    w], sigma [B].
+    """
     s = sigma.view(-1, 1, 1, 1, 1)
     predicted = model((1 - s) * latents + s * noise, sigma * TRAIN_STEPS, texts)
     return F.mse_loss(predicted, noise - latents)
 
 
-def batch(cache: Cache, size: int, dropout: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def batch(
+    cache: Cache, size: int, dropout: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Random latents, one wording of each (or the empty prompt, for guidance), and noise."""
     rows = torch.randint(len(cache.latents), (size,), generator=generator)
     wording = torch.randint(WORDINGS, (size,), generator=generator)

@@ -1,7 +1,8 @@
 """Fine-tuning: a folder of captioned clips becomes a LoRA for each expert, or two new experts.
 
-Clips and captions are encoded once. Then each expert is trained by itself, on the part of sigma that it works on, with rectified
-flow's objective; one is in memory at a time. A killed training goes on where it stopped, with the same result.
+Clips and captions are encoded once. Then each expert is trained by itself, on the part of sigma
+that it works on, with rectified flow's objective; one is in memory at a time. A killed training
+goes on where it stopped, with the same result.
 """
 
 from __future__ import annotations
@@ -34,7 +35,14 @@ from wanflow.train.loop import Train, fit
 from wanflow.transforms.lora import Adapters, LowRank
 from wanflow.weights.arrange import options
 from wanflow.weights.convert import convert, open_model
-from wanflow.weights.load import Checkpoint, fingerprint, load_expert, load_text_encoder, load_tokenizer, load_vae
+from wanflow.weights.load import (
+    Checkpoint,
+    fingerprint,
+    load_expert,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+)
 
 Method = Literal["lora", "full"]
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -44,15 +52,20 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 NAME = "finetune"  # of the adapter that is trained
 FEW_TOKENS = 256  # up to here two matmuls are faster to train on a CPU than fused attention
-FILES: dict[Expert, str] = {"high": "high_noise_lora.safetensors", "low": "low_noise_lora.safetensors"}
+FILES: dict[Expert, str] = {
+    "high": "high_noise_lora.safetensors",
+    "low": "low_noise_lora.safetensors",
+}
 
 
 @dataclass(frozen=True)
 class FineTune:
     """How to fine-tune.
 
-    batch: clips for each update, drawn anew each time; accumulate: in how many parts they go through the model (memory against time).
-    alpha: the LoRA's output is multiplied by alpha / rank. shift: crowds the training sigmas towards noise, as sampling does.
+    batch: clips for each update, drawn anew each time; accumulate: in how many parts they go
+        through the model (memory against time).
+    alpha: the LoRA's output is multiplied by alpha / rank. shift: crowds the training sigmas
+        towards noise, as sampling does.
     dropout: share of captions replaced by the empty one, which guidance needs.
     """
 
@@ -84,34 +97,58 @@ class FineTune:
                 raise RequestError(f"{name} {getattr(self, name)} is less than 1")
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
-            raise RequestError(f"targets {', '.join(unknown) or '(none)'}: choose of {', '.join(TARGETS)}")
+            raise RequestError(
+                f"targets {', '.join(unknown) or '(none)'}: choose of {', '.join(TARGETS)}"
+            )
         if self.batch % self.accumulate:
-            raise RequestError(f"a batch of {self.batch} does not go into {self.accumulate} equal parts")
-        if not (0 < self.learning_rate < 1 and 0 <= self.dropout < 1 and 0 < self.alpha <= 4096 and 0 < self.shift <= 100):
-            raise RequestError("learning_rate and caption dropout lie between 0 and 1, alpha between 0 and 4096, shift between 0 and 100")
+            raise RequestError(
+                f"a batch of {self.batch} does not go into {self.accumulate} equal parts"
+            )
+        if not (
+            0 < self.learning_rate < 1
+            and 0 <= self.dropout < 1
+            and 0 < self.alpha <= 4096
+            and 0 < self.shift <= 100
+        ):
+            raise RequestError(
+                "learning_rate and caption dropout lie between 0 and 1, alpha between 0 and 4096,"
+                " shift between 0 and 100"
+            )
 
 
 def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]:
     """Train and write what was asked for; the files (LoRA) or the folder (full).
 
-    Under torchrun with `fsdp`, the model in training is split over the processes; the first one encodes, saves and writes.
+    Under torchrun with `fsdp`, the model in training is split over the processes; the first one
+    encodes, saves and writes.
 
     Raises:
         RequestError: for clips that cannot be used, or an output that is there already.
     """
     _refuse_taken(settings)
     clips = find_clips(settings.data)
-    say(f"{len(clips)} clips, {settings.form.frame_num} frames of {settings.form.size[0]}*{settings.form.size[1]} each")
+    say(
+        f"{len(clips)} clips, {settings.form.frame_num} frames of"
+        f" {settings.form.size[0]}*{settings.form.size[1]} each"
+    )
     rank, size = place()
     _refuse_processes(settings, size)
     make = partial(
-        prepare, clips, settings.form, settings.work / "cache", fingerprint(checkpoint), lambda: _clip_encoder(checkpoint, settings),
+        prepare,
+        clips,
+        settings.form,
+        settings.work / "cache",
+        fingerprint(checkpoint),
+        lambda: _clip_encoder(checkpoint, settings),
         lambda: _text_encoder(checkpoint, settings),
-    )  # fmt: skip
+    )
     samples, empty = make(say) if rank == 0 else make(say, wait=True)
     ranks = start(torch.device(settings.device)) if size > 1 else None
     try:
-        trained = {which: _train(checkpoint, which, settings, samples, empty, say, ranks) for which in settings.experts}
+        trained = {
+            which: _train(checkpoint, which, settings, samples, empty, say, ranks)
+            for which in settings.experts
+        }
     finally:
         stop()
     if settings.method == "lora":
@@ -124,30 +161,48 @@ def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]
     if rank == 0:
         say(f"writing {settings.out}")
         dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[settings.dtype]
-        convert(open_model(checkpoint.folder, dict(trained.items())), settings.out, options("official", dtype), say)
+        convert(
+            open_model(checkpoint.folder, dict(trained.items())),
+            settings.out,
+            options("official", dtype),
+            say,
+        )
     return [settings.out]
 
 
 def _refuse_processes(settings: FineTune, size: int) -> None:
     if size > 1 and not settings.fsdp:
         raise RequestError(
-            f"{size} processes would all train the same; add --fsdp, which splits the model over them, or leave out torchrun"
+            f"{size} processes would all train the same; add --fsdp, which splits the model over"
+            " them, or leave out torchrun"
         )
     if size == 1 and settings.fsdp:
-        raise RequestError("--fsdp splits the model over several processes: torchrun --nproc_per_node=N -m wanflow train ... --fsdp")
+        raise RequestError(
+            "--fsdp splits the model over several processes: torchrun --nproc_per_node=N -m wanflow"
+            " train ... --fsdp"
+        )
     if settings.batch % (size * settings.accumulate):
-        raise RequestError(f"a batch of {settings.batch} does not go into {size} processes times {settings.accumulate} equal parts")
+        raise RequestError(
+            f"a batch of {settings.batch} does not go into {size} processes times"
+            f" {settings.accumulate} equal parts"
+        )
 
 
 def _refuse_taken(settings: FineTune) -> None:
-    taken = [settings.out / FILES[which] for which in settings.experts] if settings.method == "lora" else [settings.out]
+    taken = (
+        [settings.out / FILES[which] for which in settings.experts]
+        if settings.method == "lora"
+        else [settings.out]
+    )
     for path in taken:
         if path.exists():
             raise RequestError(f"{path} is there already; name another --out, or remove it")
 
 
 def _publish(source: Path, file: Path) -> None:
-    """A copy: what was trained stays in the work folder, so that a training of which one expert is done goes on with the other."""
+    """A copy: what was trained stays in the work folder, so that a training of which one expert is
+    done goes on with the other.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     shutil.copyfile(source, part)
@@ -161,14 +216,20 @@ def _clip_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[Tenso
 
 
 def _text_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[str], Tensor]:
-    small = checkpoint.preset.text.dim < 1024  # the published encoder is kept in 16 bits, as when it generates
-    encoder = load_text_encoder(checkpoint, torch.float32 if small else torch.bfloat16, settings.device)
+    small = (
+        checkpoint.preset.text.dim < 1024
+    )  # the published encoder is kept in 16 bits, as when it generates
+    encoder = load_text_encoder(
+        checkpoint, torch.float32 if small else torch.bfloat16, settings.device
+    )
     tokenizer = load_tokenizer(checkpoint)
 
     @torch.no_grad()
     def encode(caption: str) -> Tensor:
         ids, mask = tokenizer([caption])
-        return cast(Tensor, encoder(ids.to(settings.device), mask.to(settings.device))[0, : int(mask.sum())])
+        return cast(
+            Tensor, encoder(ids.to(settings.device), mask.to(settings.device))[0, : int(mask.sum())]
+        )
 
     return encode
 
@@ -177,9 +238,17 @@ def _text_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[str],
 
 
 def _train(
-    checkpoint: Checkpoint, which: Expert, settings: FineTune, samples: list[Sample], empty: Path, say: Say, ranks: Ranks | None
+    checkpoint: Checkpoint,
+    which: Expert,
+    settings: FineTune,
+    samples: list[Sample],
+    empty: Path,
+    say: Say,
+    ranks: Ranks | None,
 ) -> Path:
-    """Train one expert and write its file into the work folder, unless this very training has done so before."""
+    """Train one expert and write its file into the work folder, unless this very training has done
+    so before.
+    """
     state = settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt"
     file = state.with_suffix(".safetensors")
     if file.exists():
@@ -200,26 +269,42 @@ def _train(
     if ranks is not None:
         settings = replace(settings, device=str(ranks.device))
         shard(model, ranks)
-    low, high = (checkpoint.preset.boundary, 1.0) if which == "high" else (0.0, checkpoint.preset.boundary)
-    objective = Objective(model, samples, empty, (low, high), settings, (0, 1) if ranks is None else (ranks.rank, ranks.size))
-    training = Train(
-        steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, warmup=min(50, max(1, settings.steps // 10)),
-        decay=0.3, ema=0.99, weight_decay=0.01, seed=settings.seed, save_seconds=settings.save_seconds, dtype=settings.dtype,
-    )  # fmt: skip
-    fit(
-        model,
-        objective,
-        training,
-        state,
-        lambda line: say(f"  {line}"),
-        ranks,
+    low, high = (
+        (checkpoint.preset.boundary, 1.0) if which == "high" else (0.0, checkpoint.preset.boundary)
     )
+    objective = Objective(
+        model,
+        samples,
+        empty,
+        (low, high),
+        settings,
+        (0, 1) if ranks is None else (ranks.rank, ranks.size),
+    )
+    training = Train(
+        steps=settings.steps,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        warmup=min(50, max(1, settings.steps // 10)),
+        decay=0.3,
+        ema=0.99,
+        weight_decay=0.01,
+        seed=settings.seed,
+        save_seconds=settings.save_seconds,
+        dtype=settings.dtype,
+    )
+    fit(model, objective, training, state, lambda line: say(f"  {line}"), ranks)
     if adapters is None:
-        tensors = gather({name: value.detach().to(settings.dtype) for name, value in model.named_parameters()})
+        tensors = gather(
+            {name: value.detach().to(settings.dtype) for name, value in model.named_parameters()}
+        )
     else:
         tensors = gather(lora_tensors(adapters, settings.alpha))
     if tensors is not None:
-        _write(file, tensors, {"format": "pt"} if adapters is None else _about(checkpoint, which, settings))
+        _write(
+            file,
+            tensors,
+            {"format": "pt"} if adapters is None else _about(checkpoint, which, settings),
+        )
     return file
 
 
@@ -227,15 +312,32 @@ def _tokens(checkpoint: Checkpoint, settings: FineTune) -> int:
     """Of one clip, as an expert sees it."""
     vae, form = checkpoint.preset.vae, settings.form
     frames = (form.frame_num - 1) // vae.temporal_stride + 1
-    return frames * (form.size[0] // vae.spatial_stride // 2) * (form.size[1] // vae.spatial_stride // 2)
+    return (
+        frames
+        * (form.size[0] // vae.spatial_stride // 2)
+        * (form.size[1] // vae.spatial_stride // 2)
+    )
 
 
 def _name(checkpoint: Checkpoint, settings: FineTune, samples: list[Sample]) -> str:
-    """A name for the saved state that only the same training has, whatever the interval of saving or the memory it is given."""
+    """A name for the saved state that only the same training has, whatever the interval of saving
+    or the memory it is given.
+    """
     same = replace(
-        settings, save_seconds=0, out=Path(), work=Path(), data=Path(), checkpointing=False, accumulate=1, device="cpu", fsdp=False
+        settings,
+        save_seconds=0,
+        out=Path(),
+        work=Path(),
+        data=Path(),
+        checkpointing=False,
+        accumulate=1,
+        device="cpu",
+        fsdp=False,
     )
-    about = f"{same} {fingerprint(checkpoint)} {[(sample.latent_file.name, sample.text_file.name) for sample in samples]}"
+    about = (
+        f"{same} {fingerprint(checkpoint)}"
+        f" {[(sample.latent_file.name, sample.text_file.name) for sample in samples]}"
+    )
     return hashlib.sha256(about.encode()).hexdigest()[:12]
 
 
@@ -247,18 +349,27 @@ def attach(model: WanDiT, settings: FineTune) -> Adapters:
         for target in settings.targets:
             for leaf in TARGETS[target]:
                 layer = cast(Any, model.get_submodule(f"blocks.{number}.{leaf}"))
-                down = torch.randn(settings.rank, layer.in_features, generator=generator) * layer.in_features**-0.5
-                changes[f"blocks.{number}.{leaf}.weight"] = LowRank(torch.zeros(layer.out_features, settings.rank), down)
+                down = (
+                    torch.randn(settings.rank, layer.in_features, generator=generator)
+                    * layer.in_features**-0.5
+                )
+                changes[f"blocks.{number}.{leaf}.weight"] = LowRank(
+                    torch.zeros(layer.out_features, settings.rank), down
+                )
     adapters = Adapters(model)
     adapters.attach(NAME, changes, settings.alpha / settings.rank)
     for slot in adapters.slots(NAME).values():
         # float32, whatever the leaf computes in: updates are far smaller than bfloat16 can add
-        slot.up, slot.down = (nn.Parameter(value.detach().float()) for value in (slot.up, slot.down))
+        slot.up, slot.down = (
+            nn.Parameter(value.detach().float()) for value in (slot.up, slot.down)
+        )
     return adapters
 
 
 def lora_tensors(adapters: Adapters, alpha: float) -> dict[str, Tensor]:
-    """The trained LoRA in the naming that most programs read: `diffusion_model.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha`."""
+    """The trained LoRA in the naming that most programs read:
+    `diffusion_model.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha`.
+    """
     tensors: dict[str, Tensor] = {}
     for name, slot in adapters.slots(NAME).items():
         path = f"diffusion_model.{name.removesuffix('.weight')}"
@@ -269,8 +380,19 @@ def lora_tensors(adapters: Adapters, alpha: float) -> dict[str, Tensor]:
 
 
 def _about(checkpoint: Checkpoint, which: Expert, settings: FineTune) -> dict[str, str]:
-    told = {"model": checkpoint.preset.name, "expert": which, "rank": settings.rank, "alpha": settings.alpha, "steps": settings.steps}
-    return {"format": "pt", "wanflow": json.dumps(told | {"batch": settings.batch, "learning_rate": settings.learning_rate})}
+    told = {
+        "model": checkpoint.preset.name,
+        "expert": which,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "steps": settings.steps,
+    }
+    return {
+        "format": "pt",
+        "wanflow": json.dumps(
+            told | {"batch": settings.batch, "learning_rate": settings.learning_rate}
+        ),
+    }
 
 
 def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
@@ -280,8 +402,12 @@ def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> Non
     os.replace(part, file)
 
 
-def checkpointed(blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning) -> Tensor:
-    """The trunk that keeps a block's input and computes the block again for its gradients: a block's memory instead of all blocks'."""
+def checkpointed(
+    blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """The trunk that keeps a block's input and computes the block again for its gradients: a
+    block's memory instead of all blocks'.
+    """
     for block, text in zip(blocks, conditioning.text, strict=True):
         tokens = cast(Tensor, checkpoint(block, tokens, conditioning, text, use_reentrant=False))
     return cast(Tensor, head(tokens, conditioning))
@@ -289,9 +415,11 @@ def checkpointed(blocks: Iterable[Block], head: Head, tokens: Tensor, conditioni
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a step: rectified flow on clips drawn for it, in `accumulate` parts that add up to the mean over the batch.
+    """The loss of a step: rectified flow on clips drawn for it, in `accumulate` parts that add up
+    to the mean over the batch.
 
-    What is drawn depends on the step alone, not on the parts it is computed in. With several processes each computes its share.
+    What is drawn depends on the step alone, not on the parts it is computed in. With several
+    processes each computes its share.
     """
 
     model: nn.Module
@@ -301,7 +429,9 @@ class Objective:
     settings: FineTune
     share: tuple[int, int] = (0, 1)  # this process and how many there are
 
-    def __call__(self, step: int, rng: random.Random, generator: torch.Generator) -> Iterator[Tensor]:
+    def __call__(
+        self, step: int, rng: random.Random, generator: torch.Generator
+    ) -> Iterator[Tensor]:
         settings, device = self.settings, self.settings.device
         rows = torch.randint(len(self.samples), (settings.batch,), generator=generator).tolist()
         sigma = sigmas(settings.batch, *self.range, settings.shift, generator)
@@ -314,12 +444,21 @@ class Objective:
         for first in range(0, len(own), part):
             chosen = own[first : first + part]
             latents = torch.stack([self.samples[rows[n]].latent() for n in chosen]).to(device)
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seeds[n])) for n in chosen]).to(
-                device
-            )
+            noise = torch.stack(
+                [
+                    torch.randn(
+                        latents.shape[1:], generator=torch.Generator().manual_seed(seeds[n])
+                    )
+                    for n in chosen
+                ]
+            ).to(device)
             texts = torch.stack(
                 [
-                    (replace(self.samples[rows[n]], text_file=self.empty) if silent[n] else self.samples[rows[n]]).text(length)
+                    (
+                        replace(self.samples[rows[n]], text_file=self.empty)
+                        if silent[n]
+                        else self.samples[rows[n]]
+                    ).text(length)
                     for n in chosen
                 ]
             )

@@ -1,7 +1,7 @@
 """The one training loop: schedule, averaged weights, saved state; knows nothing of what is trained.
 
-Step n draws its data from (seed, n) alone, and the state on disk holds everything else, so a run that was killed and started
-again gives the same weights as one that was not.
+Step n draws its data from (seed, n) alone, and the state on disk holds everything else, so a run
+that was killed and started again gives the same weights as one that was not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from wanflow.parallel.mesh import Ranks
 
 @dataclass(frozen=True)
 class Train:
-    """How to train. The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the steps."""
+    """How to train. The learning rate warms up, stays, and falls linearly to zero over the last
+    `decay` of the steps.
+    """
 
     steps: int
     batch: int
@@ -40,7 +42,8 @@ class Train:
     dtype: torch.dtype = torch.bfloat16
 
 
-# (step, rng, generator) -> the loss, or its parts one after the other, of which each is let go before the next is made.
+# (step, rng, generator) -> the loss, or its parts one after the other, of which each is let go
+# before the next is made.
 Loss = Callable[[int, random.Random, torch.Generator], Tensor | Iterator[Tensor]]
 
 
@@ -56,31 +59,52 @@ def optimizers(module: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
     rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (matrices if train.muon_rate and "blocks." in name and parameter.ndim == 2 else rest).append(parameter)
+            (
+                matrices if train.muon_rate and "blocks." in name and parameter.ndim == 2 else rest
+            ).append(parameter)
     built: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=train.learning_rate, betas=(0.9, 0.98), weight_decay=train.weight_decay)
+        torch.optim.AdamW(
+            rest, lr=train.learning_rate, betas=(0.9, 0.98), weight_decay=train.weight_decay
+        )
     ]
     if matrices:
-        built.append(torch.optim.Muon(matrices, lr=train.muon_rate, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        built.append(
+            torch.optim.Muon(
+                matrices,
+                lr=train.muon_rate,
+                weight_decay=train.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
     return built
 
 
 def fit(
-    module: nn.Module, loss_of: Loss, train: Train, state_file: Path, report: Callable[[str], None], ranks: Ranks | None = None
+    module: nn.Module,
+    loss_of: Loss,
+    train: Train,
+    state_file: Path,
+    report: Callable[[str], None],
+    ranks: Ranks | None = None,
 ) -> nn.Module:
-    """Train `module` in place to the end of the schedule, resuming from `state_file` where it exists.
+    """Train `module` in place to the end of the schedule, resuming from `state_file` where it
+    exists.
 
     Args:
-        loss_of: (step, rng, generator) -> scalar loss, or parts of it that add up to it (gradient accumulation); must draw all
-            randomness from its two generators. What of the module does not require gradients stays as it is, and is not saved.
+        loss_of: (step, rng, generator) -> scalar loss, or parts of it that add up to it (gradient
+            accumulation); must draw all randomness from its two generators. What of the module does
+            not require gradients stays as it is, and is not saved.
         report: receives a line of progress now and then.
-        ranks: the processes over which the module is split (`parallel.fsdp.shard`); each computes the loss of its own share.
+        ranks: the processes over which the module is split (`parallel.fsdp.shard`); each computes
+            the loss of its own share.
 
     Returns:
         The module, holding the averaged weights.
     """
     module.train()
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
     device = next(iter(trained.values())).device.type
     optims = optimizers(module, train)
     base = [[group["lr"] for group in optim.param_groups] for optim in optims]
@@ -91,7 +115,10 @@ def fit(
         if ranks is not None:
             saved = _shared_out(saved, trained, optims)
         if saved["seed"] != train.seed:
-            raise RequestError(f"{state_file} was begun with seed {saved['seed']}, not {train.seed}; remove it to start over")
+            raise RequestError(
+                f"{state_file} was begun with seed {saved['seed']}, not {train.seed}; remove it to"
+                " start over"
+            )
         _assign(trained, saved["module"])
         for optim, state in zip(optims, saved["optims"], strict=True):
             optim.load_state_dict(state)
@@ -102,8 +129,17 @@ def fit(
         for optim, rates in zip(optims, base, strict=True):
             for group, full in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = full * share
-        rng, generator = random.Random(f"{train.seed}/{step}"), torch.Generator().manual_seed(train.seed * 1_000_003 + step)
-        value = _backward(loss_of, step, rng, generator, torch.autocast(device, dtype=train.dtype, enabled=train.dtype != torch.float32))
+        rng, generator = (
+            random.Random(f"{train.seed}/{step}"),
+            torch.Generator().manual_seed(train.seed * 1_000_003 + step),
+        )
+        value = _backward(
+            loss_of,
+            step,
+            rng,
+            generator,
+            torch.autocast(device, dtype=train.dtype, enabled=train.dtype != torch.float32),
+        )
         nn.utils.clip_grad_norm_(trained.values(), train.clip)
         for optim in optims:
             optim.step()
@@ -118,17 +154,26 @@ def fit(
         if now - last_report > 15 or step + 1 == train.steps:
             pace = (now - began) / (step + 1 - first)
             report(
-                f"step {step + 1}/{train.steps}  loss {seen:.4f}  {pace:.2f} s/step  {pace * (train.steps - step - 1) / 60:.1f} min left"
+                f"step {step + 1}/{train.steps}  loss {seen:.4f}  {pace:.2f} s/step "
+                f" {pace * (train.steps - step - 1) / 60:.1f} min left"
             )
             last_report = now
         if due:
-            _save(state_file, trained, optims, average, step + 1, seen, train.seed, ranks is not None)
+            _save(
+                state_file, trained, optims, average, step + 1, seen, train.seed, ranks is not None
+            )
             last_save = now
     _assign(trained, average)
     return module.eval()
 
 
-def _backward(loss_of: Loss, step: int, rng: random.Random, generator: torch.Generator, autocast: torch.autocast) -> float:
+def _backward(
+    loss_of: Loss,
+    step: int,
+    rng: random.Random,
+    generator: torch.Generator,
+    autocast: torch.autocast,
+) -> float:
     """The loss of one step, with its gradients left in the parameters."""
     with autocast:
         loss = loss_of(step, rng, generator)
@@ -148,7 +193,9 @@ def _backward(loss_of: Loss, step: int, rng: random.Random, generator: torch.Gen
 @torch.no_grad()
 def _assign(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     if trained.keys() != values.keys():
-        raise RequestError("the saved state is of a training with other settings; remove it to start over")
+        raise RequestError(
+            "the saved state is of a training with other settings; remove it to start over"
+        )
     for name, value in values.items():
         trained[name].copy_(value)
 
@@ -171,7 +218,14 @@ def _save(
 ) -> None:
     values = {name: value.detach() for name, value in trained.items()}
     states = [optim.state_dict() for optim in optims]
-    state: Any = {"module": values, "optims": states, "average": average, "step": step, "loss": loss, "seed": seed}
+    state: Any = {
+        "module": values,
+        "optims": states,
+        "average": average,
+        "step": step,
+        "loss": loss,
+        "seed": seed,
+    }
     if split:
         state = fsdp.gather(state)
     if state is None:
@@ -182,11 +236,19 @@ def _save(
     os.replace(part, file)
 
 
-def _shared_out(saved: dict[str, Any], trained: dict[str, nn.Parameter], optims: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+def _shared_out(
+    saved: dict[str, Any], trained: dict[str, nn.Parameter], optims: Sequence[torch.optim.Optimizer]
+) -> dict[str, Any]:
     """This process' share of a saved state."""
-    shares = {part: {name: fsdp.scatter(value, trained[name]) for name, value in saved[part].items()} for part in ("module", "average")}
+    shares = {
+        part: {name: fsdp.scatter(value, trained[name]) for name, value in saved[part].items()}
+        for part in ("module", "average")
+    }
     return {
         **saved,
         **shares,
-        "optims": [fsdp.scatter_optimizer(state, optim) for state, optim in zip(saved["optims"], optims, strict=True)],
+        "optims": [
+            fsdp.scatter_optimizer(state, optim)
+            for state, optim in zip(saved["optims"], optims, strict=True)
+        ],
     }

@@ -1,4 +1,6 @@
-"""What a training would take, measured on the real model with tensors that have no memory, before a weight is read."""
+"""What a training would take, measured on the real model with tensors that have no memory, before a
+weight is read.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from wanflow.weights.formats import TensorInfo
 from wanflow.weights.load import Checkpoint, expert_place
 
 GB = 10**9
-# AdamW keeps two moments and `fit` an average beside each trained parameter and its gradient, all float32.
+# AdamW keeps two moments and `fit` an average beside each trained parameter and its gradient, all
+# float32.
 COPIES = 4
 
 
@@ -35,31 +38,56 @@ class Need:
         return self.weights + self.training + self.activations
 
     def words(self) -> str:
-        parts = {"weights": self.weights, "gradients and optimiser": self.training, "activations": self.activations}
-        return f"{self.total / GB:.0f} GB ({', '.join(f'{name} {size / GB:.1f}' for name, size in parts.items())})"
+        parts = {
+            "weights": self.weights,
+            "gradients and optimiser": self.training,
+            "activations": self.activations,
+        }
+        return (
+            f"{self.total / GB:.0f} GB"
+            f" ({', '.join(f'{name} {size / GB:.1f}' for name, size in parts.items())})"
+        )
 
 
 def need(checkpoint: Checkpoint, settings: FineTune) -> Need:
-    """What training one expert takes: parameters are counted on meta, activations on fake tensors through one and two blocks."""
+    """What training one expert takes: parameters are counted on meta, activations on fake tensors
+    through one and two blocks.
+    """
     full = settings.method == "full"
     config = checkpoint.preset.dit
     with torch.device("meta"):
         model = WanDiT(config)
     dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
     place = expert_place(model, dtype)
-    weights: int = sum(p.numel() * place(name, _info(p)).itemsize for name, p in model.named_parameters())
-    trained = sum(p.numel() for p in model.parameters()) if full else _lora_parameters(model, settings)
+    weights: int = sum(
+        p.numel() * place(name, _info(p)).itemsize for name, p in model.named_parameters()
+    )
+    trained = (
+        sum(p.numel() for p in model.parameters()) if full else _lora_parameters(model, settings)
+    )
     weights += 0 if full else trained * 4
     one, two = (_saved(checkpoint, settings, layers, dtype) for layers in (1, 2))
     block, rest = two - one, 2 * one - two
     tokens = block if not settings.checkpointing else _saved_by_checkpoint(checkpoint, settings)
-    activations = rest + (tokens * config.num_layers if not settings.checkpointing else tokens * config.num_layers + block)
+    activations = rest + (
+        tokens * config.num_layers
+        if not settings.checkpointing
+        else tokens * config.num_layers + block
+    )
     return Need(weights, trained * 4 * COPIES, activations, trained)
 
 
 def _lora_parameters(model: WanDiT, settings: FineTune) -> int:
-    leaves = [model.get_submodule(f"blocks.0.{leaf}") for target in settings.targets for leaf in TARGETS[target]]
-    per_block = sum(settings.rank * (leaf.in_features + leaf.out_features) for leaf in leaves if isinstance(leaf, nn.Linear))
+    leaves = [
+        model.get_submodule(f"blocks.0.{leaf}")
+        for target in settings.targets
+        for leaf in TARGETS[target]
+    ]
+    per_block = sum(
+        settings.rank * (leaf.in_features + leaf.out_features)
+        for leaf in leaves
+        if isinstance(leaf, nn.Linear)
+    )
     return model.config.num_layers * per_block
 
 
@@ -74,7 +102,13 @@ def _micro_batch(settings: FineTune) -> int:
 def _latent_shape(checkpoint: Checkpoint, settings: FineTune) -> tuple[int, ...]:
     vae, form = checkpoint.preset.vae, settings.form
     frames = (form.frame_num - 1) // vae.temporal_stride + 1
-    return _micro_batch(settings), vae.z_dim, frames, form.size[1] // vae.spatial_stride, form.size[0] // vae.spatial_stride
+    return (
+        _micro_batch(settings),
+        vae.z_dim,
+        frames,
+        form.size[1] // vae.spatial_stride,
+        form.size[0] // vae.spatial_stride,
+    )
 
 
 def _saved_by_checkpoint(checkpoint: Checkpoint, settings: FineTune) -> int:
@@ -84,7 +118,9 @@ def _saved_by_checkpoint(checkpoint: Checkpoint, settings: FineTune) -> int:
 
 
 def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps for a model of so many blocks, its parameters aside; each storage counted once."""
+    """Bytes that autograd keeps for a model of so many blocks, its parameters aside; each storage
+    counted once.
+    """
     held: dict[int, int] = {}
     keep: list[Tensor] = []  # a freed storage's place would be counted as another's
 
@@ -108,14 +144,20 @@ def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch
             return value
 
         latent = torch.randn(_latent_shape(checkpoint, settings))
-        text = torch.randn(len(latent), checkpoint.preset.dit.text_len, checkpoint.preset.dit.text_dim)
-        autocast = torch.autocast("cpu", dtype=settings.dtype, enabled=settings.dtype != torch.float32)
+        text = torch.randn(
+            len(latent), checkpoint.preset.dit.text_len, checkpoint.preset.dit.text_dim
+        )
+        autocast = torch.autocast(
+            "cpu", dtype=settings.dtype, enabled=settings.dtype != torch.float32
+        )
         with saved_tensors_hooks(pack, lambda value: value), autocast:
             model(latent, torch.full((len(latent),), 500.0), text, run_blocks).square().mean()
     return sum(held.values())
 
 
-def refuse(checkpoint: Checkpoint, settings: FineTune, machine: Machine, processes: int = 1) -> None:
+def refuse(
+    checkpoint: Checkpoint, settings: FineTune, machine: Machine, processes: int = 1
+) -> None:
     """Refuse a training that cannot fit.
 
     Raises:
@@ -128,7 +170,9 @@ def refuse(checkpoint: Checkpoint, settings: FineTune, machine: Machine, process
     each = wanted.activations + (wanted.weights + wanted.training) // processes
     if not have or each <= have:
         return
-    what = "a LoRA of rank " + str(settings.rank) if settings.method == "lora" else "the whole model"
+    what = (
+        "a LoRA of rank " + str(settings.rank) if settings.method == "lora" else "the whole model"
+    )
     ways = []
     if not settings.checkpointing:
         ways.append("--activation_checkpointing")
@@ -136,10 +180,14 @@ def refuse(checkpoint: Checkpoint, settings: FineTune, machine: Machine, process
         ways.append(f"--grad_accum {settings.batch}")
     if settings.method == "full":
         ways.append("--method lora")
-    ways.append(f"torchrun --nproc_per_node={max(2, -(-wanted.total // (70 * GB)))} and --fsdp on GPUs of 80 GB")
+    ways.append(
+        f"torchrun --nproc_per_node={max(2, -(-wanted.total // (70 * GB)))} and --fsdp on GPUs of"
+        " 80 GB"
+    )
     raise RequestError(
         f"training {what} on one expert of {checkpoint.preset.name} needs {wanted.words()}"
         + (f", {each / GB:.0f} GB in each of {processes} processes" if processes > 1 else ""),
-        f"  here: {have / GB:.0f} GB of {'GPU memory' if on_gpu else 'free RAM'} ({machine.words()})",
+        f"  here: {have / GB:.0f} GB of {'GPU memory' if on_gpu else 'free RAM'}"
+        f" ({machine.words()})",
         f"  do: {', '.join(ways)} (--force starts it here all the same)",
     )

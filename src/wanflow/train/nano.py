@@ -1,7 +1,9 @@
-"""The recipe of `nano`, from nothing to a folder in the official layout, and the measurement of what it understands.
+"""The recipe of `nano`, from nothing to a folder in the official layout, and the measurement of
+what it understands.
 
-Stages, each resumable: text encoder, VAE, cache of latents, the high- and the low-noise expert, export. The experts do not
-depend on each other and may be trained side by side (`--stage high` and `--stage low` in two processes of one thread each).
+Stages, each resumable: text encoder, VAE, cache of latents, the high- and the low-noise expert,
+export. The experts do not depend on each other and may be trained side by side (`--stage high` and
+`--stage low` in two processes of one thread each).
 """
 
 from __future__ import annotations
@@ -37,8 +39,12 @@ DROPOUT = 0.1  # share of captions replaced by the empty prompt, for guidance
 TEXT = Train(steps=1000, batch=64, learning_rate=2e-3, dtype=torch.float32)
 VAE = Train(steps=2850, batch=0, learning_rate=2e-3, weight_decay=0.0)
 EXPERT: dict[Expert, Train] = {
-    "high": Train(steps=2600, batch=48, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=1),
-    "low": Train(steps=4600, batch=48, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=2),
+    "high": Train(
+        steps=2600, batch=48, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=1
+    ),
+    "low": Train(
+        steps=4600, batch=48, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=2
+    ),
 }
 SHIFT = 3.0  # crowds the training sigmas upwards, as sampling does
 STAGES = ("text", "vae", "cache", "high", "low", "export")
@@ -66,7 +72,9 @@ def _short(settings: Train, scale: float) -> Train:
 
 def _needs(file: Path, stage: str) -> Path:
     if not file.exists():
-        raise RequestError(f"{file} is missing: run stage {stage} first (wanflow train --nano --stage {stage})")
+        raise RequestError(
+            f"{file} is missing: run stage {stage} first (wanflow train --nano --stage {stage})"
+        )
     return file
 
 
@@ -84,7 +92,10 @@ def _text(work: Path, scale: float, say: Say) -> None:
 
     fit(tagger, loss, _short(TEXT, scale), work / "text.pt", say)
     save_file(tagger.encoder.state_dict(), work / "text.safetensors")
-    say(f"captions with every word tagged right: {tagger.accuracy(*text.tagged(tokenizer, random.Random(-1), 1000)):.3f}")
+    say(
+        "captions with every word tagged right:"
+        f" {tagger.accuracy(*text.tagged(tokenizer, random.Random(-1), 1000)):.3f}"
+    )
 
 
 def _vae(work: Path, scale: float, say: Say) -> None:
@@ -94,7 +105,9 @@ def _vae(work: Path, scale: float, say: Say) -> None:
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         count, frames, crop = autoencoder.curriculum(step, settings.steps)
-        return autoencoder.loss(vae, *autoencoder.clips(rng, count, frames, NANO.size[0], crop), generator)
+        return autoencoder.loss(
+            vae, *autoencoder.clips(rng, count, frames, NANO.size[0], crop), generator
+        )
 
     fit(vae, loss, settings, work / "vae.pt", say)
     # The log variance is not learnt: it is the noise that training added.
@@ -106,10 +119,17 @@ def _vae(work: Path, scale: float, say: Say) -> None:
     save_file(vae.state_dict(), work / "vae.safetensors")
     mean, std = autoencoder.statistics(vae, random.Random(0), NANO.size[0])
     (work / "latent.json").write_text(json.dumps({"latent_mean": mean, "latent_std": std}))
-    scenes = [toy.sample_scene(random.Random(f"vae/{n}"), None) for n in range(max(2, round(200 * scale)))]
+    scenes = [
+        toy.sample_scene(random.Random(f"vae/{n}"), None) for n in range(max(2, round(200 * scale)))
+    ]
     with torch.no_grad():
-        tally = adherence.evaluate(lambda _, n: _reconstruct(vae, scenes[n], n), scenes, range(len(scenes)), report=say)
-    say(f"read from reconstructions: {json.dumps({k: round(v['share'], 3) for k, v in tally.as_dict()['slots'].items()})}")
+        tally = adherence.evaluate(
+            lambda _, n: _reconstruct(vae, scenes[n], n), scenes, range(len(scenes)), report=say
+        )
+    say(
+        "read from reconstructions:"
+        f" {json.dumps({k: round(v['share'], 3) for k, v in tally.as_dict()['slots'].items()})}"
+    )
 
 
 def _reconstruct(vae: WanVAE, scene: toy.Scene, seed: int) -> adherence.Frames:
@@ -121,7 +141,9 @@ def _reconstruct(vae: WanVAE, scene: toy.Scene, seed: int) -> adherence.Frames:
 
 def preset(work: Path) -> Preset:
     """NANO with the latent statistics that training measured."""
-    return replace(NANO, vae=replace(NANO.vae, **json.loads(_needs(work / "latent.json", "vae").read_text())))
+    return replace(
+        NANO, vae=replace(NANO.vae, **json.loads(_needs(work / "latent.json", "vae").read_text()))
+    )
 
 
 def _vae_of(work: Path) -> WanVAE:
@@ -134,8 +156,13 @@ def _cache(work: Path, scale: float, say: Say) -> None:
     encoder = UMT5Encoder(NANO.text)
     encoder.load_state_dict(load_file(_needs(work / "text.safetensors", "text")))
     count = max(64, round(CLIPS * scale))
-    cache = experts.precompute(_vae_of(work), encoder.eval(), _tokenizer(work), 0, count, NANO.frame_num, NANO.size[0], say)
-    save_file({"latents": cache.latents, "texts": cache.texts, "empty": cache.empty.contiguous()}, work / "cache.part")
+    cache = experts.precompute(
+        _vae_of(work), encoder.eval(), _tokenizer(work), 0, count, NANO.frame_num, NANO.size[0], say
+    )
+    save_file(
+        {"latents": cache.latents, "texts": cache.texts, "empty": cache.empty.contiguous()},
+        work / "cache.part",
+    )
     os.replace(work / "cache.part", work / "cache.safetensors")
     say(f"{count} clips cached; latent standard deviation {cache.latents.float().std():.3f}")
 
@@ -167,17 +194,40 @@ def export(work: Path, out: Path, say: Say) -> None:
     made = preset(work)
     shutil.rmtree(out, ignore_errors=True)
     for which, folder in (("high", "high_noise_model"), ("low", "low_noise_model")):
-        state = load_file(work / f"{which}.safetensors") if (work / f"{which}.safetensors").exists() else None
+        state = (
+            load_file(work / f"{which}.safetensors")
+            if (work / f"{which}.safetensors").exists()
+            else None
+        )
         if state is None:
             state = torch.load(_needs(work / f"{which}.pt", which), weights_only=True)["average"]
         (out / folder).mkdir(parents=True)
-        save_file({k: v.bfloat16().contiguous() for k, v in state.items()}, out / folder / "diffusion_pytorch_model.safetensors")
+        save_file(
+            {k: v.bfloat16().contiguous() for k, v in state.items()},
+            out / folder / "diffusion_pytorch_model.safetensors",
+        )
         config: dict[str, Any] = {"_class_name": "WanModel", "_diffusers_version": "0.33.0"}
-        keys = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type", "num_heads", "num_layers", "out_dim", "text_len")
+        keys = (
+            "dim",
+            "eps",
+            "ffn_dim",
+            "freq_dim",
+            "in_dim",
+            "model_type",
+            "num_heads",
+            "num_layers",
+            "out_dim",
+            "text_len",
+        )
         config |= {key: getattr(made.dit, key) for key in keys}
         (out / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for source, target in (("text.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"), ("vae.safetensors", "Wan2.1_VAE.pth")):
-        torch.save({k: v.bfloat16().clone() for k, v in load_file(work / source).items()}, out / target)
+    for source, target in (
+        ("text.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"),
+        ("vae.safetensors", "Wan2.1_VAE.pth"),
+    ):
+        torch.save(
+            {k: v.bfloat16().clone() for k, v in load_file(work / source).items()}, out / target
+        )
     (out / "google" / "umt5-xxl").mkdir(parents=True)
     shutil.copy(work / "tokenizer.json", out / "google" / "umt5-xxl" / "tokenizer.json")
     defaults = (
@@ -193,32 +243,60 @@ def export(work: Path, out: Path, say: Say) -> None:
         "sample_solver",
     )
     sheet = {
-        "name": made.name, "dit": {"text_dim": made.dit.text_dim}, "text": asdict(made.text), "vae": asdict(made.vae),
+        "name": made.name,
+        "dit": {"text_dim": made.dit.text_dim},
+        "text": asdict(made.text),
+        "vae": asdict(made.vae),
         "defaults": {key: getattr(made, key) for key in defaults},
-        "vocabulary": sorted({part for word in (*toy.vocabulary(), *text.FILLERS) for part in word.split("-") if part}),
-    }  # fmt: skip
+        "vocabulary": sorted(
+            {
+                part
+                for word in (*toy.vocabulary(), *text.FILLERS)
+                for part in word.split("-")
+                if part
+            }
+        ),
+    }
     (out / "wanflow.json").write_text(json.dumps(sheet, indent=1) + "\n")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     say(f"exported to {out}: {total / 1e6:.1f} MB (copy it over {NANO_FOLDER} to embed it)")
 
 
 def evaluate(model: str, prompts: int, roles: str, seen: bool, wording: bool, say: Say) -> str:
-    """Prompt adherence of a model on scenes that training never saw (or saw, with `seen`); one line of JSON.
+    """Prompt adherence of a model on scenes that training never saw (or saw, with `seen`); one line
+    of JSON.
 
     Args:
-        roles: "both" as it should be; "swapped", "high" or "low": each expert in the other's place, or one for all steps.
+        roles: "both" as it should be; "swapped", "high" or "low": each expert in the other's place,
+            or one for all steps.
     """
     resolve(model)
     pipe = load(model, keep_experts=True)
     names: dict[str, dict[Expert, Expert]] = {
-        "both": {"high": "high", "low": "low"}, "swapped": {"high": "low", "low": "high"},
-        "high": {"high": "high", "low": "high"}, "low": {"high": "low", "low": "low"},
-    }  # fmt: skip
+        "both": {"high": "high", "low": "low"},
+        "swapped": {"high": "low", "low": "high"},
+        "high": {"high": "high", "low": "high"},
+        "low": {"high": "low", "low": "low"},
+    }
     pipe.parts = _Recast(pipe.parts, names[roles])
-    scenes = [toy.sample_scene(random.Random(f"evaluate/{n}"), unseen=not seen) for n in range(prompts)]
+    scenes = [
+        toy.sample_scene(random.Random(f"evaluate/{n}"), unseen=not seen) for n in range(prompts)
+    ]
     words = random.Random("wording") if wording else None
-    tally = adherence.evaluate(lambda prompt, seed: pipe.generate(prompt, seed=seed).frames, scenes, range(prompts), words, say)
-    about = {"model": str(model), "prompts": prompts, "experts": roles, "seen": seen, "wording": "free" if wording else "plain"}
+    tally = adherence.evaluate(
+        lambda prompt, seed: pipe.generate(prompt, seed=seed).frames,
+        scenes,
+        range(prompts),
+        words,
+        say,
+    )
+    about = {
+        "model": str(model),
+        "prompts": prompts,
+        "experts": roles,
+        "seen": seen,
+        "wording": "free" if wording else "plain",
+    }
     return json.dumps({**about, **tally.as_dict()})
 
 

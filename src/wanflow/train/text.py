@@ -1,6 +1,8 @@
-"""Training the miniature's text encoder: tag every word of a caption with its slot and value, then freeze.
+"""Training the miniature's text encoder: tag every word of a caption with its slot and value, then
+freeze.
 
-A state that tells "red, the object's" from "red, the background's" is all that the experts' cross-attention needs.
+A state that tells "red, the object's" from "red, the background's" is all that the experts'
+cross-attention needs.
 """
 
 from __future__ import annotations
@@ -22,31 +24,78 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.train import toy
 
 VALUES: dict[str, tuple[str, ...]] = {
-    "colour": tuple(toy.COLOURS), "background": tuple(toy.BACKGROUNDS), "shape": toy.SHAPES, "motion": toy.MOTIONS,
-    "size": tuple(toy.SIZES), "speed": tuple(toy.SPEEDS),
-}  # fmt: skip
-TAGS = {("", ""): 0} | {
-    (slot, value): n for n, (slot, value) in enumerate(((s, v) for s, values in VALUES.items() for v in values), start=1)
+    "colour": tuple(toy.COLOURS),
+    "background": tuple(toy.BACKGROUNDS),
+    "shape": toy.SHAPES,
+    "motion": toy.MOTIONS,
+    "size": tuple(toy.SIZES),
+    "speed": tuple(toy.SPEEDS),
 }
-# Words that mean nothing here; with random strings they teach the encoder to pass over what it does not know.
+TAGS = {("", ""): 0} | {
+    (slot, value): n
+    for n, (slot, value) in enumerate(
+        ((s, v) for s, values in VALUES.items() for v in values), start=1
+    )
+}
+# Words that mean nothing here; with random strings they teach the encoder to pass over what it does
+# not know.
 FILLERS = (
-    "very", "lovely", "high", "quality", "scene", "shot", "camera", "please", "make", "show", "me", "one", "geometric", "shape", "coloured",
-    "screen", "frame", "toward", "side", "slightly", "gentle", "flat", "minimal", "2d", "it", "and", "its", "which", "while", "across",
-)  # fmt: skip
+    "very",
+    "lovely",
+    "high",
+    "quality",
+    "scene",
+    "shot",
+    "camera",
+    "please",
+    "make",
+    "show",
+    "me",
+    "one",
+    "geometric",
+    "shape",
+    "coloured",
+    "screen",
+    "frame",
+    "toward",
+    "side",
+    "slightly",
+    "gentle",
+    "flat",
+    "minimal",
+    "2d",
+    "it",
+    "and",
+    "its",
+    "which",
+    "while",
+    "across",
+)
 
 
 def build_tokenizer(file: Path) -> None:
-    """Write a unigram tokenizer.json: every word of the grammar is one piece; other text falls back to letters and bytes."""
-    words = sorted({part for word in toy.vocabulary() for part in word.replace("-", " - ").split()} - {"-"})
+    """Write a unigram tokenizer.json: every word of the grammar is one piece; other text falls back
+    to letters and bytes.
+    """
+    words = sorted(
+        {part for word in toy.vocabulary() for part in word.replace("-", " - ").split()} - {"-"}
+    )
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     pieces += [(f"▁{word}", -2.0) for word in (*words, *FILLERS) if word]
-    pieces += [(letter, -8.0) for letter in string.ascii_lowercase + string.digits + string.punctuation + "▁"]
+    pieces += [
+        (letter, -8.0)
+        for letter in string.ascii_lowercase + string.digits + string.punctuation + "▁"
+    ]
     pieces += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
     unique = list(dict(pieces).items())
     engine = Engine(Unigram(unique, unk_id=2, byte_fallback=True))
-    engine.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("-", " - ")])
+    engine.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("-", " - ")]
+    )
     engine.pre_tokenizer = pre_tokenizers.Metaspace()
-    engine.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    engine.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
+    )
     engine.add_special_tokens(["<pad>", "</s>", "<unk>"])
     file.parent.mkdir(parents=True, exist_ok=True)
     engine.save(str(file))
@@ -66,17 +115,25 @@ def _noisy(words: list[toy.Word], rng: random.Random) -> list[toy.Word]:
 
 def tagged(tokenizer: Tokenizer, rng: random.Random, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids, mask and tags, [count, S] each, of random captions; held-out scenes are left out."""
-    ids, tags = torch.full((count, tokenizer.length), tokenizer.pad), torch.zeros(count, tokenizer.length, dtype=torch.int64)
+    ids, tags = (
+        torch.full((count, tokenizer.length), tokenizer.pad),
+        torch.zeros(count, tokenizer.length, dtype=torch.int64),
+    )
     mask = torch.zeros(count, tokenizer.length, dtype=torch.int64)
     for row in range(count):
         scene = toy.sample_scene(rng)
-        text, ends = toy.spans(_noisy(toy.caption_words(scene, rng if rng.random() < 0.8 else None), rng))
+        text, ends = toy.spans(
+            _noisy(toy.caption_words(scene, rng if rng.random() < 0.8 else None), rng)
+        )
         encoded = tokenizer.engine.encode(text, add_special_tokens=False)
         pieces, marks = encoded.ids, []
         for _, stop in encoded.offsets:
             word = next(word for end, word in ends if stop <= end)
             marks.append(TAGS[(word.slot, word.value)])
-        pieces, marks = [*pieces[: tokenizer.length - 1], tokenizer.end], [*marks[: tokenizer.length - 1], 0]
+        pieces, marks = (
+            [*pieces[: tokenizer.length - 1], tokenizer.end],
+            [*marks[: tokenizer.length - 1], 0],
+        )
         ids[row, : len(pieces)] = torch.tensor(pieces)
         tags[row, : len(marks)] = torch.tensor(marks)
         mask[row, : len(pieces)] = 1
@@ -94,10 +151,14 @@ class Tagger(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=1.0)  # position tables too: heads differ in where they look
+                nn.init.normal_(
+                    module.weight, std=1.0
+                )  # position tables too: heads differ in where they look
         for name, weight in self.encoder.named_parameters():
             if name.endswith("attn.q.weight"):
-                nn.init.normal_(weight, std=config.dim**-0.5 * (config.dim_attn / config.num_heads) ** -0.5)
+                nn.init.normal_(
+                    weight, std=config.dim**-0.5 * (config.dim_attn / config.num_heads) ** -0.5
+                )
 
     def loss(self, ids: Tensor, mask: Tensor, tags: Tensor) -> Tensor:
         """Mean cross-entropy over the tokens; a scalar."""

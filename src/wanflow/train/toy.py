@@ -1,10 +1,11 @@
 """Procedural, captioned clips: the world that `nano` learns.
 
-A `Scene` is what a caption can say. `draw` adds what it does not say (where exactly, how tilted: the seed's part), `render`
-turns that into frames with anti-aliased edges. Lengths are fractions of the frame's side unless they are called pixels, so
-every function works at any size.
+A `Scene` is what a caption can say. `draw` adds what it does not say (where exactly, how tilted:
+the seed's part), `render` turns that into frames with anti-aliased edges. Lengths are fractions of
+the frame's side unless they are called pixels, so every function works at any size.
 
-Some combinations are never shown in training (`held_out`), so that composing can be told from remembering.
+Some combinations are never shown in training (`held_out`), so that composing can be told from
+remembering.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 COLOURS = {
     "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
-    "purple": (150, 50, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (245, 245, 245),
+    "purple": (150, 50, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220),
+    "white": (245, 245, 245),
 }  # fmt: skip
 BACKGROUNDS = {"black": (15, 15, 18), "gray": (128, 128, 128)} | {
     name: COLOURS[name] for name in ("white", "red", "green", "blue", "yellow", "purple")
@@ -35,28 +37,85 @@ GROWTH = 1.5  # from first frame to last, at normal speed
 TURN = math.radians(120)
 
 NAMES = {
-    "red": ("red",), "green": ("green",), "blue": ("blue",), "yellow": ("yellow",), "purple": ("purple", "violet"),
-    "orange": ("orange",), "cyan": ("cyan", "turquoise"), "white": ("white",), "black": ("black",), "gray": ("gray", "grey"),
-    "circle": ("circle", "disc", "ball"), "square": ("square", "box"), "triangle": ("triangle",), "star": ("star", "five-pointed star"),
-    "cross": ("cross", "plus sign"), "small": ("small", "tiny", "little"), "medium": ("",), "large": ("large", "big", "huge"),
-    "slow": ("slowly", "gently"), "normal": ("",), "fast": ("quickly", "fast", "rapidly"),
-}  # fmt: skip
+    "red": ("red",),
+    "green": ("green",),
+    "blue": ("blue",),
+    "yellow": ("yellow",),
+    "purple": ("purple", "violet"),
+    "orange": ("orange",),
+    "cyan": ("cyan", "turquoise"),
+    "white": ("white",),
+    "black": ("black",),
+    "gray": ("gray", "grey"),
+    "circle": ("circle", "disc", "ball"),
+    "square": ("square", "box"),
+    "triangle": ("triangle",),
+    "star": ("star", "five-pointed star"),
+    "cross": ("cross", "plus sign"),
+    "small": ("small", "tiny", "little"),
+    "medium": ("",),
+    "large": ("large", "big", "huge"),
+    "slow": ("slowly", "gently"),
+    "normal": ("",),
+    "fast": ("quickly", "fast", "rapidly"),
+}
 # Each verb as a finite form and a continuous one.
 VERBS = {
-    "left": (("moves left", "moving left"), ("slides left", "sliding left"), ("moves to the left", "moving to the left"),
-             ("goes left", "going left"), ("drifts left", "drifting left")),
-    "right": (("moves right", "moving right"), ("slides right", "sliding right"), ("moves to the right", "moving to the right"),
-              ("goes right", "going right"), ("drifts right", "drifting right")),
-    "up": (("moves up", "moving up"), ("rises", "rising"), ("slides up", "sliding up"), ("goes up", "going up"),
-           ("floats upwards", "floating upwards"), ("moves upward", "moving upward")),
-    "down": (("moves down", "moving down"), ("falls", "falling"), ("slides down", "sliding down"), ("drops", "dropping"),
-             ("sinks downwards", "sinking downwards"), ("goes down", "going down")),
-    "grows": (("grows", "growing"), ("gets bigger", "getting bigger"), ("expands", "expanding"), ("gets larger", "getting larger")),
-    "shrinks": (("shrinks", "shrinking"), ("gets smaller", "getting smaller"), ("contracts", "contracting")),
-    "still": (("stays still", "staying still"), ("does not move", "not moving"), ("stands still", "standing still"),
-              ("is static", "resting"), ("stays in place", "staying in place")),
-    "spins": (("spins", "spinning"), ("rotates", "rotating"), ("turns around", "turning around"), ("spins around", "spinning around")),
-}  # fmt: skip
+    "left": (
+        ("moves left", "moving left"),
+        ("slides left", "sliding left"),
+        ("moves to the left", "moving to the left"),
+        ("goes left", "going left"),
+        ("drifts left", "drifting left"),
+    ),
+    "right": (
+        ("moves right", "moving right"),
+        ("slides right", "sliding right"),
+        ("moves to the right", "moving to the right"),
+        ("goes right", "going right"),
+        ("drifts right", "drifting right"),
+    ),
+    "up": (
+        ("moves up", "moving up"),
+        ("rises", "rising"),
+        ("slides up", "sliding up"),
+        ("goes up", "going up"),
+        ("floats upwards", "floating upwards"),
+        ("moves upward", "moving upward"),
+    ),
+    "down": (
+        ("moves down", "moving down"),
+        ("falls", "falling"),
+        ("slides down", "sliding down"),
+        ("drops", "dropping"),
+        ("sinks downwards", "sinking downwards"),
+        ("goes down", "going down"),
+    ),
+    "grows": (
+        ("grows", "growing"),
+        ("gets bigger", "getting bigger"),
+        ("expands", "expanding"),
+        ("gets larger", "getting larger"),
+    ),
+    "shrinks": (
+        ("shrinks", "shrinking"),
+        ("gets smaller", "getting smaller"),
+        ("contracts", "contracting"),
+    ),
+    "still": (
+        ("stays still", "staying still"),
+        ("does not move", "not moving"),
+        ("stands still", "standing still"),
+        ("is static", "resting"),
+        ("stays in place", "staying in place"),
+    ),
+    "spins": (
+        ("spins", "spinning"),
+        ("rotates", "rotating"),
+        ("turns around", "turning around"),
+        ("spins around", "spinning around"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -71,12 +130,26 @@ class Scene:
     speed: str = "normal"
 
 
-HELD_OUT_COLOUR_SHAPE = {("red", "star"), ("blue", "triangle"), ("yellow", "cross"), ("green", "circle"), ("purple", "square")}
-HELD_OUT_SHAPE_MOTION = {("star", "left"), ("circle", "grows"), ("triangle", "up"), ("cross", "right"), ("square", "shrinks")}
+HELD_OUT_COLOUR_SHAPE = {
+    ("red", "star"),
+    ("blue", "triangle"),
+    ("yellow", "cross"),
+    ("green", "circle"),
+    ("purple", "square"),
+}
+HELD_OUT_SHAPE_MOTION = {
+    ("star", "left"),
+    ("circle", "grows"),
+    ("triangle", "up"),
+    ("cross", "right"),
+    ("square", "shrinks"),
+}
 
 
 def held_out(scene: Scene) -> str | None:
-    """Why training never sees this scene (`colour-shape`, `shape-motion`, `triple`), or None if it may."""
+    """Why training never sees this scene (`colour-shape`, `shape-motion`, `triple`), or None if it
+    may.
+    """
     if (scene.colour, scene.shape) in HELD_OUT_COLOUR_SHAPE:
         return "colour-shape"
     if (scene.shape, scene.motion) in HELD_OUT_SHAPE_MOTION:
@@ -89,9 +162,13 @@ def sample_scene(rng: random.Random, unseen: bool | None = False) -> Scene:
     """A random scene that training may see (`unseen=False`), never sees (True), or any (None)."""
     while True:
         scene = Scene(
-            rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), rng.choice(SHAPES), rng.choice(MOTIONS),
-            rng.choice(("small", "medium", "medium", "large")), rng.choice(("slow", "normal", "normal", "fast")),
-        )  # fmt: skip
+            rng.choice(list(COLOURS)),
+            rng.choice(list(BACKGROUNDS)),
+            rng.choice(SHAPES),
+            rng.choice(MOTIONS),
+            rng.choice(("small", "medium", "medium", "large")),
+            rng.choice(("slow", "normal", "normal", "fast")),
+        )
         if scene.colour == scene.background or (scene.shape, scene.motion) == ("circle", "spins"):
             continue
         if scene.motion == "still":
@@ -126,7 +203,9 @@ def spans(words: Sequence[Word]) -> tuple[str, list[tuple[int, Word]]]:
     for i, word in enumerate(shown):
         following = shown[i + 1].text[0] if i + 1 < len(shown) else ""
         article = word.text in ("a", "A") and following in tuple("aeiou")
-        text += ("" if not text or word.text in ",." else " ") + word.text + ("n" if article else "")
+        text += (
+            ("" if not text or word.text in ",." else " ") + word.text + ("n" if article else "")
+        )
         ends.append((len(text), word))
     return text, ends
 
@@ -142,14 +221,53 @@ def caption_words(scene: Scene, rng: random.Random | None = None) -> list[Word]:
     verb = Word(pick(VERBS[scene.motion])[int(continuous)], "motion", scene.motion)
     is_or_not = [Word("is")] if continuous and rng is not None and rng.random() < 0.5 else []
     speed = name("speed", scene.speed) if scene.motion != "still" else Word("")
-    background = [name("background", scene.background), Word(pick(("background", "backdrop")) if rng else "background")]
+    background = [
+        name("background", scene.background),
+        Word(pick(("background", "backdrop")) if rng else "background"),
+    ]
     subject = [name("size", scene.size), name("colour", scene.colour), name("shape", scene.shape)]
     if rng is None:
         return [Word("a"), *subject, verb, speed, Word("on a"), *background]
     action = [*is_or_not, verb, speed] if rng.random() < 0.7 else [*is_or_not, speed, verb]
-    article, place = Word(rng.choice(("a", "a", "the", ""))), Word(rng.choice(("on", "on", "over", "against", "in front of")))
-    opening = [Word(rng.choice(("", "", "", "a video of", "a clip of", "an animation of", "there is", "we see", "simple animation of")))]
-    adjective = Word(rng.choice(("", "", "", "", "bright", "beautiful", "nice", "single", "solid", "plain", "shiny", "smooth")))
+    article, place = (
+        Word(rng.choice(("a", "a", "the", ""))),
+        Word(rng.choice(("on", "on", "over", "against", "in front of"))),
+    )
+    opening = [
+        Word(
+            rng.choice(
+                (
+                    "",
+                    "",
+                    "",
+                    "a video of",
+                    "a clip of",
+                    "an animation of",
+                    "there is",
+                    "we see",
+                    "simple animation of",
+                )
+            )
+        )
+    ]
+    adjective = Word(
+        rng.choice(
+            (
+                "",
+                "",
+                "",
+                "",
+                "bright",
+                "beautiful",
+                "nice",
+                "single",
+                "solid",
+                "plain",
+                "shiny",
+                "smooth",
+            )
+        )
+    )
     subject = [article, adjective, *subject] if article.text else [*opening, adjective, *subject]
     wall = [Word(rng.choice(("a", "a", "the", "a plain"))), *background]
     form = rng.randrange(6)
@@ -170,7 +288,9 @@ def caption_words(scene: Scene, rng: random.Random | None = None) -> list[Word]:
 
 
 def draw(scene: Scene, rng: random.Random, frames: int) -> Tensor:
-    """The scene's course over time, [frames, 4]: centre x, centre y, radius (fractions of the side), angle (radians)."""
+    """The scene's course over time, [frames, 4]: centre x, centre y, radius (fractions of the
+    side), angle (radians).
+    """
     speed = SPEEDS[scene.speed] * rng.uniform(0.95, 1.05)
     radius = SIZES[scene.size] * rng.uniform(0.95, 1.05)
     x, y = (0.5 + rng.uniform(-0.05, 0.05) for _ in range(2))
@@ -189,7 +309,9 @@ def draw(scene: Scene, rng: random.Random, frames: int) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Tensor:
-    """Signed distance to a convex polygon given clockwise (y down): the farthest of its edges' half planes."""
+    """Signed distance to a convex polygon given clockwise (y down): the farthest of its edges' half
+    planes.
+    """
     edges = []
     for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):
         length = math.hypot(bx - ax, by - ay)
@@ -198,18 +320,26 @@ def _polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Te
 
 
 def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance (negative inside) to a shape of radius about 1 around the origin; y points down."""
+    """Signed distance (negative inside) to a shape of radius about 1 around the origin; y points
+    down.
+    """
     if shape == "circle":
         return torch.hypot(x, y) - 0.95
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - 0.85
     if shape == "triangle":
-        corners = [(1.25 * math.sin(a), -1.25 * math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
+        corners = [
+            (1.25 * math.sin(a), -1.25 * math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)
+        ]
         return _polygon(x, y, corners)
     if shape == "cross":
         long, wide = 1.1, 0.36
-        return torch.minimum(torch.maximum(x.abs() - long, y.abs() - wide), torch.maximum(x.abs() - wide, y.abs() - long))
-    # A star: fold the plane onto one of ten equal wedges, whose boundary is a single line from tip to notch.
+        return torch.minimum(
+            torch.maximum(x.abs() - long, y.abs() - wide),
+            torch.maximum(x.abs() - wide, y.abs() - long),
+        )
+    # A star: fold the plane onto one of ten equal wedges, whose boundary is a single line from tip
+    # to notch.
     tip, notch, fold = 1.3, 0.53, math.pi / 5
     angle = torch.remainder(torch.atan2(x, -y), 2 * fold)
     angle = torch.minimum(angle, 2 * fold - angle)
@@ -240,14 +370,26 @@ def render(scene: Scene, rng: random.Random, frames: int = 17, side: int = 64) -
     """A clip of the scene, [3, frames, side, side] in -1..1."""
     cover = coverage(scene.shape, draw(scene, rng, frames), side)
     colour, background = COLOURS[scene.colour], BACKGROUNDS[scene.background]
-    return paint(cover, torch.tensor(colour, dtype=torch.float32), torch.tensor(background, dtype=torch.float32))
+    return paint(
+        cover,
+        torch.tensor(colour, dtype=torch.float32),
+        torch.tensor(background, dtype=torch.float32),
+    )
 
 
 def vocabulary() -> list[str]:
     """Every word that a caption can contain, lower case, sorted."""
     words = {word for phrases in NAMES.values() for phrase in phrases for word in phrase.split()}
-    words |= {word for forms in VERBS.values() for pair in forms for phrase in pair for word in phrase.split()}
+    words |= {
+        word
+        for forms in VERBS.values()
+        for pair in forms
+        for phrase in pair
+        for word in phrase.split()
+    }
     rng = random.Random(0)
     for _ in range(3000):
-        words |= {word.strip(",.").lower() for word in caption(sample_scene(rng, None), rng).split()}
+        words |= {
+            word.strip(",.").lower() for word in caption(sample_scene(rng, None), rng).split()
+        }
     return sorted(words - {""})

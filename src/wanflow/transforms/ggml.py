@@ -1,12 +1,14 @@
 """GGML's quantised types, unpacked with torch.
 
-Every type packs a run of values into a block of bytes: one or two float16 for the block, for the longer blocks small integers that
-scale parts of it, and a few bits for each value, often split over two places. The functions fill `out` [n, values] float32 from
-`blocks` [n, bytes] uint8, on whatever device they lie.
+Every type packs a run of values into a block of bytes: one or two float16 for the block, for the
+longer blocks small integers that scale parts of it, and a few bits for each value, often split over
+two places. The functions fill `out` [n, values] float32 from `blocks` [n, bytes] uint8, on whatever
+device they lie.
 
-The float operations stand in the order of the `gguf` package, and where nothing fuses them (a compiler may) the results are its to
-the bit. Bits are cut out by shifts with plain numbers, one slice of `out` at a time: broadcast over a tensor of shifts the same
-work takes 30 times as long on a CPU.
+The float operations stand in the order of the `gguf` package, and where nothing fuses them (a
+compiler may) the results are its to the bit. Bits are cut out by shifts with plain numbers, one
+slice of `out` at a time: broadcast over a tensor of shifts the same work takes 30 times as long on
+a CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def _signed(codes: Tensor, zero: int) -> Tensor:
     return (codes - zero).view(torch.int8)
 
 
-# Blocks of 32 values. The low halves of 16 bytes are the first 16 values, the high halves the others.
+# Blocks of 32 values. The low halves of 16 bytes are the first 16 values, the high halves the
+# others.
 
 
 def _nibbles(packed: Tensor, out: Tensor) -> None:
@@ -44,7 +47,9 @@ def _fifth_bits(packed: Tensor) -> Tensor:
     """Bits, lowest first, [n, 4] -> [n, 32] uint8, each 0 or 16."""
     # A table of 8 bytes for each byte, looked up as one integer.
     bits = torch.arange(8, device=packed.device)
-    table = ((torch.arange(256, device=packed.device).unsqueeze(1) >> bits) & 1).to(torch.uint8) << 4
+    table = ((torch.arange(256, device=packed.device).unsqueeze(1) >> bits) & 1).to(
+        torch.uint8
+    ) << 4
     wide = table.view(torch.int64).flatten().index_select(0, packed.flatten().int())
     return wide.view(torch.uint8).view(-1, 32)
 
@@ -92,7 +97,8 @@ def _iq4_nl(blocks: Tensor, out: Tensor) -> None:
     out.copy_(_iq4(torch.cat([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1))).mul_(_half(blocks, 0))
 
 
-# Blocks of 256 values. Parts of 16 or 32 have a scale of their own, a small integer times the block's.
+# Blocks of 256 values. Parts of 16 or 32 have a scale of their own, a small integer times the
+# block's.
 
 
 def _scaled(out: Tensor, scales: Tensor, minima: Tensor | None = None) -> None:
@@ -104,7 +110,9 @@ def _scaled(out: Tensor, scales: Tensor, minima: Tensor | None = None) -> None:
 
 
 def _q2_k(blocks: Tensor, out: Tensor) -> None:
-    """Scales and minima of 16 parts (16: low and high halves), codes of 2 bits (64), scale (2), scale of the minima (2)."""
+    """Scales and minima of 16 parts (16: low and high halves), codes of 2 bits (64), scale (2),
+    scale of the minima (2).
+    """
     codes, quarters = blocks[:, 16:80].unflatten(1, (2, 32)), out.unflatten(1, (2, 4, 32))
     for n in range(4):
         quarters[:, :, n] = (codes >> 2 * n) & 3
@@ -113,7 +121,9 @@ def _q2_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q3_k(blocks: Tensor, out: Tensor) -> None:
-    """Third bits (32), lower bits (64), scales of 16 parts (12: four bits each in 8 bytes, two in 4), scale (2): code - 4."""
+    """Third bits (32), lower bits (64), scales of 16 parts (12: four bits each in 8 bytes, two in
+    4), scale (2): code - 4.
+    """
     high, low, small = blocks[:, :32], blocks[:, 32:96].unflatten(1, (2, 32)), blocks[:, 96:108]
     eighths = out.unflatten(1, (8, 32))
     for n in range(8):
@@ -127,8 +137,9 @@ def _q3_k(blocks: Tensor, out: Tensor) -> None:
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Of the 8 parts of a Q4_K or Q5_K block, [n, 8] float32 each; six bits each in 12 bytes.
 
-    The first four scales are the low six bits of bytes 0-3, the first four minima of bytes 4-7. The others take four bits from
-    bytes 8-11 (scales low, minima high) and their upper two from the tops of bytes 0-3 and 4-7.
+    The first four scales are the low six bits of bytes 0-3, the first four minima of bytes 4-7. The
+    others take four bits from bytes 8-11 (scales low, minima high) and their upper two from the
+    tops of bytes 0-3 and 4-7.
     """
     first, second, rest = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
     scales = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], 1)
@@ -145,7 +156,9 @@ def _q4_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
-    """Scale (2), scale of the minima (2), scales and minima (12), fifth bits (32), lower bits (128)."""
+    """Scale (2), scale of the minima (2), scales and minima (12), fifth bits (32), lower bits
+    (128).
+    """
     high, low = blocks[:, 16:48], blocks[:, 48:].unflatten(1, (4, 32))
     eighths = out.unflatten(1, (8, 32))
     for n in range(4):
@@ -155,7 +168,9 @@ def _q5_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    """Lower four bits (128), upper two (64), signed scales of 16 parts (16), scale (2): code - 32."""
+    """Lower four bits (128), upper two (64), signed scales of 16 parts (16), scale (2): code -
+    32.
+    """
     low, high = blocks[:, :128].unflatten(1, (2, 2, 32)), blocks[:, 128:192].unflatten(1, (2, 32))
     quarters = out.unflatten(1, (2, 4, 32))
     for n in range(4):

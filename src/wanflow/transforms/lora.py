@@ -1,14 +1,17 @@
 """Adapters on a loaded model: LoRA and its relatives, fused into a weight or live beside it.
 
-A `Change` is a value: what one file does to one parameter. `changed` applies it to a weight, for fusing. `Adapters` attaches whole
-files to a model and keeps them apart from it: their strengths move, and they come off again, without the model being loaded anew.
+A `Change` is a value: what one file does to one parameter. `changed` applies it to a weight, for
+fusing. `Adapters` attaches whole files to a model and keeps them apart from it: their strengths
+move, and they come off again, without the model being loaded anew.
 
-A matmul's weight is never touched: its leaf is wrapped in `Adapted`, which adds the low-rank product to the leaf's output, so any
-base works, packed ones too. Small tensors (biases, norms, modulation, the patch embedding) are overwritten and their originals kept.
+A matmul's weight is never touched: its leaf is wrapped in `Adapted`, which adds the low-rank
+product to the leaf's output, so any base works, packed ones too. Small tensors (biases, norms,
+modulation, the patch embedding) are overwritten and their originals kept.
 
-Strength is a tensor that compiled code reads, so changing it compiles nothing, 0 included: 0 times a finite product adds exactly
-nothing, so no flag is needed to give the base's output bit for bit. `remove` frees the memory and unwraps, which is other code:
-compiled blocks compile once more, unless they ran bare before; `set_strength(name, 0)` is the removal that they do not notice.
+Strength is a tensor that compiled code reads, so changing it compiles nothing, 0 included: 0 times
+a finite product adds exactly nothing, so no flag is needed to give the base's output bit for bit.
+`remove` frees the memory and unwraps, which is other code: compiled blocks compile once more,
+unless they ran bare before; `set_strength(name, 0)` is the removal that they do not notice.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """LoRA: scale * up @ down. up [out, r, ...], down [r, in, *kernel]; with mid [r, r, *kernel] (LoCon) down is [r, in, ...]."""
+    """LoRA: scale * up @ down. up [out, r, ...], down [r, in, *kernel]; with mid [r, r, *kernel]
+    (LoCon) down is [r, in, ...].
+    """
 
     up: Tensor
     down: Tensor
@@ -40,7 +45,9 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Hadamard:
-    """LoHa: scale * (w1_a @ w1_b) * (w2_a @ w2_b), [out, r] and [r, in] each; with t1, t2 [r, r, *kernel] they are [r, out], [r, in]."""
+    """LoHa: scale * (w1_a @ w1_b) * (w2_a @ w2_b), [out, r] and [r, in] each; with t1, t2 [r, r,
+    *kernel] they are [r, out], [r, in].
+    """
 
     w1_a: Tensor
     w1_b: Tensor
@@ -53,7 +60,9 @@ class Hadamard:
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
-    """LoKr: scale * kron(w1, w2). Each is whole, or the product of itself and its `_b`; with t2 [r, r, *kernel] w2 is [r, out2]."""
+    """LoKr: scale * kron(w1, w2). Each is whole, or the product of itself and its `_b`; with t2 [r,
+    r, *kernel] w2 is [r, out2].
+    """
 
     w1: Tensor
     w2: Tensor
@@ -79,7 +88,9 @@ class Replacement:
 
 @dataclass(frozen=True, eq=False)
 class Decomposed:
-    """DoRA: magnitude * (W + inner) / norm(W + inner), rows of which have the norm [out] or [out, 1], or columns: [1, in]."""
+    """DoRA: magnitude * (W + inner) / norm(W + inner), rows of which have the norm [out] or [out,
+    1], or columns: [1, in].
+    """
 
     inner: Additive
     magnitude: Tensor
@@ -93,11 +104,17 @@ Change: TypeAlias = Additive | Replacement | Decomposed
 
 
 def misfit(change: Change, shape: Shape) -> str | None:
-    """Why a change cannot apply to a weight of this shape; None if it can, and then it makes nothing larger than the weight."""
+    """Why a change cannot apply to a weight of this shape; None if it can, and then it makes
+    nothing larger than the weight.
+    """
     if isinstance(change, Decomposed):
         if len(shape) < 2:
             return f"a magnitude does not fit {list(shape)}"
-        sides = [tuple(shape[:1]), (shape[0], *[1] * (len(shape) - 1)), (1, *shape[1:2], *[1] * (len(shape) - 2))]
+        sides = [
+            tuple(shape[:1]),
+            (shape[0], *[1] * (len(shape) - 1)),
+            (1, *shape[1:2], *[1] * (len(shape) - 2)),
+        ]
         if tuple(change.magnitude.shape) not in sides:
             return f"magnitude {list(change.magnitude.shape)} does not fit {list(shape)}"
         return misfit(change.inner, shape)
@@ -111,8 +128,16 @@ def misfit(change: Change, shape: Shape) -> str | None:
     if isinstance(change, LowRank):
         fits = _lowrank_fits(change, shape)
     else:
-        fits = _hadamard_fits(change, shape) if isinstance(change, Hadamard) else _kronecker_fits(change, shape)
-    return None if fits else f"shape {' x '.join(str(list(part)) for part in parts)} does not fit {list(shape)}"
+        fits = (
+            _hadamard_fits(change, shape)
+            if isinstance(change, Hadamard)
+            else _kronecker_fits(change, shape)
+        )
+    return (
+        None
+        if fits
+        else f"shape {' x '.join(str(list(part)) for part in parts)} does not fit {list(shape)}"
+    )
 
 
 def _tensors(change: Change) -> list[Tensor]:
@@ -121,9 +146,15 @@ def _tensors(change: Change) -> list[Tensor]:
 
 
 def _made(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[int, int, int] | None:
-    """(out, in, kernel) of what two factors make; kernel 0 where it stands within `in`. None where they do not meet."""
+    """(out, in, kernel) of what two factors make; kernel 0 where it stands within `in`. None where
+    they do not meet.
+    """
     if core is None:
-        return (a.shape[0], math.prod(b.shape[1:]), 0) if a.shape[1] == b.shape[0] and math.prod(a.shape[2:]) == 1 else None
+        return (
+            (a.shape[0], math.prod(b.shape[1:]), 0)
+            if a.shape[1] == b.shape[0] and math.prod(a.shape[2:]) == 1
+            else None
+        )
     meets = core.shape[:2] == (a.shape[0], b.shape[0]) and a.ndim == b.ndim == 2
     return (a.shape[1], b.shape[1], math.prod(core.shape[2:])) if meets else None
 
@@ -133,27 +164,48 @@ def _lowrank_fits(change: LowRank, shape: Shape) -> bool:
     if mid is None:
         return _made(up, down, None) == (shape[0], math.prod(shape[1:]), 0)
     ends = math.prod(up.shape[2:]) == 1 == math.prod(down.shape[2:])
-    return ends and _made(up.flatten(1).mT, down.flatten(1), mid) == (shape[0], shape[1], math.prod(shape[2:]))
+    return ends and _made(up.flatten(1).mT, down.flatten(1), mid) == (
+        shape[0],
+        shape[1],
+        math.prod(shape[2:]),
+    )
 
 
 def _hadamard_fits(change: Hadamard, shape: Shape) -> bool:
     wanted = {(shape[0], math.prod(shape[1:]), 0), (shape[0], shape[1], math.prod(shape[2:]))}
-    return {_made(change.w1_a, change.w1_b, change.t1), _made(change.w2_a, change.w2_b, change.t2)} <= wanted
+    return {
+        _made(change.w1_a, change.w1_b, change.t1),
+        _made(change.w2_a, change.w2_b, change.t2),
+    } <= wanted
 
 
 def _kronecker_fits(change: Kronecker, shape: Shape) -> bool:
-    """Sizes alone decide: of the two factors, rows multiply to `out`, and columns with the kernel to the rest."""
-    one = (change.w1.shape[0], math.prod(change.w1.shape[1:]), 0) if change.w1_b is None else _made(change.w1, change.w1_b, None)
-    two = (change.w2.shape[0], math.prod(change.w2.shape[1:]), 0) if change.w2_b is None else _made(change.w2, change.w2_b, change.t2)
+    """Sizes alone decide: of the two factors, rows multiply to `out`, and columns with the kernel
+    to the rest.
+    """
+    one = (
+        (change.w1.shape[0], math.prod(change.w1.shape[1:]), 0)
+        if change.w1_b is None
+        else _made(change.w1, change.w1_b, None)
+    )
+    two = (
+        (change.w2.shape[0], math.prod(change.w2.shape[1:]), 0)
+        if change.w2_b is None
+        else _made(change.w2, change.w2_b, change.t2)
+    )
     if one is None or two is None or (change.t2 is not None and change.w2_b is None):
         return False
     # The kernel belongs to the second factor, and the first divides the inputs.
     columns = one[1] * two[1] * (two[2] or 1)
-    return one[0] * two[0] == shape[0] and columns == math.prod(shape[1:]) and shape[1] % one[1] == 0
+    return (
+        one[0] * two[0] == shape[0] and columns == math.prod(shape[1:]) and shape[1] % one[1] == 0
+    )
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """a @ b; or, around a core, a [r, out], core [r, s, *kernel], b [s, in] -> [out, in, *kernel]."""
+    """a @ b; or, around a core, a [r, out], core [r, s, *kernel], b [s, in] -> [out, in,
+    *kernel].
+    """
     if core is None:
         return a.float().flatten(1) @ b.float().flatten(1)
     return torch.einsum("rs...,ro,si->oi...", core.float(), a.float(), b.float())
@@ -165,17 +217,24 @@ def delta(change: Additive, shape: Shape) -> Tensor:
         return change.value.float().reshape(shape)
     if isinstance(change, LowRank):
         up = change.up.flatten(1) if change.mid is None else change.up.flatten(1).mT
-        return _product(change.scale * up.float(), change.down.flatten(1), change.mid).reshape(shape)
+        return _product(change.scale * up.float(), change.down.flatten(1), change.mid).reshape(
+            shape
+        )
     if isinstance(change, Hadamard):
         one = _product(change.scale * change.w1_a.float(), change.w1_b, change.t1).reshape(shape)
         return one * _product(change.w2_a, change.w2_b, change.t2).reshape(shape)
-    one = change.w1.float().flatten(1) if change.w1_b is None else _product(change.w1, change.w1_b, None)
+    one = (
+        change.w1.float().flatten(1)
+        if change.w1_b is None
+        else _product(change.w1, change.w1_b, None)
+    )
     two = change.w2.float() if change.w2_b is None else _product(change.w2, change.w2_b, change.t2)
     return torch.kron(change.scale * one, two.flatten(1)).reshape(shape)
 
 
 def changed(weight: Tensor, change: Change, strength: float | Tensor) -> Tensor:
-    """The weight under a change: float32 in, float32 out, same shape; at strength 0 the weight itself, in value.
+    """The weight under a change: float32 in, float32 out, same shape; at strength 0 the weight
+    itself, in value.
 
     The change must fit the weight (`misfit`), and lie on its device.
     """
@@ -187,8 +246,12 @@ def changed(weight: Tensor, change: Change, strength: float | Tensor) -> Tensor:
     whole = weight + delta(change.inner, shape)
     by_column = change.magnitude.ndim > 1 and change.magnitude.shape[0] == 1 != shape[0]
     kept = 1 if by_column else 0
-    norm = torch.linalg.vector_norm(whole, dim=[n for n in range(len(shape)) if n != kept], keepdim=True)
-    gain = change.magnitude.float().reshape(norm.shape) / (norm + (norm == 0))  # a row of zeros stays one
+    norm = torch.linalg.vector_norm(
+        whole, dim=[n for n in range(len(shape)) if n != kept], keepdim=True
+    )
+    gain = change.magnitude.float().reshape(norm.shape) / (
+        norm + (norm == 0)
+    )  # a row of zeros stays one
     return torch.lerp(weight, whole * gain, strength)
 
 
@@ -196,17 +259,20 @@ def changed(weight: Tensor, change: Change, strength: float | Tensor) -> Tensor:
 
 
 class Slot(nn.Module):
-    """A change held ready: its tensors as parameters (frozen; a trainer thaws `up` and `down`), and its strength, [] float32.
+    """A change held ready: its tensors as parameters (frozen; a trainer thaws `up` and `down`), and
+    its strength, [] float32.
 
-    Low-rank factors are held in `dtype`, with the scale in `up`; whole weights too; other factors in float32, since what is made
-    of them is rounded once more.
+    Low-rank factors are held in `dtype`, with the scale in `up`; whole weights too; other factors
+    in float32, since what is made of them is rounded once more.
     """
 
     up: Tensor  # of LowRank
     down: Tensor
     strength: Tensor
 
-    def __init__(self, change: Change, strength: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, change: Change, strength: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         if isinstance(change, LowRank):
             change = replace(change, up=change.scale * change.up.float(), scale=1.0)
@@ -221,21 +287,31 @@ class Slot(nn.Module):
         for name in self.names:
             value = getattr(change, name)
             if isinstance(value, Tensor):
-                # A copy even where nothing is converted: the file's tensors may be another slot's too.
-                value = nn.Parameter(value.detach().to(device, dtype, copy=True).contiguous(), requires_grad=False)
+                # A copy even where nothing is converted: the file's tensors may be another slot's
+                # too.
+                value = nn.Parameter(
+                    value.detach().to(device, dtype, copy=True).contiguous(), requires_grad=False
+                )
             elif isinstance(value, Additive):
                 value = Slot(value, 1.0, dtype, device)
             setattr(self, name, value)
-        self.register_buffer("strength", torch.tensor(strength, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer(
+            "strength", torch.tensor(strength, dtype=torch.float32, device=device), persistent=False
+        )
 
     def change(self) -> Change:
         """The change, of this slot's own tensors."""
         values = [getattr(self, name) for name in self.names]
-        return cast(Change, self.kind(*[value.change() if isinstance(value, Slot) else value for value in values]))
+        return cast(
+            Change,
+            self.kind(*[value.change() if isinstance(value, Slot) else value for value in values]),
+        )
 
 
 class Adapted(nn.Module):
-    """Stands in for a leaf: the leaf's output, and what its slots add in the order they came. Input and output are the leaf's."""
+    """Stands in for a leaf: the leaf's output, and what its slots add in the order they came. Input
+    and output are the leaf's.
+    """
 
     def __init__(self, leaf: nn.Module) -> None:
         super().__init__()
@@ -264,14 +340,21 @@ class Adapted(nn.Module):
         y: Tensor = self.leaf(x)
         h = x.to(self.compute_dtype)
         for slot in slots:
-            # Strength goes to the narrow side, and the sum into the matmul: a wide temporary is 2 GB at 720p.
+            # Strength goes to the narrow side, and the sum into the matmul: a wide temporary is 2
+            # GB at 720p.
             narrow = F.linear(h, slot.down.to(h.dtype)) * slot.strength
-            wide = torch.addmm(y.reshape(-1, y.shape[-1]), narrow.reshape(-1, narrow.shape[-1]), slot.up.to(h.dtype).mT)
+            wide = torch.addmm(
+                y.reshape(-1, y.shape[-1]),
+                narrow.reshape(-1, narrow.shape[-1]),
+                slot.up.to(h.dtype).mT,
+            )
             y = wide.view(y.shape)
         return y
 
     def _through_weight(self, x: Tensor, slots: Iterable[Slot]) -> Tensor:
-        """For changes that need the weight they change, or are no product of thin factors: by the changed weight, made each time."""
+        """For changes that need the weight they change, or are no product of thin factors: by the
+        changed weight, made each time.
+        """
         dtype = self.compute_dtype
         leaf: Any = self.leaf
         packed = hasattr(leaf, "dense")
@@ -280,7 +363,9 @@ class Adapted(nn.Module):
         for slot in slots:
             new = changed(new, slot.change(), slot.strength)
         h = x.to(dtype)
-        if packed:  # its own matmul may round otherwise than a plain one: only the difference is ours
+        if (
+            packed
+        ):  # its own matmul may round otherwise than a plain one: only the difference is ours
             return cast(Tensor, leaf(x)) + F.linear(h, (new - weight).to(dtype))
         return F.linear(h, new.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
@@ -301,7 +386,8 @@ class _Attached:
 class Adapters:
     """All adapters of one model, applied in the order they were attached.
 
-    Attach after the weights are in place: wrapped leaves have other parameter names. Tensors go to their leaf's device.
+    Attach after the weights are in place: wrapped leaves have other parameter names. Tensors go to
+    their leaf's device.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -319,24 +405,32 @@ class Adapters:
         return {name: attached.strength for name, attached in self._attached.items()}
 
     def slots(self, name: str) -> Mapping[str, Slot]:
-        """An adapter's live slots, by parameter name: what a trainer trains, and writes to a file."""
+        """An adapter's live slots, by parameter name: what a trainer trains, and writes to a
+        file.
+        """
         return dict(self._find(name).slots)
 
     def attach(self, name: str, changes: Mapping[str, Change], strength: float = 1.0) -> None:
         """Apply changes, by the parameter names of the official model; all of them or none.
 
         Raises:
-            RequestError: for a name in use, a strength that is not finite, a parameter that is not there, a shape that does not fit.
+            RequestError: for a name in use, a strength that is not finite, a parameter that is not
+                there, a shape that does not fit.
         """
         if name in self._attached:
-            raise RequestError(f"an adapter named {name!r} is attached already; remove it first, or give this one another name")
+            raise RequestError(
+                f"an adapter named {name!r} is attached already; remove it first, or give this one"
+                " another name"
+            )
         _refuse_odd(strength)
         for key, change in changes.items():
             fault = misfit(change, self._shape(key))
             if fault:
                 raise RequestError(f"adapter {name!r}: {key}: {fault}")
         if any(parameter.is_meta for parameter in self.model.parameters()):
-            raise RuntimeError("adapters are attached to loaded weights, and some of this model's are on meta")
+            raise RuntimeError(
+                "adapters are attached to loaded weights, and some of this model's are on meta"
+            )
         self._count += 1
         attached = self._attached[name] = _Attached(str(self._count), strength)
         for key, change in changes.items():
@@ -360,7 +454,9 @@ class Adapters:
             return
         attached.strength = value
         for slot in attached.slots.values():
-            slot.strength.fill_(value)  # in place: compiled code holds this tensor, and each slot has its own once a model has moved
+            # in place: compiled code holds this tensor, and each slot has its own once a model
+            # has moved
+            slot.strength.fill_(value)
         self._patch(attached.patches)
 
     def remove(self, name: str) -> None:
@@ -384,7 +480,9 @@ class Adapters:
 
     def _find(self, name: str) -> _Attached:
         if name not in self._attached:
-            raise RequestError(f"no adapter is named {name!r}; attached are {', '.join(self._attached) or 'none'}")
+            raise RequestError(
+                f"no adapter is named {name!r}; attached are {', '.join(self._attached) or 'none'}"
+            )
         return self._attached[name]
 
     def _owner(self, key: str) -> nn.Module:
@@ -413,7 +511,10 @@ class Adapters:
         if not isinstance(adapted, Adapted):
             adapted = Adapted(adapted)
             self._swap(path, adapted)
-        home = next((t.device for t in (*adapted.leaf.parameters(), *adapted.leaf.buffers())), torch.device("cpu"))
+        home = next(
+            (t.device for t in (*adapted.leaf.parameters(), *adapted.leaf.buffers())),
+            torch.device("cpu"),
+        )
         slot = Slot(change, attached.strength, adapted.compute_dtype, home)
         adapted.slots[attached.key] = slot
         return slot
@@ -425,18 +526,24 @@ class Adapters:
 
     @torch.no_grad()
     def _patch(self, keys: Iterable[str]) -> None:
-        """Write small tensors anew, from their originals and every adapter that has a word on them."""
+        """Write small tensors anew, from their originals and every adapter that has a word on
+        them.
+        """
         for key in keys:
             parameter, original = self._parameter(key), self._originals[key]
             value = original.to(parameter.device).float()
             for attached in self._attached.values():
                 if key in attached.patches and attached.strength:
-                    value = changed(value, attached.patches[key].to(value.device).change(), attached.strength)
+                    value = changed(
+                        value, attached.patches[key].to(value.device).change(), attached.strength
+                    )
             parameter.copy_(value)
 
 
 def _is_leaf_weight(owner: nn.Module, key: str) -> bool:
-    return key.endswith(".weight") and hasattr(owner, "in_features") and hasattr(owner, "out_features")
+    return (
+        key.endswith(".weight") and hasattr(owner, "in_features") and hasattr(owner, "out_features")
+    )
 
 
 def _refuse_odd(strength: float) -> None:

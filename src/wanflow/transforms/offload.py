@@ -1,11 +1,14 @@
-"""An expert whose blocks are not all in the device's memory: those that are not are streamed, one ahead of the one at work.
+"""An expert whose blocks are not all in the device's memory: those that are not are streamed, one
+ahead of the one at work.
 
-The weights of a block's matmuls lie in one flat buffer of bytes, laid out the same way on the host and on the device, so that a block
-moves in one copy. Two such buffers on the device take turns: while a block works in one, the next block is copied into the other. Small
-tensors (norms, biases, modulation, what LoRAs add) stay on the device.
+The weights of a block's matmuls lie in one flat buffer of bytes, laid out the same way on the host
+and on the device, so that a block moves in one copy. Two such buffers on the device take turns:
+while a block works in one, the next block is copied into the other. Small tensors (norms, biases,
+modulation, what LoRAs add) stay on the device.
 
-Streamed blocks wait in RAM (`homes`) or in their files, from which they are read and converted again in each pass. Reading and copying
-are done by one thread beside the one that works; on a GPU the copies have a stream of their own, and pinned memory to come from.
+Streamed blocks wait in RAM (`homes`) or in their files, from which they are read and converted
+again in each pass. Reading and copying are done by one thread beside the one that works; on a GPU
+the copies have a stream of their own, and pinned memory to come from.
 """
 
 from __future__ import annotations
@@ -22,7 +25,16 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from wanflow.models.dit import Block, Conditioning, Head, SelfAttention, TextStates, Trunk, WanDiT, run_blocks
+from wanflow.models.dit import (
+    Block,
+    Conditioning,
+    Head,
+    SelfAttention,
+    TextStates,
+    Trunk,
+    WanDiT,
+    run_blocks,
+)
 
 logger = logging.getLogger("wanflow")
 
@@ -78,7 +90,9 @@ class Layout:
 
 
 def matmul_leaves(block: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The parameters that are streamed, as {name: (leaf, its name there)}: all that matmuls have, but for their biases."""
+    """The parameters that are streamed, as {name: (leaf, its name there)}: all that matmuls have,
+    but for their biases.
+    """
     return {
         f"{path}.{name}": (leaf, name)
         for path, leaf in block.named_modules()
@@ -89,11 +103,15 @@ def matmul_leaves(block: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 class Frame:
-    """A block's streamed parameters: bound to a buffer while it works, and stand-ins of no memory while it waits."""
+    """A block's streamed parameters: bound to a buffer while it works, and stand-ins of no memory
+    while it waits.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.leaves = matmul_leaves(block)
-        self.layout = Layout.of({name: getattr(leaf, key) for name, (leaf, key) in self.leaves.items()})
+        self.layout = Layout.of(
+            {name: getattr(leaf, key) for name, (leaf, key) in self.leaves.items()}
+        )
 
     def bind(self, views: Mapping[str, Tensor]) -> None:
         for name, view in views.items():
@@ -101,10 +119,18 @@ class Frame:
             setattr(leaf, key, nn.Parameter(view, requires_grad=False))
 
     def release(self, device: torch.device) -> None:
-        """Put stand-ins: of the right shape, dtype and device, which those ask for who attach LoRAs, and one element large."""
+        """Put stand-ins: of the right shape, dtype and device, which those ask for who attach
+        LoRAs, and one element large.
+        """
         for name, dtype, shape, _ in self.layout.entries:
             leaf, key = self.leaves[name]
-            setattr(leaf, key, nn.Parameter(torch.empty((), dtype=dtype, device=device).expand(shape), requires_grad=False))
+            setattr(
+                leaf,
+                key,
+                nn.Parameter(
+                    torch.empty((), dtype=dtype, device=device).expand(shape), requires_grad=False
+                ),
+            )
 
 
 # host memory
@@ -113,16 +139,22 @@ class Frame:
 def host_buffer(nbytes: int, pin: bool) -> Tensor:
     """uint8 [nbytes] on the host; pinned where asked for and possible.
 
-    PyTorch's own pinned allocator rounds up to powers of two, which for blocks of 703 MB would waste 45 %; so ordinary memory is
-    registered with the driver instead.
+    PyTorch's own pinned allocator rounds up to powers of two, which for blocks of 703 MB would
+    waste 45 %; so ordinary memory is registered with the driver instead.
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     if pin and nbytes:
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)) == 0:
-            weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr())
+            weakref.finalize(
+                buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()
+            )
         else:
-            logger.warning("the system did not let %d MB be pinned: copies to the GPU will not pass beside its work", nbytes >> 20)
+            logger.warning(
+                "the system did not let %d MB be pinned: copies to the GPU will not pass beside its"
+                " work",
+                nbytes >> 20,
+            )
     return buffer
 
 
@@ -156,7 +188,9 @@ def read_homes(
 
 
 def spread(layers: int, resident: int) -> set[int]:
-    """Which blocks stay, so that those that are streamed stand as far apart as can be: a copy then hides behind several blocks."""
+    """Which blocks stay, so that those that are streamed stand as far apart as can be: a copy then
+    hides behind several blocks.
+    """
     streamed = layers - max(0, min(resident, layers))
     return set(range(layers)) - {(2 * n + 1) * layers // (2 * streamed) for n in range(streamed)}
 
@@ -165,13 +199,17 @@ def spread(layers: int, resident: int) -> set[int]:
 
 
 class Lane:
-    """Where copies to a device run: on a GPU in a stream of their own, beside its work; elsewhere in line."""
+    """Where copies to a device run: on a GPU in a stream of their own, beside its work; elsewhere
+    in line.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, target: Tensor, source: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
+    def copy(
+        self, target: Tensor, source: Tensor, after: torch.cuda.Event | None
+    ) -> torch.cuda.Event | None:
         """Copy when `after` has happened; returns what tells that it is done."""
         if self.stream is None:
             target.copy_(source)
@@ -189,7 +227,9 @@ class Lane:
 
     def mark(self) -> torch.cuda.Event | None:
         """What tells that the work given to the device until now is done."""
-        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+        return (
+            None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+        )
 
 
 @dataclass
@@ -209,8 +249,9 @@ class Streaming(nn.Module):
         model: on the device, but for the matmul weights of its blocks, which may be on meta.
         fetch: reads a block's tensors.
         resident: which blocks stay on the device.
-        homes: blocks' buffers on the host, as `read_homes` makes them; resident blocks are taken out of it, the others stay in it and
-            are streamed from there. None: all are read with `fetch`, those that are streamed in each pass.
+        homes: blocks' buffers on the host, as `read_homes` makes them; resident blocks are taken
+            out of it, the others stay in it and are streamed from there. None: all are read with
+            `fetch`, those that are streamed in each pass.
         worker: who reads and copies.
         report: told the number of resident blocks that are in place.
     """
@@ -237,23 +278,34 @@ class Streaming(nn.Module):
         largest = max((self._frames[index].layout.nbytes for index in self.streamed), default=0)
         staged = homes is None and device.type == "cuda"
         self._free = [
-            _Slot(torch.empty(largest, dtype=torch.uint8, device=device), host_buffer(largest, True) if staged else None)
+            _Slot(
+                torch.empty(largest, dtype=torch.uint8, device=device),
+                host_buffer(largest, True) if staged else None,
+            )
             for _ in range(2 if self.streamed else 0)
         ]
-        self._ahead: deque[tuple[int, _Slot, Future[None]]] = deque()  # blocks that are on their way, in order
+        self._ahead: deque[tuple[int, _Slot, Future[None]]] = (
+            deque()
+        )  # blocks that are on their way, in order
         self._worker = worker or ThreadPoolExecutor(1, thread_name_prefix="wanflow-blocks")
 
-    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor | TextStates, trunk: Trunk = run_blocks) -> Tensor:
+    def forward(
+        self, latent: Tensor, timestep: Tensor, text: Tensor | TextStates, trunk: Trunk = run_blocks
+    ) -> Tensor:
         """As `WanDiT.forward`."""
 
-        def flowing(blocks: object, head: Head, tokens: Tensor, conditioning: Conditioning) -> Tensor:
+        def flowing(
+            blocks: object, head: Head, tokens: Tensor, conditioning: Conditioning
+        ) -> Tensor:
             return trunk(self.flow(), head, tokens, conditioning)
 
         states = self.text_states(text) if isinstance(text, Tensor) else text
         return cast(Tensor, self.model(latent, timestep, states, flowing))
 
     def text_states(self, text: Tensor) -> TextStates:
-        """As `WanDiT.text_states`. Of a streamed block only the two weights that make keys and values are fetched."""
+        """As `WanDiT.text_states`. Of a streamed block only the two weights that make keys and
+        values are fetched.
+        """
         return self.model.text_states(text, self._text_blocks())
 
     def close(self) -> None:
@@ -313,16 +365,22 @@ class Streaming(nn.Module):
                 yield block
                 continue
             frame = self._frames[index]
-            wanted = Layout.of({
-                name: torch.empty(shape, dtype=dtype, device="meta")
-                for name, dtype, shape, _ in frame.layout.entries
-                if name.startswith(("cross_attn.k.", "cross_attn.v."))
-            })  # fmt: skip
+            wanted = Layout.of(
+                {
+                    name: torch.empty(shape, dtype=dtype, device="meta")
+                    for name, dtype, shape, _ in frame.layout.entries
+                    if name.startswith(("cross_attn.k.", "cross_attn.v."))
+                }
+            )
             views = wanted.views(torch.empty(wanted.nbytes, dtype=torch.uint8))
             if self._homes is None:
                 self._fetch(index, views)
             else:
-                views = {name: view for name, view in frame.layout.views(self._homes[index]).items() if name in views}
+                views = {
+                    name: view
+                    for name, view in frame.layout.views(self._homes[index]).items()
+                    if name in views
+                }
             frame.bind({name: view.to(self.device) for name, view in views.items()})
             try:
                 yield block
@@ -330,7 +388,9 @@ class Streaming(nn.Module):
                 frame.release(self.device)
 
     def _take(self, index: int) -> _Slot:
-        """The slot that holds a block, when it does. A pass that was given up has left others on their way: they are dropped."""
+        """The slot that holds a block, when it does. A pass that was given up has left others on
+        their way: they are dropped.
+        """
         if not self._ahead or self._ahead[0][0] != index:
             self._drain()
             self._send(index)
@@ -345,7 +405,9 @@ class Streaming(nn.Module):
         return slot
 
     def _send_ahead(self, index: int) -> None:
-        """Use free slots for what comes next: after the last block the first one of the next pass."""
+        """Use free slots for what comes next: after the last block the first one of the next
+        pass.
+        """
         last = self._ahead[-1][0] if self._ahead else index
         while self._free:
             last = self.streamed[(self._places[last] + 1) % len(self.streamed)]
@@ -370,15 +432,23 @@ class Streaming(nn.Module):
             self._fetch(index, layout.views(slot.buffer))
             return
         else:
-            home = slot.staging if slot.staging is not None else torch.empty(layout.nbytes, dtype=torch.uint8)
+            home = (
+                slot.staging
+                if slot.staging is not None
+                else torch.empty(layout.nbytes, dtype=torch.uint8)
+            )
             if slot.copied is not None:
                 slot.copied.synchronize()  # the copy before this one may still read from it
             self._fetch(index, layout.views(home))
-        slot.copied = self._lane.copy(slot.buffer[: layout.nbytes], home[: layout.nbytes], slot.used)
+        slot.copied = self._lane.copy(
+            slot.buffer[: layout.nbytes], home[: layout.nbytes], slot.used
+        )
 
 
 def set_chunk(model: nn.Module, tokens: int) -> None:
-    """How many tokens go at a time through all that works token by token (0: all); results are equal to rounding."""
+    """How many tokens go at a time through all that works token by token (0: all); results are
+    equal to rounding.
+    """
     for module in model.modules():
         if isinstance(module, SelfAttention | Block | Head):
             module.chunk = tokens

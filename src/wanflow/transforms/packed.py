@@ -1,7 +1,8 @@
-"""Weights that stay as small in memory as in their file: fp8 with a scale, GGUF blocks; unpacked where they are used.
+"""Weights that stay as small in memory as in their file: fp8 with a scale, GGUF blocks; unpacked
+where they are used.
 
-A `Packed` is a value: the bytes of one tensor and how to read them. `PackedLinear` and `PackedEmbedding` are leaves that hold one in
-place of a weight and unpack it for each call.
+A `Packed` is a value: the bytes of one tensor and how to read them. `PackedLinear` and
+`PackedEmbedding` are leaves that hold one in place of a weight and unpack it for each call.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from wanflow.transforms.ggml import LAYOUTS
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 KINDS = (*FP8, *LAYOUTS)
 
-# Values unpacked at a time; what is in between takes 10 to 20 bytes for each. On a CPU that is 20 MB, and more is no faster: 5120 x 5120
-# of Q4_K into memory at hand, on one core, take 57 ms with 2^16, 30 with 2^18, 22 with 2^20, 34 with 2^22. A GPU needs larger ones to
-# be busy; 300 MB there (reckoned, not measured).
+# Values unpacked at a time; what is in between takes 10 to 20 bytes for each. On a CPU that is 20
+# MB, and more is no faster: 5120 x 5120 of Q4_K into memory at hand, on one core, take 57 ms with
+# 2^16, 30 with 2^18, 22 with 2^20, 34 with 2^22. A GPU needs larger ones to be busy; 300 MB there
+# (reckoned, not measured).
 CHUNK, CHUNK_GPU = 1 << 20, 1 << 24
-# Bytes of unpacked weight that a matmul with few rows takes at a time. On a CPU small pieces are faster than the whole too, whose
-# memory comes fresh from the system every time: 5120 -> 13824 of Q4_K in bf16 takes 82 ms for one row with 16 MB, 144 with 64,
-# 168 whole; for 512 rows 487, 534 and 604 (372 with a weight that is not packed).
+# Bytes of unpacked weight that a matmul with few rows takes at a time. On a CPU small pieces are
+# faster than the whole too, whose memory comes fresh from the system every time: 5120 -> 13824 of
+# Q4_K in bf16 takes 82 ms for one row with 16 MB, 144 with 64, 168 whole; for 512 rows 487, 534 and
+# 604 (372 with a weight that is not packed).
 PIECE, PIECE_GPU = 16 << 20, 256 << 20
 
 
@@ -38,8 +41,10 @@ class Packed:
 
     kind: "F8_E4M3", "F8_E5M2", or a GGML type's name ("Q4_K").
     shape: of the tensor this stands for.
-    data: fp8: float8 of `shape`; GGML: uint8 [rows, bytes per row], the blocks of all values in order.
-    scale: fp8 only: float32, [] or [1], [out], [out, 1] or [out, blocks, 1], out the first side of `shape`; value = data * scale.
+    data: fp8: float8 of `shape`; GGML: uint8 [rows, bytes per row], the blocks of all values in
+        order.
+    scale: fp8 only: float32, [] or [1], [out], [out, 1] or [out, blocks, 1], out the first side of
+        `shape`; value = data * scale.
 
     Raises:
         RequestError: for an unknown kind, or data or scale that do not fit the shape.
@@ -53,29 +58,48 @@ class Packed:
     def __post_init__(self) -> None:
         values, out = math.prod(self.shape), self.shape[0] if self.shape else 1
         if self.kind not in KINDS:
-            raise RequestError(f"packed weights of kind {self.kind} are not read; known are {', '.join(KINDS)}")
+            raise RequestError(
+                f"packed weights of kind {self.kind} are not read; known are {', '.join(KINDS)}"
+            )
         if self.kind in FP8:
             fits = self.data.dtype == FP8[self.kind] and self.data.shape == self.shape
         else:
             layout = LAYOUTS[self.kind]
-            fits = self.data.dtype == torch.uint8 and self.data.numel() * layout.values == values * layout.nbytes
+            fits = (
+                self.data.dtype == torch.uint8
+                and self.data.numel() * layout.values == values * layout.nbytes
+            )
         if not fits:
-            raise RequestError(f"{list(self.data.shape)} of {self.data.dtype} are no {self.kind} data of a tensor {list(self.shape)}")
+            raise RequestError(
+                f"{list(self.data.shape)} of {self.data.dtype} are no {self.kind} data of a tensor"
+                f" {list(self.shape)}"
+            )
         if self.scale is None or self.scale.numel() == 1:
             return
         count = self.scale.numel()
-        if self.kind not in FP8 or not out or self.scale.shape[:1] != (out,) or count % out or (values // out) % max(1, count // out):
-            raise RequestError(f"a scale {list(self.scale.shape)} does not fit a {self.kind} tensor {list(self.shape)}")
+        if (
+            self.kind not in FP8
+            or not out
+            or self.scale.shape[:1] != (out,)
+            or count % out
+            or (values // out) % max(1, count // out)
+        ):
+            raise RequestError(
+                f"a scale {list(self.scale.shape)} does not fit a {self.kind} tensor"
+                f" {list(self.shape)}"
+            )
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def rows(self, rows: slice | Tensor) -> Packed:
-        """Some of the first side, still packed: those of a slice (a view), or of a tensor [n] of indices.
+        """Some of the first side, still packed: those of a slice (a view), or of a tensor [n] of
+        indices.
 
         Raises:
-            ValueError: where a row is not whole blocks (a tensor that its file stores in another shape).
+            ValueError: where a row is not whole blocks (a tensor that its file stores in another
+                shape).
         """
         data, scale = self.data, self.scale
         if self.kind in LAYOUTS:
@@ -87,8 +111,12 @@ class Packed:
         data = _pick(data, rows)
         return replace(self, shape=(len(data), *self.shape[1:]), data=data, scale=scale)
 
-    def dense(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:
-        """The tensor itself, or some rows of its first side: computed in float32 and rounded once to `dtype`, where the data lies."""
+    def dense(
+        self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None
+    ) -> Tensor:
+        """The tensor itself, or some rows of its first side: computed in float32 and rounded once
+        to `dtype`, where the data lies.
+        """
         if rows is not None:
             return self.rows(rows).dense(dtype)
         data = self.data
@@ -110,7 +138,9 @@ def _by_row(scale: Tensor | None, out: int) -> Tensor | None:
 
 
 def unpack(kind: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """data [rows, values of float8, or bytes of blocks] -> [rows, values] of `dtype`; scale [] or [rows, blocks]."""
+    """data [rows, values of float8, or bytes of blocks] -> [rows, values] of `dtype`; scale [] or
+    [rows, blocks].
+    """
     layout = LAYOUTS.get(kind)
     flat = data if layout is None else data.reshape(-1, layout.nbytes)
     columns = flat.shape[1] if layout is None else layout.values
@@ -125,8 +155,15 @@ def unpack(kind: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) ->
     return out.view(len(data), out.numel() // max(1, len(data)))
 
 
-def filled(count: int, columns: int, dtype: torch.dtype, like: Tensor, fill: Callable[[slice, Tensor], None]) -> Tensor:
-    """[count, columns] of `dtype`, where `like` lies. `fill` writes the float32 of some rows, and is asked for few at a time.
+def filled(
+    count: int,
+    columns: int,
+    dtype: torch.dtype,
+    like: Tensor,
+    fill: Callable[[slice, Tensor], None],
+) -> Tensor:
+    """[count, columns] of `dtype`, where `like` lies. `fill` writes the float32 of some rows, and
+    is asked for few at a time.
 
     But a compiler gets it whole: it fuses what would lie in between, and a loop would be unrolled.
     """
@@ -146,7 +183,9 @@ def filled(count: int, columns: int, dtype: torch.dtype, like: Tensor, fill: Cal
 
 def _fp8(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
     """data [n, columns] float8 -> out float32; scale [] or [n, blocks]."""
-    if data.device.type == "cpu":  # torch converts one e4m3 value in 3 ns here, and looks up one of a table in 0.7
+    if (
+        data.device.type == "cpu"
+    ):  # torch converts one e4m3 value in 3 ns here, and looks up one of a table in 0.7
         table = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
         out.copy_(table.index_select(0, data.reshape(-1).view(torch.uint8).int()).view(out.shape))
     else:
@@ -158,10 +197,12 @@ def _fp8(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
 
 
 class PackedLeaf(nn.Module):
-    """A weight [out, in] that stays packed: `data` as in `Packed`, `scale` [] or [out, blocks] or None, both parameters.
+    """A weight [out, in] that stays packed: `data` as in `Packed`, `scale` [] or [out, blocks] or
+    None, both parameters.
 
-    There is no `weight`; who needs it asks `dense`. What it computes in is `compute_dtype`, fixed when it is made: `.to` and its
-    relatives move the leaf between devices and convert nothing, since float8 data and their float32 scales mean one thing only.
+    There is no `weight`; who needs it asks `dense`. What it computes in is `compute_dtype`, fixed
+    when it is made: `.to` and its relatives move the leaf between devices and convert nothing,
+    since float8 data and their float32 scales mean one thing only.
 
     Raises:
         RequestError: for an unknown kind.
@@ -174,7 +215,9 @@ class PackedLeaf(nn.Module):
     def __init__(self, rows: int, columns: int, kind: str, compute_dtype: torch.dtype) -> None:
         super().__init__()
         if kind not in KINDS:
-            raise RequestError(f"packed weights of kind {kind} are not read; known are {', '.join(KINDS)}")
+            raise RequestError(
+                f"packed weights of kind {kind} are not read; known are {', '.join(KINDS)}"
+            )
         self.shape = (rows, columns)
         self.kind, self.compute_dtype = kind, compute_dtype
         if kind in FP8:
@@ -182,34 +225,53 @@ class PackedLeaf(nn.Module):
         elif columns % LAYOUTS[kind].values:
             raise ValueError(f"{columns} values are not whole blocks of {kind}")
         else:
-            data = torch.empty(rows, columns // LAYOUTS[kind].values * LAYOUTS[kind].nbytes, dtype=torch.uint8)
+            data = torch.empty(
+                rows, columns // LAYOUTS[kind].values * LAYOUTS[kind].nbytes, dtype=torch.uint8
+            )
         self.data = nn.Parameter(data, requires_grad=False)
         self.register_parameter("scale", None)
 
     def expect(self, scale: tuple[int, ...] | None) -> None:
-        """Take the form of a scale of this shape, on meta: what memory will hold is known then before it is read."""
+        """Take the form of a scale of this shape, on meta: what memory will hold is known then
+        before it is read.
+        """
         if scale is not None:
             form = _by_row(torch.empty(scale, device=self.data.device), self.shape[0])
             self.scale = nn.Parameter(cast(Tensor, form), requires_grad=False)
 
     def parts(self, packed: Packed) -> dict[str, Tensor]:
-        """A tensor, or some of its rows, as this leaf's parameters, where it lies; ValueError for one of another kind or shape."""
+        """A tensor, or some of its rows, as this leaf's parameters, where it lies; ValueError for
+        one of another kind or shape.
+        """
         rows = packed.shape[0]
         if packed.kind != self.kind or packed.shape[1:] != self.shape[1:] or rows > self.shape[0]:
-            raise ValueError(f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}, nor rows of it")
+            raise ValueError(
+                f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}, nor"
+                " rows of it"
+            )
         scale = _by_row(packed.scale, rows)
-        return {"data": packed.data.reshape(rows, *self.data.shape[1:]), **({} if scale is None else {"scale": scale})}
+        return {
+            "data": packed.data.reshape(rows, *self.data.shape[1:]),
+            **({} if scale is None else {"scale": scale}),
+        }
 
     def load(self, packed: Packed, device: torch.device | str) -> None:
         """Take over a tensor's data and scale; ValueError for one of another kind or shape."""
         if packed.shape != self.shape:
-            raise ValueError(f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}")
-        parts = {name: nn.Parameter(value.to(device), requires_grad=False) for name, value in self.parts(packed).items()}
+            raise ValueError(
+                f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}"
+            )
+        parts = {
+            name: nn.Parameter(value.to(device), requires_grad=False)
+            for name, value in self.parts(packed).items()
+        }
         self.data, self.scale = parts["data"], parts.get("scale")
 
     def packed(self) -> Packed:
         """What it holds, as a value that shares its memory."""
-        return Packed(self.kind, self.shape, self.data.data, None if self.scale is None else self.scale.data)
+        return Packed(
+            self.kind, self.shape, self.data.data, None if self.scale is None else self.scale.data
+        )
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in], in `dtype` or in the one it computes in."""
@@ -228,19 +290,30 @@ class PackedLeaf(nn.Module):
 
 
 class PackedLinear(PackedLeaf):
-    """A matmul with a packed weight, in `compute_dtype`; the bias, float32, is rounded to that as in `Linear`."""
+    """A matmul with a packed weight, in `compute_dtype`; the bias, float32, is rounded to that as
+    in `Linear`.
+    """
 
     bias: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, kind: str, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, kind: str, compute_dtype: torch.dtype
+    ) -> None:
         super().__init__(out_features, in_features, kind, compute_dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of any float dtype -> [..., out] of `compute_dtype`."""
         return multiply(
-            x, lambda rows: self._rows(rows, self.compute_dtype), self.out_features, self.bias, self.compute_dtype, self._step(x)
+            x,
+            lambda rows: self._rows(rows, self.compute_dtype),
+            self.out_features,
+            self.bias,
+            self.compute_dtype,
+            self._step(x),
         )
 
     def _step(self, x: Tensor) -> int:
@@ -260,9 +333,10 @@ def moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def features_at_a_time(x: Tensor, out_features: int, dtype: torch.dtype) -> int:
     """How many output features `multiply` should make at a time of x [..., in].
 
-    All, where x has more rows than an eighth of its columns: the result nears the weight in size then, copying it from its pieces
-    costs what they save, and the matmul is long enough to hide the rest. For few rows pieces bound the memory, too:
-    time_projection as fp8 (5120 -> 30720, float32) would take 629 MB. A compiler gets all, too.
+    All, where x has more rows than an eighth of its columns: the result nears the weight in size
+    then, copying it from its pieces costs what they save, and the matmul is long enough to hide the
+    rest. For few rows pieces bound the memory, too: time_projection as fp8 (5120 -> 30720, float32)
+    would take 629 MB. A compiler gets all, too.
     """
     columns = x.shape[-1]
     if torch.compiler.is_compiling() or x.numel() * 8 > columns**2:
@@ -270,8 +344,17 @@ def features_at_a_time(x: Tensor, out_features: int, dtype: torch.dtype) -> int:
     return max(1, (PIECE if x.device.type == "cpu" else PIECE_GPU) // (columns * dtype.itemsize))
 
 
-def multiply(x: Tensor, weight: Callable[[slice], Tensor], out_features: int, bias: Tensor | None, dtype: torch.dtype, step: int) -> Tensor:
-    """x [..., in] -> [..., out] of `dtype`, by a weight that is unpacked for it: `weight` gives some of its rows, `step` at a time."""
+def multiply(
+    x: Tensor,
+    weight: Callable[[slice], Tensor],
+    out_features: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    step: int,
+) -> Tensor:
+    """x [..., in] -> [..., out] of `dtype`, by a weight that is unpacked for it: `weight` gives
+    some of its rows, `step` at a time.
+    """
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if step >= out_features:
@@ -292,10 +375,12 @@ class PackedEmbedding(PackedLeaf):
 
 
 def swap(module: nn.Module, packings: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Put packed leaves in the place of those Linear and Embedding layers whose weight is to stay packed.
+    """Put packed leaves in the place of those Linear and Embedding layers whose weight is to stay
+    packed.
 
-    For a model on meta: the new leaves are empty, their biases too. A Linear32 goes on computing in float32, the others compute in
-    `dtype`. Left alone, and to be unpacked by who reads them: other parameters, and rows that are not whole blocks.
+    For a model on meta: the new leaves are empty, their biases too. A Linear32 goes on computing in
+    float32, the others compute in `dtype`. Left alone, and to be unpacked by who reads them: other
+    parameters, and rows that are not whole blocks.
 
     Args:
         packings: {name of a parameter: kind}.
@@ -303,10 +388,16 @@ def swap(module: nn.Module, packings: Mapping[str, str], dtype: torch.dtype) -> 
     Raises:
         RequestError: for an unknown kind.
     """
-    leaves = {f"{path}.weight": path for path, leaf in module.named_modules() if path and isinstance(leaf, nn.Linear | nn.Embedding)}
+    leaves = {
+        f"{path}.weight": path
+        for path, leaf in module.named_modules()
+        if path and isinstance(leaf, nn.Linear | nn.Embedding)
+    }
     for name, kind in packings.items():
         old = module.get_submodule(leaves[name]) if name in leaves else None
-        if not isinstance(old, nn.Linear | nn.Embedding) or old.weight.shape[1] % (LAYOUTS[kind].values if kind in LAYOUTS else 1):
+        if not isinstance(old, nn.Linear | nn.Embedding) or old.weight.shape[1] % (
+            LAYOUTS[kind].values if kind in LAYOUTS else 1
+        ):
             continue
         parent, _, last = leaves[name].rpartition(".")
         new: PackedLeaf
@@ -315,5 +406,7 @@ def swap(module: nn.Module, packings: Mapping[str, str], dtype: torch.dtype) -> 
                 new = PackedEmbedding(old.num_embeddings, old.embedding_dim, kind, dtype)
             else:
                 compute = torch.float32 if isinstance(old, Linear32) else dtype
-                new = PackedLinear(old.in_features, old.out_features, old.bias is not None, kind, compute)
+                new = PackedLinear(
+                    old.in_features, old.out_features, old.bias is not None, kind, compute
+                )
         setattr(module.get_submodule(parent), last, new.train(old.training))

@@ -1,14 +1,18 @@
-"""Rounding the Linear weights of the blocks while they are read: fp8 and int8 halve them, nf4 makes a quarter of them.
+"""Rounding the Linear weights of the blocks while they are read: fp8 and int8 halve them, nf4 makes
+a quarter of them.
 
 fp8   float8 e4m3, one float32 scale for each output row
 int8  -127..127, one float32 scale for each output row
-nf4   the 16 levels of QLoRA's "4-bit NormalFloat" (Dettmers et al. 2023, appendix E), one bfloat16 scale for each 64 values of a row
+nf4   the 16 levels of QLoRA's "4-bit NormalFloat" (Dettmers et al. 2023, appendix E), one bfloat16
+scale for each 64 values of a row
 
-A `QuantLinear` multiplies in one of three ways, settled when it is made. `weight-only` unpacks the weight and multiplies in the dtype of
-the run: memory is saved, time is not. `scaled_mm` (fp8) and `int_mm` (int8) round the activations too, each token by its own scale, and
-multiply what is rounded. One scale for a whole weight would leave int8 no bits beside an outlier, and one for all tokens would make a
-token's result depend on what else is in its chunk (`benchmarks/quant_layers.py` has figures). The two ways are written for a GPU and
-tested on a CPU, by the same code; on a GPU they have not been run.
+A `QuantLinear` multiplies in one of three ways, settled when it is made. `weight-only` unpacks the
+weight and multiplies in the dtype of the run: memory is saved, time is not. `scaled_mm` (fp8) and
+`int_mm` (int8) round the activations too, each token by its own scale, and multiply what is
+rounded. One scale for a whole weight would leave int8 no bits beside an outlier, and one for all
+tokens would make a token's result depend on what else is in its chunk (`benchmarks/quant_layers.py`
+has figures). The two ways are written for a GPU and tested on a CPU, by the same code; on a GPU
+they have not been run.
 """
 
 from __future__ import annotations
@@ -28,23 +32,32 @@ from wanflow.transforms.packed import features_at_a_time, filled, moving, multip
 
 Way: TypeAlias = Literal["scaled_mm", "int_mm", "weight-only"]
 
-LARGEST = {"fp8": 448.0, "int8": 127.0, "nf4": 1.0}  # what the largest value of a row or block becomes
+LARGEST = {
+    "fp8": 448.0,
+    "int8": 127.0,
+    "nf4": 1.0,
+}  # what the largest value of a row or block becomes
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64  # values of a row that share a scale in nf4
 TINY = 1e-30  # scales are not smaller: a row of zeros must not divide by zero
-# Values rounded at a time: a chunk's temporaries take 20 bytes for each, and a whole weight of 13824 x 5120 would take 1.4 GB.
+# Values rounded at a time: a chunk's temporaries take 20 bytes for each, and a whole weight of
+# 13824 x 5120 would take 1.4 GB.
 CHUNK, CHUNK_GPU = 1 << 20, 1 << 24
-# Bytes that tokens, rounded and multiplied, take at a time: unrounded they are float32, and int_mm's sums are int32.
+# Bytes that tokens, rounded and multiplied, take at a time: unrounded they are float32, and
+# int_mm's sums are int32.
 PIECE = 256 << 20
 ROWS = 32  # int_mm on a GPU wants more than 16 rows; fewer are filled up with zeros
 
 
 def leaves(model: nn.Module, layers: Literal["ffn", "all"]) -> list[str]:
-    """Paths of the Linear layers in the blocks that are to be rounded: of the feed-forward, or of the attention, too.
+    """Paths of the Linear layers in the blocks that are to be rounded: of the feed-forward, or of
+    the attention, too.
 
     Layers that are packed already, and those that compute in float32, are not among them.
 
@@ -53,24 +66,46 @@ def leaves(model: nn.Module, layers: Literal["ffn", "all"]) -> list[str]:
     """
     if layers not in ("ffn", "all"):
         raise RequestError(f"quantize_layers {layers!r} is neither ffn nor all")
-    found = (path for path, leaf in model.named_modules() if path.startswith("blocks.") and isinstance(leaf, Linear))
+    found = (
+        path
+        for path, leaf in model.named_modules()
+        if path.startswith("blocks.") and isinstance(leaf, Linear)
+    )
     return [path for path in found if layers == "all" or ".ffn." in path]
 
 
-def choose_way(mode: Quantization, dtype: torch.dtype, device: torch.device, in_features: int, out_features: int) -> Way:
+def choose_way(
+    mode: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    in_features: int,
+    out_features: int,
+) -> Way:
     """How a layer multiplies on a device.
 
-    Rounded activations need an NVIDIA GPU: from capability 8.9 for fp8 (not on Windows: PyTorch has no such kernel there, and results
-    are bfloat16), from 8.0 for int8; and sides that are multiples of 16 and of 8. In float32, and everywhere else, it is weight-only; for
-    a GPU that is not in this machine, too (a plan for another one).
+    Rounded activations need an NVIDIA GPU: from capability 8.9 for fp8 (not on Windows: PyTorch has
+    no such kernel there, and results are bfloat16), from 8.0 for int8; and sides that are multiples
+    of 16 and of 8. In float32, and everywhere else, it is weight-only; for a GPU that is not in
+    this machine, too (a plan for another one).
     """
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return "weight-only"
     capability = torch.cuda.get_device_capability(device)
     sides = in_features | out_features  # a multiple of 16 (or 8) where both are
-    if mode == "fp8" and dtype == torch.bfloat16 and (8, 9) <= capability < (13, 0) and sys.platform != "win32" and sides % 16 == 0:
+    if (
+        mode == "fp8"
+        and dtype == torch.bfloat16
+        and (8, 9) <= capability < (13, 0)
+        and sys.platform != "win32"
+        and sides % 16 == 0
+    ):
         return "scaled_mm"
-    if mode == "int8" and dtype in (torch.bfloat16, torch.float16) and capability >= (8, 0) and sides % 8 == 0:
+    if (
+        mode == "int8"
+        and dtype in (torch.bfloat16, torch.float16)
+        and capability >= (8, 0)
+        and sides % 8 == 0
+    ):
         return "int_mm"
     return "weight-only"
 
@@ -105,20 +140,26 @@ def swap_quantised(
             raise ValueError(f"{path} is a {type(old).__name__}, not a Linear layer")
         how = way or choose_way(mode, dtype, device, old.in_features, old.out_features)
         with torch.device(old.weight.device):
-            new = QuantLinear(old.in_features, old.out_features, old.bias is not None, mode, dtype, how)
+            new = QuantLinear(
+                old.in_features, old.out_features, old.bias is not None, mode, dtype, how
+            )
         parent, _, last = path.rpartition(".")
         setattr(model.get_submodule(parent), last, new.train(old.training))
 
 
 class QuantLinear(nn.Module):
-    """A matmul with a rounded weight, in `compute_dtype`; the bias, float32, is rounded to that as in `Linear`.
+    """A matmul with a rounded weight, in `compute_dtype`; the bias, float32, is rounded to that as
+    in `Linear`.
 
-    data: float8 or int8 [out, in]; nf4: uint8 [out, in in whole blocks / 2], the first of two values in the upper four bits.
-    scale: float32 [out, 1]; nf4: bfloat16 [out, blocks], half the size of float32 at no measurable loss, since values are rounded with
-        the scale as it is stored; and unlike float16 it holds any weight's.
+    data: float8 or int8 [out, in]; nf4: uint8 [out, in in whole blocks / 2], the first of two
+        values in the upper four bits.
+    scale: float32 [out, 1]; nf4: bfloat16 [out, blocks], half the size of float32 at no measurable
+        loss, since values are rounded with the scale as it is stored; and unlike float16 it holds
+        any weight's.
     levels: nf4 only: float32 [16]; a parameter so that it is on the device when it is needed.
 
-    `.to` and its relatives move the leaf between devices and convert nothing. Who needs a weight asks `dense`.
+    `.to` and its relatives move the leaf between devices and convert nothing. Who needs a weight
+    asks `dense`.
     """
 
     data: nn.Parameter
@@ -127,11 +168,21 @@ class QuantLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, mode: Quantization, compute_dtype: torch.dtype, way: Way = "weight-only"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        mode: Quantization,
+        compute_dtype: torch.dtype,
+        way: Way = "weight-only",
     ) -> None:
         super().__init__()
         wanted = {"scaled_mm": "fp8", "int_mm": "int8"}.get(way, mode)
-        if way not in get_args(Way) or wanted != mode or (way == "scaled_mm" and compute_dtype != torch.bfloat16):
+        if (
+            way not in get_args(Way)
+            or wanted != mode
+            or (way == "scaled_mm" and compute_dtype != torch.bfloat16)
+        ):
             raise ValueError(f"{way} is no way to multiply {mode} in {compute_dtype}")
         self.in_features, self.out_features = in_features, out_features
         self.mode, self.compute_dtype, self.way = mode, compute_dtype, way
@@ -145,13 +196,16 @@ class QuantLinear(nn.Module):
             self.scale = empty(torch.bfloat16, out_features, blocks)
             self.levels = empty(torch.float32, len(NF4))
         else:
-            self.data = empty(torch.float8_e4m3fn if mode == "fp8" else torch.int8, out_features, in_features)
+            self.data = empty(
+                torch.float8_e4m3fn if mode == "fp8" else torch.int8, out_features, in_features
+            )
             self.scale = empty(torch.float32, out_features, 1)
         self.register_parameter("bias", empty(torch.float32, out_features) if bias else None)
 
     @torch.no_grad()
     def quantise(self, weight: Tensor) -> dict[str, Tensor]:
-        """A weight [out, in], float32, or some of its rows, as this leaf's parameters by name (no bias), on the weight's device.
+        """A weight [out, in], float32, or some of its rows, as this leaf's parameters by name (no
+        bias), on the weight's device.
 
         Rows go a few at a time, so that what lies in between stays small beside the result.
 
@@ -160,18 +214,26 @@ class QuantLinear(nn.Module):
             ValueError: for a weight of another shape.
         """
         if weight.shape[1:] != (self.in_features,) or len(weight) > self.out_features:
-            raise ValueError(f"a weight {list(weight.shape)} is not [{self.out_features}, {self.in_features}], nor rows of it")
+            raise ValueError(
+                f"a weight {list(weight.shape)} is not [{self.out_features}, {self.in_features}],"
+                " nor rows of it"
+            )
         own = {"data": self.data, "scale": self.scale}
-        made = {name: torch.empty(len(weight), *p.shape[1:], dtype=p.dtype, device=weight.device) for name, p in own.items()}
+        made = {
+            name: torch.empty(len(weight), *p.shape[1:], dtype=p.dtype, device=weight.device)
+            for name, p in own.items()
+        }
         round_rows = _round_nf4 if self.mode == "nf4" else _round_row
         step = max(1, (CHUNK if weight.device.type == "cpu" else CHUNK_GPU) // self.in_features)
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
-            round_rows(weight[rows].float(), made["data"][rows], made["scale"][rows], LARGEST[self.mode])
+            round_rows(
+                weight[rows].float(), made["data"][rows], made["scale"][rows], LARGEST[self.mode]
+            )
         if not made["scale"].isfinite().all():  # NaN and infinities reach the scale of their row
             raise RequestError(
-                f"a weight {list(weight.shape)} has values that are not finite, which {self.mode} cannot round;"
-                " its file is damaged (or a LoRA that was fused is): fetch it again"
+                f"a weight {list(weight.shape)} has values that are not finite, which {self.mode}"
+                " cannot round; its file is damaged (or a LoRA that was fused is): fetch it again"
             )
         if self.mode == "nf4":
             made["levels"] = torch.tensor(NF4, device=weight.device)
@@ -186,9 +248,18 @@ class QuantLinear(nn.Module):
 
         A value of x that is not finite makes its token's results not finite.
         """
-        if self.way == "weight-only" or (torch.is_grad_enabled() and x.requires_grad):  # rounding has no gradient
+        if self.way == "weight-only" or (
+            torch.is_grad_enabled() and x.requires_grad
+        ):  # rounding has no gradient
             step = features_at_a_time(x, self.out_features, self.compute_dtype)
-            return multiply(x, lambda rows: self._rows(rows, self.compute_dtype), self.out_features, self.bias, self.compute_dtype, step)
+            return multiply(
+                x,
+                lambda rows: self._rows(rows, self.compute_dtype),
+                self.out_features,
+                self.bias,
+                self.compute_dtype,
+                step,
+            )
         tokens = x.reshape(-1, self.in_features)
         step = max(ROWS, PIECE // (8 * (self.in_features + self.out_features)) // 256 * 256)
         if torch.compiler.is_compiling() or len(tokens) <= step:
@@ -206,8 +277,17 @@ class QuantLinear(nn.Module):
         tokens = tokens / scale
         if self.way == "scaled_mm":
             rounded = tokens.to(self.data.dtype)
-            # Hopper's fast sums keep fewer bits than float32, but many more than the fp8 that goes into them.
-            return torch._scaled_mm(rounded, self.data.t(), scale, self.scale.t(), bias, out_dtype=self.compute_dtype, use_fast_accum=True)
+            # Hopper's fast sums keep fewer bits than float32, but many more than the fp8 that goes
+            # into them.
+            return torch._scaled_mm(
+                rounded,
+                self.data.t(),
+                scale,
+                self.scale.t(),
+                bias,
+                out_dtype=self.compute_dtype,
+                use_fast_accum=True,
+            )
         rounded = F.pad(tokens.round_().to(torch.int8), (0, 0, 0, max(0, ROWS - len(tokens))))
         sums = torch._int_mm(rounded, self.data.t())[: len(tokens)]
         product = sums.float().mul_(scale).mul_(self.scale.t()).to(self.compute_dtype)
@@ -217,7 +297,9 @@ class QuantLinear(nn.Module):
         data, scale = self.data[rows], self.scale[rows]
         if self.mode == "fp8":
             return unpack("F8_E4M3", data, scale, dtype)
-        fill = _nf4_into(data, scale, self.levels) if self.mode == "nf4" else _int8_into(data, scale)
+        fill = (
+            _nf4_into(data, scale, self.levels) if self.mode == "nf4" else _int8_into(data, scale)
+        )
         return filled(len(data), self.in_features, dtype, data, fill)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -225,11 +307,16 @@ class QuantLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.out_features} x {self.in_features}, {self.mode}, {self.way}, computes in {self.compute_dtype}"
+        return (
+            f"{self.out_features} x {self.in_features}, {self.mode}, {self.way}, computes in"
+            f" {self.compute_dtype}"
+        )
 
 
 def _scale(x: Tensor, largest: float) -> Tensor:
-    """float32 [..., n] -> [..., 1]: by what the largest value becomes `largest`; not finite where x is not."""
+    """float32 [..., n] -> [..., 1]: by what the largest value becomes `largest`; not finite where x
+    is not.
+    """
     return (x.abs().amax(-1, keepdim=True) / largest).clamp_min(TINY)
 
 
@@ -246,7 +333,11 @@ def _round_nf4(weight: Tensor, data: Tensor, scale: Tensor, largest: float) -> N
     scale.copy_(_scale(blocks, largest).squeeze(-1))
     values = blocks / scale.float().unsqueeze(-1)
     codes = torch.zeros_like(values, dtype=torch.uint8)
-    for low, high in pairwise(NF4):  # the nearest level, by counting those that lie below; 2.7 times as fast as bucketize on a CPU
+    for low, high in pairwise(
+        NF4
+        # the nearest level, by counting those that lie below; 2.7 times as fast as bucketize on a
+        # CPU
+    ):
         codes += values > (low + high) / 2
     first, second = codes.flatten(1).unflatten(1, (-1, 2)).unbind(-1)
     data.copy_(first << 4 | second)
@@ -260,7 +351,9 @@ def _int8_into(data: Tensor, scale: Tensor) -> Callable[[slice, Tensor], None]:
 
 
 def _nf4_into(data: Tensor, scale: Tensor, levels: Tensor) -> Callable[[slice, Tensor], None]:
-    pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)  # [256, 2]: what a byte stands for
+    pairs = torch.stack(
+        (levels.repeat_interleave(16), levels.repeat(16)), 1
+    )  # [256, 2]: what a byte stands for
 
     def fill(rows: slice, out: Tensor) -> None:
         values = pairs.index_select(0, data[rows].reshape(-1).int()).view(-1, scale.shape[1], BLOCK)

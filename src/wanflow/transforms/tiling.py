@@ -1,10 +1,12 @@
-"""A VAE decode in tiles, for little memory: the frames of the whole decode, to rounding, with no seams to blend.
+"""A VAE decode in tiles, for little memory: the frames of the whole decode, to rounding, with no
+seams to blend.
 
-The first layers, up to the first doubling of height and width, work on images 64 times smaller than the video's and one of them
-attends to a whole frame: they run on whole frames, and what they give is kept. The others see no further than their convolutions
-reach. They run tile by tile, each tile with as much around it as that reach, and lose of it after every layer what the rest
-cannot see. Where a tile ends at the image's border there is nothing around it, and the convolutions pad it with zeros as they pad
-the image.
+The first layers, up to the first doubling of height and width, work on images 64 times smaller than
+the video's and one of them attends to a whole frame: they run on whole frames, and what they give
+is kept. The others see no further than their convolutions reach. They run tile by tile, each tile
+with as much around it as that reach, and lose of it after every layer what the rest cannot see.
+Where a tile ends at the image's border there is nothing around it, and the convolutions pad it with
+zeros as they pad the image.
 
 Units: boxes and margins are in pixels of the layer at hand; a latent pixel is 8 * 8 of the video.
 """
@@ -24,7 +26,8 @@ from wanflow.config import RequestError, VAEConfig
 from wanflow.models.vae import State, Upsample, WanVAE, needed, stream
 
 Frames = npt.NDArray[np.uint8]
-SMALLEST = 64  # pixels; with what is around it, such a tile's first layers work on seven times its own area
+# pixels; with what is around it, such a tile's first layers work on seven times its own area
+SMALLEST = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ class Box:
     def grown(self, margin: int, height: int, width: int) -> Box:
         """With a margin around it, inside an image of this size."""
         return Box(
-            max(0, self.top - margin), min(height, self.bottom + margin), max(0, self.left - margin), min(width, self.right + margin)
+            max(0, self.top - margin),
+            min(height, self.bottom + margin),
+            max(0, self.left - margin),
+            min(width, self.right + margin),
         )
 
     def times(self, factor: int) -> Box:
@@ -59,13 +65,19 @@ class Trim(nn.Module):
 
 
 def check_tile(tile: int) -> None:
-    """RequestError for a side that no tile can have; 0, which stands for whole frames, is the caller's to look for."""
+    """RequestError for a side that no tile can have; 0, which stands for whole frames, is the
+    caller's to look for.
+    """
     if tile < SMALLEST:
-        raise RequestError(f"vae_tile {tile} is too small for a tile; give {SMALLEST} or more pixels, or 0 to decode whole frames")
+        raise RequestError(
+            f"vae_tile {tile} is too small for a tile; give {SMALLEST} or more pixels, or 0 to"
+            " decode whole frames"
+        )
 
 
 def tiles(config: VAEConfig, height: int, width: int, tile: int) -> list[Box]:
-    """The tiles of a frame, row by row, in latent pixels: as few as a side of `tile` allows, and as equal as can be.
+    """The tiles of a frame, row by row, in latent pixels: as few as a side of `tile` allows, and as
+    equal as can be.
 
     Args:
         height, width: of the video, in pixels.
@@ -86,14 +98,19 @@ def _spans(length: int, longest: int) -> list[tuple[int, int]]:
 
 
 def halves(vae: WanVAE) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The decoder's layers before the first doubling of height and width, which need whole frames, and those from it on."""
+    """The decoder's layers before the first doubling of height and width, which need whole frames,
+    and those from it on.
+    """
     layers = vae.decoder.layers()
-    first = next((number for number, layer in enumerate(layers) if isinstance(layer, Upsample)), len(layers))
+    first = next(
+        (number for number, layer in enumerate(layers) if isinstance(layer, Upsample)), len(layers)
+    )
     return layers[:first], layers[first:]
 
 
 def margins(layers: list[nn.Module]) -> list[int]:
-    """How many pixels around a box each layer must be given, for the box to be right after the last; at the end a 0.
+    """How many pixels around a box each layer must be given, for the box to be right after the
+    last; at the end a 0.
 
     Each is in pixels of its layer's input.
     """
@@ -103,8 +120,11 @@ def margins(layers: list[nn.Module]) -> list[int]:
     return found[::-1]
 
 
-def trimmed(layers: list[nn.Module], box: Box, height: int, width: int) -> tuple[Box, list[nn.Module]]:
-    """What of an image [..., height, width] the layers need for a box of it, and the layers, each followed by its `Trim`.
+def trimmed(
+    layers: list[nn.Module], box: Box, height: int, width: int
+) -> tuple[Box, list[nn.Module]]:
+    """What of an image [..., height, width] the layers need for a box of it, and the layers, each
+    followed by its `Trim`.
 
     The last gives the box alone, in its own, larger pixels.
     """
@@ -130,18 +150,22 @@ def decode_frames(
     convert: Callable[[Tensor], Frames],
     on_part: Callable[[int, int], None] | None = None,
 ) -> Iterator[Frames]:
-    """Decode in tiles: uint8 [n, H, W, 3], the first frame alone, then four at a time, in the order of time.
+    """Decode in tiles: uint8 [n, H, W, 3], the first frame alone, then four at a time, in the order
+    of time.
 
-    A tile is decoded through all its frames before the next begins, so that one tile's memory of the past is held at a time; the
-    frames come while the last tile is decoded. Beside them, in RAM: the video as uint8, and the kept features, dim * 4 floats
-    per latent pixel (22 MB per latent frame at 1280*720).
+    A tile is decoded through all its frames before the next begins, so that one tile's memory of
+    the past is held at a time; the frames come while the last tile is decoded. Beside them, in RAM:
+    the video as uint8, and the kept features, dim * 4 floats per latent pixel (22 MB per latent
+    frame at 1280*720).
 
     Args:
         latent: [1, z, t, h, w], normalised, on the VAE's device.
-        tile: the longest side of a tile, in pixels of the video; one as large as the frame is the frame, bit-equal to a whole decode.
-        convert: turns a part of the video [1, 3, n, height, width] in -1..1, not clamped, into uint8 [n, height, width, 3]. It may
-            raise, where a value is NaN.
-        on_part: told (done, in all) after each part, which is one latent frame of one tile. What it raises ends the decode.
+        tile: the longest side of a tile, in pixels of the video; one as large as the frame is the
+            frame, bit-equal to a whole decode.
+        convert: turns a part of the video [1, 3, n, height, width] in -1..1, not clamped, into
+            uint8 [n, height, width, 3]. It may raise, where a value is NaN.
+        on_part: told (done, in all) after each part, which is one latent frame of one tile. What it
+            raises ends the decode.
 
     Raises:
         RequestError: for a tile below 64 pixels.
@@ -169,14 +193,23 @@ def decode_frames(
 
 
 def _features(vae: WanVAE, layers: list[nn.Module], latent: Tensor) -> Iterator[Tensor]:
-    """What the layers before the first doubling give, in RAM: [1, C, 1, h, w] for each latent frame."""
+    """What the layers before the first doubling give, in RAM: [1, C, 1, h, w] for each latent
+    frame.
+    """
     state: State = {}
     for chunk in vae.chunks(latent):
         for part in stream(layers, chunk, state):
             yield part.cpu()
 
 
-def _tile(layers: list[nn.Module], features: list[Tensor], box: Box, height: int, width: int, device: torch.device) -> Iterator[Tensor]:
+def _tile(
+    layers: list[nn.Module],
+    features: list[Tensor],
+    box: Box,
+    height: int,
+    width: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
     """One tile of the video, [1, 3, 1 or 4, H, W] for each latent frame."""
     shown, layers = trimmed(layers, box, height, width)
     state: State = {}

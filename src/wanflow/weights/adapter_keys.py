@@ -1,6 +1,8 @@
-"""What the keys of an adapter's file say: a module, in one of many spellings; a part of an adapter on it; perhaps an expert.
+"""What the keys of an adapter's file say: a module, in one of many spellings; a part of an adapter
+on it; perhaps an expert.
 
-Nothing here knows the model, or reads a tensor. PEFT's configuration, in a file beside or in the header, is read here too.
+Nothing here knows the model, or reads a tensor. PEFT's configuration, in a file beside or in the
+header, is read here too.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from wanflow.config import RequestError
 from wanflow.sampling.experts import Expert
 from wanflow.weights.formats import TensorSource, read_json
 
-# What stands before a module's path: whose naming that is, and which of two experts it means where a file has both.
+# What stands before a module's path: whose naming that is, and which of two experts it means where
+# a file has both.
 PREFIXES: dict[str, tuple[str, Expert | None]] = {
     "base_model.model.": ("PEFT", None),
     "model.diffusion_model.": ("ComfyUI", None),
@@ -41,15 +44,31 @@ PARTS = {
     "lora_magnitude_vector": "magnitude_vector",
     "dora_scale": "dora_scale",
     **dict.fromkeys(("alpha", "lora_alpha", "lora.alpha"), "alpha"),
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
-    **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
+    **{
+        name: name
+        for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    },
+    **{
+        name: name
+        for name in (
+            "lokr_w1",
+            "lokr_w1_a",
+            "lokr_w1_b",
+            "lokr_w2",
+            "lokr_w2_a",
+            "lokr_w2_b",
+            "lokr_t2",
+        )
+    },
     **{name: name for name in ("diff", "diff_b", "diff_m", "set_weight")},
     "w_norm": "diff",
     "b_norm": "diff_b",
 }
 _NAMES = "|".join(re.escape(name) for name in sorted(PARTS, key=len, reverse=True))
 # PEFT puts the adapter's name, a word of its user's, between the part and `.weight`.
-KEY = re.compile(rf"(?P<path>.+?)(?:\.|_(?=lora\.))(?P<part>{_NAMES})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<end>weight|bias))?")
+KEY = re.compile(
+    rf"(?P<path>.+?)(?:\.|_(?=lora\.))(?P<part>{_NAMES})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<end>weight|bias))?"
+)
 IMAGE = re.compile(
     r"(?:^|[._])(?:k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|to_added_kv|norm_added_[kq]|image_embedder)(?:[._]|$)"
 )
@@ -79,7 +98,9 @@ class Module:
 
 
 def parse(names: Iterable[str]) -> tuple[list[Module], dict[str, str]]:
-    """The modules that the keys of a file speak of, and the keys that are no part of an adapter, with the reason."""
+    """The modules that the keys of a file speak of, and the keys that are no part of an adapter,
+    with the reason.
+    """
     modules: dict[tuple[str, Expert | None, str], Module] = {}
     unused: dict[str, str] = {}
     for name in names:
@@ -92,7 +113,8 @@ def parse(names: Iterable[str]) -> tuple[list[Module], dict[str, str]]:
             unused[name] = f"the same part of the same module as {module.keys[key.part]}"
         else:
             module.keys[key.part] = name
-    # `transformer.` is the high-noise expert only beside a `transformer_2.`: without it, it is simply the model.
+    # `transformer.` is the high-noise expert only beside a `transformer_2.`: without it, it is
+    # simply the model.
     if not any(module.key.expert == "low" for module in modules.values()):
         for module in modules.values():
             module.key = replace(module.key, expert=None)
@@ -141,7 +163,9 @@ class Config:
 
 
 def _by_module(values: Mapping[str, float], path: str, otherwise: float | None) -> float | None:
-    """The value of the module, or of those that end so. PEFT takes the names for patterns; no expression of a stranger's runs here."""
+    """The value of the module, or of those that end so. PEFT takes the names for patterns; no
+    expression of a stranger's runs here.
+    """
     for name, value in values.items():
         plain = name.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if path == plain or path.endswith(f".{plain}"):
@@ -150,7 +174,8 @@ def _by_module(values: Mapping[str, float], path: str, otherwise: float | None) 
 
 
 def configurations(source: TensorSource) -> dict[str, Config]:
-    """PEFT's configuration by diffusers' name of the model it is for ("" where it names none); empty where there is none.
+    """PEFT's configuration by diffusers' name of the model it is for ("" where it names none);
+    empty where there is none.
 
     Raises:
         RequestError: for one that cannot be read, or whose numbers make no sense.
@@ -164,11 +189,17 @@ def configurations(source: TensorSource) -> dict[str, Config]:
         try:
             raw |= json.loads(header)
         except (TypeError, ValueError, RecursionError):
-            raise RequestError(f"{source.path}: the lora_adapter_metadata in its header is not a JSON object") from None
+            raise RequestError(
+                f"{source.path}: the lora_adapter_metadata in its header is not a JSON object"
+            ) from None
     found = {}
     for component in ("transformer_2", "transformer", ""):
         prefix = f"{component}." if component else ""
-        section = {name.removeprefix(prefix): value for name, value in raw.items() if name.startswith(prefix)}
+        section = {
+            name.removeprefix(prefix): value
+            for name, value in raw.items()
+            if name.startswith(prefix)
+        }
         if "r" in section:
             found[component] = _config(section, source)
     return found
@@ -176,14 +207,22 @@ def configurations(source: TensorSource) -> dict[str, Config]:
 
 def _config(section: Mapping[str, Any], source: TensorSource) -> Config:
     def number(value: Any, name: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise RequestError(f"{source.path}: {name} of its configuration is {value!r}, not a number")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise RequestError(
+                f"{source.path}: {name} of its configuration is {value!r}, not a number"
+            )
         return float(value)
 
     def numbers(name: str) -> dict[str, float]:
         values = section.get(name) or {}
         if not isinstance(values, dict):
-            raise RequestError(f"{source.path}: {name} of its configuration is {values!r}, not numbers by module")
+            raise RequestError(
+                f"{source.path}: {name} of its configuration is {values!r}, not numbers by module"
+            )
         return {module: number(value, name) for module, value in values.items()}
 
     alpha = section.get("lora_alpha", section.get("alpha"))

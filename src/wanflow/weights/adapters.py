@@ -1,11 +1,14 @@
-"""Files of adapters (LoRA, LoHa, LoKr, DoRA, differences) become changes of the official model's parameters.
+"""Files of adapters (LoRA, LoHa, LoKr, DoRA, differences) become changes of the official model's
+parameters.
 
-A key says three things: a module, in one of many spellings; a part of an adapter on it; and perhaps an expert. `parse` reads that
-without knowing the model; `read_adapter` finds the modules in the model and checks every shape before anything is read or multiplied.
+A key says three things: a module, in one of many spellings; a part of an adapter on it; and perhaps
+an expert. `parse` reads that without knowing the model; `read_adapter` finds the modules in the
+model and checks every shape before anything is read or multiplied.
 
-Scale of a low-rank product: alpha / rank, alpha from the key beside the matrices, or PEFT's configuration (a file beside or in the
-header; with use_rslora alpha / sqrt(rank)), else 1. What a trainer noted in the header (`ss_network_alpha`) scales nothing, as in
-every other program: files without alpha keys had it multiplied in, or never had it. Differences are taken as they are.
+Scale of a low-rank product: alpha / rank, alpha from the key beside the matrices, or PEFT's
+configuration (a file beside or in the header; with use_rslora alpha / sqrt(rank)), else 1. What a
+trainer noted in the header (`ss_network_alpha`) scales nothing, as in every other program: files
+without alpha keys had it multiplied in, or never had it. Differences are taken as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +26,17 @@ from torch import Tensor
 
 from wanflow.config import RequestError
 from wanflow.sampling.experts import Expert
-from wanflow.transforms.lora import Additive, Change, Decomposed, Difference, Hadamard, Kronecker, LowRank, Replacement, misfit
+from wanflow.transforms.lora import (
+    Additive,
+    Change,
+    Decomposed,
+    Difference,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Replacement,
+    misfit,
+)
 from wanflow.weights.adapter_keys import IMAGE, IS_TEXT, Config, Module, configurations, parse
 from wanflow.weights.formats import TensorSource, open_folder, open_safetensors, open_torch, reading
 from wanflow.weights.names import expert_in_name, from_official
@@ -44,7 +57,9 @@ class AdapterFile:
     unused: Mapping[str, str]  # key -> why
     modules: int  # that the file speaks of
     applied: int  # of them
-    kinds: Mapping[str, int]  # LoRA, LoHa, LoKr, difference, replacement, DoRA of one -> how many changes
+    kinds: Mapping[
+        str, int
+    ]  # LoRA, LoHa, LoKr, difference, replacement, DoRA of one -> how many changes
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]  # none where nothing says any
 
@@ -63,15 +78,22 @@ def _reasons(unused: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for key, why in unused.items():
         by_reason[why].append(key)
-    told = [f"{why}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}" for why, keys in by_reason.items()]
-    return "; ".join(told[:REASONS]) + (f"; and {len(told) - REASONS} more reasons" if len(told) > REASONS else "")
+    told = [
+        f"{why}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
+        for why, keys in by_reason.items()
+    ]
+    return "; ".join(told[:REASONS]) + (
+        f"; and {len(told) - REASONS} more reasons" if len(told) > REASONS else ""
+    )
 
 
 # changes
 
 
 def _targets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
-    """Every spelling of a module's path -> the official paths, several where another project fuses them."""
+    """Every spelling of a module's path -> the official paths, several where another project fuses
+    them.
+    """
     names: dict[str, tuple[str, ...]] = {}
     foreign = from_official("dit", "diffusers", shapes)
     for name in shapes:
@@ -88,7 +110,9 @@ def _targets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One change of one parameter, as keys: the tensors it takes by field, and what else it uses."""
+    """One change of one parameter, as keys: the tensors it takes by field, and what else it
+    uses.
+    """
 
     kind: str
     make: Callable[..., Any]
@@ -108,15 +132,33 @@ def _recipes(module: Module, source: TensorSource) -> list[Recipe]:
         inner = Recipe("difference", Difference, False, {"value": "diff"})
     magnitude = next((part for part in ("dora_scale", "magnitude_vector") if part in has), None)
     if inner is not None and magnitude:
-        inner = replace(inner, kind=f"DoRA of {inner.kind}" if inner.kind != "LoRA" else "DoRA", magnitude=magnitude)
+        inner = replace(
+            inner,
+            kind=f"DoRA of {inner.kind}" if inner.kind != "LoRA" else "DoRA",
+            magnitude=magnitude,
+        )
     if inner is not None:
         recipes.append(inner)
     used = {part for recipe in recipes for part in recipe.fields.values()}
-    recipes += [Recipe(kind, make, False, {"value": part}) for part, (kind, make) in direct.items() if part in has and part not in used]
+    recipes += [
+        Recipe(kind, make, False, {"value": part})
+        for part, (kind, make) in direct.items()
+        if part in has and part not in used
+    ]
     if "diff_b" in has:
         recipes.append(Recipe("difference", Difference, True, {"value": "diff_b"}))
     if "up_bias" in has:
-        recipes.append(Recipe("difference", Difference, True, {"value": "up_bias"}, inner.rank if inner else None, None, True))
+        recipes.append(
+            Recipe(
+                "difference",
+                Difference,
+                True,
+                {"value": "up_bias"},
+                inner.rank if inner else None,
+                None,
+                True,
+            )
+        )
     return recipes
 
 
@@ -132,15 +174,22 @@ def _factors(module: Module, source: TensorSource) -> Recipe | None:
         return {name: part for name, part in fields.items() if part in has}
 
     if {"up", "down"} <= has.keys():
-        return Recipe("LoRA", LowRank, False, taken(up="up", down="down", mid="mid"), rank("down"), None, True)
+        return Recipe(
+            "LoRA", LowRank, False, taken(up="up", down="down", mid="mid"), rank("down"), None, True
+        )
     if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= has.keys():
         names = {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
         return Recipe("LoHa", Hadamard, False, taken(**names), rank("hada_w1_b"), None, True)
     one = taken(w1="lokr_w1") or taken(w1="lokr_w1_a", w1_b="lokr_w1_b")
     two = taken(w2="lokr_w2") or taken(w2="lokr_w2_a", w2_b="lokr_w2_b", t2="lokr_t2")
-    if not all(parts.keys() >= {name} and (len(parts) > 1 or f"lokr_{name}" in has) for parts, name in ((one, "w1"), (two, "w2"))):
+    if not all(
+        parts.keys() >= {name} and (len(parts) > 1 or f"lokr_{name}" in has)
+        for parts, name in ((one, "w1"), (two, "w2"))
+    ):
         return None
-    return Recipe("LoKr", Kronecker, False, {**one, **two}, rank("lokr_w1_b", "lokr_w2_b"), None, True)
+    return Recipe(
+        "LoKr", Kronecker, False, {**one, **two}, rank("lokr_w1_b", "lokr_w2_b"), None, True
+    )
 
 
 def _made(recipe: Recipe, module: Module, scale: float, get: Callable[[str], Tensor]) -> Change:
@@ -148,21 +197,33 @@ def _made(recipe: Recipe, module: Module, scale: float, get: Callable[[str], Ten
     tensors = {name: get(module.keys[part]) for name, part in recipe.fields.items()}
     if recipe.make is Replacement:
         return Replacement(tensors["value"])
-    change: Additive = Difference(tensors["value"] * scale) if recipe.make is Difference else recipe.make(**tensors, scale=scale)
+    change: Additive = (
+        Difference(tensors["value"] * scale)
+        if recipe.make is Difference
+        else recipe.make(**tensors, scale=scale)
+    )
     if recipe.magnitude is None:
         return change
     magnitude = get(module.keys[recipe.magnitude])
     # PEFT's runs over the outputs whatever its shape; LyCORIS' shape says over which side it runs.
-    return Decomposed(change, magnitude.flatten() if recipe.magnitude == "magnitude_vector" else magnitude)
+    return Decomposed(
+        change, magnitude.flatten() if recipe.magnitude == "magnitude_vector" else magnitude
+    )
 
 
 def _split(change: Change, sizes: list[int]) -> list[Change] | None:
-    """A change of stacked weights as one for each, by their rows; None for kinds that do not come apart."""
+    """A change of stacked weights as one for each, by their rows; None for kinds that do not come
+    apart.
+    """
     if len(sizes) == 1:
         return [change]
     if isinstance(change, LowRank) and change.mid is None:
         return [replace(change, up=up) for up in change.up.split(sizes)]
-    return [Difference(value) for value in change.value.split(sizes)] if isinstance(change, Difference) else None
+    return (
+        [Difference(value) for value in change.value.split(sizes)]
+        if isinstance(change, Difference)
+        else None
+    )
 
 
 # reading
@@ -171,7 +232,12 @@ def _split(change: Change, sizes: list[int]) -> list[Change] | None:
 class _Reading:
     """One file on its way to changes."""
 
-    def __init__(self, source: TensorSource, shapes: Mapping[str, tuple[int, ...]], configs: Mapping[str, Config]) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        shapes: Mapping[str, tuple[int, ...]],
+        configs: Mapping[str, Config],
+    ) -> None:
         self.source, self.shapes, self.configs = source, shapes, configs
         self.targets = _targets(shapes)
         self.changes: dict[Expert, dict[str, Change]] = {"high": {}, "low": {}}
@@ -181,7 +247,9 @@ class _Reading:
         self.alphas: set[float] = set()
 
     def apply(self, module: Module) -> bool:
-        """Whether a module of the file changes anything in the model; keys without use are noted."""
+        """Whether a module of the file changes anything in the model; keys without use are
+        noted.
+        """
         if IMAGE.search(module.key.path):
             return self._note(module.keys.values(), IS_IMAGE)
         official = self.targets.get(module.key.path.lstrip("_"))
@@ -195,7 +263,9 @@ class _Reading:
             applied = applied or why is None
             if why:
                 self._note([module.keys[part] for part in sorted(parts)], why)
-        self._note([module.keys[part] for part in sorted(left)], "the rest of its adapter is missing")
+        self._note(
+            [module.keys[part] for part in sorted(left)], "the rest of its adapter is missing"
+        )
         if "alpha" in module.keys and not applied:
             self._note([module.keys["alpha"]], "an alpha without its matrices")
         return applied
@@ -207,7 +277,9 @@ class _Reading:
     def _change(self, module: Module, recipe: Recipe, official: tuple[str, ...]) -> str | None:
         """Make one change; the reason where that cannot be."""
         end = ".bias" if recipe.bias else ".weight"
-        names = [path if path in self.shapes and not recipe.bias else path + end for path in official]
+        names = [
+            path if path in self.shapes and not recipe.bias else path + end for path in official
+        ]
         if not all(name in self.shapes for name in names):
             return f"no such parameter in this model ({names[0]})"
         experts: list[Expert] = [module.key.expert] if module.key.expert else ["high", "low"]
@@ -216,11 +288,25 @@ class _Reading:
         sides = [self.shapes[name] for name in names]
         shape = (sum(side[0] for side in sides), *sides[0][1:])
         keys = [module.keys[part] for part in recipe.fields.values()]
-        odd = [key for key in keys if not self.source.tensors[key].dtype.is_floating_point or self.source.tensors[key].packing]
+        odd = [
+            key
+            for key in keys
+            if not self.source.tensors[key].dtype.is_floating_point
+            or self.source.tensors[key].packing
+        ]
         if odd:
             return f"{self.source.tensors[odd[0]].dtype} holds no plain floating-point numbers"
-        # The same change without memory: nothing is read, let alone multiplied, before its shapes are known to fit.
-        why = misfit(_made(recipe, module, 1.0, lambda key: torch.empty(self.source.tensors[key].shape, device="meta")), shape)
+        # The same change without memory: nothing is read, let alone multiplied, before its shapes
+        # are known to fit.
+        why = misfit(
+            _made(
+                recipe,
+                module,
+                1.0,
+                lambda key: torch.empty(self.source.tensors[key].shape, device="meta"),
+            ),
+            shape,
+        )
         if why:
             return why
         alpha, scale = self._scale(module, recipe)
@@ -239,9 +325,16 @@ class _Reading:
         if not recipe.scaled:
             return None, 1.0
         config = self.configs.get(module.key.component) or self.configs.get("") or Config()
-        alpha = read_alpha(self.source, module.keys["alpha"]) if "alpha" in module.keys else config.alpha_of(module.key.path)
-        # LoKr of two whole factors has no rank to divide by; PEFT does divide, by the rank that it was asked for.
-        rank = recipe.rank or (config.rank_of(module.key.path) if config.alpha is not None else None)
+        alpha = (
+            read_alpha(self.source, module.keys["alpha"])
+            if "alpha" in module.keys
+            else config.alpha_of(module.key.path)
+        )
+        # LoKr of two whole factors has no rank to divide by; PEFT does divide, by the rank that it
+        # was asked for.
+        rank = recipe.rank or (
+            config.rank_of(module.key.path) if config.alpha is not None else None
+        )
         if alpha is None or not rank:
             return None, 1.0
         return alpha, alpha / (math.sqrt(rank) if config.rslora else rank)
@@ -249,14 +342,19 @@ class _Reading:
     def _read(self, key: str) -> Tensor:
         value = self.source.read(key, torch.float32)
         if not value.isfinite().all():
-            raise RequestError(f"{self.source.path}: {key} holds values that are not finite; the file is damaged, or its training failed")
+            raise RequestError(
+                f"{self.source.path}: {key} holds values that are not finite; the file is damaged,"
+                " or its training failed"
+            )
         return value
 
 
 def read_alpha(source: TensorSource, key: str) -> float:
     """The number that a key holds."""
     if math.prod(source.tensors[key].shape) != 1:
-        raise RequestError(f"{source.path}: {key} is {list(source.tensors[key].shape)}, and should be one number")
+        raise RequestError(
+            f"{source.path}: {key} is {list(source.tensors[key].shape)}, and should be one number"
+        )
     alpha = float(source.read(key).item())
     if not math.isfinite(alpha):
         raise RequestError(f"{source.path}: {key} is {alpha}")
@@ -264,7 +362,9 @@ def read_alpha(source: TensorSource, key: str) -> float:
 
 
 def open_adapter(path: Path) -> TensorSource:
-    """The tensors of a file as they are named in it, or of a folder that PEFT or diffusers wrote; a RequestError that names what is odd."""
+    """The tensors of a file as they are named in it, or of a folder that PEFT or diffusers wrote; a
+    RequestError that names what is odd.
+    """
     known = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
     with reading(path):
         file = next((path / name for name in known if (path / name).is_file()), path)
@@ -274,42 +374,67 @@ def open_adapter(path: Path) -> TensorSource:
 
 
 def read_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFile:
-    """All changes that a file makes to a model whose parameters have these official names and shapes; tensors are float32.
+    """All changes that a file makes to a model whose parameters have these official names and
+    shapes; tensors are float32.
 
     Raises:
-        RequestError: for a broken file, one that holds no adapter, one of which nothing applies, or values that are not finite.
+        RequestError: for a broken file, one that holds no adapter, one of which nothing applies, or
+            values that are not finite.
     """
     source = open_adapter(Path(path))
     modules, unused = parse(source.tensors)
     spoken = [module for module in modules if module.keys.keys() != {"alpha"}]
     if not spoken and IS_TEXT not in unused.values():
         begin = ", ".join(list(source.tensors)[:3]) or "(nothing)"
-        raise RequestError(f"{source.path} holds no LoRA or other adapter in any known naming; its tensors begin {begin}")
+        raise RequestError(
+            f"{source.path} holds no LoRA or other adapter in any known naming; its tensors begin"
+            f" {begin}"
+        )
     reading = _Reading(source, shapes, configurations(source))
     applied = [module for module in modules if reading.apply(module)]
     unused |= reading.unused
     if not applied:
-        raise RequestError(f"{source.path}: none of its {len(spoken)} modules applies to this model; {_reasons(unused)}")
+        raise RequestError(
+            f"{source.path}: none of its {len(spoken)} modules applies to this model;"
+            f" {_reasons(unused)}"
+        )
     ranks, alphas = tuple(sorted(reading.ranks)), tuple(sorted(reading.alphas))
-    return AdapterFile(source.path, reading.changes, unused, len(spoken), len(applied), dict(reading.kinds), ranks, alphas)
+    return AdapterFile(
+        source.path,
+        reading.changes,
+        unused,
+        len(spoken),
+        len(applied),
+        dict(reading.kinds),
+        ranks,
+        alphas,
+    )
 
 
 def describe_adapter(source: TensorSource) -> dict[str, Any] | None:
-    """What a file says of itself, for `inspect`; None where it holds no adapter. Only alphas are read."""
+    """What a file says of itself, for `inspect`; None where it holds no adapter. Only alphas are
+    read.
+    """
     modules, _ = parse(source.tensors)
     recipes = [(module, recipe) for module in modules for recipe in _recipes(module, source)]
     if not recipes:
         return None
     configs = configurations(source)
-    alphas = {read_alpha(source, module.keys["alpha"]) for module, _ in recipes if "alpha" in module.keys}
-    alphas |= {config.alpha for config in configs.values() if config.alpha is not None and not alphas}
+    alphas = {
+        read_alpha(source, module.keys["alpha"]) for module, _ in recipes if "alpha" in module.keys
+    }
+    alphas |= {
+        config.alpha for config in configs.values() if config.alpha is not None and not alphas
+    }
     hints = {module.key.expert for module, _ in recipes} - {None}
     named = expert_in_name(str(source.path))
     return {
         "naming": ", ".join(dict.fromkeys(module.key.naming for module, _ in recipes)),
         "modules": sum(module.keys.keys() != {"alpha"} for module in modules),
         "kinds": dict(Counter(recipe.kind for _, recipe in recipes)),
-        "ranks": sorted({recipe.rank for _, recipe in recipes if recipe.rank and recipe.make is not Difference}),
+        "ranks": sorted(
+            {recipe.rank for _, recipe in recipes if recipe.rank and recipe.make is not Difference}
+        ),
         "alphas": sorted(alphas),
         "rslora": any(config.rslora for config in configs.values()),
         "experts": sorted(hint for hint in hints if hint) or ([named] if named else []),

@@ -1,6 +1,8 @@
-"""What can be downloaded: which files of which repository make up a variant, where each goes, how large it is, what it hashes to.
+"""What can be downloaded: which files of which repository make up a variant, where each goes, how
+large it is, what it hashes to.
 
-Sizes stand here for help texts and for statements without a network; at run time the hub's own listing is the truth.
+Sizes stand here for help texts and for statements without a network; at run time the hub's own
+listing is the truth.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ Role = Literal["high", "low", "t5", "vae", "tokenizer", "config"]
 ROLES: tuple[Role, ...] = ("high", "low", "t5", "vae", "tokenizer", "config")
 Source = Literal["huggingface", "modelscope"]
 
-# Bytes. Of the official shards only the sum is published; headers and indexes are taken from Wan2.1-T2V-14B, which has the same tensors.
+# Bytes. Of the official shards only the sum is published; headers and indexes are taken from
+# Wan2.1-T2V-14B, which has the same tensors.
 EXPERT_FP32, EXPERT_FP8 = 57_154_174_447, 14_293_923_632
 EXPERT_16 = 28_577_100_000  # half of the float32 tensors and a header
 EXPERT_SIZES = (EXPERT_FP8,)  # of experts whose hash is known
@@ -49,8 +52,14 @@ class Part:
     optional: bool = False  # the variant is whole without it
 
     def local(self, path: str) -> str | None:
-        """Where a file of the repository goes, relative to the folder; None when it is not of this part."""
-        return path.removeprefix(self.strip) if any(fnmatchcase(path, pattern) for pattern in self.patterns) else None
+        """Where a file of the repository goes, relative to the folder; None when it is not of this
+        part.
+        """
+        return (
+            path.removeprefix(self.strip)
+            if any(fnmatchcase(path, pattern) for pattern in self.patterns)
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ class Variant:
     about: str
     parts: tuple[Part, ...]
     sources: tuple[Source, ...] = ("huggingface",)
-    revision: str | None = None  # of the first part's repository, where it is not the default branch
+    revision: str | None = (
+        None  # of the first part's repository, where it is not the default branch
+    )
 
     @property
     def bytes(self) -> int:
@@ -77,7 +88,9 @@ class Variant:
         parts = tuple(part for part in self.parts if not only or part.role in only)
         if not parts:
             have = ", ".join(dict.fromkeys(part.role for part in self.parts))
-            raise RequestError(f"--only {' '.join(only)} leaves nothing of {self.name}, which has {have}")
+            raise RequestError(
+                f"--only {' '.join(only)} leaves nothing of {self.name}, which has {have}"
+            )
         return parts
 
 
@@ -110,15 +123,28 @@ def _gguf(quant: str, expert: int) -> tuple[Part, ...]:
         Part("high", GGUF, (f"HighNoise/*-{quant}.gguf",), expert),
         Part("low", GGUF, (f"LowNoise/*-{quant}.gguf",), expert),
         Part("vae", GGUF, ("VAE/Wan2.1_VAE.safetensors",), VAE_16),
-        # Eight bits for the text encoder in every variant: it runs once a prompt and decides what is drawn.
+        # Eight bits for the text encoder in every variant: it runs once a prompt and decides what
+        # is drawn.
         Part("t5", GGUF_T5, ("umt5-xxl-encoder-Q8_0.gguf",), T5_Q8),
         _TOKENIZER,
     )
 
 
 _TOKENIZER = Part("tokenizer", OFFICIAL, ("google/umt5-xxl/*",), TOKENIZER)
-_T5_FP8 = Part("t5", COMFY, ("split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",), T5_FP8, "split_files/")
-_T5_FP16 = Part("t5", COMFY_2_1, ("split_files/text_encoders/umt5_xxl_fp16.safetensors",), T5_FP16, "split_files/")
+_T5_FP8 = Part(
+    "t5",
+    COMFY,
+    ("split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",),
+    T5_FP8,
+    "split_files/",
+)
+_T5_FP16 = Part(
+    "t5",
+    COMFY_2_1,
+    ("split_files/text_encoders/umt5_xxl_fp16.safetensors",),
+    T5_FP16,
+    "split_files/",
+)
 _DIFFUSERS = (
     Part("high", DIFFUSERS, ("transformer/*",), EXPERT_FP32),
     Part("low", DIFFUSERS, ("transformer_2/*",), EXPERT_FP32),
@@ -129,7 +155,11 @@ _DIFFUSERS = (
 )
 _LORAS = tuple(
     Part(
-        role, COMFY, (f"split_files/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{role}_noise.safetensors",), LIGHTNING, "split_files/loras/"
+        role,
+        COMFY,
+        (f"split_files/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{role}_noise.safetensors",),
+        LIGHTNING,
+        "split_files/loras/",
     )
     for role in ROLES[:2]
 )
@@ -137,11 +167,31 @@ _LORAS = tuple(
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("official", "float32 experts, as published", _official(EXPERT_FP32), ("huggingface", "modelscope")),
-        Variant("official-bf16", "the same in bfloat16; ModelScope only", _official(EXPERT_16), ("modelscope",), "bf16"),
-        Variant("diffusers", "the Diffusers layout, float32 experts", _DIFFUSERS, ("huggingface", "modelscope")),
+        Variant(
+            "official",
+            "float32 experts, as published",
+            _official(EXPERT_FP32),
+            ("huggingface", "modelscope"),
+        ),
+        Variant(
+            "official-bf16",
+            "the same in bfloat16; ModelScope only",
+            _official(EXPERT_16),
+            ("modelscope",),
+            "bf16",
+        ),
+        Variant(
+            "diffusers",
+            "the Diffusers layout, float32 experts",
+            _DIFFUSERS,
+            ("huggingface", "modelscope"),
+        ),
         Variant("comfy-fp16", "ComfyUI's files, float16", _comfy("fp16", EXPERT_16, _T5_FP16)),
-        Variant("comfy-fp8", "ComfyUI's files, 8-bit float with scales", _comfy("fp8_scaled", EXPERT_FP8, _T5_FP8)),
+        Variant(
+            "comfy-fp8",
+            "ComfyUI's files, 8-bit float with scales",
+            _comfy("fp8_scaled", EXPERT_FP8, _T5_FP8),
+        ),
         Variant("gguf-q8", "GGUF Q8_0", _gguf("Q8_0", 15_400_000_000)),
         Variant("gguf-q6", "GGUF Q6_K", _gguf("Q6_K", 12_000_000_000)),
         Variant("gguf-q5", "GGUF Q5_K_M", _gguf("Q5_K_M", 10_790_416_896)),
@@ -152,49 +202,82 @@ VARIANTS: dict[str, Variant] = {
 
 # sha256 of files whose content is the same wherever they are found, by the end of their path.
 KNOWN: dict[str, str] = {
-    "models_t5_umt5-xxl-enc-bf16.pth": "7cace0da2b446bbbbc57d031ab6cf163a3d59b366da94e5afe36745b746fd81d",
+    "models_t5_umt5-xxl-enc-bf16.pth": (
+        "7cace0da2b446bbbbc57d031ab6cf163a3d59b366da94e5afe36745b746fd81d"
+    ),
     "Wan2.1_VAE.pth": "38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981",
     "umt5-xxl/spiece.model": "e3909a67b780650b35cf529ac782ad2b6b26e6d1f849d3fbb6a872905f452458",
     "umt5-xxl/tokenizer.json": "6e197b4d3dbd71da14b4eb255f4fa91c9c1f2068b20a2de2472967ca3d22602b",
-    "umt5-xxl/tokenizer_config.json": "ed9a3a8b0faa71a70a32847e0435fe036e6e112d4df4edb7bb48a921e344dc05",
-    "umt5-xxl/special_tokens_map.json": "7b8a9f5040adb67b5805abdfd42c1f8d0f3d0e711f10726580eb3789cd0ad61d",
-    "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": "cad711ae211c8b23455ec68cd6a190a33a3d874234a77eb57266d73f8f0e6c9f",
-    "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": "e71b96d7c82e638694c5e7fb98fac4bfb0e4ddc5fbbb4b1df40da8f0f1278a97",
-    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68",
+    "umt5-xxl/tokenizer_config.json": (
+        "ed9a3a8b0faa71a70a32847e0435fe036e6e112d4df4edb7bb48a921e344dc05"
+    ),
+    "umt5-xxl/special_tokens_map.json": (
+        "7b8a9f5040adb67b5805abdfd42c1f8d0f3d0e711f10726580eb3789cd0ad61d"
+    ),
+    "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": (
+        "cad711ae211c8b23455ec68cd6a190a33a3d874234a77eb57266d73f8f0e6c9f"
+    ),
+    "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": (
+        "e71b96d7c82e638694c5e7fb98fac4bfb0e4ddc5fbbb4b1df40da8f0f1278a97"
+    ),
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (
+        "c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68"
+    ),
     "umt5_xxl_fp16.safetensors": "7b8850f1961e1cf8a77cca4c964a358d303f490833c6c087d0cff4b2f99db2af",
     "wan_2.1_vae.safetensors": "2fc39d31359a4b0a64f55876d8ff7fa8d780956ae2cb13463b0223e15148976b",
     "Wan2.1_VAE.safetensors": "2fc39d31359a4b0a64f55876d8ff7fa8d780956ae2cb13463b0223e15148976b",
-    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": "698321cb86bd30c4af06c9b84e656a1048c8cb54e06d50694536fb5de37fde41",
-    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": "ec95216e614b3c132c11bfb387b11feedf62163150ccc9068bca8a189771e75a",
-    "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": "e0c490c6e316fd91ff52034e4ca66b825717e33ff11624585c0ccfcb5d410c59",
-    "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": "091a5bae02e14aa016bc9b10a7892efda4c629346b81c5dcebbe30ea2ac8923a",
-    "umt5-xxl-encoder-Q8_0.gguf": "2521d4de0bf9e1cc6549866463ceae85e4ec3239bc6063f7488810be39033bbc",
+    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": (
+        "698321cb86bd30c4af06c9b84e656a1048c8cb54e06d50694536fb5de37fde41"
+    ),
+    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": (
+        "ec95216e614b3c132c11bfb387b11feedf62163150ccc9068bca8a189771e75a"
+    ),
+    "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": (
+        "e0c490c6e316fd91ff52034e4ca66b825717e33ff11624585c0ccfcb5d410c59"
+    ),
+    "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": (
+        "091a5bae02e14aa016bc9b10a7892efda4c629346b81c5dcebbe30ea2ac8923a"
+    ),
+    "umt5-xxl-encoder-Q8_0.gguf": (
+        "2521d4de0bf9e1cc6549866463ceae85e4ec3239bc6063f7488810be39033bbc"
+    ),
 }
 
 
 def known_sha256(name: str) -> str | None:
-    """The published sha256 of a file, by the end of its path; None for a file that is not in the table."""
+    """The published sha256 of a file, by the end of its path; None for a file that is not in the
+    table.
+    """
     path = f"/{name}"
     return next((sha256 for end, sha256 in KNOWN.items() if path.endswith(f"/{end}")), None)
 
 
 def expert_by_hash(file: Path, compute: bool = False) -> Literal["high", "low"] | None:
-    """The expert that a file is known to be by its sha256: the one that names it (a link into Hugging Face's cache), or a computed one.
+    """The expert that a file is known to be by its sha256: the one that names it (a link into
+    Hugging Face's cache), or a computed one.
 
     Args:
-        compute: hash the file itself if it has the size of a published expert; half a minute for 14 GB.
+        compute: hash the file itself if it has the size of a published expert; half a minute for 14
+            GB.
     """
     sha256 = Path(os.path.realpath(file)).name
     if compute and file.stat().st_size in EXPERT_SIZES:
         with file.open("rb") as data:
             sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-    known = next((end for end, value in KNOWN.items() if value == sha256), "").lower().replace("_", "")
+    known = (
+        next((end for end, value in KNOWN.items() if value == sha256), "").lower().replace("_", "")
+    )
     return "high" if "highnoise" in known else "low" if "lownoise" in known else None
 
 
 def whole_repository(repo: str) -> Variant:
     """Everything in a repository, for `--repo`."""
-    return Variant(repo.rpartition("/")[2], f"everything in {repo}", (Part("config", repo, ("*",)),), ("huggingface", "modelscope"))
+    return Variant(
+        repo.rpartition("/")[2],
+        f"everything in {repo}",
+        (Part("config", repo, ("*",)),),
+        ("huggingface", "modelscope"),
+    )
 
 
 def find(name: str) -> Variant:

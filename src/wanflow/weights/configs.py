@@ -1,4 +1,6 @@
-"""The small files beside weights: what the official code, diffusers, transformers and wanflow read a model's shape from."""
+"""The small files beside weights: what the official code, diffusers, transformers and wanflow read
+a model's shape from.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ from wanflow.config import TRAIN_STEPS, DiTConfig, Preset, TextConfig, VAEConfig
 from wanflow.presets import T2V_A14B
 
 DIFFUSERS_VERSION = "0.35.0"  # the first with two transformers
-OFFICIAL_KEYS = ("model_type", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "out_dim", "num_heads", "num_layers", "eps")
+OFFICIAL_KEYS = (
+    "model_type",
+    "text_len",
+    "in_dim",
+    "dim",
+    "ffn_dim",
+    "freq_dim",
+    "out_dim",
+    "num_heads",
+    "num_layers",
+    "eps",
+)
 ROPE_LENGTH = 1024  # positions on each axis in diffusers' tables
 
 
@@ -20,10 +33,17 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def sheet(preset: Preset, vocabulary: Sequence[str] = ()) -> dict[str, Any] | None:
-    """What `wanflow.json` has to say of a model; None for the published one, of which everything is known."""
+    """What `wanflow.json` has to say of a model; None for the published one, of which everything is
+    known.
+    """
     if preset == T2V_A14B and not vocabulary:
         return None
-    hidden = ("num_heads", "text_dim", "text_len", "eps")  # what the tensors of an expert, or its official config.json, do not say
+    hidden = (
+        "num_heads",
+        "text_dim",
+        "text_len",
+        "eps",
+    )  # what the tensors of an expert, or its official config.json, do not say
     shapes = {"name", "task", "dit", "text", "vae"}
     said: dict[str, Any] = {
         "name": preset.name,
@@ -31,14 +51,22 @@ def sheet(preset: Preset, vocabulary: Sequence[str] = ()) -> dict[str, Any] | No
         "dit": {name: getattr(preset.dit, name) for name in hidden},
         "text": asdict(preset.text),
         "vae": asdict(preset.vae),
-        "defaults": {field.name: getattr(preset, field.name) for field in fields(Preset) if field.name not in shapes},
+        "defaults": {
+            field.name: getattr(preset, field.name)
+            for field in fields(Preset)
+            if field.name not in shapes
+        },
     }
     return {**said, "vocabulary": list(vocabulary)} if vocabulary else said
 
 
 def official(dit: DiTConfig) -> dict[str, Any]:
     """`config.json` of an expert, for the official code."""
-    return {"_class_name": "WanModel", "_diffusers_version": "0.33.0", **{key: getattr(dit, key) for key in OFFICIAL_KEYS}}
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        **{key: getattr(dit, key) for key in OFFICIAL_KEYS},
+    }
 
 
 # diffusers and transformers
@@ -144,9 +172,13 @@ def scheduler(shift: float) -> dict[str, Any]:
 
 
 def tokenizer(text: bytes) -> tuple[bytes, bytes]:
-    """A bare `tokenizer.json` as transformers needs it: itself, ending prompts in `</s>`, and a `tokenizer_config.json`."""
+    """A bare `tokenizer.json` as transformers needs it: itself, ending prompts in `</s>`, and a
+    `tokenizer_config.json`.
+    """
     said = json.loads(text)
-    end = next((token["id"] for token in said.get("added_tokens", ()) if token["content"] == "</s>"), None)
+    end = next(
+        (token["id"] for token in said.get("added_tokens", ()) if token["content"] == "</s>"), None
+    )
     if said.get("post_processor") is None and end is not None:
         ending = {"SpecialToken": {"id": "</s>", "type_id": 0}}
         first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
@@ -156,5 +188,10 @@ def tokenizer(text: bytes) -> tuple[bytes, bytes]:
             "pair": [first, ending, second, ending],
             "special_tokens": {"</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}},
         }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     return json.dumps(said, ensure_ascii=False).encode(), as_json(config)

@@ -1,12 +1,14 @@
 """What becomes of each tensor in a conversion: its format, and the stream of its bytes.
 
-fp8 is written as ComfyUI's older "fp8_scaled" files are: `X.weight` in float8_e4m3fn beside a float32 scalar `X.scale_weight`
-(amax / 448), and an empty-handed `scaled_fp8` that says so. ComfyUI of any age, its wrappers, musubi-tuner and wanflow read these;
-the newer `weight_scale` with `comfy_quant` only recent ones do. `scaled_fp8` has two elements: then no reader quantises activations too,
-for which the scales would be missing.
+fp8 is written as ComfyUI's older "fp8_scaled" files are: `X.weight` in float8_e4m3fn beside a
+float32 scalar `X.scale_weight` (amax / 448), and an empty-handed `scaled_fp8` that says so. ComfyUI
+of any age, its wrappers, musubi-tuner and wanflow read these; the newer `weight_scale` with
+`comfy_quant` only recent ones do. `scaled_fp8` has two elements: then no reader quantises
+activations too, for which the scales would be missing.
 
-GGUF is written as city96's converter does: the matmuls of the blocks in the kind asked for, what stands before and after them in
-float16, vectors, modulation, time embedding and the final layer in float32; rows that are not whole blocks stay in float16.
+GGUF is written as city96's converter does: the matmuls of the blocks in the kind asked for, what
+stands before and after them in float16, vectors, modulation, time embedding and the final layer in
+float32; rows that are not whole blocks stay in float16.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from wanflow.weights.write_gguf import BLOCK, KINDS, quantised
 
 FP8 = "F8_E4M3"
 KEPT = ("F32", "F16", "BF16")  # what a tensor may be stored as and stay
-LOOKED_UP = ("token_embedding.", "pos_embedding.")  # tables of the text encoder; what else it has in two dimensions is multiplied
+LOOKED_UP = (
+    "token_embedding.",
+    "pos_embedding.",
+)  # tables of the text encoder; what else it has in two dimensions is multiplied
 ISLANDS = ("time_embedding.", "head.")  # computed in float32, and small
 
 
@@ -58,13 +63,20 @@ def form(kind: Kind, name: str, info: TensorInfo, coding: Coding) -> str:
         return coding.quant if coding.quant and linear else plain
     if len(info.shape) in (0, 1, 3) or name.startswith(ISLANDS) or "pos_embedding." in name:
         return "F32"
-    if table or coding.quant is None or (kind == "dit" and not name.startswith("blocks.")) or info.shape[-1] % BLOCK:
+    if (
+        table
+        or coding.quant is None
+        or (kind == "dit" and not name.startswith("blocks."))
+        or info.shape[-1] % BLOCK
+    ):
         return plain
     return coding.quant
 
 
 def entries(kind: Kind, source: OfficialSource, coding: Coding, dialect: Dialect) -> list[Entry]:
-    """All tensors of a part, under a dialect's names, in the order in which they have to be written."""
+    """All tensors of a part, under a dialect's names, in the order in which they have to be
+    written.
+    """
     names = from_official(kind, dialect, source.tensors)
     made: list[Entry] = []
     for name, info in source.tensors.items():
@@ -72,17 +84,28 @@ def entries(kind: Kind, source: OfficialSource, coding: Coding, dialect: Dialect
         if stored == FP8:
             made += _scaled(source, name, names[name])
         elif stored in KINDS:
-            made.append(Entry(names[name], info.shape, stored, partial(_blocks, source, name, stored)))
+            made.append(
+                Entry(names[name], info.shape, stored, partial(_blocks, source, name, stored))
+            )
         else:
-            made.append(Entry(names[name], info.shape, stored, partial(_cast, source, name, DTYPES[stored])))
+            made.append(
+                Entry(names[name], info.shape, stored, partial(_cast, source, name, DTYPES[stored]))
+            )
     if coding.quant == FP8 and not coding.gguf and any(entry.kind == FP8 for entry in made):
-        made.append(Entry("scaled_fp8", (2,), FP8, lambda: iter([torch.zeros(2, dtype=DTYPES[FP8])])))
+        made.append(
+            Entry("scaled_fp8", (2,), FP8, lambda: iter([torch.zeros(2, dtype=DTYPES[FP8])]))
+        )
     return made
 
 
 def bytes_entry(name: str, data: bytes) -> Entry:
     """A file inside a file."""
-    return Entry(name, (len(data),), "U8", lambda: iter([torch.frombuffer(bytearray(data), dtype=torch.uint8)]))
+    return Entry(
+        name,
+        (len(data),),
+        "U8",
+        lambda: iter([torch.frombuffer(bytearray(data), dtype=torch.uint8)]),
+    )
 
 
 # streams
@@ -98,9 +121,15 @@ def _cast(source: OfficialSource, name: str, dtype: torch.dtype) -> Iterator[Ten
 
 def _unfit(source: OfficialSource, name: str, piece: Tensor, dtype: torch.dtype) -> RequestError:
     if not finite(piece):
-        return RequestError(f"{source.path}: {name} holds NaN or infinity; the file is damaged (`wanflow inspect --check` tells all of it)")
+        return RequestError(
+            f"{source.path}: {name} holds NaN or infinity; the file is damaged (`wanflow inspect"
+            " --check` tells all of it)"
+        )
     word = str(dtype).removeprefix("torch.")
-    return RequestError(f"{source.path}: {name} reaches {float(piece.abs().amax()):g}, which {word} cannot hold; use bfloat16")
+    return RequestError(
+        f"{source.path}: {name} reaches {float(piece.abs().amax()):g}, which {word} cannot hold;"
+        " use bfloat16"
+    )
 
 
 def _blocks(source: OfficialSource, name: str, kind: str) -> Iterator[Tensor]:
@@ -112,7 +141,9 @@ def _blocks(source: OfficialSource, name: str, kind: str) -> Iterator[Tensor]:
 
 
 def _checked(source: OfficialSource, name: str) -> Iterator[Tensor]:
-    """Pieces as float32, all of them finite; float16 scales of blocks are, too, for any weight below half a million."""
+    """Pieces as float32, all of them finite; float16 scales of blocks are, too, for any weight
+    below half a million.
+    """
     for piece in pieces(source, name):
         value = piece.float()
         if not finite(value):
@@ -143,4 +174,7 @@ def _scaled(source: OfficialSource, name: str, new: str) -> list[Entry]:
         for piece in pieces(source, name):
             yield (piece.float() / scale).clamp_(-LARGEST[FP8], LARGEST[FP8]).to(DTYPES[FP8])
 
-    return [Entry(new, source.tensors[name].shape, FP8, weight), Entry(f"{path}.scale_weight", (), "F32", lambda: iter([scale]))]
+    return [
+        Entry(new, source.tensors[name].shape, FP8, weight),
+        Entry(f"{path}.scale_weight", (), "F32", lambda: iter([scale])),
+    ]

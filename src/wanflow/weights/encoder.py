@@ -1,7 +1,8 @@
-"""The text encoder without a place in memory: its blocks are read, used for every prompt, and dropped, one after the other.
+"""The text encoder without a place in memory: its blocks are read, used for every prompt, and
+dropped, one after the other.
 
-A prompt needs each of its weights once, so holding 11 GB of them until then, on whichever device, would gain nothing. The next block is
-read by a thread while the current one works.
+A prompt needs each of its weights once, so holding 11 GB of them until then, on whichever device,
+would gain nothing. The next block is read by a thread while the current one works.
 """
 
 from __future__ import annotations
@@ -15,21 +16,37 @@ from torch import Tensor, nn
 
 from wanflow.models.umt5 import T5Block, UMT5Encoder
 from wanflow.weights.formats import TensorSource
-from wanflow.weights.load import Checkpoint, Report, build, lay_out, load_module, pieces, weight_names
+from wanflow.weights.load import (
+    Checkpoint,
+    Report,
+    build,
+    lay_out,
+    load_module,
+    pieces,
+    weight_names,
+)
 from wanflow.weights.source import open_part
 
 Read = list[tuple[nn.Module, str, Tensor]]
 
 
 class StreamedEncoder:
-    """Called like `UMT5Encoder`; reads the whole encoder at each call. Results are those of one prompt at a time, without its padding.
+    """Called like `UMT5Encoder`; reads the whole encoder at each call. Results are those of one
+    prompt at a time, without its padding.
 
     Args:
         dtype: of the weights and of what is computed.
-        device: where the blocks work. The table of tokens (2.1 GB) stays on the host, where a prompt's rows are taken out of it.
+        device: where the blocks work. The table of tokens (2.1 GB) stays on the host, where a
+            prompt's rows are taken out of it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        report: Report | None = None,
+    ) -> None:
         self.checkpoint, self.dtype, self.device, self.report = checkpoint, dtype, device, report
 
     @torch.no_grad()
@@ -49,21 +66,33 @@ class StreamedEncoder:
             nonlocal done
             buckets, lengths = buckets.to(self.device), mask.sum(1).tolist()
             # One prompt at a time: an encoding must not depend on what it was encoded beside.
-            prompts = [x[row : row + 1, :length].to(self.device) for row, length in enumerate(lengths)]
+            prompts = [
+                x[row : row + 1, :length].to(self.device) for row, length in enumerate(lengths)
+            ]
             attended = keys[:, :, :, : max(lengths)].to(self.device)
             for index, block in enumerate(self._read_ahead(list(blocks), source)):
                 for row, length in enumerate(lengths):
-                    prompts[row] = block(prompts[row], buckets[:length, :length], attended[row : row + 1, :, :, :length])
-                done += sum(size for name, size in sizes.items() if name.startswith(f"blocks.{index}."))
+                    prompts[row] = block(
+                        prompts[row],
+                        buckets[:length, :length],
+                        attended[row : row + 1, :, :, :length],
+                    )
+                done += sum(
+                    size for name, size in sizes.items() if name.startswith(f"blocks.{index}.")
+                )
                 if self.report is not None:
                     self.report(done, sum(sizes.values()))
-            return torch.cat([F.pad(prompt, (0, 0, 0, x.shape[1] - prompt.shape[1])) for prompt in prompts])
+            return torch.cat(
+                [F.pad(prompt, (0, 0, 0, x.shape[1] - prompt.shape[1])) for prompt in prompts]
+            )
 
         states: Tensor = model(ids.cpu(), mask.cpu(), trunk)
         return states.masked_fill(mask.unsqueeze(-1).to(self.device) == 0, 0)
 
     def _read_ahead(self, blocks: list[T5Block], source: TensorSource) -> Iterator[T5Block]:
-        """Each block in its turn, with its weights on the device, and without them before and after."""
+        """Each block in its turn, with its weights on the device, and without them before and
+        after.
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="wanflow-text") as thread:
             reading = thread.submit(_read, blocks[0], "blocks.0", source)
             for index, block in enumerate(blocks):
@@ -83,5 +112,8 @@ def _read(block: nn.Module, prefix: str, source: TensorSource) -> Read:
     for name in weight_names(block):
         owner, _, key = name.rpartition(".")
         holder = block.get_submodule(owner)
-        found += [(holder, part, value) for part, value in pieces(holder, key, f"{prefix}.{name}", source, {}).items()]
+        found += [
+            (holder, part, value)
+            for part, value in pieces(holder, key, f"{prefix}.{name}", source, {}).items()
+        ]
     return found

@@ -1,7 +1,8 @@
-"""Getting the weights: what a hub has, what a folder has already, and the difference brought over and verified.
+"""Getting the weights: what a hub has, what a folder has already, and the difference brought over
+and verified.
 
-A folder remembers in `.wanflow-download.json` which of its files were hashed, so that a second run takes no time; a file whose size
-or time of change is another one since is hashed again.
+A folder remembers in `.wanflow-download.json` which of its files were hashed, so that a second run
+takes no time; a file whose size or time of change is another one since is hashed again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from wanflow.config import RequestError
 from wanflow.weights import catalogue
 from wanflow.weights.catalogue import LEDGER, Part, Variant
 from wanflow.weights.hubs import Hub, OfflineError, Store
-from wanflow.weights.transfer import DamagedError, DownloadError, Hasher, Remote, Say, StoppedError, hash_file
+from wanflow.weights.transfer import (
+    DamagedError,
+    DownloadError,
+    Hasher,
+    Remote,
+    Say,
+    StoppedError,
+    hash_file,
+)
 
 logger = logging.getLogger("wanflow")
 
@@ -80,8 +89,9 @@ def download(
         store: where from; Hugging Face when left out.
         only: roles (`catalogue.ROLES`) to restrict it to; all when empty.
         workers: files that come at the same time.
-        verify: hash every file again, also those that were hashed and have not changed since. Without a network this checks against
-            what the folder remembers and against the published hashes, and fetches nothing.
+        verify: hash every file again, also those that were hashed and have not changed since.
+            Without a network this checks against what the folder remembers and against the
+            published hashes, and fetches nothing.
         dry_run: only look; with `verify`, hash and name what is damaged.
         watch: told how many bytes are there and how many there will be.
 
@@ -89,8 +99,10 @@ def download(
         what was there before, and what had to come.
 
     Raises:
-        RequestError: for what cannot be done: no such variant, no network, not allowed, not enough disk space.
-        DownloadError: for what went wrong: the network broke off for good, a file came damaged twice.
+        RequestError: for what cannot be done: no such variant, no network, not allowed, not enough
+            disk space.
+        DownloadError: for what went wrong: the network broke off for good, a file came damaged
+            twice.
     """
     variant = catalogue.find(variant) if isinstance(variant, str) else variant
     parts = variant.select(only)
@@ -111,8 +123,13 @@ def download(
         _refuse_outside(folder, file)
         known = catalogue.known_sha256(file.path)
         if known and file.sha256 and known != file.sha256:
-            say(f"{file.origin} has another {file.path} than the one wanflow was made with (sha256 {file.sha256}, not {known})")
-    found = _survey(files, folder, ledger, workers, watch, rehash=verify, hashing=verify or not dry_run)
+            say(
+                f"{file.origin} has another {file.path} than the one wanflow was made with (sha256"
+                f" {file.sha256}, not {known})"
+            )
+    found = _survey(
+        files, folder, ledger, workers, watch, rehash=verify, hashing=verify or not dry_run
+    )
     for name in found.damaged:
         say(f"{name} is damaged or of another version{'' if dry_run else '; fetching it again'}")
     if not dry_run and found.missing:
@@ -121,14 +138,20 @@ def download(
     return found
 
 
-def _bring(found: Survey, store: Store, ledger: Ledger, workers: int, say: Say, watch: Watch) -> None:
-    """Fetch what is missing; two at the same time into one folder would spoil each other's parts."""
+def _bring(
+    found: Survey, store: Store, ledger: Ledger, workers: int, say: Say, watch: Watch
+) -> None:
+    """Fetch what is missing; two at the same time into one folder would spoil each other's
+    parts.
+    """
     found.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(found.folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise RequestError(f"another download into {found.folder} is under way; wait for it, or stop it") from None
+        raise RequestError(
+            f"another download into {found.folder} is under way; wait for it, or stop it"
+        ) from None
     try:
         moved = _Counter(found.total - found.needed, found.total, watch)
 
@@ -141,17 +164,24 @@ def _bring(found: Survey, store: Store, ledger: Ledger, workers: int, say: Say, 
         lock.release()
 
 
-# --- what a folder has ----------------------------------------------------------------------------------------------------
+# --- what a folder has
+# --------------------------------------------------------------------------------------------------
 
 
 class Ledger:
-    """The hashes of a folder's files, each with the size and the time of change (ns) that the file had when it was hashed."""
+    """The hashes of a folder's files, each with the size and the time of change (ns) that the file
+    had when it was hashed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file, self._lock = folder, folder / LEDGER, Lock()
         try:
             files = json.loads(self.file.read_text(encoding="utf-8"))["files"]
-            entries = {name: entry for name, entry in files.items() if isinstance(entry["sha256"], str) and isinstance(entry["size"], int)}
+            entries = {
+                name: entry
+                for name, entry in files.items()
+                if isinstance(entry["sha256"], str) and isinstance(entry["size"], int)
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             entries = {}  # what is not remembered is hashed again
         self.entries: dict[str, dict[str, Any]] = entries
@@ -159,18 +189,39 @@ class Ledger:
     def sha256(self, name: str) -> str | None:
         """The hash of a file that has not been touched since it was hashed."""
         entry, stat = self.entries.get(name), (self.folder / name).stat()
-        return str(entry["sha256"]) if entry and (entry["size"], entry.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns) else None
+        return (
+            str(entry["sha256"])
+            if entry and (entry["size"], entry.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+            else None
+        )
 
     def add(self, remote: Remote, sha256: str) -> None:
         stat = (self.folder / remote.name).stat()
         with self._lock:
-            self.entries[remote.name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "from": remote.origin}
+            self.entries[remote.name] = {
+                "size": stat.st_size,
+                "mtime_ns": stat.st_mtime_ns,
+                "sha256": sha256,
+                "from": remote.origin,
+            }
             beside = self.file.with_name(f"{LEDGER}.new")
-            beside.write_text(json.dumps({"files": self.entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            beside.write_text(
+                json.dumps({"files": self.entries}, indent=1, sort_keys=True) + "\n",
+                encoding="utf-8",
+            )
             os.replace(beside, self.file)
 
 
-def _survey(files: list[Remote], folder: Path, ledger: Ledger, workers: int, watch: Watch, *, rehash: bool, hashing: bool = True) -> Survey:
+def _survey(
+    files: list[Remote],
+    folder: Path,
+    ledger: Ledger,
+    workers: int,
+    watch: Watch,
+    *,
+    rehash: bool,
+    hashing: bool = True,
+) -> Survey:
     """Look at every file; hash those that are there in the right size and not remembered."""
     found, doubtful = Survey(folder, files), []
     for remote in files:
@@ -178,7 +229,9 @@ def _survey(files: list[Remote], folder: Path, ledger: Ledger, workers: int, wat
         if not target.exists():
             continue
         if not target.is_file():
-            raise RequestError(f"{target} is where a file should go, and is not a file; move it away")
+            raise RequestError(
+                f"{target} is where a file should go, and is not a file; move it away"
+            )
         if target.stat().st_size != remote.size:
             found.damaged.append(remote.name)
         elif remote.sha256 and not rehash and ledger.sha256(remote.name) == remote.sha256:
@@ -205,11 +258,23 @@ def _survey(files: list[Remote], folder: Path, ledger: Ledger, workers: int, wat
     return found
 
 
-def _verify_offline(parts: Sequence[Part], folder: Path, ledger: Ledger, workers: int, watch: Watch) -> Survey:
-    """Hash what is remembered or published; RequestError when that is nothing, DownloadError that names what is damaged or gone."""
+def _verify_offline(
+    parts: Sequence[Part], folder: Path, ledger: Ledger, workers: int, watch: Watch
+) -> Survey:
+    """Hash what is remembered or published; RequestError when that is nothing, DownloadError that
+    names what is damaged or gone.
+    """
     files = []
-    here = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file() and file.suffix != ".part"}
-    names = {name for name in here | set(ledger.entries) if any(part.local(part.strip + name) is not None for part in parts)}
+    here = {
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix != ".part"
+    }
+    names = {
+        name
+        for name in here | set(ledger.entries)
+        if any(part.local(part.strip + name) is not None for part in parts)
+    }
     unknown = []
     for name in sorted(names):
         entry = ledger.entries.get(name)
@@ -220,14 +285,25 @@ def _verify_offline(parts: Sequence[Part], folder: Path, ledger: Ledger, workers
         else:
             unknown.append(name)
     if not files:
-        raise RequestError(f"{folder} has nothing that can be verified without a network; get online, and say the same again")
+        raise RequestError(
+            f"{folder} has nothing that can be verified without a network; get online, and say the"
+            " same again"
+        )
     found = _survey(files, folder, ledger, workers, watch, rehash=True)
     gone = [file.name for file in found.missing if file.name not in found.damaged]
-    wrong = [f"{what}: {', '.join(sorted(names))}" for what, names in (("damaged", found.damaged), ("gone", gone)) if names]
+    wrong = [
+        f"{what}: {', '.join(sorted(names))}"
+        for what, names in (("damaged", found.damaged), ("gone", gone))
+        if names
+    ]
     if wrong:
-        raise DownloadError(f"{folder}: {'; '.join(wrong)}; get online, and say the same again to have them fetched")
+        raise DownloadError(
+            f"{folder}: {'; '.join(wrong)}; get online, and say the same again to have them fetched"
+        )
     if unknown:
-        logger.warning("not verified, their hashes are known to the hub alone: %s", ", ".join(unknown))
+        logger.warning(
+            "not verified, their hashes are known to the hub alone: %s", ", ".join(unknown)
+        )
     return found
 
 
@@ -236,7 +312,8 @@ def _refuse_outside(folder: Path, remote: Remote) -> None:
     home = folder.resolve()
     if not (home / remote.name).parent.resolve().is_relative_to(home):
         raise RequestError(
-            f"{folder / remote.name} would be written outside of {folder}: a link on the way leads out; link the whole folder"
+            f"{folder / remote.name} would be written outside of {folder}: a link on the way leads"
+            " out; link the whole folder"
         )
 
 
@@ -248,20 +325,24 @@ def _refuse_full_disk(found: Survey) -> None:
     free = shutil.disk_usage(place).free
     if found.needed > free:
         raise RequestError(
-            f"{found.folder} needs {found.needed / 1e9:.1f} GB more ({found.needed:,} bytes), and the disk has {free / 1e9:.1f} GB free"
-            f" ({free:,} bytes); make room, choose another disk with --local_dir, or a smaller --variant"
+            f"{found.folder} needs {found.needed / 1e9:.1f} GB more ({found.needed:,} bytes), and"
+            f" the disk has {free / 1e9:.1f} GB free ({free:,} bytes); make room, choose another"
+            " disk with --local_dir, or a smaller --variant"
         )
 
 
 def cached(repo: str) -> Path | None:
-    """The folder of a repository's default branch in Hugging Face's own cache, when every file of it is there."""
+    """The folder of a repository's default branch in Hugging Face's own cache, when every file of
+    it is there.
+    """
     try:
         return Path(snapshot_download(repo, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 
-# --- at the same time -----------------------------------------------------------------------------------------------------
+# --- at the same time
+# --------------------------------------------------------------------------------------------------
 
 
 class _Counter:
@@ -277,9 +358,11 @@ class _Counter:
 
 
 def _in_parallel(work: Callable[[T, Event], None], items: Sequence[T], workers: int) -> None:
-    """Do every item. A damaged file does not keep the others from coming; any other failure ends all, and so does Ctrl-C, at once.
+    """Do every item. A damaged file does not keep the others from coming; any other failure ends
+    all, and so does Ctrl-C, at once.
 
-    The threads are daemons: one that waits for a silent server must not keep the process from ending.
+    The threads are daemons: one that waits for a silent server must not keep the process from
+    ending.
     """
     queue, failures, stop = deque(items), list[Exception](), Event()
 
@@ -295,7 +378,9 @@ def _in_parallel(work: Callable[[T, Event], None], items: Sequence[T], workers: 
                 return
             except DamagedError as error:
                 failures.append(error)
-            except Exception as error:  # whatever it is, it is raised below, in the thread that asked
+            except (
+                Exception
+            ) as error:  # whatever it is, it is raised below, in the thread that asked
                 failures.insert(0, error)
                 stop.set()
 

@@ -1,9 +1,11 @@
-"""Containers of tensors: safetensors files, sharded folders, torch zips. A loader sees only a `TensorSource`.
+"""Containers of tensors: safetensors files, sharded folders, torch zips. A loader sees only a
+`TensorSource`.
 
-Opening reads headers alone, so names, shapes and dtypes of 57 GB are known in milliseconds; `read` costs the memory of the
-one tensor it returns. Files come from strangers and from downloads that broke off: whatever is wrong with one ends in a
-single `RequestError` that names the file and what to do, no code in it is ever run, and no size that a header claims is
-believed before the file's own size bears it out.
+Opening reads headers alone, so names, shapes and dtypes of 57 GB are known in milliseconds; `read`
+costs the memory of the one tensor it returns. Files come from strangers and from downloads that
+broke off: whatever is wrong with one ends in a single `RequestError` that names the file and what
+to do, no code in it is ever run, and no size that a header claims is believed before the file's own
+size bears it out.
 """
 
 from __future__ import annotations
@@ -36,18 +38,28 @@ AGAIN = "download it again"
 MAKERS = re.compile(rb"c[\w.]+\n(bytearray|\w+Tensor)\n")
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """What is known of a tensor before its data is read.
 
-    A packed tensor (fp8 with a scale, GGUF blocks) names its `packing`, the bytes it takes in its file and the shape of its scale, if
-    that is a tensor of its own; `dtype` is then what it unpacks into without loss.
+    A packed tensor (fp8 with a scale, GGUF blocks) names its `packing`, the bytes it takes in its
+    file and the shape of its scale, if that is a tensor of its own; `dtype` is then what it unpacks
+    into without loss.
     """
 
     shape: tuple[int, ...]
@@ -71,15 +83,19 @@ class TensorSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
-        """The tensor in CPU memory of its own, as stored or converted on the way; RequestError when the file breaks off.
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """The tensor in CPU memory of its own, as stored or converted on the way; RequestError when
+        the file breaks off.
 
         Args:
             rows: of its first side, these alone, and no others are read.
         """
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
-        """A tensor whose info has a `packing`, as it lies in the file; only sources that list such tensors are asked.
+        """A tensor whose info has a `packing`, as it lies in the file; only sources that list such
+        tensors are asked.
 
         Raises:
             ValueError: where rows are asked for, and a row is not whole blocks.
@@ -88,11 +104,15 @@ class TensorSource(Protocol):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever the system refuses (permission, a broken disk, an impossible name) becomes a RequestError that names the file."""
+    """Whatever the system refuses (permission, a broken disk, an impossible name) becomes a
+    RequestError that names the file.
+    """
     try:
         yield
     except OSError as error:
-        raise RequestError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+        raise RequestError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}"
+        ) from None
 
 
 def refuse_unreadable(path: Path) -> int:
@@ -141,7 +161,9 @@ def _json_object(data: bytes) -> dict[str, Any]:
 
 
 def fill(part: Tensor, file: FileIO, path: Path) -> None:
-    """Fill a contiguous tensor with the next bytes of an unbuffered file; a RequestError when it breaks off."""
+    """Fill a contiguous tensor with the next bytes of an unbuffered file; a RequestError when it
+    breaks off.
+    """
     view, done = part.view(torch.uint8).numpy().data, 0
     while done < len(view):  # one call reads at most 2 GB
         count = file.readinto(view[done:])
@@ -151,20 +173,30 @@ def fill(part: Tensor, file: FileIO, path: Path) -> None:
 
 
 def refuse_odd_names(path: Path, names: Iterable[str]) -> None:
-    """RequestError for a tensor whose name cannot be shown as it is: no program writes such names, and no message repeats one."""
+    """RequestError for a tensor whose name cannot be shown as it is: no program writes such names,
+    and no message repeats one.
+    """
     odd = next((name for name in names if plain(name) != name), None)
     if odd is not None:
         raise RequestError(f"{path} is damaged: a tensor is called {odd!r}; {AGAIN}")
 
 
-def read_plain(path: Path, info: TensorInfo, place: int, dtype: torch.dtype | None, rows: slice | None = None) -> Tensor:
-    """A tensor whose bytes begin at `place` of a file, or some of its rows, as stored or converted a chunk at a time."""
+def read_plain(
+    path: Path, info: TensorInfo, place: int, dtype: torch.dtype | None, rows: slice | None = None
+) -> Tensor:
+    """A tensor whose bytes begin at `place` of a file, or some of its rows, as stored or converted
+    a chunk at a time.
+    """
     if rows is not None:
         start, stop, _ = rows.indices(info.shape[0])
         place += start * math.prod(info.shape[1:]) * info.dtype.itemsize
         info = replace(info, shape=(max(0, stop - start), *info.shape[1:]))
     out = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
-    stored = out if out.dtype == info.dtype else torch.empty(min(CHUNK, info.nbytes) // info.dtype.itemsize, dtype=info.dtype)
+    stored = (
+        out
+        if out.dtype == info.dtype
+        else torch.empty(min(CHUNK, info.nbytes) // info.dtype.itemsize, dtype=info.dtype)
+    )
     with reading(path), path.open("rb", buffering=0) as file:
         file.seek(place)
         for start in range(0, len(out), max(1, len(stored))):
@@ -180,14 +212,18 @@ def read_plain(path: Path, info: TensorInfo, place: int, dtype: torch.dtype | No
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """One `.safetensors` file. Data is read, not mapped: a file that shrinks meanwhile is an error, not a crash."""
+    """One `.safetensors` file. Data is read, not mapped: a file that shrinks meanwhile is an error,
+    not a crash.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     starts: Mapping[str, int]  # where each tensor's bytes begin in the file
     metadata: Mapping[str, str]
 
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
         return read_plain(self.path, self.tensors[name], self.starts[name], dtype, rows)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
@@ -197,7 +233,8 @@ class SafetensorsFile:
 def open_safetensors(path: Path) -> SafetensorsFile:
     """Read and check the header of a safetensors file.
 
-    Layout: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data without gaps.
+    Layout: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}},
+        then the data without gaps.
 
     Raises:
         RequestError: naming the file, for a truncated, oversized, inconsistent or foreign file.
@@ -206,9 +243,14 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     with reading(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > HEADER_LIMIT:
-            raise RequestError(f"{path} is not a safetensors file, or its first bytes are damaged; {AGAIN}")
+            raise RequestError(
+                f"{path} is not a safetensors file, or its first bytes are damaged; {AGAIN}"
+            )
         if 8 + length > size:
-            raise RequestError(f"{path} is cut off: its header of {length:,} bytes does not fit into {size:,}; {AGAIN}")
+            raise RequestError(
+                f"{path} is cut off: its header of {length:,} bytes does not fit into {size:,};"
+                f" {AGAIN}"
+            )
         text = file.read(length)
     try:
         header = _json_object(text)
@@ -217,16 +259,25 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             raise ValueError("its metadata is not an object")
         tensors, starts, end = _layout(header)
     except ValueError as error:
-        raise RequestError(f"{path} is not a safetensors file, or its header is damaged ({error}); {AGAIN}") from None
+        raise RequestError(
+            f"{path} is not a safetensors file, or its header is damaged ({error}); {AGAIN}"
+        ) from None
     if 8 + length + end != size:
         state = "cut off" if 8 + length + end > size else "longer than it should be"
-        raise RequestError(f"{path} is {state}: {size:,} bytes, and its header speaks of {8 + length + end:,}; {AGAIN}")
+        raise RequestError(
+            f"{path} is {state}: {size:,} bytes, and its header speaks of {8 + length + end:,};"
+            f" {AGAIN}"
+        )
     refuse_odd_names(path, tensors)
-    return SafetensorsFile(path, tensors, {name: 8 + length + start for name, start in starts.items()}, metadata)
+    return SafetensorsFile(
+        path, tensors, {name: 8 + length + start for name, start in starts.items()}, metadata
+    )
 
 
 def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, int], int]:
-    """Shapes, first bytes and total bytes that a header describes; ValueError unless they tile the data exactly."""
+    """Shapes, first bytes and total bytes that a header describes; ValueError unless they tile the
+    data exactly.
+    """
     tensors: dict[str, TensorInfo] = {}
     starts: dict[str, int] = {}
     spans = []
@@ -243,7 +294,9 @@ def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, in
             raise ValueError(f"{name} has an impossible shape")
         info = TensorInfo(tuple(shape), DTYPES[dtype])
         if span[1] - span[0] != info.nbytes:
-            raise ValueError(f"{name} takes {info.nbytes:,} bytes and is given {span[1] - span[0]:,}")
+            raise ValueError(
+                f"{name} takes {info.nbytes:,} bytes and is given {span[1] - span[0]:,}"
+            )
         tensors[name], starts[name] = info, span[0]
         spans.append((span[0], span[1]))
     end = 0
@@ -269,7 +322,9 @@ class ShardedFolder:
     tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, SafetensorsFile]  # the file of each tensor
 
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
         return self.shards[name].read(name, dtype, rows)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
@@ -277,14 +332,21 @@ class ShardedFolder:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that a model's folder needs, there or not: its index and the shards that names, or one file with everything.
+    """The files that a model's folder needs, there or not: its index and the shards that names, or
+    one file with everything.
 
-    `diffusion_pytorch_model.safetensors.index.json` comes first; one variant of it (`-bf16`, `.fp16`) serves as well.
+    `diffusion_pytorch_model.safetensors.index.json` comes first; one variant of it (`-bf16`,
+    `.fp16`) serves as well.
 
     Raises:
-        RequestError: when there are several models, or the index is broken or points out of the folder.
+        RequestError: when there are several models, or the index is broken or points out of the
+            folder.
     """
-    indexes = sorted(file for file in folder.glob("*.json") if ".safetensors" in file.name and ".index" in file.name)
+    indexes = sorted(
+        file
+        for file in folder.glob("*.json")
+        if ".safetensors" in file.name and ".index" in file.name
+    )
     index = _only(indexes, folder / INDEX)
     if index is not None:
         return [index, *_indexed(index, _weight_map(index))]
@@ -296,13 +358,20 @@ def _only(files: list[Path], preferred: Path) -> Path | None:
     if preferred in files:
         return preferred
     if len(files) > 1:
-        raise RequestError(f"{preferred.parent} holds several models: {', '.join(file.name for file in files)}; keep one of them")
+        raise RequestError(
+            f"{preferred.parent} holds several models: {', '.join(file.name for file in files)};"
+            " keep one of them"
+        )
     return files[0] if files else None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     mapping = read_json(index).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
+    if (
+        not isinstance(mapping, dict)
+        or not mapping
+        or not all(isinstance(file, str) for file in mapping.values())
+    ):
         raise RequestError(f"{index} has no weight_map of tensor names to file names; {AGAIN}")
     return mapping
 
@@ -310,17 +379,26 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _indexed(index: Path, mapping: dict[str, str]) -> list[Path]:
     """The shards an index names; each must be a file of the index's own folder."""
     home = index.parent.resolve()
-    cache = home.parents[2] if len(home.parents) > 2 and home.parents[1].name == "snapshots" else None
+    cache = (
+        home.parents[2] if len(home.parents) > 2 and home.parents[1].name == "snapshots" else None
+    )
     files = []
     for name in sorted(set(mapping.values())):
         file = index.parent / name
         plain = name == file.name and not set(name) & set('/\\:*?"<>|\0')
         if not plain or not name.endswith(".safetensors"):
-            raise RequestError(f"{index} names {name!r}, which is not a safetensors file of its own folder; {AGAIN}")
+            raise RequestError(
+                f"{index} names {name!r}, which is not a safetensors file of its own folder;"
+                f" {AGAIN}"
+            )
         real = Path(os.path.realpath(file))
-        # Hugging Face's cache links every file of a snapshot to its blobs folder; nothing else may lead outside.
+        # Hugging Face's cache links every file of a snapshot to its blobs folder; nothing else may
+        # lead outside.
         if real.parent != home and not (cache and real.parent == cache / "blobs"):
-            raise RequestError(f"{file} is a link out of its folder, to {real}; put the file itself there, or link the whole folder")
+            raise RequestError(
+                f"{file} is a link out of its folder, to {real}; put the file itself there, or link"
+                " the whole folder"
+            )
         files.append(file)
     return files
 
@@ -334,7 +412,9 @@ def open_folder(folder: Path) -> TensorSource:
     files = weight_files(folder)
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        raise RequestError(f"{folder} lacks {len(missing)} of {len(files)} files: {', '.join(missing)}; {AGAIN}")
+        raise RequestError(
+            f"{folder} lacks {len(missing)} of {len(files)} files: {', '.join(missing)}; {AGAIN}"
+        )
     if len(files) == 1:
         return open_safetensors(files[0])
     index, *files = files
@@ -342,13 +422,21 @@ def open_folder(folder: Path) -> TensorSource:
     mapping = _weight_map(index)
     for name, file in mapping.items():
         if name not in shards[file].tensors:
-            raise RequestError(f"{folder / file} lacks {name}, which {index.name} promises; index and shards are of different downloads")
+            raise RequestError(
+                f"{folder / file} lacks {name}, which {index.name} promises; index and shards are"
+                " of different downloads"
+            )
     for file, shard in shards.items():
         extra = [name for name in shard.tensors if mapping.get(name) != file]
         if extra:
-            raise RequestError(f"{folder / file} holds {extra[0]}, not so in {index.name}; index and shards are of different downloads")
+            raise RequestError(
+                f"{folder / file} holds {extra[0]}, not so in {index.name}; index and shards are of"
+                " different downloads"
+            )
     sources = {name: shards[file] for name, file in mapping.items()}
-    return ShardedFolder(folder, {name: source.tensors[name] for name, source in sources.items()}, sources)
+    return ShardedFolder(
+        folder, {name: source.tensors[name] for name, source in sources.items()}, sources
+    )
 
 
 # torch zips
@@ -356,22 +444,29 @@ def open_folder(folder: Path) -> TensorSource:
 
 @dataclass(frozen=True)
 class TorchFile:
-    """A dict of tensors that torch.save wrote. It stays mapped; `read` copies out of the mapping."""
+    """A dict of tensors that torch.save wrote. It stays mapped; `read` copies out of the
+    mapping.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     mapped: Mapping[str, Tensor]
 
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
         value = self.mapped[name] if rows is None else self.mapped[name][rows]
-        return value.to(dtype or self.tensors[name].dtype, copy=True, memory_format=torch.contiguous_format)
+        return value.to(
+            dtype or self.tensors[name].dtype, copy=True, memory_format=torch.contiguous_format
+        )
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         raise KeyError(name)  # nothing here is packed
 
 
 def open_torch(path: Path) -> TorchFile:
-    """Map a `.pth`: a dict of tensors, or one inside `model_state` or `state_dict`. Code in the pickle is refused, not run.
+    """Map a `.pth`: a dict of tensors, or one inside `model_state` or `state_dict`. Code in the
+    pickle is refused, not run.
 
     Raises:
         RequestError: naming the file, for anything else.
@@ -387,14 +482,20 @@ def open_torch(path: Path) -> TorchFile:
     except Exception as error:  # a damaged pickle can raise anything at all
         if called := re.search(r"GLOBAL (\S+)", str(error)):
             raise RequestError(
-                f"{path} holds Python objects ({called[1]}), not only tensors, and code in weight files is never run here; "
-                "use the published file, or safetensors"
+                f"{path} holds Python objects ({called[1]}), not only tensors, and code in weight"
+                " files is never run here; use the published file, or safetensors"
             ) from None
-        if "unable to mmap" in str(error):  # not the file's fault: the system promises no more memory than it has
+        if "unable to mmap" in str(
+            error
+        ):  # not the file's fault: the system promises no more memory than it has
             raise RequestError(
-                f"{path} does not fit this machine's memory; a .safetensors file of the same tensors needs far less"
+                f"{path} does not fit this machine's memory; a .safetensors file of the same"
+                " tensors needs far less"
             ) from None
-        raise RequestError(f"{path} is damaged, or holds something else than tensors ({type(error).__name__}); {AGAIN}") from None
+        raise RequestError(
+            f"{path} is damaged, or holds something else than tensors ({type(error).__name__});"
+            f" {AGAIN}"
+        ) from None
     for wrapper in ("model_state", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -402,43 +503,88 @@ def open_torch(path: Path) -> TorchFile:
         raise RequestError(f"{path} is not a dict of tensors but {type(state).__name__}")
     mapped: dict[str, Tensor] = {}
     for name, value in state.items():
-        if not isinstance(name, str) or type(value) not in (Tensor, nn.Parameter) or not _stored(value):
-            raise RequestError(f"{path}: {name!r:.300} is not a plain tensor but {getattr(value, 'dtype', type(value).__name__)}")
-        # A view may repeat a few stored bytes into any shape; copied out it would take what it claims.
+        if (
+            not isinstance(name, str)
+            or type(value) not in (Tensor, nn.Parameter)
+            or not _stored(value)
+        ):
+            raise RequestError(
+                f"{path}: {name!r:.300} is not a plain tensor but"
+                f" {getattr(value, 'dtype', type(value).__name__)}"
+            )
+        # A view may repeat a few stored bytes into any shape; copied out it would take what it
+        # claims.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise RequestError(f"{path}: {name} claims more data than the file holds; {AGAIN}")
         mapped[name] = value.detach()
     # Storages that a pickle had made, not read, are as large as it likes.
-    if sum({value.data_ptr(): value.nbytes() for value in map(Tensor.untyped_storage, mapped.values())}.values()) > size:
+    if (
+        sum(
+            {
+                value.data_ptr(): value.nbytes()
+                for value in map(Tensor.untyped_storage, mapped.values())
+            }.values()
+        )
+        > size
+    ):
         raise RequestError(f"{path} claims more data than it holds; {AGAIN}")
     refuse_odd_names(path, mapped)
-    return TorchFile(path, {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in mapped.items()}, mapped)
+    return TorchFile(
+        path,
+        {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in mapped.items()},
+        mapped,
+    )
 
 
 def _stored(value: Tensor) -> bool:
-    return value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES.values() and not value.is_nested
+    return (
+        value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in DTYPES.values()
+        and not value.is_nested
+    )
 
 
 def _refuse_odd_zip(path: Path, size: int) -> None:
-    """Refuse what torch.save does not write: other containers, compression (mapped, it reads as noise), foreign byte order."""
+    """Refuse what torch.save does not write: other containers, compression (mapped, it reads as
+    noise), foreign byte order.
+    """
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
-                    raise RequestError(f"{path} is a compressed zip, which torch does not write; {AGAIN}")
-                if entry.file_size != entry.compress_size or entry.header_offset + entry.file_size > size:
+                    raise RequestError(
+                        f"{path} is a compressed zip, which torch does not write; {AGAIN}"
+                    )
+                if (
+                    entry.file_size != entry.compress_size
+                    or entry.header_offset + entry.file_size > size
+                ):
                     raise zipfile.BadZipFile
-                if entry.filename.endswith(("/data.pkl", "/byteorder")) and entry.file_size > HEADER_LIMIT:
-                    raise RequestError(f"{path} has an index of {entry.file_size:,} bytes, far too large; {AGAIN}")
+                if (
+                    entry.filename.endswith(("/data.pkl", "/byteorder"))
+                    and entry.file_size > HEADER_LIMIT
+                ):
+                    raise RequestError(
+                        f"{path} has an index of {entry.file_size:,} bytes, far too large; {AGAIN}"
+                    )
                 if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
-                    raise RequestError(f"{path} was saved on a big-endian machine, which is not read here")
-                if entry.filename.endswith("/data.pkl") and (maker := MAKERS.search(archive.read(entry))):
-                    raise RequestError(f"{path} is damaged, or made to do harm: it would have {maker[1].decode()} made; {AGAIN}")
+                    raise RequestError(
+                        f"{path} was saved on a big-endian machine, which is not read here"
+                    )
+                if entry.filename.endswith("/data.pkl") and (
+                    maker := MAKERS.search(archive.read(entry))
+                ):
+                    raise RequestError(
+                        f"{path} is damaged, or made to do harm: it would have {maker[1].decode()}"
+                        f" made; {AGAIN}"
+                    )
     except RequestError:
         raise
     except zipfile.BadZipFile:
         raise RequestError(
-            f"{path} is not a whole file of torch.save: cut off, of another format, or from before torch 1.6; {AGAIN}, or save it anew"
+            f"{path} is not a whole file of torch.save: cut off, of another format, or from before"
+            f" torch 1.6; {AGAIN}, or save it anew"
         ) from None
     except (ValueError, RuntimeError, EOFError, struct.error) as error:
         raise RequestError(f"{path} is damaged ({error}); {AGAIN}") from None

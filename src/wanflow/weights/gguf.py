@@ -1,13 +1,16 @@
 """GGUF files: GGML's tensors, packed or plain, behind a list of keys and values.
 
-Layout, all little-endian: the bytes "GGUF", version (u32), counts of tensors and of keys (u64); for each key its name, the type of
-its value (u32) and the value; for each tensor its name, the number of its sides (u32), the sides (u64, innermost first), the type
-of its data (u32) and where they begin (u64, counted from the first multiple of the alignment after this list); then the data.
-A string is its length (u64) and its bytes, an array the type of its items (u32), their count (u64) and the items.
+Layout, all little-endian: the bytes "GGUF", version (u32), counts of tensors and of keys (u64); for
+each key its name, the type of its value (u32) and the value; for each tensor its name, the number
+of its sides (u32), the sides (u64, innermost first), the type of its data (u32) and where they
+begin (u64, counted from the first multiple of the alignment after this list); then the data. A
+string is its length (u64) and its bytes, an array the type of its items (u32), their count (u64)
+and the items.
 
-The reader of the `gguf` package is not used: it takes ten seconds for the tokenizer in a T5 file, and does not return from a
-file whose array claims to be long. Here a header is read piece by piece as far as it goes, no count in it is believed beyond
-what the file has room for, and arrays are stepped over until somebody asks for one.
+The reader of the `gguf` package is not used: it takes ten seconds for the tokenizer in a T5 file,
+and does not return from a file whose array claims to be long. Here a header is read piece by piece
+as far as it goes, no count in it is believed beyond what the file has room for, and arrays are
+stepped over until somebody asks for one.
 """
 
 from __future__ import annotations
@@ -26,7 +29,15 @@ from torch import Tensor
 from wanflow.config import RequestError, plain
 from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import Packed
-from wanflow.weights.formats import AGAIN, TensorInfo, fill, read_plain, reading, refuse_odd_names, refuse_unreadable
+from wanflow.weights.formats import (
+    AGAIN,
+    TensorInfo,
+    fill,
+    read_plain,
+    reading,
+    refuse_odd_names,
+    refuse_unreadable,
+)
 
 VERSIONS = (2, 3)
 LIMIT = 32 << 20  # bytes before the data; a T5 file with its tokenizer has 7 MB
@@ -36,24 +47,39 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
 # Types of values, by number.
 SCALARS = {
-    0: struct.Struct("<B"), 1: struct.Struct("<b"), 2: struct.Struct("<H"), 3: struct.Struct("<h"), 4: struct.Struct("<I"),
-    5: struct.Struct("<i"), 6: struct.Struct("<f"), 7: struct.Struct("<?"), 10: struct.Struct("<Q"), 11: struct.Struct("<q"),
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
     12: struct.Struct("<d"),
-}  # fmt: skip
+}
 STRING, ARRAY = 8, 9
 INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
 
 # Types of tensors, by number.
 TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
-    13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0",
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
+    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0",
     35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 PLAIN = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+}
 
 
 def ggml_bytes(kind: str, shape: Sequence[int]) -> int:
@@ -68,12 +94,17 @@ def ggml_bytes(kind: str, shape: Sequence[int]) -> int:
         raise ValueError(f"type {kind} is not read; read are {', '.join((*PLAIN, *LAYOUTS))}")
     layout = LAYOUTS[kind]
     if not shape or shape[-1] % layout.values:
-        raise ValueError(f"rows of {list(shape)} are not whole blocks of {layout.values} values, as {kind} has them")
+        raise ValueError(
+            f"rows of {list(shape)} are not whole blocks of {layout.values} values, as {kind} has"
+            " them"
+        )
     return math.prod(shape) // layout.values * layout.nbytes
 
 
 class Array(NamedTuple):
-    """Where an array lies in its file: the type of its items, how many they are, its first byte and the first after it."""
+    """Where an array lies in its file: the type of its items, how many they are, its first byte and
+    the first after it.
+    """
 
     kind: int
     length: int
@@ -83,11 +114,15 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """One `.gguf` file. Data is read, not mapped: a file that shrinks meanwhile is an error, not a crash."""
+    """One `.gguf` file. Data is read, not mapped: a file that shrinks meanwhile is an error, not a
+    crash.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, Any] = field(repr=False)  # numbers, truths, strings; of an array only its place: `array` reads it
+    metadata: Mapping[str, Any] = field(
+        repr=False
+    )  # numbers, truths, strings; of an array only its place: `array` reads it
     starts: Mapping[str, int] = field(repr=False)  # where each tensor's bytes begin in the file
 
     @property
@@ -96,8 +131,12 @@ class GGUFFile:
         value = self.metadata.get("general.architecture")
         return plain(value) if isinstance(value, str) else ""
 
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
-        """The tensor, or some rows, in CPU memory of its own, unpacked, as stored or in `dtype`; RequestError when the file breaks off."""
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """The tensor, or some rows, in CPU memory of its own, unpacked, as stored or in `dtype`;
+        RequestError when the file breaks off.
+        """
         info = self.tensors[name]
         if not info.packing:
             return read_plain(self.path, info, self.starts[name], dtype, rows)
@@ -106,7 +145,9 @@ class GGUFFile:
         return self.packed(name, rows).dense(dtype or info.dtype)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
-        """A packed tensor as it lies in the file; KeyError for one that is not, RequestError when the file breaks off."""
+        """A packed tensor as it lies in the file; KeyError for one that is not, RequestError when
+        the file breaks off.
+        """
         info = self.tensors[name]
         if not info.packing:
             raise KeyError(name)
@@ -115,7 +156,9 @@ class GGUFFile:
             first, last, _ = rows.indices(info.shape[0])
             blocks, odd = divmod(math.prod(info.shape[1:]), layout.values)
             if odd:
-                raise ValueError(f"a row of {list(info.shape)} is not whole blocks of {info.packing}")
+                raise ValueError(
+                    f"a row of {list(info.shape)} is not whole blocks of {info.packing}"
+                )
             start += first * blocks * layout.nbytes
             shape = (max(0, last - first), *info.shape[1:])
             info = replace(info, shape=shape, packed_bytes=shape[0] * blocks * layout.nbytes)
@@ -129,7 +172,9 @@ class GGUFFile:
         return Packed(kind, info.shape, data.view(-1, row) if len(data) else data.view(0, row))
 
     def array(self, key: str) -> list[Any]:
-        """The items of an array, numbers or strings; RequestError where there is none of that name, or it is damaged."""
+        """The items of an array, numbers or strings; RequestError where there is none of that name,
+        or it is damaged.
+        """
         place = self.metadata.get(key)
         if not isinstance(place, Array):
             raise RequestError(f"{self.path} has no list {key}")
@@ -161,7 +206,8 @@ def open_gguf(path: Path) -> GGUFFile:
     """Read and check the header of a GGUF file; no tensor and no array is read.
 
     Raises:
-        RequestError: naming the file, for a truncated, inconsistent or foreign file, or tensors of a type that is not read.
+        RequestError: naming the file, for a truncated, inconsistent or foreign file, or tensors of
+            a type that is not read.
     """
     size = refuse_unreadable(path)
     with reading(path), path.open("rb", buffering=0) as file:
@@ -171,9 +217,13 @@ def open_gguf(path: Path) -> GGUFFile:
         except RequestError:
             raise
         except _CutOff as error:
-            raise RequestError(f"{path} is cut off, or its header is damaged ({error}); {AGAIN}") from None
+            raise RequestError(
+                f"{path} is cut off, or its header is damaged ({error}); {AGAIN}"
+            ) from None
         except ValueError as error:
-            raise RequestError(f"{path} is not a GGUF file, or its header is damaged ({error}); {AGAIN}") from None
+            raise RequestError(
+                f"{path} is not a GGUF file, or its header is damaged ({error}); {AGAIN}"
+            ) from None
 
 
 class _CutOff(ValueError):
@@ -181,7 +231,9 @@ class _CutOff(ValueError):
 
 
 class _Header:
-    """The bytes from the start of a file on, read as far as needed: never more than it has, nor twice what was asked for."""
+    """The bytes from the start of a file on, read as far as needed: never more than it has, nor
+    twice what was asked for.
+    """
 
     def __init__(self, file: FileIO, size: int) -> None:
         self.file, self.size = file, size
@@ -234,7 +286,11 @@ class _Header:
         """Step over an array."""
         kind = self.u32()
         if kind != STRING and kind not in SCALARS:
-            raise ValueError("it holds lists of lists" if kind == ARRAY else f"it holds values of an unknown type {kind}")
+            raise ValueError(
+                "it holds lists of lists"
+                if kind == ARRAY
+                else f"it holds values of an unknown type {kind}"
+            )
         count = self.count("items of a list", LIMIT, 8 if kind == STRING else SCALARS[kind].size)
         start = self.at
         if kind == STRING:
@@ -244,7 +300,8 @@ class _Header:
         return Array(kind, count, start, self.at)
 
     def _skip_strings(self, count: int) -> None:
-        # The one long loop of a header, 256,384 turns for UMT5's words, so it touches nothing but locals.
+        # The one long loop of a header, 256,384 turns for UMT5's words, so it touches nothing but
+        # locals.
         length_at = SCALARS[10].unpack_from
         while count:
             self.need(8)
@@ -266,9 +323,15 @@ def _open(path: Path, header: _Header) -> GGUFFile:
     header.at = 4
     version = header.u32()
     if version and not version & 0xFFFF:
-        raise RequestError(f"{path} is a big-endian GGUF file; only little-endian ones, which are the usual ones, are read")
+        raise RequestError(
+            f"{path} is a big-endian GGUF file; only little-endian ones, which are the usual ones,"
+            " are read"
+        )
     if version not in VERSIONS:
-        raise RequestError(f"{path} is a GGUF file of version {version}; read are {' and '.join(map(str, VERSIONS))}")
+        raise RequestError(
+            f"{path} is a GGUF file of version {version}; read are"
+            f" {' and '.join(map(str, VERSIONS))}"
+        )
     # At least: a name's length, sides, type, place; a name's length, type, value.
     tensors, keys = header.count("tensors", MOST, 24), header.count("keys", MOST, 13)
     metadata = _metadata(header, keys)
@@ -277,20 +340,34 @@ def _open(path: Path, header: _Header) -> GGUFFile:
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
         raise ValueError(f"its alignment is {alignment!r}")
     first = -(-header.at // alignment) * alignment
-    unread = {entry.kind: name for name, entry in entries.items() if entry.kind not in PLAIN and entry.kind not in LAYOUTS}
+    unread = {
+        entry.kind: name
+        for name, entry in entries.items()
+        if entry.kind not in PLAIN and entry.kind not in LAYOUTS
+    }
     if unread:
         told = ", ".join(f"{kind} ({name})" for kind, name in unread.items())
-        raise RequestError(f"{path} has tensors of type {told}, not read here; read are {', '.join((*PLAIN, *LAYOUTS))}")
+        raise RequestError(
+            f"{path} has tensors of type {told}, not read here; read are"
+            f" {', '.join((*PLAIN, *LAYOUTS))}"
+        )
     infos, spans = {}, []
     for name, entry in entries.items():
         nbytes = ggml_bytes(entry.kind, entry.shape)
         if entry.start % alignment:
             raise ValueError(f"{name} begins off the alignment of {alignment}")
         if first + entry.start + nbytes > header.size:
-            raise _CutOff(f"{name} ends at byte {min(first + entry.start + nbytes, 1 << 63):,} of {header.size:,}")
+            raise _CutOff(
+                f"{name} ends at byte {min(first + entry.start + nbytes, 1 << 63):,} of"
+                f" {header.size:,}"
+            )
         shape = _original(header, metadata.get(ORIGINAL_SHAPE + name), name, entry.shape)
         packed = entry.kind in LAYOUTS
-        infos[name] = TensorInfo(shape, torch.float32, entry.kind, nbytes) if packed else TensorInfo(shape, PLAIN[entry.kind])
+        infos[name] = (
+            TensorInfo(shape, torch.float32, entry.kind, nbytes)
+            if packed
+            else TensorInfo(shape, PLAIN[entry.kind])
+        )
         spans.append((entry.start, entry.start + nbytes, name))
     end = 0
     for start, stop, name in sorted(spans):
@@ -298,7 +375,9 @@ def _open(path: Path, header: _Header) -> GGUFFile:
             raise ValueError(f"{name} overlaps another tensor")
         end = stop
     refuse_odd_names(path, infos)
-    return GGUFFile(path, infos, metadata, {name: first + entry.start for name, entry in entries.items()})
+    return GGUFFile(
+        path, infos, metadata, {name: first + entry.start for name, entry in entries.items()}
+    )
 
 
 def _metadata(header: _Header, count: int) -> dict[str, Any]:
@@ -348,12 +427,20 @@ def _impossible(shape: Sequence[int]) -> bool:
 
 
 def _original(header: _Header, place: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor that ComfyUI's converter stored in another, because it is 5-D or has no rows of whole blocks."""
+    """The shape of a tensor that ComfyUI's converter stored in another, because it is 5-D or has no
+    rows of whole blocks.
+    """
     if place is None:
         return shape
     if not isinstance(place, Array) or place.kind not in INTEGERS or place.length > MOST_SIDES:
         raise ValueError(f"the original shape of {name} is no list of sides")
-    original = tuple(value for (value,) in SCALARS[place.kind].iter_unpack(header.data[place.start : place.stop]))
-    if min(original, default=1) < 0 or math.prod(original) != math.prod(shape) or _impossible(original):
+    original = tuple(
+        value for (value,) in SCALARS[place.kind].iter_unpack(header.data[place.start : place.stop])
+    )
+    if (
+        min(original, default=1) < 0
+        or math.prod(original) != math.prod(shape)
+        or _impossible(original)
+    ):
         raise ValueError(f"{name} is stored as {list(shape)} and was {list(original)}")
     return original

@@ -1,4 +1,5 @@
-"""What stands at a path, told from names and headers: which model, which parts, how stored, what is missing or too much.
+"""What stands at a path, told from names and headers: which model, which parts, how stored, what is
+missing or too much.
 
 No tensor is read. A file that cannot be read is a row that says why; only a path that is nothing at
 all is refused.
@@ -28,28 +29,62 @@ from wanflow.weights.adapters import describe_adapter, open_adapter
 from wanflow.weights.catalogue import KNOWN, LEDGER, known_sha256
 from wanflow.weights.formats import ShardedFolder, TensorInfo, TensorSource, TorchFile, reading
 from wanflow.weights.gguf import GGUFFile
-from wanflow.weights.layouts import DIFFUSERS, ENDINGS, FOLDERS, TOKENIZERS, WORDS, config_beside, weight_groups, which_expert
+from wanflow.weights.layouts import (
+    DIFFUSERS,
+    ENDINGS,
+    FOLDERS,
+    TOKENIZERS,
+    WORDS,
+    config_beside,
+    weight_groups,
+    which_expert,
+)
 from wanflow.weights.load import Report, build, open_checkpoint
 from wanflow.weights.names import Kind, detect, strip
 from wanflow.weights.scaled import ScaledSource
-from wanflow.weights.shapes import HEAD_DIM, configure, dit_shapes, relative, text_shapes, vae_shapes
-from wanflow.weights.source import OfficialSource, Part, describe, is_lora, kinds_in, official, open_source
+from wanflow.weights.shapes import (
+    HEAD_DIM,
+    configure,
+    dit_shapes,
+    relative,
+    text_shapes,
+    vae_shapes,
+)
+from wanflow.weights.source import (
+    OfficialSource,
+    Part,
+    describe,
+    is_lora,
+    kinds_in,
+    official,
+    open_source,
+)
 from wanflow.weights.tokens import carries_tokenizer, open_tokenizer
 from wanflow.weights.write import NAMES
 
-PUBLISHED_SIZE = "27B total, 14B active"  # how the model's authors count it; exactly it is 28.58 and 14.29 billion
+PUBLISHED_SIZE = (  # how the model's authors count it; exactly it is 28.58 and 14.29 billion
+    "27B total, 14B active"
+)
 BLOCK = 4 << 20  # bytes hashed at a time
 UNREADABLE = "not readable"
-SMALL = 100_000_000  # bytes below which a file of a published name is a miniature's, and no damaged download
-WHAT: dict[Kind, str] = {"dit": "expert, the tensors do not say which", "t5": "text encoder", "vae": "VAE"}
+# bytes below which a file of a published name is a miniature's, and no damaged download
+SMALL = 100_000_000
+WHAT: dict[Kind, str] = {
+    "dit": "expert, the tensors do not say which",
+    "t5": "text encoder",
+    "vae": "VAE",
+}
 PUBLISHED = {"t5": "UMT5-XXL", "vae": "the Wan2.1 VAE"}
-# Wan2.1's 14B has the shapes of one of the experts, so a file by itself does not tell the two apart.
+# Wan2.1's 14B has the shapes of one of the experts, so a file by itself does not tell the two
+# apart.
 EITHER = f"{T2V_A14B.name} (or Wan2.1-T2V-14B, which has the same shapes)"
 
 
 @dataclass(frozen=True)
 class File:
-    """One file. sha256_from: "computed", "download" (hashed when it was fetched), "cache" (its name in Hugging Face's cache)."""
+    """One file. sha256_from: "computed", "download" (hashed when it was fetched), "cache" (its name
+    in Hugging Face's cache).
+    """
 
     name: str
     bytes: int
@@ -106,7 +141,9 @@ class Findings:
 # shapes
 
 
-def config_of(kind: Kind, source: OfficialSource, heads: int | None = None) -> DiTConfig | TextConfig | VAEConfig:
+def config_of(
+    kind: Kind, source: OfficialSource, heads: int | None = None
+) -> DiTConfig | TextConfig | VAEConfig:
     """The shape of a part, from its tensors alone; what they do not show has its default.
 
     Raises:
@@ -115,7 +152,9 @@ def config_of(kind: Kind, source: OfficialSource, heads: int | None = None) -> D
     if kind == "dit":
         patches = source.tensors.get("patch_embedding.weight")
         width = patches.shape[0] if patches is not None and patches.shape else HEAD_DIM
-        found = dit_shapes(source, {"num_heads": heads or (1 if width % HEAD_DIM else width // HEAD_DIM)})
+        found = dit_shapes(
+            source, {"num_heads": heads or (1 if width % HEAD_DIM else width // HEAD_DIM)}
+        )
         return configure(DiTConfig, found, {}, source.path)
     if kind == "t5":
         return configure(TextConfig, text_shapes(source), {}, source.path)
@@ -138,7 +177,9 @@ def differences(module: nn.Module, source: TensorSource) -> dict[str, Any]:
     return {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
-        "wrong_shape": [f"{name} is {list(found[name].shape)}, not {list(wanted[name])}" for name in odd],
+        "wrong_shape": [
+            f"{name} is {list(found[name].shape)}, not {list(wanted[name])}" for name in odd
+        ],
     }
 
 
@@ -153,9 +194,16 @@ def _model_of(config: DiTConfig | TextConfig | VAEConfig) -> str:
         return f"another size of Wan: width {config.dim}, {config.num_layers} blocks"
     if isinstance(config, TextConfig):
         known = {PUBLISHED["t5"]: T2V_A14B.text, NANO.name: NANO.text}
-        return next((name for name, shape in known.items() if shape == config), f"another size of UMT5: width {config.dim}")
+        return next(
+            (name for name, shape in known.items() if shape == config),
+            f"another size of UMT5: width {config.dim}",
+        )
     for name, shape in ((PUBLISHED["vae"], T2V_A14B.vae), (NANO.name, NANO.vae)):
-        if shape.z_dim == config.z_dim and replace(shape, latent_mean=config.latent_mean, latent_std=config.latent_std) == config:
+        if (
+            shape.z_dim == config.z_dim
+            and replace(shape, latent_mean=config.latent_mean, latent_std=config.latent_std)
+            == config
+        ):
             return name
     return f"another size of the Wan VAE: width {config.dim}"
 
@@ -163,8 +211,15 @@ def _model_of(config: DiTConfig | TextConfig | VAEConfig) -> str:
 # one file, or folder of shards
 
 
-def rows_of(path: Path, root: Path, whole: Collection[Path] = (), hashes: bool = False, report: Report | None = None) -> list[Row]:
-    """The parts that a file, or a folder of shards, holds; one row that says why where it cannot be read.
+def rows_of(
+    path: Path,
+    root: Path,
+    whole: Collection[Path] = (),
+    hashes: bool = False,
+    report: Report | None = None,
+) -> list[Row]:
+    """The parts that a file, or a folder of shards, holds; one row that says why where it cannot be
+    read.
 
     Args:
         root: the folder that is inspected, or the file itself.
@@ -176,11 +231,26 @@ def rows_of(path: Path, root: Path, whole: Collection[Path] = (), hashes: bool =
         source = open_source(path)
         files = [_file(file, root, hashes, report) for file in _files(source)]
         kinds = kinds_in(source)
-        row = Row(name, describe(source), files, container=_container(source), tensors=len(source.tensors), bytes=bytes_of(source.tensors))
-        row = replace(row, dtypes=_dtypes(source, source.tensors), parameters=_count(source.tensors), notes=_names_of(files))
+        row = Row(
+            name,
+            describe(source),
+            files,
+            container=_container(source),
+            tensors=len(source.tensors),
+            bytes=bytes_of(source.tensors),
+        )
+        row = replace(
+            row,
+            dtypes=_dtypes(source, source.tensors),
+            parameters=_count(source.tensors),
+            notes=_names_of(files),
+        )
         if is_lora(source):
             return [_lora(row, path)]
-        return [_part(row, kind, source, path, root, bool({path, path.parent} & set(whole))) for kind in kinds] or [row]
+        return [
+            _part(row, kind, source, path, root, bool({path, path.parent} & set(whole)))
+            for kind in kinds
+        ] or [row]
     except RequestError as error:
         size = path.stat().st_size if path.is_file() else 0
         return [Row(name, UNREADABLE, files or [File(name, size)], error=str(error))]
@@ -191,7 +261,10 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, wh
     part = official(kind, source)
     names = list(part.names.values())
     first = next((name for name in names if strip(kind, name) != name), "")
-    notes = [*row.notes, *(["carries its tokenizer"] if kind == "t5" and carries_tokenizer(source) else [])]
+    notes = [
+        *row.notes,
+        *(["carries its tokenizer"] if kind == "t5" and carries_tokenizer(source) else []),
+    ]
     which, what = None, WHAT[kind]
     if kind == "dit":
         try:
@@ -199,9 +272,21 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, wh
         except RequestError as error:
             notes.append(str(error))
         what = WORDS[which].removeprefix("the ") if which else what
-    row = replace(row, what=what, part=which or (None if kind == "dit" else kind), dialect=detect(kind, names))
-    row = replace(row, prefix=first.removesuffix(strip(kind, first)), dtypes=_dtypes(source, names), notes=notes)
-    row = replace(row, parameters=_count(part.tensors), tensors=len(part.tensors), bytes=bytes_of(part.tensors))
+    row = replace(
+        row, what=what, part=which or (None if kind == "dit" else kind), dialect=detect(kind, names)
+    )
+    row = replace(
+        row,
+        prefix=first.removesuffix(strip(kind, first)),
+        dtypes=_dtypes(source, names),
+        notes=notes,
+    )
+    row = replace(
+        row,
+        parameters=_count(part.tensors),
+        tensors=len(part.tensors),
+        bytes=bytes_of(part.tensors),
+    )
     if kind == "dit":
         other = _relative(part, path)
         if other:
@@ -216,21 +301,42 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, wh
 
 def _shape(config: DiTConfig | TextConfig | VAEConfig) -> dict[str, Any]:
     """The fields that tensors show."""
-    unseen = {"num_heads", "text_len", "eps", "model_type", "window_size", "qk_norm", "cross_attn_norm"}
+    unseen = {
+        "num_heads",
+        "text_len",
+        "eps",
+        "model_type",
+        "window_size",
+        "qk_norm",
+        "cross_attn_norm",
+    }
     unseen = (
         unseen
         if isinstance(config, DiTConfig)
-        else {"max_dist", "shared_pos", "eps", "attn_scales", "dropout", "latent_mean", "latent_std"}
+        else {
+            "max_dist",
+            "shared_pos",
+            "eps",
+            "attn_scales",
+            "dropout",
+            "latent_mean",
+            "latent_std",
+        }
     )
     return {name: value for name, value in asdict(config).items() if name not in unseen}
 
 
 def _which(path: Path, root: Path) -> Expert | None:
-    """The expert of a file or folder, by its place in the official or Diffusers' layout, its name, or its hash."""
+    """The expert of a file or folder, by its place in the official or Diffusers' layout, its name,
+    or its hash.
+    """
     folder = path if path.is_dir() else path.parent
     if folder.name in FOLDERS.values():
         return "high" if folder.name == FOLDERS["high"] else "low"
-    if (folder.parent / "model_index.json").exists() and folder.name in (DIFFUSERS["high"], DIFFUSERS["low"]):
+    if (folder.parent / "model_index.json").exists() and folder.name in (
+        DIFFUSERS["high"],
+        DIFFUSERS["low"],
+    ):
         return "high" if folder.name == DIFFUSERS["high"] else "low"
     return which_expert(path, path.parent if path == root else root)
 
@@ -238,7 +344,12 @@ def _which(path: Path, root: Path) -> Expert | None:
 def _relative(source: OfficialSource, path: Path) -> str | None:
     """The name of a relative of the model."""
     try:
-        said = config_beside(path)[0] if (path if path.is_dir() else path.parent).name in (*FOLDERS.values(), *DIFFUSERS.values()) else {}
+        said = (
+            config_beside(path)[0]
+            if (path if path.is_dir() else path.parent).name
+            in (*FOLDERS.values(), *DIFFUSERS.values())
+            else {}
+        )
     except RequestError:  # a broken config says nothing of the tensors
         return None
     return relative(source, said)
@@ -247,7 +358,11 @@ def _relative(source: OfficialSource, path: Path) -> str | None:
 def _lora(row: Row, path: Path) -> Row:
     found = describe_adapter(open_adapter(path))
     expert = found["experts"] if found else []
-    what = f"LoRA for the {' and the '.join(f'{which}-noise' for which in expert)} expert" if expert else "LoRA, for either expert"
+    what = (
+        f"LoRA for the {' and the '.join(f'{which}-noise' for which in expert)} expert"
+        if expert
+        else "LoRA, for either expert"
+    )
     return replace(row, what=what, lora=found, dialect=found["naming"] if found else None)
 
 
@@ -269,14 +384,25 @@ def _container(source: TensorSource) -> str:
 
 def _files(source: TensorSource) -> list[Path]:
     inner = _inner(source)
-    return sorted({shard.path for shard in inner.shards.values()}) if isinstance(inner, ShardedFolder) else [inner.path]
+    return (
+        sorted({shard.path for shard in inner.shards.values()})
+        if isinstance(inner, ShardedFolder)
+        else [inner.path]
+    )
 
 
 def _dtypes(source: TensorSource, names: Iterable[str]) -> dict[str, int]:
     """How many tensors are stored how, most first."""
     scaled = source.scales if isinstance(source, ScaledSource) else {}
     infos = ((name, source.tensors[name]) for name in names)
-    words = (f"{info.packing}{' scaled' if name in scaled else ''}" if info.packing else NAMES[info.dtype] for name, info in infos)
+    words = (
+        (
+            f"{info.packing}{' scaled' if name in scaled else ''}"
+            if info.packing
+            else NAMES[info.dtype]
+        )
+        for name, info in infos
+    )
     return dict(Counter(words).most_common())
 
 
@@ -292,22 +418,41 @@ def bytes_of(tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def _file(path: Path, root: Path, hashes: bool, report: Report | None) -> File:
-    name, size = path.relative_to(root).as_posix() if path != root and path.is_relative_to(root) else path.name, path.stat().st_size
+    name, size = (
+        (
+            path.relative_to(root).as_posix()
+            if path != root and path.is_relative_to(root)
+            else path.name
+        ),
+        path.stat().st_size,
+    )
     sha256, where = _known_hash(path)
     if hashes:
         sha256, where = _hash(path, report), "computed"
-    return File(name, size, sha256, where, next((end for end, value in KNOWN.items() if value == sha256), None))
+    return File(
+        name,
+        size,
+        sha256,
+        where,
+        next((end for end, value in KNOWN.items() if value == sha256), None),
+    )
 
 
 def _known_hash(path: Path) -> tuple[str | None, str | None]:
-    """A hash that somebody has computed already: who downloaded the file, or Hugging Face's cache, which names files by it."""
+    """A hash that somebody has computed already: who downloaded the file, or Hugging Face's cache,
+    which names files by it.
+    """
     real = Path(os.path.realpath(path))
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
         return real.name, "cache"
-    folder = next((parent for parent in path.absolute().parents[:3] if (parent / LEDGER).is_file()), None)
+    folder = next(
+        (parent for parent in path.absolute().parents[:3] if (parent / LEDGER).is_file()), None
+    )
     if folder is None:
         return None, None
-    from wanflow.weights.fetch import Ledger  # with the hub's library behind it, which takes a fifth of a second
+    from wanflow.weights.fetch import (
+        Ledger,
+    )  # with the hub's library behind it, which takes a fifth of a second
 
     sha256 = Ledger(folder).sha256(path.absolute().relative_to(folder).as_posix())
     return sha256, "download" if sha256 else None
@@ -355,7 +500,11 @@ def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> F
             layout = _layout(path)
             try:
                 found = open_checkpoint(path)
-                model, notes, whole = found.preset.name, list(found.notes), {*found.experts.values(), found.t5, found.vae}
+                model, notes, whole = (
+                    found.preset.name,
+                    list(found.notes),
+                    {*found.experts.values(), found.t5, found.vae},
+                )
             except RequestError as error:
                 problem = str(error)
         groups = weight_groups(path) if path.is_dir() else [path]
@@ -371,13 +520,28 @@ def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> F
     # One part of a model, or LoRAs: it need not load.
     part_only = layout == "files" and sum(row.lora is None for row in rows) <= 1
     if path.is_dir():
-        rows += [_tokenizer(path / name, path, hashes, report) for name in TOKENIZERS if (path / name).is_file()][:1]
+        rows += [
+            _tokenizer(path / name, path, hashes, report)
+            for name in TOKENIZERS
+            if (path / name).is_file()
+        ][:1]
     model = model or _common(rows)
     files = {file.name: file.bytes for row in rows for file in row.files}
     alone = path.is_file() or part_only
     count = sum(row.tensors for row in rows)
     complete, problem = (None, None) if alone else (problem is None, problem)
-    return Findings(str(path), layout, model, complete, problem, notes, _parameters(rows), count, sum(files.values()), rows)
+    return Findings(
+        str(path),
+        layout,
+        model,
+        complete,
+        problem,
+        notes,
+        _parameters(rows),
+        count,
+        sum(files.values()),
+        rows,
+    )
 
 
 def _layout(folder: Path) -> str:
@@ -388,14 +552,18 @@ def _layout(folder: Path) -> str:
 
 def _common(rows: list[Row]) -> str | None:
     """The model that all experts in the rows are of; without any, that of the first part."""
-    names = {row.model for row in rows if row.part in ("high", "low") or row.what == WHAT["dit"]} or {row.model for row in rows[:1]}
+    names = {
+        row.model for row in rows if row.part in ("high", "low") or row.what == WHAT["dit"]
+    } or {row.model for row in rows[:1]}
     return names.pop() if len(names) == 1 else None
 
 
 def _parameters(rows: list[Row]) -> dict[str, Any]:
     experts = {row.part: row for row in rows if row.part in ("high", "low")}
     counts = [row.parameters for row in experts.values()]
-    published = len(experts) == 2 and all(row.model == EITHER and row.parameters for row in experts.values())
+    published = len(experts) == 2 and all(
+        row.model == EITHER and row.parameters for row in experts.values()
+    )
     return {
         "experts_total": sum(counts),
         "experts_active": max(counts, default=0),

@@ -27,10 +27,12 @@ Shapes = Mapping[str, tuple[int, ...]]  # of an expert's parameters, by official
 
 
 def find_loras(wanted: Iterable[Lora]) -> tuple[Lora, ...]:
-    """Files with settled strengths: a folder becomes the files in it, and a file that is named for one expert works on that one.
+    """Files with settled strengths: a folder becomes the files in it, and a file that is named for
+    one expert works on that one.
 
     Raises:
-        RequestError: for a path that is missing, or a folder without LoRAs or with more than a pair.
+        RequestError: for a path that is missing, or a folder without LoRAs or with more than a
+            pair.
     """
     found = []
     for lora in wanted:
@@ -51,12 +53,21 @@ def _folder(folder: Path) -> list[Path]:
     named = [expert_in_name(file.name) for file in files]
     if len(files) == 1 or (len(files) == 2 and set(named) == {"high", "low"}):
         return files
-    what = f"{len(files)} files ({', '.join(file.name for file in files[:4])})" if files else "no LoRA file"
-    raise RequestError(f"lora {folder}: the folder holds {what}, not one, and no pair of which the names say high and low; name the files")
+    what = (
+        f"{len(files)} files ({', '.join(file.name for file in files[:4])})"
+        if files
+        else "no LoRA file"
+    )
+    raise RequestError(
+        f"lora {folder}: the folder holds {what}, not one, and no pair of which the names say high"
+        " and low; name the files"
+    )
 
 
 def lora_print(path: str) -> str:
-    """16 hex digits that tell a LoRA file from another: its size, and a megabyte from its start, middle and end."""
+    """16 hex digits that tell a LoRA file from another: its size, and a megabyte from its start,
+    middle and end.
+    """
     file = Path(path)
     with reading(file), file.open("rb") as data:
         size = file.stat().st_size
@@ -77,15 +88,25 @@ def check_loras(loras: Iterable[Lora], shapes: Shapes) -> None:
         logger.info("lora %s: %s", Path(path).name, read_adapter(Path(path), shapes).report())
 
 
-def attach(adapters: Adapters, which: Expert, loras: Mapping[str, Lora], strengths: tuple[float, ...], shapes: Shapes) -> None:
-    """Make the live LoRAs of one expert those of a request, at these strengths; what is attached already is not read again.
+def attach(
+    adapters: Adapters,
+    which: Expert,
+    loras: Mapping[str, Lora],
+    strengths: tuple[float, ...],
+    shapes: Shapes,
+) -> None:
+    """Make the live LoRAs of one expert those of a request, at these strengths; what is attached
+    already is not read again.
 
     Called at every step: only what changed costs anything.
 
     Args:
         loras: by the names that `named` gives them.
     """
-    wanted = {name: (lora, strength) for (name, lora), strength in zip(loras.items(), strengths, strict=True)}
+    wanted = {
+        name: (lora, strength)
+        for (name, lora), strength in zip(loras.items(), strengths, strict=True)
+    }
     for name in adapters.names:
         if name not in wanted:
             adapters.remove(name)
@@ -98,16 +119,23 @@ def attach(adapters: Adapters, which: Expert, loras: Mapping[str, Lora], strengt
 
 
 def named(loras: tuple[Lora, ...]) -> dict[str, Lora]:
-    """LoRAs by names that tell one file's content from another's, and a file that is given twice from itself."""
+    """LoRAs by names that tell one file's content from another's, and a file that is given twice
+    from itself.
+    """
     prints = {lora.path: lora_print(lora.path) for lora in loras}
-    return {
-        f"{lora.path} {prints[lora.path]} {sum(before.path == lora.path for before in loras[:index])}": lora
-        for index, lora in enumerate(loras)
-    }
+    names: dict[str, Lora] = {}
+    for index, lora in enumerate(loras):
+        repeats = sum(before.path == lora.path for before in loras[:index])
+        names[f"{lora.path} {prints[lora.path]} {repeats}"] = lora
+    return names
 
 
-def fused(which: Expert, loras: Iterable[tuple[Lora, float]], shapes: Shapes) -> dict[str, Callable[[str, Tensor], Tensor]]:
-    """What LoRAs do to single weights, for `load_module` to do while it reads them: parameter -> (name, float32) -> float32."""
+def fused(
+    which: Expert, loras: Iterable[tuple[Lora, float]], shapes: Shapes
+) -> dict[str, Callable[[str, Tensor], Tensor]]:
+    """What LoRAs do to single weights, for `load_module` to do while it reads them: parameter ->
+    (name, float32) -> float32.
+    """
     done: dict[str, list[tuple[Change, float]]] = {}
     for lora, strength in loras:
         for name, change in read_adapter(Path(lora.path), shapes).changes[which].items():

@@ -1,11 +1,13 @@
-"""What other projects call the official parameters: tables of names, and renaming in both directions.
+"""What other projects call the official parameters: tables of names, and renaming in both
+directions.
 
-A dialect is a table of paths, official -> foreign. A path matches a name that equals it or goes on after a dot, and the longest
-match counts, so one entry covers `.weight`, `.bias` and whatever a quantised or LoRA file hangs on the same module. Numbered
-paths are written out for as many blocks as the names show; nothing about a model's size is assumed.
+A dialect is a table of paths, official -> foreign. A path matches a name that equals it or goes on
+after a dot, and the longest match counts, so one entry covers `.weight`, `.bias` and whatever a
+quantised or LoRA file hangs on the same module. Numbered paths are written out for as many blocks
+as the names show; nothing about a model's size is assumed.
 
-Sources: the modules of diffusers and transformers (compared name by name and shape by shape in the tests), llama.cpp's list of
-tensor names for T5.
+Sources: the modules of diffusers and transformers (compared name by name and shape by shape in the
+    tests), llama.cpp's list of tensor names for T5.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ DIALECTS: dict[Kind, tuple[Dialect, ...]] = {
     "t5": ("official", "huggingface", "gguf"),
     "vae": ("official", "diffusers"),
 }
-# Blocks, levels and blocks in a level at most: several times what any model has, and no more than a table bears whatever a name says.
+# Blocks, levels and blocks in a level at most: several times what any model has, and no more than a
+# table bears whatever a name says.
 MOST_BLOCKS, MOST_LEVELS = 256, 32
 # A second name under which transformers lists the same tensor; files hold one of the two, or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
@@ -50,14 +53,21 @@ DIT = {
 }
 DIT_BLOCK = {
     "modulation": "scale_shift_table",
-    # Named by place in one project and by age in the other: the official norm3 stands second. Only it has parameters, but the
-    # other must move out of its way too.
+    # Named by place in one project and by age in the other: the official norm3 stands second. Only
+    # it has parameters, but the other must move out of its way too.
     "norm3": "norm2",
     "norm2": "norm3",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
-DIT_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+DIT_ATTENTION = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
 
 T5: dict[Dialect, Table] = {
     "huggingface": {"token_embedding": "shared", "norm": "encoder.final_layer_norm"},
@@ -120,7 +130,10 @@ def detect(kind: Kind, names: Iterable[str]) -> Dialect:
         known[dialect] = sum(_split(name, paths) is not None for name in bare)
     best = max(DIALECTS[kind], key=lambda dialect: known[dialect])
     if not known[best]:
-        raise RequestError(f"these are no weights of a Wan {kind} in any known naming; they begin {', '.join(bare[:3]) or '(nothing)'}")
+        raise RequestError(
+            f"these are no weights of a Wan {kind} in any known naming; they begin"
+            f" {', '.join(bare[:3]) or '(nothing)'}"
+        )
     return best
 
 
@@ -134,9 +147,9 @@ def strip(kind: Kind, name: str) -> str:
 def to_official(kind: Kind, names: Iterable[str]) -> dict[str, str]:
     """Official names for the names in a file, of whatever dialect they are.
 
-    Give all names of a model at once, not those of one shard: how blocks are grouped is read from them.
-    Names that the dialect does not know stay as they are (a strict loader then lists them); the second name of a tied tensor is
-    left out where the first is there.
+    Give all names of a model at once, not those of one shard: how blocks are grouped is read from
+    them. Names that the dialect does not know stay as they are (a strict loader then lists them);
+    the second name of a tied tensor is left out where the first is there.
 
     Returns:
         {name in the file: official name}, one to one.
@@ -146,7 +159,9 @@ def to_official(kind: Kind, names: Iterable[str]) -> dict[str, str]:
     """
     files = {name: strip(kind, name) for name in names}
     dialect = detect(kind, files.values())
-    back = {foreign: official for official, foreign in _table(kind, dialect, files.values()).items()}
+    back = {
+        foreign: official for official, foreign in _table(kind, dialect, files.values()).items()
+    }
     bare = set(files.values())
     result: dict[str, str] = {}
     taken: dict[str, str] = {}
@@ -157,17 +172,21 @@ def to_official(kind: Kind, names: Iterable[str]) -> dict[str, str]:
             plain = TIED[plain]
         official = _rename(plain, back) or plain
         if official in taken:
-            raise RequestError(f"{taken[official]!r} and {name!r} are both the parameter {official!r}")
+            raise RequestError(
+                f"{taken[official]!r} and {name!r} are both the parameter {official!r}"
+            )
         taken[official] = name
         result[name] = official
     return result
 
 
 def from_official(kind: Kind, dialect: Dialect, names: Iterable[str]) -> dict[str, str]:
-    """The names another project expects for official names: {official name: foreign name}, one to one.
+    """The names another project expects for official names: {official name: foreign name}, one to
+    one.
 
     Raises:
-        RequestError: for names that the dialect has no word for, or a dialect that this kind does not have.
+        RequestError: for names that the dialect has no word for, or a dialect that this kind does
+            not have.
     """
     if dialect not in DIALECTS[kind]:
         raise RequestError(f"a {kind} has no {dialect} names, only {', '.join(DIALECTS[kind])}")
@@ -176,15 +195,19 @@ def from_official(kind: Kind, dialect: Dialect, names: Iterable[str]) -> dict[st
     renamed = {name: _rename(name, table) for name in names}
     unknown = [name for name, new in renamed.items() if new is None]
     if unknown:
-        raise RequestError(f"no {dialect} name for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
+        raise RequestError(
+            f"no {dialect} name for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
+        )
     return {name: new for name, new in renamed.items() if new is not None}
 
 
 def expert_in_name(path: str) -> Literal["high", "low"] | None:
-    """The expert that the last part of a path to speak of one speaks of: `HighNoise/x.gguf`, `wan_low_noise.safetensors`, `X-HIGH_fp8`.
+    """The expert that the last part of a path to speak of one speaks of: `HighNoise/x.gguf`,
+    `wan_low_noise.safetensors`, `X-HIGH_fp8`.
 
-    A word counts only whole or before "noise" (not the "low" in "flow" or "lowvram"), and only before "noise" where there is such a
-    one; a part that speaks of both says nothing, and ends the search.
+    A word counts only whole or before "noise" (not the "low" in "flow" or "lowvram"), and only
+    before "noise" where there is such a one; a part that speaks of both says nothing, and ends the
+    search.
     """
     for part in reversed(re.split(r"[/\\]", path)):
         words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
@@ -213,18 +236,27 @@ def _rename(name: str, table: Table) -> str | None:
 
 
 def _table(kind: Kind, dialect: Dialect, names: Collection[str]) -> Table:
-    """Official -> foreign paths, with blocks enough for `names`, which are in either of the two dialects."""
+    """Official -> foreign paths, with blocks enough for `names`, which are in either of the two
+    dialects.
+    """
     if kind == "dit":
         table = _dit(1 + _last(r"blocks\.(\d+)\.", names))
     elif kind == "t5":
-        table = _t5(dialect if dialect != "official" else "huggingface", 1 + _last(r"(?:blocks|block|blk)\.(\d+)\.", names))
+        table = _t5(
+            dialect if dialect != "official" else "huggingface",
+            1 + _last(r"(?:blocks|block|blk)\.(\d+)\.", names),
+        )
     else:
-        table = _vae(1 + _last(r"encoder\.(?:downsamples|down_blocks)\.(\d+)\.", names), *_levels(names))
+        table = _vae(
+            1 + _last(r"encoder\.(?:downsamples|down_blocks)\.(\d+)\.", names), *_levels(names)
+        )
     return table if dialect != "official" else {official: official for official in table}
 
 
 def _last(pattern: str, names: Iterable[str], most: int = MOST_BLOCKS) -> int:
-    """The highest number below `most` that the pattern's group finds at a dot's edge; -1 for none."""
+    """The highest number below `most` that the pattern's group finds at a dot's edge; -1 for
+    none.
+    """
     edged = re.compile(rf"(?:^|\.){pattern}")
     numbers = (int(found[1]) for found in map(edged.search, names) if found and len(found[1]) < 9)
     return max((number for number in numbers if number < most), default=-1)
@@ -234,28 +266,47 @@ def _dit(blocks: int) -> Table:
     block = dict(DIT_BLOCK)
     for official, foreign in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         block |= {f"{official}.{a}": f"{foreign}.{b}" for a, b in DIT_ATTENTION.items()}
-    return DIT | {f"blocks.{n}.{a}": f"blocks.{n}.{b}" for n in range(blocks) for a, b in block.items()}
+    return DIT | {
+        f"blocks.{n}.{a}": f"blocks.{n}.{b}" for n in range(blocks) for a, b in block.items()
+    }
 
 
 def _t5(dialect: Dialect, blocks: int) -> Table:
     stem, block = T5_BLOCK[dialect]
-    return T5[dialect] | {f"blocks.{n}.{a}": f"{stem}.{n}.{b}" for n in range(blocks) for a, b in block.items()}
+    return T5[dialect] | {
+        f"blocks.{n}.{a}": f"{stem}.{n}.{b}" for n in range(blocks) for a, b in block.items()
+    }
 
 
 def _vae(encoder_layers: int, levels: int, residuals: int) -> Table:
     table = dict(VAE)
     for side in ("encoder", "decoder"):
         table |= {f"{side}.{a}": f"{side}.{b}" for a, b in VAE_SIDE.items()}
-        for official, foreign in (("middle.0", "mid_block.resnets.0"), ("middle.2", "mid_block.resnets.1")):
-            table |= {f"{side}.{official}.{a}": f"{side}.{foreign}.{b}" for a, b in VAE_RESIDUAL.items()}
-    for n in range(encoder_layers):  # flat in both; whether n is a residual block or a resampling one, the names say
+        for official, foreign in (
+            ("middle.0", "mid_block.resnets.0"),
+            ("middle.2", "mid_block.resnets.1"),
+        ):
+            table |= {
+                f"{side}.{official}.{a}": f"{side}.{foreign}.{b}" for a, b in VAE_RESIDUAL.items()
+            }
+    for n in range(
+        encoder_layers
+    ):  # flat in both; whether n is a residual block or a resampling one, the names say
         layer = VAE_RESIDUAL | VAE_RESAMPLE
-        table |= {f"encoder.downsamples.{n}.{a}": f"encoder.down_blocks.{n}.{b}" for a, b in layer.items()}
+        table |= {
+            f"encoder.downsamples.{n}.{a}": f"encoder.down_blocks.{n}.{b}" for a, b in layer.items()
+        }
     for level in range(levels):  # flat in the official decoder, nested in the other
         first, up = level * (residuals + 1), f"decoder.up_blocks.{level}"
         for n in range(residuals):
-            table |= {f"decoder.upsamples.{first + n}.{a}": f"{up}.resnets.{n}.{b}" for a, b in VAE_RESIDUAL.items()}
-        table |= {f"decoder.upsamples.{first + residuals}.{a}": f"{up}.upsamplers.0.{b}" for a, b in VAE_RESAMPLE.items()}
+            table |= {
+                f"decoder.upsamples.{first + n}.{a}": f"{up}.resnets.{n}.{b}"
+                for a, b in VAE_RESIDUAL.items()
+            }
+        table |= {
+            f"decoder.upsamples.{first + residuals}.{a}": f"{up}.upsamplers.0.{b}"
+            for a, b in VAE_RESAMPLE.items()
+        }
     return table
 
 
@@ -263,8 +314,15 @@ def _levels(names: Collection[str]) -> tuple[int, int]:
     """How many levels the decoder has, and how many residual blocks are in each."""
     nested = _last(r"decoder\.up_blocks\.(\d+)\.", names, MOST_LEVELS)
     if nested >= 0:
-        return nested + 1, 1 + _last(r"decoder\.up_blocks\.\d+\.resnets\.(\d+)\.", names, MOST_LEVELS)
+        return nested + 1, 1 + _last(
+            r"decoder\.up_blocks\.\d+\.resnets\.(\d+)\.", names, MOST_LEVELS
+        )
     layers = 1 + _last(r"decoder\.upsamples\.(\d+)\.", names)
-    resampling = (re.search(r"(?:^|\.)decoder\.upsamples\.(\d+)\.(?:resample|time_conv)\.", name) for name in names)
-    residuals = min((int(found[1]) for found in resampling if found and len(found[1]) < 9), default=layers)
+    resampling = (
+        re.search(r"(?:^|\.)decoder\.upsamples\.(\d+)\.(?:resample|time_conv)\.", name)
+        for name in names
+    )
+    residuals = min(
+        (int(found[1]) for found in resampling if found and len(found[1]) < 9), default=layers
+    )
     return -(-layers // (residuals + 1)), min(residuals, layers)

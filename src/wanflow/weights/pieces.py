@@ -1,4 +1,6 @@
-"""A tensor in a file as a stream of flat pieces, so that what reads all of 57 GB keeps megabytes of it in memory."""
+"""A tensor in a file as a stream of flat pieces, so that what reads all of 57 GB keeps megabytes of
+it in memory.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,30 @@ from torch import Tensor
 
 from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import Packed
-from wanflow.weights.formats import SafetensorsFile, ShardedFolder, TensorSource, TorchFile, fill, reading
+from wanflow.weights.formats import (
+    SafetensorsFile,
+    ShardedFolder,
+    TensorSource,
+    TorchFile,
+    fill,
+    reading,
+)
 from wanflow.weights.gguf import GGUFFile
 from wanflow.weights.scaled import ScaledSource
 from wanflow.weights.source import OfficialSource
 
-VALUES = 1 << 20  # of a piece: 4 MB in float32; larger ones leave the processor's cache, and are slower
+VALUES = (
+    1 << 20
+)  # of a piece: 4 MB in float32; larger ones leave the processor's cache, and are slower
 
 
 def pieces(source: TensorSource, name: str) -> Iterator[Tensor]:
-    """The values of a tensor in order: 1-D, `VALUES` at most, as stored; packed ones unpacked to float32.
+    """The values of a tensor in order: 1-D, `VALUES` at most, as stored; packed ones unpacked to
+    float32.
 
-    Each piece but the last is whole blocks of any packed kind (a multiple of 256 values), or whole rows. A piece may be overwritten by
-    the next. Memory is a piece, and for a packed tensor its packed data.
+    Each piece but the last is whole blocks of any packed kind (a multiple of 256 values), or whole
+    rows. A piece may be overwritten by the next. Memory is a piece, and for a packed tensor its
+    packed data.
 
     Raises:
         RequestError: when the file breaks off, or a scale is damaged.
@@ -62,14 +75,19 @@ def _unpacked(packed: Packed) -> Iterator[Tensor]:
         return
     if packed.kind in LAYOUTS:  # blocks follow one another whatever the shape is
         layout = LAYOUTS[packed.kind]
-        packed = Packed(packed.kind, (count // layout.values, layout.values), packed.data.reshape(-1, layout.nbytes))
+        packed = Packed(
+            packed.kind,
+            (count // layout.values, layout.values),
+            packed.data.reshape(-1, layout.nbytes),
+        )
     step = max(1, VALUES // math.prod(packed.shape[1:]))
     for start in range(0, packed.shape[0], step):
         yield packed.dense(rows=slice(start, start + step)).flatten()
 
 
 def extremes(piece: Tensor) -> tuple[float, float]:
-    """The least and the largest value of a piece, both NaN where it holds one; 0 and 0 for an empty one.
+    """The least and the largest value of a piece, both NaN where it holds one; 0 and 0 for an empty
+    one.
 
     It tells whether all are finite in a twentieth of the time that `isfinite` takes.
     """

@@ -1,6 +1,8 @@
-"""Whatever holds weights becomes a `TensorSource` with official names: container, then scales, then dialect.
+"""Whatever holds weights becomes a `TensorSource` with official names: container, then scales, then
+dialect.
 
-What a file is, is told by what is in it: its first bytes, its tensors' names and shapes. Its name is never trusted.
+What a file is, is told by what is in it: its first bytes, its tensors' names and shapes. Its name
+is never trusted.
 """
 
 from __future__ import annotations
@@ -30,18 +32,42 @@ from wanflow.weights.gguf import open_gguf
 from wanflow.weights.names import PREFIXES, Kind, strip, to_official
 from wanflow.weights.scaled import pair_scales
 
-# One name, without prefix, that every file of a kind has in one of its dialects, and that no other kind has.
+# One name, without prefix, that every file of a kind has in one of its dialects, and that no other
+# kind has.
 MARKS: dict[str, Kind] = {
     "patch_embedding.weight": "dit",
-    "token_embedding.weight": "t5", "shared.weight": "t5", "encoder.embed_tokens.weight": "t5", "token_embd.weight": "t5",
-    "decoder.conv1.weight": "vae", "decoder.conv_in.weight": "vae",
-}  # fmt: skip
+    "token_embedding.weight": "t5",
+    "shared.weight": "t5",
+    "encoder.embed_tokens.weight": "t5",
+    "token_embd.weight": "t5",
+    "decoder.conv1.weight": "vae",
+    "decoder.conv_in.weight": "vae",
+}
 EMBEDDED = "spiece_model"  # the tensor of bytes in which ComfyUI's T5 files carry their tokenizer
-LORA_MARKS = (".lora_", "_lora.", ".lora.", "lora_unet_", ".hada_", ".lokr_", ".diff", ".alpha", ".dora_scale", ".set_weight")
+LORA_MARKS = (
+    ".lora_",
+    "_lora.",
+    ".lora.",
+    "lora_unet_",
+    ".hada_",
+    ".lokr_",
+    ".diff",
+    ".alpha",
+    ".dora_scale",
+    ".set_weight",
+)
 NOT_WEIGHTS = {
-    b"version https://git-lfs": "is a pointer of git lfs and not the file itself; fetch that with `git lfs pull`",
-    b"<!doctype html": "is a web page and not weights: the download was refused or needs a login; download it again",
-    b"<html": "is a web page and not weights: the download was refused or needs a login; download it again",
+    b"version https://git-lfs": (
+        "is a pointer of git lfs and not the file itself; fetch that with `git lfs pull`"
+    ),
+    b"<!doctype html": (
+        "is a web page and not weights: the download was refused or needs a login; download it"
+        " again"
+    ),
+    b"<html": (
+        "is a web page and not weights: the download was refused or needs a login; download it"
+        " again"
+    ),
 }
 
 
@@ -82,7 +108,9 @@ class OfficialSource:
     def path(self) -> Path:
         return self.inner.path
 
-    def read(self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
         return self.inner.read(self.names[name], dtype, rows)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
@@ -118,7 +146,11 @@ def official(kind: Kind, source: TensorSource) -> OfficialSource:
         table = to_official(kind, names)
     except RequestError as error:
         raise RequestError(f"{source.path}: {error}") from None
-    return OfficialSource(source, {new: source.tensors[old] for old, new in table.items()}, {new: old for old, new in table.items()})
+    return OfficialSource(
+        source,
+        {new: source.tensors[old] for old, new in table.items()},
+        {new: old for old, new in table.items()},
+    )
 
 
 def kinds_in(source: TensorSource) -> list[Kind]:
@@ -133,7 +165,9 @@ def kinds_in(source: TensorSource) -> list[Kind]:
 
 def is_lora(source: TensorSource) -> bool:
     """Whether a source holds changes to a model rather than a model."""
-    return not kinds_in(source) and any(mark in name for name in source.tensors for mark in LORA_MARKS)
+    return not kinds_in(source) and any(
+        mark in name for name in source.tensors for mark in LORA_MARKS
+    )
 
 
 def describe(source: TensorSource) -> str:

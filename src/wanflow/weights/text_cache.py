@@ -1,7 +1,9 @@
-"""Encoded prompts on disk, so that the text encoder (11 GB) is not read again for a prompt that it has encoded before.
+"""Encoded prompts on disk, so that the text encoder (11 GB) is not read again for a prompt that it
+has encoded before.
 
-One file for each prompt and encoder, named by a hash of both: a prompt can be read neither from a name nor from a file. Whatever
-is wrong with a file or the folder, the worst that happens is that a prompt is encoded again.
+One file for each prompt and encoder, named by a hash of both: a prompt can be read neither from a
+name nor from a file. Whatever is wrong with a file or the folder, the worst that happens is that a
+prompt is encoded again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ OURS = re.compile(r"[0-9a-f]{64}\.safetensors(\.[0-9a-f]{16}\.part)?")
 
 
 def text_fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits that tell two text encoders with their tokenizers apart, from samples of their files as `fingerprint` takes them.
+    """16 hex digits that tell two text encoders with their tokenizers apart, from samples of their
+    files as `fingerprint` takes them.
 
     Raises:
         RequestError: for a file that cannot be read.
@@ -51,7 +54,14 @@ def text_key(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
     """All that an encoding depends on beside the prompt, to the last bit on one machine."""
     preset = checkpoint.preset
     return "\n".join(
-        [text_fingerprint(checkpoint), repr(preset.text), str(preset.dit.text_len), str(dtype), device.type, str(torch.__version__)]
+        [
+            text_fingerprint(checkpoint),
+            repr(preset.text),
+            str(preset.dit.text_len),
+            str(dtype),
+            device.type,
+            str(torch.__version__),
+        ]
     )
 
 
@@ -69,7 +79,9 @@ class TextCache:
         self._warned = False
 
     def get(self, prompt: str) -> Tensor | None:
-        """What was put under this prompt, to the bit and on the CPU; None where nothing was, or it is damaged."""
+        """What was put under this prompt, to the bit and on the CPU; None where nothing was, or it
+        is damaged.
+        """
         path = self._path(prompt)
         try:
             if path.stat().st_size > LARGEST:
@@ -81,7 +93,9 @@ class TextCache:
             if _checksum(path, kept, rows) != meta["sha256"]:
                 return None
             missing = rows - kept.shape[-2]
-            states = torch.cat([kept, kept.new_zeros(*kept.shape[:-2], missing, kept.shape[-1])], dim=-2)
+            states = torch.cat(
+                [kept, kept.new_zeros(*kept.shape[:-2], missing, kept.shape[-1])], dim=-2
+            )
         except (OSError, SafetensorError, LookupError, ValueError, RuntimeError):
             return None
         with contextlib.suppress(OSError):  # a folder that may only be read
@@ -89,7 +103,8 @@ class TextCache:
         return states
 
     def put(self, prompt: str, states: Tensor) -> None:
-        """Keep an encoding [..., tokens, D]; zero rows at its end take no room. Where that fails, a warning says so, once.
+        """Keep an encoding [..., tokens, D]; zero rows at its end take no room. Where that fails, a
+        warning says so, once.
 
         One that is not finite is not kept: what broke it may be gone the next time.
         """
@@ -97,7 +112,9 @@ class TextCache:
             return
         states = states.detach().cpu().contiguous()
         rows = states.shape[-2]
-        used = states.view(torch.uint8).any(dim=-1).reshape(-1, rows).any(dim=0).nonzero()  # by bits, for which -0.0 is no zero
+        used = (
+            states.view(torch.uint8).any(dim=-1).reshape(-1, rows).any(dim=0).nonzero()
+        )  # by bits, for which -0.0 is no zero
         kept = states[..., : int(used[-1]) + 1 if len(used) else 0, :].contiguous()
         path = self._path(prompt)
         meta = {"sha256": _checksum(path, kept, rows), "rows": str(rows)}
@@ -112,7 +129,11 @@ class TextCache:
             self._tidy(path)
         except OSError as error:
             if not self._warned:
-                logger.warning("encoded prompts cannot be kept in %s: %s; they will be encoded again", self.folder, error.strerror or error)
+                logger.warning(
+                    "encoded prompts cannot be kept in %s: %s; they will be encoded again",
+                    self.folder,
+                    error.strerror or error,
+                )
             self._warned = True
 
     def _path(self, prompt: str) -> Path:
@@ -120,7 +141,9 @@ class TextCache:
         return self.folder / f"{name}.safetensors"
 
     def _tidy(self, newest: Path) -> None:
-        """Delete what is too much, and what was left half written; files that are not ours are left alone."""
+        """Delete what is too much, and what was left half written; files that are not ours are left
+        alone.
+        """
         found: list[tuple[int, Path]] = []
         for path in self.folder.iterdir():
             if path == newest or not OURS.fullmatch(path.name):

@@ -1,7 +1,9 @@
-"""The tokenizer of UMT5, wherever it stands: `tokenizer.json`, a sentencepiece model, or inside a T5 file (ComfyUI's, GGUF).
+"""The tokenizer of UMT5, wherever it stands: `tokenizer.json`, a sentencepiece model, or inside a
+T5 file (ComfyUI's, GGUF).
 
-All become the same engine of the `tokenizers` library: a unigram model over pieces with scores, behind sentencepiece's own
-normalisation. Source of the format: sentencepiece's `sentencepiece_model.proto`.
+All become the same engine of the `tokenizers` library: a unigram model over pieces with scores,
+behind sentencepiece's own normalisation. Source of the format: sentencepiece's
+`sentencepiece_model.proto`.
 """
 
 from __future__ import annotations
@@ -51,11 +53,15 @@ def open_tokenizer(path: Path) -> Tokenizer:
         engine.encode(TRIAL, add_special_tokens=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library finds some faults only here; a panic in it is no Exception
+    except (
+        BaseException
+    ) as error:  # the library finds some faults only here; a panic in it is no Exception
         raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
     lacking = [word for word in ("<pad>", "</s>") if engine.token_to_id(word) is None]
     if lacking:
-        raise RequestError(f"{path}: the tokenizer has no {' and no '.join(lacking)}: it is not T5's")
+        raise RequestError(
+            f"{path}: the tokenizer has no {' and no '.join(lacking)}: it is not T5's"
+        )
     return engine
 
 
@@ -68,14 +74,19 @@ def _open(path: Path) -> Tokenizer:
                 raise RequestError(f"{path} is too large for a tokenizer; {AGAIN}")
             _check_json(start + file.read(), path)
             return read(path)
-        if start[:1] == b"\n" and size <= LIMIT:  # the first field of a sentencepiece model: a piece
+        if (
+            start[:1] == b"\n" and size <= LIMIT
+        ):  # the first field of a sentencepiece model: a piece
             return build(_parse(start + file.read(), path), path)
     source = open_source(path)
     if isinstance(source, GGUFFile):
         return build(_from_gguf(source), path)
     held = _embedded(source)
     if held is None or source.tensors[held].nbytes > LIMIT:
-        raise RequestError(f"{path} holds no tokenizer; name one with --tokenizer (tokenizer.json or spiece.model of google/umt5-xxl)")
+        raise RequestError(
+            f"{path} holds no tokenizer; name one with --tokenizer (tokenizer.json or spiece.model"
+            " of google/umt5-xxl)"
+        )
     return build(_parse(source.read(held).numpy().tobytes(), path), path)
 
 
@@ -86,7 +97,11 @@ def embeds_tokenizer(path: Path) -> bool:
 
 def carries_tokenizer(source: TensorSource) -> bool:
     """The same for one that is open."""
-    return "tokenizer.ggml.tokens" in source.metadata if isinstance(source, GGUFFile) else _embedded(source) is not None
+    return (
+        "tokenizer.ggml.tokens" in source.metadata
+        if isinstance(source, GGUFFile)
+        else _embedded(source) is not None
+    )
 
 
 def _embedded(source: TensorSource) -> str | None:
@@ -102,16 +117,37 @@ def build(model: Pieces, path: Path) -> Tokenizer:
         raise RequestError(f"{path}: its tokenizer has no piece for the unknown; {AGAIN}")
     try:
         # Every byte has its piece where a model falls back to bytes.
-        engine = Tokenizer(Unigram(model.pieces, unk_id=unknown, byte_fallback=model.types.count(BYTE) == 256))
-        steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+        engine = Tokenizer(
+            Unigram(model.pieces, unk_id=unknown, byte_fallback=model.types.count(BYTE) == 256)
+        )
+        steps: list[normalizers.Normalizer] = (
+            [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+        )
         if model.fold_spaces:
-            steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
+            steps += [
+                normalizers.Strip(left=True, right=True),
+                normalizers.Replace(Regex(" {2,}"), " "),
+            ]
         engine.normalizer = normalizers.Sequence(steps)
-        engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if model.add_prefix else "never")
-        engine.decoder = decoders.Metaspace(prepend_scheme="always" if model.add_prefix else "never")
-        marks = [piece for (piece, _), kind in zip(model.pieces, model.types, strict=True) if kind == CONTROL]
-        engine.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in marks])
-        own = [piece for (piece, _), kind in zip(model.pieces, model.types, strict=True) if kind == USER_DEFINED]
+        engine.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme="always" if model.add_prefix else "never"
+        )
+        engine.decoder = decoders.Metaspace(
+            prepend_scheme="always" if model.add_prefix else "never"
+        )
+        marks = [
+            piece
+            for (piece, _), kind in zip(model.pieces, model.types, strict=True)
+            if kind == CONTROL
+        ]
+        engine.add_special_tokens(
+            [AddedToken(piece, special=True, normalized=False) for piece in marks]
+        )
+        own = [
+            piece
+            for (piece, _), kind in zip(model.pieces, model.types, strict=True)
+            if kind == USER_DEFINED
+        ]
         engine.add_tokens([AddedToken(piece, normalized=False) for piece in own])
     except Exception as error:  # the library raises bare Exception for a malformed model
         raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
@@ -119,12 +155,16 @@ def build(model: Pieces, path: Path) -> Tokenizer:
 
 
 def check_charsmap(data: bytes, path: Path) -> None:
-    """RequestError unless a table of sentencepiece's normaliser leads nowhere outside itself: the library believes whatever it says.
+    """RequestError unless a table of sentencepiece's normaliser leads nowhere outside itself: the
+    library believes whatever it says.
 
-    It is the size of a trie, the trie (darts-clone's units of 32 bits), and what it leads to, UTF-8 strings that each end in a zero.
+    It is the size of a trie, the trie (darts-clone's units of 32 bits), and what it leads to, UTF-8
+    strings that each end in a zero.
     """
     size = int.from_bytes(data[:4], "little")
-    whole = len(data) >= 4 and size <= len(data) - 4 and size and size % 1024 == 0  # blocks of 256 units
+    whole = (
+        len(data) >= 4 and size <= len(data) - 4 and size and size % 1024 == 0
+    )  # blocks of 256 units
     if not data:
         return
     units = np.frombuffer(data[4 : 4 + size] if whole else b"", "<u4").astype(np.int64)
@@ -142,7 +182,10 @@ def check_charsmap(data: bytes, path: Path) -> None:
     except UnicodeDecodeError:
         whole = False
     if not whole:
-        raise RequestError(f"{path}: its tokenizer is damaged (the table of its normaliser leads outside itself); {AGAIN}")
+        raise RequestError(
+            f"{path}: its tokenizer is damaged (the table of its normaliser leads outside itself);"
+            f" {AGAIN}"
+        )
 
 
 def _check_json(data: bytes, path: Path) -> None:
@@ -161,13 +204,24 @@ def _check_json(data: bytes, path: Path) -> None:
 def _from_gguf(source: GGUFFile) -> Pieces:
     meta = source.metadata
     if meta.get("tokenizer.ggml.model") != "t5":
-        raise RequestError(f"{source.path} holds no T5 tokenizer ({meta.get('tokenizer.ggml.model')!r}); name one with --tokenizer")
-    tokens, scores, types = (list(source.array(f"tokenizer.ggml.{key}")) for key in ("tokens", "scores", "token_type"))
+        raise RequestError(
+            f"{source.path} holds no T5 tokenizer ({meta.get('tokenizer.ggml.model')!r}); name one"
+            " with --tokenizer"
+        )
+    tokens, scores, types = (
+        list(source.array(f"tokenizer.ggml.{key}")) for key in ("tokens", "scores", "token_type")
+    )
     if not len(tokens) == len(scores) == len(types):
-        raise RequestError(f"{source.path}: its tokenizer has {len(tokens)} pieces, {len(scores)} scores, {len(types)} types; {AGAIN}")
+        raise RequestError(
+            f"{source.path}: its tokenizer has {len(tokens)} pieces, {len(scores)} scores,"
+            f" {len(types)} types; {AGAIN}"
+        )
     charsmap = "tokenizer.ggml.precompiled_charsmap"
     raw = bytes(value & 255 for value in source.array(charsmap)) if charsmap in meta else b""
-    prefix, fold = meta.get("tokenizer.ggml.add_space_prefix", True), meta.get("tokenizer.ggml.remove_extra_whitespaces", True)
+    prefix, fold = (
+        meta.get("tokenizer.ggml.add_space_prefix", True),
+        meta.get("tokenizer.ggml.remove_extra_whitespaces", True),
+    )
     return Pieces(list(zip(tokens, scores, strict=True)), types, raw, bool(prefix), bool(fold))
 
 
@@ -209,7 +263,9 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _parse(data: bytes, path: Path) -> Pieces:
-    """ModelProto: field 1 the pieces (1 text, 2 score, 3 type), field 3 the normaliser (2 table, 3 dummy prefix, 4 extra spaces)."""
+    """ModelProto: field 1 the pieces (1 text, 2 score, 3 type), field 3 the normaliser (2 table, 3
+    dummy prefix, 4 extra spaces).
+    """
     pieces: list[tuple[str, float]] = []
     types: list[int] = []
     normaliser: dict[int, int | bytes] = {}
@@ -218,7 +274,9 @@ def _parse(data: bytes, path: Path) -> Pieces:
             if number == 1 and isinstance(value, bytes):
                 parts = dict(_fields(value))
                 text, score, kind = parts.get(1, b""), parts.get(2, b"\0\0\0\0"), parts.get(3, 1)
-                if not (isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int)):
+                if not (
+                    isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int)
+                ):
                     raise ValueError("a piece is none")
                 pieces.append((text.decode(), struct.unpack("<f", score)[0]))
                 types.append(kind)
@@ -228,5 +286,7 @@ def _parse(data: bytes, path: Path) -> Pieces:
         if not pieces or not isinstance(charsmap, bytes):
             raise ValueError("it has no pieces")
     except (ValueError, struct.error) as error:
-        raise RequestError(f"{path}: its tokenizer is not a sentencepiece model, or damaged ({error}); {AGAIN}") from None
+        raise RequestError(
+            f"{path}: its tokenizer is not a sentencepiece model, or damaged ({error}); {AGAIN}"
+        ) from None
     return Pieces(pieces, types, charsmap, bool(normaliser.get(3, 1)), bool(normaliser.get(4, 1)))

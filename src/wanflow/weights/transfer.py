@@ -1,8 +1,10 @@
-"""One file over HTTP, so that no byte is fetched twice and none is believed: ranged, retried, hashed as it comes.
+"""One file over HTTP, so that no byte is fetched twice and none is believed: ranged, retried,
+hashed as it comes.
 
-What has arrived of `name` lies beside it as `name.<start of its hash>.part`. A new process hashes those bytes again, asks for the
-rest, and gives the file its name only when the whole is what the hub says it is. The hash in the part's name ties it to one content:
-of a file that has changed at the hub there is no part, so two versions are never glued together.
+What has arrived of `name` lies beside it as `name.<start of its hash>.part`. A new process hashes
+those bytes again, asks for the rest, and gives the file its name only when the whole is what the
+hub says it is. The hash in the part's name ties it to one content: of a file that has changed at
+the hub there is no part, so two versions are never glued together.
 """
 
 from __future__ import annotations
@@ -24,18 +26,29 @@ from wanflow.config import RequestError
 
 BLOCK = 4 << 20  # bytes hashed at a time
 TIMEOUT = 30.0  # seconds without a byte
-PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries; a try that brought bytes starts the count anew
+PAUSES = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+)  # seconds between tries; a try that brought bytes starts the count anew
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one a moment later
 PATIENCE = 120.0  # seconds: the longest that a server's Retry-After is obeyed
-# The base of all that the hub library's HTTP client raises: httpx in its releases 1.x, httpx2 in 2.x.
+# The base of all that the hub library's HTTP client raises: httpx in its releases 1.x, httpx2 in
+# 2.x.
 NETWORK_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
 
 Say = Callable[[str], None]  # told in words what happens
-Moved = Callable[[int], None]  # told of bytes that came, or, negative, of bytes that have to come again
+Moved = Callable[
+    [int], None
+]  # told of bytes that came, or, negative, of bytes that have to come again
 
 
 class DownloadError(OSError):
-    """A download that failed although it was rightly asked for: one clear line for the user, exit code 1."""
+    """A download that failed although it was rightly asked for: one clear line for the user, exit
+    code 1.
+    """
 
 
 class DamagedError(DownloadError):
@@ -70,7 +83,11 @@ class Hasher:
 
     def __init__(self, remote: Remote) -> None:
         self.remote, self._sha256 = remote, hashlib.sha256()
-        self._blob = None if remote.sha256 else hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
+        self._blob = (
+            None
+            if remote.sha256
+            else hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
+        )
 
     def update(self, data: bytes) -> None:
         self._sha256.update(data)
@@ -85,11 +102,17 @@ class Hasher:
     def verdict(self) -> str:
         """Empty for the right content, else both hashes in words."""
         if self._blob is None:
-            return "" if self.sha256 == self.remote.sha256 else f"sha256 {self.sha256}, the hub says {self.remote.sha256}"
+            return (
+                ""
+                if self.sha256 == self.remote.sha256
+                else f"sha256 {self.sha256}, the hub says {self.remote.sha256}"
+            )
         if self.remote.blob is None:  # nothing is told but the size
             return ""
         blob = self._blob.hexdigest()
-        return "" if blob == self.remote.blob else f"git hash {blob}, the hub says {self.remote.blob}"
+        return (
+            "" if blob == self.remote.blob else f"git hash {blob}, the hub says {self.remote.blob}"
+        )
 
 
 def hash_file(file: IO[bytes], hasher: Hasher, stop: Event, moved: Moved = lambda _: None) -> int:
@@ -105,16 +128,23 @@ def hash_file(file: IO[bytes], hasher: Hasher, stop: Event, moved: Moved = lambd
 
 
 def refusal(status: int, origin: str, url: str) -> RequestError:
-    """The line for a 4xx answer of the hub about OWNER/NAME@revision: what it means and what to do."""
+    """The line for a 4xx answer of the hub about OWNER/NAME@revision: what it means and what to
+    do.
+    """
     repo, _, revision = origin.partition("@")
     page = "{0.scheme}://{0.netloc}/{1}".format(urlsplit(url), repo)
     login = "log in with `hf auth login`, or give --token"
     if status == 401:
-        return RequestError(f"{page} does not exist or is not public (401): check the name; if it is yours, {login}")
+        return RequestError(
+            f"{page} does not exist or is not public (401): check the name; if it is yours, {login}"
+        )
     if status == 403:
         return RequestError(f"{page} is gated (403): open that page, accept its terms, and {login}")
     if status == 404:
-        return RequestError(f"{page} does not have this (404): {url}; check the name{f' and the revision {revision}' if revision else ''}")
+        return RequestError(
+            f"{page} does not have this (404): {url}; check the"
+            f" name{f' and the revision {revision}' if revision else ''}"
+        )
     return RequestError(f"{page} was refused ({status}): {url}")
 
 
@@ -130,7 +160,9 @@ def fetch(remote: Remote, folder: Path, stop: Event, moved: Moved, say: Say) -> 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for old in target.parent.iterdir():  # parts of versions that the hub no longer has
-            if old != part and re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{12}\.part", old.name):
+            if old != part and re.fullmatch(
+                re.escape(target.name) + r"\.[0-9a-f]{12}\.part", old.name
+            ):
                 old.unlink()
         for again in (True, False):
             with part.open("ab+") as out:
@@ -141,14 +173,20 @@ def fetch(remote: Remote, folder: Path, stop: Event, moved: Moved, say: Say) -> 
             part.unlink()
             moved(-remote.size)
             if not again:
-                raise DamagedError(f"{remote.name} came damaged twice ({hasher.verdict}); nothing is kept of it, try another --endpoint")
+                raise DamagedError(
+                    f"{remote.name} came damaged twice ({hasher.verdict}); nothing is kept of it,"
+                    " try another --endpoint"
+                )
             say(f"{remote.name} came damaged ({hasher.verdict}); fetching it again")
         os.replace(part, target)
         _settle(target.parent)
     except DownloadError:
         raise
     except OSError as error:
-        raise DownloadError(f"{error.filename or target} cannot be written: {error.strerror or error}; what came is kept") from None
+        raise DownloadError(
+            f"{error.filename or target} cannot be written: {error.strerror or error}; what came is"
+            " kept"
+        ) from None
     return hasher.sha256
 
 
@@ -182,8 +220,8 @@ def _fill(remote: Remote, out: IO[bytes], stop: Event, moved: Moved, say: Say) -
         failures = 0 if have > before else failures + 1
         if failures > len(PAUSES):
             raise DownloadError(
-                f"{remote.name} stopped at {have:,} of {remote.size:,} bytes, {failures} tries in a row brought nothing ({why}); "
-                "the same command goes on from there"
+                f"{remote.name} stopped at {have:,} of {remote.size:,} bytes, {failures} tries in a"
+                f" row brought nothing ({why}); the same command goes on from there"
             )
         say(f"{remote.name}: {why}; going on at {have:,} of {remote.size:,} bytes")
         if stop.wait(max(wait, PAUSES[max(failures - 1, 0)])):
@@ -204,22 +242,36 @@ class _Stream:
         self.hasher = Hasher(self.remote)
 
     def ask(self, stop: Event) -> tuple[float, str]:
-        """One request for what is missing; (seconds to wait before the next, why there has to be one)."""
+        """One request for what is missing; (seconds to wait before the next, why there has to be
+        one).
+        """
         have = self.out.tell()
         # Compressed on the way, a range would be one of the compressed bytes.
-        headers = {**self.remote.headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        with get_session().stream("GET", self.remote.url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
+        headers = {**self.remote.headers, "Accept-Encoding": "identity"} | (
+            {"Range": f"bytes={have}-"} if have else {}
+        )
+        with get_session().stream(
+            "GET", self.remote.url, headers=headers, timeout=TIMEOUT, follow_redirects=True
+        ) as response:
             status = response.status_code
-            # A storage host refuses with 403 when the signed address it was reached by has run out; the hub gives a new one.
+            # A storage host refuses with 403 when the signed address it was reached by has run out;
+            # the hub gives a new one.
             elsewhere = urlsplit(str(response.url)).netloc != urlsplit(self.remote.url).netloc
             if status in TRANSIENT or (elsewhere and 400 <= status < 500 and status != 416):
                 after = response.headers.get("Retry-After", "")
-                return min(float(after), PATIENCE) if after.isdigit() else 0.0, f"the server answered {status}"
-            if status == 416 or (status == 206 and not self._continues(response.headers.get("Content-Range", ""), have)):
+                return (
+                    min(float(after), PATIENCE) if after.isdigit() else 0.0
+                ), f"the server answered {status}"
+            if status == 416 or (
+                status == 206
+                and not self._continues(response.headers.get("Content-Range", ""), have)
+            ):
                 self.restart()
                 return 0.0, f"the server has no byte {have:,} of it"
             if status not in (200, 206):
-                status = 403 if response.headers.get("X-Error-Code") == "GatedRepo" else status  # 401 to who is not logged in
+                status = (
+                    403 if response.headers.get("X-Error-Code") == "GatedRepo" else status
+                )  # 401 to who is not logged in
                 raise refusal(status, self.remote.origin, self.remote.url)
             if status == 200 and have:  # no ranges here: from the beginning
                 self.restart()
@@ -230,10 +282,14 @@ class _Stream:
                 self.out.write(chunk[:room])
                 self.hasher.update(chunk[:room])
                 self.moved(min(len(chunk), room))
-                if len(chunk) > room:  # longer than the hub says; the hash decides whether the beginning is the file
+                if (
+                    len(chunk) > room
+                ):  # longer than the hub says; the hash decides whether the beginning is the file
                     break
         return 0.0, "the answer was shorter than the file"
 
     def _continues(self, content_range: str, have: int) -> bool:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
-        return found is not None and int(found[1]) == have and found[2] in ("*", str(self.remote.size))
+        return (
+            found is not None and int(found[1]) == have and found[2] in ("*", str(self.remote.size))
+        )

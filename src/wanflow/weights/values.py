@@ -1,4 +1,6 @@
-"""What is odd about weights' values: NaN, infinity, tensors that are all the same; every byte is read, a piece at a time."""
+"""What is odd about weights' values: NaN, infinity, tensors that are all the same; every byte is
+read, a piece at a time.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Finding:
 
 
 def check_values(path: Path, report: Report | None = None) -> Iterator[Finding]:
-    """Read every tensor, piece by piece, and tell of NaN, infinity, and tensors whose values are all the same.
+    """Read every tensor, piece by piece, and tell of NaN, infinity, and tensors whose values are
+    all the same.
 
     Args:
         report: told of bytes read, and bytes in all, file by file.
@@ -64,9 +67,16 @@ def _values(source: TensorSource, name: str) -> tuple[str, bool] | None:
         count += len(piece)
         least, most = min(least, low), max(most, high)
         if not math.isfinite(high - low):
-            nans, infinities = nans + int(piece.isnan().sum()), infinities + int(piece.isinf().sum())
+            nans, infinities = (
+                nans + int(piece.isnan().sum()),
+                infinities + int(piece.isinf().sum()),
+            )
     if nans or infinities:
-        told = [f"{number:,} {what}" for number, what in ((nans, "NaN"), (infinities, "infinite")) if number]
+        told = [
+            f"{number:,} {what}"
+            for number, what in ((nans, "NaN"), (infinities, "infinite"))
+            if number
+        ]
         return f"{' and '.join(told)} of {count:,} values", True
     if count > 1 and least == most:
         return ("all zero" if not most else f"all {most:g}"), False

@@ -1,7 +1,9 @@
-"""Containers written as a stream: what each tensor will take is known before its values are, so no file is ever in memory.
+"""Containers written as a stream: what each tensor will take is known before its values are, so no
+file is ever in memory.
 
-An `Entry` describes a tensor and makes its bytes piece by piece; `write_safetensors`, `write_torch` and `write_gguf` (in `write_gguf.py`)
-put entries into a file. `new_folder` and `new_file` give the result its name only when it is whole.
+An `Entry` describes a tensor and makes its bytes piece by piece; `write_safetensors`, `write_torch`
+and `write_gguf` (in `write_gguf.py`) put entries into a file. `new_folder` and `new_file` give the
+result its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from wanflow.transforms.ggml import LAYOUTS
 from wanflow.weights.formats import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}  # torch's words for what a `.pth` holds here
+STORAGES = {
+    "F32": "FloatStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+}  # torch's words for what a `.pth` holds here
 ALIGNMENT = 64  # bytes, of a tensor in a torch zip, as torch.save has it
 PART = ".part"  # the end of what is not whole yet
 
@@ -40,7 +46,8 @@ class Entry:
     """A tensor to be written.
 
     kind: a safetensors dtype ("F32", "BF16", "F8_E4M3", ...) or a GGML type ("Q8_0").
-    chunks: gives its bytes in order, as contiguous CPU tensors; called once, and only after those of the entries before it.
+    chunks: gives its bytes in order, as contiguous CPU tensors; called once, and only after those
+        of the entries before it.
     """
 
     name: str
@@ -57,7 +64,9 @@ class Entry:
 
 
 def pour(entry: Entry, file: IO[bytes], count: Count) -> None:
-    """Write an entry's bytes where the file stands; what a source gives too much or too little of is an error."""
+    """Write an entry's bytes where the file stands; what a source gives too much or too little of
+    is an error.
+    """
     written = 0
     for chunk in entry.chunks():
         data = chunk.reshape(-1).view(torch.uint8).numpy().data
@@ -65,7 +74,9 @@ def pour(entry: Entry, file: IO[bytes], count: Count) -> None:
         written += len(data)
         count(len(data))
     if written != entry.nbytes:
-        raise RuntimeError(f"{entry.name}: {written:,} bytes came where {entry.nbytes:,} were promised")
+        raise RuntimeError(
+            f"{entry.name}: {written:,} bytes came where {entry.nbytes:,} were promised"
+        )
 
 
 def settle(file: IO[bytes]) -> None:
@@ -77,23 +88,34 @@ def settle(file: IO[bytes]) -> None:
 # safetensors
 
 
-def safetensors_header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+def safetensors_header(
+    entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """The bytes before the data, and where each tensor begins in the file.
 
-    Wider values lie first, as the library itself orders them: readers view the mapped bytes, which takes alignment.
+    Wider values lie first, as the library itself orders them: readers view the mapped bytes, which
+    takes alignment.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}
     place = 0
     for entry in sorted(entries, key=lambda entry: -DTYPES[entry.kind].itemsize):
-        header[entry.name] = {"dtype": entry.kind, "shape": entry.shape, "data_offsets": [place, place + entry.nbytes]}
+        header[entry.name] = {
+            "dtype": entry.kind,
+            "shape": entry.shape,
+            "data_offsets": [place, place + entry.nbytes],
+        }
         starts[entry.name], place = place, place + entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + start for name, start in starts.items()}
+    return struct.pack("<Q", len(text)) + text, {
+        name: 8 + len(text) + start for name, start in starts.items()
+    }
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], count: Count, metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], count: Count, metadata: Mapping[str, str] | None = None
+) -> None:
     """A `.safetensors` file, header first."""
     header, starts = safetensors_header(entries, metadata)
     with path.open("wb") as file:
@@ -143,22 +165,34 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
             return None
-        return "storage", getattr(torch, STORAGES[obj.entry.kind]), obj.key, "cpu", math.prod(obj.entry.shape)
+        return (
+            "storage",
+            getattr(torch, STORAGES[obj.entry.kind]),
+            obj.key,
+            "cpu",
+            math.prod(obj.entry.shape),
+        )
 
 
 def write_torch(path: Path, entries: Sequence[Entry], count: Count) -> None:
-    """A `.pth` as torch.save writes it of a dict of tensors: what the official code reads its text encoder and VAE from."""
+    """A `.pth` as torch.save writes it of a dict of tensors: what the official code reads its text
+    encoder and VAE from.
+    """
     stored = [_Storage(key, entry) for key, entry in enumerate(entries)]
     root = path.name.removesuffix(PART).partition(".")[0]
     with path.open("wb") as raw:
         with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(zipfile.ZipInfo(f"{root}/data.pkl"), "w") as file:
-                _Pickler(file, protocol=2).dump({storage.entry.name: _Shaped(storage) for storage in stored})
+                _Pickler(file, protocol=2).dump(
+                    {storage.entry.name: _Shaped(storage) for storage in stored}
+                )
             archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), "little")
             for storage in stored:
                 entry = zipfile.ZipInfo(f"{root}/data/{storage.key}")
                 entry.file_size = storage.entry.nbytes
-                entry.extra = _padding(raw.tell() + 30 + len(entry.filename.encode()) + 20)  # 20: the sizes in 64 bits
+                entry.extra = _padding(
+                    raw.tell() + 30 + len(entry.filename.encode()) + 20
+                )  # 20: the sizes in 64 bits
                 with archive.open(entry, "w", force_zip64=True) as file:
                     pour(storage.entry, file, count)
             archive.writestr(zipfile.ZipInfo(f"{root}/version"), "3\n")
@@ -166,7 +200,9 @@ def write_torch(path: Path, entries: Sequence[Entry], count: Count) -> None:
 
 
 def _padding(place: int) -> bytes:
-    """An extra field of a zip entry, by which its data, otherwise at `place`, lie aligned; torch calls its own `FB` too."""
+    """An extra field of a zip entry, by which its data, otherwise at `place`, lie aligned; torch
+    calls its own `FB` too.
+    """
     size = -(place + 4) % ALIGNMENT
     return struct.pack("<2sH", b"FB", size) + b"Z" * size
 
@@ -179,19 +215,25 @@ def refuse_full(folder: Path, needed: int) -> None:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
-        raise RequestError(f"{folder} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free")
+        raise RequestError(
+            f"{folder} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free"
+        )
 
 
 @contextmanager
 def whole(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder under; it becomes `path` when the block ends well, and is removed otherwise.
+    """A name beside `path` to write a file or folder under; it becomes `path` when the block ends
+    well, and is removed otherwise.
 
     Raises:
         RequestError: for what an earlier run left there, without `overwrite`.
     """
     part = path.with_name(path.name + PART)
     if part.exists() and not overwrite:
-        raise RequestError(f"{part} is left of a conversion that was killed, or another one is writing it; remove it, or give --overwrite")
+        raise RequestError(
+            f"{part} is left of a conversion that was killed, or another one is writing it; remove"
+            " it, or give --overwrite"
+        )
     _remove(part)
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
