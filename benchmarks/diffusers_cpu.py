@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from wanflow.checkpoint.key_maps import to_official
 from wanflow.config import DiTConfig, VAEConfig
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
-from wanflow.weights.names import to_official
 
 DIT = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)
 LATENT, TEXT, VAE_LATENT = (1, 16, 5, 32, 32), (2, 512, 4096), (1, 16, 3, 16, 16)

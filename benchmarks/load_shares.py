@@ -29,12 +29,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from wanflow.checkpoint.load import build, open_checkpoint
+from wanflow.checkpoint.load import expert_bytes as whole_bytes
 from wanflow.config import Runtime
-from wanflow.parallel.layout import Layout, form
-from wanflow.parallel.mesh import Ranks
-from wanflow.weights.experts import Where, open_expert
-from wanflow.weights.load import build, open_checkpoint
-from wanflow.weights.load import expert_bytes as whole_bytes
+from wanflow.loaders.experts import Where, open_expert
+from wanflow.parallel.groups import Layout, form
+from wanflow.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from wanflow.config import Request, Runtime
-from wanflow.parallel.layout import sent, sizes
+from wanflow.parallel.groups import sent, sizes
 from wanflow.plan import Plan, described, published, settle
 from wanflow.plan.estimate import Estimate, estimate
-from wanflow.plan.machines import PCIE, rates
+from wanflow.plan.gpus import PCIE, rates
 from wanflow.presets import T2V_A14B
 
 SIZES, COUNTS = ("1280*720", "832*480"), (1, 2, 3, 4, 6, 8)

@@ -36,30 +36,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wanflow.checkpoint.load import build, expert_structure
 from wanflow.config import CompleteRequest, Preset, Request, Runtime
+from wanflow.lora.reader import read_adapter
+from wanflow.lora.stack import shapes_of
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.parallel import strips
+from wanflow.parallel import vae_parallel as strips
 from wanflow.parallel.fsdp import share_out
-from wanflow.parallel.layout import Layout, Team, form, imagined
-from wanflow.parallel.mesh import Ranks
+from wanflow.parallel.groups import Layout, Team, form, imagined
+from wanflow.parallel.ranks import Ranks
 from wanflow.parallel.sequence import connect
-from wanflow.parallel.shares import is_shared
+from wanflow.parallel.sharding import is_shared
 from wanflow.pipeline import Pipeline, to_frames
-from wanflow.plan.choose import filled
 from wanflow.plan.model import published
 from wanflow.plan.need import READING, Phase, decode_phase, expert_phases, text_phase
-from wanflow.plan.traces import KERNEL, FakeParts, Traces
+from wanflow.plan.phases import KERNEL, FakeParts, Traces
+from wanflow.plan.solve import filled
 from wanflow.presets import T2V_A14B
 from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
-from wanflow.transforms import tiling
+from wanflow.transforms import vae_tiling as tiling
+from wanflow.transforms.block_streaming import Frame, Streaming, spread
 from wanflow.transforms.lora import Adapters
-from wanflow.transforms.offload import Frame, Streaming, spread
 from wanflow.transforms.quant import NF4
-from wanflow.weights.adapters import read_adapter
-from wanflow.weights.load import build, expert_structure
-from wanflow.weights.loras import shapes_of
 
 ALLOWED, ALLOWED_MB = 0.05, 200  # CLARIFICATIONS: within 5 % plus 200 MB
 INTERVAL = 0.002

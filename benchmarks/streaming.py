@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from wanflow.checkpoint.load import expert_structure, load_module
+from wanflow.checkpoint.source import OfficialSource, open_part
 from wanflow.config import DiTConfig, Runtime, parse_size
+from wanflow.loaders.experts import block_reader
 from wanflow.models.dit import WanDiT
-from wanflow.transforms.offload import InLine, Streaming, matmul_leaves
-from wanflow.weights.experts import block_reader
-from wanflow.weights.load import expert_structure, load_module
-from wanflow.weights.source import OfficialSource, open_part
+from wanflow.transforms.block_streaming import InLine, Streaming, matmul_leaves
 
 CPU = torch.device("cpu")
 

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from wanflow.config import VAEConfig
+from wanflow.media import to_uint8
 from wanflow.models.vae import WanVAE
-from wanflow.transforms import tiling
-from wanflow.video import to_uint8
+from wanflow.transforms import vae_tiling as tiling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

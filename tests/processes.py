@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from filelock import FileLock
 
-from wanflow.parallel import mesh
+from wanflow.parallel import ranks as mesh
 
 CPU = torch.device("cpu")
 Work = Callable[[mesh.Ranks], Any]  # what one process does in a group, and has found

@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from test_lora import TINY, run
 from torch import Tensor, nn
 
+from wanflow.checkpoint.key_maps import from_official
 from wanflow.config import RequestError
+from wanflow.lora.reader import AdapterFile, describe_adapter, open_adapter, read_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.sampling.experts import Expert
 from wanflow.transforms.lora import (
@@ -35,8 +37,6 @@ from wanflow.transforms.lora import (
     Replacement,
     changed,
 )
-from wanflow.weights.adapters import AdapterFile, describe_adapter, open_adapter, read_adapter
-from wanflow.weights.names import from_official
 
 RANK, ALPHA = 4, 2.0
 MODULES = (

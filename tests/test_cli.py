@@ -20,7 +20,7 @@ from conftest import PROMPT
 
 from wanflow.assemble import NANO_FOLDER
 from wanflow.cli import build_parser, main
-from wanflow.video import read_frames, read_recipe
+from wanflow.media import read_frames, read_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT_ONE = (

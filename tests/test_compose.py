@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 import wanflow
 from wanflow.assemble import NANO_FOLDER
 from wanflow.config import Request, RequestError
+from wanflow.convert.convert import convert, open_model
+from wanflow.convert.targets import options
 from wanflow.pipeline import Cancelled, Pipeline
-from wanflow.weights.arrange import options
-from wanflow.weights.convert import convert, open_model
 
 
 def write_loras(root: Path) -> Path:

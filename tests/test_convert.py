@@ -25,21 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import wanflow
-from wanflow.cli import weights as command
-from wanflow.cli.flags import Parser
-from wanflow.config import DiTConfig, RequestError
-from wanflow.models.dit import WanDiT
-from wanflow.models.umt5 import UMT5Encoder
-from wanflow.pipeline import Pipeline
-from wanflow.presets import T2V_A14B
-from wanflow.transforms.packed import Packed
-from wanflow.weights import configs, tokens, write, write_gguf
-from wanflow.weights.arrange import KIND_OF, TARGETS, Options, options
-from wanflow.weights.catalogue import EXPERT_FP8, T5_FP8
-from wanflow.weights.convert import convert, open_model
-from wanflow.weights.encode import entries, form
-from wanflow.weights.formats import TensorInfo
-from wanflow.weights.load import (
+from wanflow.checkpoint import tokenizers as tokens
+from wanflow.checkpoint.containers import TensorInfo
+from wanflow.checkpoint.key_maps import Kind
+from wanflow.checkpoint.load import (
     build,
     load_expert,
     load_text_encoder,
@@ -47,10 +36,22 @@ from wanflow.weights.load import (
     load_vae,
     open_checkpoint,
 )
-from wanflow.weights.names import Kind
-from wanflow.weights.pieces import pieces
-from wanflow.weights.source import OfficialSource, Part, open_part, open_source
-from wanflow.weights.write import Entry, write_torch
+from wanflow.checkpoint.source import OfficialSource, Part, open_part, open_source
+from wanflow.checkpoint.stream import pieces
+from wanflow.cli import weights as command
+from wanflow.cli.flags import Parser
+from wanflow.config import DiTConfig, RequestError
+from wanflow.convert import configs, write, write_gguf
+from wanflow.convert.convert import convert, open_model
+from wanflow.convert.encode import entries, form
+from wanflow.convert.targets import KIND_OF, TARGETS, Options, options
+from wanflow.convert.write import Entry, write_torch
+from wanflow.download.catalogue import EXPERT_FP8, T5_FP8
+from wanflow.models.dit import WanDiT
+from wanflow.models.umt5 import UMT5Encoder
+from wanflow.pipeline import Pipeline
+from wanflow.presets import T2V_A14B
+from wanflow.transforms.packed import Packed
 
 HERE = Path(__file__).parent
 NANO = Path(wanflow.__file__).parent / "assets" / "nano"
@@ -329,7 +330,7 @@ def test_what_is_packed_already_is_not_rounded_again(
 def test_pieces_are_the_tensor(
     exact: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanflow.weights.pieces.VALUES", 1024)
+    monkeypatch.setattr("wanflow.checkpoint.stream.VALUES", 1024)
     files = [
         expert,
         exact / "Wan2.1_VAE.pth",
@@ -400,7 +401,7 @@ def test_names_of_the_published_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The files that a full-size model becomes are called as the published ones are."""
     from dataclasses import replace
 
-    from wanflow.weights.arrange import plan
+    from wanflow.convert.targets import plan
 
     model = replace(open_model(NANO, {}), preset=T2V_A14B, vocabulary=())
     fp8 = plan(model, options("fp8"), "x")
@@ -795,7 +796,7 @@ MEASURE = """
 import json, re, sys, threading, time
 from pathlib import Path
 import torch
-from wanflow.weights import arrange, convert
+from wanflow.convert import targets as arrange, convert
 
 torch.set_num_threads(1)
 root, out = Path(sys.argv[1]), Path(sys.argv[2])

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from wanflow.config import DiTConfig, RequestError
 from wanflow.models.dit import Conditioning, SelfAttention, WanDiT, run_blocks, sdpa
-from wanflow.parallel import cfg, mesh
-from wanflow.parallel.layout import Layout, Team, bounds, choose, form, layouts, sent, sizes
+from wanflow.parallel import cfg
+from wanflow.parallel import ranks as mesh
+from wanflow.parallel.groups import Layout, Team, bounds, choose, form, layouts, sent, sizes
 from wanflow.parallel.sequence import connect, join, sharded
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.transforms.attention import BACKENDS
-from wanflow.transforms.offload import InLine, Streaming, read_homes
+from wanflow.transforms.block_streaming import InLine, Streaming, read_homes
 
 KERNEL = BACKENDS["sdpa"]
 GOLDEN = DiTConfig(

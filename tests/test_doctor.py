@@ -23,11 +23,12 @@ import torch
 
 from wanflow.cli import doctor as command
 from wanflow.cli import main
-from wanflow.doctor import around, report
-from wanflow.doctor.around import Disk, disk, encoder, look_at_packages
+from wanflow.doctor import environment as around
+from wanflow.doctor import report
+from wanflow.doctor.environment import Disk, disk, encoder, look_at_packages
+from wanflow.doctor.kernels import MATMULS, Try, try_attention, try_matmul
 from wanflow.doctor.machine import Device, System, cpu_name, memory, nvidia, usable_cores
 from wanflow.doctor.report import Report, problems
-from wanflow.doctor.tries import MATMULS, Try, try_attention, try_matmul
 from wanflow.transforms.attention import BACKENDS
 
 ROOT = Path(__file__).parent.parent
@@ -786,7 +787,7 @@ def test_advice_for_a_gpu_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> No
             fits=not short, short=short, reasons=("blocks are streamed",), offers=()
         )
 
-    monkeypatch.setattr("wanflow.plan.choose.settle", settle)
+    monkeypatch.setattr("wanflow.plan.solve.settle", settle)
     given = replace(FINE, auto={"cuda:0": {"float32": "efficient", "bfloat16": "cudnn"}})
     assert command.advice(given, Path()) == [
         "1280*720, 81 frames: does not fit: 90.0 GB of GPU memory",

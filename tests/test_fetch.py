@@ -24,7 +24,7 @@ import pytest
 from wanflow import cli
 from wanflow.cli import download
 from wanflow.config import RequestError
-from wanflow.weights import catalogue, fetch, hubs, transfer
+from wanflow.download import catalogue, fetch, hubs, transfer
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 from hub import REPO, Hub

@@ -25,13 +25,13 @@ import wanflow
 from wanflow.assemble import resolve
 from wanflow.cli import main
 from wanflow.config import DiTConfig
+from wanflow.media import VideoWriter, save_picture, to_uint8
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.plan import Machine
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.train import memory, toy
 from wanflow.train.clips import Form, find_clips, prepare, read_clip
 from wanflow.train.finetune import FineTune, Objective, attach, checkpointed, finetune, lora_tensors
-from wanflow.video import VideoWriter, save_picture, to_uint8
 
 FORM = Form((64, 64), 17, 8)
 MACHINE = Machine(0, "", 16 * 2**30, 12 * 2**30, 10**12)
@@ -203,7 +203,7 @@ def prepared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def gradients(
     prepared: Any, folder: Path, root: Path, share: tuple[int, int] = (0, 1), **more: Any
 ) -> tuple[float, dict[str, Tensor]]:
-    from wanflow.weights.load import load_expert
+    from wanflow.checkpoint.load import load_expert
 
     checkpoint, samples, empty = prepared
     wanted = settings(folder, root, **more)
@@ -526,7 +526,7 @@ def test_the_memory_is_what_autograd_keeps(prepared: Any, folder: Path, tmp_path
     """The estimate by fake tensors against bytes counted in a real step of nano."""
     from torch.autograd.graph import saved_tensors_hooks
 
-    from wanflow.weights.load import load_expert
+    from wanflow.checkpoint.load import load_expert
 
     checkpoint, samples, empty = prepared
     wanted = settings(folder, tmp_path)

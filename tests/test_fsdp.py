@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from wanflow.config import DiTConfig, RequestError
 from wanflow.models.dit import WanDiT
-from wanflow.parallel import fsdp, mesh
+from wanflow.parallel import fsdp
+from wanflow.parallel import ranks as mesh
 from wanflow.transforms import packed
 from wanflow.transforms.lora import Adapters, LowRank
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from wanflow.checkpoint.infer_config import _numbered
+from wanflow.checkpoint.key_maps import to_official
+from wanflow.checkpoint.source import open_part, open_source
+from wanflow.checkpoint.tokenizers import check_charsmap, open_tokenizer
 from wanflow.config import RequestError
 from wanflow.pipeline import Run
-from wanflow.weights.names import to_official
-from wanflow.weights.shapes import _numbered
-from wanflow.weights.source import open_part, open_source
-from wanflow.weights.tokens import check_charsmap, open_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 import fuzz

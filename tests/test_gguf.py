@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanflow.checkpoint import containers as formats
+from wanflow.checkpoint.gguf import GGUFFile, ggml_bytes, open_gguf
 from wanflow.config import DiTConfig, RequestError, TextConfig
 from wanflow.models.dit import Linear, Linear32, WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.transforms import packed as module
 from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import FP8, KINDS, Packed, PackedEmbedding, PackedLinear, swap
-from wanflow.weights import formats
-from wanflow.weights.gguf import GGUFFile, ggml_bytes, open_gguf
 
 Kind = gguf.GGMLQuantizationType
 # Where in a block its float16 stand.

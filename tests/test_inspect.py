@@ -23,15 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wanflow
+from wanflow.checkpoint.inspect import EITHER, Findings, Row, inspect
+from wanflow.checkpoint.stream import extremes, finite
+from wanflow.checkpoint.values import BadValuesError, check_values
 from wanflow.cli import weights as command
 from wanflow.cli.flags import Parser
 from wanflow.config import RequestError
-from wanflow.weights import catalogue
-from wanflow.weights.arrange import options
-from wanflow.weights.convert import convert, open_model
-from wanflow.weights.inspect import EITHER, Findings, Row, inspect
-from wanflow.weights.pieces import extremes, finite
-from wanflow.weights.values import BadValuesError, check_values
+from wanflow.convert.convert import convert, open_model
+from wanflow.convert.targets import options
+from wanflow.download import catalogue
 
 HERE = Path(__file__).parent
 NANO = Path(wanflow.__file__).parent / "assets" / "nano"
@@ -344,7 +344,7 @@ def test_hashes_computed_remembered_and_of_the_cache(
     named = tmp_path / "known.safetensors"
     shutil.copy(NANO / "low_noise_model/diffusion_pytorch_model.safetensors", named)
     assert not inspect(named, hashes=True).parts[0].notes  # a miniature's file
-    monkeypatch.setattr("wanflow.weights.inspect.SMALL", 1000)
+    monkeypatch.setattr("wanflow.checkpoint.inspect.SMALL", 1000)
     assert inspect(named, hashes=True).parts[0].notes == [
         "known.safetensors is named as a published file, and is another one"
     ]
@@ -398,7 +398,7 @@ def test_check_unpacks_what_is_packed(tmp_path: Path) -> None:
         "is zero, NaN or infinite" in found["blocks.2.ffn.0.weight"]
         and "is zero" in found["blocks.3.ffn.0.weight"]
     )
-    source = wanflow.weights.source.open_source(tmp_path / "x.gguf")
+    source = wanflow.checkpoint.source.open_source(tmp_path / "x.gguf")
     with (tmp_path / "x.gguf").open("r+b") as file:
         file.seek(source.starts["blocks.1.ffn.0.weight"])
         file.write(b"\x00\x7c")  # an infinite scale of the first block

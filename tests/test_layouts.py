@@ -29,15 +29,16 @@ from torch import Tensor
 
 import wanflow
 from wanflow.assemble import resolve
+from wanflow.checkpoint import load
+from wanflow.checkpoint.key_maps import from_official
+from wanflow.checkpoint.load import Checkpoint, open_checkpoint
 from wanflow.config import DiTConfig, TextConfig, VAEConfig
+from wanflow.download import catalogue
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import LATENT_MEAN, LATENT_STD
 from wanflow.transforms.packed import PackedEmbedding, PackedLinear
-from wanflow.weights import catalogue, load
-from wanflow.weights.load import Checkpoint, open_checkpoint
-from wanflow.weights.names import from_official
 
 # Widths of 256, the largest block of any packing; heads of 128, as every published model has them.
 DIT = DiTConfig(

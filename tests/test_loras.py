@@ -19,14 +19,14 @@ from torch import Tensor
 
 import wanflow
 from wanflow.assemble import LoadedParts
+from wanflow.checkpoint import load
 from wanflow.cli import main
 from wanflow.config import Lora, Request, RequestError, parse_lora
+from wanflow.media import read_recipe
 from wanflow.pipeline import Cancelled, Pipeline, Run
 from wanflow.presets import NANO, T2V_A14B, with_settings
 from wanflow.sampling.experts import experts
 from wanflow.sampling.schedule import make_schedule
-from wanflow.video import read_recipe
-from wanflow.weights import load
 
 RUN: dict[str, Any] = {"frame_num": 5, "sample_steps": 4, "seed": 3}
 

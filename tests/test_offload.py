@@ -17,10 +17,12 @@ from torch import Tensor
 
 import wanflow
 from wanflow.assemble import NANO_FOLDER, resolve
+from wanflow.checkpoint.load import load_expert, load_text_encoder
 from wanflow.config import DiTConfig, Runtime
+from wanflow.loaders.experts import Ahead, Where, open_expert
+from wanflow.loaders.text_encoder import StreamedEncoder
 from wanflow.models.dit import WanDiT, run_blocks
-from wanflow.transforms.lora import Adapters, Difference, LowRank
-from wanflow.transforms.offload import (
+from wanflow.transforms.block_streaming import (
     Frame,
     InLine,
     Layout,
@@ -31,9 +33,7 @@ from wanflow.transforms.offload import (
     set_chunk,
     spread,
 )
-from wanflow.weights.encoder import StreamedEncoder
-from wanflow.weights.experts import Ahead, Where, open_expert
-from wanflow.weights.load import load_expert, load_text_encoder
+from wanflow.transforms.lora import Adapters, Difference, LowRank
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(

@@ -21,11 +21,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wanflow.checkpoint.key_maps import Dialect, Kind, detect, from_official, strip, to_official
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.weights.names import Dialect, Kind, detect, from_official, strip, to_official
 
 try:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel

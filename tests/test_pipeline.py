@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 
 import wanflow
 from wanflow.config import DiTConfig, RequestError, VAEConfig
+from wanflow.media import read_recipe
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Cancelled, OutputError, Pipeline, Progress, Run
 from wanflow.presets import NANO
 from wanflow.sampling.experts import Expert
 from wanflow.sampling.solvers import SolverState
-from wanflow.video import read_recipe
 
 
 def test_a_prompt_becomes_a_video(nano: Pipeline, tmp_path: Path) -> None:

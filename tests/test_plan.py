@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wanflow.assemble import NANO_FOLDER, resolve
+from wanflow.checkpoint.load import expert_structure
 from wanflow.cli import main
 from wanflow.config import Preset, Request, RequestError, Runtime
 from wanflow.models.dit import WanDiT
@@ -38,14 +39,13 @@ from wanflow.plan import (
     settle,
 )
 from wanflow.plan.estimate import WAYS, estimate, figures, rated
-from wanflow.plan.machines import GPUS, Rates
+from wanflow.plan.gpus import GPUS, Rates
 from wanflow.plan.need import expert_phases, on_device
+from wanflow.plan.phases import Traces
 from wanflow.plan.starting import LEAST, refuse
 from wanflow.plan.trace import Trace, fake, materialise
-from wanflow.plan.traces import Traces
 from wanflow.presets import NANO, T2V_A14B
-from wanflow.transforms.offload import Frame, InLine, Streaming, spread
-from wanflow.weights.load import expert_structure
+from wanflow.transforms.block_streaming import Frame, InLine, Streaming, spread
 
 ROOT = Path(__file__).parents[1]
 GIB, GB, MB = 2**30, 10**9, 10**6

@@ -14,21 +14,21 @@ import torch
 from test_plan import SMALL_DIT, of, together
 
 from wanflow.assemble import layout_of, resolve
+from wanflow.checkpoint.load import expert_structure
 from wanflow.cli import main
 from wanflow.config import Request, RequestError, Runtime
 from wanflow.doctor import machine as doctor_machine
-from wanflow.parallel import shares
-from wanflow.parallel.layout import Layout, sent, sizes
+from wanflow.parallel import sharding as shares
+from wanflow.parallel.groups import Layout, sent, sizes
 from wanflow.plan import described, guard, planned, published, settle
-from wanflow.plan import machines as plan_machines
+from wanflow.plan import gpus as plan_machines
 from wanflow.plan.estimate import estimate
-from wanflow.plan.machines import PCIE, rates
+from wanflow.plan.gpus import PCIE, rates
+from wanflow.plan.layout import settle_layout
 from wanflow.plan.need import on_device
+from wanflow.plan.phases import Traces
 from wanflow.plan.starting import refuse
-from wanflow.plan.together import settle_layout
-from wanflow.plan.traces import Traces
 from wanflow.presets import NANO, T2V_A14B, with_settings
-from wanflow.weights.load import expert_structure
 
 GB = 10**9
 CPU = torch.device("cpu")

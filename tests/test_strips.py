@@ -26,13 +26,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wanflow.config import VAEConfig, from_mapping
+from wanflow.media import to_uint8
 from wanflow.models.vae import Upsample, WanVAE, needed
-from wanflow.parallel import mesh, strips
-from wanflow.parallel.layout import Group, Layout, Team, form, imagined
-from wanflow.parallel.strips import NARROWEST, Frames, Strips, connected, decode_frames, sent
+from wanflow.parallel import ranks as mesh
+from wanflow.parallel import vae_parallel as strips
+from wanflow.parallel.groups import Group, Layout, Team, form, imagined
+from wanflow.parallel.vae_parallel import NARROWEST, Frames, Strips, connected, decode_frames, sent
 from wanflow.plan.trace import fake, materialise
 from wanflow.presets import T2V_A14B
-from wanflow.video import to_uint8
 
 GOLDEN = Path(os.environ.get("WANFLOW_GOLDEN") or Path(__file__).parent / "golden")
 PUBLISHED = VAEConfig(

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from wanflow.assemble import NANO_FOLDER, resolve
+from wanflow.checkpoint.load import load_text_encoder, load_tokenizer
 from wanflow.config import RequestError
-from wanflow.weights import text_cache
-from wanflow.weights.load import load_text_encoder, load_tokenizer
-from wanflow.weights.text_cache import TextCache, text_fingerprint, text_key
+from wanflow.loaders import prompt_cache as text_cache
+from wanflow.loaders.prompt_cache import TextCache, text_fingerprint, text_key
 
 PROMPT = "a red circle moves left"
 CPU = torch.device("cpu")
@@ -183,7 +183,7 @@ import os, sys, signal
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_text_cache import PROMPT, states
-from wanflow.weights.text_cache import TextCache
+from wanflow.loaders.prompt_cache import TextCache
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 TextCache(Path(sys.argv[1]), "k").put(PROMPT, states())
 """
@@ -192,7 +192,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_text_cache import PROMPT, same, states
-from wanflow.weights.text_cache import TextCache
+from wanflow.loaders.prompt_cache import TextCache
 cache = TextCache(Path(sys.argv[1]), "k", files=3)
 for number in range(200):
     cache.put(PROMPT, states())

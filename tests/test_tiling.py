@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import wanflow
 from wanflow.assemble import resolve
+from wanflow.checkpoint.load import load_vae
 from wanflow.config import RequestError, VAEConfig
+from wanflow.media import to_uint8
 from wanflow.models.vae import ResidualBlock, Upsample, WanVAE, stream
 from wanflow.pipeline import Pipeline, Run
-from wanflow.transforms import tiling
-from wanflow.transforms.tiling import Box, Frames, decode_frames, halves, margins, tiles
-from wanflow.video import to_uint8
-from wanflow.weights.load import load_vae
+from wanflow.transforms import vae_tiling as tiling
+from wanflow.transforms.vae_tiling import Box, Frames, decode_frames, halves, margins, tiles
 
 # The published layers, with fewer channels.
 DEEP = VAEConfig(dim=8, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16)

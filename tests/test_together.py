@@ -20,15 +20,15 @@ from test_parity import PIPELINE, case_tensors, close, expert, schedule_of, stor
 from torch import Tensor
 
 from wanflow.assemble import assemble, layout_of, resolve
+from wanflow.checkpoint.load import Checkpoint
 from wanflow.config import CompleteRequest, DiTConfig, Request, RequestError, Runtime, from_mapping
-from wanflow.parallel import mesh
-from wanflow.parallel.layout import Layout, form, layouts
+from wanflow.parallel import ranks as mesh
+from wanflow.parallel.groups import Layout, form, layouts
 from wanflow.parallel.sequence import connect
 from wanflow.pipeline import Cancelled, Pipeline
 from wanflow.presets import T2V_A14B
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.transforms.attention import BACKENDS
-from wanflow.weights.load import Checkpoint
 
 QUICK, SLOW = (2, 3, 4), (6, 8)
 SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from test_weights import refusal
 
+from wanflow.checkpoint.tokenizers import embeds_tokenizer, open_tokenizer
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.train import toy
-from wanflow.weights.tokens import embeds_tokenizer, open_tokenizer
 
 PROMPTS = [
     "a small red circle moves left quickly on a blue background",

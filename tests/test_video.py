@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from wanflow.config import RequestError
-from wanflow.train.toy import COLOURS
-from wanflow.video import (
+from wanflow.media import (
     GAP,
     VideoWriter,
     check_target,
@@ -29,6 +28,7 @@ from wanflow.video import (
     save_picture,
     to_uint8,
 )
+from wanflow.train.toy import COLOURS
 
 SIDE = 64
 WHEN = datetime(2026, 11, 23, 21, 45, 7)

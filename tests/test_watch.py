@@ -28,9 +28,9 @@ from conftest import PROMPT
 from filelock import FileLock
 
 from wanflow.cli import main
-from wanflow.parallel import mesh
-from wanflow.parallel.watch import ALL_END, LOST, Failure, Peer, Watch, announce, announced
-from wanflow.video import read_frames
+from wanflow.media import read_frames
+from wanflow.parallel import ranks as mesh
+from wanflow.parallel.watchdog import ALL_END, LOST, Failure, Peer, Watch, announce, announced
 
 pytestmark = pytest.mark.distributed
 NOISE = "gone without a word: killed, out of memory"

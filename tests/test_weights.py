@@ -28,15 +28,15 @@ from tokenizers import pre_tokenizers
 from tokenizers.models import Unigram
 from torch import Tensor, nn
 
+from wanflow.checkpoint import load
+from wanflow.checkpoint.containers import TensorInfo, open_safetensors
+from wanflow.checkpoint.load import fingerprint, open_checkpoint
+from wanflow.checkpoint.source import open_source
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import LATENT_MEAN, LATENT_STD, T2V_A14B, TI2V_5B
-from wanflow.weights import load
-from wanflow.weights.formats import TensorInfo, open_safetensors
-from wanflow.weights.load import fingerprint, open_checkpoint
-from wanflow.weights.source import open_source
 
 HERE = Path(__file__).parent
 DIT = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16)
@@ -964,8 +964,8 @@ MEASURE = """
 import json, re, sys, threading, time
 from pathlib import Path
 import torch
-from wanflow.weights import load
-from wanflow.weights.source import open_source
+from wanflow.checkpoint import load
+from wanflow.checkpoint.source import open_source
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])

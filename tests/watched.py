@@ -26,8 +26,9 @@ import torch.distributed as dist
 from wanflow import cli
 from wanflow.cli import launch
 from wanflow.config import RequestError
-from wanflow.parallel import mesh, watch
-from wanflow.parallel.layout import Layout, form
+from wanflow.parallel import ranks as mesh
+from wanflow.parallel import watchdog as watch
+from wanflow.parallel.groups import Layout, form
 
 SIGNALS = {
     "kill": signal.SIGKILL,

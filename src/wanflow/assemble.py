@@ -19,25 +19,7 @@ import torch
 from torch import Tensor
 
 from wanflow import __version__
-from wanflow.config import QUANTIZATIONS, Lora, RequestError, Runtime
-from wanflow.models.dit import WanDiT
-from wanflow.models.tokenizer import Tokenizer
-from wanflow.models.umt5 import UMT5Encoder
-from wanflow.models.vae import WanVAE
-from wanflow.parallel.layout import Layout, Team, form, imagined
-from wanflow.parallel.mesh import Ranks
-from wanflow.parallel.sequence import connect
-from wanflow.pipeline import Pipeline
-from wanflow.sampling.experts import Expert
-from wanflow.transforms import attention
-from wanflow.transforms.lora import Adapters
-from wanflow.transforms.offload import Streaming
-from wanflow.transforms.tiling import check_tile
-from wanflow.weights import loras as lora_files
-from wanflow.weights.encoder import StreamedEncoder
-from wanflow.weights.experts import Ahead, Where, open_expert, refuse_packed
-from wanflow.weights.fetch import cached
-from wanflow.weights.load import (
+from wanflow.checkpoint.load import (
     Checkpoint,
     build,
     expert_bytes,
@@ -47,8 +29,26 @@ from wanflow.weights.load import (
     load_vae,
     open_checkpoint,
 )
-from wanflow.weights.source import Part
-from wanflow.weights.text_cache import TextCache, text_key
+from wanflow.checkpoint.source import Part
+from wanflow.config import QUANTIZATIONS, Lora, RequestError, Runtime
+from wanflow.download.fetch import cached
+from wanflow.loaders.experts import Ahead, Where, open_expert, refuse_packed
+from wanflow.loaders.prompt_cache import TextCache, text_key
+from wanflow.loaders.text_encoder import StreamedEncoder
+from wanflow.lora import stack as lora_files
+from wanflow.models.dit import WanDiT
+from wanflow.models.tokenizer import Tokenizer
+from wanflow.models.umt5 import UMT5Encoder
+from wanflow.models.vae import WanVAE
+from wanflow.parallel.groups import Layout, Team, form, imagined
+from wanflow.parallel.ranks import Ranks
+from wanflow.parallel.sequence import connect
+from wanflow.pipeline import Pipeline
+from wanflow.sampling.experts import Expert
+from wanflow.transforms import attention
+from wanflow.transforms.block_streaming import Streaming
+from wanflow.transforms.lora import Adapters
+from wanflow.transforms.vae_tiling import check_tile
 
 logger = logging.getLogger("wanflow")
 

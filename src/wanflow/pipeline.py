@@ -20,12 +20,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wanflow import video as files
+from wanflow import media as files
 from wanflow.config import CompleteRequest, Lora, Preset, Request, RequestError
 from wanflow.models.dit import TextStates, WanDiT
 from wanflow.models.vae import WanVAE
-from wanflow.parallel import cfg, strips
-from wanflow.parallel.layout import Layout, Team, imagined
+from wanflow.parallel import cfg
+from wanflow.parallel import vae_parallel as strips
+from wanflow.parallel.groups import Layout, Team, imagined
 from wanflow.parallel.sequence import sharded
 from wanflow.presets import with_settings
 from wanflow.sampling.experts import Expert, expert_at, experts
@@ -33,8 +34,8 @@ from wanflow.sampling.guidance import guide
 from wanflow.sampling.schedule import Schedule, Step, make_schedule, snr
 from wanflow.sampling.solvers import SolverState, Velocity, advance
 from wanflow.sanity import Facts, OutputError, check_latent, check_step
-from wanflow.transforms.offload import Streaming
-from wanflow.transforms.tiling import decode_frames as decode_in_tiles
+from wanflow.transforms.block_streaming import Streaming
+from wanflow.transforms.vae_tiling import decode_frames as decode_in_tiles
 
 logger = logging.getLogger("wanflow")
 

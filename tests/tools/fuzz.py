@@ -56,8 +56,20 @@ from tokenizers import normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 from torch import Tensor, nn
 
+from wanflow.checkpoint.key_maps import from_official
+from wanflow.checkpoint.load import (
+    load_expert,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+    open_checkpoint,
+)
+from wanflow.checkpoint.source import open_source
+from wanflow.checkpoint.tokenizers import open_tokenizer
+from wanflow.checkpoint.values import BadValuesError, check_values
 from wanflow.cli import weights as command
 from wanflow.config import DiTConfig, Request, RequestError, TextConfig, VAEConfig
+from wanflow.lora.reader import read_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
@@ -66,18 +78,6 @@ from wanflow.pipeline import Run
 from wanflow.presets import T2V_A14B
 from wanflow.sampling.solvers import SolverState
 from wanflow.transforms.lora import changed
-from wanflow.weights.adapters import read_adapter
-from wanflow.weights.load import (
-    load_expert,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
-    open_checkpoint,
-)
-from wanflow.weights.names import from_official
-from wanflow.weights.source import open_source
-from wanflow.weights.tokens import open_tokenizer
-from wanflow.weights.values import BadValuesError, check_values
 
 SECONDS, MEMORY = 5.0, 300 << 20
 SELDOM = 7
@@ -544,7 +544,7 @@ def write_shards(folder: Path, index: str, names: tuple[str, str], state: State)
 
 
 def write_diffusers(root: Path, held: dict[str, State], sheet: dict[str, Any]) -> None:
-    from wanflow.weights import configs
+    from wanflow.convert import configs
 
     preset = replace(
         T2V_A14B,

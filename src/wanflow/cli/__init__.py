@@ -13,7 +13,7 @@ from typing import NoReturn
 from wanflow.cli import doctor, download, generate, launch, plan, train, weights
 from wanflow.cli.flags import Parser
 from wanflow.config import RequestError
-from wanflow.parallel.watch import Watch
+from wanflow.parallel.watchdog import Watch
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate.generate,
@@ -95,7 +95,7 @@ def _among_others() -> Watch:
     os.environ.setdefault(
         "TORCH_CPP_LOG_LEVEL", "ERROR"
     )  # torch prints the stack where a store breaks; we say it in words
-    from wanflow.parallel.mesh import meet
+    from wanflow.parallel.ranks import meet
 
     watch = meet()
     watch.start()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from wanflow.cli.flags import Parser
 
 if TYPE_CHECKING:
+    from wanflow.doctor.kernels import Try
     from wanflow.doctor.report import Report
-    from wanflow.doctor.tries import Try
 
 Line = tuple[str, str]  # a style of rich's ("" for none), and text
 EXPERT = 57.2e9  # bytes of an expert as it is published, in float32
@@ -208,7 +208,7 @@ def _table(what: str, report: Report) -> Iterator[Line]:
     """One kind of try as an aligned table; a way that does not work has the reason in place of its
     numbers.
     """
-    from wanflow.doctor import tries as made
+    from wanflow.doctor import kernels as made
     from wanflow.transforms.attention import BACKENDS
 
     tries = [one for one in report.tries if one.what == what]
@@ -272,9 +272,9 @@ def advice(report: Report, folder: Path) -> list[str]:
     """
     from wanflow.config import Request, RequestError, Runtime
     from wanflow.plan import WHERE_ELSE, needed_words
-    from wanflow.plan.choose import settle
-    from wanflow.plan.machines import this_machine
+    from wanflow.plan.gpus import this_machine
     from wanflow.plan.model import published
+    from wanflow.plan.solve import settle
     from wanflow.presets import T2V_A14B
 
     kernels = report.auto.get("cuda:0", {})

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import Parser
-from wanflow.weights.catalogue import ROLES, VARIANTS, Variant, find, whole_repository
+from wanflow.download.catalogue import ROLES, VARIANTS, Variant, find, whole_repository
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from wanflow.weights.fetch import Survey
-    from wanflow.weights.hubs import Store
+    from wanflow.download.fetch import Survey
+    from wanflow.download.hubs import Store
 
 DRAW = 0.1  # seconds between two updates of the bar
 
@@ -70,7 +70,7 @@ def download(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.list:
         return _show()
-    from wanflow.weights import fetch, hubs
+    from wanflow.download import fetch, hubs
 
     variant = whole_repository(args.repo) if args.repo else find(args.variant)
     folder = args.local_dir or Path(variant.name if args.repo else variant.folder)

@@ -12,7 +12,7 @@ from wanflow.config import QUANTIZATIONS, SOLVERS, RequestError
 from wanflow.presets import SETTINGS
 
 if TYPE_CHECKING:
-    from wanflow.weights.source import Part
+    from wanflow.checkpoint.source import Part
 
 # Flags of the official script that belong to its other tasks: accepted, and said to be unused.
 OTHER_TASKS = (

@@ -29,12 +29,12 @@ from wanflow.config import CompleteRequest, Request, RequestError, Runtime
 from wanflow.presets import with_settings
 
 if TYPE_CHECKING:
-    from wanflow.parallel.mesh import Ranks
+    from wanflow.checkpoint.load import Checkpoint
+    from wanflow.checkpoint.source import Part
+    from wanflow.parallel.ranks import Ranks
     from wanflow.pipeline import Pipeline, Progress, Run
     from wanflow.plan import Plan
     from wanflow.screen import Screen
-    from wanflow.weights.load import Checkpoint
-    from wanflow.weights.source import Part
 
 logger = logging.getLogger("wanflow")
 
@@ -94,7 +94,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     from wanflow.assemble import assemble
-    from wanflow.parallel.mesh import agree
+    from wanflow.parallel.ranks import agree
 
     _refuse_at_once(args)
     if args.resume:
@@ -130,8 +130,8 @@ def _decide(
     """What to make and how, with nothing left open in how. One of several processes decides for
     all.
     """
+    from wanflow.lora.stack import find_loras
     from wanflow.plan import advice
-    from wanflow.weights.loras import find_loras
 
     find_loras(request.loras())  # and a LoRA that is missing
     request.complete(
@@ -159,7 +159,7 @@ def _plan(
     force: bool,
     processes: int,
 ) -> Plan:
-    from wanflow.parallel.mesh import per_machine
+    from wanflow.parallel.ranks import per_machine
     from wanflow.plan import guard, planned
 
     return (planned if force else guard)(checkpoint, runtime, request, processes, per_machine())
@@ -170,8 +170,8 @@ def _join(args: argparse.Namespace, device: str) -> tuple[Ranks, Screen]:
     one shows what goes on.
     """
     from wanflow.assemble import choose_device
-    from wanflow.parallel import mesh
-    from wanflow.parallel.watch import LATER
+    from wanflow.parallel import ranks as mesh
+    from wanflow.parallel.watchdog import LATER
     from wanflow.screen import Screen
 
     alone = mesh.place()[1] == 1
@@ -187,7 +187,7 @@ def _here(runtime: Runtime, ranks: Ranks) -> Runtime:
 
 
 def _resume(args: argparse.Namespace) -> None:
-    from wanflow.parallel.mesh import agree
+    from wanflow.parallel.ranks import agree
     from wanflow.pipeline import Run
 
     settled = [f"--{flag}" for flag in SETTLED if getattr(args, flag) is not None]
@@ -206,8 +206,8 @@ def _resume(args: argparse.Namespace) -> None:
 
 
 def replay(args: argparse.Namespace) -> None:
-    from wanflow.parallel.mesh import agree
-    from wanflow.video import read_recipe
+    from wanflow.media import read_recipe
+    from wanflow.parallel.ranks import agree
 
     ranks, screen = _join(args, "auto")
     recipe = agree(ranks, lambda: read_recipe(args.video))
@@ -234,7 +234,7 @@ def replay(args: argparse.Namespace) -> None:
 
 
 def decode(args: argparse.Namespace) -> None:
-    from wanflow.parallel.mesh import agree
+    from wanflow.parallel.ranks import agree
     from wanflow.pipeline import Run
 
     ranks, screen = _join(args, "auto")
@@ -270,7 +270,7 @@ def _reopen(
     matter, and the plan's.
     """
     from wanflow.assemble import assemble
-    from wanflow.parallel.mesh import agree
+    from wanflow.parallel.ranks import agree
 
     asked = asked or Runtime()
     try:
@@ -398,7 +398,7 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
         file.unlink(missing_ok=True)
     screen.say(f"saved {target}")
     if args.contact_sheet:
-        from wanflow.video import contact_sheet, read_frames
+        from wanflow.media import contact_sheet, read_frames
 
         sheet = target.with_name(target.stem + "_sheet.png")
         contact_sheet(read_frames(target)[0], sheet)
@@ -557,7 +557,7 @@ def _same_weights(recipe: dict[str, Any], made_by: dict[str, Any], force: bool) 
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
-    from wanflow.video import check_target
+    from wanflow.media import check_target
 
     if path.suffix.lower() not in (".mp4", ".png"):
         raise RequestError(f"{path}: name an .mp4 (or a .png for one frame)")
@@ -565,7 +565,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
 
 
 def _default_target(task: str, run: Run) -> Path:
-    from wanflow.video import safe_name
+    from wanflow.media import safe_name
 
     name = run.made_by["model"]["name"]
     return Path(

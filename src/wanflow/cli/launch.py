@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanflow.config import RequestError
-from wanflow.parallel.watch import ALL_END, INTERRUPTED, Failure, Store, announce, announced, say
+from wanflow.parallel.watchdog import ALL_END, INTERRUPTED, Failure, Store, announce, announced, say
 
 LOOK = 0.1  # seconds
 OURSELVES = (sys.executable, "-P", "-m", "wanflow")
@@ -117,7 +117,7 @@ def launch(argv: list[str], processes: Processes, command: Sequence[str] = OURSE
         command: what each of them runs.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from wanflow.parallel.mesh import host
+    from wanflow.parallel.ranks import host
 
     store, port = host()
     package = str(Path(__file__).parents[2])

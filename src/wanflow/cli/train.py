@@ -13,9 +13,9 @@ from wanflow.cli.flags import Parser
 from wanflow.config import RequestError, parse_size
 
 if TYPE_CHECKING:
+    from wanflow.checkpoint.load import Checkpoint
     from wanflow.sampling.experts import Expert
     from wanflow.train.finetune import FineTune
-    from wanflow.weights.load import Checkpoint
 
 SMALL = 1024  # width of an expert below which the defaults are those of a miniature
 
@@ -179,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _finetune(args: argparse.Namespace) -> None:
     from wanflow.assemble import resolve
-    from wanflow.parallel.mesh import place
+    from wanflow.parallel.ranks import place
     from wanflow.plan import this_machine
     from wanflow.train.finetune import finetune
     from wanflow.train.memory import refuse

@@ -14,8 +14,8 @@ from wanflow.cli.flags import Parser, given_parts
 from wanflow.config import RequestError
 
 if TYPE_CHECKING:
-    from wanflow.weights.inspect import Findings, Row
-    from wanflow.weights.source import Part
+    from wanflow.checkpoint.inspect import Findings, Row
+    from wanflow.checkpoint.source import Part
 
 TARGETS = (
     "official",
@@ -90,7 +90,7 @@ def _path(text: str) -> Path:
         return NANO_FOLDER
     path = Path(text).expanduser()
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
-        from wanflow.weights.fetch import cached
+        from wanflow.download.fetch import cached
 
         return cached(text) or path
     return path
@@ -98,8 +98,8 @@ def _path(text: str) -> Path:
 
 def inspect(args: argparse.Namespace) -> None:
     """Tell what stands at a path."""
-    from wanflow.weights.inspect import inspect as look
-    from wanflow.weights.values import BadValuesError, Finding, check_values
+    from wanflow.checkpoint.inspect import inspect as look
+    from wanflow.checkpoint.values import BadValuesError, Finding, check_values
 
     path, values = _path(args.path), list[Finding]()
     if args.hash or args.check:
@@ -280,9 +280,9 @@ def _parts(text: str) -> tuple[Part, ...]:
 def convert(args: argparse.Namespace) -> None:
     """Write weights in another form."""
     from wanflow.cli.download import Bar
-    from wanflow.weights.arrange import options
-    from wanflow.weights.convert import convert as write
-    from wanflow.weights.convert import open_model
+    from wanflow.convert.convert import convert as write
+    from wanflow.convert.convert import open_model
+    from wanflow.convert.targets import options
 
     wanted = options(
         args.to,

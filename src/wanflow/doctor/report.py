@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from wanflow.doctor.around import REQUIRED, Disk, disk, encoder, look_at_packages
+from wanflow.doctor.environment import REQUIRED, Disk, disk, encoder, look_at_packages
+from wanflow.doctor.kernels import DTYPES, Try, try_attention, try_matmul, word
 from wanflow.doctor.machine import Device, System, devices, system
-from wanflow.doctor.tries import DTYPES, Try, try_attention, try_matmul, word
 from wanflow.transforms import attention
 
 OLDEST_TORCH = (2, 10)  # below it, weights_only loading has known bypasses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wanflow.parallel.layout import Team
+from wanflow.parallel.groups import Team
 
 
 def own(team: Team, pair: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
-from wanflow.parallel.layout import Group, Team
-from wanflow.parallel.mesh import Ranks
-from wanflow.parallel.shares import rows_of
+from wanflow.parallel.groups import Group, Team
+from wanflow.parallel.ranks import Ranks
+from wanflow.parallel.sharding import rows_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wanflow.config import RequestError
 from wanflow.models.dit import Attend, Block, Conditioning, Head, SelfAttention, Trunk, run_blocks
-from wanflow.parallel.layout import Team, sizes
+from wanflow.parallel.groups import Team, sizes
 
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

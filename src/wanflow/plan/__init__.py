@@ -2,10 +2,10 @@
 before a weight is read.
 """
 
-from wanflow.plan.choose import Plan, settle
-from wanflow.plan.machines import Machine, described, this_machine
+from wanflow.plan.gpus import Machine, described, this_machine
 from wanflow.plan.model import Model, describe, published
 from wanflow.plan.opening import load
+from wanflow.plan.solve import Plan, settle
 from wanflow.plan.starting import (
     WHERE_ELSE,
     advice,

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wanflow.checkpoint.load import build
 from wanflow.config import VAEConfig
 from wanflow.models.vae import State, WanVAE, stream
-from wanflow.parallel.layout import Layout, Traffic, imagined
-from wanflow.parallel.strips import NARROWEST, Strips
-from wanflow.parallel.strips import decode_frames as decode_in_strips
+from wanflow.parallel.groups import Layout, Traffic, imagined
+from wanflow.parallel.vae_parallel import NARROWEST, Strips
+from wanflow.parallel.vae_parallel import decode_frames as decode_in_strips
 from wanflow.pipeline import Frames
 from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
-from wanflow.transforms import tiling
-from wanflow.weights.load import build
+from wanflow.transforms import vae_tiling as tiling
 
 STEADY = 3  # latent frames after which every further one takes what the one before did
 Shape = tuple[int, int, int, int, int]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from wanflow.assemble import choose_device
 from wanflow.config import CompleteRequest, RequestError
-from wanflow.plan.choose import Plan, dtype_of
-from wanflow.plan.machines import Rates, measured
+from wanflow.plan.gpus import Rates, measured
 from wanflow.plan.model import Model
 from wanflow.plan.need import Phase
+from wanflow.plan.solve import Plan, dtype_of
 from wanflow.plan.trace import Work
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from wanflow.assemble import SMALL
+from wanflow.checkpoint.containers import TensorInfo, weight_files
+from wanflow.checkpoint.load import Checkpoint, Headers, build
+from wanflow.checkpoint.source import open_part
 from wanflow.config import Preset
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import T2V_A14B
-from wanflow.weights.formats import TensorInfo, weight_files
-from wanflow.weights.load import Checkpoint, Headers, build
-from wanflow.weights.source import open_part
 
 Which = Literal["high", "low", "t5", "vae"]
 PUBLISHED_DISK = 126_200_000_000  # bytes of the official folder

@@ -10,8 +10,8 @@ from typing import Literal
 
 from wanflow.config import Runtime
 from wanflow.plan.decoding import kept_features
+from wanflow.plan.phases import Traces
 from wanflow.plan.trace import Held, Work
-from wanflow.plan.traces import Traces
 from wanflow.sampling.experts import Expert
 
 GB = 10**9

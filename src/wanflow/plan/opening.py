@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from wanflow.assemble import Report, assemble, choose_device, resolve
+from wanflow.checkpoint.layouts import PARTS
 from wanflow.config import Request, RequestError, Runtime
-from wanflow.parallel import mesh
+from wanflow.parallel import ranks as mesh
 from wanflow.pipeline import Pipeline
 from wanflow.plan.starting import guard, planned
-from wanflow.weights.layouts import PARTS
 
 logger = logging.getLogger("wanflow")
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from wanflow.checkpoint.load import Checkpoint
 from wanflow.config import CompleteRequest, Preset, Request, RequestError, Runtime
-from wanflow.plan.choose import Plan, dtype_of, settle
-from wanflow.plan.machines import Machine, this_machine
+from wanflow.lora.stack import find_loras
+from wanflow.plan.gpus import Machine, this_machine
+from wanflow.plan.layout import used_here
 from wanflow.plan.model import Model, describe
-from wanflow.plan.together import used_here
-from wanflow.weights.load import Checkpoint
-from wanflow.weights.loras import find_loras
+from wanflow.plan.solve import Plan, dtype_of, settle
 
 GB = 10**9
 FULL_SIZE = 20 * GB  # bytes of one expert in float32 from which a model belongs on a GPU

@@ -24,18 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wanflow.config import TRAIN_STEPS, RequestError
-from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
-from wanflow.parallel.fsdp import gather, shard
-from wanflow.parallel.mesh import Ranks, place, start, stop
-from wanflow.sampling.experts import Expert
-from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
-from wanflow.train.experts import plain_attention, sigmas
-from wanflow.train.loop import Train, fit
-from wanflow.transforms.lora import Adapters, LowRank
-from wanflow.weights.arrange import options
-from wanflow.weights.convert import convert, open_model
-from wanflow.weights.load import (
+from wanflow.checkpoint.load import (
     Checkpoint,
     fingerprint,
     load_expert,
@@ -43,6 +32,17 @@ from wanflow.weights.load import (
     load_tokenizer,
     load_vae,
 )
+from wanflow.config import TRAIN_STEPS, RequestError
+from wanflow.convert.convert import convert, open_model
+from wanflow.convert.targets import options
+from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
+from wanflow.parallel.fsdp import gather, shard
+from wanflow.parallel.ranks import Ranks, place, start, stop
+from wanflow.sampling.experts import Expert
+from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
+from wanflow.train.experts import plain_attention, sigmas
+from wanflow.train.loop import Train, fit
+from wanflow.transforms.lora import Adapters, LowRank
 
 Method = Literal["lora", "full"]
 TARGETS: dict[str, tuple[str, ...]] = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wanflow.config import RequestError
 from wanflow.parallel import fsdp
-from wanflow.parallel.mesh import Ranks
+from wanflow.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)

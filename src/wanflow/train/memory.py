@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from wanflow.checkpoint.containers import TensorInfo
+from wanflow.checkpoint.load import Checkpoint, expert_place
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.plan import Machine
 from wanflow.train.finetune import TARGETS, FineTune, attach
-from wanflow.weights.formats import TensorInfo
-from wanflow.weights.load import Checkpoint, expert_place
 
 GB = 10**9
 # AdamW keeps two moments and `fit` an average beside each trained parameter and its gradient, all

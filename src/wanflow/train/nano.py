@@ -133,7 +133,7 @@ def _vae(work: Path, scale: float, say: Say) -> None:
 
 
 def _reconstruct(vae: WanVAE, scene: toy.Scene, seed: int) -> adherence.Frames:
-    from wanflow.video import to_uint8
+    from wanflow.media import to_uint8
 
     clip = toy.render(scene, random.Random(seed), NANO.frame_num, NANO.size[0]).unsqueeze(0)
     return to_uint8(vae.decode(vae.encode(clip, 4), 4))

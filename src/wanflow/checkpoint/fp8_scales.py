@@ -1,0 +1,226 @@
+"""fp8 weights with the scales that give them their size back, in every spelling in which ComfyUI
+and its relatives write them.
+
+A scaled weight is `X.weight` in float8 and a scale beside it, `X.scale_weight` (old) or
+`X.weight_scale` (new); what it stands for is their product. A file says that its weights are scaled
+by an empty tensor `scaled_fp8` (old), by `X.comfy_quant` (new: JSON as bytes) or by
+`_quantization_metadata` in its header (new). Without its scale a weight is of the wrong size by a
+factor of hundreds, and the video white or noise; so a missing scale is an error. A file whose
+weights were merely rounded to fp8 has no scale anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanflow.checkpoint.containers import TensorInfo, TensorSource
+from wanflow.config import RequestError
+from wanflow.transforms.packed import Packed
+
+KINDS = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+SCALES = (".scale_weight", ".weight_scale")
+# Scales of activations and notes on how to multiply: for fp8 matmuls, which are not used here.
+ASIDE = (".scale_input", ".input_scale", ".comfy_quant")
+SENTINEL = "scaled_fp8"
+HEADER = "_quantization_metadata"
+LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
+# A weight that is scaled to fill fp8's range reaches its end; of the published weights none comes
+# near this.
+SUSPICIOUS = 100.0
+NOTE_LIMIT = 1 << 16  # bytes of a `comfy_quant` note; real ones have under a hundred
+
+
+@dataclass(frozen=True)
+class ScaledSource:
+    """A source whose fp8 weights are packed tensors, each with its scale; scales and notes are no
+    tensors of their own any more.
+    """
+
+    inner: TensorSource
+    tensors: Mapping[str, TensorInfo]
+    scales: Mapping[str, str]  # weight -> its scale's name in `inner`
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        if self.tensors[name].packing is None:
+            return self.inner.read(name, dtype, rows)
+        return self.packed(name, rows).dense(dtype or self.tensors[name].dtype)
+
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
+        info = self.tensors[name]
+        if info.packing not in LARGEST:
+            return self.inner.packed(name, rows)
+        data = self.inner.read(name, rows=rows)
+        if name not in self.scales:
+            self._refuse_if_scaled(name, data)
+            return Packed(info.packing, tuple(data.shape), data)
+        scale = self.inner.read(self.scales[name], torch.float32)
+        if not torch.isfinite(scale).all() or not scale.all():
+            raise RequestError(
+                f"{self.path}: the scale {self.scales[name]} is zero, NaN or infinite; the file is"
+                " damaged"
+            )
+        if scale.ndim == 1:
+            scale = scale.view(()) if scale.numel() == 1 else scale.view(-1, 1)
+        if rows is not None and scale.numel() > 1:
+            scale = scale[rows]
+        return Packed(info.packing, tuple(data.shape), data, scale)
+
+    def _refuse_if_scaled(self, name: str, data: Tensor) -> None:
+        largest = (
+            data.float().nan_to_num(posinf=LARGEST["F8_E5M2"]).abs().amax()
+            if data.numel()
+            else torch.zeros(())
+        )
+        if largest > SUSPICIOUS:
+            raise RequestError(
+                f"{self.path}: the fp8 weight {name} reaches {float(largest):g}, as only scaled"
+                f" weights do, and its scale is missing ({name.removesuffix('.weight')}{SCALES[0]}"
+                f" or {SCALES[1]}); download the file again, or another one"
+            )
+
+
+def pair_scales(source: TensorSource, metadata: Mapping[str, str] | None = None) -> TensorSource:
+    """The source itself where it has no fp8 weights, else one in which each stands together with
+    its scale.
+
+    Args:
+        metadata: of the file's header, where it has one.
+
+    Raises:
+        RequestError: where a scale is missing, does not fit, or has no weight; where weights are in
+            a format that is not read.
+    """
+    found = source.tensors
+    sentinel = [name for name in found if name == SENTINEL or name.endswith("." + SENTINEL)]
+    scale_of = {
+        name.removesuffix(ending) + ".weight": name
+        for ending in SCALES
+        for name in found
+        if name.endswith(ending)
+    }
+    formats = _formats(source, metadata or {})
+    fp8 = {
+        name
+        for name, info in found.items()
+        if info.dtype in KINDS and info.shape and name not in sentinel
+    }
+    if not fp8 and not scale_of and not formats and not sentinel:
+        return source
+    _refuse_foreign(source, formats, found)
+    scaled = bool(sentinel or scale_of or formats)
+    bare = sorted(
+        name for name in fp8 if scaled and name.endswith(".weight") and name not in scale_of
+    )
+    if bare:
+        raise RequestError(
+            f"{source.path}: {len(bare)} fp8 weights lack their scales"
+            f" ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}), and unscaled they would"
+            " give noise; download the file again, or another one"
+        )
+    for weight, name in scale_of.items():
+        if weight not in found:
+            raise RequestError(
+                f"{source.path}: the scale {name} has no weight; the file is damaged"
+            )
+        if not _fits(found[weight].shape, found[name].shape):
+            shapes = f"{list(found[name].shape)} for a weight of {list(found[weight].shape)}"
+            raise RequestError(
+                f"{source.path}: the scale {name} has the shape {shapes}, which fits no known way"
+                " of scaling"
+            )
+    aside = {*scale_of.values(), *sentinel, *(name for name in found if name.endswith(ASIDE))}
+    tensors = {
+        name: _described(info, name in fp8, found.get(scale_of.get(name, "")))
+        for name, info in found.items()
+        if name not in aside
+    }
+    return ScaledSource(
+        source, tensors, {weight: name for weight, name in scale_of.items() if weight in fp8}
+    )
+
+
+def _described(info: TensorInfo, fp8: bool, scale: TensorInfo | None) -> TensorInfo:
+    if not fp8:
+        return info
+    dtype, shape = (torch.bfloat16, None) if scale is None else (torch.float32, scale.shape)
+    return replace(
+        info, dtype=dtype, packing=KINDS[info.dtype], packed_bytes=info.nbytes, scale=shape
+    )
+
+
+def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
+    """One scale for all, one a row, or one for each block of a row."""
+    if scale in ((), (1,)):
+        return True
+    if len(weight) != 2 or scale[0] != weight[0]:
+        return False
+    return scale[1:] in ((), (1,)) or (
+        len(scale) == 3 and scale[2] == 1 and scale[1] > 0 and weight[1] % scale[1] == 0
+    )
+
+
+def _formats(source: TensorSource, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of its layers' formats: {layer: format}."""
+    formats: dict[str, Any] = {}
+    try:
+        layers = json.loads(metadata.get(HEADER, "{}"))
+        for layer, said in layers.get("layers", {}).items():
+            formats[layer] = said["format"]
+        for name, info in source.tensors.items():
+            if name.endswith(".comfy_quant"):
+                if info.nbytes > NOTE_LIMIT or info.dtype != torch.uint8:
+                    raise ValueError(f"{name} is no note")
+                said = json.loads(bytes(source.read(name).tolist()))
+                formats[name.removesuffix(".comfy_quant")] = said["format"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(
+            f"{source.path}: what it says of its quantisation cannot be read ({error}); the file is"
+            " damaged"
+        ) from None
+    return formats
+
+
+def _refuse_foreign(
+    source: TensorSource, formats: Mapping[str, Any], found: Mapping[str, TensorInfo]
+) -> None:
+    for layer, name in formats.items():
+        weight = found.get(f"{layer}.weight")
+        if not isinstance(name, str) or name not in FORMATS:
+            raise RequestError(
+                f"{source.path} holds weights in the format {name!r} ({layer}), which is not read;"
+                f" known are {', '.join(FORMATS)}, GGUF, and 16 and 32 bits"
+            )
+        if weight is None or weight.dtype != FORMATS[name]:
+            has = "has none" if weight is None else f"is {weight.dtype}"
+            raise RequestError(
+                f"{source.path}: {layer} should have a weight in {name}, and {has}; the file is"
+                " damaged"
+            )
+        if not any(f"{layer}{ending}" in found for ending in SCALES):
+            raise RequestError(
+                f"{source.path}: the fp8 weight {layer}.weight lacks its scale; download the file"
+                " again, or another one"
+            )
+    odd = [
+        name
+        for name, info in found.items()
+        if name.endswith(SCALES) and not info.dtype.is_floating_point
+    ]
+    if odd:
+        raise RequestError(
+            f"{source.path}: the scale {odd[0]} is {found[odd[0]].dtype}; the file is damaged"
+        )

@@ -1,0 +1,191 @@
+"""Whatever holds weights becomes a `TensorSource` with official names: container, then scales, then
+dialect.
+
+What a file is, is told by what is in it: its first bytes, its tensors' names and shapes. Its name
+is never trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wanflow.checkpoint.containers import (
+    AGAIN,
+    SafetensorsFile,
+    TensorInfo,
+    TensorSource,
+    open_folder,
+    open_safetensors,
+    open_torch,
+    reading,
+    refuse_unreadable,
+)
+from wanflow.checkpoint.fp8_scales import pair_scales
+from wanflow.checkpoint.gguf import open_gguf
+from wanflow.checkpoint.key_maps import PREFIXES, Kind, strip, to_official
+from wanflow.config import RequestError
+from wanflow.transforms.packed import Packed
+
+# One name, without prefix, that every file of a kind has in one of its dialects, and that no other
+# kind has.
+MARKS: dict[str, Kind] = {
+    "patch_embedding.weight": "dit",
+    "token_embedding.weight": "t5",
+    "shared.weight": "t5",
+    "encoder.embed_tokens.weight": "t5",
+    "token_embd.weight": "t5",
+    "decoder.conv1.weight": "vae",
+    "decoder.conv_in.weight": "vae",
+}
+EMBEDDED = "spiece_model"  # the tensor of bytes in which ComfyUI's T5 files carry their tokenizer
+LORA_MARKS = (
+    ".lora_",
+    "_lora.",
+    ".lora.",
+    "lora_unet_",
+    ".hada_",
+    ".lokr_",
+    ".diff",
+    ".alpha",
+    ".dora_scale",
+    ".set_weight",
+)
+NOT_WEIGHTS = {
+    b"version https://git-lfs": (
+        "is a pointer of git lfs and not the file itself; fetch that with `git lfs pull`"
+    ),
+    b"<!doctype html": (
+        "is a web page and not weights: the download was refused or needs a login; download it"
+        " again"
+    ),
+    b"<html": (
+        "is a web page and not weights: the download was refused or needs a login; download it"
+        " again"
+    ),
+}
+
+
+def open_source(path: Path) -> TensorSource:
+    """Open whatever holds tensors: safetensors, GGUF, a torch zip, or a folder of safetensors.
+
+    Raises:
+        RequestError: naming the file and what to do, for anything missing, broken or hostile.
+    """
+    with reading(path):
+        if path.is_dir():
+            return pair_scales(open_folder(path))
+    refuse_unreadable(path)
+    with reading(path), path.open("rb") as file:
+        start = file.read(24)
+    if start[:4] == b"GGUF":
+        return open_gguf(path)
+    if start[:2] == b"PK":
+        return pair_scales(open_torch(path))
+    for mark, what in NOT_WEIGHTS.items():
+        if start.lower().startswith(mark):
+            raise RequestError(f"{path} {what}")
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        source = open_safetensors(path)
+        return pair_scales(source, source.metadata)
+    return pair_scales(open_torch(path))
+
+
+@dataclass(frozen=True)
+class OfficialSource:
+    """One part of a model under its official names, whatever its file calls them."""
+
+    inner: TensorSource
+    tensors: Mapping[str, TensorInfo]
+    names: Mapping[str, str]  # official -> in the file
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        return self.inner.read(self.names[name], dtype, rows)
+
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
+        return self.inner.packed(self.names[name], rows)
+
+
+def open_part(kind: Kind, path: Path) -> OfficialSource:
+    """A part of a model, in any container and dialect, under official names.
+
+    Raises:
+        RequestError: when the file is broken, or does not hold such a part.
+    """
+    return official(kind, open_source(path))
+
+
+def official(kind: Kind, source: TensorSource) -> OfficialSource:
+    """The part of `kind` in a source, under official names.
+
+    Raises:
+        RequestError: when the source holds none.
+    """
+    held = kinds_in(source)
+    if held != [kind]:
+        what = {"dit": "an expert", "t5": "a UMT5 text encoder", "vae": "the Wan VAE"}
+        if kind not in held:
+            raise RequestError(f"{source.path} does not hold {what[kind]}, but {describe(source)}")
+    names = {name: strip(kind, name) for name in source.tensors}
+    if len(held) > 1:  # everything in one file: the prefixes tell the parts apart
+        own = tuple(prefix for prefix in PREFIXES[kind] if prefix != "model.")
+        names = {name: bare for name, bare in names.items() if name.startswith(own)}
+    names = {name: bare for name, bare in names.items() if name.split(".")[-1] != EMBEDDED}
+    try:
+        table = to_official(kind, names)
+    except RequestError as error:
+        raise RequestError(f"{source.path}: {error}") from None
+    return OfficialSource(
+        source,
+        {new: source.tensors[old] for old, new in table.items()},
+        {new: old for old, new in table.items()},
+    )
+
+
+def kinds_in(source: TensorSource) -> list[Kind]:
+    """Which parts of a model a source holds, told by its tensors' names."""
+    found: dict[Kind, None] = {}
+    for name in source.tensors:
+        for kind in PREFIXES:
+            if MARKS.get(strip(kind, name)) == kind:
+                found[kind] = None
+    return list(found)
+
+
+def is_lora(source: TensorSource) -> bool:
+    """Whether a source holds changes to a model rather than a model."""
+    return not kinds_in(source) and any(
+        mark in name for name in source.tensors for mark in LORA_MARKS
+    )
+
+
+def describe(source: TensorSource) -> str:
+    """A few words on what a source holds instead of what was looked for."""
+    what = {"dit": "a diffusion transformer", "t5": "a T5 text encoder", "vae": "a VAE"}
+    held = [what[kind] for kind in kinds_in(source)]
+    if held:
+        return " and ".join(held)
+    if is_lora(source):
+        return "a LoRA (use it with --lora)"
+    first = ", ".join(list(source.tensors)[:3])
+    return f"something else (its tensors begin {first})" if first else f"nothing; {AGAIN}"
+
+
+def metadata_of(source: TensorSource) -> Mapping[str, str]:
+    """The text that a safetensors header carries beside its tensors; empty for other containers."""
+    inner = getattr(source, "inner", source)
+    return inner.metadata if isinstance(inner, SafetensorsFile) else {}
+
+
+Part = Literal["high", "low", "t5", "vae", "tokenizer"]

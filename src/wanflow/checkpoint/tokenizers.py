@@ -1,0 +1,292 @@
+"""The tokenizer of UMT5, wherever it stands: `tokenizer.json`, a sentencepiece model, or inside a
+T5 file (ComfyUI's, GGUF).
+
+All become the same engine of the `tokenizers` library: a unigram model over pieces with scores,
+behind sentencepiece's own normalisation. Source of the format: sentencepiece's
+`sentencepiece_model.proto`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import Unigram
+
+from wanflow.checkpoint.containers import AGAIN, TensorSource, reading, refuse_unreadable
+from wanflow.checkpoint.gguf import GGUFFile
+from wanflow.checkpoint.source import EMBEDDED, open_source
+from wanflow.config import RequestError
+from wanflow.models.tokenizer import read
+
+LIMIT = 64 << 20  # bytes of a tokenizer; the published ones have 5 and 17 MB
+TRIAL = "a Ａ, 日\U0010ffff"
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces, in sentencepiece's numbering
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a sentencepiece unigram model consists of."""
+
+    pieces: list[tuple[str, float]]
+    types: list[int]
+    charsmap: bytes
+    add_prefix: bool = True
+    fold_spaces: bool = True
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a file, told by its content.
+
+    Raises:
+        RequestError: naming the file, when it is missing, damaged, or holds none, or not T5's.
+    """
+    engine = _open(path)
+    try:
+        engine.encode(TRIAL, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library finds some faults only here; a panic in it is no Exception
+        raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
+    lacking = [word for word in ("<pad>", "</s>") if engine.token_to_id(word) is None]
+    if lacking:
+        raise RequestError(
+            f"{path}: the tokenizer has no {' and no '.join(lacking)}: it is not T5's"
+        )
+    return engine
+
+
+def _open(path: Path) -> Tokenizer:
+    size = refuse_unreadable(path)
+    with reading(path), path.open("rb") as file:
+        start = file.read(16)
+        if start.lstrip()[:1] == b"{":
+            if size > LIMIT:
+                raise RequestError(f"{path} is too large for a tokenizer; {AGAIN}")
+            _check_json(start + file.read(), path)
+            return read(path)
+        if (
+            start[:1] == b"\n" and size <= LIMIT
+        ):  # the first field of a sentencepiece model: a piece
+            return build(_parse(start + file.read(), path), path)
+    source = open_source(path)
+    if isinstance(source, GGUFFile):
+        return build(_from_gguf(source), path)
+    held = _embedded(source)
+    if held is None or source.tensors[held].nbytes > LIMIT:
+        raise RequestError(
+            f"{path} holds no tokenizer; name one with --tokenizer (tokenizer.json or spiece.model"
+            " of google/umt5-xxl)"
+        )
+    return build(_parse(source.read(held).numpy().tobytes(), path), path)
+
+
+def embeds_tokenizer(path: Path) -> bool:
+    """Whether a T5 file carries its tokenizer."""
+    return carries_tokenizer(open_source(path))
+
+
+def carries_tokenizer(source: TensorSource) -> bool:
+    """The same for one that is open."""
+    return (
+        "tokenizer.ggml.tokens" in source.metadata
+        if isinstance(source, GGUFFile)
+        else _embedded(source) is not None
+    )
+
+
+def _embedded(source: TensorSource) -> str | None:
+    """The tensor that holds a tokenizer's bytes."""
+    return next((name for name in source.tensors if name.split(".")[-1] == EMBEDDED), None)
+
+
+def build(model: Pieces, path: Path) -> Tokenizer:
+    """The engine for a sentencepiece unigram model: the same ids that sentencepiece gives."""
+    check_charsmap(model.charsmap, path)
+    unknown = next((index for index, kind in enumerate(model.types) if kind == UNKNOWN), None)
+    if unknown is None:
+        raise RequestError(f"{path}: its tokenizer has no piece for the unknown; {AGAIN}")
+    try:
+        # Every byte has its piece where a model falls back to bytes.
+        engine = Tokenizer(
+            Unigram(model.pieces, unk_id=unknown, byte_fallback=model.types.count(BYTE) == 256)
+        )
+        steps: list[normalizers.Normalizer] = (
+            [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+        )
+        if model.fold_spaces:
+            steps += [
+                normalizers.Strip(left=True, right=True),
+                normalizers.Replace(Regex(" {2,}"), " "),
+            ]
+        engine.normalizer = normalizers.Sequence(steps)
+        engine.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme="always" if model.add_prefix else "never"
+        )
+        engine.decoder = decoders.Metaspace(
+            prepend_scheme="always" if model.add_prefix else "never"
+        )
+        marks = [
+            piece
+            for (piece, _), kind in zip(model.pieces, model.types, strict=True)
+            if kind == CONTROL
+        ]
+        engine.add_special_tokens(
+            [AddedToken(piece, special=True, normalized=False) for piece in marks]
+        )
+        own = [
+            piece
+            for (piece, _), kind in zip(model.pieces, model.types, strict=True)
+            if kind == USER_DEFINED
+        ]
+        engine.add_tokens([AddedToken(piece, normalized=False) for piece in own])
+    except Exception as error:  # the library raises bare Exception for a malformed model
+        raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
+    return engine
+
+
+def check_charsmap(data: bytes, path: Path) -> None:
+    """RequestError unless a table of sentencepiece's normaliser leads nowhere outside itself: the
+    library believes whatever it says.
+
+    It is the size of a trie, the trie (darts-clone's units of 32 bits), and what it leads to, UTF-8
+    strings that each end in a zero.
+    """
+    size = int.from_bytes(data[:4], "little")
+    whole = (
+        len(data) >= 4 and size <= len(data) - 4 and size and size % 1024 == 0
+    )  # blocks of 256 units
+    if not data:
+        return
+    units = np.frombuffer(data[4 : 4 + size] if whole else b"", "<u4").astype(np.int64)
+    inner = np.flatnonzero(units >> 31 == 0)  # the others are leaves
+    steps = (units[inner] >> 10) << ((units[inner] & 512) >> 6)
+    children = inner ^ steps
+    whole = whole and bool((children < len(units)).all())
+    texts = data[4 + size :]
+    if whole:
+        found = np.unique(units[children[units[inner] & 256 != 0]] & 0x7FFFFFFF)
+        # No string begins after the end, nor within a character.
+        whole = all(place < len(texts) and texts[place] & 0xC0 != 0x80 for place in found.tolist())
+    try:
+        texts.decode()
+    except UnicodeDecodeError:
+        whole = False
+    if not whole:
+        raise RequestError(
+            f"{path}: its tokenizer is damaged (the table of its normaliser leads outside itself);"
+            f" {AGAIN}"
+        )
+
+
+def _check_json(data: bytes, path: Path) -> None:
+    """The same for a `tokenizer.json`, before the library reads it."""
+    try:
+        if re.search(rb"\\u00[2-7]", data):  # a key that is spelled in escapes
+            data = json.dumps(json.loads(data)).encode()
+        for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', data):
+            check_charsmap(base64.b64decode(found[1], validate=True), path)
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not a readable tokenizer: {error}") from None
+
+
+def _from_gguf(source: GGUFFile) -> Pieces:
+    meta = source.metadata
+    if meta.get("tokenizer.ggml.model") != "t5":
+        raise RequestError(
+            f"{source.path} holds no T5 tokenizer ({meta.get('tokenizer.ggml.model')!r}); name one"
+            " with --tokenizer"
+        )
+    tokens, scores, types = (
+        list(source.array(f"tokenizer.ggml.{key}")) for key in ("tokens", "scores", "token_type")
+    )
+    if not len(tokens) == len(scores) == len(types):
+        raise RequestError(
+            f"{source.path}: its tokenizer has {len(tokens)} pieces, {len(scores)} scores,"
+            f" {len(types)} types; {AGAIN}"
+        )
+    charsmap = "tokenizer.ggml.precompiled_charsmap"
+    raw = bytes(value & 255 for value in source.array(charsmap)) if charsmap in meta else b""
+    prefix, fold = (
+        meta.get("tokenizer.ggml.add_space_prefix", True),
+        meta.get("tokenizer.ggml.remove_extra_whitespaces", True),
+    )
+    return Pieces(list(zip(tokens, scores, strict=True)), types, raw, bool(prefix), bool(fold))
+
+
+# sentencepiece's protobuf, of which three fields matter
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of each field of a protobuf message; ValueError for what is none."""
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, place = _varint(data, place)
+            yield number, value
+            continue
+        if wire == 2:
+            size, place = _varint(data, place)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"a field of wire type {wire}")
+        if place + size > len(data):
+            raise ValueError("it breaks off")
+        yield number, data[place : place + size]
+        place += size
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if place >= len(data) or shift > 63:
+            raise ValueError("it breaks off")
+        byte = data[place]
+        value |= (byte & 127) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 128:
+            return value, place
+
+
+def _parse(data: bytes, path: Path) -> Pieces:
+    """ModelProto: field 1 the pieces (1 text, 2 score, 3 type), field 3 the normaliser (2 table, 3
+    dummy prefix, 4 extra spaces).
+    """
+    pieces: list[tuple[str, float]] = []
+    types: list[int] = []
+    normaliser: dict[int, int | bytes] = {}
+    try:
+        for number, value in _fields(data):
+            if number == 1 and isinstance(value, bytes):
+                parts = dict(_fields(value))
+                text, score, kind = parts.get(1, b""), parts.get(2, b"\0\0\0\0"), parts.get(3, 1)
+                if not (
+                    isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int)
+                ):
+                    raise ValueError("a piece is none")
+                pieces.append((text.decode(), struct.unpack("<f", score)[0]))
+                types.append(kind)
+            elif number == 3 and isinstance(value, bytes):
+                normaliser = dict(_fields(value))
+        charsmap = normaliser.get(2, b"")
+        if not pieces or not isinstance(charsmap, bytes):
+            raise ValueError("it has no pieces")
+    except (ValueError, struct.error) as error:
+        raise RequestError(
+            f"{path}: its tokenizer is not a sentencepiece model, or damaged ({error}); {AGAIN}"
+        ) from None
+    return Pieces(pieces, types, charsmap, bool(normaliser.get(3, 1)), bool(normaliser.get(4, 1)))

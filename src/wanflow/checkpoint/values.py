@@ -1,0 +1,83 @@
+"""What is odd about weights' values: NaN, infinity, tensors that are all the same; every byte is
+read, a piece at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanflow.checkpoint.containers import TensorSource
+from wanflow.checkpoint.layouts import weight_groups
+from wanflow.checkpoint.load import Report
+from wanflow.checkpoint.source import open_source
+from wanflow.checkpoint.stream import extremes, pieces
+from wanflow.config import RequestError
+
+
+class BadValuesError(OSError):
+    """Weights that no model can have: exit code 1."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is odd about a tensor's values. `bad`: no model can have them."""
+
+    path: str
+    tensor: str
+    what: str
+    bad: bool
+
+
+def check_values(path: Path, report: Report | None = None) -> Iterator[Finding]:
+    """Read every tensor, piece by piece, and tell of NaN, infinity, and tensors whose values are
+    all the same.
+
+    Args:
+        report: told of bytes read, and bytes in all, file by file.
+    """
+    for group in weight_groups(path) if path.is_dir() else [path]:
+        name = group.name if group == path else group.relative_to(path).as_posix()
+        try:
+            source = open_source(group)
+        except RequestError as error:
+            yield Finding(name, "", str(error), True)
+            continue
+        done, total = 0, sum(info.nbytes for info in source.tensors.values())
+        for tensor, info in source.tensors.items():
+            if info.dtype.is_floating_point:
+                try:
+                    finding = _values(source, tensor)
+                except RequestError as error:
+                    finding = str(error), True
+                if finding:
+                    yield Finding(name, tensor, *finding)
+            done += info.nbytes
+            if report is not None:
+                report(done, total)
+
+
+def _values(source: TensorSource, name: str) -> tuple[str, bool] | None:
+    nans = infinities = count = 0
+    least, most = math.inf, -math.inf
+    for piece in pieces(source, name):
+        low, high = extremes(piece)
+        count += len(piece)
+        least, most = min(least, low), max(most, high)
+        if not math.isfinite(high - low):
+            nans, infinities = (
+                nans + int(piece.isnan().sum()),
+                infinities + int(piece.isinf().sum()),
+            )
+    if nans or infinities:
+        told = [
+            f"{number:,} {what}"
+            for number, what in ((nans, "NaN"), (infinities, "infinite"))
+            if number
+        ]
+        return f"{' and '.join(told)} of {count:,} values", True
+    if count > 1 and least == most:
+        return ("all zero" if not most else f"all {most:g}"), False
+    return None

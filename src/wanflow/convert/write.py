@@ -1,0 +1,260 @@
+"""Containers written as a stream: what each tensor will take is known before its values are, so no
+file is ever in memory.
+
+An `Entry` describes a tensor and makes its bytes piece by piece; `write_safetensors`, `write_torch`
+and `write_gguf` (in `write_gguf.py`) put entries into a file. `new_folder` and `new_file` give the
+result its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import secrets
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from wanflow.checkpoint.containers import DTYPES
+from wanflow.config import RequestError
+from wanflow.transforms.ggml import LAYOUTS
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STORAGES = {
+    "F32": "FloatStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+}  # torch's words for what a `.pth` holds here
+ALIGNMENT = 64  # bytes, of a tensor in a torch zip, as torch.save has it
+PART = ".part"  # the end of what is not whole yet
+
+Count = Callable[[int], None]  # told of bytes written
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written.
+
+    kind: a safetensors dtype ("F32", "BF16", "F8_E4M3", ...) or a GGML type ("Q8_0").
+    chunks: gives its bytes in order, as contiguous CPU tensors; called once, and only after those
+        of the entries before it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    chunks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        count = math.prod(self.shape)
+        if self.kind in LAYOUTS:
+            return count // LAYOUTS[self.kind].values * LAYOUTS[self.kind].nbytes
+        return count * DTYPES[self.kind].itemsize
+
+
+def pour(entry: Entry, file: IO[bytes], count: Count) -> None:
+    """Write an entry's bytes where the file stands; what a source gives too much or too little of
+    is an error.
+    """
+    written = 0
+    for chunk in entry.chunks():
+        data = chunk.reshape(-1).view(torch.uint8).numpy().data
+        file.write(data)
+        written += len(data)
+        count(len(data))
+    if written != entry.nbytes:
+        raise RuntimeError(
+            f"{entry.name}: {written:,} bytes came where {entry.nbytes:,} were promised"
+        )
+
+
+def settle(file: IO[bytes]) -> None:
+    """Nothing gets its name before the disk has it: a full one is told of late otherwise."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# safetensors
+
+
+def safetensors_header(
+    entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the data, and where each tensor begins in the file.
+
+    Wider values lie first, as the library itself orders them: readers view the mapped bytes, which
+    takes alignment.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    starts: dict[str, int] = {}
+    place = 0
+    for entry in sorted(entries, key=lambda entry: -DTYPES[entry.kind].itemsize):
+        header[entry.name] = {
+            "dtype": entry.kind,
+            "shape": entry.shape,
+            "data_offsets": [place, place + entry.nbytes],
+        }
+        starts[entry.name], place = place, place + entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, {
+        name: 8 + len(text) + start for name, start in starts.items()
+    }
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], count: Count, metadata: Mapping[str, str] | None = None
+) -> None:
+    """A `.safetensors` file, header first."""
+    header, starts = safetensors_header(entries, metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for entry in entries:
+            file.seek(starts[entry.name])
+            pour(entry, file, count)
+        settle(file)
+
+
+def shards(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
+    """Entries in their order, at most `largest` bytes together; one that is larger stands alone."""
+    groups: list[list[Entry]] = [[]]
+    room = largest
+    for entry in entries:
+        if entry.nbytes > room and groups[-1]:
+            groups.append([])
+            room = largest
+        groups[-1].append(entry)
+        room -= entry.nbytes
+    return groups
+
+
+# torch zips
+
+
+class _Storage:
+    """What stands in the pickle for the bytes of one tensor."""
+
+    def __init__(self, key: int, entry: Entry) -> None:
+        self.key, self.entry = str(key), entry
+
+
+class _Shaped:
+    """A tensor in the pickle: torch's own function puts it together again from its storage."""
+
+    def __init__(self, storage: _Storage) -> None:
+        self.storage = storage
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        shape = self.storage.entry.shape
+        strides = tuple(math.prod(shape[n + 1 :]) for n in range(len(shape)))
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, shape, strides, False, {})
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, _Storage):
+            return None
+        return (
+            "storage",
+            getattr(torch, STORAGES[obj.entry.kind]),
+            obj.key,
+            "cpu",
+            math.prod(obj.entry.shape),
+        )
+
+
+def write_torch(path: Path, entries: Sequence[Entry], count: Count) -> None:
+    """A `.pth` as torch.save writes it of a dict of tensors: what the official code reads its text
+    encoder and VAE from.
+    """
+    stored = [_Storage(key, entry) for key, entry in enumerate(entries)]
+    root = path.name.removesuffix(PART).partition(".")[0]
+    with path.open("wb") as raw:
+        with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open(zipfile.ZipInfo(f"{root}/data.pkl"), "w") as file:
+                _Pickler(file, protocol=2).dump(
+                    {storage.entry.name: _Shaped(storage) for storage in stored}
+                )
+            archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), "little")
+            for storage in stored:
+                entry = zipfile.ZipInfo(f"{root}/data/{storage.key}")
+                entry.file_size = storage.entry.nbytes
+                entry.extra = _padding(
+                    raw.tell() + 30 + len(entry.filename.encode()) + 20
+                )  # 20: the sizes in 64 bits
+                with archive.open(entry, "w", force_zip64=True) as file:
+                    pour(storage.entry, file, count)
+            archive.writestr(zipfile.ZipInfo(f"{root}/version"), "3\n")
+        settle(raw)
+
+
+def _padding(place: int) -> bytes:
+    """An extra field of a zip entry, by which its data, otherwise at `place`, lie aligned; torch
+    calls its own `FB` too.
+    """
+    size = -(place + 4) % ALIGNMENT
+    return struct.pack("<2sH", b"FB", size) + b"Z" * size
+
+
+# names only for what is whole
+
+
+def refuse_full(folder: Path, needed: int) -> None:
+    """RequestError unless the disk of the folder to be has room for so many bytes."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise RequestError(
+            f"{folder} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free"
+        )
+
+
+@contextmanager
+def whole(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A name beside `path` to write a file or folder under; it becomes `path` when the block ends
+    well, and is removed otherwise.
+
+    Raises:
+        RequestError: for what an earlier run left there, without `overwrite`.
+    """
+    part = path.with_name(path.name + PART)
+    if part.exists() and not overwrite:
+        raise RequestError(
+            f"{part} is left of a conversion that was killed, or another one is writing it; remove"
+            " it, or give --overwrite"
+        )
+    _remove(part)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        old = path.with_name(f"{path.name}.{secrets.token_hex(4)}.old")
+        if path.exists():
+            path.rename(old)
+        try:
+            part.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        _remove(old)
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

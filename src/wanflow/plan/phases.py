@@ -1,0 +1,518 @@
+"""The stretches of a run, each traced once: the pipeline's own code with parts whose tensors have
+no memory.
+
+An expert and the text encoder are traced with one block, since blocks are alike: a further block
+adds its weights (which are counted, not traced) and the keys and values that it keeps of the text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from wanflow.checkpoint.load import build, expert_structure, lay_out
+from wanflow.config import CompleteRequest, Lora, Preset, Runtime
+from wanflow.lora.reader import describe_adapter, open_adapter
+from wanflow.models.dit import WanDiT
+from wanflow.models.umt5 import UMT5Encoder
+from wanflow.models.vae import WanVAE
+from wanflow.parallel.groups import Layout, Traffic, imagined, sizes
+from wanflow.parallel.sequence import connect
+from wanflow.parallel.sharding import rows_of, share
+from wanflow.pipeline import FEW_TOKENS, Pipeline
+from wanflow.plan import decoding
+from wanflow.plan.model import FirstBlocks, Model
+from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
+from wanflow.sampling.experts import Expert, experts
+from wanflow.sampling.schedule import make_schedule
+from wanflow.sampling.solvers import SolverState, advance
+from wanflow.transforms.attention import BACKENDS
+from wanflow.transforms.block_streaming import Frame, InLine, Streaming
+from wanflow.transforms.lora import Adapters, Change, Decomposed, LowRank
+from wanflow.transforms.packed import PackedLeaf
+from wanflow.transforms.quant import QuantLinear
+
+# The kernel of the trace: on fake CPU tensors its attention stays one operation, with the
+# log-sum-exp too.
+KERNEL = BACKENDS["sdpa"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of an expert's weights: all of them, those that are streamed when no block is resident,
+    and the largest tensor of them.
+
+    shared: of what is cut into shares with dit_fsdp, whole; share: what one process keeps of that;
+        gathered: of one block, filled up to shares of one size, as it is when all of them are put
+        together.
+    """
+
+    total: int
+    blocks: tuple[int, ...]
+    largest: int
+    shared: int = 0
+    share: int = 0
+    gathered: int = 0
+
+
+@dataclass(frozen=True)
+class FakeLora:
+    """What a plan knows of a LoRA file: how many numbers it holds, its rank, and whether the
+    changed weight is made for each call.
+    """
+
+    lora: Lora
+    numbers: int
+    rank: int
+    through_weight: bool
+
+    def works_on(self, which: Expert) -> bool:
+        return bool(self.lora.resolved(None).strength(which, self.lora.first or 1))
+
+
+def known_lora(lora: Lora) -> FakeLora:
+    """By its header; RequestError for a file that cannot be read."""
+    source = open_adapter(Path(lora.path))
+    told = describe_adapter(source) or {"ranks": [], "kinds": {}}
+    numbers = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
+    return FakeLora(
+        lora,
+        numbers,
+        max(told["ranks"], default=1),
+        any(kind not in ("LoRA", "difference") for kind in told["kinds"]),
+    )
+
+
+@dataclass
+class FakeParts:
+    """Parts for a pipeline whose tensors have no memory."""
+
+    preset: Preset
+    model: Any  # is called as a WanDiT is
+    text_dtype: torch.dtype
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def text(self, prompts: list[str]) -> Tensor:
+        dit = self.preset.dit
+        return torch.empty(len(prompts), dit.text_len, dit.text_dim, dtype=self.text_dtype)
+
+    def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        return wanted
+
+    def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
+        return {}
+
+    def use_loras(self, loras: tuple[Lora, ...]) -> None: ...
+
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> Any:
+        return self.model
+
+    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None: ...
+
+    def vae(self) -> WanVAE:
+        raise AssertionError("a denoising step decodes nothing")
+
+
+class Traces:
+    """All of one model, request, dtype and layout, on one kind of device; what differs between
+    candidates is in the arguments.
+
+    Of several processes the last is traced: what does not divide leaves it the most tokens and the
+    most heads. here: how many of them one machine has.
+    """
+
+    TRACED_BLOCKS = 1  # of an expert; a test traces all and compares
+
+    def __init__(
+        self,
+        model: Model,
+        request: CompleteRequest,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: Layout = Layout(),  # noqa: B008 (it is frozen)
+        here: int = 1,
+    ) -> None:
+        self.model, self.request, self.dtype, self.device = model, request, dtype, device
+        self.layout, self.here = layout, here
+        self.small = model.small(dtype)
+        # As `assemble` has it: the large encoder's activations overflow float16.
+        self.text_dtype = dtype if self.small and dtype != torch.float16 else torch.bfloat16
+        self.schedule = make_schedule(
+            request.sample_solver, request.sample_steps, request.sample_shift
+        )
+        self.working = experts(self.schedule, request.boundary)
+        self.loras = tuple(known_lora(lora) for lora in request.loras)
+        self._done: dict[Any, Any] = {}
+
+    # what the request says
+
+    def guided(self, step: int) -> bool:
+        return self.request.guidance(self.working[step], step + 1) != 1
+
+    def kinds(self, which: Expert) -> dict[bool, list[int]]:
+        """The steps of an expert, by whether they are guided (two branches) or not."""
+        kinds: dict[bool, list[int]] = {}
+        for index, expert in enumerate(self.working):
+            if expert == which:
+                kinds.setdefault(self.guided(index), []).append(index)
+        return kinds
+
+    def batched(self, runtime: Runtime) -> bool:
+        """Whether both branches of guidance go through the model as one batch."""
+        return self.tokens() <= FEW_TOKENS if runtime.cfg_batch is None else runtime.cfg_batch
+
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        vae, (width, height) = self.model.preset.vae, self.request.size
+        frames = (self.request.frame_num - 1) // vae.temporal_stride + 1
+        return 1, vae.z_dim, frames, height // vae.spatial_stride, width // vae.spatial_stride
+
+    def tokens(self) -> int:
+        _, _, frames, rows, columns = self.latent_shape()
+        return frames * rows * columns // 4
+
+    def own_tokens(self) -> int:
+        """Those of a process that has the most."""
+        return max(sizes(self.tokens(), self.layout.sequence))
+
+    # an expert
+
+    def expert(self, which: Expert, runtime: Runtime) -> Weights:
+        """Its weights as they are held, LoRAs aside."""
+        key = ("expert", self._form(which), runtime.quantize, runtime.quantize_layers)
+        if key not in self._done:
+            model = expert_structure(
+                self.model.preset.dit, self.model.source(which), runtime, self.dtype, self.device
+            )
+            sizes = [value.nbytes for value in model.parameters()]
+            blocks = [
+                [value for leaf in block.modules() for value in rows_of(leaf)]
+                for block in model.blocks
+            ]
+            shares = [sum(share(value, self.layout.size) for value in block) for block in blocks]
+            self._done[key] = Weights(
+                sum(sizes),
+                tuple(Frame(block).layout.nbytes for block in model.blocks),
+                max(sizes),
+                sum(value.nbytes for block in blocks for value in block),
+                sum(shares),
+                max(shares) * self.layout.size,
+            )
+        return cast(Weights, self._done[key])
+
+    def lora_bytes(self, which: Expert, runtime: Runtime) -> int:
+        """Live LoRAs lie on the device in the dtype that their leaves compute in."""
+        return (
+            0
+            if runtime.lora == "fused"
+            else sum(
+                lora.numbers * self.dtype.itemsize for lora in self.loras if lora.works_on(which)
+            )
+        )
+
+    def step(
+        self, which: Expert, index: int, runtime: Runtime, streamed: bool, gloo: bool = False
+    ) -> Traced:
+        """One denoising step, with the solver's state, all keys and values of the text, and blocks
+        put together from shares.
+
+        Args:
+            gloo: what the processes speak, on a CPU: it makes a copy of what it gathers.
+        """
+        live = runtime.lora == "live" and tuple(lora for lora in self.loras if lora.works_on(which))
+        settings = (
+            runtime.quantize,
+            runtime.quantize_layers,
+            runtime.chunk_tokens,
+            runtime.cfg_batch,
+        )
+        gathered = self.expert(which, runtime).gathered if runtime.dit_fsdp else 0
+        key = (
+            "step",
+            self._form(which),
+            self.guided(index),
+            min(index, 2),
+            streamed,
+            live,
+            *settings,
+            gathered,
+            gloo,
+        )
+        if key not in self._done:
+            self._done[key] = self._step(
+                which, index, runtime, streamed, live or (), (gathered, gloo)
+            )
+        return cast(Traced, self._done[key])
+
+    def _form(self, which: Expert) -> Any:
+        """Experts of one form are traced once."""
+        source = self.model.source(which)
+        return (
+            None
+            if source is None
+            else tuple(
+                (name, info.packing) for name, info in source.tensors.items() if info.packing
+            )
+        )
+
+    def _step(
+        self,
+        which: Expert,
+        index: int,
+        runtime: Runtime,
+        streamed: bool,
+        loras: tuple[FakeLora, ...],
+        together: tuple[int, bool],
+    ) -> Traced:
+        preset = replace(
+            self.model.preset, dit=replace(self.model.preset.dit, num_layers=self.TRACED_BLOCKS)
+        )
+        # Leaves that unpack weights do so in many small steps: they are traced by themselves
+        # (`_leaves`), once.
+        plain = expert_structure(
+            preset.dit, None, replace(runtime, quantize=""), self.dtype, self.device
+        )
+        with fake() as trace:
+            model: Any = plain
+            materialise(plain, but=set(Frame(next(iter(plain.blocks))).leaves) if streamed else ())
+            if streamed:
+                model = Streaming(
+                    plain, lambda _, views: None, (), torch.device("cpu"), worker=InLine()
+                )
+            if loras:
+                _attach(plain, loras)
+            parts = FakeParts(preset, model, self.text_dtype)
+            team = imagined(self.layout, self.layout.size - 1)
+            connect(plain, team, KERNEL.attend, KERNEL.with_lse)
+            pipe = Pipeline(parts, "cpu", runtime.cfg_batch, team=team)
+            weights = trace.live
+            trace.mark()
+            branches = 2 if self.guided(index) and self.layout.cfg == 1 else 1
+            text = _text_bytes(model.text_states(parts.text([""] * branches)))
+            before = trace.work
+            velocity = pipe.velocity(self.request, self.schedule, index)
+            x = torch.empty(self.latent_shape())
+            past = min(2, index)
+            state = SolverState(
+                index,
+                x,
+                tuple(torch.empty_like(x) for _ in range(past)),
+                torch.empty_like(x) if past else None,
+            )
+            inside = Inside(trace, next(iter(plain.blocks)), team.traffic)
+            if together[0]:
+                hold_gathered(plain, together[0], self.model.preset.dit.num_layers > 1, together[1])
+            trace.mark()
+            advance(self.schedule, state, velocity)
+            beside = trace.peak - weights
+        layers = self.model.preset.dit.num_layers
+        others = layers - self.TRACED_BLOCKS
+        excess, more = self._leaves(which, runtime, inside.calls)
+        work = trace.work + before.scaled(-1) + inside.work.scaled(others) + more.scaled(layers)
+        sent = Counter({what: count for what, count in team.traffic.sent.items() if count})
+        sent.update({what: count * others for what, count in inside.sent.items()})
+        messages = sum(team.traffic.calls.values()) + inside.messages * others
+        return Traced(
+            beside + excess + text // self.TRACED_BLOCKS * others,
+            work,
+            tuple(trace.top()),
+            sent,
+            messages,
+        )
+
+    def _leaves(self, which: Expert, runtime: Runtime, passes: int) -> tuple[int, Work]:
+        """What packed or quantised leaves of a block need beyond plain ones: the most bytes of one,
+        and the work of all in a step.
+
+        The first block stands for all; in GGUF files others may be packed otherwise, which changes
+        the weights' bytes but not these.
+        """
+        if not runtime.quantize and not self._form(which):
+            return 0, Work()
+        source, dit = self.model.source(which), replace(self.model.preset.dit, num_layers=1)
+        forms = [
+            expert_structure(
+                dit, source and FirstBlocks(source, 1), runtime, self.dtype, self.device
+            )
+        ]
+        forms.append(
+            expert_structure(dit, None, replace(runtime, quantize=""), self.dtype, self.device)
+        )
+        ours, plain = (dict(next(iter(model.blocks)).named_modules()) for model in forms)
+        tokens = self.own_tokens()
+        rows = min(runtime.chunk_tokens or tokens, tokens)
+        excess, work, done = 0, Work(), {}
+        for path, leaf in ours.items():
+            if not isinstance(leaf, PackedLeaf | QuantLinear):
+                continue
+            # The text's keys and values are made once a run; they count for memory only.
+            form = (type(leaf), getattr(leaf, "kind", ""), *plain[path].weight.shape)
+            if form not in done:
+                done[form] = [_one_leaf(module, rows) for module in (leaf, plain[path])]
+            (most, its), (least, other) = done[form]
+            excess = max(excess, most - least)
+            if not path.startswith(("cross_attn.k", "cross_attn.v")):
+                work = work + (its + other.scaled(-1)).scaled(passes * -(-tokens // rows))
+        return excess, work
+
+    # the other parts
+
+    def text_encoder(self) -> Weights:
+        """Its weights as they are held."""
+        if "t5" not in self._done:
+            module = cast(UMT5Encoder, self.model.module("t5"))
+            lay_out(
+                module,
+                self.model.source("t5"),
+                lambda name, info: self.text_dtype,
+                self.text_dtype,
+                self.device,
+            )
+            blocks = tuple(
+                sum(value.nbytes for value in block.parameters()) for block in module.blocks
+            )
+            sizes = [value.nbytes for value in module.parameters()]
+            self._done["t5"] = Weights(sum(sizes), blocks, max(sizes))
+        return cast(Weights, self._done["t5"])
+
+    def vae_bytes(self) -> int:
+        return 4 * self.model.parameters["vae"]
+
+    def text(self) -> Traced:
+        """Encoding the prompts, one at a time."""
+        if "text" not in self._done:
+            config, source = self.model.preset.text, self.model.source("t5")
+            layers = 1
+            encoder = build(UMT5Encoder, replace(config, num_layers=layers))
+            lay_out(
+                encoder,
+                source and FirstBlocks(source, layers),
+                lambda name, info: self.text_dtype,
+                self.text_dtype,
+                self.device,
+            )
+            with fake() as trace:
+                materialise(encoder)
+                weights = trace.live
+                ids = torch.zeros(1, self.model.preset.dit.text_len, dtype=torch.long)
+                inside = Inside(trace, next(iter(encoder.blocks)))
+                trace.mark()
+                encoder(ids, torch.ones_like(ids))
+            prompts = 2 if any(self.guided(index) for index in range(len(self.working))) else 1
+            work = (trace.work + inside.work.scaled(config.num_layers - layers)).scaled(prompts)
+            self._done["text"] = Traced(trace.peak - weights, work, tuple(trace.top()))
+        return cast(Traced, self._done["text"])
+
+    def decode(self, tile: int) -> Traced:
+        """The VAE, in float32: until it repeats itself; in strips on several processes."""
+        if ("decode", tile) not in self._done:
+            vae, shape = self.model.preset.vae, self.latent_shape()
+            if self.layout.size > 1:
+                self._done["decode", tile] = decoding.in_strips(vae, shape, self.layout)
+            else:
+                self._done["decode", tile] = (
+                    decoding.tiled(vae, shape, tile) if tile else decoding.whole(vae, shape)
+                )
+        return cast(Traced, self._done["decode", tile])
+
+
+def _one_leaf(leaf: nn.Module, rows: int) -> tuple[int, Work]:
+    """The most that a leaf takes beside its parameters and its input, and its work."""
+    with fake() as trace:
+        materialise(leaf)
+        x = torch.empty(
+            rows, cast(int, leaf.in_features), dtype=cast(torch.dtype, leaf.compute_dtype)
+        )
+        trace.mark()
+        start = trace.live
+        leaf(x)
+        return trace.peak - start, trace.work
+
+
+def hold_gathered(model: WanDiT, nbytes: int, many: bool, gloo: bool) -> None:
+    """Hold in a trace what FSDP holds, which does not itself run on tensors without memory.
+
+    That is the block at work, put together from all processes' shares, and beside it the message in
+    which it came, until the next one has come or the forward is over.
+
+    Args:
+        nbytes: of a block.
+        many: other blocks come before the ones that are traced.
+        gloo: it copies what it gathers.
+    """
+    held: list[Tensor] = []
+
+    def block() -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def enter(*_: Any) -> None:
+        if many and not held:
+            held.append(block())
+        message, copy = block(), block() if gloo else None
+        del copy
+        held[:] = [message]
+        held.append(block())
+
+    def leave(*_: Any) -> None:
+        held.pop()
+
+    for module in model.blocks:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    model.register_forward_hook(lambda *_: held.clear())
+
+
+class Inside:
+    """The work of every call of a module from now on, and what it sends."""
+
+    def __init__(self, trace: Trace, module: nn.Module, traffic: Traffic | None = None) -> None:
+        self.work = before = Work()
+        self.calls = self.messages = 0
+        self.sent = sent_before = Counter[str]()
+        traffic = traffic or Traffic()
+
+        def enter(*_: Any) -> None:
+            nonlocal before, sent_before
+            before, sent_before = trace.work + Work(), Counter(traffic.sent)
+            self.messages -= sum(traffic.calls.values())
+
+        def leave(*_: Any) -> None:
+            self.work = self.work + trace.work + before.scaled(-1)
+            self.sent.update(Counter(traffic.sent) - sent_before)
+            self.messages += sum(traffic.calls.values())
+            self.calls += 1
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+
+def _text_bytes(states: Iterable[tuple[Tensor, Tensor]]) -> int:
+    return sum(value.untyped_storage().nbytes() for pair in states for value in pair)
+
+
+def _attach(model: WanDiT, loras: Iterable[FakeLora]) -> None:
+    """LoRAs of these ranks on every matmul of the blocks."""
+    adapters = Adapters(model)
+    leaves: dict[str, Any] = {
+        name: leaf
+        for name, leaf in model.named_modules()
+        if name.startswith("blocks.") and hasattr(leaf, "in_features")
+    }
+    for number, lora in enumerate(loras):
+        changes: dict[str, Change] = {}
+        for name, leaf in leaves.items():
+            change = LowRank(
+                torch.empty(leaf.out_features, lora.rank), torch.empty(lora.rank, leaf.in_features)
+            )
+            changes[f"{name}.weight"] = (
+                Decomposed(change, torch.empty(leaf.out_features))
+                if lora.through_weight
+                else change
+            )
+        adapters.attach(str(number), changes)
