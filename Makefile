@@ -34,7 +34,7 @@ test-distributed: install  ## every layout on up to 8 processes (make test takes
 	$(BIN)/python -m pytest -m distributed
 
 fuzz: install    ## 2,000 damaged files for every container; make fuzz COUNT=20000
-	WANFLOW_FUZZ=$(COUNT) $(BIN)/python -m pytest tests/test_fuzz.py
+	WANFLOW_FUZZ=$(COUNT) $(BIN)/python -m pytest tests/formats/test_fuzz.py
 
 check: install   ## format, lint, types, tests
 	$(BIN)/ruff format --check .

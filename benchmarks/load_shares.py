@@ -1,12 +1,12 @@
 """What one process of several reads and holds when an expert's weights are shared out
 (`--dit_fsdp`), at full size.
 
-Takes a sparse folder in the official layout (tests/tools/sparse_checkpoint.py writes one; its
+Takes a sparse folder in the official layout (tests/helpers/sparse_checkpoint.py writes one; its
 values are zeros, its sizes are real). The process is one of as many as asked for, by PyTorch's fake
 group: what the others would hold is not there. Anonymous memory (RssAnon) is read every few
 milliseconds, bytes read from /proc/self/io (rchar).
 
-    python tests/tools/sparse_checkpoint.py /tmp/sparse --no-t5
+    python tests/helpers/sparse_checkpoint.py /tmp/sparse --no-t5
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/load_shares.py /tmp/sparse --processes 8
 
 MALLOC_MMAP_THRESHOLD_ has the C library give back what is freed; by default it kept 1.6 GB of freed
@@ -32,9 +32,9 @@ import torch.distributed as dist
 from wanflow.checkpoint.load import build, open_checkpoint
 from wanflow.checkpoint.load import expert_bytes as whole_bytes
 from wanflow.config import Runtime
-from wanflow.loaders.experts import Where, open_expert
-from wanflow.parallel.groups import Layout, form
-from wanflow.parallel.ranks import Ranks
+from wanflow.loaders.experts import Placement, open_expert
+from wanflow.parallel.groups import Layout, make_groups
+from wanflow.parallel.ranks import DistInfo
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     checkpoint = open_checkpoint(args.folder)
     dist.init_process_group("fake", rank=args.rank, world_size=args.processes)
-    team = form(Layout(ulysses=args.processes), Ranks(args.rank, args.processes, CPU))
+    team = make_groups(Layout(ulysses=args.processes), DistInfo(args.rank, args.processes, CPU))
     runtime = Runtime(
         device="cpu",
         dit_fsdp=True,
@@ -93,7 +93,7 @@ def main() -> None:
     import_module("torch.distributed.fsdp")  # whose modules are no weights
 
     peak, read, began = Peak(), number("io", "rchar"), time.monotonic()
-    model = open_expert(checkpoint, "high", Where(dtype, CPU, runtime, team))
+    model = open_expert(checkpoint, "high", Placement(dtype, CPU, runtime, team))
     seconds, read = time.monotonic() - began, number("io", "rchar") - read
     own = sum(
         value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes

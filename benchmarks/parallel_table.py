@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from wanflow.config import Request, Runtime
-from wanflow.parallel.groups import sent, sizes
-from wanflow.plan import Plan, described, published, settle
+from wanflow.parallel.groups import expected_bytes, sizes
+from wanflow.plan import Plan, described, published, solve
 from wanflow.plan.estimate import Estimate, estimate
 from wanflow.plan.gpus import PCIE, rates
 from wanflow.presets import T2V_A14B
@@ -56,7 +56,7 @@ OTHERS = {
 
 def plan_of(size: str, count: int, runtime: Runtime) -> Plan:
     model, request = published(), Request("any", size=size, seed=0).complete(T2V_A14B)
-    return settle(
+    return solve(
         model, request, runtime, described("h200", count, ram=2000, disk=500), processes=count
     )
 
@@ -86,7 +86,7 @@ def row_of(size: str, count: int, name: str, plan: Plan) -> dict[str, Any]:
     # One velocity a step; the rest in each pass.
     told = {
         what: amount * (1 if what == "velocity" else passes)
-        for what, amount in sent(layout, T2V_A14B.dit, tokens, count - 1).items()
+        for what, amount in expected_bytes(layout, T2V_A14B.dit, tokens, count - 1).items()
     }
     heads, shares = sizes(T2V_A14B.dit.num_heads, layout.ulysses), sizes(tokens, layout.sequence)
     return {

@@ -43,9 +43,9 @@ from wanflow.lora.stack import shapes_of
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.parallel import vae_parallel as strips
-from wanflow.parallel.fsdp import share_out
-from wanflow.parallel.groups import Layout, Team, form, imagined
-from wanflow.parallel.ranks import Ranks
+from wanflow.parallel.fsdp import shard_blocks
+from wanflow.parallel.groups import Layout, ParallelContext, make_groups, simulated_groups
+from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect
 from wanflow.parallel.sharding import is_shared
 from wanflow.pipeline import Pipeline, to_frames
@@ -57,7 +57,7 @@ from wanflow.presets import T2V_A14B
 from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.transforms import vae_tiling as tiling
-from wanflow.transforms.block_streaming import Frame, Streaming, spread
+from wanflow.transforms.block_streaming import BlockBuffers, Streaming, evenly_spaced_resident
 from wanflow.transforms.lora import Adapters
 from wanflow.transforms.quant import NF4
 
@@ -337,7 +337,7 @@ def load(module: nn.Module, but: set[str] = set()) -> None:  # noqa: B006
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def denoise(case: Case, folder: Path, peak: Peak, team: Team) -> None:
+def denoise(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None:
     """One step of the middle, where all there is of the solver's state is there; several processes
     make two and count the second.
     """
@@ -345,9 +345,9 @@ def denoise(case: Case, folder: Path, peak: Peak, team: Team) -> None:
     dtype = getattr(torch, case.dtype)
     plain = expert_structure(preset.dit, None, runtime, dtype, "cpu")
     model: Any = plain
-    resident = spread(case.layers, runtime.resident_blocks or 0)
+    resident = evenly_spaced_resident(case.layers, runtime.resident_blocks or 0)
     if len(resident) < case.layers:
-        load(plain, set(Frame(next(iter(plain.blocks))).leaves))
+        load(plain, set(BlockBuffers(next(iter(plain.blocks))).leaves))
 
         def fetch(_: int, views: Any) -> None:
             for name, view in views.items():
@@ -356,7 +356,7 @@ def denoise(case: Case, folder: Path, peak: Peak, team: Team) -> None:
         model = Streaming(plain, fetch, resident, torch.device("cpu"))
     else:
         if runtime.dit_fsdp:
-            share_out(plain, team)
+            shard_blocks(plain, team)
         load(plain)
     connect(plain, team, KERNEL.attend, KERNEL.with_lse)
     if case.rank:
@@ -382,7 +382,7 @@ def denoise(case: Case, folder: Path, peak: Peak, team: Team) -> None:
         advance(schedule, state, velocity)
 
 
-def text(case: Case, folder: Path, peak: Peak, team: Team) -> None:
+def text(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None:
     encoder = build(UMT5Encoder, preset_of(case).text).to(torch.bfloat16)
     load(encoder)
     peak.reset()
@@ -390,7 +390,7 @@ def text(case: Case, folder: Path, peak: Peak, team: Team) -> None:
     encoder(ids, torch.ones_like(ids))
 
 
-def decode(case: Case, folder: Path, peak: Peak, team: Team) -> None:
+def decode(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None:
     vae = build(WanVAE, T2V_A14B.vae)
     load(vae)
     peak.reset()
@@ -430,10 +430,10 @@ def write_lora(case: Case, file: Path) -> None:
     save_file(tensors, file)
 
 
-def joined(layout: Layout, number: int, folder: Path) -> Team:
+def joined(layout: Layout, number: int, folder: Path) -> ParallelContext:
     """This process' team, which meets in the folder."""
     if layout.size == 1:
-        return imagined(layout)
+        return simulated_groups(layout)
     # Where the benchmark's processes meet is no description by torchrun, so `mesh.start` cannot be
     # asked.
     dist.init_process_group(
@@ -442,7 +442,7 @@ def joined(layout: Layout, number: int, folder: Path) -> Team:
         rank=number,
         world_size=layout.size,
     )
-    team = form(layout, Ranks(number, layout.size, torch.device("cpu")))
+    team = make_groups(layout, DistInfo(number, layout.size, torch.device("cpu")))
     team.world.all_gather("first", torch.zeros(1))  # what talking takes at all
     return team
 

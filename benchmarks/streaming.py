@@ -30,7 +30,7 @@ from wanflow.checkpoint.source import OfficialSource, open_part
 from wanflow.config import DiTConfig, Runtime, parse_size
 from wanflow.loaders.experts import block_reader
 from wanflow.models.dit import WanDiT
-from wanflow.transforms.block_streaming import InLine, Streaming, matmul_leaves
+from wanflow.transforms.block_streaming import Streaming, SyncExecutor, matmul_leaves
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def laid_out(config: DiTConfig, source: OfficialSource) -> WanDiT:
     return expert_structure(config, source, Runtime(), torch.bfloat16, CPU)
 
 
-def streamed(config: DiTConfig, source: OfficialSource, worker: InLine | None) -> Streaming:
+def streamed(config: DiTConfig, source: OfficialSource, worker: SyncExecutor | None) -> Streaming:
     model = laid_out(config, source)
     fetch = block_reader(model, source, {})
     names = {
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, object]:
     ways = {
         "resident": resident,
         "streamed": streamed(config, source, None),
-        "in line": streamed(config, source, InLine()),
+        "in line": streamed(config, source, SyncExecutor()),
     }
     width, height = args.size
     generator = torch.Generator().manual_seed(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import processes as processes  # a fixture
+from helpers.processes import processes as processes  # a fixture
 
 import wanflow
 from wanflow.pipeline import Pipeline

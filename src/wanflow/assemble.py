@@ -32,7 +32,7 @@ from wanflow.checkpoint.load import (
 from wanflow.checkpoint.source import Part
 from wanflow.config import QUANTIZATIONS, Lora, RequestError, Runtime
 from wanflow.download.fetch import cached
-from wanflow.loaders.experts import Ahead, Where, open_expert, refuse_packed
+from wanflow.loaders.experts import Placement, Prefetcher, open_expert, refuse_packed
 from wanflow.loaders.prompt_cache import TextCache, text_key
 from wanflow.loaders.text_encoder import StreamedEncoder
 from wanflow.lora import stack as lora_files
@@ -40,8 +40,8 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.parallel.groups import Layout, Team, form, imagined
-from wanflow.parallel.ranks import Ranks
+from wanflow.parallel.groups import Layout, ParallelContext, make_groups, simulated_groups
+from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect
 from wanflow.pipeline import Pipeline
 from wanflow.sampling.experts import Expert
@@ -127,10 +127,10 @@ class LoadedParts:
         checkpoint: Checkpoint,
         runtime: Runtime,
         report: Report | None = None,
-        team: Team | None = None,
+        team: ParallelContext | None = None,
     ) -> None:
         self.checkpoint, self.runtime = checkpoint, runtime
-        self.team = team or imagined(Layout())
+        self.team = team or simulated_groups(Layout())
         self.preset = checkpoint.preset
         self.device = choose_device(runtime.device)
         self.dtype = choose_dtype(runtime.dtype, self.device, checkpoint)
@@ -140,7 +140,7 @@ class LoadedParts:
         self.keep_text = small
         # The large encoder is published in bfloat16, and its activations overflow float16.
         self.text_dtype = self.dtype if small and self.dtype != torch.float16 else torch.bfloat16
-        self.kernel = attention.choose(
+        self.kernel = attention.choose_kernel(
             runtime.attention,
             self.device,
             self.dtype,
@@ -152,7 +152,7 @@ class LoadedParts:
                 " not say the log-sum-exp, which a ring needs; take another, or leave ring_size"
                 " to 1"
             )
-        self.where = Where(self.dtype, self.device, runtime, self.team)
+        self.where = Placement(self.dtype, self.device, runtime, self.team)
         if runtime.quantize:
             refuse_packed(checkpoint, self.where)
         self.report = report
@@ -173,7 +173,7 @@ class LoadedParts:
         self._encoder: UMT5Encoder | None = None
         self._texts = self._text_cache()
         self._experts: dict[Expert, WanDiT | Streaming] = {}
-        self._ahead: Ahead | None = None
+        self._ahead: Prefetcher | None = None
         self._adapters: dict[Expert, Adapters] = {}  # live: what is on each expert in memory
         self._fused: dict[Expert, Wanted] = {}  # fused: what is in each, and how much of it
         self._loras: dict[str, Lora] = {}  # by names that follow their files' content
@@ -296,7 +296,7 @@ class LoadedParts:
         if self._ahead is not None and (self._ahead.which, self._ahead.key) == (which, wanted):
             return
         self._drop_ahead()
-        self._ahead = Ahead(
+        self._ahead = Prefetcher(
             self.checkpoint, which, self.where, self._changes(which, wanted), wanted
         )
 
@@ -452,7 +452,7 @@ def assemble(
     checkpoint: Checkpoint,
     runtime: Runtime,
     report: Report | None = None,
-    ranks: Ranks | None = None,
+    ranks: DistInfo | None = None,
 ) -> Pipeline:
     """The parts in their order; nothing is read before every choice is made and found possible.
 
@@ -464,13 +464,13 @@ def assemble(
         runtime = replace(runtime, device=str(ranks.device))
     _refuse(runtime, checkpoint.preset.dit.num_layers)
     team = (
-        form(layout_of(runtime), ranks)
+        make_groups(layout_of(runtime), ranks)
         if ranks is not None and ranks.size > 1
-        else imagined(Layout())
+        else simulated_groups(Layout())
     )
     refuse_together(runtime, checkpoint.preset.dit.num_layers, team.layout.size)
     parts = LoadedParts(checkpoint, runtime, report, team)
-    for caution in attention.cautions(parts.kernel, runtime.quantize):
+    for caution in attention.warnings_for(parts.kernel, runtime.quantize):
         logger.warning(caution)
     logger.debug("assembled %s", asdict(runtime))
     return Pipeline(parts, runtime.noise_device, runtime.cfg_batch, runtime.vae_tile or 0, team)

@@ -26,7 +26,7 @@ from wanflow.models.dit import TextStates, WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.parallel import cfg
 from wanflow.parallel import vae_parallel as strips
-from wanflow.parallel.groups import Layout, Team, imagined
+from wanflow.parallel.groups import Layout, ParallelContext, simulated_groups
 from wanflow.parallel.sequence import sharded
 from wanflow.presets import with_settings
 from wanflow.sampling.experts import Expert, expert_at, experts
@@ -244,10 +244,10 @@ class Pipeline:
         noise_device: str = "cpu",
         cfg_batch: bool | None = None,
         vae_tile: int = 0,
-        team: Team | None = None,
+        team: ParallelContext | None = None,
     ) -> None:
         self.parts = parts
-        self.team = team or imagined(Layout())  # of one: this process
+        self.team = team or simulated_groups(Layout())  # of one: this process
         self.vae_tile = vae_tile
         self.noise_device = noise_device
         self.cfg_batch = cfg_batch
@@ -404,13 +404,15 @@ class Pipeline:
                     tuple(lora.strength(working[after], after + 1) for lora in loras),
                 )
             if key not in prepared:
-                prepared[key] = model.text_states(cfg.own(team, texts) if scale != 1 else texts[:1])
+                prepared[key] = model.text_states(
+                    cfg.local_branch(team, texts) if scale != 1 else texts[:1]
+                )
             states = prepared[key]
             timestep = torch.tensor([step.timestep], device=x.device)
             if scale == 1:
                 return cast(Tensor, model(x, timestep, states, trunk))
             if team.layout.cfg == 2:
-                return guide(*cfg.both(team, model(x, timestep, states, trunk)), scale)
+                return guide(*cfg.gather_branches(team, model(x, timestep, states, trunk)), scale)
             tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
             if self.cfg_batch if self.cfg_batch is not None else tokens <= FEW_TOKENS:
                 conditional, unconditional = model(

@@ -61,7 +61,7 @@ ASK = "--high, --low, --t5, --vae"
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointFiles:
     """The parts of a model: files, or folders with an index."""
 
     layout: str
@@ -75,7 +75,7 @@ class Found:
     )  # what the folder has itself, also where a part was named by hand
 
 
-def find(folder: Path, given: Mapping[Part, Path]) -> Found:
+def find(folder: Path, given: Mapping[Part, Path]) -> CheckpointFiles:
     """The parts in a folder (or file), those that were named by hand in place of its own.
 
     Raises:
@@ -114,7 +114,7 @@ def find(folder: Path, given: Mapping[Part, Path]) -> Found:
         raise RequestError(
             f"{folder} is incomplete, it lacks {', '.join(missing)}; {_help(folder)}{_flags(parts)}"
         )
-    return Found(
+    return CheckpointFiles(
         found.layout, {part: parts[part] for part in PARTS}, found.sheet, found.shift, found.parts
     )
 
@@ -162,7 +162,7 @@ def _missing(path: Path, folder: Path, given: bool) -> Iterator[str]:
 # the official layout
 
 
-def _official(folder: Path) -> Found:
+def _official(folder: Path) -> CheckpointFiles:
     parts: dict[Part, Path] = {which: folder / name for which, name in FOLDERS.items()}
     files: tuple[tuple[Part, str], ...] = (("t5", T5_STEM), ("vae", VAE_STEM))
     for part, stem in files:
@@ -171,13 +171,13 @@ def _official(folder: Path) -> Found:
     parts["tokenizer"] = next(
         (folder / name for name in TOKENIZERS if (folder / name).exists()), folder / TOKENIZER
     )
-    return Found("official", parts)
+    return CheckpointFiles("official", parts)
 
 
 # Diffusers'
 
 
-def _diffusers(folder: Path) -> Found:
+def _diffusers(folder: Path) -> CheckpointFiles:
     """`transformer` is the high-noise expert, `transformer_2` the low-noise one."""
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
@@ -206,7 +206,7 @@ def _diffusers(folder: Path) -> Found:
         if (scheduler := folder / "scheduler" / "scheduler_config.json").exists()
         else None
     )
-    return Found(
+    return CheckpointFiles(
         "diffusers", parts, sheet, float(shift) if isinstance(shift, int | float) else None
     )
 
@@ -226,7 +226,7 @@ def _said(folder: Path, words: Mapping[str, str]) -> dict[str, Any]:
 # loose files
 
 
-def _loose(folder: Path, given: Mapping[Part, Path]) -> Found:
+def _loose(folder: Path, given: Mapping[Part, Path]) -> CheckpointFiles:
     """Files of any kind, told apart by what is in them."""
     model_type = str(_config(folder).get("model_type"))
     named = {"t2v": "Wan2.1-T2V (one expert)"}.get(model_type) or BY_TYPE.get(model_type)
@@ -260,7 +260,7 @@ def _loose(folder: Path, given: Mapping[Part, Path]) -> Found:
             f"{folder} lacks {', '.join(WORDS[part] for part in lacking)}; what it holds beside:"
             f" {'; '.join(others[:3])}"
         )
-    return Found("files", parts)
+    return CheckpointFiles("files", parts)
 
 
 def weight_groups(folder: Path) -> Iterator[Path]:

@@ -30,7 +30,7 @@ from wanflow.checkpoint.infer_config import (
     text_shapes,
     vae_shapes,
 )
-from wanflow.checkpoint.layouts import Found, config_beside, find
+from wanflow.checkpoint.layouts import CheckpointFiles, config_beside, find
 from wanflow.checkpoint.source import Part, open_part
 from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.config import (
@@ -52,8 +52,8 @@ from wanflow.parallel.sharding import own_rows, place
 from wanflow.presets import T2V_A14B
 from wanflow.sampling.experts import Expert
 from wanflow.transforms.block_streaming import set_chunk
-from wanflow.transforms.packed import PackedLeaf, swap
-from wanflow.transforms.quant import QuantLinear, leaves, swap_quantised
+from wanflow.transforms.packed import PackedLeaf, replace_with_packed
+from wanflow.transforms.quant import QuantLinear, quantizable_layers, swap_quantised
 
 logger = logging.getLogger("wanflow")
 
@@ -167,7 +167,7 @@ def open_checkpoint(folder: Path, given: Mapping[Part, Path] | None = None) -> C
         )
 
 
-def _merged(found: Found, sheet: dict[str, Any]) -> dict[str, Any]:
+def _merged(found: CheckpointFiles, sheet: dict[str, Any]) -> dict[str, Any]:
     """What the layout's own configs say, below what `wanflow.json` says."""
     merged = dict(sheet)
     for section, said in found.sheet.items():
@@ -175,7 +175,7 @@ def _merged(found: Found, sheet: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _notes(found: Found, preset: Preset) -> tuple[str, ...]:
+def _notes(found: CheckpointFiles, preset: Preset) -> tuple[str, ...]:
     if found.shift is None or found.shift == preset.sample_shift:
         return ()
     return (
@@ -224,7 +224,7 @@ def _preset(folder: Path, shapes: Preset, sheet: Mapping[str, Any]) -> Preset:
 
 
 def _expert_config(
-    found: Found, which: Expert, folder: Path, extra: Mapping[str, Any], given: bool
+    found: CheckpointFiles, which: Expert, folder: Path, extra: Mapping[str, Any], given: bool
 ) -> DiTConfig:
     """The shape of an expert: its tensors, the config beside it, and for what both omit the sheet;
     they must agree.
@@ -350,7 +350,7 @@ def lay_out(
     }
     if torch.device(device).type == "mps":  # it has no float8
         packings = {name: kind for name, kind in packings.items() if not kind.startswith("F8")}
-    swap(module, packings, compute)
+    replace_with_packed(module, packings, compute)
     for path, leaf in module.named_modules():
         if isinstance(leaf, PackedLeaf):
             leaf.expect(source.tensors[f"{path}.weight"].scale)
@@ -383,7 +383,7 @@ def load_module(
     for name in names:
         owner, _, key = name.rpartition(".")
         holder = module.get_submodule(owner)
-        for part, value in pieces(
+        for part, value in materialize_param(
             holder, key, name, source, changes or {}, own_rows(holder, key)
         ).items():
             place(holder, part, value, device)
@@ -404,7 +404,7 @@ def weight_names(module: nn.Module) -> list[str]:
     return list(names)
 
 
-def pieces(
+def materialize_param(
     holder: nn.Module,
     key: str,
     name: str,
@@ -452,7 +452,7 @@ def expert_structure(
     if runtime.quantize:
         swap_quantised(
             model,
-            leaves(model, runtime.quantize_layers),
+            quantizable_layers(model, runtime.quantize_layers),
             runtime.quantize,
             dtype,
             torch.device(device),

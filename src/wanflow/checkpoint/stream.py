@@ -29,7 +29,7 @@ VALUES = (
 )  # of a piece: 4 MB in float32; larger ones leave the processor's cache, and are slower
 
 
-def pieces(source: TensorSource, name: str) -> Iterator[Tensor]:
+def stream(source: TensorSource, name: str) -> Iterator[Tensor]:
     """The values of a tensor in order: 1-D, `VALUES` at most, as stored; packed ones unpacked to
     float32.
 

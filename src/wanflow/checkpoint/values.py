@@ -13,7 +13,7 @@ from wanflow.checkpoint.containers import TensorSource
 from wanflow.checkpoint.layouts import weight_groups
 from wanflow.checkpoint.load import Report
 from wanflow.checkpoint.source import open_source
-from wanflow.checkpoint.stream import extremes, pieces
+from wanflow.checkpoint.stream import extremes, stream
 from wanflow.config import RequestError
 
 
@@ -62,7 +62,7 @@ def check_values(path: Path, report: Report | None = None) -> Iterator[Finding]:
 def _values(source: TensorSource, name: str) -> tuple[str, bool] | None:
     nans = infinities = count = 0
     least, most = math.inf, -math.inf
-    for piece in pieces(source, name):
+    for piece in stream(source, name):
         low, high = extremes(piece)
         count += len(piece)
         least, most = min(least, low), max(most, high)

@@ -13,7 +13,7 @@ from typing import NoReturn
 from wanflow.cli import doctor, download, generate, launch, plan, train, weights
 from wanflow.cli.flags import Parser
 from wanflow.config import RequestError
-from wanflow.parallel.watchdog import Watch
+from wanflow.parallel.watchdog import Watchdog
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate.generate,
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
     logging.getLogger("wanflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    watch = Watch(rank=rank)
+    watch = Watchdog(rank=rank)
     try:
         if several:
             watch = _among_others()
@@ -88,16 +88,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _among_others() -> Watch:
+def _among_others() -> Watchdog:
     """The watch of one of several processes, begun: before anything that can fail in one of
     them.
     """
     os.environ.setdefault(
         "TORCH_CPP_LOG_LEVEL", "ERROR"
     )  # torch prints the stack where a store breaks; we say it in words
-    from wanflow.parallel.ranks import meet
+    from wanflow.parallel.ranks import connect_store
 
-    watch = meet()
+    watch = connect_store()
     watch.start()
     return watch
 

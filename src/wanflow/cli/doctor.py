@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from wanflow.cli.flags import Parser
 
 if TYPE_CHECKING:
-    from wanflow.doctor.kernels import Try
+    from wanflow.doctor.kernels import KernelResult
     from wanflow.doctor.report import Report
 
 Line = tuple[str, str]  # a style of rich's ("" for none), and text
@@ -258,7 +258,7 @@ def _table(what: str, report: Report) -> Iterator[Line]:
         yield "", f"{line((*name, *_numbers(one)))}  {', '.join(remarks)}".rstrip()
 
 
-def _numbers(one: Try) -> tuple[str, str, str]:
+def _numbers(one: KernelResult) -> tuple[str, str, str]:
     return (
         "" if one.error is None else f"{one.error:.1e}",
         "" if one.seconds is None else f"{one.seconds * 1e3:.2f}",
@@ -274,7 +274,7 @@ def advice(report: Report, folder: Path) -> list[str]:
     from wanflow.plan import WHERE_ELSE, needed_words
     from wanflow.plan.gpus import this_machine
     from wanflow.plan.model import published
-    from wanflow.plan.solve import settle
+    from wanflow.plan.solve import solve
     from wanflow.presets import T2V_A14B
 
     kernels = report.auto.get("cuda:0", {})
@@ -284,7 +284,7 @@ def advice(report: Report, folder: Path) -> list[str]:
     for size in SIZES:
         request = Request(prompt="-", size=size).complete(T2V_A14B)
         try:
-            plan = settle(published(), request, Runtime(), this_machine(folder))
+            plan = solve(published(), request, Runtime(), this_machine(folder))
         except RequestError as refusal:
             said.append(f"{size}, {request.frame_num} frames: {refusal}")
             continue

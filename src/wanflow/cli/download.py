@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from wanflow.download.fetch import Survey
-    from wanflow.download.hubs import Store
+    from wanflow.download.hubs import Hub
 
 DRAW = 0.1  # seconds between two updates of the bar
 
@@ -74,12 +74,12 @@ def download(args: argparse.Namespace) -> None:
 
     variant = whole_repository(args.repo) if args.repo else find(args.variant)
     folder = args.local_dir or Path(variant.name if args.repo else variant.folder)
-    store: Store
+    store: Hub
     if args.source == "modelscope":
         store = hubs.ModelScope(args.endpoint, args.token, args.revision)
     else:
         endpoint = args.endpoint or os.environ.get("HF_ENDPOINT") or hubs.HUGGINGFACE
-        store = hubs.Hub(
+        store = hubs.HuggingFace(
             endpoint.rstrip("/"), args.token or os.environ.get("HF_TOKEN"), args.revision
         )
     with Bar() as bar:

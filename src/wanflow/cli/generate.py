@@ -31,7 +31,7 @@ from wanflow.presets import with_settings
 if TYPE_CHECKING:
     from wanflow.checkpoint.load import Checkpoint
     from wanflow.checkpoint.source import Part
-    from wanflow.parallel.ranks import Ranks
+    from wanflow.parallel.ranks import DistInfo
     from wanflow.pipeline import Pipeline, Progress, Run
     from wanflow.plan import Plan
     from wanflow.screen import Screen
@@ -94,7 +94,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     from wanflow.assemble import assemble
-    from wanflow.parallel.ranks import agree
+    from wanflow.parallel.ranks import broadcast_from_rank0
 
     _refuse_at_once(args)
     if args.resume:
@@ -111,7 +111,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.save_file is not None and ranks.rank == 0:
         _check_target(args.save_file, args.overwrite)
     checkpoint = _open(args.ckpt_dir, given_parts(args))
-    request, runtime = agree(
+    request, runtime = broadcast_from_rank0(
         ranks, lambda: _decide(args, request, _here(runtime, ranks), checkpoint, screen, ranks.size)
     )
     pipe = assemble(checkpoint, runtime, screen.loading, ranks)
@@ -160,12 +160,14 @@ def _plan(
     processes: int,
 ) -> Plan:
     from wanflow.parallel.ranks import per_machine
-    from wanflow.plan import guard, planned
+    from wanflow.plan import make_plan, plan_or_raise
 
-    return (planned if force else guard)(checkpoint, runtime, request, processes, per_machine())
+    return (make_plan if force else plan_or_raise)(
+        checkpoint, runtime, request, processes, per_machine()
+    )
 
 
-def _join(args: argparse.Namespace, device: str) -> tuple[Ranks, Screen]:
+def _join(args: argparse.Namespace, device: str) -> tuple[DistInfo, Screen]:
     """Join the processes that torchrun or `--gpus` started; alone where there are none. The first
     one shows what goes on.
     """
@@ -174,20 +176,20 @@ def _join(args: argparse.Namespace, device: str) -> tuple[Ranks, Screen]:
     from wanflow.parallel.watchdog import LATER
     from wanflow.screen import Screen
 
-    alone = mesh.place()[1] == 1
-    ranks = mesh.start(choose_device("cpu" if alone else device), args.timeout + LATER)
+    alone = mesh.rank_and_world_size()[1] == 1
+    ranks = mesh.join_group(choose_device("cpu" if alone else device), args.timeout + LATER)
     if ranks.rank > 0:
         logger.setLevel(logging.ERROR)
     return ranks, Screen(ranks.rank == 0)
 
 
-def _here(runtime: Runtime, ranks: Ranks) -> Runtime:
+def _here(runtime: Runtime, ranks: DistInfo) -> Runtime:
     """The same for this process: of several, each has a device of its own."""
     return replace(runtime, device=str(ranks.device)) if ranks.size > 1 else runtime
 
 
 def _resume(args: argparse.Namespace) -> None:
-    from wanflow.parallel.ranks import agree
+    from wanflow.parallel.ranks import broadcast_from_rank0
     from wanflow.pipeline import Run
 
     settled = [f"--{flag}" for flag in SETTLED if getattr(args, flag) is not None]
@@ -197,7 +199,7 @@ def _resume(args: argparse.Namespace) -> None:
             " it out"
         )
     ranks, screen = _join(args, args.device)
-    run = agree(ranks, lambda: Run.load(args.resume))
+    run = broadcast_from_rank0(ranks, lambda: Run.load(args.resume))
     target = args.save_file or _beside(args.resume)
     if ranks.rank == 0:
         _check_target(target, args.overwrite)
@@ -207,10 +209,10 @@ def _resume(args: argparse.Namespace) -> None:
 
 def replay(args: argparse.Namespace) -> None:
     from wanflow.media import read_recipe
-    from wanflow.parallel.ranks import agree
+    from wanflow.parallel.ranks import broadcast_from_rank0
 
     ranks, screen = _join(args, "auto")
-    recipe = agree(ranks, lambda: read_recipe(args.video))
+    recipe = broadcast_from_rank0(ranks, lambda: read_recipe(args.video))
     target = args.save_file or args.video.with_name(f"{args.video.stem}_replay{args.video.suffix}")
     if ranks.rank == 0:
         _check_target(target, args.overwrite)
@@ -234,11 +236,11 @@ def replay(args: argparse.Namespace) -> None:
 
 
 def decode(args: argparse.Namespace) -> None:
-    from wanflow.parallel.ranks import agree
+    from wanflow.parallel.ranks import broadcast_from_rank0
     from wanflow.pipeline import Run
 
     ranks, screen = _join(args, "auto")
-    run = agree(ranks, lambda: Run.load(args.latent))
+    run = broadcast_from_rank0(ranks, lambda: Run.load(args.latent))
     if not run.finished:
         raise RequestError(
             f"{args.latent} stands at step {run.state.index} of {run.request.sample_steps}; finish"
@@ -259,7 +261,7 @@ def _reopen(
     recipe: dict[str, Any],
     args: argparse.Namespace,
     screen: Screen,
-    ranks: Ranks,
+    ranks: DistInfo,
     asked: Runtime | None = None,
     finished: bool = False,
 ) -> Pipeline:
@@ -270,7 +272,7 @@ def _reopen(
     matter, and the plan's.
     """
     from wanflow.assemble import assemble
-    from wanflow.parallel.ranks import agree
+    from wanflow.parallel.ranks import broadcast_from_rank0
 
     asked = asked or Runtime()
     try:
@@ -310,7 +312,7 @@ def _reopen(
         ) from None
     runtime = _possible_here(_here(runtime, ranks), checkpoint := _open(model, given))
     # A latent that is finished can be decoded where a denoising step would not run.
-    runtime = agree(
+    runtime = broadcast_from_rank0(
         ranks,
         lambda: _plan(checkpoint, runtime, request, args.force or finished, ranks.size).runtime,
     )
@@ -324,7 +326,7 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
     by rounding, which is said.
     """
     from wanflow.assemble import choose_device, choose_dtype
-    from wanflow.transforms.attention import choose
+    from wanflow.transforms.attention import choose_kernel
 
     try:
         choose_device(runtime.device)
@@ -333,7 +335,7 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
         runtime = replace(runtime, device="auto", attention="auto")
     device, shape = choose_device(runtime.device), checkpoint.preset.dit
     try:
-        choose(
+        choose_kernel(
             runtime.attention,
             device,
             choose_dtype(runtime.dtype, device, checkpoint),

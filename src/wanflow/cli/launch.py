@@ -117,9 +117,9 @@ def launch(argv: list[str], processes: Processes, command: Sequence[str] = OURSE
         command: what each of them runs.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from wanflow.parallel.ranks import host
+    from wanflow.parallel.ranks import host_store
 
-    store, port = host()
+    store, port = host_store()
     package = str(Path(__file__).parents[2])
     shared = {
         **os.environ,

@@ -57,10 +57,10 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Print the plan; RequestError (exit code 2) where the request cannot run there at all."""
-    from wanflow.plan import describe, published, settle
+    from wanflow.plan import describe, published, solve
     from wanflow.plan.estimate import estimate, rated
     from wanflow.plan.report import document, page
-    from wanflow.plan.starting import completed, refuse
+    from wanflow.plan.starting import completed, raise_if_unfit
 
     if args.figures:
         return _figures(args.json)
@@ -79,7 +79,7 @@ def plan(args: argparse.Namespace) -> None:
     # Described machines have as many processes as GPUs; this one as many as `generate` would start.
     processes = args.num_gpus if machine.described else here
     settled = rated(
-        settle(model, request, runtime, machine, trace_small=True, processes=processes),
+        solve(model, request, runtime, machine, trace_small=True, processes=processes),
         model,
         request,
     )
@@ -90,7 +90,7 @@ def plan(args: argparse.Namespace) -> None:
         for line in page(model, request, settled, time, args.peaks):
             print(line)
     if not args.force:
-        refuse(settled, model)
+        raise_if_unfit(settled, model)
 
 
 def _processes(args: argparse.Namespace) -> int:
@@ -124,7 +124,7 @@ def _machine(args: argparse.Namespace, folder: Path, used: int) -> Machine:
 
 def _figures(as_json: bool) -> None:
     """The document's figures on A100 GPUs of 80 GB."""
-    from wanflow.plan import described, published, settle
+    from wanflow.plan import described, published, solve
     from wanflow.plan.estimate import CLAIMED_GB, CLAIMS, figures
     from wanflow.plan.report import figures_page
 
@@ -136,14 +136,14 @@ def _figures(as_json: bool) -> None:
         machines = {count: described("a100-80gb", count, ram=128) for count in CLAIMS}
         plans = [
             {
-                count: settle(model, request, one, machine, processes=count)
+                count: solve(model, request, one, machine, processes=count)
                 for count, machine in machines.items()
             }
             for request in (guided, without)
         ]
         needs = [
             plan.need
-            for plan in (settle(model, guided, both, machines[1]), plans[0][1])
+            for plan in (solve(model, guided, both, machines[1]), plans[0][1])
             if plan.need is not None
         ]
         tables[size] = figures(*plans)

@@ -179,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _finetune(args: argparse.Namespace) -> None:
     from wanflow.assemble import resolve
-    from wanflow.parallel.ranks import place
+    from wanflow.parallel.ranks import rank_and_world_size
     from wanflow.plan import this_machine
     from wanflow.train.finetune import finetune
     from wanflow.train.memory import refuse
@@ -192,8 +192,8 @@ def _finetune(args: argparse.Namespace) -> None:
     checkpoint = resolve(args.ckpt_dir)
     settings = _settings(args, checkpoint)
     if not args.force:
-        refuse(checkpoint, settings, this_machine(checkpoint.folder), place()[1])
-    speaks = place()[0] == 0
+        refuse(checkpoint, settings, this_machine(checkpoint.folder), rank_and_world_size()[1])
+    speaks = rank_and_world_size()[0] == 0
     finetune(
         checkpoint,
         settings,

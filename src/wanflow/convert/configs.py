@@ -32,7 +32,7 @@ def as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def sheet(preset: Preset, vocabulary: Sequence[str] = ()) -> dict[str, Any] | None:
+def model_card(preset: Preset, vocabulary: Sequence[str] = ()) -> dict[str, Any] | None:
     """What `wanflow.json` has to say of a model; None for the published one, of which everything is
     known.
     """

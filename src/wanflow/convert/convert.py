@@ -18,7 +18,7 @@ from wanflow.checkpoint.load import Report, check, open_checkpoint
 from wanflow.checkpoint.source import Part, is_lora, kinds_in, official, open_part, open_source
 from wanflow.config import RequestError
 from wanflow.convert.targets import KIND_OF, Model, Options, Plan, plan
-from wanflow.convert.write import PART, refuse_full, whole
+from wanflow.convert.write import PART, atomic_path, refuse_full
 
 # What a folder may hold that --overwrite replaces: anything else shows that it is not a model's.
 REPLACEABLE = {*ENDINGS, ".json", ".model", ".md", ".txt", PART, ""}
@@ -115,7 +115,7 @@ def convert(
         if report is not None:
             report(done, made.nbytes)
 
-    with whole(out, wanted.overwrite) as part:
+    with atomic_path(out, wanted.overwrite) as part:
         _write(made, part, count, model.single is not None)
     return out
 

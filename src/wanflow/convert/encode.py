@@ -25,9 +25,9 @@ from wanflow.checkpoint.containers import DTYPES, TensorInfo
 from wanflow.checkpoint.fp8_scales import LARGEST
 from wanflow.checkpoint.key_maps import Dialect, Kind, from_official
 from wanflow.checkpoint.source import OfficialSource
-from wanflow.checkpoint.stream import extremes, finite, pieces
+from wanflow.checkpoint.stream import extremes, finite, stream
 from wanflow.config import RequestError
-from wanflow.convert.write import NAMES, Entry
+from wanflow.convert.write import NAMES, TensorSpec
 from wanflow.convert.write_gguf import BLOCK, KINDS, quantised
 
 FP8 = "F8_E4M3"
@@ -40,7 +40,7 @@ ISLANDS = ("time_embedding.", "head.")  # computed in float32, and small
 
 
 @dataclass(frozen=True)
-class Coding:
+class StorageFormat:
     """How tensors are stored.
 
     quant: what matmul weights become, "F8_E4M3" or a GGML type; None for nothing special.
@@ -53,7 +53,7 @@ class Coding:
     gguf: bool = False
 
 
-def form(kind: Kind, name: str, info: TensorInfo, coding: Coding) -> str:
+def form(kind: Kind, name: str, info: TensorInfo, coding: StorageFormat) -> str:
     """What a tensor, by its official name, is stored as: a dtype of safetensors or a GGML type."""
     stored = NAMES[info.dtype] if info.packing is None else "BF16"
     plain = coding.plain or (stored if stored in KEPT else "F32")
@@ -73,34 +73,38 @@ def form(kind: Kind, name: str, info: TensorInfo, coding: Coding) -> str:
     return coding.quant
 
 
-def entries(kind: Kind, source: OfficialSource, coding: Coding, dialect: Dialect) -> list[Entry]:
+def entries(
+    kind: Kind, source: OfficialSource, coding: StorageFormat, dialect: Dialect
+) -> list[TensorSpec]:
     """All tensors of a part, under a dialect's names, in the order in which they have to be
     written.
     """
     names = from_official(kind, dialect, source.tensors)
-    made: list[Entry] = []
+    made: list[TensorSpec] = []
     for name, info in source.tensors.items():
         stored = form(kind, name, info, coding)
         if stored == FP8:
             made += _scaled(source, name, names[name])
         elif stored in KINDS:
             made.append(
-                Entry(names[name], info.shape, stored, partial(_blocks, source, name, stored))
+                TensorSpec(names[name], info.shape, stored, partial(_blocks, source, name, stored))
             )
         else:
             made.append(
-                Entry(names[name], info.shape, stored, partial(_cast, source, name, DTYPES[stored]))
+                TensorSpec(
+                    names[name], info.shape, stored, partial(_cast, source, name, DTYPES[stored])
+                )
             )
     if coding.quant == FP8 and not coding.gguf and any(entry.kind == FP8 for entry in made):
         made.append(
-            Entry("scaled_fp8", (2,), FP8, lambda: iter([torch.zeros(2, dtype=DTYPES[FP8])]))
+            TensorSpec("scaled_fp8", (2,), FP8, lambda: iter([torch.zeros(2, dtype=DTYPES[FP8])]))
         )
     return made
 
 
-def bytes_entry(name: str, data: bytes) -> Entry:
+def bytes_entry(name: str, data: bytes) -> TensorSpec:
     """A file inside a file."""
-    return Entry(
+    return TensorSpec(
         name,
         (len(data),),
         "U8",
@@ -112,7 +116,7 @@ def bytes_entry(name: str, data: bytes) -> Entry:
 
 
 def _cast(source: OfficialSource, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    for piece in pieces(source, name):
+    for piece in stream(source, name):
         out = piece.to(dtype)
         if not finite(out):
             raise _unfit(source, name, piece, dtype)
@@ -144,14 +148,14 @@ def _checked(source: OfficialSource, name: str) -> Iterator[Tensor]:
     """Pieces as float32, all of them finite; float16 scales of blocks are, too, for any weight
     below half a million.
     """
-    for piece in pieces(source, name):
+    for piece in stream(source, name):
         value = piece.float()
         if not finite(value):
             raise _unfit(source, name, value, torch.float32)
         yield value
 
 
-def _scaled(source: OfficialSource, name: str, new: str) -> list[Entry]:
+def _scaled(source: OfficialSource, name: str, new: str) -> list[TensorSpec]:
     """A weight and its scale, which is known when the weight has been written."""
     scale = torch.ones(())
     path = new.removesuffix(".weight")
@@ -164,17 +168,17 @@ def _scaled(source: OfficialSource, name: str, new: str) -> list[Entry]:
                 yield packed.data
                 return
         largest = 0.0
-        for piece in pieces(source, name):
+        for piece in stream(source, name):
             low, high = extremes(piece)
             if not math.isfinite(high - low):
                 raise _unfit(source, name, piece, torch.float32)
             largest = max(largest, -low, high)
         if largest:
             scale.fill_(max(largest / LARGEST[FP8], torch.finfo(torch.float32).tiny))
-        for piece in pieces(source, name):
+        for piece in stream(source, name):
             yield (piece.float() / scale).clamp_(-LARGEST[FP8], LARGEST[FP8]).to(DTYPES[FP8])
 
     return [
-        Entry(new, source.tensors[name].shape, FP8, weight),
-        Entry(f"{path}.scale_weight", (), "F32", lambda: iter([scale])),
+        TensorSpec(new, source.tensors[name].shape, FP8, weight),
+        TensorSpec(f"{path}.scale_weight", (), "F32", lambda: iter([scale])),
     ]

@@ -17,8 +17,8 @@ from wanflow.checkpoint.source import EMBEDDED, OfficialSource, Part
 from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.config import Preset, RequestError, TextConfig
 from wanflow.convert import configs
-from wanflow.convert.encode import Coding, bytes_entry, entries
-from wanflow.convert.write import Entry, shards, write_safetensors, write_torch
+from wanflow.convert.encode import StorageFormat, bytes_entry, entries
+from wanflow.convert.write import TensorSpec, shards, write_safetensors, write_torch
 from wanflow.convert.write_gguf import KINDS, Note, note_text, package, pieces_in, write_gguf
 from wanflow.presets import T2V_A14B
 
@@ -48,10 +48,10 @@ class Target:
     """A layout and how its tensors are stored; `word` is what its file names say of that."""
 
     layout: Layout
-    coding: Coding
+    coding: StorageFormat
     word: str = ""
 
-    def of(self, kind: Kind, dtype: str | None, alone: bool) -> Coding:
+    def of(self, kind: Kind, dtype: str | None, alone: bool) -> StorageFormat:
         """The coding of one part.
 
         Args:
@@ -62,7 +62,7 @@ class Target:
             kind == "vae"
         ):  # beside quantised weights it stays as it is: half a gigabyte, and rounding it shows
             small = self.coding.quant is not None or self.coding.gguf
-            return Coding(plain=dtype or (None if small else self.coding.plain))
+            return StorageFormat(plain=dtype or (None if small else self.coding.plain))
         coding = replace(self.coding, plain=dtype or self.coding.plain)
         if kind == "t5" and coding.quant in KINDS and not alone:
             return replace(coding, quant="Q8_0")  # it runs once a prompt, and decides what is drawn
@@ -70,14 +70,17 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
-    "official": Target("official", Coding()),
-    "diffusers": Target("diffusers", Coding()),
-    "bf16": Target("comfy", Coding(plain="BF16"), "bf16"),
-    "fp16": Target("comfy", Coding(plain="F16"), "fp16"),
-    "fp8": Target("comfy", Coding("F8_E4M3", "BF16"), "fp8_scaled"),
-    **{f"gguf-{kind.lower()}": Target("gguf", Coding(kind, "F16", True), kind) for kind in KINDS},
-    "gguf-f16": Target("gguf", Coding(None, "F16", True), "F16"),
-    "gguf-bf16": Target("gguf", Coding(None, "BF16", True), "BF16"),
+    "official": Target("official", StorageFormat()),
+    "diffusers": Target("diffusers", StorageFormat()),
+    "bf16": Target("comfy", StorageFormat(plain="BF16"), "bf16"),
+    "fp16": Target("comfy", StorageFormat(plain="F16"), "fp16"),
+    "fp8": Target("comfy", StorageFormat("F8_E4M3", "BF16"), "fp8_scaled"),
+    **{
+        f"gguf-{kind.lower()}": Target("gguf", StorageFormat(kind, "F16", True), kind)
+        for kind in KINDS
+    },
+    "gguf-f16": Target("gguf", StorageFormat(None, "F16", True), "F16"),
+    "gguf-bf16": Target("gguf", StorageFormat(None, "BF16", True), "BF16"),
 }
 WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -102,7 +105,7 @@ class Options:
     def target(self) -> Target:
         return TARGETS[self.to]
 
-    def coding(self, kind: Kind, alone: bool = False) -> Coding:
+    def coding(self, kind: Kind, alone: bool = False) -> StorageFormat:
         return self.target.of(kind, WORDS[self.dtype] if self.dtype else None, alone)
 
 
@@ -163,7 +166,7 @@ class Output:
     """A file of tensors, by its path in the folder to be."""
 
     path: str
-    entries: list[Entry]
+    entries: list[TensorSpec]
     note: Note | None = None  # of a GGUF file's header
     arch: str = ""
     kind: str = ""
@@ -226,7 +229,7 @@ def plan(model: Model, wanted: Options, name: str) -> Plan:
         files |= _diffusers_files(model, wanted, tokens)
     else:
         files |= {f"google/umt5-xxl/{file}": data for file, data in tokens.items()}
-    sheet = configs.sheet(model.preset, model.vocabulary)
+    sheet = configs.model_card(model.preset, model.vocabulary)
     if sheet is not None:
         files[SHEET] = configs.as_json(sheet)
     return Plan(outputs, files, _notes(parts, wanted, tokens))
@@ -241,7 +244,11 @@ def _notes(
         notes.append(
             "the text encoder becomes Q8_0: it runs once a prompt, and decides what is drawn"
         )
-    if "vae" in parts and wanted.target.coding != Coding() and wanted.coding("vae").plain is None:
+    if (
+        "vae" in parts
+        and wanted.target.coding != StorageFormat()
+        and wanted.coding("vae").plain is None
+    ):
         notes.append("the VAE stays as it is: it is small, and rounding it shows")
     if (
         "t5" in parts
@@ -286,7 +293,7 @@ def _plan_part(model: Model, wanted: Options, name: str) -> Plan:
 
 
 def _arrange(
-    part: Part, tensors: list[Entry], wanted: Options
+    part: Part, tensors: list[TensorSpec], wanted: Options
 ) -> tuple[list[Output], dict[str, bytes]]:
     """The files of one part in the official or Diffusers' layout, and an index where there are
     several.
@@ -343,7 +350,11 @@ def _diffusers_files(
 
 
 def _single(
-    part: Part, tensors: list[Entry], model: Model, wanted: Options, tokens: Mapping[str, bytes]
+    part: Part,
+    tensors: list[TensorSpec],
+    model: Model,
+    wanted: Options,
+    tokens: Mapping[str, bytes],
 ) -> Output:
     """One part as one file, where and as ComfyUI's users and GGUF's look for it."""
     preset, word = model.preset, wanted.target.word

@@ -42,7 +42,7 @@ Count = Callable[[int], None]  # told of bytes written
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """A tensor to be written.
 
     kind: a safetensors dtype ("F32", "BF16", "F8_E4M3", ...) or a GGML type ("Q8_0").
@@ -63,7 +63,7 @@ class Entry:
         return count * DTYPES[self.kind].itemsize
 
 
-def pour(entry: Entry, file: IO[bytes], count: Count) -> None:
+def write_tensor(entry: TensorSpec, file: IO[bytes], count: Count) -> None:
     """Write an entry's bytes where the file stands; what a source gives too much or too little of
     is an error.
     """
@@ -79,7 +79,7 @@ def pour(entry: Entry, file: IO[bytes], count: Count) -> None:
         )
 
 
-def settle(file: IO[bytes]) -> None:
+def fsync(file: IO[bytes]) -> None:
     """Nothing gets its name before the disk has it: a full one is told of late otherwise."""
     file.flush()
     os.fsync(file.fileno())
@@ -89,7 +89,7 @@ def settle(file: IO[bytes]) -> None:
 
 
 def safetensors_header(
-    entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+    entries: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
     """The bytes before the data, and where each tensor begins in the file.
 
@@ -114,7 +114,10 @@ def safetensors_header(
 
 
 def write_safetensors(
-    path: Path, entries: Sequence[Entry], count: Count, metadata: Mapping[str, str] | None = None
+    path: Path,
+    entries: Sequence[TensorSpec],
+    count: Count,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """A `.safetensors` file, header first."""
     header, starts = safetensors_header(entries, metadata)
@@ -122,13 +125,13 @@ def write_safetensors(
         file.write(header)
         for entry in entries:
             file.seek(starts[entry.name])
-            pour(entry, file, count)
-        settle(file)
+            write_tensor(entry, file, count)
+        fsync(file)
 
 
-def shards(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
+def shards(entries: Sequence[TensorSpec], largest: int) -> list[list[TensorSpec]]:
     """Entries in their order, at most `largest` bytes together; one that is larger stands alone."""
-    groups: list[list[Entry]] = [[]]
+    groups: list[list[TensorSpec]] = [[]]
     room = largest
     for entry in entries:
         if entry.nbytes > room and groups[-1]:
@@ -145,7 +148,7 @@ def shards(entries: Sequence[Entry], largest: int) -> list[list[Entry]]:
 class _Storage:
     """What stands in the pickle for the bytes of one tensor."""
 
-    def __init__(self, key: int, entry: Entry) -> None:
+    def __init__(self, key: int, entry: TensorSpec) -> None:
         self.key, self.entry = str(key), entry
 
 
@@ -174,7 +177,7 @@ class _Pickler(pickle.Pickler):
         )
 
 
-def write_torch(path: Path, entries: Sequence[Entry], count: Count) -> None:
+def write_torch(path: Path, entries: Sequence[TensorSpec], count: Count) -> None:
     """A `.pth` as torch.save writes it of a dict of tensors: what the official code reads its text
     encoder and VAE from.
     """
@@ -194,9 +197,9 @@ def write_torch(path: Path, entries: Sequence[Entry], count: Count) -> None:
                     raw.tell() + 30 + len(entry.filename.encode()) + 20
                 )  # 20: the sizes in 64 bits
                 with archive.open(entry, "w", force_zip64=True) as file:
-                    pour(storage.entry, file, count)
+                    write_tensor(storage.entry, file, count)
             archive.writestr(zipfile.ZipInfo(f"{root}/version"), "3\n")
-        settle(raw)
+        fsync(raw)
 
 
 def _padding(place: int) -> bytes:
@@ -221,7 +224,7 @@ def refuse_full(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def whole(path: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
     """A name beside `path` to write a file or folder under; it becomes `path` when the block ends
     well, and is removed otherwise.
 

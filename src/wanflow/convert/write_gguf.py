@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wanflow.config import RequestError, TextConfig
-from wanflow.convert.write import Count, Entry, pour, settle
+from wanflow.convert.write import Count, TensorSpec, fsync, write_tensor
 
 KINDS = (
     "Q8_0",
@@ -76,7 +76,7 @@ def quantised(kind: str, values: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def write_gguf(
-    path: Path, entries: Sequence[Entry], count: Count, arch: str, kind: str, note: Note
+    path: Path, entries: Sequence[TensorSpec], count: Count, arch: str, kind: str, note: Note
 ) -> None:
     """A GGUF file, header first.
 
@@ -117,9 +117,9 @@ def write_gguf(
         begin = writer.ggml_pad(file.seek(0, 2), writer.data_alignment)
         for entry in entries:
             file.seek(begin + starts[entry.name])
-            pour(entry, file, count)
+            write_tensor(entry, file, count)
         file.truncate(begin + place)  # readers want the last tensor padded too
-        settle(file)
+        fsync(file)
 
 
 # the text encoder

@@ -29,7 +29,7 @@ WORKS = 0.15
 
 
 @dataclass(frozen=True)
-class Try:
+class KernelResult:
     """One way to compute, tried.
 
     why: why it does not work, "" if it does. error: the largest against float64, relative to the
@@ -48,7 +48,7 @@ class Try:
     lse: str | None = None
 
 
-def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[Try]:
+def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[KernelResult]:
     """Every kernel that is made for this kind of device, in each dtype."""
     heads, tokens, _ = SIZES[device.type]
     work = 4 * tokens * tokens * heads * HEAD_DIM
@@ -56,13 +56,13 @@ def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[T
         say(f"attention on {device} in {word(dtype)}")
         for backend in attention.BACKENDS.values():
             if device.type in backend.devices:
-                tried = attention.attempt(
+                tried = attention.benchmark(
                     backend, device, dtype, HEAD_DIM, (heads, tokens, tokens), repeats=2
                 )
                 seconds = _number(tried.seconds)
                 speed = work / seconds / 1e12 if seconds else None
                 lse = None if tried.why else tried.lse_why
-                yield Try(
+                yield KernelResult(
                     "attention",
                     str(device),
                     word(dtype),
@@ -126,7 +126,7 @@ MATMULS: dict[tuple[str, str], Way] = {
 }
 
 
-def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Try]:
+def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[KernelResult]:
     """The ways to multiply by weights, errors against the product of unrounded numbers."""
     say(f"matrix products on {device}")
     n = SIZES[device.type][2]
@@ -148,14 +148,14 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Try]
                 attention.wait(device)
                 times.append(time.perf_counter() - start)
         except Exception as problem:  # as with attention: each device has its own way to fail
-            yield Try("matmul", str(device), dtype, way, attention.words(problem))
+            yield KernelResult("matmul", str(device), dtype, way, attention.words(problem))
             continue
         why = (
             ""
             if error <= WORKS
             else f"it gives wrong numbers, {error:.2g} of the largest value away"
         )
-        yield Try(
+        yield KernelResult(
             "matmul",
             str(device),
             dtype,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from wanflow.doctor.environment import REQUIRED, Disk, disk, encoder, look_at_packages
-from wanflow.doctor.kernels import DTYPES, Try, try_attention, try_matmul, word
+from wanflow.doctor.kernels import DTYPES, KernelResult, try_attention, try_matmul, word
 from wanflow.doctor.machine import Device, System, devices, system
 from wanflow.transforms import attention
 
@@ -32,7 +32,7 @@ class Problem:
 class Report:
     system: System
     devices: tuple[Device, ...]
-    tries: tuple[Try, ...]
+    tries: tuple[KernelResult, ...]
     auto: dict[str, dict[str, str]]  # {device: {dtype: the attention kernel that `auto` takes}}
     disk: Disk
     encoder: str  # why no video can be written, "" if it can
@@ -60,7 +60,7 @@ def examine(
     """
     say("the machine")
     here, found, trouble = system(), *devices()
-    tries: list[Try] = []
+    tries: list[KernelResult] = []
     models: set[str] = set()
     for device in found:
         if (
@@ -78,7 +78,7 @@ def examine(
     return replace(report, problems=tuple(problems(report, broken, hidden, trouble)))
 
 
-def _auto(found: Sequence[Device], tries: Sequence[Try]) -> dict[str, dict[str, str]]:
+def _auto(found: Sequence[Device], tries: Sequence[KernelResult]) -> dict[str, dict[str, str]]:
     chosen: dict[str, dict[str, str]] = {}
     for device in found:
         works = {

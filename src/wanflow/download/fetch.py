@@ -25,12 +25,12 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from wanflow.config import RequestError
 from wanflow.download import catalogue
 from wanflow.download.catalogue import LEDGER, Part, Variant
-from wanflow.download.hubs import Hub, OfflineError, Store
+from wanflow.download.hubs import Hub, HuggingFace, OfflineError
 from wanflow.download.transfer import (
     DamagedError,
     DownloadError,
     Hasher,
-    Remote,
+    RemoteFile,
     Say,
     StoppedError,
     hash_file,
@@ -49,14 +49,14 @@ class Survey:
     """What a folder has of what it should have."""
 
     folder: Path
-    files: list[Remote]
+    files: list[RemoteFile]
     good: list[str] = field(default_factory=list)  # hashed, now or earlier, and right
     unsure: list[str] = field(default_factory=list)  # of the right size, not hashed by a dry run
     damaged: list[str] = field(default_factory=list)  # there, with another content
     arrived: int = 0  # bytes of parts that a download goes on from
 
     @property
-    def missing(self) -> list[Remote]:
+    def missing(self) -> list[RemoteFile]:
         """The files that have to come."""
         return [file for file in self.files if file.name not in {*self.good, *self.unsure}]
 
@@ -74,7 +74,7 @@ class Survey:
 def download(
     variant: str | Variant,
     folder: str | Path,
-    store: Store | None = None,
+    store: Hub | None = None,
     *,
     only: Sequence[str] = (),
     workers: int = 4,
@@ -111,7 +111,7 @@ def download(
         raise RequestError(f"{workers} files at a time fetch nothing; give --workers 1 or more")
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; give a folder with --local_dir")
-    store, ledger = store or Hub(), Ledger(folder)
+    store, ledger = store or HuggingFace(), Ledger(folder)
     try:
         files = store.listing(variant, parts)
     except OfflineError as error:
@@ -138,9 +138,7 @@ def download(
     return found
 
 
-def _bring(
-    found: Survey, store: Store, ledger: Ledger, workers: int, say: Say, watch: Watch
-) -> None:
+def _bring(found: Survey, store: Hub, ledger: Ledger, workers: int, say: Say, watch: Watch) -> None:
     """Fetch what is missing; two at the same time into one folder would spoil each other's
     parts.
     """
@@ -155,7 +153,7 @@ def _bring(
     try:
         moved = _Counter(found.total - found.needed, found.total, watch)
 
-        def bring(remote: Remote, stop: Event) -> None:
+        def bring(remote: RemoteFile, stop: Event) -> None:
             ledger.add(remote, store.bring(remote, found.folder, stop, moved, say))
 
         # The largest first: the last to end should not be one that has only begun.
@@ -195,7 +193,7 @@ class Ledger:
             else None
         )
 
-    def add(self, remote: Remote, sha256: str) -> None:
+    def add(self, remote: RemoteFile, sha256: str) -> None:
         stat = (self.folder / remote.name).stat()
         with self._lock:
             self.entries[remote.name] = {
@@ -213,7 +211,7 @@ class Ledger:
 
 
 def _survey(
-    files: list[Remote],
+    files: list[RemoteFile],
     folder: Path,
     ledger: Ledger,
     workers: int,
@@ -242,7 +240,7 @@ def _survey(
             found.unsure.append(remote.name)
     moved = _Counter(0, sum(remote.size for remote in doubtful), watch)
 
-    def check(remote: Remote, stop: Event) -> None:
+    def check(remote: RemoteFile, stop: Event) -> None:
         hasher = Hasher(remote)
         with (folder / remote.name).open("rb") as file:
             hash_file(file, hasher, stop, moved)
@@ -281,7 +279,7 @@ def _verify_offline(
         size = int(entry["size"]) if entry else (folder / name).stat().st_size
         sha256 = str(entry["sha256"]) if entry else catalogue.known_sha256(name)
         if sha256:
-            files.append(Remote(name, name, str(entry and entry.get("from")), size, sha256))
+            files.append(RemoteFile(name, name, str(entry and entry.get("from")), size, sha256))
         else:
             unknown.append(name)
     if not files:
@@ -307,7 +305,7 @@ def _verify_offline(
     return found
 
 
-def _refuse_outside(folder: Path, remote: Remote) -> None:
+def _refuse_outside(folder: Path, remote: RemoteFile) -> None:
     """RequestError when a link inside the folder would carry a file out of it."""
     home = folder.resolve()
     if not (home / remote.name).parent.resolve().is_relative_to(home):

@@ -38,7 +38,7 @@ from wanflow.download.transfer import (
     DownloadError,
     Hasher,
     Moved,
-    Remote,
+    RemoteFile,
     Say,
     fetch,
     hash_file,
@@ -55,20 +55,20 @@ class OfflineError(RequestError):
     """The hub cannot be reached."""
 
 
-class Store(Protocol):
+class Hub(Protocol):
     """A place that has files: Hugging Face or one of its mirrors, or ModelScope."""
 
-    def listing(self, variant: Variant, parts: Sequence[Part]) -> list[Remote]:
+    def listing(self, variant: Variant, parts: Sequence[Part]) -> list[RemoteFile]:
         """Every file of these parts, at one commit; RequestError when the store does not have
         them.
         """
 
-    def bring(self, remote: Remote, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
+    def bring(self, remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
         """Put one file into the folder under its name; its sha256."""
 
 
 @dataclass(frozen=True)
-class Hub:
+class HuggingFace:
     """Hugging Face, or what speaks its API."""
 
     endpoint: str = HUGGINGFACE
@@ -82,7 +82,7 @@ class Hub:
         """
         return self.token or (None if self.endpoint == HUGGINGFACE else False)
 
-    def listing(self, variant: Variant, parts: Sequence[Part]) -> list[Remote]:
+    def listing(self, variant: Variant, parts: Sequence[Part]) -> list[RemoteFile]:
         if (
             urlsplit(self.endpoint).scheme not in ("http", "https")
             or not urlsplit(self.endpoint).netloc
@@ -101,18 +101,18 @@ class Hub:
             main = repo == variant.parts[0].repo
             trees[repo] = self._tree(repo, (self.revision or variant.revision) if main else None)
 
-        def remote(part: Part, name: str, path: str) -> Remote:
+        def remote(part: Part, name: str, path: str) -> RemoteFile:
             commit, tree = trees[part.repo]
             entry = tree[path]
             url = hf_hub_url(part.repo, path, revision=commit, endpoint=self.endpoint)
             sha256 = entry.lfs.sha256 if entry.lfs else None
-            return Remote(
+            return RemoteFile(
                 name, path, f"{part.repo}@{commit}", entry.size, sha256, entry.blob_id, url, headers
             )
 
         return _select(parts, {repo: list(tree) for repo, (_, tree) in trees.items()}, remote)
 
-    def bring(self, remote: Remote, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
+    def bring(self, remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
         return fetch(remote, folder, stop, moved, say)
 
     def _tree(self, repo: str, revision: str | None) -> tuple[str, dict[str, RepoFile]]:
@@ -188,7 +188,7 @@ class ModelScope:
                 "--source modelscope needs ModelScope's package: pip install -U modelscope"
             ) from None
 
-    def listing(self, variant: Variant, parts: Sequence[Part]) -> list[Remote]:
+    def listing(self, variant: Variant, parts: Sequence[Part]) -> list[RemoteFile]:
         if "modelscope" not in variant.sources:
             raise RequestError(
                 f"{variant.name} is not offered from ModelScope; --list says what is"
@@ -200,11 +200,11 @@ class ModelScope:
                 entries = api.list_repo_files(repo, "model", revision=revision, recursive=True)
             trees[repo] = {entry.path: entry for entry in entries if not entry.is_dir}
 
-        def remote(part: Part, name: str, path: str) -> Remote:
+        def remote(part: Part, name: str, path: str) -> RemoteFile:
             if name != path:
                 raise RequestError(f"{variant.name} is not offered from ModelScope")
             entry = trees[part.repo][path]
-            return Remote(
+            return RemoteFile(
                 name,
                 path,
                 f"{part.repo}@{revision}",
@@ -214,7 +214,7 @@ class ModelScope:
 
         return _select(parts, {repo: list(tree) for repo, tree in trees.items()}, remote)
 
-    def bring(self, remote: Remote, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
+    def bring(self, remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
         repo, _, revision = remote.origin.partition("@")
         wanted = {"local_dir": folder, "expected_sha256": remote.sha256, "file_size": remote.size}
         with _modelscope_errors(repo):
@@ -247,12 +247,14 @@ def _modelscope_errors(repo: str) -> Iterator[None]:
 
 
 def _select(
-    parts: Sequence[Part], paths: dict[str, list[str]], remote: Callable[[Part, str, str], Remote]
-) -> list[Remote]:
+    parts: Sequence[Part],
+    paths: dict[str, list[str]],
+    remote: Callable[[Part, str, str], RemoteFile],
+) -> list[RemoteFile]:
     """The files that the parts name, each once; RequestError for a part without files, or a name
     that leads out of a folder.
     """
-    files: dict[str, Remote] = {}
+    files: dict[str, RemoteFile] = {}
     for part in parts:
         found = {name: path for path in paths[part.repo] if (name := part.local(path)) is not None}
         if not found and not part.optional:

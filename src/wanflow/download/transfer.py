@@ -60,7 +60,7 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file as the hub describes it, and the name it gets here."""
 
     name: str  # relative to the folder, with slashes
@@ -81,7 +81,7 @@ class Remote:
 class Hasher:
     """The sha256 of a stream, and git's hash of it where the hub tells nothing else."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: RemoteFile) -> None:
         self.remote, self._sha256 = remote, hashlib.sha256()
         self._blob = (
             None
@@ -148,7 +148,7 @@ def refusal(status: int, origin: str, url: str) -> RequestError:
     return RequestError(f"{page} was refused ({status}): {url}")
 
 
-def fetch(remote: Remote, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
+def fetch(remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
     """Bring a file under its name, whole and verified; its sha256.
 
     Raises:
@@ -200,7 +200,7 @@ def _settle(folder: Path) -> None:
             os.close(handle)
 
 
-def _fill(remote: Remote, out: IO[bytes], stop: Event, moved: Moved, say: Say) -> Hasher:
+def _fill(remote: RemoteFile, out: IO[bytes], stop: Event, moved: Moved, say: Say) -> Hasher:
     """Append to a part until it has the file's size, in as many requests as it takes."""
     stream = _Stream(remote, out, moved)
     out.seek(0)
@@ -232,7 +232,7 @@ def _fill(remote: Remote, out: IO[bytes], stop: Event, moved: Moved, say: Say) -
 class _Stream:
     """The part being filled, and the hash of what is in it."""
 
-    def __init__(self, remote: Remote, out: IO[bytes], moved: Moved) -> None:
+    def __init__(self, remote: RemoteFile, out: IO[bytes], moved: Moved) -> None:
         self.remote, self.out, self.moved, self.hasher = remote, out, moved, Hasher(remote)
 
     def restart(self) -> None:

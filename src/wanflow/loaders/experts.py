@@ -20,27 +20,33 @@ from wanflow.checkpoint.load import (
     expert_structure,
     load_expert,
     load_module,
-    pieces,
+    materialize_param,
 )
 from wanflow.checkpoint.source import open_part
 from wanflow.config import RequestError, Runtime
 from wanflow.models.dit import WanDiT
-from wanflow.parallel.groups import Team
+from wanflow.parallel.groups import ParallelContext
 from wanflow.sampling.experts import Expert
-from wanflow.transforms.block_streaming import Fetch, Streaming, matmul_leaves, read_homes, spread
+from wanflow.transforms.block_streaming import (
+    BlockReader,
+    Streaming,
+    evenly_spaced_resident,
+    load_to_host,
+    matmul_leaves,
+)
 from wanflow.transforms.quant import QuantLinear
 
 Changes = Mapping[str, Change]
 
 
 @dataclass(frozen=True)
-class Where:
+class Placement:
     """What decides where and how an expert is placed."""
 
     dtype: torch.dtype
     device: torch.device
     runtime: Runtime
-    team: Team | None = None
+    team: ParallelContext | None = None
 
     @property
     def shared_out(self) -> bool:
@@ -50,7 +56,7 @@ class Where:
     def resident(self, layers: int) -> set[int]:
         """The blocks that stay on the device."""
         wanted = self.runtime.resident_blocks
-        return spread(layers, layers if wanted is None else wanted)
+        return evenly_spaced_resident(layers, layers if wanted is None else wanted)
 
     def from_ram(self) -> bool:
         """Whether streamed blocks wait in RAM: by itself on a GPU; what works on the CPU would only
@@ -61,7 +67,7 @@ class Where:
         ) == "ram"
 
 
-def refuse_packed(checkpoint: Checkpoint, where: Where) -> None:
+def refuse_packed(checkpoint: Checkpoint, where: Placement) -> None:
     """RequestError where an expert has nothing that could be quantised: what is packed in its file
     stays as it is.
     """
@@ -77,18 +83,18 @@ def refuse_packed(checkpoint: Checkpoint, where: Where) -> None:
 
 
 @dataclass
-class OnHost:
+class HostExpert:
     """An expert in RAM: its blocks' matmul weights in `homes`, the rest in the model."""
 
     model: WanDiT
-    fetch: Fetch
+    fetch: BlockReader
     homes: dict[int, Tensor]
 
 
 def open_expert(
     checkpoint: Checkpoint,
     which: Expert,
-    where: Where,
+    where: Placement,
     report: Report | None = None,
     changes: Changes | None = None,
 ) -> WanDiT | Streaming:
@@ -96,13 +102,13 @@ def open_expert(
     process'.
     """
     if where.shared_out and where.team is not None:
-        from wanflow.parallel.fsdp import share_out
+        from wanflow.parallel.fsdp import shard_blocks
 
         source = open_part("dit", checkpoint.experts[which])
         model = expert_structure(
             checkpoint.preset.dit, source, where.runtime, where.dtype, where.device, changes or {}
         )
-        share_out(model, where.team)
+        shard_blocks(model, where.team)
         load_module(model, source, where.device, report, changes)
         return model
     resident = where.resident(checkpoint.preset.dit.num_layers)
@@ -113,7 +119,7 @@ def open_expert(
     model, fetch, total = _rest(checkpoint, which, where, where.device, changes or {})
     tell = _blocks_told(report, total, len(list(model.blocks)))
     homes = (
-        read_homes(model, fetch, where.device.type == "cuda", tell, skip=resident)
+        load_to_host(model, fetch, where.device.type == "cuda", tell, skip=resident)
         if where.from_ram()
         else None
     )
@@ -125,16 +131,18 @@ def open_expert(
 def read_expert(
     checkpoint: Checkpoint,
     which: Expert,
-    where: Where,
+    where: Placement,
     changes: Changes | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> OnHost:
+) -> HostExpert:
     """Read an expert into RAM, in its final form; `place` brings it to where it works."""
     model, fetch, _ = _rest(checkpoint, which, where, torch.device("cpu"), changes or {})
-    return OnHost(model, fetch, read_homes(model, fetch, where.device.type == "cuda", stop=stop))
+    return HostExpert(
+        model, fetch, load_to_host(model, fetch, where.device.type == "cuda", stop=stop)
+    )
 
 
-def place(read: OnHost, where: Where) -> WanDiT | Streaming:
+def place(read: HostExpert, where: Placement) -> WanDiT | Streaming:
     """Bring an expert from RAM to where it works."""
     for module in read.model.modules():
         for key, value in list(module.named_parameters(recurse=False)):
@@ -148,14 +156,14 @@ def place(read: OnHost, where: Where) -> WanDiT | Streaming:
     return read.model
 
 
-class Ahead:
+class Prefetcher:
     """The next expert, read into RAM by a thread of its own while the current one works."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         which: Expert,
-        where: Where,
+        where: Placement,
         changes: Changes | None,
         key: object,
     ) -> None:
@@ -181,8 +189,8 @@ class Ahead:
 
 
 def _rest(
-    checkpoint: Checkpoint, which: Expert, where: Where, device: torch.device, changes: Changes
-) -> tuple[WanDiT, Fetch, int]:
+    checkpoint: Checkpoint, which: Expert, where: Placement, device: torch.device, changes: Changes
+) -> tuple[WanDiT, BlockReader, int]:
     """An expert without its blocks' matmul weights, which are left on meta; what reads those; and
     their bytes in the file.
     """
@@ -203,7 +211,7 @@ def _rest(
     )
 
 
-def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> Fetch:
+def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> BlockReader:
     """What reads the matmul weights of a block from a file, each changed, packed or rounded as its
     leaf wants it.
     """
@@ -215,7 +223,7 @@ def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> Fetch
 
     def fetch(index: int, views: Mapping[str, Tensor]) -> None:
         for path in dict.fromkeys(name.rpartition(".")[0] for name in views):
-            for key, value in pieces(
+            for key, value in materialize_param(
                 blocks[index][path], "weight", f"blocks.{index}.{path}.weight", source, changes
             ).items():
                 views[f"{path}.{key}"].copy_(value)

@@ -21,7 +21,7 @@ from wanflow.checkpoint.load import (
     build,
     lay_out,
     load_module,
-    pieces,
+    materialize_param,
     weight_names,
 )
 from wanflow.checkpoint.source import open_part
@@ -114,6 +114,8 @@ def _read(block: nn.Module, prefix: str, source: TensorSource) -> Read:
         holder = block.get_submodule(owner)
         found += [
             (holder, part, value)
-            for part, value in pieces(holder, key, f"{prefix}.{name}", source, {}).items()
+            for part, value in materialize_param(
+                holder, key, f"{prefix}.{name}", source, {}
+            ).items()
         ]
     return found

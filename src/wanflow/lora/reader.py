@@ -37,14 +37,14 @@ from wanflow.lora.keys import IMAGE, IS_TEXT, Config, Module, configurations, pa
 from wanflow.sampling.experts import Expert
 from wanflow.transforms.lora import (
     Additive,
-    Change,
     Decomposed,
     Difference,
     Hadamard,
     Kronecker,
     LowRank,
     Replacement,
-    misfit,
+    WeightDelta,
+    shape_error,
 )
 
 IS_IMAGE, NO_MODULE = "image-to-video module, dropped for T2V", "no such module in this model"
@@ -59,7 +59,7 @@ class AdapterFile:
     """
 
     path: Path
-    changes: Mapping[Expert, Mapping[str, Change]]
+    changes: Mapping[Expert, Mapping[str, WeightDelta]]
     unused: Mapping[str, str]  # key -> why
     modules: int  # that the file speaks of
     applied: int  # of them
@@ -198,7 +198,9 @@ def _factors(module: Module, source: TensorSource) -> Recipe | None:
     )
 
 
-def _made(recipe: Recipe, module: Module, scale: float, get: Callable[[str], Tensor]) -> Change:
+def _made(
+    recipe: Recipe, module: Module, scale: float, get: Callable[[str], Tensor]
+) -> WeightDelta:
     """A recipe's change, of whatever tensors `get` gives for its keys."""
     tensors = {name: get(module.keys[part]) for name, part in recipe.fields.items()}
     if recipe.make is Replacement:
@@ -217,7 +219,7 @@ def _made(recipe: Recipe, module: Module, scale: float, get: Callable[[str], Ten
     )
 
 
-def _split(change: Change, sizes: list[int]) -> list[Change] | None:
+def _split(change: WeightDelta, sizes: list[int]) -> list[WeightDelta] | None:
     """A change of stacked weights as one for each, by their rows; None for kinds that do not come
     apart.
     """
@@ -246,7 +248,7 @@ class _Reading:
     ) -> None:
         self.source, self.shapes, self.configs = source, shapes, configs
         self.targets = _targets(shapes)
-        self.changes: dict[Expert, dict[str, Change]] = {"high": {}, "low": {}}
+        self.changes: dict[Expert, dict[str, WeightDelta]] = {"high": {}, "low": {}}
         self.unused: dict[str, str] = {}
         self.kinds: Counter[str] = Counter()
         self.ranks: set[int] = set()
@@ -304,7 +306,7 @@ class _Reading:
             return f"{self.source.tensors[odd[0]].dtype} holds no plain floating-point numbers"
         # The same change without memory: nothing is read, let alone multiplied, before its shapes
         # are known to fit.
-        why = misfit(
+        why = shape_error(
             _made(
                 recipe,
                 module,

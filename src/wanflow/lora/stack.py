@@ -18,7 +18,7 @@ from wanflow.checkpoint.key_maps import expert_in_name
 from wanflow.config import Lora, RequestError
 from wanflow.lora.reader import read_adapter
 from wanflow.sampling.experts import Expert
-from wanflow.transforms.lora import Adapters, Change, changed
+from wanflow.transforms.lora import Adapters, WeightDelta, changed
 
 logger = logging.getLogger("wanflow")
 
@@ -136,7 +136,7 @@ def fused(
     """What LoRAs do to single weights, for `load_module` to do while it reads them: parameter ->
     (name, float32) -> float32.
     """
-    done: dict[str, list[tuple[Change, float]]] = {}
+    done: dict[str, list[tuple[WeightDelta, float]]] = {}
     for lora, strength in loras:
         for name, change in read_adapter(Path(lora.path), shapes).changes[which].items():
             done.setdefault(name, []).append((change, strength))

@@ -180,12 +180,16 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     chunk = 0  # as in Block
 
-    def forward(self, x: Tensor, rope: Tensor, ready: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, modulated_input: Callable[[Tensor, slice], Tensor]
+    ) -> Tensor:
         """x [B, L, d], rope [L, K/2] -> [B, L, d]; `ready` makes of some tokens of x, and where
         they stand, what is projected.
         """
         q, k, v = by_chunks(
-            lambda part: self.qkv(ready(x[:, part], part), rope[part]), x.shape[1], self.chunk
+            lambda part: self.qkv(modulated_input(x[:, part], part), rope[part]),
+            x.shape[1],
+            self.chunk,
         )
         mixed = self.attend(q, k, v).flatten(2)
         del q, k, v  # three of the largest tensors there are
@@ -250,22 +254,22 @@ class Block(nn.Module):
         table = conditioning.modulation + self.modulation.float()
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
-        def ready(x: Tensor, part: slice) -> Tensor:
+        def modulated_input(x: Tensor, part: slice) -> Tensor:
             rows = conditioning.part(part).rows
             return modulated(self.norm1(x), rows(shift1), rows(scale1)).to(
                 self.self_attn.q.compute_dtype
             )
 
-        mixed = self.self_attn(x, conditioning.rope, ready)
+        mixed = self.self_attn(x, conditioning.rope, modulated_input)
 
-        def after(part: slice) -> tuple[Tensor]:
+        def cross_attn_and_ffn(part: slice) -> tuple[Tensor]:
             rows = conditioning.part(part).rows
             y = torch.addcmul(x[:, part], mixed[:, part].float(), rows(gate1))
             y = y + self.cross_attn(self.norm3(y), text).float()
             h = modulated(self.norm2(y), rows(shift2), rows(scale2))
             return (torch.addcmul(y, self.ffn(h).float(), rows(gate2)),)
 
-        return by_chunks(after, x.shape[1], self.chunk)[0]
+        return by_chunks(cross_attn_and_ffn, x.shape[1], self.chunk)[0]
 
 
 def by_chunks(

@@ -267,7 +267,7 @@ def stream(layers: list[nn.Module], x: Tensor, state: State) -> Iterator[Tensor]
 STATEFUL = (CausalConv3d, ResidualBlock, AttentionBlock, Downsample, Upsample)
 
 
-def needed(layer: nn.Module, margin: int = 0) -> int:
+def receptive_margin(layer: nn.Module, margin: int = 0) -> int:
     """How many pixels around a box a layer must be given, for what it makes of the box and of a
     margin around it to be right.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wanflow.parallel.groups import Team
+from wanflow.parallel.groups import ParallelContext
 
 
-def own(team: Team, pair: Tensor) -> Tensor:
+def local_branch(team: ParallelContext, pair: Tensor) -> Tensor:
     """Of texts [2, S, D], the conditional one first, those whose branch this process computes: [1,
     S, D], or both where it is not split.
     """
@@ -16,7 +16,7 @@ def own(team: Team, pair: Tensor) -> Tensor:
     return pair[team.cfg.rank : team.cfg.rank + 1]
 
 
-def both(team: Team, velocity: Tensor) -> tuple[Tensor, Tensor]:
+def gather_branches(team: ParallelContext, velocity: Tensor) -> tuple[Tensor, Tensor]:
     """The conditional and the unconditional velocity, from this group's own: the same bits as two
     passes on one group.
 

@@ -23,14 +23,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
-from wanflow.parallel.groups import Group, Team
-from wanflow.parallel.ranks import Ranks
+from wanflow.parallel.groups import Group, ParallelContext
+from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sharding import rows_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def shard(model: WanDiT, ranks: Ranks) -> None:
+def shard(model: WanDiT, ranks: DistInfo) -> None:
     """Split every parameter over the ranks, in place; nothing where there is one.
 
     To be called on a loaded model, the same on every rank, on the CPU or on `ranks.device` (blocks
@@ -147,7 +147,7 @@ def scatter_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer
 
 
 @torch.no_grad()
-def mean(value: Tensor, ranks: Ranks) -> Tensor:
+def mean(value: Tensor, ranks: DistInfo) -> Tensor:
     """The average over the ranks of a tensor that each has its own of (a loss, say): on every rank,
     without gradient.
     """
@@ -162,7 +162,7 @@ def mean(value: Tensor, ranks: Ranks) -> Tensor:
 # sampling
 
 
-def share_out(model: WanDiT, team: Team) -> None:
+def shard_blocks(model: WanDiT, team: ParallelContext) -> None:
     """Let each process keep some rows of every matmul weight of the blocks; a block is whole while
     it works.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from wanflow.config import DiTConfig, RequestError
-from wanflow.parallel.ranks import Ranks
+from wanflow.parallel.ranks import DistInfo
 
 FLOAT32 = 4  # bytes
 
@@ -97,7 +97,7 @@ def layouts(size: int, guided: bool = True) -> list[Layout]:
     ]
 
 
-def choose(
+def choose_layout(
     size: int,
     heads: int,
     guided: bool = True,
@@ -154,7 +154,7 @@ def choose(
     return min(options, key=rank)
 
 
-def sent(
+def expected_bytes(
     layout: Layout,
     config: DiTConfig,
     tokens: int,
@@ -193,7 +193,7 @@ def sent(
 
 
 @dataclass
-class Traffic:
+class CommStats:
     """What this process sent to others, by what it was: bytes, and collectives. Counted before it
     goes: the watch compares the calls.
     """
@@ -220,7 +220,7 @@ class Group:
 
     def __init__(
         self,
-        traffic: Traffic,
+        traffic: CommStats,
         handle: dist.ProcessGroup | None = None,
         rank: int = 0,
         size: int = 1,
@@ -288,14 +288,14 @@ class Group:
 
 
 @dataclass
-class Team:
+class ParallelContext:
     """This process in a layout, and its groups: all processes, those of its tokens, its ring, its
     heads, and its partner in guidance.
     """
 
     layout: Layout
-    ranks: Ranks
-    traffic: Traffic
+    ranks: DistInfo
+    traffic: CommStats
     world: Group
     sequence: Group
     ring: Group
@@ -333,7 +333,7 @@ class Team:
         )
 
 
-def form(layout: Layout, ranks: Ranks, timeout_s: float | None = None) -> Team:
+def make_groups(layout: Layout, ranks: DistInfo, timeout_s: float | None = None) -> ParallelContext:
     """Make the groups. Every process must call it, with the same layout.
 
     Args:
@@ -350,7 +350,7 @@ def form(layout: Layout, ranks: Ranks, timeout_s: float | None = None) -> Team:
             f"the layout {parts} needs as many processes, and there are {ranks.size}: change it, or"
             f" start {layout.size}"
         )
-    traffic = Traffic()
+    traffic = CommStats()
     numbers = torch.arange(layout.size).view(layout.cfg, layout.ring, layout.ulysses)
 
     def group(*rows: list[int]) -> Group:
@@ -374,21 +374,23 @@ def form(layout: Layout, ranks: Ranks, timeout_s: float | None = None) -> Team:
     )
     cfg = group(*numbers.movedim(0, 2).flatten(0, 1).tolist())
     world = Group(traffic) if layout.size == 1 else Group(traffic, dist.group.WORLD)
-    return Team(layout, ranks, traffic, world, sequence, ring, ulysses, cfg)
+    return ParallelContext(layout, ranks, traffic, world, sequence, ring, ulysses, cfg)
 
 
-def imagined(layout: Layout, rank: int = 0, device: torch.device | str = "cpu") -> Team:
+def simulated_groups(
+    layout: Layout, rank: int = 0, device: torch.device | str = "cpu"
+) -> ParallelContext:
     """The team that a process would be part of, without the others: it works on its share, and what
     they would send holds anything.
     """
-    traffic, (cfg, ring, place) = Traffic(), layout.place(rank)
+    traffic, (cfg, ring, place) = CommStats(), layout.place(rank)
 
     def group(own: int, size: int) -> Group:
         return Group(traffic, rank=own, size=size)
 
     ranks, sequence = (
-        Ranks(rank, layout.size, torch.device(device)),
+        DistInfo(rank, layout.size, torch.device(device)),
         group(ring * layout.ulysses + place, layout.sequence),
     )
     parts = group(ring, layout.ring), group(place, layout.ulysses), group(cfg, layout.cfg)
-    return Team(layout, ranks, traffic, group(rank, layout.size), sequence, *parts)
+    return ParallelContext(layout, ranks, traffic, group(rank, layout.size), sequence, *parts)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from wanflow.config import RequestError, plain
-from wanflow.parallel.watchdog import Store, Watch
+from wanflow.parallel.watchdog import Store, Watchdog
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 DESCRIPTION = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistInfo:
     """This process among those of the run, its device, and how long a collective waits for the
     others, in seconds.
     """
@@ -39,21 +39,21 @@ def per_machine() -> int | None:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process' number and how many there are, as torchrun says; joins nothing."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def meet() -> Watch:
+def connect_store() -> Watchdog:
     """This process among those that the environment describes, not yet watching; alone where it
     describes none, or not all of it.
 
     Raises:
         ConnectionError: when what started the processes, or process 0, cannot be reached.
     """
-    rank, size = place()
+    rank, size = rank_and_world_size()
     if size <= 1 or any(name not in os.environ for name in DESCRIPTION):
-        return Watch(rank=rank)
+        return Watchdog(rank=rank)
     hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port, wait = (
         os.environ["MASTER_ADDR"],
@@ -77,10 +77,10 @@ def meet() -> Watch:
             f"process {rank} of {size}: {where} cannot be reached at {address}:{port}:"
             f" {plain(str(error))}"
         ) from None
-    return Watch(_own_part(store), rank, size, hosts)
+    return Watchdog(_own_part(store), rank, size, hosts)
 
 
-def host() -> tuple[Store, int]:
+def host_store() -> tuple[Store, int]:
     """What `meet` meets in, held by this process for those that it starts on this machine; and its
     port.
     """
@@ -103,7 +103,7 @@ def _own_part(store: TCPStore) -> Store:
     return PrefixStore(f"wanflow/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
+def join_group(device: torch.device, timeout_s: float = 600.0) -> DistInfo:
     """Join the group that torchrun describes in the environment; alone where it describes none. Who
     has joined already stays.
 
@@ -119,7 +119,7 @@ def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size <= 1:
-        return Ranks(0, 1, device)
+        return DistInfo(0, 1, device)
     missing = [name for name in DESCRIPTION if name not in os.environ]
     if missing:
         raise RequestError(
@@ -141,7 +141,7 @@ def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        return Ranks(rank, size, device, timeout_s)
+        return DistInfo(rank, size, device, timeout_s)
     dist.init_process_group(
         BACKENDS[device.type],
         rank=rank,
@@ -149,10 +149,10 @@ def start(device: torch.device, timeout_s: float = 600.0) -> Ranks:
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
-    return Ranks(rank, size, device, timeout_s)
+    return DistInfo(rank, size, device, timeout_s)
 
 
-def agree(ranks: Ranks, make: Callable[[], T]) -> T:
+def broadcast_from_rank0(ranks: DistInfo, make: Callable[[], T]) -> T:
     """What `make` gives in the first process, for all. Every process must call it; nothing large
     should go this way.
 
@@ -173,7 +173,7 @@ def agree(ranks: Ranks, make: Callable[[], T]) -> T:
     return cast(T, box[0])
 
 
-def stop() -> None:
+def leave_group() -> None:
     """Leave the group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from wanflow.config import RequestError
 from wanflow.models.dit import Attend, Block, Conditioning, Head, SelfAttention, Trunk, run_blocks
-from wanflow.parallel.groups import Team, sizes
+from wanflow.parallel.groups import ParallelContext, sizes
 
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def sharded(team: Team, trunk: Trunk = run_blocks) -> Trunk:
+def sharded(team: ParallelContext, trunk: Trunk = run_blocks) -> Trunk:
     """A trunk in which each process runs `trunk` on its tokens, and has the patches of all of them
     in the end.
     """
@@ -46,7 +46,7 @@ def sharded(team: Team, trunk: Trunk = run_blocks) -> Trunk:
     return shared
 
 
-def _gathered(patches: Tensor, team: Team) -> Tensor:
+def _gathered(patches: Tensor, team: ParallelContext) -> Tensor:
     """[B, l, C] of each process -> [B, L, C]. What is gathered is of one length: a last token that
     is missing is sent as anything.
     """
@@ -65,7 +65,7 @@ def _gathered(patches: Tensor, team: Team) -> Tensor:
 
 
 def connect(
-    model: nn.Module, team: Team, attend: Attend, with_lse: AttendWithLse | None = None
+    model: nn.Module, team: ParallelContext, attend: Attend, with_lse: AttendWithLse | None = None
 ) -> None:
     """Let the self-attentions of a model reach all processes' tokens. Attention to the text stays
     as it is.
@@ -103,7 +103,7 @@ class Ulysses:
         process may have no head; it takes part all the same.
     """
 
-    def __init__(self, attend: Attend, team: Team) -> None:
+    def __init__(self, attend: Attend, team: ParallelContext) -> None:
         self.attend, self.team = attend, team
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class Ring:
         log-sum-exp, in float32. The next block travels while the current one is used.
     """
 
-    def __init__(self, with_lse: AttendWithLse, team: Team) -> None:
+    def __init__(self, with_lse: AttendWithLse, team: ParallelContext) -> None:
         self.with_lse, self.team = with_lse, team
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from wanflow.models.vae import AttentionBlock, State, Upsample, WanVAE, needed, stream
-from wanflow.parallel.groups import Group, Team, sizes
+from wanflow.models.vae import AttentionBlock, State, Upsample, WanVAE, receptive_margin, stream
+from wanflow.parallel.groups import Group, ParallelContext, sizes
 
 Frames = npt.NDArray[np.uint8]
 # Latent pixels. A residual block, which reaches farthest, sees two; so a halo comes from the
@@ -101,7 +101,7 @@ def sent(vae: WanVAE, frames: int, strips: Strips, rank: int = 0) -> dict[str, i
         if isinstance(layer, AttentionBlock):
             keys_values += 2 * (len(strips.sizes) - 1) * own * column
         else:
-            halo += len(strips.neighbours(rank)) * needed(layer) * column
+            halo += len(strips.neighbours(rank)) * receptive_margin(layer) * column
         if isinstance(layer, Upsample):
             scale *= 2
             frames = frames if layer.time_conv is None else 2 * frames - 1
@@ -190,7 +190,7 @@ def connected(layers: list[nn.Module], strips: Strips, group: Group) -> list[nn.
     rank = group.rank
     out: list[nn.Module] = []
     for layer in layers:
-        reach = needed(layer)
+        reach = receptive_margin(layer)
         if isinstance(layer, AttentionBlock):
             out.append(Attention(layer, strips, group))
         elif reach:
@@ -208,7 +208,7 @@ def connected(layers: list[nn.Module], strips: Strips, group: Group) -> list[nn.
 def decode_frames(
     vae: WanVAE,
     latent: Tensor,
-    team: Team,
+    team: ParallelContext,
     convert: Callable[[Tensor], Frames],
     on_part: Callable[[int, int], None] | None = None,
 ) -> Iterator[Frames]:
@@ -255,7 +255,7 @@ def _parts(vae: WanVAE, latent: Tensor, strips: Strips, group: Group) -> Iterato
         yield torch.cat(list(stream(layers, own(chunk), state)), dim=2)
 
 
-def _collected(frames: Frames, strips: Strips, team: Team) -> Frames | None:
+def _collected(frames: Frames, strips: Strips, team: ParallelContext) -> Frames | None:
     """The whole frames [n, H, W, 3] on process 0, from everybody's [n, h, w, 3]."""
     if len(strips.sizes) == 1:
         return frames

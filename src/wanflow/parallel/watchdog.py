@@ -116,7 +116,7 @@ class Peer:
         self.sign, self.entered = sign, entered
 
 
-class Watch:
+class Watchdog:
     """This process among the others of its run, as long as the run lasts.
 
     Args:

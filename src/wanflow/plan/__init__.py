@@ -5,15 +5,15 @@ before a weight is read.
 from wanflow.plan.gpus import Machine, described, this_machine
 from wanflow.plan.model import Model, describe, published
 from wanflow.plan.opening import load
-from wanflow.plan.solve import Plan, settle
+from wanflow.plan.solve import Plan, solve
 from wanflow.plan.starting import (
     WHERE_ELSE,
     advice,
     enough_for_full_size,
-    guard,
+    make_plan,
     needed_words,
-    planned,
-    refuse,
+    plan_or_raise,
+    raise_if_unfit,
 )
 
 __all__ = [
@@ -25,12 +25,12 @@ __all__ = [
     "describe",
     "described",
     "enough_for_full_size",
-    "guard",
     "load",
+    "make_plan",
     "needed_words",
-    "planned",
+    "plan_or_raise",
     "published",
-    "refuse",
-    "settle",
+    "raise_if_unfit",
+    "solve",
     "this_machine",
 ]

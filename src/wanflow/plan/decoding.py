@@ -16,7 +16,7 @@ from torch import Tensor
 from wanflow.checkpoint.load import build
 from wanflow.config import VAEConfig
 from wanflow.models.vae import State, WanVAE, stream
-from wanflow.parallel.groups import Layout, Traffic, imagined
+from wanflow.parallel.groups import CommStats, Layout, simulated_groups
 from wanflow.parallel.vae_parallel import NARROWEST, Strips
 from wanflow.parallel.vae_parallel import decode_frames as decode_in_strips
 from wanflow.pipeline import Frames
@@ -27,7 +27,7 @@ STEADY = 3  # latent frames after which every further one takes what the one bef
 Shape = tuple[int, int, int, int, int]
 
 
-class Enough(Exception):
+class StopTrace(Exception):
     """Ends a traced decode when it repeats itself."""
 
 
@@ -36,8 +36,8 @@ class Parts:
     itself.
     """
 
-    def __init__(self, trace: Trace, frames: int, traffic: Traffic | None = None) -> None:
-        self.trace, self.frames, self.traffic = trace, frames, traffic or Traffic()
+    def __init__(self, trace: Trace, frames: int, traffic: CommStats | None = None) -> None:
+        self.trace, self.frames, self.traffic = trace, frames, traffic or CommStats()
         self.work, self.sent, self.messages, self.done = Work(), Counter[str](), 0, 0
 
     def __call__(self, *_: int) -> None:
@@ -52,7 +52,7 @@ class Parts:
         self.traffic.reset()
         self.done += 1
         if last:
-            raise Enough
+            raise StopTrace
 
 
 def whole(config: VAEConfig, shape: Shape) -> Traced:
@@ -62,7 +62,7 @@ def whole(config: VAEConfig, shape: Shape) -> Traced:
         weights = materialise(vae)
         latent, told = torch.empty(shape), Parts(trace, shape[2])
         trace.mark()
-        with suppress(Enough):
+        with suppress(StopTrace):
             for _ in vae.decode_frames(latent):
                 told()
     return Traced(trace.peak - weights, told.work, tuple(trace.top()))
@@ -77,12 +77,12 @@ def in_strips(config: VAEConfig, shape: Shape, layout: Layout) -> Traced:
         range(len(cut.sizes)),
         key=lambda rank: cut.sizes[rank] + NARROWEST * len(cut.neighbours(rank)),
     )
-    team = imagined(layout, rank)
+    team = simulated_groups(layout, rank)
     with fake() as trace:
         weights = materialise(vae)
         latent, told = torch.empty(shape), Parts(trace, shape[2], team.traffic)
         trace.mark()
-        with suppress(Enough):
+        with suppress(StopTrace):
             for _ in decode_in_strips(vae, latent, team, as_numpy, told):
                 pass
     return Traced(trace.peak - weights, told.work, tuple(trace.top()), told.sent, told.messages)
@@ -98,7 +98,7 @@ def tiled(config: VAEConfig, shape: Shape, tile: int) -> Traced:
     boxes = tiling.tiles(config, shape[3] * stride, shape[4] * stride, tile)
 
     def first_part(vae: WanVAE) -> None:
-        with suppress(Enough):
+        with suppress(StopTrace):
             for _ in tiling.decode_frames(
                 vae, torch.empty(*shape[:2], frames, *shape[3:]), tile, as_numpy, _enough
             ):
@@ -163,4 +163,4 @@ def as_numpy(part: Tensor) -> Frames:
 
 
 def _enough(*_: int) -> None:
-    raise Enough
+    raise StopTrace

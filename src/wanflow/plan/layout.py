@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from wanflow.assemble import layout_of
 from wanflow.config import CompleteRequest, RequestError, Runtime
-from wanflow.parallel.groups import Layout, choose, sizes
+from wanflow.parallel.groups import Layout, choose_layout, sizes
 from wanflow.plan.model import Model
 from wanflow.sampling.experts import experts
 from wanflow.sampling.schedule import make_schedule
@@ -49,7 +49,7 @@ def settle_layout(
         raise RequestError(f"{processes} is no number of processes")
     kernel = BACKENDS.get(runtime.attention)
     cfg = None if runtime.cfg_parallel is None else 2 if runtime.cfg_parallel else 1
-    layout = choose(
+    layout = choose_layout(
         processes,
         model.preset.dit.num_heads,
         all(guided_steps(request)),

@@ -12,7 +12,7 @@ from wanflow.checkpoint.layouts import PARTS
 from wanflow.config import Request, RequestError, Runtime
 from wanflow.parallel import ranks as mesh
 from wanflow.pipeline import Pipeline
-from wanflow.plan.starting import guard, planned
+from wanflow.plan.starting import make_plan, plan_or_raise
 
 logger = logging.getLogger("wanflow")
 
@@ -49,17 +49,17 @@ def load(
         known = ", ".join([*(f.name for f in fields(Runtime)), *PARTS])
         raise RequestError(f"load does not know {', '.join(unknown)}; it knows {known}")
     runtime, ranks = Runtime(**options), None
-    if mesh.place()[1] > 1:
-        ranks = mesh.start(choose_device(runtime.device))
+    if mesh.rank_and_world_size()[1] > 1:
+        ranks = mesh.join_group(choose_device(runtime.device))
         runtime = replace(runtime, device=str(ranks.device))
     checkpoint = resolve(model, given)
     if ranks is None or ranks.rank == 0:
         for note in checkpoint.notes:
             logger.warning(note)
-    decide = planned if force else guard
+    decide = make_plan if force else plan_or_raise
     if ranks is None:
         return assemble(checkpoint, decide(checkpoint, runtime, plan_for).runtime, report)
-    settled = mesh.agree(
+    settled = mesh.broadcast_from_rank0(
         ranks, lambda: decide(checkpoint, runtime, plan_for, ranks.size, mesh.per_machine()).runtime
     )
     return assemble(checkpoint, settled, report if ranks.rank == 0 else None, ranks)

@@ -22,7 +22,7 @@ from wanflow.lora.reader import describe_adapter, open_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.parallel.groups import Layout, Traffic, imagined, sizes
+from wanflow.parallel.groups import CommStats, Layout, simulated_groups, sizes
 from wanflow.parallel.sequence import connect
 from wanflow.parallel.sharding import rows_of, share
 from wanflow.pipeline import FEW_TOKENS, Pipeline
@@ -33,8 +33,8 @@ from wanflow.sampling.experts import Expert, experts
 from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.transforms.attention import BACKENDS
-from wanflow.transforms.block_streaming import Frame, InLine, Streaming
-from wanflow.transforms.lora import Adapters, Change, Decomposed, LowRank
+from wanflow.transforms.block_streaming import BlockBuffers, Streaming, SyncExecutor
+from wanflow.transforms.lora import Adapters, Decomposed, LowRank, WeightDelta
 from wanflow.transforms.packed import PackedLeaf
 from wanflow.transforms.quant import QuantLinear
 
@@ -198,7 +198,7 @@ class Traces:
             shares = [sum(share(value, self.layout.size) for value in block) for block in blocks]
             self._done[key] = Weights(
                 sum(sizes),
-                tuple(Frame(block).layout.nbytes for block in model.blocks),
+                tuple(BlockBuffers(block).layout.nbytes for block in model.blocks),
                 max(sizes),
                 sum(value.nbytes for block in blocks for value in block),
                 sum(shares),
@@ -280,15 +280,17 @@ class Traces:
         )
         with fake() as trace:
             model: Any = plain
-            materialise(plain, but=set(Frame(next(iter(plain.blocks))).leaves) if streamed else ())
+            materialise(
+                plain, but=set(BlockBuffers(next(iter(plain.blocks))).leaves) if streamed else ()
+            )
             if streamed:
                 model = Streaming(
-                    plain, lambda _, views: None, (), torch.device("cpu"), worker=InLine()
+                    plain, lambda _, views: None, (), torch.device("cpu"), worker=SyncExecutor()
                 )
             if loras:
                 _attach(plain, loras)
             parts = FakeParts(preset, model, self.text_dtype)
-            team = imagined(self.layout, self.layout.size - 1)
+            team = simulated_groups(self.layout, self.layout.size - 1)
             connect(plain, team, KERNEL.attend, KERNEL.with_lse)
             pipe = Pipeline(parts, "cpu", runtime.cfg_batch, team=team)
             weights = trace.live
@@ -305,7 +307,7 @@ class Traces:
                 tuple(torch.empty_like(x) for _ in range(past)),
                 torch.empty_like(x) if past else None,
             )
-            inside = Inside(trace, next(iter(plain.blocks)), team.traffic)
+            inside = ModuleCounter(trace, next(iter(plain.blocks)), team.traffic)
             if together[0]:
                 hold_gathered(plain, together[0], self.model.preset.dit.num_layers > 1, together[1])
             trace.mark()
@@ -401,7 +403,7 @@ class Traces:
                 materialise(encoder)
                 weights = trace.live
                 ids = torch.zeros(1, self.model.preset.dit.text_len, dtype=torch.long)
-                inside = Inside(trace, next(iter(encoder.blocks)))
+                inside = ModuleCounter(trace, next(iter(encoder.blocks)))
                 trace.mark()
                 encoder(ids, torch.ones_like(ids))
             prompts = 2 if any(self.guided(index) for index in range(len(self.working))) else 1
@@ -468,14 +470,14 @@ def hold_gathered(model: WanDiT, nbytes: int, many: bool, gloo: bool) -> None:
     model.register_forward_hook(lambda *_: held.clear())
 
 
-class Inside:
+class ModuleCounter:
     """The work of every call of a module from now on, and what it sends."""
 
-    def __init__(self, trace: Trace, module: nn.Module, traffic: Traffic | None = None) -> None:
+    def __init__(self, trace: Trace, module: nn.Module, traffic: CommStats | None = None) -> None:
         self.work = before = Work()
         self.calls = self.messages = 0
         self.sent = sent_before = Counter[str]()
-        traffic = traffic or Traffic()
+        traffic = traffic or CommStats()
 
         def enter(*_: Any) -> None:
             nonlocal before, sent_before
@@ -505,7 +507,7 @@ def _attach(model: WanDiT, loras: Iterable[FakeLora]) -> None:
         if name.startswith("blocks.") and hasattr(leaf, "in_features")
     }
     for number, lora in enumerate(loras):
-        changes: dict[str, Change] = {}
+        changes: dict[str, WeightDelta] = {}
         for name, leaf in leaves.items():
             change = LowRank(
                 torch.empty(leaf.out_features, lora.rank), torch.empty(lora.rank, leaf.in_features)

@@ -97,7 +97,7 @@ def traces_of(
     return Traces(model, request, dtype_of(model, runtime, kind), device, layout, per_machine)
 
 
-def settle(
+def solve(
     model: Model,
     request: CompleteRequest,
     runtime: Runtime,
@@ -158,9 +158,8 @@ def settle(
 
 def filled(runtime: Runtime, **values: object) -> Runtime:
     """With these values where nothing is set."""
-    return replace(
-        runtime, **{name: value for name, value in values.items() if getattr(runtime, name) is None}
-    )  # type: ignore[arg-type]
+    open_ones = {name: value for name, value in values.items() if getattr(runtime, name) is None}
+    return replace(runtime, **open_ones)  # type: ignore[arg-type]
 
 
 class _Choice:

@@ -13,7 +13,7 @@ from wanflow.lora.stack import find_loras
 from wanflow.plan.gpus import Machine, this_machine
 from wanflow.plan.layout import used_here
 from wanflow.plan.model import Model, describe
-from wanflow.plan.solve import Plan, dtype_of, settle
+from wanflow.plan.solve import Plan, dtype_of, solve
 
 GB = 10**9
 FULL_SIZE = 20 * GB  # bytes of one expert in float32 from which a model belongs on a GPU
@@ -55,7 +55,7 @@ def completed(request: Request | CompleteRequest | None, preset: Preset) -> Comp
     return replace(wanted, lora=tuple(str(lora) for lora in loras), lora_from=None).complete(preset)
 
 
-def planned(
+def make_plan(
     checkpoint: Checkpoint,
     runtime: Runtime,
     request: Request | CompleteRequest | None = None,
@@ -70,7 +70,7 @@ def planned(
     """
     complete = completed(request, checkpoint.preset)
     machine = this_machine(checkpoint.folder, used_here(processes, per_machine))
-    return settle(
+    return solve(
         describe(checkpoint),
         complete,
         runtime,
@@ -80,7 +80,7 @@ def planned(
     )
 
 
-def guard(
+def plan_or_raise(
     checkpoint: Checkpoint,
     runtime: Runtime,
     request: Request | CompleteRequest | None = None,
@@ -102,8 +102,8 @@ def guard(
     if machine.gpu == 0 or runtime.device == "cpu":
         refuse_without_gpu(model, machine)  # before anything is traced, which takes seconds
     complete = completed(request, checkpoint.preset)
-    plan = settle(model, complete, runtime, machine, processes=processes, per_machine=per_machine)
-    refuse(plan, model)
+    plan = solve(model, complete, runtime, machine, processes=processes, per_machine=per_machine)
+    raise_if_unfit(plan, model)
     return plan
 
 
@@ -125,7 +125,7 @@ def refuse_without_gpu(model: Model, machine: Machine) -> None:
     )
 
 
-def refuse(plan: Plan, model: Model) -> None:
+def raise_if_unfit(plan: Plan, model: Model) -> None:
     """RequestError in three lines, where a plan cannot be carried out."""
     if plan.kind == "cpu":
         refuse_without_gpu(model, plan.machine)

@@ -37,7 +37,7 @@ from wanflow.convert.convert import convert, open_model
 from wanflow.convert.targets import options
 from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
 from wanflow.parallel.fsdp import gather, shard
-from wanflow.parallel.ranks import Ranks, place, start, stop
+from wanflow.parallel.ranks import DistInfo, join_group, leave_group, rank_and_world_size
 from wanflow.sampling.experts import Expert
 from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
 from wanflow.train.experts import plain_attention, sigmas
@@ -131,7 +131,7 @@ def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]
         f"{len(clips)} clips, {settings.form.frame_num} frames of"
         f" {settings.form.size[0]}*{settings.form.size[1]} each"
     )
-    rank, size = place()
+    rank, size = rank_and_world_size()
     _refuse_processes(settings, size)
     make = partial(
         prepare,
@@ -143,14 +143,14 @@ def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]
         lambda: _text_encoder(checkpoint, settings),
     )
     samples, empty = make(say) if rank == 0 else make(say, wait=True)
-    ranks = start(torch.device(settings.device)) if size > 1 else None
+    ranks = join_group(torch.device(settings.device)) if size > 1 else None
     try:
         trained = {
             which: _train(checkpoint, which, settings, samples, empty, say, ranks)
             for which in settings.experts
         }
     finally:
-        stop()
+        leave_group()
     if settings.method == "lora":
         files = [settings.out / FILES[which] for which in trained]
         for source, file in zip(trained.values(), files, strict=True):
@@ -244,7 +244,7 @@ def _train(
     samples: list[Sample],
     empty: Path,
     say: Say,
-    ranks: Ranks | None,
+    ranks: DistInfo | None,
 ) -> Path:
     """Train one expert and write its file into the work folder, unless this very training has done
     so before.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wanflow.config import RequestError
 from wanflow.parallel import fsdp
-from wanflow.parallel.ranks import Ranks
+from wanflow.parallel.ranks import DistInfo
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def fit(
     train: Train,
     state_file: Path,
     report: Callable[[str], None],
-    ranks: Ranks | None = None,
+    ranks: DistInfo | None = None,
 ) -> nn.Module:
     """Train `module` in place to the end of the schedule, resuming from `state_file` where it
     exists.

@@ -277,7 +277,7 @@ def order(device: torch.device) -> tuple[str, ...]:
     return ("flash", "flash_attn", "cudnn", "efficient", "sdpa")
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """The kernel of this name; `auto` is the first of `order` that works. Each is tried on the
     device before it is trusted.
 
@@ -289,14 +289,14 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
         raise RequestError(f"attention {name!r} is none of auto, {', '.join(BACKENDS)}")
     reasons = []
     for candidate in order(device) if name == "auto" else (name,):
-        trial = attempt(BACKENDS[candidate], device, dtype, head_dim)
+        trial = benchmark(BACKENDS[candidate], device, dtype, head_dim)
         if not trial.why:
             return trial.backend
         reasons.append(f"attention {candidate}: {trial.why}")
     others = [
         other
         for other, backend in BACKENDS.items()
-        if other != name and not attempt(backend, device, dtype, head_dim).why
+        if other != name and not benchmark(backend, device, dtype, head_dim).why
     ]
     if name != "auto" and set(others) & set(order(device)):
         others.insert(0, "auto")
@@ -306,7 +306,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
     )
 
 
-def cautions(backend: Backend, quantize: str) -> list[str]:
+def warnings_for(backend: Backend, quantize: str) -> list[str]:
     """What is known of this kernel beside quantised weights ("fp8", "int8", "nf4" or ""), in
     words.
     """
@@ -338,7 +338,7 @@ def set_attention(model: nn.Module, backend: Backend) -> None:
 # trials
 
 
-def attempt(
+def benchmark(
     backend: Backend,
     device: torch.device,
     dtype: torch.dtype,
@@ -352,7 +352,7 @@ def attempt(
         shape: (heads, queries, keys).
         repeats: how often to run it again for the time (the least counts).
     """
-    why = obstacle(backend, device, dtype, head_dim)
+    why = unsupported_reason(backend, device, dtype, head_dim)
     if why:
         return Trial(backend, why)
     heads, queries, keys = shape
@@ -405,7 +405,9 @@ def attempt(
     )
 
 
-def obstacle(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def unsupported_reason(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str:
     """Why a kernel cannot work here, as far as is known without running it; "" where nothing speaks
     against it.
     """

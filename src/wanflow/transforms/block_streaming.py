@@ -40,7 +40,7 @@ logger = logging.getLogger("wanflow")
 
 ALIGN = 256  # bytes: what every kernel is content with
 # Writes tensors of a block, by their names within it, into these views on the host.
-Fetch = Callable[[int, Mapping[str, Tensor]], None]
+BlockReader = Callable[[int, Mapping[str, Tensor]], None]
 
 
 class Worker(Protocol):
@@ -50,7 +50,7 @@ class Worker(Protocol):
     def shutdown(self, wait: bool = True) -> None: ...
 
 
-class InLine:
+class SyncExecutor:
     """A worker that is the caller: for tracing and for tests."""
 
     def submit(self, work: Callable[[], None], /) -> Future[None]:
@@ -102,7 +102,7 @@ def matmul_leaves(block: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-class Frame:
+class BlockBuffers:
     """A block's streamed parameters: bound to a buffer while it works, and stand-ins of no memory
     while it waits.
     """
@@ -158,9 +158,9 @@ def host_buffer(nbytes: int, pin: bool) -> Tensor:
     return buffer
 
 
-def read_homes(
+def load_to_host(
     model: WanDiT,
-    fetch: Fetch,
+    fetch: BlockReader,
     pin: bool,
     report: Callable[[int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -179,7 +179,7 @@ def read_homes(
             continue
         if stop():
             break
-        layout = Frame(block).layout
+        layout = BlockBuffers(block).layout
         homes[index] = host_buffer(layout.nbytes, pin)
         fetch(index, layout.views(homes[index]))
         if report is not None:
@@ -187,7 +187,7 @@ def read_homes(
     return homes
 
 
-def spread(layers: int, resident: int) -> set[int]:
+def evenly_spaced_resident(layers: int, resident: int) -> set[int]:
     """Which blocks stay, so that those that are streamed stand as far apart as can be: a copy then
     hides behind several blocks.
     """
@@ -198,7 +198,7 @@ def spread(layers: int, resident: int) -> set[int]:
 # streaming
 
 
-class Lane:
+class CopyStream:
     """Where copies to a device run: on a GPU in a stream of their own, beside its work; elsewhere
     in line.
     """
@@ -259,7 +259,7 @@ class Streaming(nn.Module):
     def __init__(
         self,
         model: WanDiT,
-        fetch: Fetch,
+        fetch: BlockReader,
         resident: Collection[int],
         device: torch.device,
         homes: dict[int, Tensor] | None = None,
@@ -269,8 +269,8 @@ class Streaming(nn.Module):
         super().__init__()
         self.model, self.device = model, device
         self._fetch, self._homes = fetch, homes
-        self._frames = [Frame(block) for block in model.blocks]
-        self._lane = Lane(device)
+        self._frames = [BlockBuffers(block) for block in model.blocks]
+        self._lane = CopyStream(device)
         self._place_resident(sorted(resident), report)
         self.streamed = [index for index in range(len(self._frames)) if index not in resident]
         for index in self.streamed:

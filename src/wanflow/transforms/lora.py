@@ -97,13 +97,13 @@ class Decomposed:
 
 
 Additive: TypeAlias = LowRank | Hadamard | Kronecker | Difference
-Change: TypeAlias = Additive | Replacement | Decomposed
+WeightDelta: TypeAlias = Additive | Replacement | Decomposed
 
 
 # values
 
 
-def misfit(change: Change, shape: Shape) -> str | None:
+def shape_error(change: WeightDelta, shape: Shape) -> str | None:
     """Why a change cannot apply to a weight of this shape; None if it can, and then it makes
     nothing larger than the weight.
     """
@@ -117,7 +117,7 @@ def misfit(change: Change, shape: Shape) -> str | None:
         ]
         if tuple(change.magnitude.shape) not in sides:
             return f"magnitude {list(change.magnitude.shape)} does not fit {list(shape)}"
-        return misfit(change.inner, shape)
+        return shape_error(change.inner, shape)
     if isinstance(change, Difference | Replacement):
         value = tuple(change.value.shape)
         fits = [side for side in value if side != 1] == [side for side in shape if side != 1]
@@ -140,7 +140,7 @@ def misfit(change: Change, shape: Shape) -> str | None:
     )
 
 
-def _tensors(change: Change) -> list[Tensor]:
+def _tensors(change: WeightDelta) -> list[Tensor]:
     values = [getattr(change, field.name) for field in fields(change)]
     return [value for value in values if isinstance(value, Tensor)]
 
@@ -232,7 +232,7 @@ def delta(change: Additive, shape: Shape) -> Tensor:
     return torch.kron(change.scale * one, two.flatten(1)).reshape(shape)
 
 
-def changed(weight: Tensor, change: Change, strength: float | Tensor) -> Tensor:
+def changed(weight: Tensor, change: WeightDelta, strength: float | Tensor) -> Tensor:
     """The weight under a change: float32 in, float32 out, same shape; at strength 0 the weight
     itself, in value.
 
@@ -258,7 +258,7 @@ def changed(weight: Tensor, change: Change, strength: float | Tensor) -> Tensor:
 # leaves
 
 
-class Slot(nn.Module):
+class LoRAWeights(nn.Module):
     """A change held ready: its tensors as parameters (frozen; a trainer thaws `up` and `down`), and
     its strength, [] float32.
 
@@ -271,7 +271,7 @@ class Slot(nn.Module):
     strength: Tensor
 
     def __init__(
-        self, change: Change, strength: float, dtype: torch.dtype, device: torch.device
+        self, change: WeightDelta, strength: float, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         if isinstance(change, LowRank):
@@ -293,22 +293,24 @@ class Slot(nn.Module):
                     value.detach().to(device, dtype, copy=True).contiguous(), requires_grad=False
                 )
             elif isinstance(value, Additive):
-                value = Slot(value, 1.0, dtype, device)
+                value = LoRAWeights(value, 1.0, dtype, device)
             setattr(self, name, value)
         self.register_buffer(
             "strength", torch.tensor(strength, dtype=torch.float32, device=device), persistent=False
         )
 
-    def change(self) -> Change:
+    def change(self) -> WeightDelta:
         """The change, of this slot's own tensors."""
         values = [getattr(self, name) for name in self.names]
         return cast(
-            Change,
-            self.kind(*[value.change() if isinstance(value, Slot) else value for value in values]),
+            WeightDelta,
+            self.kind(
+                *[value.change() if isinstance(value, LoRAWeights) else value for value in values]
+            ),
         )
 
 
-class Adapted(nn.Module):
+class LoRALinear(nn.Module):
     """Stands in for a leaf: the leaf's output, and what its slots add in the order they came. Input
     and output are the leaf's.
     """
@@ -334,7 +336,7 @@ class Adapted(nn.Module):
         return cast("Tensor | None", self.leaf.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        slots = cast("list[Slot]", list(self.slots.values()))
+        slots = cast("list[LoRAWeights]", list(self.slots.values()))
         if any(slot.kind is not LowRank for slot in slots):
             return self._through_weight(x, slots)
         y: Tensor = self.leaf(x)
@@ -351,7 +353,7 @@ class Adapted(nn.Module):
             y = wide.view(y.shape)
         return y
 
-    def _through_weight(self, x: Tensor, slots: Iterable[Slot]) -> Tensor:
+    def _through_weight(self, x: Tensor, slots: Iterable[LoRAWeights]) -> Tensor:
         """For changes that need the weight they change, or are no product of thin factors: by the
         changed weight, made each time.
         """
@@ -379,8 +381,8 @@ class _Attached:
 
     key: str  # what its slots are called; names may hold dots
     strength: float
-    slots: dict[str, Slot] = field(default_factory=dict)
-    patches: dict[str, Slot] = field(default_factory=dict)
+    slots: dict[str, LoRAWeights] = field(default_factory=dict)
+    patches: dict[str, LoRAWeights] = field(default_factory=dict)
 
 
 class Adapters:
@@ -404,13 +406,13 @@ class Adapters:
     def strengths(self) -> dict[str, float]:
         return {name: attached.strength for name, attached in self._attached.items()}
 
-    def slots(self, name: str) -> Mapping[str, Slot]:
+    def slots(self, name: str) -> Mapping[str, LoRAWeights]:
         """An adapter's live slots, by parameter name: what a trainer trains, and writes to a
         file.
         """
         return dict(self._find(name).slots)
 
-    def attach(self, name: str, changes: Mapping[str, Change], strength: float = 1.0) -> None:
+    def attach(self, name: str, changes: Mapping[str, WeightDelta], strength: float = 1.0) -> None:
         """Apply changes, by the parameter names of the official model; all of them or none.
 
         Raises:
@@ -424,7 +426,7 @@ class Adapters:
             )
         _refuse_odd(strength)
         for key, change in changes.items():
-            fault = misfit(change, self._shape(key))
+            fault = shape_error(change, self._shape(key))
             if fault:
                 raise RequestError(f"adapter {name!r}: {key}: {fault}")
         if any(parameter.is_meta for parameter in self.model.parameters()):
@@ -438,7 +440,9 @@ class Adapters:
                 attached.slots[key] = self._slot(key, change, attached)
             else:
                 parameter = self._parameter(key)
-                attached.patches[key] = Slot(change, strength, torch.float32, parameter.device)
+                attached.patches[key] = LoRAWeights(
+                    change, strength, torch.float32, parameter.device
+                )
                 self._originals.setdefault(key, parameter.detach().clone())
         self._patch(attached.patches)
 
@@ -469,7 +473,7 @@ class Adapters:
         del self._attached[name]
         for key in attached.slots:
             path = key.rpartition(".")[0]
-            adapted = cast(Adapted, self.model.get_submodule(path))
+            adapted = cast(LoRALinear, self.model.get_submodule(path))
             del adapted.slots[attached.key]
             if not len(adapted.slots):
                 self._swap(path, adapted.leaf)
@@ -491,7 +495,7 @@ class Adapters:
             owner = self.model.get_submodule(key.rpartition(".")[0])
         except AttributeError:
             raise RequestError(f"the model has no parameter {key}") from None
-        return owner.leaf if isinstance(owner, Adapted) else owner
+        return owner.leaf if isinstance(owner, LoRALinear) else owner
 
     def _parameter(self, key: str) -> Tensor:
         value = getattr(self._owner(key), key.rpartition(".")[2], None)
@@ -505,17 +509,17 @@ class Adapters:
             return owner.out_features, owner.in_features
         return tuple(self._parameter(key).shape)
 
-    def _slot(self, key: str, change: Change, attached: _Attached) -> Slot:
+    def _slot(self, key: str, change: WeightDelta, attached: _Attached) -> LoRAWeights:
         path = key.rpartition(".")[0]
         adapted = self.model.get_submodule(path)
-        if not isinstance(adapted, Adapted):
-            adapted = Adapted(adapted)
+        if not isinstance(adapted, LoRALinear):
+            adapted = LoRALinear(adapted)
             self._swap(path, adapted)
         home = next(
             (t.device for t in (*adapted.leaf.parameters(), *adapted.leaf.buffers())),
             torch.device("cpu"),
         )
-        slot = Slot(change, attached.strength, adapted.compute_dtype, home)
+        slot = LoRAWeights(change, attached.strength, adapted.compute_dtype, home)
         adapted.slots[attached.key] = slot
         return slot
 

@@ -374,7 +374,7 @@ class PackedEmbedding(PackedLeaf):
         return self._rows(ids.flatten(), self.compute_dtype).view(*ids.shape, self.shape[1])
 
 
-def swap(module: nn.Module, packings: Mapping[str, str], dtype: torch.dtype) -> None:
+def replace_with_packed(module: nn.Module, packings: Mapping[str, str], dtype: torch.dtype) -> None:
     """Put packed leaves in the place of those Linear and Embedding layers whose weight is to stay
     packed.
 

@@ -55,7 +55,7 @@ PIECE = 256 << 20
 ROWS = 32  # int_mm on a GPU wants more than 16 rows; fewer are filled up with zeros
 
 
-def leaves(model: nn.Module, layers: Literal["ffn", "all"]) -> list[str]:
+def quantizable_layers(model: nn.Module, layers: Literal["ffn", "all"]) -> list[str]:
     """Paths of the Linear layers in the blocks that are to be rounded: of the feed-forward, or of
     the attention, too.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.config import RequestError, VAEConfig
-from wanflow.models.vae import State, Upsample, WanVAE, needed, stream
+from wanflow.models.vae import State, Upsample, WanVAE, receptive_margin, stream
 
 Frames = npt.NDArray[np.uint8]
 # pixels; with what is around it, such a tile's first layers work on seven times its own area
@@ -116,7 +116,7 @@ def margins(layers: list[nn.Module]) -> list[int]:
     """
     found = [0]
     for layer in reversed(layers):
-        found.append(needed(layer, found[-1]))
+        found.append(receptive_margin(layer, found[-1]))
     return found[::-1]
 
 

@@ -1,0 +1,481 @@
+"""The command line as a user meets it: the official flags, refusals in words, resume, decode,
+replay.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT
+
+from wanflow.assemble import NANO_FOLDER
+from wanflow.cli import build_parser, main
+from wanflow.media import read_frames, read_recipe
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT_ONE = (
+    "python generate.py --task t2v-A14B --size 1280*720 --ckpt_dir ./T2V_A14B_weights"
+    ' --offload_model True --convert_model_dtype --prompt "A beautiful sunset over the ocean"'
+)
+DOCUMENT_MANY = (
+    "torchrun --nproc_per_node=4 generate.py --task t2v-A14B --size 1280*720 --ckpt_dir"
+    ' ./T2V_A14B_weights --dit_fsdp --t5_fsdp --ulysses_size 4 --prompt "A beautiful sunset over'
+    ' the ocean"'
+)
+BASE = [
+    "generate",
+    "--ckpt_dir",
+    "nano",
+    "--device",
+    "cpu",
+    "--frame_num",
+    "5",
+    "--sample_steps",
+    "4",
+]
+MAKE = [*BASE, "--prompt", PROMPT, "--seed", "7"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run, expect exit code 2 and no traceback, and return what was said."""
+    try:
+        code = main(list(argv))
+    except SystemExit as end:  # argparse
+        code = int(end.code or 0)
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_every_official_flag_has_its_official_default() -> None:
+    args = build_parser().parse_args(["generate"])
+    official = {
+        "task": "t2v-A14B",
+        "size": None,
+        "frame_num": None,
+        "ckpt_dir": None,
+        "offload_model": None,
+        "ulysses_size": 1,
+        "t5_fsdp": False,
+        "t5_cpu": False,
+        "dit_fsdp": False,
+        "save_file": None,
+        "use_prompt_extend": False,
+        "prompt_extend_method": "local_qwen",
+        "prompt_extend_model": None,
+        "prompt_extend_target_lang": "zh",
+        "base_seed": -1,
+        "sample_solver": None,
+        "sample_steps": None,
+        "sample_shift": None,
+        "sample_guide_scale": None,
+        "convert_model_dtype": False,
+    }
+    assert {name: getattr(args, name) for name in official} == official
+    from wanflow.presets import T2V_A14B
+
+    made = [
+        T2V_A14B.size,
+        T2V_A14B.frame_num,
+        T2V_A14B.sample_solver,
+        T2V_A14B.sample_steps,
+        T2V_A14B.sample_shift,
+    ]
+    assert made == [(1280, 720), 81, "unipc", 40, 12.0]
+    assert (T2V_A14B.cfg_high, T2V_A14B.cfg_low, T2V_A14B.boundary, T2V_A14B.fps) == (
+        4.0,
+        3.0,
+        0.875,
+        16,
+    )
+
+
+def test_the_documents_first_command_word_for_word(in_tmp: Path) -> None:
+    words = shlex.split(DOCUMENT_ONE)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / words[1]), *words[2:]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for expected in (
+        "T2V_A14B_weights",
+        "80 GB",
+        "64 GB",
+        "150 GB",
+        "here:",
+        "wanflow download",
+        "Alibaba PAI",
+        "nano",
+    ):
+        assert expected in done.stderr
+
+
+def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
+    """By the real torchrun, which adds its own report (with a traceback of its own) to the one
+    message of ours, and ends with 1.
+    """
+    words = shlex.split(DOCUMENT_MANY)
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        words[1],
+        str(ROOT / words[2]),
+        *words[3:],
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    # On a busy machine one process may say it before all have found it out, and then says which it
+    # is.
+    (said,) = re.findall(r"^wanflow: (?:process \d of 4: )?(.*)$", done.stderr, re.M)
+    assert said.startswith("T2V_A14B_weights is missing")
+    assert "80 GB" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("generate --prompt hello", "--ckpt_dir is missing"),
+        ("generate --ckpt_dir nano", "--prompt is missing"),
+        ("generate --ckpt_dir nano --prompt ''", "--prompt is missing"),
+        ("generate --ckpt_dir nano --prompt a --size 100*100", "multiple of 16"),
+        ("generate --ckpt_dir nano --prompt a --size 1280", "WIDTH"),
+        ("generate --ckpt_dir nano --prompt a --frame_num 80", "the nearest is 81"),
+        ("generate --ckpt_dir nano --prompt a --sample_solver heun", "heun"),
+        ("generate --ckpt_dir nano --prompt a --sample_steps 0", "sample_steps"),
+        ("generate --ckpt_dir nano --prompt a --sample_shift -1", "sample_shift"),
+        ("generate --ckpt_dir nano --prompt a --offload_model perhaps", "neither true nor false"),
+        ("generate --ckpt_dir nano --prompt a --task i2v-A14B", "another model"),
+        ("generate --ckpt_dir nano --prompt a --task t3v", "t3v"),
+        (
+            "generate --ckpt_dir nano --prompt a --dit_fsdp",
+            "--dit_fsdp needs several processes, and there is one: start them with torchrun",
+        ),
+        (
+            "generate --ckpt_dir nano --prompt a --ulysses_size 4",
+            "a layout of 4 processes needs several processes",
+        ),
+        ("generate --ckpt_dir nano --prompt a --parallel cfg2xring3", "--gpus 0,1,2,3,4,5"),
+        ("generate --ckpt_dir nano --prompt a --parallel tensor4", "neither auto nor a layout"),
+        (
+            "generate --ckpt_dir nano --prompt a --parallel cfg2 --ring_size 2",
+            "leave out --ring_size",
+        ),
+        ("plan --ckpt_dir nano --gpus cpu,cpu --num_gpus 2", "describe another; leave one out"),
+        ("plan --ckpt_dir nano --gpus 0,0", "names a GPU twice"),
+        ("generate --ckpt_dir nano --prompt a --device tpu", "device"),
+        ("generate --ckpt_dir nano --prompt a --dtype int3", "dtype"),
+        ("generate --ckpt_dir nano --prompt a --save_file x.avi", "mp4"),
+        ("generate --resume missing.safetensors", "no saved run"),
+        ("generate --ckpt_dir nano --prompt a --image x.png --size 7", "WIDTH"),
+        ("generate --ckpt_dir nano --prompt a --use_prompt_extend", "local_qwen"),
+        (
+            (
+                "generate --ckpt_dir nano --prompt a --use_prompt_extend --prompt_extend_method"
+                " dashscope"
+            ),
+            "DASH_API_KEY",
+        ),
+        ("generate --ckpt_dir nano --prompt a --promt b", "--promt"),
+        ("generate --ckpt_dir /nowhere --prompt a", "/nowhere"),
+        ("replay missing.mp4", "missing.mp4"),
+        ("decode missing.safetensors", "no saved run"),
+        ("train", "--nano"),
+        ("train --evaluate /nowhere", "/nowhere"),
+        ("fly", "fly"),
+    ],
+)
+def test_bad_input_gets_words_and_exit_code_2(
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: str,
+    words: str,
+) -> None:
+    monkeypatch.delenv("DASH_API_KEY", raising=False)
+    monkeypatch.delenv("DASH_API_URL", raising=False)
+    assert words in refused(capsys, *shlex.split(argv))
+    assert not list(in_tmp.iterdir())
+
+
+def test_cuda_is_refused_where_there_is_none(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not torch.cuda.is_available():
+        assert "this machine has none" in refused(
+            capsys, *MAKE[:-4], "--prompt", PROMPT, "--device", "cuda"
+        )
+        assert "noise_device cuda" in refused(capsys, *MAKE, "--noise_device", "cuda")
+
+
+def test_generate_replay_and_never_overwrite(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*MAKE, "--save_file", "one.mp4", "--contact_sheet"]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"step 4/4\s+low-noise expert\s+sigma \S+\s+ETA", said)
+    assert sorted(p.name for p in in_tmp.iterdir()) == ["one.mp4", "one_sheet.png"]
+    frames, fps = read_frames(Path("one.mp4"))
+    assert (frames.shape, fps) == ((5, 64, 64, 3), 8)
+    assert "exists" in refused(capsys, *MAKE, "--save_file", "one.mp4")
+    assert main(["replay", "one.mp4", "--save_file", "two.mp4"]) == 0
+    assert np.array_equal(read_frames(Path("two.mp4"))[0], frames)
+    assert read_recipe(Path("two.mp4")) == read_recipe(Path("one.mp4"))
+
+
+def test_a_default_name_is_safe_and_tells_the_prompt(in_tmp: Path) -> None:
+    assert main([*BASE, "--prompt", "红色的圆 / a:b*c? red circle on blue", "--seed", "1"]) == 0
+    (file,) = in_tmp.iterdir()
+    assert re.fullmatch(
+        r"nano_64x64_[a-z0-9-]*red-circle[a-z0-9-]*_[0-9-]+_[0-9a-f]+\.mp4", file.name
+    )
+
+
+def test_one_frame_is_a_picture(in_tmp: Path) -> None:
+    assert main([*BASE[:-4], "--frame_num", "1", "--sample_steps", "2", "--prompt", PROMPT]) == 0
+    (file,) = in_tmp.iterdir()
+    assert file.suffix == ".png"
+
+
+def test_flags_reach_the_recipe(in_tmp: Path) -> None:
+    extra = (
+        "--negative_prompt '' --cfg_high 2 --sample_guide_scale 5 --boundary 0.9 --fps 12"
+        " --sample_solver dpm++ --sample_shift 3 --size 48*64"
+    )
+    assert (
+        main(
+            [*MAKE, *shlex.split(extra), "--save_file", "x.mp4", "--dtype", "bfloat16", "--t5_cpu"]
+        )
+        == 0
+    )
+    recipe = read_recipe(Path("x.mp4"))
+    wanted = {
+        "cfg_high": 2.0,
+        "cfg_low": 5.0,
+        "boundary": 0.9,
+        "fps": 12.0,
+        "sample_solver": "dpm++",
+        "sample_shift": 3.0,
+        "size": [48, 64],
+    }
+    assert {key: recipe["request"][key] for key in wanted} == wanted
+    assert recipe["request"]["negative_prompt"] == ""
+    assert recipe["runtime"]["dtype"] == "bfloat16"
+
+
+def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> None:
+    slow = [
+        *BASE[:-4],
+        "--frame_num",
+        "33",
+        "--sample_steps",
+        "40",
+        "--prompt",
+        PROMPT,
+        "--seed",
+        "3",
+    ]
+    command = [sys.executable, str(ROOT / "generate.py"), *slow[1:], "--save_file", "cut.mp4"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 130, rest
+    assert "Traceback" not in rest
+    assert [p.name for p in in_tmp.iterdir()] == ["cut.latent.safetensors"]
+    assert "go on with: wanflow generate --resume cut.latent.safetensors" in rest
+    assert (
+        main(
+            [
+                "generate",
+                "--resume",
+                "cut.latent.safetensors",
+                "--save_file",
+                "cut.mp4",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    assert main([*slow, "--save_file", "whole.mp4"]) == 0
+    assert np.array_equal(read_frames(Path("cut.mp4"))[0], read_frames(Path("whole.mp4"))[0])
+    assert not list(in_tmp.glob("*.safetensors"))
+
+
+def test_when_writing_fails_the_latent_is_kept_and_decode_finishes(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wanflow.pipeline as pipeline
+
+    real = pipeline.save_frames
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "save_frames", full)
+    assert main([*MAKE, "--save_file", "a.mp4"]) == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said
+    assert "wanflow decode a.latent.safetensors" in said
+    monkeypatch.setattr(pipeline, "save_frames", real)
+    assert main(["decode", "a.latent.safetensors"]) == 0
+    assert main([*MAKE, "--save_file", "b.mp4"]) == 0
+    assert np.array_equal(read_frames(Path("a.mp4"))[0], read_frames(Path("b.mp4"))[0])
+
+
+def test_decode_refuses_a_run_that_is_not_finished(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wanflow
+
+    wanflow.load("nano", device="cpu").begin(wanflow.Request(PROMPT)).save(
+        Path("begun.latent.safetensors")
+    )
+    assert "--resume" in refused(capsys, "decode", "begun.latent.safetensors")
+
+
+def test_other_weights_are_not_taken_for_the_same(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    assert main([*MAKE, "--save_file", "one.mp4"]) == 0
+    shutil.copytree(NANO_FOLDER, "other")
+    file = Path("other/high_noise_model/diffusion_pytorch_model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    said = refused(capsys, "replay", "one.mp4", "--ckpt_dir", "other", "--save_file", "two.mp4")
+    assert "other weights" in said
+    assert (
+        main(["replay", "one.mp4", "--ckpt_dir", "other", "--save_file", "two.mp4", "--force"]) == 0
+    )
+
+
+def test_an_unknown_word_is_told_and_a_known_one_is_not(
+    in_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (
+        main(
+            [
+                *BASE,
+                "--prompt",
+                "a dragon breathes fire on a blue background",
+                "--save_file",
+                "d.mp4",
+            ]
+        )
+        == 0
+    )
+    assert "does not know dragon, breathes, fire" in caplog.text
+    caplog.clear()
+    assert main([*MAKE, "--save_file", "k.mp4"]) == 0
+    assert "does not know" not in caplog.text
+
+
+def test_prompt_extension_asks_the_server_and_falls_back(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    asked: list[dict[str, object]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = json.dumps(
+                {
+                    "choices": [
+                        {"message": {"content": " a large red star spins on a black background "}}
+                    ]
+                }
+            ).encode()
+            self.send_response(200 if len(asked) == 1 else 500)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("DASH_API_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    extend = [
+        "--use_prompt_extend",
+        "--prompt_extend_method",
+        "dashscope",
+        "--prompt_extend_target_lang",
+        "en",
+    ]
+    try:
+        assert main([*MAKE, *extend, "--save_file", "a.mp4"]) == 0
+        assert (
+            read_recipe(Path("a.mp4"))["request"]["prompt"]
+            == "a large red star spins on a black background"
+        )
+        assert asked[0]["model"] == "qwen-plus"
+        assert main([*MAKE, *extend, "--save_file", "b.mp4"]) == 0
+        assert read_recipe(Path("b.mp4"))["request"]["prompt"] == PROMPT
+        assert "not extended" in caplog.text
+    finally:
+        server.shutdown()
+
+
+def test_a_small_machine_is_refused_the_full_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full-size folder of sparse files: complete, readable, and not started here."""
+    maker = Path(__file__).parents[1] / "helpers" / "sparse_checkpoint.py"
+    subprocess.run(
+        [sys.executable, str(maker), str(tmp_path / "w")],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    (tmp_path / "w/google/umt5-xxl").mkdir(parents=True)
+    (tmp_path / "w/google/umt5-xxl/tokenizer.json").write_bytes(
+        (NANO_FOLDER / "google/umt5-xxl/tokenizer.json").read_bytes()
+    )
+    began = time.monotonic()
+    said = refused(
+        capsys,
+        "generate",
+        "--ckpt_dir",
+        str(tmp_path / "w"),
+        "--prompt",
+        "a",
+        "--save_file",
+        str(tmp_path / "x.mp4"),
+        "--device",
+        "cpu",
+    )
+    assert time.monotonic() - began < 20
+    for words in ("80 GB", "64 GB of RAM", "150 GB", "here:", "do:", "--force"):
+        assert words in said
+
+
+def test_a_plan_for_the_processes_that_would_be_started(capsys: pytest.CaptureFixture[str]) -> None:
+    """It starts none."""
+    assert main(["plan", "--ckpt_dir", "nano", "--gpus", "cpu,cpu,cpu", "--json"]) == 0
+    runtime = json.loads(capsys.readouterr().out)["runtime"]
+    assert (runtime["cfg_parallel"], runtime["ring_size"], runtime["ulysses_size"]) == (False, 1, 3)

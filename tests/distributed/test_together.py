@@ -1,0 +1,342 @@
+"""Whole runs on several processes: what one process makes, with every other feature, stopped and
+resumed on another number of them.
+
+Real processes speak gloo; for each number of them one set does all that is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROMPT
+from helpers.processes import Processes, played
+from test_compose import FEATURES, ROUNDING, made
+from test_parity import PIPELINE, case_tensors, close, expert, schedule_of, stored
+from torch import Tensor
+
+from wanflow.assemble import assemble, layout_of, resolve
+from wanflow.checkpoint.load import Checkpoint
+from wanflow.config import CompleteRequest, DiTConfig, Request, RequestError, Runtime, from_mapping
+from wanflow.parallel import ranks as mesh
+from wanflow.parallel.groups import Layout, layouts, make_groups
+from wanflow.parallel.sequence import connect
+from wanflow.pipeline import Cancelled, Pipeline
+from wanflow.presets import T2V_A14B
+from wanflow.sampling.solvers import SolverState, advance
+from wanflow.transforms.attention import BACKENDS
+
+QUICK, SLOW = (2, 3, 4), (6, 8)
+SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
+WANTED = Request(PROMPT, frame_num=5, sample_steps=3, seed=3)
+SHARED: dict[str, Any] = {"dit_fsdp": True}
+pytestmark = pytest.mark.distributed
+
+
+def fields(layout: Layout) -> dict[str, Any]:
+    return {
+        "cfg_parallel": layout.cfg == 2,
+        "ring_size": layout.ring,
+        "ulysses_size": layout.ulysses,
+    }
+
+
+@cache
+def checkpoint(model: str) -> Checkpoint:
+    return resolve("nano" if model == "nano" else made() / model)
+
+
+def opened(ranks: mesh.DistInfo, layout: Layout, model: str = "nano", **runtime: Any) -> Pipeline:
+    return assemble(
+        checkpoint(model), Runtime(device="cpu", **fields(layout), **runtime), None, ranks
+    )
+
+
+# every layout
+
+
+def on_layouts(ranks: mesh.DistInfo) -> dict[str, Any]:
+    """nano's latent and frames, and golden's latents, on every layout; and the latent with the
+    weights shared out.
+    """
+    return {str(layout): on_layout(ranks, layout) for layout in layouts(ranks.size)}
+
+
+def on_layout(ranks: mesh.DistInfo, layout: Layout) -> dict[str, Any]:
+    pipe = opened(ranks, layout)
+    run = pipe.resume(pipe.begin(WANTED))
+    video = pipe.finish(run)
+    drawn = pipe.begin(replace(WANTED, seed=-1)).request.seed
+    with pytest.raises(Cancelled) as cancelled:  # what the first says holds for all
+        pipe.resume(pipe.begin(WANTED), lambda told: told.step < 2 if ranks.rank == 0 else None)
+    shared = opened(ranks, layout, **SHARED)
+    found = {
+        "latent": run.state.x,
+        "frames": torch.from_numpy(video.frames),
+        "seed": drawn,
+        "half": cancelled.value.run.state.tensors(),
+    }
+    found |= {"shared out": shared.resume(shared.begin(WANTED)).state.x, "shares": shares(shared)}
+    for case in PIPELINE["runs"] if ranks.size == 2 else PIPELINE["runs"][:1]:
+        found[case["name"]] = golden(ranks, layout, case)
+    return found
+
+
+def shares(pipe: Pipeline) -> list[tuple[int, int]]:
+    """Of an expert's parameters: numbers that this process keeps, and in all, of those that are
+    shared out.
+    """
+    model: Any = pipe.parts.expert("low")
+    held = [
+        (p.to_local().numel(), p.numel()) for p in model.parameters() if hasattr(p, "device_mesh")
+    ]
+    return [tuple(map(sum, zip(*held, strict=True)))]  # type: ignore[list-item]
+
+
+class GoldenParts:
+    """Golden's experts and texts, as a pipeline asks for them."""
+
+    device, made_by = torch.device("cpu"), {}
+
+    def __init__(self, team: Any) -> None:
+        config = from_mapping(DiTConfig, PIPELINE["config"], "pipeline.json")
+        self.preset = replace(T2V_A14B, dit=config)
+        self.team = team
+
+    def text(self, prompts: list[str]) -> Tensor:
+        states = torch.zeros(len(prompts), self.preset.dit.text_len, self.preset.dit.text_dim)
+        for row, key in zip(states, prompts, strict=True):
+            context = stored(PIPELINE["cases_file"], key, PIPELINE["context"][key])
+            row[: len(context)] = context
+        return states
+
+    def expert(self, which: str, strengths: tuple[float, ...] = ()) -> Any:
+        model = expert(which)
+        connect(model, self.team, BACKENDS["sdpa"].attend, BACKENDS["sdpa"].with_lse)
+        return model
+
+    def prepare(self, which: str, strengths: tuple[float, ...] = ()) -> None: ...
+
+
+def golden(ranks: mesh.DistInfo, layout: Layout, case: dict[str, Any]) -> list[Tensor]:
+    """The latent after each step of one of golden's runs."""
+    team = make_groups(layout, ranks, 60)
+    pipe: Any = Pipeline(GoldenParts(team), team=team)  # type: ignore[arg-type]
+    request = CompleteRequest(
+        "context",
+        "context_null",
+        (PIPELINE["width"], PIPELINE["height"]),
+        PIPELINE["frames"],
+        case["solver"],
+        case["steps"],
+        case["shift"],
+        PIPELINE["guide_scale"]["high"],
+        PIPELINE["guide_scale"]["low"],
+        PIPELINE["boundary"],
+        16,
+        0,
+    )
+    schedule = schedule_of(case)
+    state, latents = SolverState(0, case_tensors(PIPELINE["cases_file"], case)["noise"][None]), []
+    velocity = pipe.velocity(request, schedule, 0)
+    while state.index < len(schedule):
+        state = advance(schedule, state, velocity)
+        latents.append(state.x[0])
+    return latents
+
+
+@cache
+def alone() -> dict[str, Tensor]:
+    """What one process makes."""
+    pipe = assemble(resolve("nano"), Runtime(device="cpu"))
+    run = pipe.resume(pipe.begin(WANTED))
+    return {"latent": run.state.x, "frames": torch.from_numpy(pipe.finish(run).frames)}
+
+
+Found = Callable[[int], Sequence[dict[str, Any]]]
+
+
+@pytest.fixture
+def found(processes: Processes) -> Found:
+    return lambda size: processes(on_layouts, size, QUICK if size in QUICK else SLOW)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_whole_run_gives_the_latent_of_one_process(size: int, found: Found) -> None:
+    """Through the switch of experts; the same bits in every process."""
+    first, *others = found(size)
+    assert list(first) == [str(layout) for layout in layouts(size)]
+    for layout, values in first.items():
+        torch.testing.assert_close(
+            values["latent"],
+            alone()["latent"],
+            atol=1e-4,
+            rtol=1e-5,
+            msg=lambda text, where=layout: f"{where}: {text}",
+        )
+        assert all(torch.equal(values["latent"], other[layout]["latent"]) for other in others), (
+            layout
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_process_has_the_video(size: int, found: Found) -> None:
+    first, *others = found(size)
+    expected = alone()["frames"].int()
+    for layout, values in first.items():
+        apart = (values["frames"].int() - expected).abs()
+        assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, layout
+        assert all(len(other[layout]["frames"]) == 0 for other in others)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_golden_runs_on_every_layout(size: int, found: Found) -> None:
+    compared = 0
+    for layout, values in found(size)[0].items():
+        for case in PIPELINE["runs"]:
+            wanted = case_tensors(PIPELINE["cases_file"], case)["latents"]
+            for index, latent in enumerate(values.get(case["name"], ())):
+                close(
+                    latent,
+                    wanted[index + 1],
+                    PIPELINE["tolerance"]["latents"],
+                    f"{layout}, {case['name']}, step {index}",
+                )
+                compared += 1
+    assert compared >= len(layouts(size)) * PIPELINE["runs"][0]["steps"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_that_are_shared_out_change_no_bit(size: int, found: Found) -> None:
+    for rank, values in enumerate(found(size)):
+        for layout, value in values.items():
+            assert torch.equal(value["shared out"], value["latent"]), (rank, layout)
+            ((own, whole),) = value["shares"]
+            assert own < 1.3 * whole / size, "each process keeps its share"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_process_goes_on_where_several_were_stopped(size: int, found: Found) -> None:
+    pipe = assemble(resolve("nano"), Runtime(device="cpu"))
+    begun = pipe.begin(WANTED)
+    for layout, values in found(size)[size - 1].items():
+        run = replace(begun, state=SolverState.from_tensors(2, values["half"]))
+        latent = pipe.resume(run).state.x
+        torch.testing.assert_close(
+            latent,
+            alone()["latent"],
+            atol=1e-4,
+            rtol=1e-5,
+            msg=lambda text, where=layout: f"{where}: {text}",
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_draw_the_first_one_s_seed(size: int, found: Found) -> None:
+    for layout in found(size)[0]:
+        assert len({values[layout]["seed"] for values in found(size)}) == 1
+
+
+# every feature
+
+# Where a feature cannot be had on several processes, or with shared-out weights, it is refused in
+# these words.
+REFUSED = {"tiles": "several processes decode in strips"}
+REFUSED_SHARED = {
+    "blocks streamed from disk": "not both",
+    "blocks streamed from RAM": "not both",
+    "the next expert read ahead": "is not read ahead",
+}
+WAYS = {
+    "cfg": (Layout(cfg=2), {}),
+    "ring": (Layout(ring=2), {}),
+    "ulysses, shared out": (Layout(ulysses=2), SHARED),
+}
+# A ring is another attention and nothing else: it goes with what attention sees of a feature.
+OF_ATTENTION = (
+    "two passes",
+    "one batch",
+    "bfloat16",
+    "another size",
+    "one frame",
+    "another attention",
+    "tokens in chunks",
+    "blocks streamed from disk",
+    "quantised",
+)
+PAIRS = [(way, name) for way in WAYS for name in FEATURES if way != "ring" or name in OF_ATTENTION]
+
+
+def with_features(ranks: mesh.DistInfo) -> dict[str, Any]:
+    """Each way with each feature: the latent, or the words of the refusal."""
+    return {f"{way} + {name}": with_feature(ranks, *WAYS[way], name) for way, name in PAIRS}
+
+
+def with_feature(ranks: mesh.DistInfo, layout: Layout, runtime: dict[str, Any], name: str) -> Any:
+    more, request, _ = FEATURES[name]
+    request = {"frame_num": 5, "sample_steps": 3, "seed": 3, **request}
+    stop, model = request.pop("stop", None), request.pop("model", "nano")
+    request["lora"] = tuple(str(made() / lora) for lora in request.get("lora", ()))
+    try:
+        pipe = opened(ranks, layout, model, **runtime, **more)
+        run = pipe.begin(Request(PROMPT, **request))
+        if stop is not None:
+            with pytest.raises(Cancelled) as cancelled:
+                pipe.resume(run, lambda told: told.step < stop if ranks.rank == 0 else None)
+            run = cancelled.value.run
+            assert run.state.index == stop
+        return pipe.resume(run).state.x
+    except RequestError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("way", "name"), PAIRS, ids=[f"{way} + {name}" for way, name in PAIRS])
+def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
+    from test_compose import latent
+
+    runtime, request, limit = FEATURES[name]
+    results = [values[f"{way} + {name}"] for values in processes(with_features, 2, (2,))]
+    words = REFUSED.get(name) or (REFUSED_SHARED.get(name) if WAYS[way][1] else None)
+    if words:
+        assert all(words in result for result in results)
+        return
+    assert torch.equal(*results)
+    one = latent(runtime, {key: value for key, value in request.items() if key != "stop"})
+    # Two processes make what one makes with the same feature, to rounding, which is larger where
+    # values are rounded to 8 bits or bfloat16.
+    assert (results[0] - one).abs().mean() <= max(ROUNDING, limit / 4) * one.abs().mean()
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ({"ulysses_size": 3}, r"ulysses 3 = 3 needs as many processes, and there are 2"),
+        ({"ulysses_size": 2, "vae_tile": 64}, "several processes decode in strips"),
+        (
+            {"ulysses_size": 2, "dit_fsdp": True, "resident_blocks": 2},
+            "shared out over the processes or streamed, not both",
+        ),
+        ({"ulysses_size": 2, "dit_fsdp": True, "prefetch": True}, "is not read ahead"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_before_anything_is_read(
+    runtime: dict[str, Any], words: str
+) -> None:
+    with played(0, 2) as ranks, pytest.raises(RequestError, match=words):
+        assemble(resolve("nano"), Runtime(device="cpu", **runtime), None, ranks)
+
+
+def test_a_share_of_one_is_refused() -> None:
+    with pytest.raises(
+        RequestError,
+        match="dit_fsdp shares the weights out over several processes, and there is one",
+    ):
+        assemble(resolve("nano"), Runtime(device="cpu", dit_fsdp=True))
+    assert layout_of(Runtime()) == Layout()

@@ -1,0 +1,106 @@
+"""Real processes that speak gloo: what a test looks at is done in them, and what came out is read
+from files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from filelock import FileLock
+
+from wanflow.parallel import ranks as mesh
+
+CPU = torch.device("cpu")
+Work = Callable[[mesh.DistInfo], Any]  # what one process does in a group, and has found
+
+
+@contextmanager
+def joined(rank: int, size: int, folder: Path, name: str) -> Iterator[mesh.DistInfo]:
+    """In a group of its own, found by a file."""
+    store = dist.FileStore(str(folder / f"{name}.store"), size)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    try:
+        yield mesh.DistInfo(rank, size, CPU)
+    finally:
+        mesh.leave_group()
+
+
+@contextmanager
+def played(rank: int, size: int) -> Iterator[mesh.DistInfo]:
+    """One process of many, by PyTorch's fake group, which sends nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=size)
+    try:
+        yield mesh.DistInfo(rank, size, CPU)
+    finally:
+        mesh.leave_group()
+
+
+def _process(rank: int, work: Work, sizes: tuple[int, ...], folder: Path) -> None:
+    torch.set_num_threads(1)
+    for size in sizes:
+        if rank < size:
+            with joined(rank, size, folder, str(size)) as ranks, torch.no_grad():
+                found = work(ranks)
+            torch.save(found, folder / f"{size}-{rank}.pt")
+
+
+def start(work: Work, sizes: tuple[int, ...], folder: Path) -> list[int | None]:
+    """Run `work` in groups of these sizes, one after the other; how the processes ended."""
+    # A fork of a process that has imported torch starts at once.
+    context = mp.get_context(
+        "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+    )
+    context.set_forkserver_preload([work.__module__])
+    processes = [
+        context.Process(target=_process, args=(rank, work, sizes, folder), daemon=True)
+        for rank in range(max(sizes))
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+class Processes:
+    """Results of work in several processes, which are started once in a run of pytest, whichever of
+    its own processes comes first.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+
+    def __call__(self, work: Work, size: int, group: tuple[int, ...]) -> Sequence[Any]:
+        """What each of `size` processes found; groups of all the sizes in `group` do their work at
+        the same time.
+        """
+        folder = self.base / f"{work.__module__}-{work.__name__}-{max(group)}"
+        folder.mkdir(exist_ok=True)
+        ended = folder / "ended.json"
+        with FileLock(folder / "lock"):
+            if not ended.exists():
+                ended.write_text(json.dumps(start(work, group, folder)))
+        assert json.loads(ended.read_text()) == [0] * max(group)
+        return [
+            torch.load(folder / f"{size}-{rank}.pt", weights_only=True, mmap=True)
+            for rank in range(size)
+        ]
+
+
+@pytest.fixture
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
+    base = tmp_path_factory.getbasetemp()
+    return Processes(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)

@@ -1,0 +1,476 @@
+"""The golden numbers: what the official code computes, number by number.
+
+The folder is WANFLOW_GOLDEN or tests/golden; its README.md describes the format. File names,
+shapes, settings and tolerances all come from the manifests, so that another folder of the same
+format, with other seeds, sizes and cases, runs the same tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAEConfig, from_mapping
+from wanflow.models.dit import WanDiT
+from wanflow.models.umt5 import UMT5Encoder, position_buckets
+from wanflow.models.vae import WanVAE
+from wanflow.sampling.experts import expert_at, experts
+from wanflow.sampling.guidance import guide
+from wanflow.sampling.schedule import Schedule, Step, make_schedule
+from wanflow.sampling.solvers import SolverState, advance, order
+
+FOLDER = Path(os.environ.get("WANFLOW_GOLDEN") or Path(__file__).parents[1] / "golden")
+KINDS = ("dit", "vae", "t5", "solvers", "pipeline", "sizes")
+Json = dict[str, Any]
+M = TypeVar("M", bound=nn.Module)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """At these sizes a second thread costs more than it brings, and on a busy machine very much
+    more.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def read_manifests() -> dict[str, Json]:
+    """The folder's manifests by their `kind`."""
+    found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.json")))
+    return {
+        manifest["kind"]: manifest
+        for manifest in found
+        if isinstance(manifest, dict) and manifest.get("kind") in KINDS
+    }
+
+
+MANIFESTS = read_manifests()
+DIT: Json = MANIFESTS.get("dit", {"models": {}})
+VAE: Json = MANIFESTS.get("vae", {"cases": []})
+T5: Json = MANIFESTS.get("t5", {"cases": []})
+SOLVERS: Json = MANIFESTS.get("solvers", {"runs": [], "expert_rule": {}})
+PIPELINE: Json = MANIFESTS.get("pipeline", {"runs": []})
+SIZES: Json = MANIFESTS.get("sizes", {"modules": {}})
+
+
+def test_folder_holds_manifests() -> None:
+    assert MANIFESTS, (
+        f"{FOLDER.resolve()} holds no manifest of any kind ({', '.join(KINDS)}); set WANFLOW_GOLDEN"
+        " to a folder that does"
+    )
+    if not os.environ.get("WANFLOW_GOLDEN"):
+        assert set(MANIFESTS) == set(KINDS)  # our own folder has all of them; another need not
+
+
+@cache
+def tensors(file: str) -> dict[str, Tensor]:
+    return load_file(FOLDER / file)
+
+
+def stored(file: str, key: str, entry: Json) -> Tensor:
+    """A stored tensor, checked against what its manifest says of it."""
+    tensor = tensors(file)[key]
+    assert (
+        list(tensor.shape) == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}"
+    ), f"{file}: {key} is not as its manifest says"
+    return tensor
+
+
+def case_tensors(file: str, case: Json, entries: str = "tensors") -> dict[str, Tensor]:
+    """A case's tensors, without its name in front."""
+    return {
+        key.removeprefix(f"{case['name']}."): stored(file, key, entry)
+        for key, entry in case.get(entries, {}).items()
+    }
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: Json, what: str) -> None:
+    """|a - b| <= atol + rtol |b|, b being the stored value."""
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {list(actual.shape)}, stored {list(expected.shape)}"
+    )
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, stored {expected.dtype}"
+    far = (actual.double() - expected.double()).abs()
+    allowed = tolerance["atol"] + tolerance["rtol"] * expected.double().abs()
+    worst = int((far / allowed.clamp_min(1e-300)).argmax())
+    # written so that NaN fails
+    assert bool((far <= allowed).all()), (
+        f"{what}: off by {far.flatten()[worst]:.3g} where {allowed.flatten()[worst]:.3g} is allowed"
+    )
+
+
+def filled(module: M, file: str, manifest: Json) -> M:
+    """A module with the weights of a file, every one of them and no other."""
+    weights = {key: stored(file, key, entry) for key, entry in manifest["weights"].items()}
+    assert weights.keys() == tensors(file).keys()
+    module.load_state_dict(weights, strict=True)
+    assert sum(p.numel() for p in module.parameters()) == manifest.get(
+        "parameters", sum(w.numel() for w in weights.values())
+    )
+    return module.eval().requires_grad_(False)
+
+
+# --- the transformer ---
+
+
+@cache
+def dit(model: str) -> WanDiT:
+    manifest = DIT["models"][model]
+    return filled(
+        WanDiT(from_mapping(DiTConfig, manifest["config"], "dit.json")),
+        manifest["weights_file"],
+        manifest,
+    )
+
+
+def run_dit(model: str, case: Json, sample: int) -> tuple[Tensor, Tensor]:
+    """What our transformer makes of one sample of a case, and what is stored."""
+    found = case_tensors(DIT["models"][model]["cases_file"], case)
+    t = found["t"][sample : sample + 1]
+    if t.ndim == 2:  # one timestep per token, of which padding has none here
+        t = t[:, : case["tokens"][sample]]
+    velocity = dit(model)(found[f"latent.{sample}"][None], t, found[f"context.{sample}"][None])
+    return velocity[0], found[f"output.{sample}"]
+
+
+DIT_SAMPLES = [
+    pytest.param(model, case, sample, id=f"{model}-{case['name']}-{sample}")
+    for model, manifest in DIT["models"].items()
+    for case in manifest["cases"]
+    for sample in range(case["batch"])
+]
+DIT_MIDDLES = [param for param in DIT_SAMPLES if "intermediates" in param.values[1]]
+
+
+@pytest.mark.parametrize(("model", "case", "sample"), DIT_SAMPLES)
+def test_dit(model: str, case: Json, sample: int) -> None:
+    velocity, expected = run_dit(model, case, sample)
+    close(velocity, expected, DIT["models"][model]["tolerance"], f"output of {case['name']}")
+
+
+DIT_BATCHES = [
+    pytest.param(model, case, id=f"{model}-{case['name']}")
+    for model, manifest in DIT["models"].items()
+    for case in manifest["cases"]
+    if case["batch"] > 1 and len({tuple(grid) for grid in case["grids_after_patching"]}) == 1
+]
+
+
+@pytest.mark.parametrize(("model", "case"), DIT_BATCHES)
+def test_dit_batch(model: str, case: Json) -> None:
+    """Samples of one size, as one batch: the caller pads the texts."""
+    manifest = DIT["models"][model]
+    found = case_tensors(manifest["cases_file"], case)
+    latent, expected = (
+        torch.stack([found[f"{key}.{n}"] for n in range(case["batch"])])
+        for key in ("latent", "output")
+    )
+    text = torch.nn.utils.rnn.pad_sequence(
+        [found[f"context.{n}"] for n in range(case["batch"])], batch_first=True
+    )
+    t = found["t"] if found["t"].ndim == 1 else found["t"][:, : case["tokens"][0]]
+    close(dit(model)(latent, t, text), expected, manifest["tolerance"], f"output of {case['name']}")
+
+
+def module_path(name: str) -> str:
+    """`block1.self_attn` -> `blocks.1.self_attn`; other names are the module's own."""
+    head, _, rest = name.partition(".")
+    return (
+        f"blocks.{head.removeprefix('block')}{'.' * bool(rest)}{rest}"
+        if head.startswith("block")
+        else name
+    )
+
+
+@pytest.mark.parametrize(("model", "case", "sample"), DIT_MIDDLES)
+def test_dit_intermediates(model: str, case: Json, sample: int) -> None:
+    manifest, network = DIT["models"][model], dit(model)
+    middles = case_tensors(manifest["cases_file"], case, "intermediates")
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for key in middles:
+        name = key.removeprefix("mid.")
+
+        def keep(module: nn.Module, args: object, output: Tensor, name: str = name) -> None:
+            seen[name] = output
+
+        hooks.append(network.get_submodule(module_path(name)).register_forward_hook(keep))
+    try:
+        run_dit(model, case, sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for key, expected in middles.items():
+        name = key.removeprefix("mid.")
+        row = expected[min(sample, len(expected) - 1)]  # the time rows are stored once
+        if name.startswith(("block", "head")):
+            row = row[: case["tokens"][sample]]  # the rest is padding
+        close(
+            seen[name].reshape(row.shape), row, manifest["tolerance"], f"{name} of {case['name']}"
+        )
+
+
+# --- the autoencoder ---
+
+
+@cache
+def vae() -> WanVAE:
+    settings = VAE["config"] | {"latent_mean": VAE["latent_mean"], "latent_std": VAE["latent_std"]}
+    return filled(WanVAE(from_mapping(VAEConfig, settings, "vae.json")), VAE["weights_file"], VAE)
+
+
+VAE_CASES = [pytest.param(case, id=case["name"]) for case in VAE["cases"]]
+GROUPS = [pytest.param(groups, id=f"groups{groups}") for groups in (1, 2, 3, 100)]
+
+
+def vae_tensors(case: Json, way: str) -> dict[str, Tensor]:
+    return case_tensors(VAE["cases_file"], {"name": f"{case['name']}.{way}", **case[way]})
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("case", VAE_CASES)
+def test_vae_encode(case: Json, groups: int) -> None:
+    found = vae_tensors(case, "encode")
+    close(
+        vae().encode(found["video"], groups),
+        found["latent"],
+        VAE["tolerance"]["encode"],
+        f"latent of {case['name']}",
+    )
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("case", VAE_CASES)
+def test_vae_decode(case: Json, groups: int) -> None:
+    found = vae_tensors(case, "decode")
+    close(
+        vae().decode(found["latent"], groups),
+        found["video_unclamped"],
+        VAE["tolerance"]["decode"],
+        f"video of {case['name']}",
+    )
+
+
+@pytest.mark.parametrize("case", VAE_CASES)
+def test_vae_decode_streamed(case: Json) -> None:
+    """Frame by frame, each part compared as it comes."""
+    found = vae_tensors(case, "decode")
+    start = 0
+    for part in vae().decode_frames(found["latent"]):
+        assert part.shape[2] == (vae().config.temporal_stride if start else 1)
+        expected = found["video_unclamped"][:, :, start : start + part.shape[2]]
+        close(part, expected, VAE["tolerance"]["decode"], f"frames {start}.. of {case['name']}")
+        start += part.shape[2]
+    assert start == case["frames"]
+
+
+# --- the text encoder ---
+
+
+@cache
+def t5() -> UMT5Encoder:
+    return filled(
+        UMT5Encoder(from_mapping(TextConfig, T5["config"], "t5.json")), T5["weights_file"], T5
+    )
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in T5["cases"]])
+def test_t5(case: Json) -> None:
+    found = case_tensors(T5["cases_file"], case)
+    assert found["mask"].sum(1).tolist() == case["valid_tokens"]
+    close(
+        t5()(found["ids"], found["mask"]),
+        found["output"],
+        T5["tolerance"],
+        f"output of {case['name']}",
+    )
+
+
+@pytest.mark.parametrize(
+    "keys", [pytest.param(T5["buckets"]["keys"], id="buckets")] if "buckets" in T5 else []
+)
+def test_t5_buckets(keys: list[str]) -> None:
+    relative, bucket = (tensors(T5["cases_file"])[key] for key in keys)
+    config = t5().config
+    assert torch.equal(position_buckets(relative, config.num_buckets, config.max_dist), bucket)
+
+
+# --- schedules and solvers ---
+
+RUNS = [pytest.param(run, id=run["name"]) for run in SOLVERS["runs"]]
+
+
+def golden_velocity(x: Tensor, step: Step) -> Tensor:
+    """The manifest's field: factor and wave in float64, rounded; tanh, product and sum in
+    float32.
+    """
+    p = SOLVERS["velocity"]["parameters"]
+    tau = step.timestep / SOLVERS["num_train_timesteps"]
+    places = torch.arange(x.numel(), dtype=torch.float64).view(x.shape)
+    wave = p["c"] * getattr(torch, p["kind"])(p["w"] * tau + p["p"] * places)
+    factor = torch.tensor(p["a0"] + p["a1"] * tau, dtype=torch.float64).float()
+    return factor * torch.tanh(torch.tensor(p["g"]).float() * x) + wave.float()
+
+
+def schedule_of(run: Json) -> Schedule:
+    return make_schedule(run["solver"], run["steps"], run["shift"])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_schedule(run: Json) -> None:
+    assert SOLVERS["num_train_timesteps"] == TRAIN_STEPS
+    found = case_tensors(SOLVERS["file"], run)
+    schedule = schedule_of(run)
+    assert list(schedule.timesteps) == run["timesteps"] == found["timesteps"].tolist()
+    close(torch.tensor(schedule.sigmas), found["sigmas"], SOLVERS["tolerance"]["sigmas"], "sigmas")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_schedule_experts(run: Json) -> None:
+    schedule, checked = schedule_of(run), 0
+    for key, expected in run.items():
+        if "boundary_" not in key:
+            continue
+        chosen = experts(schedule, float(key.rpartition("boundary_")[2]))
+        assert expected == (
+            chosen.count("high") if key.startswith("high_steps") else list(chosen)
+        ), key
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_solver_orders(run: Json) -> None:
+    schedule = schedule_of(run)
+    orders = [order(schedule, index) for index in range(len(schedule))]
+    assert orders == run.get("predictor_order", run.get("order"))
+    if "corrector_order" in run:  # the corrector redoes the step before, at that step's order
+        assert [0, *orders[:-1]] == run["corrector_order"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_solver_samples(run: Json) -> None:
+    """x after every step, from our own x before it."""
+    expected = case_tensors(SOLVERS["file"], run)["x"]
+    schedule = schedule_of(run)
+    start = SOLVERS["start"]
+    state = SolverState(0, stored(SOLVERS["file"], start["key"], start).reshape(expected[0].shape))
+    assert torch.equal(state.x, expected[0])
+    for index in range(len(schedule)):
+        state = advance(schedule, state, golden_velocity)
+        close(state.x, expected[index + 1], SOLVERS["tolerance"]["x"], f"x after step {index}")
+    assert state.index == len(schedule) == len(expected) - 1
+
+
+@pytest.mark.parametrize(
+    ("boundary", "timestep", "expert"),
+    [
+        pytest.param(float(key.partition("_")[2]), timestep, expert, id=f"{key}-{timestep}")
+        for key, rule in SOLVERS["expert_rule"].items()
+        if key.startswith("boundary_")
+        for timestep, expert in rule
+    ],
+)
+def test_expert_rule(boundary: float, timestep: int, expert: str) -> None:
+    assert expert_at(timestep, boundary) == expert
+
+
+# --- the whole loop ---
+
+
+@cache
+def expert(name: str) -> WanDiT:
+    network = WanDiT(from_mapping(DiTConfig, PIPELINE["config"], "pipeline.json"))
+    return filled(network, PIPELINE[f"{name}_weights_file"], {"weights": PIPELINE["weights"]})
+
+
+@pytest.mark.parametrize("run", [pytest.param(run, id=run["name"]) for run in PIPELINE["runs"]])
+def test_pipeline(run: Json) -> None:
+    """Both experts with guidance: velocity and latent of every step, then the video."""
+    file, tolerance = PIPELINE["cases_file"], PIPELINE["tolerance"]
+    found = case_tensors(file, run)
+    context, context_null = (
+        stored(file, key, PIPELINE["context"][key])[None] for key in ("context", "context_null")
+    )
+    schedule = schedule_of(run)
+    assert list(schedule.timesteps) == run["timesteps"] == found["timesteps"].tolist()
+    close(torch.tensor(schedule.sigmas), found["sigmas"], tolerance["sigmas"], "sigmas")
+    assert list(experts(schedule, PIPELINE["boundary"])) == run["expert"]
+    assert [PIPELINE["guide_scale"][name] for name in run["expert"]] == run["guidance"]
+    velocities: list[Tensor] = []
+
+    def velocity(x: Tensor, step: Step) -> Tensor:
+        name = expert_at(step.timestep, PIPELINE["boundary"])
+        at = torch.tensor([step.timestep])
+        conditional, unconditional = (expert(name)(x, at, text) for text in (context, context_null))
+        velocities.append(guide(conditional, unconditional, PIPELINE["guide_scale"][name]))
+        return velocities[-1]
+
+    state = SolverState(0, found["noise"][None])
+    assert torch.equal(state.x[0], found["latents"][0])
+    for index in range(len(schedule)):
+        state = advance(schedule, state, velocity)
+        close(
+            velocities[-1][0],
+            found["velocity"][index],
+            tolerance["latents"],
+            f"velocity of step {index}",
+        )
+        close(
+            state.x[0],
+            found["latents"][index + 1],
+            tolerance["latents"],
+            f"latent after step {index}",
+        )
+    close(state.x[0], found["final_latent"], tolerance["latents"], "final latent")
+    video = vae().decode(state.x).clamp(-1, 1)
+    assert video.shape[2:] == (PIPELINE["frames"], PIPELINE["height"], PIPELINE["width"])
+    close(video[0], found["video"], tolerance["video"], "video")
+
+
+# --- full size, on meta ---
+
+BUILDERS = {
+    "dit": (WanDiT, DiTConfig),
+    "t5 encoder": (UMT5Encoder, TextConfig),
+    "wan2.1 vae": (WanVAE, VAEConfig),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, id=name)
+        for name, entry in SIZES["modules"].items()
+        if entry["module"] in BUILDERS
+    ],
+)
+def test_sizes(name: str) -> None:
+    entry = SIZES["modules"][name]
+    build, config = BUILDERS[entry["module"]]
+    with torch.device("meta"):
+        state = build(from_mapping(config, entry["config"], name)).state_dict()
+    described = {
+        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for key, value in state.items()
+    }
+    assert described == entry["state"]
+    count = sum(math.prod(value.shape) for value in state.values())
+    assert len(state) == entry["tensors"]
+    assert (count, count * 4, count * 2) == (
+        entry["parameters"],
+        entry["bytes_fp32"],
+        entry["bytes_bf16"],
+    )
