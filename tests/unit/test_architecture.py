@@ -321,7 +321,7 @@ def test_import_stays_light(module: str) -> None:
         ("models/dit.py", "import wanflow.pipeline", ["wanflow.pipeline"]),
         (
             "models/dit.py",
-            "from wanflow import pipeline, video",
+            "from wanflow import pipeline, media",
             ["wanflow.pipeline", "wanflow.media"],
         ),
         ("models/dit.py", "from . import vae", ["wanflow.models.vae"]),
