@@ -20,22 +20,31 @@ import wanflow
 ROOT = Path(wanflow.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 
-# A file imports only from lines below its own; those that share a line never import each other.
+# A unit imports only from lines below its own; units that share a line never import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "__init__"),
     ("serve", "train"),
-    ("plan", "extend", "screen"),
-    ("doctor",),
+    ("opening",),
+    ("plan", "convert", "doctor", "extend"),
     ("assemble",),
+    ("loaders", "download"),
+    ("lora",),
+    ("checkpoint",),
+    ("screen", "hardware"),
+    ("transforms",),
+    ("parallel",),
+    ("runtime",),
+    ("api",),
     ("pipeline",),
-    ("files on disk", "sanity"),
-    ("transforms", "parallel", "sampling"),
-    ("models",),
+    ("conditioning", "media", "sanity"),
+    ("models", "sampling"),
+    ("geometry",),
     ("presets",),
+    ("request",),
     ("config",),
+    ("files",),
 )
-LEAVES = {"media": {"config"}}  # anyone may use these; what they may use themselves
 LEVEL = {name: len(LAYERS) - n for n, names in enumerate(LAYERS) for name in names}
 KERNELS = {
     "flash_attn",
@@ -107,9 +116,7 @@ def all_imports() -> Iterator[tuple[str, str]]:
 def unit(module: str) -> str:
     """The name in LAYERS that a module of ours belongs to."""
     parts = module.split(".")
-    name = parts[1] if len(parts) > 1 else "__init__"
-    together = ("checkpoint", "loaders", "lora", "convert", "download")
-    return "files on disk" if name in together else name
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
 def ours(name: str) -> str | None:
@@ -134,12 +141,29 @@ def places(found: Iterator[str] | list[str]) -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+# Arrows that still point upwards while the packages move; this set must end empty.
+PENDING: set[tuple[str, str]] = {
+    ("wanflow.checkpoint.inspect", "wanflow.convert.write"),
+    ("wanflow.checkpoint.inspect", "wanflow.download.catalogue"),
+    ("wanflow.checkpoint.inspect", "wanflow.download.fetch"),
+    ("wanflow.checkpoint.inspect", "wanflow.lora.reader"),
+    ("wanflow.checkpoint.layouts", "wanflow.download.catalogue"),
+    ("wanflow.pipeline", "wanflow.parallel.cfg"),
+    ("wanflow.pipeline", "wanflow.parallel.groups"),
+    ("wanflow.pipeline", "wanflow.parallel.sequence"),
+    ("wanflow.pipeline", "wanflow.parallel.vae_parallel"),
+    ("wanflow.pipeline", "wanflow.transforms.block_streaming"),
+    ("wanflow.pipeline", "wanflow.transforms.vae_tiling"),
+    ("wanflow.plan.gpus", "wanflow.doctor.machine"),
+}
+
+
 def test_every_file_has_a_layer() -> None:
     places(
         [
             f"{file}: give it a line in LAYERS"
             for file in FILES
-            if unit(module_name(file)) not in {*LEVEL, *LEAVES}
+            if unit(module_name(file)) not in LEVEL
         ]
     )
 
@@ -148,10 +172,7 @@ def test_arrows() -> None:
     found = []
     for source, target in edges():
         a, b = unit(source), unit(target)
-        if a == b or b in LEAVES:
-            continue
-        allowed = b in LEAVES[a] if a in LEAVES else LEVEL.get(b, 0) < LEVEL.get(a, 0)
-        if not allowed:
+        if a != b and LEVEL.get(b, 0) >= LEVEL.get(a, 0) and (source, target) not in PENDING:
             found.append(f"{source} imports {target}, which does not stand below it")
     places(found)
 
@@ -345,7 +366,7 @@ def test_levels() -> None:
         > LEVEL["train"]
         == LEVEL["serve"]
         > LEVEL["plan"]
-        > LEVEL["weights"]
+        > LEVEL["checkpoint"]
         > LEVEL["sampling"]
         > LEVEL["config"]
         > 0
