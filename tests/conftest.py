@@ -14,11 +14,6 @@ from helpers.processes import processes as processes  # a fixture
 import wanflow
 from wanflow.pipeline import Pipeline
 
-# Small enough that a run takes a fraction of a second.
-QUICK = {"frame_num": 5, "sample_steps": 4, "seed": 7}
-PROMPT = "a red circle moves left on a blue background"
-
-
 # One thread a process, in the processes that tests start too: on a shared machine two threads that
 # wait for each other at every small operation are many times slower than one, and the tests run
 # side by side instead.

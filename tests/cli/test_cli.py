@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT
+from helpers.common import PROMPT
 
 from wanflow.assemble import NANO_FOLDER
 from wanflow.cli import build_parser, main

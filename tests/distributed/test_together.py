@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT
+from helpers.common import PROMPT
+from helpers.features import FEATURES, ROUNDING, latent, made
+from helpers.golden import PIPELINE, case_tensors, close, expert, schedule_of, stored
 from helpers.processes import Processes, played
-from test_compose import FEATURES, ROUNDING, made
-from test_parity import PIPELINE, case_tensors, close, expert, schedule_of, stored
 from torch import Tensor
 
 from wanflow.assemble import assemble, layout_of, resolve
@@ -199,9 +199,9 @@ def test_golden_runs_on_every_layout(size: int, found: Found) -> None:
     for layout, values in found(size)[0].items():
         for case in PIPELINE["runs"]:
             wanted = case_tensors(PIPELINE["cases_file"], case)["latents"]
-            for index, latent in enumerate(values.get(case["name"], ())):
+            for index, x in enumerate(values.get(case["name"], ())):
                 close(
-                    latent,
+                    x,
                     wanted[index + 1],
                     PIPELINE["tolerance"]["latents"],
                     f"{layout}, {case['name']}, step {index}",
@@ -296,7 +296,6 @@ def with_feature(ranks: mesh.DistInfo, layout: Layout, runtime: dict[str, Any], 
 
 @pytest.mark.parametrize(("way", "name"), PAIRS, ids=[f"{way} + {name}" for way, name in PAIRS])
 def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
-    from test_compose import latent
 
     runtime, request, limit = FEATURES[name]
     results = [values[f"{way} + {name}"] for values in processes(with_features, 2, (2,))]

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT
 from filelock import FileLock
 from helpers import watched
+from helpers.common import PROMPT
 
 from wanflow.cli import main
 from wanflow.media import read_frames

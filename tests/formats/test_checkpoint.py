@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.common import filled, refusal
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Engine
 from tokenizers import pre_tokenizers
@@ -55,25 +56,7 @@ SHARDS = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2
 WORDS = ["<pad>", "</s>", "<unk>", "▁red", "▁circle"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # A folder written by hand, as the published one is laid out.
-
-
-def filled(model: nn.Module, seed: int) -> Any:
-    """Every parameter random, also those that start at one or zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    return model.eval().requires_grad_(
-        False
-    )  # attention takes another path, and rounds otherwise, where gradients are wanted
 
 
 def write_shards(
@@ -164,14 +147,6 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
-
-
-def refusal(action: Callable[[], object]) -> str:
-    """What the one clear line says."""
-    with pytest.raises(RequestError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # Loading

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import zipfile
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.common import refusal
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,7 +41,7 @@ from wanflow.checkpoint.source import OfficialSource, Part, open_part, open_sour
 from wanflow.checkpoint.stream import stream
 from wanflow.cli import weights as command
 from wanflow.cli.flags import Parser
-from wanflow.config import DiTConfig, RequestError
+from wanflow.config import DiTConfig
 from wanflow.convert import configs, write, write_gguf
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.encode import entries, form
@@ -65,13 +66,6 @@ def run(source: Path | str, out: Path, to: str, **how: Any) -> Path:
     return convert(
         open_model(Path(source), given), out, options(to, how.pop("dtype", None), **how), say
     )
-
-
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(RequestError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def sources(folder: Path) -> dict[Part, OfficialSource]:

@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from helpers.common import filled, refusal
+from helpers.gguf_blocks import blocks
 from safetensors.torch import load_file, save_file
-from test_checkpoint import filled, refusal
-from test_gguf import blocks
 from tokenizers import Tokenizer as Engine
 from tokenizers import pre_tokenizers
 from tokenizers.models import Unigram
@@ -59,14 +59,6 @@ STEMS = {
     "vae": "wan_2.1_vae",
 }
 State = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.lora_base import _pack_dict_with_prefix
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+from helpers.tiny import TINY, run
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from test_lora import TINY, run
 from torch import Tensor, nn
 
 from wanflow.checkpoint.key_maps import from_official

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT
+from helpers.common import PROMPT, refusal
 from safetensors.torch import save_file
-from test_checkpoint import refusal
 from torch import Tensor
 
 import wanflow

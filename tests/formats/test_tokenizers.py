@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from helpers.common import refusal
 from safetensors.torch import save_file
-from test_checkpoint import refusal
 
 from wanflow.checkpoint.tokenizers import embeds_tokenizer, open_tokenizer
 from wanflow.models.tokenizer import Tokenizer

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT
+from helpers.common import PROMPT, refusal
 from PIL import Image
 from safetensors.torch import load_file
-from test_checkpoint import refusal
 from torch import Tensor
 
 import wanflow

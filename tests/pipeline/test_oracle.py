@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,6 @@ TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 SEEDS = range(5)
 GOLDEN = Path(os.environ.get("WANFLOW_GOLDEN") or Path(__file__).parents[1] / "golden")
 Shapes = dict[str, tuple[int, ...]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it brings, and on a busy machine very much
-    more.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @torch.no_grad()

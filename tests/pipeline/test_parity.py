@@ -7,17 +7,31 @@ format, with other seeds, sizes and cases, runs the same tests.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from helpers.golden import (
+    DIT,
+    FOLDER,
+    KINDS,
+    MANIFESTS,
+    PIPELINE,
+    SIZES,
+    SOLVERS,
+    T5,
+    VAE,
+    Json,
+    case_tensors,
+    close,
+    expert,
+    filled,
+    schedule_of,
+    stored,
+    tensors,
+)
 from torch import Tensor, nn
 
 from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAEConfig, from_mapping
@@ -26,43 +40,8 @@ from wanflow.models.umt5 import UMT5Encoder, position_buckets
 from wanflow.models.vae import WanVAE
 from wanflow.sampling.experts import expert_at, experts
 from wanflow.sampling.guidance import guide
-from wanflow.sampling.schedule import Schedule, Step, make_schedule
+from wanflow.sampling.schedule import Step
 from wanflow.sampling.solvers import SolverState, advance, order
-
-FOLDER = Path(os.environ.get("WANFLOW_GOLDEN") or Path(__file__).parents[1] / "golden")
-KINDS = ("dit", "vae", "t5", "solvers", "pipeline", "sizes")
-Json = dict[str, Any]
-M = TypeVar("M", bound=nn.Module)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it brings, and on a busy machine very much
-    more.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def read_manifests() -> dict[str, Json]:
-    """The folder's manifests by their `kind`."""
-    found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.json")))
-    return {
-        manifest["kind"]: manifest
-        for manifest in found
-        if isinstance(manifest, dict) and manifest.get("kind") in KINDS
-    }
-
-
-MANIFESTS = read_manifests()
-DIT: Json = MANIFESTS.get("dit", {"models": {}})
-VAE: Json = MANIFESTS.get("vae", {"cases": []})
-T5: Json = MANIFESTS.get("t5", {"cases": []})
-SOLVERS: Json = MANIFESTS.get("solvers", {"runs": [], "expert_rule": {}})
-PIPELINE: Json = MANIFESTS.get("pipeline", {"runs": []})
-SIZES: Json = MANIFESTS.get("sizes", {"modules": {}})
 
 
 def test_folder_holds_manifests() -> None:
@@ -72,54 +51,6 @@ def test_folder_holds_manifests() -> None:
     )
     if not os.environ.get("WANFLOW_GOLDEN"):
         assert set(MANIFESTS) == set(KINDS)  # our own folder has all of them; another need not
-
-
-@cache
-def tensors(file: str) -> dict[str, Tensor]:
-    return load_file(FOLDER / file)
-
-
-def stored(file: str, key: str, entry: Json) -> Tensor:
-    """A stored tensor, checked against what its manifest says of it."""
-    tensor = tensors(file)[key]
-    assert (
-        list(tensor.shape) == entry["shape"] and str(tensor.dtype) == f"torch.{entry['dtype']}"
-    ), f"{file}: {key} is not as its manifest says"
-    return tensor
-
-
-def case_tensors(file: str, case: Json, entries: str = "tensors") -> dict[str, Tensor]:
-    """A case's tensors, without its name in front."""
-    return {
-        key.removeprefix(f"{case['name']}."): stored(file, key, entry)
-        for key, entry in case.get(entries, {}).items()
-    }
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: Json, what: str) -> None:
-    """|a - b| <= atol + rtol |b|, b being the stored value."""
-    assert actual.shape == expected.shape, (
-        f"{what}: shape {list(actual.shape)}, stored {list(expected.shape)}"
-    )
-    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, stored {expected.dtype}"
-    far = (actual.double() - expected.double()).abs()
-    allowed = tolerance["atol"] + tolerance["rtol"] * expected.double().abs()
-    worst = int((far / allowed.clamp_min(1e-300)).argmax())
-    # written so that NaN fails
-    assert bool((far <= allowed).all()), (
-        f"{what}: off by {far.flatten()[worst]:.3g} where {allowed.flatten()[worst]:.3g} is allowed"
-    )
-
-
-def filled(module: M, file: str, manifest: Json) -> M:
-    """A module with the weights of a file, every one of them and no other."""
-    weights = {key: stored(file, key, entry) for key, entry in manifest["weights"].items()}
-    assert weights.keys() == tensors(file).keys()
-    module.load_state_dict(weights, strict=True)
-    assert sum(p.numel() for p in module.parameters()) == manifest.get(
-        "parameters", sum(w.numel() for w in weights.values())
-    )
-    return module.eval().requires_grad_(False)
 
 
 # --- the transformer ---
@@ -324,10 +255,6 @@ def golden_velocity(x: Tensor, step: Step) -> Tensor:
     return factor * torch.tanh(torch.tensor(p["g"]).float() * x) + wave.float()
 
 
-def schedule_of(run: Json) -> Schedule:
-    return make_schedule(run["solver"], run["steps"], run["shift"])
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_schedule(run: Json) -> None:
     assert SOLVERS["num_train_timesteps"] == TRAIN_STEPS
@@ -388,12 +315,6 @@ def test_expert_rule(boundary: float, timestep: int, expert: str) -> None:
 
 
 # --- the whole loop ---
-
-
-@cache
-def expert(name: str) -> WanDiT:
-    network = WanDiT(from_mapping(DiTConfig, PIPELINE["config"], "pipeline.json"))
-    return filled(network, PIPELINE[f"{name}_weights_file"], {"weights": PIPELINE["weights"]})
 
 
 @pytest.mark.parametrize("run", [pytest.param(run, id=run["name"]) for run in PIPELINE["runs"]])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, QUICK
+from helpers.common import PROMPT, QUICK
 from safetensors.torch import load_file
 
 import wanflow

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.plans import SMALL_DIT, of, plan_for, together
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,13 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.checkpoint.load import expert_structure
 from wanflow.cli import main
-from wanflow.config import Preset, Request, RequestError, Runtime
+from wanflow.config import RequestError, Runtime
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.plan import (
     Machine,
-    Plan,
     advice,
     describe,
     described,
@@ -54,39 +53,9 @@ from wanflow.transforms.block_streaming import (
 
 ROOT = Path(__file__).parents[2]
 GIB, GB, MB = 2**30, 10**9, 10**6
-# Wide enough that a block's activations and weights differ, small enough that five blocks trace in
-# a second.
-SMALL_DIT = replace(NANO.dit, dim=320, ffn_dim=1280, num_heads=5, num_layers=5)
 CARD_12 = replace(
     described("rtx4090", ram=LEAST[1]), gpu=round(11.75 * GIB), gpu_free=round(11.75 * GIB)
 )
-
-
-def of(preset: Preset, **wanted: Any) -> Any:
-    return Request("any", seed=0, **wanted).complete(preset)
-
-
-@cache
-def plan_for(machine: Machine, runtime: Runtime = Runtime(), **wanted: Any) -> Plan:  # noqa: B008
-    return solve(published(), of(T2V_A14B, **wanted), runtime, machine)
-
-
-@cache
-def together(
-    processes: int,
-    gpu: str = "a100-80gb",
-    ram: int = 64,
-    runtime: Runtime = Runtime(),  # noqa: B008
-    **wanted: Any,
-) -> Plan:
-    """A plan for a machine with so many GPUs."""
-    return solve(
-        published(),
-        of(T2V_A14B, **wanted),
-        runtime,
-        described(gpu, processes, ram=ram),
-        processes=processes,
-    )
 
 
 # the trace

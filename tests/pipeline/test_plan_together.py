@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import SMALL_DIT, of, together
+from helpers.plans import SMALL_DIT, of, together
 
 from wanflow.assemble import layout_of, resolve
 from wanflow.checkpoint.load import expert_structure

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.common import same_bits
+from helpers.text_states import PROMPT, states
 
 from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.checkpoint.load import load_text_encoder, load_tokenizer
@@ -25,27 +26,7 @@ from wanflow.config import RequestError
 from wanflow.loaders import prompt_cache as text_cache
 from wanflow.loaders.prompt_cache import TextCache, text_fingerprint, text_key
 
-PROMPT = "a red circle moves left"
 CPU = torch.device("cpu")
-
-
-def states(
-    tokens: int = 5, rows: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Tensor:
-    """[1, rows, 8], zero from `tokens` on."""
-    x = torch.randn(1, rows, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    x[:, tokens:] = 0
-    return x
-
-
-def same(a: Tensor | None, b: Tensor) -> bool:
-    """To the bit."""
-    return (
-        a is not None
-        and a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -53,17 +34,17 @@ def same(a: Tensor | None, b: Tensor) -> bool:
 def test_what_was_put_comes_back(tmp_path: Path, dtype: torch.dtype, tokens: int) -> None:
     value = states(tokens, dtype=dtype)
     TextCache(tmp_path, "k").put(PROMPT, value)
-    assert same(TextCache(tmp_path, "k").get(PROMPT), value)
+    assert same_bits(TextCache(tmp_path, "k").get(PROMPT), value)
 
 
 def test_without_a_batch_and_with_negative_zeros(tmp_path: Path) -> None:
     cache = TextCache(tmp_path, "k")
     value = states()[0]
     cache.put(PROMPT, value)
-    assert same(cache.get(PROMPT), value)
+    assert same_bits(cache.get(PROMPT), value)
     value[5:] = -0.0
     cache.put(PROMPT, value)
-    assert same(cache.get(PROMPT), value)
+    assert same_bits(cache.get(PROMPT), value)
 
 
 def test_of_an_encoder(tmp_path: Path) -> None:
@@ -72,7 +53,7 @@ def test_of_an_encoder(tmp_path: Path) -> None:
     value = load_text_encoder(checkpoint, torch.bfloat16, CPU)(ids, mask).detach()
     cache = TextCache(tmp_path, text_key(checkpoint, torch.bfloat16, CPU))
     cache.put(PROMPT, value)
-    assert same(cache.get(PROMPT), value)
+    assert same_bits(cache.get(PROMPT), value)
 
 
 def test_another_prompt_or_encoder_has_its_own(tmp_path: Path) -> None:
@@ -82,7 +63,7 @@ def test_another_prompt_or_encoder_has_its_own(tmp_path: Path) -> None:
     for number, prompt in enumerate(prompts):
         cache.put(prompt, states(seed=number))
     assert all(
-        same(cache.get(prompt), states(seed=number)) for number, prompt in enumerate(prompts)
+        same_bits(cache.get(prompt), states(seed=number)) for number, prompt in enumerate(prompts)
     )
     assert TextCache(tmp_path, "other").get(PROMPT) is None
 
@@ -132,7 +113,7 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, name: str) -> None:
     assert file.read_bytes() != before
     assert cache.get(PROMPT) is None
     cache.put(PROMPT, states(seed=1))
-    assert same(cache.get(PROMPT), states(seed=1))
+    assert same_bits(cache.get(PROMPT), states(seed=1))
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
@@ -144,7 +125,7 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
     for place in range(len(before)):
         file.write_bytes(before[:place] + bytes([before[place] ^ 0x11]) + before[place + 1 :])
         found = cache.get(PROMPT)
-        assert found is None or same(found, states(1)), place
+        assert found is None or same_bits(found, states(1)), place
 
 
 def test_a_file_under_another_name_is_not_taken(tmp_path: Path) -> None:
@@ -174,7 +155,7 @@ def test_a_kept_prompt_is_not_its_own_victim(tmp_path: Path) -> None:
     cache = TextCache(tmp_path, "k", files=1)
     for number in range(3):
         cache.put(str(number), states(seed=number))
-        assert same(cache.get(str(number)), states(seed=number))
+        assert same_bits(cache.get(str(number)), states(seed=number))
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -182,7 +163,7 @@ KILLED = """
 import os, sys, signal
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_prompt_cache import PROMPT, states
+from helpers.text_states import PROMPT, states
 from wanflow.loaders.prompt_cache import TextCache
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 TextCache(Path(sys.argv[1]), "k").put(PROMPT, states())
@@ -191,21 +172,22 @@ TOGETHER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_prompt_cache import PROMPT, same, states
+from helpers.common import same_bits
+from helpers.text_states import PROMPT, states
 from wanflow.loaders.prompt_cache import TextCache
 cache = TextCache(Path(sys.argv[1]), "k", files=3)
 for number in range(200):
     cache.put(PROMPT, states())
     cache.put(str(number % 5), states(seed=number % 5))
     found = cache.get(PROMPT)
-    assert found is None or same(found, states())
+    assert found is None or same_bits(found, states())
     found = cache.get("3")
-    assert found is None or same(found, states(seed=3))
+    assert found is None or same_bits(found, states(seed=3))
 """
 
 
 def start(code: str, folder: Path) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
+    arguments = [sys.executable, "-c", code, str(folder), str(Path(__file__).parents[1])]
     return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
 
 
@@ -219,7 +201,7 @@ def test_killed_while_it_writes(tmp_path: Path) -> None:
     cache = TextCache(tmp_path, "k")
     assert cache.get(PROMPT) is None
     cache.put(PROMPT, states())
-    assert same(cache.get(PROMPT), states())
+    assert same_bits(cache.get(PROMPT), states())
     assert part.exists()  # it might still be written
     old = time.time() - text_cache.STALE - 1
     os.utime(part, (old, old))
@@ -273,7 +255,7 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path, caplog: pytest.LogCaptu
         cache.put(PROMPT, states())
     assert "cannot be kept in" in caplog.text
     cache.put("another", states())
-    assert same(cache.get("another"), states())
+    assert same_bits(cache.get("another"), states())
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:

@@ -17,11 +17,6 @@ from wanflow.train.adherence import Frames, Reading, Tally
 from wanflow.train.toy import Scene
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def frames_of(clip: Tensor) -> Frames:
     pixels = ((clip + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     frames: Frames = pixels.permute(1, 2, 3, 0).contiguous().numpy()

@@ -311,6 +311,18 @@ def test_functions_are_small() -> None:
     places(found)
 
 
+def test_no_test_imports_another() -> None:
+    tests = Path(__file__).parents[1]
+    importing = re.compile(r"^\s*(?:from|import) (?:test_\w+|conftest)\b", re.MULTILINE)
+    places(
+        [
+            f"{path.relative_to(tests)}: share it through helpers/"
+            for path in tests.rglob("*.py")
+            if importing.search(path.read_text(encoding="utf-8"))
+        ]
+    )
+
+
 @pytest.mark.parametrize("module", ["wanflow", "wanflow.config", "wanflow.checkpoint.key_maps"])
 def test_import_stays_light(module: str) -> None:
     """Importing the package, its settings or its tables of names loads no torch, and nothing else

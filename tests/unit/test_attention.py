@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPT
+from helpers.common import PROMPT
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 

@@ -11,10 +11,11 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import TINY, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from wanflow.config import DiTConfig, RequestError
+from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.transforms.lora import (
     Adapters,
@@ -31,10 +32,6 @@ from wanflow.transforms.lora import (
 )
 from wanflow.transforms.packed import Packed, PackedLinear, replace_with_packed
 
-TINY = DiTConfig(
-    dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16
-)
-
 
 @pytest.fixture(scope="module")
 def plain() -> WanDiT:
@@ -48,15 +45,6 @@ def plain() -> WanDiT:
 @pytest.fixture
 def model(plain: WanDiT) -> WanDiT:
     return copy.deepcopy(plain)
-
-
-def run(model: nn.Module) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    latent, text = (
-        torch.randn(1, 16, 2, 4, 4, generator=generator),
-        torch.randn(1, 5, 24, generator=generator),
-    )
-    return model(latent, torch.tensor([500.0]), text)
 
 
 def low_rank(out: int, width: int, rank: int = 3, scale: float = 0.5) -> LowRank:

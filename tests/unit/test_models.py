@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -45,17 +45,6 @@ ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 # which a few dozen roundings in a row, partly averaged out, bring to some per cent of the output's
 # size.
 BF16 = 0.03
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it brings, and on a busy machine very much
-    more.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,6 @@ from wanflow.sampling.solvers import SolverState, Velocity, advance, order
 
 STEPS = (1, 2, 3, 4, 10, 40, 50, 92, 100, 1000)
 SHIFTS = (0.3, 1.0, 3.0, 5.0, 8.0, 12.0, 17.3, 100.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it brings, and on a busy machine very much
-    more.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(

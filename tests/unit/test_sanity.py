@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT
+from helpers.common import PROMPT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

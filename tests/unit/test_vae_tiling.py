@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT
+from helpers.common import PROMPT
 from torch import Tensor, nn
 
 import wanflow

@@ -1,0 +1,44 @@
+"""What many test modules use: prompts, refusals, comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wanflow.config import RequestError
+
+M = TypeVar("M", bound=nn.Module)
+# Small enough that a run takes a fraction of a second.
+QUICK = {"frame_num": 5, "sample_steps": 4, "seed": 7}
+PROMPT = "a red circle moves left on a blue background"
+
+
+def refusal(action: Callable[[], object]) -> str:
+    """Return the one line of the RequestError that an action must raise."""
+    with pytest.raises(RequestError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def filled(model: M, seed: int) -> M:
+    """Fill every parameter at random, also those that start at one or zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    # Attention takes another path, and rounds otherwise, where gradients are needed.
+    return model.eval().requires_grad_(False)
+
+
+def same_bits(a: Tensor | None, b: Tensor) -> bool:
+    """Compare dtype, shape and every bit."""
+    return (
+        a is not None
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    )

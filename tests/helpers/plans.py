@@ -1,0 +1,42 @@
+"""Plans of the published model on described machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from wanflow.config import Preset, Request, Runtime
+from wanflow.plan import Machine, Plan, described, published, solve
+from wanflow.presets import NANO, T2V_A14B
+
+# Wide enough that a block's activations and weights differ, small enough that five blocks trace in
+# a second.
+SMALL_DIT = replace(NANO.dit, dim=320, ffn_dim=1280, num_heads=5, num_layers=5)
+
+
+def of(preset: Preset, **wanted: Any) -> Any:
+    return Request("any", seed=0, **wanted).complete(preset)
+
+
+@cache
+def plan_for(machine: Machine, runtime: Runtime = Runtime(), **wanted: Any) -> Plan:  # noqa: B008
+    return solve(published(), of(T2V_A14B, **wanted), runtime, machine)
+
+
+@cache
+def together(
+    processes: int,
+    gpu: str = "a100-80gb",
+    ram: int = 64,
+    runtime: Runtime = Runtime(),  # noqa: B008
+    **wanted: Any,
+) -> Plan:
+    """A plan for a machine with so many GPUs."""
+    return solve(
+        published(),
+        of(T2V_A14B, **wanted),
+        runtime,
+        described(gpu, processes, ram=ram),
+        processes=processes,
+    )
