@@ -31,10 +31,10 @@ import torch.distributed as dist
 
 from wanflow.checkpoint.load import build, open_checkpoint
 from wanflow.checkpoint.load import expert_bytes as whole_bytes
-from wanflow.config import Runtime
 from wanflow.loaders.experts import Placement, open_expert
 from wanflow.parallel.groups import Layout, make_groups
 from wanflow.parallel.ranks import DistInfo
+from wanflow.runtime import Runtime
 
 CPU = torch.device("cpu")
 

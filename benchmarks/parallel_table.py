@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from wanflow.config import Request, Runtime
 from wanflow.parallel.groups import expected_bytes, sizes
 from wanflow.plan import Plan, described, published, solve
 from wanflow.plan.estimate import Estimate, estimate
 from wanflow.plan.gpus import PCIE, rates
 from wanflow.presets import T2V_A14B
+from wanflow.request import Request
+from wanflow.runtime import Runtime
 
 SIZES, COUNTS = ("1280*720", "832*480"), (1, 2, 3, 4, 6, 8)
 CARDS = ("a100-80gb", "h100-80gb", "h20")

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wanflow.checkpoint.load import build, expert_structure
-from wanflow.config import CompleteRequest, Preset, Request, Runtime
+from wanflow.config import Preset
 from wanflow.lora.reader import read_adapter
 from wanflow.lora.stack import shapes_of
 from wanflow.models.umt5 import UMT5Encoder
@@ -54,6 +54,8 @@ from wanflow.plan.need import READING, Phase, decode_phase, expert_phases, text_
 from wanflow.plan.phases import KERNEL, FakeParts, Traces
 from wanflow.plan.solve import filled
 from wanflow.presets import T2V_A14B
+from wanflow.request import CompleteRequest, Request
+from wanflow.runtime import Runtime
 from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.transforms import vae_tiling as tiling

@@ -27,9 +27,10 @@ from safetensors.torch import save_file
 
 from wanflow.checkpoint.load import expert_structure, load_module
 from wanflow.checkpoint.source import OfficialSource, open_part
-from wanflow.config import DiTConfig, Runtime, parse_size
+from wanflow.config import DiTConfig, parse_size
 from wanflow.loaders.experts import block_reader
 from wanflow.models.dit import WanDiT
+from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import Streaming, SyncExecutor, matmul_leaves
 
 CPU = torch.device("cpu")

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanflow import presets
-    from wanflow.config import Request, RequestError, Runtime
+    from wanflow.config import RequestError
     from wanflow.pipeline import Cancelled, Pipeline, Progress, Run, Video
     from wanflow.plan import load
+    from wanflow.request import Request
+    from wanflow.runtime import Runtime
     from wanflow.sanity import OutputError
 
 _HOME = {
     "load": "plan",
-    "Request": "config",
+    "Request": "request",
     "RequestError": "config",
-    "Runtime": "config",
+    "Runtime": "runtime",
     "Cancelled": "pipeline",
     "OutputError": "sanity",
     "Pipeline": "pipeline",

@@ -30,7 +30,7 @@ from wanflow.checkpoint.load import (
     open_checkpoint,
 )
 from wanflow.checkpoint.source import Part
-from wanflow.config import QUANTIZATIONS, Lora, RequestError, Runtime
+from wanflow.config import RequestError
 from wanflow.download.fetch import cached
 from wanflow.loaders.experts import Placement, Prefetcher, open_expert, refuse_packed
 from wanflow.loaders.prompt_cache import TextCache, text_key
@@ -44,6 +44,16 @@ from wanflow.parallel.groups import Layout, ParallelContext, make_groups, simula
 from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect
 from wanflow.pipeline import Pipeline
+from wanflow.request import Lora
+from wanflow.runtime import (
+    QUANTIZATIONS,
+    Runtime,
+    choose_device,
+    choose_dtype,
+    choose_text_dtype,
+    is_small,
+    recorded,
+)
 from wanflow.sampling.experts import Expert
 from wanflow.transforms import attention
 from wanflow.transforms.block_streaming import Streaming
@@ -53,65 +63,8 @@ from wanflow.transforms.vae_tiling import check_tile
 logger = logging.getLogger("wanflow")
 
 NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL = 2 * 2**30  # bytes: models up to here stay in memory whole, and run in float32 on a CPU
 Report = Callable[[str, int, int], None]  # what is being read, bytes done, bytes in all
 Wanted = tuple[tuple[str, float], ...]  # LoRAs that are fused, and how much of them
-
-
-def choose_device(wanted: str) -> torch.device:
-    """`auto` is the first accelerator that is there, else the CPU.
-
-    Raises:
-        RequestError: for a device this machine lacks.
-    """
-    if wanted == "auto":
-        return torch.device(
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise RequestError(
-            f"device {wanted!r} is not one PyTorch knows; use auto, cpu, cuda, cuda:1 or mps"
-        ) from None
-    present = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not present.get(device.type, False):
-        raise RequestError(
-            f"device {wanted!r}: this machine has none; --device auto takes what is here"
-        )
-    if (
-        device.type == "cuda"
-        and device.index is not None
-        and device.index >= torch.cuda.device_count()
-    ):
-        raise RequestError(
-            f"device {wanted!r}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0"
-        )
-    return device
-
-
-def choose_dtype(wanted: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` is bfloat16, but float32 for a small model on a CPU, where it costs little and rounds
-    less.
-    """
-    if wanted == "auto":
-        return (
-            torch.float32
-            if device.type == "cpu" and expert_bytes(checkpoint, torch.float32) < SMALL
-            else torch.bfloat16
-        )
-    if wanted not in DTYPES:
-        raise RequestError(f"dtype {wanted!r} is none of auto, {', '.join(DTYPES)}")
-    return DTYPES[wanted]
 
 
 class LoadedParts:
@@ -133,13 +86,14 @@ class LoadedParts:
         self.team = team or simulated_groups(Layout())
         self.preset = checkpoint.preset
         self.device = choose_device(runtime.device)
-        self.dtype = choose_dtype(runtime.dtype, self.device, checkpoint)
+        self.dtype = choose_dtype(
+            runtime.dtype, self.device.type == "cpu", expert_bytes(checkpoint, torch.float32)
+        )
         self.text_device = torch.device("cpu") if runtime.t5_cpu else self.device
-        small = expert_bytes(checkpoint, self.dtype) < SMALL
+        small = is_small(expert_bytes(checkpoint, self.dtype))
         self.keep = small if runtime.keep_experts is None else runtime.keep_experts
         self.keep_text = small
-        # The large encoder is published in bfloat16, and its activations overflow float16.
-        self.text_dtype = self.dtype if small and self.dtype != torch.float16 else torch.bfloat16
+        self.text_dtype = choose_text_dtype(self.dtype, small)
         self.kernel = attention.choose_kernel(
             runtime.attention,
             self.device,
@@ -162,7 +116,9 @@ class LoadedParts:
                 "folder": str(checkpoint.folder),
                 "fingerprint": fingerprint(checkpoint),
             },
-            "runtime": recorded(runtime, self.device, self.dtype, self.kernel.name),
+            "runtime": recorded(
+                runtime, self.device, self.dtype, self.kernel.name, str(layout_of(runtime))
+            ),
             "versions": versions(),
         }
         if checkpoint.given:
@@ -383,24 +339,6 @@ class LoadedParts:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def recorded(
-    runtime: Runtime, device: torch.device, dtype: torch.dtype, kernel: str
-) -> dict[str, Any]:
-    """What a recipe notes of how it was made: all that changes a result, if only by rounding."""
-    return {
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "t5_cpu": bool(runtime.t5_cpu),
-        "lora": runtime.lora,
-        "chunk_tokens": runtime.chunk_tokens or 0,
-        "vae_tile": runtime.vae_tile or 0,
-        "quantize": runtime.quantize,
-        "quantize_layers": runtime.quantize_layers,
-        "attention": kernel,
-        "layout": str(layout_of(runtime)),
-    }
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wanflow import media as files
-from wanflow.config import CompleteRequest, Lora, Preset, Request, RequestError
+from wanflow.config import Preset, RequestError
 from wanflow.models.dit import TextStates, WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.parallel import cfg
@@ -29,6 +29,8 @@ from wanflow.parallel import vae_parallel as strips
 from wanflow.parallel.groups import Layout, ParallelContext, simulated_groups
 from wanflow.parallel.sequence import sharded
 from wanflow.presets import with_settings
+from wanflow.request import CompleteRequest, Lora, Request
+from wanflow.runtime import batch_guidance
 from wanflow.sampling.experts import Expert, expert_at, experts
 from wanflow.sampling.guidance import guide
 from wanflow.sampling.schedule import Schedule, Step, make_schedule, snr
@@ -40,7 +42,6 @@ from wanflow.transforms.vae_tiling import decode_frames as decode_in_tiles
 logger = logging.getLogger("wanflow")
 
 Frames = npt.NDArray[np.uint8]
-FEW_TOKENS = 8192  # below this both guidance branches go through the model as one batch
 
 
 class Cancelled(Exception):
@@ -414,7 +415,7 @@ class Pipeline:
             if team.layout.cfg == 2:
                 return guide(*cfg.gather_branches(team, model(x, timestep, states, trunk)), scale)
             tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
-            if self.cfg_batch if self.cfg_batch is not None else tokens <= FEW_TOKENS:
+            if batch_guidance(self.cfg_batch, tokens):
                 conditional, unconditional = model(
                     x.expand(2, -1, -1, -1, -1), timestep.expand(2), states, trunk
                 ).split(1)

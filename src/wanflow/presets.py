@@ -8,7 +8,8 @@ Sources: the official configuration of Wan2.2-T2V-A14B (defaults, boundary, nega
 from dataclasses import replace
 from typing import Any
 
-from wanflow.config import DiTConfig, Preset, Request, RequestError, TextConfig, VAEConfig
+from wanflow.config import DiTConfig, Preset, RequestError, TextConfig, VAEConfig
+from wanflow.request import Request
 
 # One mean and one standard deviation for each of the 16 latent channels of the Wan2.1 VAE.
 LATENT_MEAN = (

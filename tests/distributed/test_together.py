@@ -21,12 +21,14 @@ from torch import Tensor
 
 from wanflow.assemble import assemble, layout_of, resolve
 from wanflow.checkpoint.load import Checkpoint
-from wanflow.config import CompleteRequest, DiTConfig, Request, RequestError, Runtime, from_mapping
+from wanflow.config import DiTConfig, RequestError, from_mapping
 from wanflow.parallel import ranks as mesh
 from wanflow.parallel.groups import Layout, layouts, make_groups
 from wanflow.parallel.sequence import connect
 from wanflow.pipeline import Cancelled, Pipeline
 from wanflow.presets import T2V_A14B
+from wanflow.request import CompleteRequest, Request
+from wanflow.runtime import Runtime
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.transforms.attention import BACKENDS
 

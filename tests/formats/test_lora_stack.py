@@ -20,10 +20,11 @@ import wanflow
 from wanflow.assemble import LoadedParts
 from wanflow.checkpoint import load
 from wanflow.cli import main
-from wanflow.config import Lora, Request, RequestError, parse_lora
+from wanflow.config import RequestError
 from wanflow.media import read_recipe
 from wanflow.pipeline import Cancelled, Pipeline, Run
 from wanflow.presets import NANO, T2V_A14B, with_settings
+from wanflow.request import Lora, Request, parse_lora
 from wanflow.sampling.experts import experts
 from wanflow.sampling.schedule import make_schedule
 

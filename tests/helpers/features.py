@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 import wanflow
 from helpers.common import PROMPT
 from wanflow.assemble import NANO_FOLDER
-from wanflow.config import Request
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.targets import options
 from wanflow.pipeline import Cancelled, Pipeline
+from wanflow.request import Request
 
 
 def write_loras(root: Path) -> Path:

@@ -68,7 +68,7 @@ from wanflow.checkpoint.source import open_source
 from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.checkpoint.values import BadValuesError, check_values
 from wanflow.cli import weights as command
-from wanflow.config import DiTConfig, Request, RequestError, TextConfig, VAEConfig
+from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.lora.reader import read_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
@@ -76,6 +76,7 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Run
 from wanflow.presets import T2V_A14B
+from wanflow.request import Request
 from wanflow.sampling.solvers import SolverState
 from wanflow.transforms.lora import changed
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from wanflow.config import Preset, Request, Runtime
+from wanflow.config import Preset
 from wanflow.plan import Machine, Plan, described, published, solve
 from wanflow.presets import NANO, T2V_A14B
+from wanflow.request import Request
+from wanflow.runtime import Runtime
 
 # Wide enough that a block's activations and weights differ, small enough that five blocks trace in
 # a second.

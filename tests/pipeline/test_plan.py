@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.checkpoint.load import expert_structure
 from wanflow.cli import main
-from wanflow.config import RequestError, Runtime
+from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
@@ -44,6 +44,7 @@ from wanflow.plan.phases import Traces
 from wanflow.plan.starting import LEAST, raise_if_unfit
 from wanflow.plan.trace import Trace, fake, materialise
 from wanflow.presets import NANO, T2V_A14B
+from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import (
     BlockBuffers,
     Streaming,
@@ -386,7 +387,7 @@ def test_settling_takes_seconds_and_nothing_for_a_small_model() -> None:
 def test_planning_nano_imports_no_compiler() -> None:
     code = (
         "import sys; from wanflow.plan import make_plan; from wanflow.assemble import resolve; from"
-        " wanflow.config import Runtime; make_plan(resolve('nano'), Runtime(device='cpu'));"
+        " wanflow.runtime import Runtime; make_plan(resolve('nano'), Runtime(device='cpu'));"
         " print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run(

@@ -16,7 +16,7 @@ from helpers.plans import SMALL_DIT, of, together
 from wanflow.assemble import layout_of, resolve
 from wanflow.checkpoint.load import expert_structure
 from wanflow.cli import main
-from wanflow.config import Request, RequestError, Runtime
+from wanflow.config import RequestError
 from wanflow.doctor import machine as doctor_machine
 from wanflow.parallel import sharding as shares
 from wanflow.parallel.groups import Layout, expected_bytes, sizes
@@ -29,6 +29,8 @@ from wanflow.plan.need import on_device
 from wanflow.plan.phases import Traces
 from wanflow.plan.starting import raise_if_unfit
 from wanflow.presets import NANO, T2V_A14B, with_settings
+from wanflow.request import Request
+from wanflow.runtime import Runtime
 
 GB = 10**9
 CPU = torch.device("cpu")

@@ -16,8 +16,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wanflow.config import QUANTIZATIONS, DiTConfig, Quantization, RequestError
+from wanflow.config import DiTConfig, RequestError
 from wanflow.models.dit import Linear, Linear32, WanDiT
+from wanflow.runtime import QUANTIZATIONS, Quantization
 from wanflow.transforms import packed as packing
 from wanflow.transforms import quant as module
 from wanflow.transforms.lora import Adapters, Decomposed, LowRank, changed

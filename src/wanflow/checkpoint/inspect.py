@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from wanflow.checkpoint.containers import (
+    NAMES,
     ShardedFolder,
     TensorInfo,
     TensorSource,
@@ -59,7 +60,6 @@ from wanflow.checkpoint.source import (
 )
 from wanflow.checkpoint.tokenizers import carries_tokenizer, open_tokenizer
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
-from wanflow.convert.write import NAMES
 from wanflow.download.catalogue import KNOWN, LEDGER, known_sha256
 from wanflow.lora.reader import describe_adapter, open_adapter
 from wanflow.models.dit import WanDiT

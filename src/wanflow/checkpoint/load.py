@@ -33,23 +33,15 @@ from wanflow.checkpoint.infer_config import (
 from wanflow.checkpoint.layouts import CheckpointFiles, config_beside, find
 from wanflow.checkpoint.source import Part, open_part
 from wanflow.checkpoint.tokenizers import open_tokenizer
-from wanflow.config import (
-    DiTConfig,
-    Preset,
-    Request,
-    RequestError,
-    Runtime,
-    TextConfig,
-    VAEConfig,
-    parse_size,
-    plain,
-)
+from wanflow.config import DiTConfig, Preset, RequestError, TextConfig, VAEConfig, parse_size, plain
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.parallel.sharding import own_rows, place
 from wanflow.presets import T2V_A14B
+from wanflow.request import Request
+from wanflow.runtime import Runtime
 from wanflow.sampling.experts import Expert
 from wanflow.transforms.block_streaming import set_chunk
 from wanflow.transforms.packed import PackedLeaf, replace_with_packed

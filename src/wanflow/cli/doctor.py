@@ -270,12 +270,14 @@ def advice(report: Report, folder: Path) -> list[str]:
     """How the full-size model runs here, in words: what `wanflow generate` settles by itself, and
     where it does not fit, what does.
     """
-    from wanflow.config import Request, RequestError, Runtime
+    from wanflow.config import RequestError
     from wanflow.plan import WHERE_ELSE, needed_words
     from wanflow.plan.gpus import this_machine
     from wanflow.plan.model import published
     from wanflow.plan.solve import solve
     from wanflow.presets import T2V_A14B
+    from wanflow.request import Request
+    from wanflow.runtime import Runtime
 
     kernels = report.auto.get("cuda:0", {})
     if not kernels:  # the CPU would take days, and MPS is not planned for

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wanflow.config import QUANTIZATIONS, SOLVERS, RequestError
+from wanflow.config import SOLVERS, RequestError
 from wanflow.presets import SETTINGS
+from wanflow.runtime import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.source import Part

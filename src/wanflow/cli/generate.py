@@ -25,8 +25,10 @@ from wanflow.cli.flags import (
     run_flags,
     text_cache,
 )
-from wanflow.config import CompleteRequest, Request, RequestError, Runtime
+from wanflow.config import RequestError
 from wanflow.presets import with_settings
+from wanflow.request import CompleteRequest, Request
+from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.load import Checkpoint
@@ -171,9 +173,9 @@ def _join(args: argparse.Namespace, device: str) -> tuple[DistInfo, Screen]:
     """Join the processes that torchrun or `--gpus` started; alone where there are none. The first
     one shows what goes on.
     """
-    from wanflow.assemble import choose_device
     from wanflow.parallel import ranks as mesh
     from wanflow.parallel.watchdog import LATER
+    from wanflow.runtime import choose_device
     from wanflow.screen import Screen
 
     alone = mesh.rank_and_world_size()[1] == 1
@@ -325,7 +327,10 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
     """A recipe's choices, but for those that this machine cannot follow: the result may then differ
     by rounding, which is said.
     """
-    from wanflow.assemble import choose_device, choose_dtype
+    import torch
+
+    from wanflow.checkpoint.load import expert_bytes
+    from wanflow.runtime import choose_device, choose_dtype
     from wanflow.transforms.attention import choose_kernel
 
     try:
@@ -338,7 +343,9 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
         choose_kernel(
             runtime.attention,
             device,
-            choose_dtype(runtime.dtype, device, checkpoint),
+            choose_dtype(
+                runtime.dtype, device.type == "cpu", expert_bytes(checkpoint, torch.float32)
+            ),
             shape.dim // shape.num_heads,
         )
     except RequestError as error:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from wanflow.cli import generate, launch
 from wanflow.cli.flags import Parser, generate_flags, given_parts
-from wanflow.config import Request, RequestError, Runtime
+from wanflow.config import RequestError
+from wanflow.request import Request
+from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
     from wanflow.plan import Machine

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from wanflow.sampling.experts import Expert
     from wanflow.train.finetune import FineTune
 
-SMALL = 1024  # width of an expert below which the defaults are those of a miniature
-
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """The command and its flags."""
@@ -205,13 +203,14 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
     """The flags, and where they are silent what suits the model."""
     import torch
 
-    from wanflow.assemble import choose_device
-    from wanflow.config import Request
+    from wanflow.checkpoint.load import expert_bytes
+    from wanflow.request import Request
+    from wanflow.runtime import choose_device, dtype_of_name, is_small
     from wanflow.train.clips import Form
     from wanflow.train.finetune import FineTune
 
     preset = checkpoint.preset
-    small = preset.dit.dim < SMALL
+    small = is_small(expert_bytes(checkpoint, torch.float32))
     size = parse_size(args.size) if args.size else preset.size
     asked = Request("any", size=size, frame_num=args.frame_num, fps=args.fps, seed=0).complete(
         preset
@@ -239,7 +238,7 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
         dropout=args.caption_dropout,
         shift=args.train_shift,
         checkpointing=args.activation_checkpointing,
-        dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype],
+        dtype=dtype_of_name(args.dtype),
         device=str(choose_device(args.device)),
         fsdp=args.fsdp,
         seed=args.seed,

@@ -21,14 +21,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wanflow.checkpoint.containers import DTYPES, TensorInfo
+from wanflow.checkpoint.containers import DTYPES, NAMES, TensorInfo
 from wanflow.checkpoint.fp8_scales import LARGEST
 from wanflow.checkpoint.key_maps import Dialect, Kind, from_official
 from wanflow.checkpoint.source import OfficialSource
 from wanflow.checkpoint.stream import extremes, finite, stream
 from wanflow.config import RequestError
-from wanflow.convert.write import NAMES, TensorSpec
+from wanflow.convert.write import TensorSpec
 from wanflow.convert.write_gguf import BLOCK, KINDS, quantised
+from wanflow.runtime import dtype_name
 
 FP8 = "F8_E4M3"
 KEPT = ("F32", "F16", "BF16")  # what a tensor may be stored as and stay
@@ -129,10 +130,9 @@ def _unfit(source: OfficialSource, name: str, piece: Tensor, dtype: torch.dtype)
             f"{source.path}: {name} holds NaN or infinity; the file is damaged (`wanflow inspect"
             " --check` tells all of it)"
         )
-    word = str(dtype).removeprefix("torch.")
     return RequestError(
-        f"{source.path}: {name} reaches {float(piece.abs().amax()):g}, which {word} cannot hold;"
-        " use bfloat16"
+        f"{source.path}: {name} reaches {float(piece.abs().amax()):g}, which"
+        f" {dtype_name(dtype)} cannot hold; use bfloat16"
     )
 
 

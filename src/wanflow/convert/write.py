@@ -29,7 +29,6 @@ from wanflow.checkpoint.containers import DTYPES
 from wanflow.config import RequestError
 from wanflow.transforms.ggml import LAYOUTS
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 STORAGES = {
     "F32": "FloatStorage",
     "F16": "HalfStorage",

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from wanflow.runtime import dtype_name
 from wanflow.transforms import attention
 
 Say = Callable[[str], None]
@@ -53,7 +54,7 @@ def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[K
     heads, tokens, _ = SIZES[device.type]
     work = 4 * tokens * tokens * heads * HEAD_DIM
     for dtype in DTYPES:
-        say(f"attention on {device} in {word(dtype)}")
+        say(f"attention on {device} in {dtype_name(dtype)}")
         for backend in attention.BACKENDS.values():
             if device.type in backend.devices:
                 tried = attention.benchmark(
@@ -65,7 +66,7 @@ def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[K
                 yield KernelResult(
                     "attention",
                     str(device),
-                    word(dtype),
+                    dtype_name(dtype),
                     backend.name,
                     tried.why,
                     _number(tried.error),
@@ -169,7 +170,3 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Kern
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 
 from wanflow.doctor.environment import REQUIRED, Disk, disk, encoder, look_at_packages
-from wanflow.doctor.kernels import DTYPES, KernelResult, try_attention, try_matmul, word
+from wanflow.doctor.kernels import DTYPES, KernelResult, try_attention, try_matmul
 from wanflow.doctor.machine import Device, System, devices, system
+from wanflow.runtime import dtype_name
 from wanflow.transforms import attention
 
 OLDEST_TORCH = (2, 10)  # below it, weights_only loading has known bypasses
@@ -87,7 +88,7 @@ def _auto(found: Sequence[Device], tries: Sequence[KernelResult]) -> dict[str, d
             if one.what == "attention" and one.device == device.name and not one.why
         }
         order = attention.order(torch.device(device.name)) if works else ()
-        for dtype in map(word, DTYPES):
+        for dtype in map(dtype_name, DTYPES):
             first = next((way for way in order if (dtype, way) in works), None)
             if first:
                 chosen.setdefault(device.name, {})[dtype] = first

@@ -23,9 +23,10 @@ from wanflow.checkpoint.load import (
     materialize_param,
 )
 from wanflow.checkpoint.source import open_part
-from wanflow.config import RequestError, Runtime
+from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.parallel.groups import ParallelContext
+from wanflow.runtime import Runtime
 from wanflow.sampling.experts import Expert
 from wanflow.transforms.block_streaming import (
     BlockReader,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from wanflow.checkpoint.containers import reading
 from wanflow.checkpoint.key_maps import expert_in_name
-from wanflow.config import Lora, RequestError
+from wanflow.config import RequestError
 from wanflow.lora.reader import read_adapter
+from wanflow.request import Lora
 from wanflow.sampling.experts import Expert
 from wanflow.transforms.lora import Adapters, WeightDelta, changed
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from wanflow.assemble import choose_device
-from wanflow.config import CompleteRequest, RequestError
+from wanflow.config import RequestError
 from wanflow.plan.gpus import Rates, measured
 from wanflow.plan.model import Model
 from wanflow.plan.need import Phase
 from wanflow.plan.solve import Plan, dtype_of
 from wanflow.plan.trace import Work
+from wanflow.request import CompleteRequest
+from wanflow.runtime import choose_device
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from wanflow.assemble import layout_of
-from wanflow.config import CompleteRequest, RequestError, Runtime
+from wanflow.config import RequestError
 from wanflow.parallel.groups import Layout, choose_layout, sizes
 from wanflow.plan.model import Model
+from wanflow.request import CompleteRequest
+from wanflow.runtime import Runtime
 from wanflow.sampling.experts import experts
 from wanflow.sampling.schedule import make_schedule
 from wanflow.transforms.attention import BACKENDS

@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from wanflow.assemble import SMALL
 from wanflow.checkpoint.containers import TensorInfo, weight_files
 from wanflow.checkpoint.load import Checkpoint, Headers, build
 from wanflow.checkpoint.source import open_part
@@ -21,6 +20,7 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import T2V_A14B
+from wanflow.runtime import is_small
 
 Which = Literal["high", "low", "t5", "vae"]
 PUBLISHED_DISK = 126_200_000_000  # bytes of the official folder
@@ -48,7 +48,7 @@ class Model:
 
     def small(self, dtype: torch.dtype) -> bool:
         """Whether `assemble` keeps all of it in memory."""
-        return self.parameters["high"] * dtype.itemsize < SMALL
+        return is_small(self.parameters["high"] * dtype.itemsize)
 
     def source(self, which: Which) -> Headers | None:
         return None if self.sources is None else self.sources[which]

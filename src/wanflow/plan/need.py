@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from wanflow.config import Runtime
 from wanflow.plan.decoding import kept_features
 from wanflow.plan.phases import Traces
 from wanflow.plan.trace import Held, Work
+from wanflow.runtime import Runtime
 from wanflow.sampling.experts import Expert
 
 GB = 10**9

@@ -7,12 +7,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from wanflow.assemble import Report, assemble, choose_device, resolve
+from wanflow.assemble import Report, assemble, resolve
 from wanflow.checkpoint.layouts import PARTS
-from wanflow.config import Request, RequestError, Runtime
+from wanflow.config import RequestError
 from wanflow.parallel import ranks as mesh
 from wanflow.pipeline import Pipeline
 from wanflow.plan.starting import make_plan, plan_or_raise
+from wanflow.request import Request
+from wanflow.runtime import Runtime, choose_device
 
 logger = logging.getLogger("wanflow")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.checkpoint.load import build, expert_structure, lay_out
-from wanflow.config import CompleteRequest, Lora, Preset, Runtime
+from wanflow.config import Preset
 from wanflow.lora.reader import describe_adapter, open_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
@@ -25,10 +25,12 @@ from wanflow.models.vae import WanVAE
 from wanflow.parallel.groups import CommStats, Layout, simulated_groups, sizes
 from wanflow.parallel.sequence import connect
 from wanflow.parallel.sharding import rows_of, share
-from wanflow.pipeline import FEW_TOKENS, Pipeline
+from wanflow.pipeline import Pipeline
 from wanflow.plan import decoding
 from wanflow.plan.model import FirstBlocks, Model
 from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
+from wanflow.request import CompleteRequest, Lora
+from wanflow.runtime import Runtime, batch_guidance, choose_text_dtype
 from wanflow.sampling.experts import Expert, experts
 from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
@@ -142,8 +144,7 @@ class Traces:
         self.model, self.request, self.dtype, self.device = model, request, dtype, device
         self.layout, self.here = layout, here
         self.small = model.small(dtype)
-        # As `assemble` has it: the large encoder's activations overflow float16.
-        self.text_dtype = dtype if self.small and dtype != torch.float16 else torch.bfloat16
+        self.text_dtype = choose_text_dtype(dtype, self.small)
         self.schedule = make_schedule(
             request.sample_solver, request.sample_steps, request.sample_shift
         )
@@ -166,7 +167,7 @@ class Traces:
 
     def batched(self, runtime: Runtime) -> bool:
         """Whether both branches of guidance go through the model as one batch."""
-        return self.tokens() <= FEW_TOKENS if runtime.cfg_batch is None else runtime.cfg_batch
+        return batch_guidance(runtime.cfg_batch, self.tokens())
 
     def latent_shape(self) -> tuple[int, int, int, int, int]:
         vae, (width, height) = self.model.preset.vae, self.request.size

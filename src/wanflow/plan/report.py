@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from wanflow.config import CompleteRequest
 from wanflow.plan.estimate import CLAIMED_GB, CLAIMS, WAYS, Estimate, Figure
 from wanflow.plan.model import Model
 from wanflow.plan.solve import Plan
+from wanflow.request import CompleteRequest
 from wanflow.sampling.experts import experts
 from wanflow.sampling.schedule import make_schedule, snr
 

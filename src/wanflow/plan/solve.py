@@ -10,8 +10,7 @@ from itertools import product
 
 import torch
 
-from wanflow.assemble import DTYPES, SMALL, choose_device, refuse_together
-from wanflow.config import CompleteRequest, RequestError, Runtime
+from wanflow.assemble import refuse_together
 from wanflow.parallel.groups import Layout
 from wanflow.plan.gpus import Machine
 from wanflow.plan.layout import layout_reasons, settle_layout, used_here
@@ -29,6 +28,8 @@ from wanflow.plan.need import (
     text_phase,
 )
 from wanflow.plan.phases import Traces
+from wanflow.request import CompleteRequest
+from wanflow.runtime import Runtime, choose_device, choose_dtype
 
 GB = 10**9
 # tokens: rows enough for a matmul to be as fast as with all, and so few that attention, not these
@@ -76,11 +77,8 @@ def kind_of(runtime: Runtime, machine: Machine) -> Kind:
 
 
 def dtype_of(model: Model, runtime: Runtime, kind: Kind) -> torch.dtype:
-    """As `assemble` takes it, without needing the device."""
-    if runtime.dtype != "auto" and runtime.dtype not in DTYPES:
-        raise RequestError(f"dtype {runtime.dtype!r} is none of auto, {', '.join(DTYPES)}")
-    small = kind == "cpu" and model.parameters["high"] * 4 < SMALL
-    return DTYPES.get(runtime.dtype, torch.float32 if small else torch.bfloat16)
+    """Return the experts' dtype, without needing the device."""
+    return choose_dtype(runtime.dtype, kind == "cpu", model.parameters["high"] * 4)
 
 
 def traces_of(

@@ -8,12 +8,14 @@ import re
 from dataclasses import replace
 
 from wanflow.checkpoint.load import Checkpoint
-from wanflow.config import CompleteRequest, Preset, Request, RequestError, Runtime
+from wanflow.config import Preset, RequestError
 from wanflow.lora.stack import find_loras
 from wanflow.plan.gpus import Machine, this_machine
 from wanflow.plan.layout import used_here
 from wanflow.plan.model import Model, describe
 from wanflow.plan.solve import Plan, dtype_of, solve
+from wanflow.request import CompleteRequest, Request
+from wanflow.runtime import Runtime, dtype_name
 
 GB = 10**9
 FULL_SIZE = 20 * GB  # bytes of one expert in float32 from which a model belongs on a GPU
@@ -170,7 +172,7 @@ def _refuse_small(plan: Plan, model: Model) -> None:
         raise RequestError(
             f"{model.preset.name} needs about {need / GB:.1f} GB of"
             f" {'free RAM' if plan.kind == 'cpu' else 'GPU memory'} in"
-            f" {str(dtype).removeprefix('torch.')}",
+            f" {dtype_name(dtype)}",
             f"  here: {have / GB:.1f} GB",
             "  do: try --dtype bfloat16 if that is not it, close other programs, or use a larger"
             f" machine {FORCE}",

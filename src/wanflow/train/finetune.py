@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wanflow.checkpoint.load import (
     Checkpoint,
+    expert_bytes,
     fingerprint,
     load_expert,
     load_text_encoder,
@@ -38,6 +39,7 @@ from wanflow.convert.targets import options
 from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
 from wanflow.parallel.fsdp import gather, shard
 from wanflow.parallel.ranks import DistInfo, join_group, leave_group, rank_and_world_size
+from wanflow.runtime import choose_text_dtype, is_small
 from wanflow.sampling.experts import Expert
 from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
 from wanflow.train.experts import plain_attention, sigmas
@@ -216,12 +218,9 @@ def _clip_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[Tenso
 
 
 def _text_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[str], Tensor]:
-    small = (
-        checkpoint.preset.text.dim < 1024
-    )  # the published encoder is kept in 16 bits, as when it generates
-    encoder = load_text_encoder(
-        checkpoint, torch.float32 if small else torch.bfloat16, settings.device
-    )
+    small = is_small(expert_bytes(checkpoint, torch.float32))
+    dtype = choose_text_dtype(torch.float32, small)
+    encoder = load_text_encoder(checkpoint, dtype, settings.device)
     tokenizer = load_tokenizer(checkpoint)
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanflow.config import RequestError
 from wanflow.models.dit import Attend, Attention, sdpa
+from wanflow.runtime import dtype_name
 
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -302,7 +303,7 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         others.insert(0, "auto")
     works = f"these work: {', '.join(others)}" if others else "nothing else works either"
     raise RequestError(
-        *reasons, f"  on {device} with {_word(dtype)} {works}; `wanflow doctor` tries them all"
+        *reasons, f"  on {device} with {dtype_name(dtype)} {works}; `wanflow doctor` tries them all"
     )
 
 
@@ -416,7 +417,7 @@ def unsupported_reason(
     if dtype not in backend.dtypes or (
         backend.name == "flash" and device.type == "cuda" and dtype not in HALF
     ):
-        return f"it does not compute in {_word(dtype)}"
+        return f"it does not compute in {dtype_name(dtype)}"
     if head_dim > backend.head_dim:
         return f"its heads are at most {backend.head_dim} wide, and these are {head_dim}"
     if backend.package and not installed(backend.package):
@@ -501,10 +502,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def words(problem: Exception) -> str:

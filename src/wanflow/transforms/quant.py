@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanflow.config import QUANTIZATIONS, Quantization, RequestError
+from wanflow.config import RequestError
 from wanflow.models.dit import Linear
+from wanflow.runtime import QUANTIZATIONS, Quantization
 from wanflow.transforms.packed import features_at_a_time, filled, moving, multiply, unpack
 
 Way: TypeAlias = Literal["scaled_mm", "int_mm", "weight-only"]

@@ -1,0 +1,242 @@
+"""Say what to make: a request, its LoRAs, and the request with every value settled.
+
+Field names are the official flags where those exist. Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, Literal
+
+from wanflow.config import SOLVERS, TRAIN_STEPS, Preset, RequestError, Solver, parse_size
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file and where it works: at which strength on each expert, in which steps (1-based,
+    both ends included).
+
+    Written `FILE`, `FILE@0.8`, `FILE@high=1,low=0.6`, `FILE@1,steps=3-8` (`3-` to the end, `-4`
+    from the start). An expert that is not named where the other one is gets none. A strength of
+    None is settled by the file's name (`resolved`).
+    """
+
+    path: str
+    both: float = 1.0
+    high: float | None = None
+    low: float | None = None
+    first: int | None = None
+    last: int | None = None
+
+    def __str__(self) -> str:
+        """The same in words that `parse_lora` reads."""
+        named = [
+            f"{name}={value!r}"
+            for name, value in (("high", self.high), ("low", self.low))
+            if value is not None
+        ]
+        steps = (
+            []
+            if self.first is None and self.last is None
+            else [f"steps={self.first or ''}-{self.last or ''}"]
+        )
+        return f"{self.path}@{','.join([*(named or [repr(self.both)]), *steps])}"
+
+    def resolved(self, named: Literal["high", "low"] | None, first: int | None = None) -> Lora:
+        """Every strength settled: a file that is named for one expert works on that one only.
+        `first` is its first step, if none is set.
+        """
+        high, low = self.high, self.low
+        if high is None and low is None:
+            high, low = (
+                (0.0 if named == "low" else self.both),
+                (0.0 if named == "high" else self.both),
+            )
+        begin = first if self.first is None and self.last is None else self.first
+        return Lora(self.path, self.both, high or 0.0, low or 0.0, begin, self.last)
+
+    def strength(self, expert: Literal["high", "low"], step: int) -> float:
+        """Of a resolved LoRA, at a step (1-based)."""
+        if step < (self.first or 1) or (self.last is not None and step > self.last):
+            return 0.0
+        return (self.high if expert == "high" else self.low) or 0.0
+
+
+def parse_lora(text: str) -> Lora:
+    """Read what `Lora` describes.
+
+    Raises:
+        RequestError: for strengths or steps that cannot be read, or are out of range.
+    """
+    wrong = (
+        f"lora {text!r}: after the last @ comes a strength, or high=1,low=0.6, and steps=2-8 if it"
+        " is not for all steps"
+    )
+    path, mark, tail = text.rpartition("@")
+    if (
+        not mark
+        or "/" in tail
+        or "\\" in tail
+        or tail.lower().endswith((".safetensors", ".pt", ".pth", ".bin"))
+    ):
+        return Lora(text)
+    values: dict[str, float] = {}
+    first = last = None
+    for item in tail.replace(";", ",").split(","):
+        name, equals, value = item.strip().rpartition("=")
+        try:
+            if name == "steps":
+                found = re.fullmatch(r"(\d*)(-?)(\d*)", value)
+                if not found or value in ("", "-"):
+                    raise ValueError
+                first = int(found[1]) if found[1] else None
+                last = int(found[3]) if found[3] else (None if found[2] else first)
+            elif name in ("high", "low") or not equals:
+                values[name or "both"] = float(value)
+            else:
+                raise ValueError
+        except ValueError:
+            raise RequestError(wrong) from None
+    for name, strength in values.items():
+        _within(f"lora {path}: strength {name}", strength, -100, 100)
+    if (
+        not path
+        or ("both" in values and len(values) > 1)
+        or first == 0
+        or (last is not None and last < (first or 1))
+    ):
+        raise RequestError(wrong)
+    return Lora(path, values.get("both", 1.0), values.get("high"), values.get("low"), first, last)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make. `None` means the model's own default (see `complete`)."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    size: str | tuple[int, int] | None = None
+    frame_num: int | None = None
+    sample_solver: Solver | None = None
+    sample_steps: int | None = None
+    sample_shift: float | None = None
+    cfg_high: float | None = None
+    cfg_low: float | None = None
+    boundary: float | None = None
+    fps: float | None = None
+    seed: int = -1  # negative: draw one (the recipe keeps it)
+    lora: tuple[str, ...] | None = None  # each as `Lora` describes
+    lora_from: int | None = None  # the first step of those LoRAs that name no steps
+    cfg_start: float | None = (
+        None  # guidance of the first `cfg_start_steps` steps, whichever expert does them
+    )
+    cfg_start_steps: int | None = None
+
+    def complete(self, preset: Preset) -> CompleteRequest:
+        """Fill in the model's defaults and check every value.
+
+        Raises:
+            RequestError: naming the field, what it may be, and the nearest good value where there
+                is one.
+        """
+        values: dict[str, Any] = {}
+        for field in fields(CompleteRequest):
+            value = getattr(self, field.name)
+            if value is None:
+                value = getattr(preset, field.name) if field.default is MISSING else field.default
+            values[field.name] = value
+        values["lora"] = tuple(str(lora) for lora in self.loras())
+        values["size"] = parse_size(values["size"])
+        if isinstance(self.seed, int) and self.seed < 0:
+            values["seed"] = secrets.randbelow(2**63)
+        return CompleteRequest(**values)
+
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs, read and with their first step, their strengths as given."""
+        if self.lora_from is not None and (
+            not isinstance(self.lora_from, int) or self.lora_from < 1
+        ):
+            raise RequestError(f"lora_from {self.lora_from!r} is not a step; the first is 1")
+        texts = (self.lora,) if isinstance(self.lora, str) else self.lora or ()
+        if not all(isinstance(text, str) for text in texts):
+            raise RequestError(
+                "lora: give file names, each with its strength after an @ if it is not 1"
+            )
+        loras = (parse_lora(text) for text in texts)
+        return tuple(
+            (
+                lora
+                if self.lora_from is None or lora.first or lora.last
+                else replace(lora, first=self.lora_from)
+            )
+            for lora in loras
+        )
+
+
+@dataclass(frozen=True)
+class CompleteRequest:
+    """A request with nothing left open: this is what a recipe stores."""
+
+    prompt: str
+    negative_prompt: str
+    size: tuple[int, int]
+    frame_num: int
+    sample_solver: Solver
+    sample_steps: int
+    sample_shift: float
+    cfg_high: float
+    cfg_low: float
+    boundary: float
+    fps: float
+    seed: int
+    lora: tuple[str, ...] = ()
+    cfg_start: float = 1.0
+    cfg_start_steps: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", parse_size(self.size))
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise RequestError("the prompt is empty; say what the video should show")
+        object.__setattr__(self, "lora", tuple(self.lora))
+        for name in ("frame_num", "sample_steps", "seed", "cfg_start_steps"):
+            if not isinstance(getattr(self, name), int):
+                raise RequestError(f"{name} {getattr(self, name)!r} is not a whole number")
+        if self.frame_num < 1 or self.frame_num % 4 != 1:
+            near = max(1, round((self.frame_num - 1) / 4) * 4 + 1)
+            raise RequestError(f"frame_num {self.frame_num} is not 4n+1; the nearest is {near}")
+        if self.sample_solver not in SOLVERS:
+            raise RequestError(
+                f"sample_solver {self.sample_solver!r} is none of {', '.join(SOLVERS)}"
+            )
+        _within("sample_steps", self.sample_steps, 1, TRAIN_STEPS)
+        _within("sample_shift", self.sample_shift, 1e-3, 1000)
+        _within("cfg_high", self.cfg_high, 0, 100)
+        _within("cfg_low", self.cfg_low, 0, 100)
+        _within("cfg_start", self.cfg_start, 0, 100)
+        _within("cfg_start_steps", self.cfg_start_steps, 0, self.sample_steps)
+        _within("boundary", self.boundary, 0, 1)
+        _within("fps", self.fps, 1, 240)
+        _within("seed", self.seed, 0, 2**63 - 1)
+        for lora in self.loras:
+            if (lora.first or 1) > self.sample_steps:
+                raise RequestError(
+                    f"lora {lora}: it begins at step {lora.first}, and there are"
+                    f" {self.sample_steps}"
+                )
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        return tuple(parse_lora(text) for text in self.lora)
+
+    def guidance(self, expert: Literal["high", "low"], step: int) -> float:
+        """The guidance scale at a step (1-based)."""
+        if step <= self.cfg_start_steps:
+            return self.cfg_start
+        return self.cfg_high if expert == "high" else self.cfg_low
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or not low <= value <= high:  # also false for NaN
+        raise RequestError(f"{name} {value} is outside {low:g} to {high:g}")
