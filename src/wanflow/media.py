@@ -13,9 +13,7 @@ import errno
 import hashlib
 import json
 import math
-import os
 import re
-import secrets
 import struct
 import unicodedata
 import zlib
@@ -41,6 +39,7 @@ from av.video.reformatter import (
 from av.video.stream import VideoStream
 
 from wanflow.config import RequestError
+from wanflow.files import publish, temporary, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +106,7 @@ class VideoWriter:
 
     def __enter__(self) -> Self:
         check_target(self.path, self.overwrite)
-        self._part = _part(self.path)
+        self._part = temporary(self.path)
         with _explained(self.path):
             self._part.touch(
                 exist_ok=False
@@ -161,7 +160,7 @@ class VideoWriter:
         with _explained(self.path):
             self._container.mux(self._stream.encode(None))
             self._container.close()
-            _publish(self._part, self.path)
+            publish(self._part, self.path, overwrite=self.overwrite)
 
 
 def save_picture(
@@ -174,14 +173,8 @@ def save_picture(
         RequestError, OSError: as `VideoWriter`.
     """
     check_target(path, overwrite)
-    part, data = _part(path), _png(frame, metadata)
-    try:
-        with _explained(path):
-            part.write_bytes(data)
-            _publish(part, path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    with _explained(path):
+        write_bytes(path, _png(frame, metadata), overwrite=overwrite)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -340,18 +333,6 @@ def safe_name(
     return "_".join(part for part in parts if part) + suffix
 
 
-def _part(path: Path) -> Path:
-    # The random part keeps two processes that make the same file from writing into one another.
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Rename a finished file, once its bytes are on the disk."""
-    with part.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Say what is wrong with an output in words: RequestError if another place would help, OSError
@@ -360,6 +341,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError):
+        if path.exists():
+            raise RequestError(f"{path} exists; choose another name or pass --overwrite") from None
         raise RequestError(f"cannot write {path}: a part of its folder's path is a file") from None
     except OSError as error:
         if error.errno in DISK_TROUBLE:

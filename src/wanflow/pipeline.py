@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from wanflow import media as files
 from wanflow.config import Preset, RequestError
+from wanflow.files import write_bytes
 from wanflow.models.dit import TextStates, WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.parallel import cfg
@@ -72,7 +72,7 @@ class Run:
         return self.state.index >= self.request.sample_steps
 
     def save(self, path: str | Path) -> None:
-        """Write to a temporary name, then rename: a crash leaves the previous state whole."""
+        """Write a file for `load`; a crash leaves the previous one complete."""
         from safetensors.torch import save
 
         meta = {"wanflow": json.dumps({"recipe": self.recipe, "index": self.state.index})}
@@ -83,14 +83,7 @@ class Run:
             },
             metadata=meta,
         )
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_bytes(Path(path), data, overwrite=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Run:

@@ -669,8 +669,8 @@ def test_a_place_that_is_taken(exact: Path, expert: Path, tmp_path: Path) -> Non
     assert "is a file" in refusal(lambda: run(exact, file, "fp16", overwrite=True))
     (tmp_path / "empty").mkdir()
     run(NANO, tmp_path / "empty", "official", parts=("vae",))
-    (tmp_path / "new.part").mkdir()
-    assert "is left of a conversion" in refusal(lambda: run(NANO, tmp_path / "new", "official"))
+    (tmp_path / "new.0123abcd.part").mkdir()
+    assert "is left over" in refusal(lambda: run(NANO, tmp_path / "new", "official"))
     run(NANO, tmp_path / "new", "official", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "empty",

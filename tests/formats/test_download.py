@@ -57,7 +57,7 @@ WANTED = {name: data for name, data in FILES.items() if name != "assets/logo.png
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses, no waiting for the disk, and nothing of this machine's settings."""
-    monkeypatch.setattr(transfer.os, "fsync", lambda handle: None)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(transfer, "PAUSES", (0.01, 0.01, 0.01))
     monkeypatch.setattr(hubs, "PAUSES", (0.01, 0.01, 0.01))
     for name in ("HF_ENDPOINT", "HF_TOKEN"):
@@ -581,7 +581,7 @@ def test_a_server_that_is_no_hub(
 ) -> None:
     with Hub({REPO: {}}) as hub:
         monkeypatch.setattr(
-            "hub.Handler.json", lambda self, *_: self.head(200, {"Content-Length": "0"})
+            "helpers.hub.Handler.json", lambda self, *_: self.head(200, {"Content-Length": "0"})
         )
         assert run(hub, folder) == 2
     assert "does not speak the hub's API" in said(capsys)
@@ -636,7 +636,7 @@ def test_a_disk_that_fails_is_told(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transfer.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert run(hub, folder) == 1
     assert "cannot be written: No space left on device; what came is kept" in said(capsys)
 

@@ -229,17 +229,29 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_the_target_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, bool]] = []
-    replace = os.replace
+    link = os.link
 
     def watch(source: Path, target: Path) -> None:
         seen.append((len(read_frames(source)[0]), target.exists()))
-        replace(source, target)
+        link(source, target)
 
-    monkeypatch.setattr(os, "replace", watch)
+    monkeypatch.setattr(os, "link", watch)
     with VideoWriter(tmp_path / "a.mp4", SIDE, SIDE, 16, {}) as writer:
         writer.write(moving(9))
         assert not (tmp_path / "a.mp4").exists()
     assert seen == [(9, False)]
+    assert names(tmp_path) == ["a.mp4"]
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with (
+        pytest.raises(RequestError, match="--overwrite"),
+        VideoWriter(path, SIDE, SIDE, 16, {}) as writer,
+    ):
+        writer.write(moving(9))
+        path.write_bytes(b"mine")
+    assert path.read_bytes() == b"mine"
     assert names(tmp_path) == ["a.mp4"]
 
 

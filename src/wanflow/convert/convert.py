@@ -18,10 +18,11 @@ from wanflow.checkpoint.load import Report, check, open_checkpoint
 from wanflow.checkpoint.source import Part, is_lora, kinds_in, official, open_part, open_source
 from wanflow.config import RequestError
 from wanflow.convert.targets import KIND_OF, Model, Options, Plan, plan
-from wanflow.convert.write import PART, atomic_path, refuse_full
+from wanflow.convert.write import refuse_full
+from wanflow.files import atomic_path, leftovers, remove
 
 # What a folder may hold that --overwrite replaces: anything else shows that it is not a model's.
-REPLACEABLE = {*ENDINGS, ".json", ".model", ".md", ".txt", PART, ""}
+REPLACEABLE = {*ENDINGS, ".json", ".model", ".md", ".txt", ".part", ""}
 
 
 def open_model(path: Path, given: Mapping[Part, Path]) -> Model:
@@ -115,7 +116,14 @@ def convert(
         if report is not None:
             report(done, made.nbytes)
 
-    with atomic_path(out, wanted.overwrite) as part:
+    for part in leftovers(out):
+        if not wanted.overwrite:
+            raise RequestError(
+                f"{part} is left over from an interrupted conversion, or another one is writing it;"
+                " remove it, or give --overwrite"
+            )
+        remove(part)
+    with atomic_path(out, overwrite=wanted.overwrite) as part:
         _write(made, part, count, model.single is not None)
     return out
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
-import secrets
 import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +32,6 @@ STORAGES = {
     "BF16": "BFloat16Storage",
 }  # torch's words for what a `.pth` holds here
 ALIGNMENT = 64  # bytes, of a tensor in a torch zip, as torch.save has it
-PART = ".part"  # the end of what is not whole yet
 
 Count = Callable[[int], None]  # told of bytes written
 
@@ -76,12 +72,6 @@ def write_tensor(entry: TensorSpec, file: IO[bytes], count: Count) -> None:
         raise RuntimeError(
             f"{entry.name}: {written:,} bytes came where {entry.nbytes:,} were promised"
         )
-
-
-def fsync(file: IO[bytes]) -> None:
-    """Nothing gets its name before the disk has it: a full one is told of late otherwise."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 # safetensors
@@ -125,7 +115,6 @@ def write_safetensors(
         for entry in entries:
             file.seek(starts[entry.name])
             write_tensor(entry, file, count)
-        fsync(file)
 
 
 def shards(entries: Sequence[TensorSpec], largest: int) -> list[list[TensorSpec]]:
@@ -181,24 +170,22 @@ def write_torch(path: Path, entries: Sequence[TensorSpec], count: Count) -> None
     encoder and VAE from.
     """
     stored = [_Storage(key, entry) for key, entry in enumerate(entries)]
-    root = path.name.removesuffix(PART).partition(".")[0]
-    with path.open("wb") as raw:
-        with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open(zipfile.ZipInfo(f"{root}/data.pkl"), "w") as file:
-                _Pickler(file, protocol=2).dump(
-                    {storage.entry.name: _Shaped(storage) for storage in stored}
-                )
-            archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), "little")
-            for storage in stored:
-                entry = zipfile.ZipInfo(f"{root}/data/{storage.key}")
-                entry.file_size = storage.entry.nbytes
-                entry.extra = _padding(
-                    raw.tell() + 30 + len(entry.filename.encode()) + 20
-                )  # 20: the sizes in 64 bits
-                with archive.open(entry, "w", force_zip64=True) as file:
-                    write_tensor(storage.entry, file, count)
-            archive.writestr(zipfile.ZipInfo(f"{root}/version"), "3\n")
-        fsync(raw)
+    root = path.name.partition(".")[0]
+    with path.open("wb") as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo(f"{root}/data.pkl"), "w") as file:
+            _Pickler(file, protocol=2).dump(
+                {storage.entry.name: _Shaped(storage) for storage in stored}
+            )
+        archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), "little")
+        for storage in stored:
+            entry = zipfile.ZipInfo(f"{root}/data/{storage.key}")
+            entry.file_size = storage.entry.nbytes
+            entry.extra = _padding(
+                raw.tell() + 30 + len(entry.filename.encode()) + 20
+            )  # 20: the sizes in 64 bits
+            with archive.open(entry, "w", force_zip64=True) as file:
+                write_tensor(storage.entry, file, count)
+        archive.writestr(zipfile.ZipInfo(f"{root}/version"), "3\n")
 
 
 def _padding(place: int) -> bytes:
@@ -220,43 +207,3 @@ def refuse_full(folder: Path, needed: int) -> None:
         raise RequestError(
             f"{folder} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free"
         )
-
-
-@contextmanager
-def atomic_path(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder under; it becomes `path` when the block ends
-    well, and is removed otherwise.
-
-    Raises:
-        RequestError: for what an earlier run left there, without `overwrite`.
-    """
-    part = path.with_name(path.name + PART)
-    if part.exists() and not overwrite:
-        raise RequestError(
-            f"{part} is left of a conversion that was killed, or another one is writing it; remove"
-            " it, or give --overwrite"
-        )
-    _remove(part)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield part
-        old = path.with_name(f"{path.name}.{secrets.token_hex(4)}.old")
-        if path.exists():
-            path.rename(old)
-        try:
-            part.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-        _remove(old)
-    except BaseException:
-        _remove(part)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wanflow.config import RequestError, TextConfig
-from wanflow.convert.write import Count, TensorSpec, fsync, write_tensor
+from wanflow.convert.write import Count, TensorSpec, write_tensor
 
 KINDS = (
     "Q8_0",
@@ -119,7 +119,6 @@ def write_gguf(
             file.seek(begin + starts[entry.name])
             write_tensor(entry, file, count)
         file.truncate(begin + place)  # readers want the last tensor padded too
-        fsync(file)
 
 
 # the text encoder

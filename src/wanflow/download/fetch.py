@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from wanflow.download.transfer import (
     StoppedError,
     hash_file,
 )
+from wanflow.files import write_bytes
 
 logger = logging.getLogger("wanflow")
 
@@ -202,12 +202,8 @@ class Ledger:
                 "sha256": sha256,
                 "from": remote.origin,
             }
-            beside = self.file.with_name(f"{LEDGER}.new")
-            beside.write_text(
-                json.dumps({"files": self.entries}, indent=1, sort_keys=True) + "\n",
-                encoding="utf-8",
-            )
-            os.replace(beside, self.file)
+            text = json.dumps({"files": self.entries}, indent=1, sort_keys=True) + "\n"
+            write_bytes(self.file, text.encode(), overwrite=True)
 
 
 def _survey(

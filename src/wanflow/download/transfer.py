@@ -10,7 +10,6 @@ the hub there is no part, so two versions are never glued together.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 from wanflow.config import RequestError
+from wanflow.files import publish
 
 BLOCK = 4 << 20  # bytes hashed at a time
 TIMEOUT = 30.0  # seconds without a byte
@@ -167,7 +167,6 @@ def fetch(remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say)
         for again in (True, False):
             with part.open("ab+") as out:
                 hasher = _fill(remote, out, stop, moved, say)
-                os.fsync(out.fileno())
             if not hasher.verdict:
                 break
             part.unlink()
@@ -178,8 +177,7 @@ def fetch(remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say)
                     " try another --endpoint"
                 )
             say(f"{remote.name} came damaged ({hasher.verdict}); fetching it again")
-        os.replace(part, target)
-        _settle(target.parent)
+        publish(part, target, overwrite=True)
     except DownloadError:
         raise
     except OSError as error:
@@ -188,16 +186,6 @@ def fetch(remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say)
             " kept"
         ) from None
     return hasher.sha256
-
-
-def _settle(folder: Path) -> None:
-    """Have the system write down a folder's entries, where it can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _fill(remote: RemoteFile, out: IO[bytes], stop: Event, moved: Moved, say: Say) -> Hasher:

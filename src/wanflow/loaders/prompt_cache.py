@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 import time
 from pathlib import Path
 
@@ -24,13 +23,14 @@ from torch import Tensor
 
 from wanflow.checkpoint.containers import reading, weight_files
 from wanflow.checkpoint.load import Checkpoint, _samples
+from wanflow.files import write_bytes
 
 logger = logging.getLogger("wanflow")
 
 FILES = 256  # at most 4 MB each at the published size (512 tokens), and 250 kB for a prompt of 30
 LARGEST = 64 << 20  # bytes of a file that can be one of ours
 STALE = 3600  # seconds after which nobody is still writing a file
-OURS = re.compile(r"[0-9a-f]{64}\.safetensors(\.[0-9a-f]{16}\.part)?")
+OURS = re.compile(r"[0-9a-f]{64}\.safetensors(\.[0-9a-f]{8,16}\.part)?")
 
 
 def text_fingerprint(checkpoint: Checkpoint) -> str:
@@ -118,14 +118,8 @@ class TextCache:
         kept = states[..., : int(used[-1]) + 1 if len(used) else 0, :].contiguous()
         path = self._path(prompt)
         meta = {"sha256": _checksum(path, kept, rows), "rows": str(rows)}
-        part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                part.write_bytes(save({"states": kept}, metadata=meta))
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_bytes(path, save({"states": kept}, metadata=meta), overwrite=True)
             self._tidy(path)
         except OSError as error:
             if not self._warned:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanflow.config import RequestError
+from wanflow.files import atomic_path
 from wanflow.media import stream_frames
 
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}
@@ -251,9 +252,8 @@ def _make(
     encode, began = load(), time.monotonic()
     told = began
     for number, (item, file) in enumerate(missing, 1):
-        part = file.with_suffix(".part")
-        save_file({name: encode(read(item)).contiguous().cpu()}, part)
-        part.replace(file)
+        with atomic_path(file, overwrite=True) as part:
+            save_file({name: encode(read(item)).contiguous().cpu()}, part)
         now = time.monotonic()
         if now - told > 2 or number == len(missing):
             say(

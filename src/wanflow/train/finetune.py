@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +35,7 @@ from wanflow.checkpoint.load import (
 from wanflow.config import TRAIN_STEPS, RequestError
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.targets import options
+from wanflow.files import atomic_path
 from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
 from wanflow.parallel.fsdp import gather, shard
 from wanflow.parallel.ranks import DistInfo, join_group, leave_group, rank_and_world_size
@@ -205,10 +205,8 @@ def _publish(source: Path, file: Path) -> None:
     """A copy: what was trained stays in the work folder, so that a training of which one expert is
     done goes on with the other.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    shutil.copyfile(source, part)
-    os.replace(part, file)
+    with atomic_path(file, overwrite=False) as part:
+        shutil.copyfile(source, part)
 
 
 @torch.no_grad()
@@ -395,10 +393,9 @@ def _about(checkpoint: Checkpoint, which: Expert, settings: FineTune) -> dict[st
 
 
 def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=about)
-    os.replace(part, file)
+    with atomic_path(file, overwrite=True) as part:
+        values = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(values, part, metadata=about)
 
 
 def checkpointed(

@@ -6,7 +6,6 @@ that was killed and started again gives the same weights as one that was not.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.config import RequestError
+from wanflow.files import atomic_path
 from wanflow.parallel import fsdp
 from wanflow.parallel.ranks import DistInfo
 
@@ -230,10 +230,8 @@ def _save(
         state = fsdp.gather(state)
     if state is None:
         return  # rank 0 writes
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, file)
+    with atomic_path(file, overwrite=True) as part:
+        torch.save(state, part)
 
 
 def _shared_out(

@@ -9,7 +9,6 @@ export. The experts do not depend on each other and may be trained side by side 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.config import Preset, RequestError
+from wanflow.files import atomic_path
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
@@ -159,11 +159,11 @@ def _cache(work: Path, scale: float, say: Say) -> None:
     cache = experts.precompute(
         _vae_of(work), encoder.eval(), _tokenizer(work), 0, count, NANO.frame_num, NANO.size[0], say
     )
-    save_file(
-        {"latents": cache.latents, "texts": cache.texts, "empty": cache.empty.contiguous()},
-        work / "cache.part",
-    )
-    os.replace(work / "cache.part", work / "cache.safetensors")
+    with atomic_path(work / "cache.safetensors", overwrite=True) as part:
+        save_file(
+            {"latents": cache.latents, "texts": cache.texts, "empty": cache.empty.contiguous()},
+            part,
+        )
     say(f"{count} clips cached; latent standard deviation {cache.latents.float().std():.3f}")
 
 
