@@ -35,7 +35,7 @@ from wanflow.download.fetch import cached
 from wanflow.loaders.experts import Placement, Prefetcher, open_expert, refuse_packed
 from wanflow.loaders.prompt_cache import TextCache, text_key
 from wanflow.loaders.text_encoder import StreamedEncoder
-from wanflow.lora import stack as lora_files
+from wanflow.lora.stack import LoraStack, Merged, find_loras, lora_fingerprints, shapes_of
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
@@ -57,14 +57,12 @@ from wanflow.runtime import (
 from wanflow.sampling.experts import Expert
 from wanflow.transforms import attention
 from wanflow.transforms.block_streaming import Streaming
-from wanflow.transforms.lora import Adapters
 from wanflow.transforms.vae_tiling import check_tile
 
 logger = logging.getLogger("wanflow")
 
 NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
 Report = Callable[[str, int, int], None]  # what is being read, bytes done, bytes in all
-Wanted = tuple[tuple[str, float], ...]  # LoRAs that are fused, and how much of them
 
 
 class LoadedParts:
@@ -130,10 +128,8 @@ class LoadedParts:
         self._texts = self._text_cache()
         self._experts: dict[Expert, WanDiT | Streaming] = {}
         self._ahead: Prefetcher | None = None
-        self._adapters: dict[Expert, Adapters] = {}  # live: what is on each expert in memory
-        self._fused: dict[Expert, Wanted] = {}  # fused: what is in each, and how much of it
-        self._loras: dict[str, Lora] = {}  # by names that follow their files' content
-        self._shapes = lora_files.shapes_of(build(WanDiT, self.preset.dit))
+        self.loras = LoraStack(shapes_of(build(WanDiT, self.preset.dit)), runtime.lora == "live")
+        self._merged: dict[Expert, Merged] = {}  # the LoRAs fused into each expert in memory
         self._vae: WanVAE | None = None
 
     # text
@@ -205,22 +201,17 @@ class LoadedParts:
 
     # LoRAs
 
-    def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
-        """The files that are meant, with every strength settled, and what they are told by."""
-        return lora_files.find_loras(wanted)
+    def find_loras(self, loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        """Return the LoRA files, with every strength settled."""
+        return find_loras(loras)
 
     def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
-        """{file: fingerprint}, for the recipe."""
-        return {lora.path: lora_files.lora_print(lora.path) for lora in loras}
+        """Return {file: fingerprint}, for the recipe."""
+        return lora_fingerprints(loras)
 
-    def use_loras(self, loras: tuple[Lora, ...]) -> None:
-        """Take these as the LoRAs of what follows; RequestError where one does not fit the
-        model.
-        """
-        named = lora_files.named(loras)
-        if named != self._loras:
-            lora_files.check_loras(loras, self._shapes)
-        self._loras = named  # also when only their order is another: strengths go by it
+    def use_loras(self, loras: tuple[Lora, ...], recorded: Mapping[str, str] | None = None) -> None:
+        """Take these as the LoRAs of what follows; see `LoraStack.use`."""
+        self.loras.use(loras, recorded)
 
     # experts
 
@@ -230,58 +221,32 @@ class LoadedParts:
         Args:
             strengths: one for each LoRA of `use_loras`; without, the expert is as it was published.
         """
-        if not strengths:
-            self._loras = {}
-        wanted = self._to_fuse(strengths)
-        if which not in self._experts or self._fused.get(which, ()) != wanted:
-            self._load(which, wanted)
-        if self.runtime.lora == "live" and (self._loras or which in self._adapters):
-            model = self._experts[which]
-            plain = model.model if isinstance(model, Streaming) else model
-            adapters = self._adapters.setdefault(which, Adapters(plain))
-            lora_files.attach(adapters, which, self._loras, strengths, self._shapes)
+        merged = self.loras.merged(strengths)
+        if which not in self._experts or self._merged.get(which, ()) != merged:
+            self._load(which, merged)
+        self.loras.apply(self._experts[which], which, strengths)
         return self._experts[which]
 
     def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
         """Say that this expert will be wanted: with `prefetch` it is read into RAM from now on,
         beside the work.
         """
-        wanted = self._to_fuse(strengths)
+        merged = self.loras.merged(strengths)
         if not self.runtime.prefetch or which in self._experts:
             return
-        if self._ahead is not None and (self._ahead.which, self._ahead.key) == (which, wanted):
+        if self._ahead is not None and (self._ahead.which, self._ahead.key) == (which, merged):
             return
         self._drop_ahead()
         self._ahead = Prefetcher(
-            self.checkpoint, which, self.where, self._changes(which, wanted), wanted
+            self.checkpoint, which, self.where, self.loras.fused(which, merged), merged
         )
 
-    def _to_fuse(self, strengths: tuple[float, ...]) -> Wanted:
-        if self.runtime.lora == "live":
-            return ()
-        return tuple(
-            (name, strength)
-            for name, strength in zip(self._loras, strengths, strict=True)
-            if strength
-        )
-
-    def _changes(
-        self, which: Expert, wanted: Wanted
-    ) -> Mapping[str, Callable[[str, Tensor], Tensor]] | None:
-        return (
-            lora_files.fused(
-                which, [(self._loras[name], strength) for name, strength in wanted], self._shapes
-            )
-            if wanted
-            else None
-        )
-
-    def _load(self, which: Expert, wanted: Wanted) -> None:
+    def _load(self, which: Expert, merged: Merged) -> None:
         """Read an expert, or take the one that was read ahead; the other one is freed first unless
         both are kept.
         """
         ahead = self._ahead
-        if ahead is not None and (ahead.which, ahead.key) == (which, wanted):
+        if ahead is not None and (ahead.which, ahead.key) == (which, merged):
             self._ahead = None
         else:
             ahead = None
@@ -291,14 +256,15 @@ class LoadedParts:
         else:
             watch = self._watch(f"{which}-noise expert")
             self._experts[which] = open_expert(
-                self.checkpoint, which, self.where, watch, self._changes(which, wanted)
+                self.checkpoint, which, self.where, watch, self.loras.fused(which, merged)
             )
-        self._fused[which] = wanted
+        self._merged[which] = merged
         attention.set_attention(self._experts[which], self.kernel)
         connect(self._experts[which], self.team, self.kernel.attend, self.kernel.with_lse)
 
     def vae(self) -> WanVAE:
         """The VAE, float32."""
+        self.loras.release()
         if self._vae is None:
             if not self.keep:
                 self._free()
@@ -310,6 +276,7 @@ class LoadedParts:
     def close(self) -> None:
         """Free all that is in memory; what is asked for afterwards is read again."""
         self._encoder = self._vae = None
+        self.loras.release()
         self._free()
 
     def _watch(self, what: str) -> Callable[[int, int], None] | None:
@@ -324,8 +291,8 @@ class LoadedParts:
     def _forget(self, experts: list[Expert]) -> None:
         for which in experts:
             model = self._experts.pop(which, None)
-            self._adapters.pop(which, None)
-            self._fused.pop(which, None)
+            self.loras.forget(which)
+            self._merged.pop(which, None)
             if isinstance(model, Streaming):
                 model.close()
         self._release()

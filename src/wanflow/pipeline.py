@@ -215,8 +215,8 @@ class Parts(Protocol):
     def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
         """{file: fingerprint}."""
 
-    def use_loras(self, loras: tuple[Lora, ...]) -> None:
-        """Take these as the LoRAs of what follows."""
+    def use_loras(self, loras: tuple[Lora, ...], recorded: dict[str, str] | None = None) -> None:
+        """Take these as the LoRAs of what follows; `recorded`: fingerprints they must have."""
 
     def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
         """An expert with each of these LoRAs at its strength; with none where no strengths are
@@ -351,17 +351,7 @@ class Pipeline:
         """Read a run's LoRAs, which must fit the model and be the files it was begun with;
         RequestError otherwise.
         """
-        loras = run.request.loras
-        if not loras:
-            return
-        prints = self.parts.lora_prints(loras)
-        for path, before in run.made_by.get("loras", {}).items():
-            if prints.get(path, before) != before:
-                raise RequestError(
-                    f"lora {path} is another file than the one this run was begun with; put that"
-                    " one back"
-                )
-        self.parts.use_loras(loras)
+        self.parts.use_loras(run.request.loras, run.made_by.get("loras"))
 
     def velocity(self, request: CompleteRequest, schedule: Schedule, start: int) -> Velocity:
         """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the

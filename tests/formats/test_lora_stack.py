@@ -21,6 +21,8 @@ from wanflow.assemble import LoadedParts
 from wanflow.checkpoint import load
 from wanflow.cli import main
 from wanflow.config import RequestError
+from wanflow.lora import stack
+from wanflow.lora.reader import read_adapter
 from wanflow.media import read_recipe
 from wanflow.pipeline import Cancelled, Pipeline, Run
 from wanflow.presets import NANO, T2V_A14B, with_settings
@@ -150,6 +152,29 @@ def test_nothing_is_reloaded(lora: str, monkeypatch: pytest.MonkeyPatch) -> None
     for value in ((lora,), (f"{lora}@0.3",), (), (lora, f"{lora}@-0.5")):
         latent(pipe, lora=value)
     assert read == ["high", "low"]
+
+
+@pytest.mark.parametrize("mode", ["live", "fused"])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_file_is_read_once_a_run(
+    lora: str, mode: str, keep: bool, prefetch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(
+        stack, "read_adapter", lambda path, shapes: read.append(path) or read_adapter(path, shapes)
+    )
+    pipe = wanflow.load("nano", device="cpu", lora=mode, keep_experts=keep, prefetch=prefetch)
+    held = pipe.parts.loras._held  # type: ignore[attr-defined]
+    latent(pipe, lora=(lora,))
+    assert read == [Path(lora)] and not any(held.values())
+    latent(pipe, lora=(lora,))  # experts in memory have it; an expert that loads again needs it
+    assert read == [Path(lora)] * (1 if keep else 2) and not any(held.values())
+    pipe.parts.close()
+    read.clear()
+    latent(pipe)
+    latent(pipe, lora=(lora, f"{lora}@-0.5"))
+    assert read == [Path(lora)]
 
 
 def effective(pipe: Pipeline, which: Any, name: str, strengths: tuple[float, ...]) -> Tensor:

@@ -1,6 +1,8 @@
-"""The LoRAs of a run: from what a user wrote to files, and from files to what they do to an expert.
+"""The LoRAs of a run: find and check the files, then apply them to each expert, live or fused.
 
-A file is read when the expert it works on is, and not kept: a published pair takes 2.4 GB.
+A file is read once a run, when the request begins: one that does not fit fails before any weights
+are read. The deltas of an expert are then held in RAM until that expert takes them (float32, 1.2 GB
+for rank 64 on Wan2.2-A14B), and freed. An expert that is loaded again reads its files again.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -19,56 +22,53 @@ from wanflow.config import RequestError
 from wanflow.lora.reader import read_adapter
 from wanflow.request import Lora
 from wanflow.sampling.experts import Expert
+from wanflow.transforms.block_streaming import Streaming
 from wanflow.transforms.lora import Adapters, WeightDelta, changed
 
 logger = logging.getLogger("wanflow")
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
-Shapes = Mapping[str, tuple[int, ...]]  # of an expert's parameters, by official name
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of an expert's parameters, by official name
+Deltas: TypeAlias = Mapping[str, WeightDelta]  # one file's, for one expert, by parameter
+Merged: TypeAlias = tuple[tuple[str, float], ...]  # names and strengths of fused LoRAs
 
 
-def find_loras(wanted: Iterable[Lora]) -> tuple[Lora, ...]:
-    """Files with settled strengths: a folder becomes the files in it, and a file that is named for
-    one expert works on that one.
+def find_loras(loras: Iterable[Lora]) -> tuple[Lora, ...]:
+    """Return the files behind these LoRAs, with the strength on each expert settled.
+
+    A folder becomes the files in it. A file that is named for one expert applies to that one.
 
     Raises:
-        RequestError: for a path that is missing, or a folder without LoRAs or with more than a
-            pair.
+        RequestError: for a missing path, or a folder that holds neither one LoRA nor one pair.
     """
     found = []
-    for lora in wanted:
+    for lora in loras:
         path = Path(lora.path).expanduser()
         if not path.exists():
             raise RequestError(f"lora {lora.path}: there is no such file or folder")
-        files = _folder(path) if path.is_dir() else [path]
-        for file in files:
-            one = replace(lora, path=str(file)).resolved(expert_in_name(file.name))
-            if one.high or one.low or not path.is_dir():
-                found.append(one)
+        for file in _files(path) if path.is_dir() else [path]:
+            settled = replace(lora, path=str(file)).resolved(expert_in_name(file.name))
+            if settled.high or settled.low or not path.is_dir():
+                found.append(settled)
     return tuple(found)
 
 
-def _folder(folder: Path) -> list[Path]:
-    """The LoRA of a folder (PEFT's), or the pair in it, one file for each expert."""
+def _files(folder: Path) -> list[Path]:
+    """The LoRA in a folder (PEFT's), or the pair, one file for each expert."""
     files = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS)
-    named = [expert_in_name(file.name) for file in files]
-    if len(files) == 1 or (len(files) == 2 and set(named) == {"high", "low"}):
+    experts = {expert_in_name(file.name) for file in files}
+    if len(files) == 1 or (len(files) == 2 and experts == {"high", "low"}):
         return files
-    what = (
-        f"{len(files)} files ({', '.join(file.name for file in files[:4])})"
-        if files
-        else "no LoRA file"
-    )
+    names = ", ".join(file.name for file in files[:4])
+    content = f"{len(files)} files ({names})" if files else "no LoRA file"
     raise RequestError(
-        f"lora {folder}: the folder holds {what}, not one, and no pair of which the names say high"
-        " and low; name the files"
+        f"lora {folder}: the folder holds {content}; expected one, or a pair with high and low in"
+        " the names: give the files, as in --lora FILE"
     )
 
 
-def lora_print(path: str) -> str:
-    """16 hex digits that tell a LoRA file from another: its size, and a megabyte from its start,
-    middle and end.
-    """
+def lora_fingerprint(path: str) -> str:
+    """Return 16 hex digits of a file's size and of a megabyte at its start, middle and end."""
     file = Path(path)
     with reading(file), file.open("rb") as data:
         size = file.stat().st_size
@@ -79,77 +79,135 @@ def lora_print(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_loras(loras: Iterable[Lora], shapes: Shapes) -> None:
-    """Read every file once, and say what of it will be used.
-
-    Raises:
-        RequestError: for a file that is broken, no LoRA, or of which nothing fits.
-    """
-    for path in dict.fromkeys(lora.path for lora in loras):
-        logger.info("lora %s: %s", Path(path).name, read_adapter(Path(path), shapes).report())
-
-
-def attach(
-    adapters: Adapters,
-    which: Expert,
-    loras: Mapping[str, Lora],
-    strengths: tuple[float, ...],
-    shapes: Shapes,
-) -> None:
-    """Make the live LoRAs of one expert those of a request, at these strengths; what is attached
-    already is not read again.
-
-    Called at every step: only what changed costs anything.
-
-    Args:
-        loras: by the names that `named` gives them.
-    """
-    wanted = {
-        name: (lora, strength)
-        for (name, lora), strength in zip(loras.items(), strengths, strict=True)
-    }
-    for name in adapters.names:
-        if name not in wanted:
-            adapters.remove(name)
-    for name, (lora, strength) in wanted.items():
-        if name in adapters.names:
-            adapters.set_strength(name, strength)
-        elif strength:
-            # also a file that has nothing for this expert, or it would be read at every step
-            adapters.attach(name, read_adapter(Path(lora.path), shapes).changes[which], strength)
-
-
-def named(loras: tuple[Lora, ...]) -> dict[str, Lora]:
-    """LoRAs by names that tell one file's content from another's, and a file that is given twice
-    from itself.
-    """
-    prints = {lora.path: lora_print(lora.path) for lora in loras}
-    names: dict[str, Lora] = {}
-    for index, lora in enumerate(loras):
-        repeats = sum(before.path == lora.path for before in loras[:index])
-        names[f"{lora.path} {prints[lora.path]} {repeats}"] = lora
-    return names
-
-
-def fused(
-    which: Expert, loras: Iterable[tuple[Lora, float]], shapes: Shapes
-) -> dict[str, Callable[[str, Tensor], Tensor]]:
-    """What LoRAs do to single weights, for `load_module` to do while it reads them: parameter ->
-    (name, float32) -> float32.
-    """
-    done: dict[str, list[tuple[WeightDelta, float]]] = {}
-    for lora, strength in loras:
-        for name, change in read_adapter(Path(lora.path), shapes).changes[which].items():
-            done.setdefault(name, []).append((change, strength))
-
-    def apply(name: str, value: Tensor) -> Tensor:
-        for change, strength in done[name]:
-            value = changed(value, change, strength)
-        return value
-
-    return dict.fromkeys(done, apply)
+def lora_fingerprints(loras: Iterable[Lora]) -> dict[str, str]:
+    """Return {file: fingerprint}, as a recipe records it."""
+    return {path: lora_fingerprint(path) for path in dict.fromkeys(lora.path for lora in loras)}
 
 
 def shapes_of(model: nn.Module) -> Shapes:
-    """Of a model with no LoRA on it and no packed weights, as `build` makes it."""
+    """Return the parameters' shapes of a model with no LoRA on it and no packed weights."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+class LoraStack:
+    """The LoRAs in use, in order, and those that are attached to each loaded expert.
+
+    Args:
+        shapes: of an expert's parameters.
+        live: whether LoRAs are computed next to the weights (`apply`) or merged into them while an
+            expert loads (`fused`).
+    """
+
+    def __init__(self, shapes: Shapes, live: bool) -> None:
+        self.shapes, self.live = shapes, live
+        # By path, content and repetition: a file may be given twice, or change between two runs.
+        self._loras: dict[str, Lora] = {}
+        self._held: dict[str, dict[Expert, Deltas]] = {}  # what no expert has taken yet
+        self._adapters: dict[Expert, Adapters] = {}
+
+    def use(self, loras: tuple[Lora, ...], recorded: Mapping[str, str] | None = None) -> None:
+        """Make these the LoRAs of the steps that follow; new files are read and reported.
+
+        Args:
+            recorded: fingerprints that the run began with, by path.
+
+        Raises:
+            RequestError: for a file that changed since, that is broken, or that does not fit the
+                model. The LoRAs in use stay as they were.
+        """
+        fingerprints = lora_fingerprints(loras)
+        for path, before in (recorded or {}).items():
+            if fingerprints.get(path, before) != before:
+                raise RequestError(
+                    f"lora {path}: this is another file than the run began with; put that one back"
+                )
+        named: dict[str, Lora] = {}
+        for index, lora in enumerate(loras):
+            repetition = sum(before.path == lora.path for before in loras[:index])
+            named[f"{lora.path} {fingerprints[lora.path]} {repetition}"] = lora
+        new = {name: lora for name, lora in named.items() if name not in self._loras}
+        read = {}
+        for path in dict.fromkeys(lora.path for lora in new.values()):
+            adapter = read_adapter(Path(path), self.shapes)
+            logger.info("lora %s: %s", Path(path).name, adapter.report())
+            read[path] = adapter.changes
+        self._held = {name: held for name, held in self._held.items() if name in named}
+        self._held |= {name: _used(lora, read[lora.path]) for name, lora in new.items()}
+        self._loras = named
+
+    def apply(
+        self, model: nn.Module | Streaming, expert: Expert, strengths: tuple[float, ...]
+    ) -> None:
+        """Set the live LoRAs of an expert to those in use, at these strengths.
+
+        Call it at every step: only a change costs time. No strengths: no LoRAs.
+        """
+        loras = self._loras if strengths else {}
+        if not self.live or not (loras or expert in self._adapters):
+            return
+        if expert not in self._adapters:
+            self._adapters[expert] = Adapters(
+                model.model if isinstance(model, Streaming) else model
+            )
+        adapters = self._adapters[expert]
+        for name in adapters.names:
+            if name not in loras:
+                adapters.remove(name)
+        for name, strength in zip(loras, strengths, strict=True):
+            if name in adapters.names:
+                adapters.set_strength(name, strength)
+            elif strength:
+                # Also a file with nothing for this expert, or each step would read it again.
+                adapters.attach(name, self._take(name, expert), strength)
+
+    def merged(self, strengths: tuple[float, ...]) -> Merged:
+        """Return which LoRAs an expert must hold fused at these strengths; () where they are live.
+
+        An expert with an equal value needs no reloading.
+        """
+        if self.live or not strengths:
+            return ()
+        pairs = zip(self._loras, strengths, strict=True)
+        return tuple((name, strength) for name, strength in pairs if strength)
+
+    def fused(
+        self, expert: Expert, merged: Merged
+    ) -> dict[str, Callable[[str, Tensor], Tensor]] | None:
+        """Return what the loader does to each weight: {parameter: (name, float32) -> float32}.
+
+        The deltas are read here, on the caller's thread. None where `merged` is empty.
+        """
+        deltas: dict[str, list[tuple[WeightDelta, float]]] = {}
+        for name, strength in merged:
+            for parameter, delta in self._take(name, expert).items():
+                deltas.setdefault(parameter, []).append((delta, strength))
+
+        def merge(parameter: str, weight: Tensor) -> Tensor:
+            for delta, strength in deltas[parameter]:
+                weight = changed(weight, delta, strength)
+            return weight
+
+        return dict.fromkeys(deltas, merge) if merged else None
+
+    def forget(self, expert: Expert) -> None:
+        """Drop what is known of an expert whose weights are freed."""
+        self._adapters.pop(expert, None)
+
+    def release(self) -> None:
+        """Free the deltas that no expert has taken; an expert that needs them reads the file."""
+        self._held.clear()
+
+    def _take(self, name: str, expert: Expert) -> Deltas:
+        """The deltas of a LoRA for an expert, which are held here no longer."""
+        held = self._held.get(name, {})
+        if expert not in held:
+            lora = self._loras[name]
+            changes = read_adapter(Path(lora.path), self.shapes).changes
+            held = self._held[name] = {**_used(lora, changes), expert: changes[expert]}
+        return held.pop(expert)
+
+
+def _used(lora: Lora, changes: Mapping[Expert, Deltas]) -> dict[Expert, Deltas]:
+    """The deltas of those experts on which the LoRA has a strength."""
+    first = lora.first or 1
+    return {expert: deltas for expert, deltas in changes.items() if lora.strength(expert, first)}

@@ -111,7 +111,9 @@ class FakeParts:
     def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
         return {}
 
-    def use_loras(self, loras: tuple[Lora, ...]) -> None: ...
+    def use_loras(
+        self, loras: tuple[Lora, ...], recorded: dict[str, str] | None = None
+    ) -> None: ...
 
     def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> Any:
         return self.model
