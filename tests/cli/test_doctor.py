@@ -1,10 +1,9 @@
-"""`wanflow doctor`: what it finds on machines that are described by files and values, and what it
-tells in a process of its own.
-"""
+"""Test `wanflow doctor` on machines described by files and values, and in a process of its own."""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -23,12 +22,11 @@ import torch
 
 from wanflow.cli import doctor as command
 from wanflow.cli import main
-from wanflow.doctor import environment as around
-from wanflow.doctor import report
-from wanflow.doctor.environment import Disk, disk, encoder, look_at_packages
+from wanflow.doctor import environment, report
+from wanflow.doctor.environment import Disk, System, disk, encoder, look_at_packages
 from wanflow.doctor.kernels import MATMULS, KernelResult, try_attention, try_matmul
-from wanflow.doctor.machine import Device, System, cpu_name, memory, nvidia, usable_cores
 from wanflow.doctor.report import Report, problems
+from wanflow.hardware import Device, cpu_name, memory, nvidia, usable_cores
 from wanflow.transforms.attention import BACKENDS
 
 ROOT = Path(__file__).parents[2]
@@ -240,10 +238,10 @@ def found(
     given: Report,
     broken: dict[str, str] | None = None,
     hidden: str | None = None,
-    trouble: tuple[str, ...] = (),
+    messages: tuple[str, ...] = (),
 ) -> list[tuple[str, str]]:
     return [
-        (problem.level, problem.text) for problem in problems(given, broken or {}, hidden, trouble)
+        (problem.level, problem.text) for problem in problems(given, broken or {}, hidden, messages)
     ]
 
 
@@ -296,17 +294,17 @@ def test_a_good_machine_has_nothing() -> None:
             on(cuda="13.0", **{**CARD, "driver_cuda": "12.4"}),
             {},
             "broken",
-            "built for CUDA 13.0 and the driver serves 12.4 at most",
+            "built for CUDA 13.0 and the driver supports 12.4 at most",
         ),
         (
             on(cuda="12.8", **{**CARD, "driver_cuda": "11.4"}),
             {},
             "broken",
-            "the driver serves CUDA 11.4 at most; install driver",
+            "the driver supports CUDA 11.4 at most; install driver",
         ),
         (
             on(cuda="13.0", **CARD),
-            {"trouble": ("CUDA initialization: unknown error",)},
+            {"messages": ("CUDA initialization: unknown error",)},
             "broken",
             "cannot be used: CUDA initialization: unknown error;",
         ),
@@ -379,7 +377,7 @@ def test_a_good_machine_has_nothing() -> None:
             ),
             {},
             "warning",
-            "attention flash_attn_3 is installed but does not work on cuda:0: no kernel image",
+            "attention flash_attn_3 is installed but fails on cuda:0: no kernel image",
         ),
     ],
 )
@@ -390,7 +388,7 @@ def test_each_thing_that_is_known_to_go_wrong(
     assert one[0] == level and words in one[1]
     assert replace(
         given,
-        problems=tuple(problems(given, **{"broken": {}, "hidden": None, "trouble": (), **more})),
+        problems=tuple(problems(given, **{"broken": {}, "hidden": None, "messages": (), **more})),
     ).fine == (level != "broken")
 
 
@@ -452,7 +450,7 @@ def test_the_encoder_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError(f"unknown encoder {name}")
 
     monkeypatch.setattr(
-        around,
+        environment,
         "import_module",
         lambda _: SimpleNamespace(CodecContext=SimpleNamespace(create=missing)),
     )
@@ -465,7 +463,7 @@ def test_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "sageattention", raising=False)  # another test's stand-in
-    monkeypatch.setattr(around, "REQUIRED", (*around.REQUIRED, "wanflow_needs_this"))
+    monkeypatch.setattr(environment, "REQUIRED", (*environment.REQUIRED, "wanflow_needs_this"))
     versions, broken = look_at_packages()
     assert broken == {
         "sageattention": "is installed but does not import: OSError: libcudart.so.13: cannot open",
@@ -483,8 +481,8 @@ def test_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(around, "DISK_BYTES", 4 * 2**20)
-    monkeypatch.setattr(around, "DISK_CHUNK", 2**20)
+    monkeypatch.setattr(environment, "DISK_BYTES", 4 * 2**20)
+    monkeypatch.setattr(environment, "DISK_CHUNK", 2**20)
 
 
 def read_only(*_: object, **__: object) -> None:
@@ -494,7 +492,7 @@ def read_only(*_: object, **__: object) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_disk_is_timed_and_left_as_it_was(tmp_path: Path) -> None:
     timed = disk(tmp_path)
-    assert timed.folder == str(tmp_path) and timed.free > 0 and timed.notes == around.CACHED
+    assert timed.folder == str(tmp_path) and timed.free > 0 and timed.notes == environment.CACHED
     assert (
         timed.writes is not None
         and timed.reads is not None
@@ -514,16 +512,14 @@ def test_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(around.tempfile, "TemporaryFile", read_only)
-    assert disk(tmp_path) == replace(
-        disk(tmp_path),
-        writes=None,
-        reads=None,
-        notes=(
-            "no file can be written there (Read-only file system)",
-            "so its speed was not measured",
-        ),
+    monkeypatch.setattr(environment.tempfile, "TemporaryFile", read_only)
+    room = SimpleNamespace(free=10**12)  # other programs change the real disk's
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: room)
+    notes = (
+        "no file can be written there (Read-only file system)",
+        "so its speed was not measured",
     )
+    assert disk(tmp_path) == Disk(str(tmp_path), 10**12, None, None, notes)
     (tmp_path / "high").mkdir()
     (tmp_path / "high" / "big.safetensors").write_bytes(os.urandom(6 * 2**20))
     (tmp_path / "small.gguf").write_bytes(b"x")
@@ -549,8 +545,8 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(around.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
-    monkeypatch.setattr(around.tempfile, "TemporaryFile", lambda **_: pytest.fail("it writes"))
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
+    monkeypatch.setattr(environment.tempfile, "TemporaryFile", lambda **_: pytest.fail("it writes"))
     timed = disk(tmp_path)
     assert timed.free == 10**8 and timed.notes == (
         "there is too little room to time writing",
@@ -586,10 +582,8 @@ NO_GPU = not torch.cuda.is_available() and nvidia()[0] == ""
 
 @pytest.mark.skipif(not NO_GPU, reason="written for a machine without a GPU")
 def test_as_text_where_all_is_fine(tmp_path: Path) -> None:
-    began = time.monotonic()
-    done = run("--ckpt_dir", str(tmp_path / "weights"))
+    done = run("--ckpt_dir", str(tmp_path / "weights"))  # 5 s; `run` ends it after 120
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 60  # about 5 s on two cores that nobody else uses
     text = done.stdout
     for words in (
         "PyTorch",
@@ -599,12 +593,12 @@ def test_as_text_where_all_is_fine(tmp_path: Path) -> None:
         "disk",
         "GB/s",
         "H.264 can be written",
-        "auto takes it",
+        "auto picks it",
         "_scaled_mm",
         "best settings",
     ):
         assert words in text, words
-    assert "nothing is wrong here" in text or "note:" in text
+    assert "no problem found" in text or "note:" in text
     assert "\x1b" not in text + done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -662,7 +656,7 @@ def test_packages_that_are_needed_and_broken(tmp_path: Path) -> None:
             " install --force-reinstall"
         )
         assert f"broken: {package} {words} {package}\n" in done.stdout
-    assert "_scaled_mm" in done.stdout and "mended first" in done.stderr
+    assert "_scaled_mm" in done.stdout and "repaired first" in done.stderr
 
 
 @pytest.mark.skipif(
@@ -684,7 +678,7 @@ def test_a_gpu_that_this_pytorch_cannot_use_is_broken(
         "is built for CPUs only; pip install --force-reinstall torch --index-url"
         " https://download.pytorch.org/whl/cu130"
     )
-    assert said.err.endswith("wanflow: 1 of the things above must be mended first\n")
+    assert said.err.endswith("repaired first\n")
     assert main(["doctor", "--json", "--ckpt_dir", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert (
@@ -772,7 +766,7 @@ def test_what_cannot_work_has_its_reason_in_the_table() -> None:
     )
     text = "\n".join(line for _, line in command.lines(given))
     assert re.search(r"cuda:0 +float32 +flash .* it does not compute in float32", text)
-    assert re.search(r"cuda:0 +bfloat16 +flash .*auto takes it", text)
+    assert re.search(r"cuda:0 +bfloat16 +flash .*auto picks it", text)
     assert re.search(r"cuda:0 +bfloat16 +sage .*no log-sum-exp: none", text)
     assert "GPU        cuda:1: NVIDIA A100" in text and "CUDA 13.0, cuDNN 9.1.0" in text
 
@@ -792,7 +786,7 @@ def test_advice_for_a_gpu_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> No
             fits=not short, short=short, reasons=("blocks are streamed",), offers=()
         )
 
-    monkeypatch.setattr("wanflow.plan.solve.solve", settle)
+    monkeypatch.setattr(importlib.import_module("wanflow.plan.solve"), "solve", settle)
     given = replace(FINE, auto={"cuda:0": {"float32": "efficient", "bfloat16": "cudnn"}})
     assert command.advice(given, Path()) == [
         "1280*720, 81 frames: does not fit: 90.0 GB of GPU memory",
@@ -805,7 +799,7 @@ def test_advice_for_a_gpu_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_planner_that_fails_costs_only_its_advice(
+def test_a_plan_that_fails_costs_only_its_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object) -> None:
@@ -813,4 +807,4 @@ def test_a_planner_that_fails_costs_only_its_advice(
 
     monkeypatch.setattr(command, "advice", fails)
     assert main(["doctor", "--ckpt_dir", str(tmp_path)]) in (0, 1)
-    assert "none: the planner failed, RuntimeError: no driver" in capsys.readouterr().out
+    assert "none: the plan failed, RuntimeError: no driver" in capsys.readouterr().out

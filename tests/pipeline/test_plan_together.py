@@ -13,15 +13,14 @@ import pytest
 import torch
 from helpers.plans import SMALL_DIT, of, together
 
+from wanflow import hardware
 from wanflow.assemble import layout_of, resolve
 from wanflow.checkpoint.load import expert_structure
 from wanflow.cli import main
 from wanflow.config import RequestError
-from wanflow.doctor import machine as doctor_machine
 from wanflow.parallel import sharding as shares
 from wanflow.parallel.groups import Layout, expected_bytes, sizes
 from wanflow.plan import described, make_plan, plan_or_raise, published, solve
-from wanflow.plan import gpus as plan_machines
 from wanflow.plan.estimate import estimate
 from wanflow.plan.gpus import PCIE, rates
 from wanflow.plan.layout import settle_layout
@@ -331,14 +330,14 @@ def test_every_card_has_a_link() -> None:
 
 def test_the_least_free_memory_of_the_gpus_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "GPU-0a-1, 80000\nGPU-0b-2, 60000\nGPU-0c-3, 70000\n"
-    monkeypatch.setattr(doctor_machine, "_run", lambda *_: said)
-    free = doctor_machine.free_memory()
+    monkeypatch.setattr(hardware, "_run", lambda *_: said)
+    free = hardware.gpu_memory_free()
     assert free == {"0a-1": 80_000 * 2**20, "0b-2": 60_000 * 2**20, "0c-3": 70_000 * 2**20}
     cards = [SimpleNamespace(uuid=name) for name in ("0a-1", "0c-3")]
-    assert plan_machines._least_free(cards) == 70_000 * 2**20
-    monkeypatch.setattr(plan_machines, "free_memory", dict)
+    assert hardware.least_gpu_memory_free(cards) == 70_000 * 2**20
+    monkeypatch.setattr(hardware, "gpu_memory_free", dict)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 6))
-    assert plan_machines._least_free(cards) == 5, (
+    assert hardware.least_gpu_memory_free(cards) == 5, (
         "where the driver's tool is missing, the one at hand"
     )
 

@@ -154,7 +154,6 @@ PENDING: set[tuple[str, str]] = {
     ("wanflow.pipeline", "wanflow.runtime"),
     ("wanflow.pipeline", "wanflow.transforms.block_streaming"),
     ("wanflow.pipeline", "wanflow.transforms.vae_tiling"),
-    ("wanflow.plan.gpus", "wanflow.doctor.machine"),
 }
 
 

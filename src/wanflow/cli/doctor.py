@@ -1,4 +1,4 @@
-"""`wanflow doctor`: what this machine is, what works on it, what is wrong with it."""
+"""Run `wanflow doctor`: examine this machine, and print its parts, kernels and problems."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -15,24 +14,25 @@ from typing import TYPE_CHECKING
 from wanflow.cli.flags import Parser
 
 if TYPE_CHECKING:
+    from wanflow.doctor.environment import Disk
     from wanflow.doctor.kernels import KernelResult
     from wanflow.doctor.report import Report
 
-Line = tuple[str, str]  # a style of rich's ("" for none), and text
-EXPERT = 57.2e9  # bytes of an expert as it is published, in float32
-SIZES = ("1280*720", "832*480")  # the second where the first does not fit
+Line = tuple[str, str]  # a style of rich ("" for none), and text
+EXPERT = 57.2e9  # bytes of a published expert, in float32
+SIZES = ("1280*720", "832*480")  # the second is for machines that the first does not fit
 STYLES = {"broken": "bold red", "warning": "yellow", "note": ""}
 
 
 class BrokenError(OSError):
-    """Something that wanflow needs does not work: exit code 1."""
+    """A part that wanflow needs is broken: exit code 1."""
 
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command and its flags."""
+    """Add the command and its flags."""
     p = commands.add_parser(
         "doctor",
-        help="what this machine is, what works on it, what is wrong with it",
+        help="examine this machine: devices, kernels, disk, problems, best settings",
         allow_abbrev=False,
     )
     p.add_argument(
@@ -40,54 +40,43 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="where weights are or will be: its disk is timed (.)",
+        help="folder for the weights, whose disk is timed (default: .)",
     )
-    p.add_argument("--json", action="store_true", help="everything, as one JSON document")
+    p.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """Examine, and tell.
+    """Examine the machine and print the report.
 
     Raises:
-        BrokenError: when something that wanflow needs is broken, after all was told.
+        BrokenError: after the report, when a part that wanflow needs is broken.
     """
     with progress() as say:
         try:
             from wanflow.doctor.report import examine
         except ModuleNotFoundError:
             raise
-        except ImportError as problem:
+        except ImportError as error:
             raise BrokenError(
-                f"PyTorch cannot be loaded: {problem}; pip install --force-reinstall torch"
+                f"PyTorch cannot be loaded: {error}; pip install --force-reinstall torch"
             ) from None
         folder = _folder(args.ckpt_dir)
-        with redirect_stdout(sys.stderr):  # packages print what they like while they are tried
+        with redirect_stdout(sys.stderr):  # packages may print while they are tried
             report = examine(folder, os.environ.get("CUDA_VISIBLE_DEVICES"), say)
         say("the best settings")
         try:
             best = advice(report, folder)
-        except Exception as problem:
-            # on a machine that is broken the planner may be too, and the report is wanted all the
-            # more
-            best = [f"none: the planner failed, {type(problem).__name__}: {problem}"]
+        except Exception as error:  # a broken machine can break the plan, and needs the report most
+            best = [f"none: the plan failed, {type(error).__name__}: {error}"]
+    broken = [problem.text for problem in report.problems if problem.level == "broken"]
     if args.json:
         print(json.dumps({**report.as_dict(), "advice": best}, indent=2, ensure_ascii=False))
     else:
-        show(
-            [
-                *lines(report),
-                ("", ""),
-                ("bold", "best settings"),
-                *(("", f"  {line}") for line in best),
-            ]
-        )
-    broken = [problem.text for problem in report.problems if problem.level == "broken"]
+        settings = [("", f"  {line}") for line in best]
+        show([*lines(report), ("", ""), ("bold", "best settings"), *settings])
     if broken:
-        raise BrokenError(
-            f"broken: {'; '.join(broken)}"
-            if args.json
-            else f"{len(broken)} of the things above must be mended first"
-        )
+        count = f"{len(broken)} broken parts above must be repaired first"
+        raise BrokenError(f"broken: {'; '.join(broken)}" if args.json else count)
 
 
 def _folder(path: Path) -> Path:
@@ -100,33 +89,21 @@ def _folder(path: Path) -> Path:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """What is being tried, on standard error: in place on a terminal, a line every two seconds
-    elsewhere.
-    """
+    """Yield a function that shows on standard error what is tried next."""
     try:
         from rich.text import Text
 
-        from wanflow.screen import EVERY, Screen
-    except ImportError:  # the report says so
+        from wanflow.screen import Screen
+    except ImportError:  # the report names it
         yield lambda _: None
         return
-    screen = Screen()
-    if screen.console.is_terminal:
-        with screen.console.status("") as status:
-            yield lambda text: status.update(Text(f"trying: {text}"))
-        return
-    told = [time.monotonic()]
-
-    def say(text: str) -> None:
-        if time.monotonic() - told[0] > EVERY:
-            screen.say(f"trying: {text}")
-            told[0] = time.monotonic()
-
-    yield say
+    console = Screen().console
+    with console.status("") as status:  # shows nothing where there is no terminal
+        yield lambda text: status.update(Text(f"trying: {text}"))
 
 
 def show(text: Sequence[Line]) -> None:
-    """On standard output, coloured on a terminal only."""
+    """Print lines to standard output, coloured on a terminal, also where rich is missing."""
     try:
         from rich.console import Console
     except ImportError:
@@ -141,13 +118,13 @@ def show(text: Sequence[Line]) -> None:
 
 
 def lines(report: Report) -> Iterator[Line]:
-    """The report for people."""
+    """Yield the report for people."""
     yield from _machine(report)
     yield from _table("attention", report)
     yield from _table("matmul", report)
     yield "", ""
     if not report.problems:
-        yield "green", "nothing is wrong here"
+        yield "green", "no problem found"
     for problem in report.problems:
         yield STYLES[problem.level], f"{problem.level}: {problem.text}"
 
@@ -157,113 +134,93 @@ def _gb(count: int) -> str:
 
 
 def _machine(report: Report) -> Iterator[Line]:
-    here, disk = report.system, report.disk
-    build = (
-        f"CUDA {here.cuda}" + (f", cuDNN {here.cudnn}" if here.cudnn else "")
-        if here.cuda
-        else "no CUDA"
-    )
-    yield (
-        "bold",
-        f"wanflow {here.wanflow}, PyTorch {here.torch} ({build}), Python {here.python}, {here.os}",
-    )
-    usable = (
-        f", of which {here.cores_usable:g} may be used" if here.cores_usable < here.cores else ""
-    )
+    here = report.system
+    cudnn = f", cuDNN {here.cudnn}" if here.cudnn else ""
+    build = f"CUDA {here.cuda}{cudnn}" if here.cuda else "no CUDA"
+    versions = f"PyTorch {here.torch} ({build}), Python {here.python}, {here.os}"
+    yield "bold", f"wanflow {here.wanflow}, {versions}"
+    usable = f", {here.cores_usable:g} usable" if here.cores_usable < here.cores else ""
     yield "", f"processor  {here.cpu or 'unknown'}, {here.cores} cores{usable}"
-    yield (
-        "",
-        (
-            f"RAM        {_gb(here.ram)}, {_gb(here.ram_free)}"
-            f" free{' (the limit of this container)' if here.ram_limited else ''}"
-        ),
-    )
-    for device in report.devices:
-        if device.name != "cpu":
-            extra = f", capability {device.capability}" if device.capability else ""
-            free = f", {_gb(device.memory_free)} free" if device.memory_free else ""
-            yield "", f"GPU        {device.name}: {device.model}, {_gb(device.memory)}{free}{extra}"
+    limit = " (the limit of this container)" if here.ram_limited else ""
+    yield "", f"RAM        {_gb(here.ram)}, {_gb(here.ram_free)} free{limit}"
+    gpus = [device for device in report.devices if device.name != "cpu"]
+    for device in gpus:
+        free = f", {_gb(device.memory_free)} free" if device.memory_free else ""
+        capability = f", capability {device.capability}" if device.capability else ""
+        memory = f"{_gb(device.memory)}{free}{capability}"
+        yield "", f"GPU        {device.name}: {device.model}, {memory}"
     if here.driver:
-        serves = f", for CUDA up to {here.driver_cuda}" if here.driver_cuda else ""
-        yield "", f"driver     NVIDIA {here.driver}{serves}: {', '.join(here.cards) or 'no card'}"
-    elif len(report.devices) == 1:
+        cuda = f", for CUDA up to {here.driver_cuda}" if here.driver_cuda else ""
+        yield "", f"driver     NVIDIA {here.driver}{cuda}: {', '.join(here.cards) or 'no card'}"
+    elif not gpus:
         yield "", "GPU        none"
-    speeds = [
-        f"{word} {speed / 1e9:.2f} GB/s"
-        for word, speed in (("writes", disk.writes), ("reads", disk.reads))
-        if speed
-    ]
+    yield from _disk(report.disk)
+    yield "", f"video      {report.encoder or 'H.264 can be written'}"
+    installed = [f"{name} {version}" for name, version in report.packages.items() if version]
+    missing = [name for name, version in report.packages.items() if not version]
+    without = f"; not installed: {', '.join(missing)}" if missing else ""
+    yield "", f"packages   {', '.join(installed)}{without}"
+
+
+def _disk(disk: Disk) -> Iterator[Line]:
+    facts = [f"{_gb(disk.free)} free"]
+    if disk.writes:
+        facts.append(f"writes {disk.writes / 1e9:.2f} GB/s")
     if disk.reads:
-        speeds.append(f"an expert as published in {EXPERT / disk.reads:.0f} s")
-    yield "", f"disk       {disk.folder}: {', '.join([_gb(disk.free) + ' free', *speeds])}"
+        facts.append(f"reads {disk.reads / 1e9:.2f} GB/s")
+        facts.append(f"a published expert in {EXPERT / disk.reads:.0f} s")
+    yield "", f"disk       {disk.folder}: {', '.join(facts)}"
     for note in disk.notes:
         yield "", f"           {note}"
-    yield "", f"video      {'H.264 can be written' if not report.encoder else report.encoder}"
-    there = ", ".join(f"{name} {version}" for name, version in report.packages.items() if version)
-    missing = ", ".join(name for name, version in report.packages.items() if not version)
-    yield "", f"packages   {there}" + (f"; not installed: {missing}" if missing else "")
 
 
 def _table(what: str, report: Report) -> Iterator[Line]:
-    """One kind of try as an aligned table; a way that does not work has the reason in place of its
-    numbers.
-    """
-    from wanflow.doctor import kernels as made
+    """Yield the results of one kind, aligned; a failure has its reason after empty numbers."""
+    from wanflow.doctor.kernels import HEAD_DIM, SIZES
+
+    results = [result for result in report.tries if result.what == what]
+    sizes = {kind: SIZES[kind] for kind in SIZES if any(r.device.startswith(kind) for r in results)}
+    if what == "attention":
+        titles = [
+            f"{tokens:,} tokens, {heads} heads of {HEAD_DIM} on {kind}"
+            for kind, (heads, tokens, _) in sizes.items()
+        ]
+        title, way = "attention", "kernel"
+    else:
+        titles = [f"{side:,} x {side:,} on {kind}" for kind, (_, _, side) in sizes.items()]
+        title, way = "matrix products", "way"
+    yield "", ""
+    yield "bold", f"{title} ({', '.join(titles)}; errors relative to the largest value)"
+    rows = [("device", "dtype", way, "error", "ms", "TFLOP/s"), *map(_cells, results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row, result in zip(rows, (None, *results), strict=True):
+        names = [f"{cell:<{width}}" for cell, width in zip(row[:3], widths, strict=False)]
+        numbers = [f"{cell:>{width}}" for cell, width in zip(row[3:], widths[3:], strict=True)]
+        style = "dim" if result is None else "yellow" if result.why else ""
+        remark = "" if result is None else result.why or _remark(result, report)
+        yield style, "  ".join(["", *names, *numbers, remark]).rstrip()
+
+
+def _cells(result: KernelResult) -> tuple[str, ...]:
+    return (
+        result.device,
+        result.dtype,
+        result.way,
+        "" if result.error is None else f"{result.error:.1e}",
+        "" if result.seconds is None else f"{result.seconds * 1e3:.2f}",
+        "" if result.tflops is None else f"{result.tflops:.3g}",
+    )
+
+
+def _remark(result: KernelResult, report: Report) -> str:
     from wanflow.transforms.attention import BACKENDS
 
-    tries = [one for one in report.tries if one.what == what]
-    names = [(one.device, one.dtype, one.way) for one in tries]
-    kinds = [
-        kind for kind in made.SIZES if any(one.device.partition(":")[0] == kind for one in tries)
-    ]
-    title = {
-        "attention": ", ".join(
-            f"{made.SIZES[kind][1]:,} tokens, {made.SIZES[kind][0]} heads of {made.HEAD_DIM} on"
-            f" {kind}"
-            for kind in kinds
-        ),
-        "matmul": ", ".join(
-            f"{made.SIZES[kind][2]:,} x {made.SIZES[kind][2]:,} on {kind}" for kind in kinds
-        ),
-    }[what]
-    yield "", ""
-    yield (
-        "bold",
-        (
-            f"{'attention' if what == 'attention' else 'matrix products'} ({title}; errors relative"
-            " to the largest value)"
-        ),
-    )
-    head = ("device", "dtype", "kernel" if what == "attention" else "way", "error", "ms", "TFLOP/s")
-    rows = [head, *((*name, *_numbers(one)) for name, one in zip(names, tries, strict=True))]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = (
-            f"{cell:<{widths[n]}}" if n < 3 else f"{cell:>{widths[n]}}"
-            for n, cell in enumerate(row)
-        )
-        return f"  {'  '.join(cells)}"
-
-    yield "dim", line(head)
-    for name, one in zip(names, tries, strict=True):
-        if one.why:
-            yield "yellow", f"{line(name)}  {one.why}"
-            continue
-        remarks = [BACKENDS[one.way].about] if what == "attention" else []
-        remarks += (
-            ["auto takes it"] if report.auto.get(one.device, {}).get(one.dtype) == one.way else []
-        )
-        remarks += [f"no log-sum-exp: {one.lse}"] if one.lse else []
-        yield "", f"{line((*name, *_numbers(one)))}  {', '.join(remarks)}".rstrip()
-
-
-def _numbers(one: KernelResult) -> tuple[str, str, str]:
-    return (
-        "" if one.error is None else f"{one.error:.1e}",
-        "" if one.seconds is None else f"{one.seconds * 1e3:.2f}",
-        "" if one.tflops is None else f"{one.tflops:.3g}",
-    )
+    remarks = [BACKENDS[result.way].about] if result.what == "attention" else []
+    if report.auto.get(result.device, {}).get(result.dtype) == result.way:
+        remarks.append("auto picks it")
+    if result.lse:
+        remarks.append(f"no log-sum-exp: {result.lse}")
+    return ", ".join(remarks)
 
 
 def advice(report: Report, folder: Path) -> list[str]:

@@ -1,41 +1,40 @@
-"""What works here: every attention kernel and every way to multiply by weights is run, compared and
-timed.
-"""
+"""Run, compare and time every attention kernel and every way to multiply by weights."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from wanflow.runtime import dtype_name
+from wanflow.runtime import DTYPES
 from wanflow.transforms import attention
 
 Say = Callable[[str], None]
 Way = Callable[[Tensor, Tensor], Callable[[], Tensor]]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 128  # of the model
-# (heads, tokens) of attention, and the side of the matrices: enough to time, little enough for ten
-# tries in seconds and 4 GB.
+# {device: (heads, tokens, side of the matrices)}: large enough to time, and small enough for ten
+# runs in a few seconds and 4 GB.
 SIZES = {"cpu": (2, 1024, 512), "cuda": (8, 4096, 4096), "mps": (4, 2048, 1024)}
 COMPARED = 64  # rows of a product that are compared with float64
-# largest error relative to the largest value at which a rounded product still counts as one
-WORKS = 0.15
+# an error, relative to the largest value, above which a rounded product counts as wrong
+MAX_ERROR = 0.15
 
 
 @dataclass(frozen=True)
 class KernelResult:
-    """One way to compute, tried.
+    """The result of one way to compute.
 
-    why: why it does not work, "" if it does. error: the largest against float64, relative to the
-        largest value. seconds: of one call.
-    lse: of attention, "" if it also says the log-sum-exp, else why not.
+    Attributes:
+        why: why it fails; "" if it works.
+        error: the largest difference from float64, relative to the largest value.
+        seconds: of one call.
+        lse: for attention, "" if it returns the log-sum-exp, else why not.
     """
 
     what: Literal["attention", "matmul"]
@@ -50,34 +49,32 @@ class KernelResult:
 
 
 def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[KernelResult]:
-    """Every kernel that is made for this kind of device, in each dtype."""
+    """Run every attention kernel for this kind of device, in each dtype."""
     heads, tokens, _ = SIZES[device.type]
     work = 4 * tokens * tokens * heads * HEAD_DIM
-    for dtype in DTYPES:
-        say(f"attention on {device} in {dtype_name(dtype)}")
-        for backend in attention.BACKENDS.values():
-            if device.type in backend.devices:
-                tried = attention.benchmark(
-                    backend, device, dtype, HEAD_DIM, (heads, tokens, tokens), repeats=2
-                )
-                seconds = _number(tried.seconds)
-                speed = work / seconds / 1e12 if seconds else None
-                lse = None if tried.why else tried.lse_why
-                yield KernelResult(
-                    "attention",
-                    str(device),
-                    dtype_name(dtype),
-                    backend.name,
-                    tried.why,
-                    _number(tried.error),
-                    seconds,
-                    speed,
-                    lse,
-                )
+    kernels = [each for each in attention.BACKENDS.values() if device.type in each.devices]
+    for name in DTYPES:
+        say(f"attention on {device} in {name}")
+        for kernel in kernels:
+            ran = attention.benchmark(
+                kernel, device, getattr(torch, name), HEAD_DIM, (heads, tokens, tokens), repeats=2
+            )
+            seconds = _finite(ran.seconds)
+            yield KernelResult(
+                "attention",
+                str(device),
+                name,
+                kernel.name,
+                why=ran.why,
+                error=_finite(ran.error),
+                seconds=seconds,
+                tflops=work / seconds / 1e12 if seconds else None,
+                lse=None if ran.why else ran.lse_why,
+            )
 
 
 def _rows(x: Tensor, most: float) -> tuple[Tensor, Tensor]:
-    """Scales [rows, 1] that bring each row's largest value to `most`, and the rows so scaled."""
+    """Return scales [rows, 1] that bring each row's largest value to `most`, and those rows."""
     scale = x.abs().amax(1, keepdim=True).float() / most
     return scale, x / scale
 
@@ -116,8 +113,8 @@ def _int8(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
     return product
 
 
-# {(dtype, way): x [n, n], w [n, n] -> what computes x w^T}: the weights are rounded before, fp8's
-# and int8's inputs at each call.
+# {(dtype, way): (x [n, n], w [n, n]) -> a function that computes x w^T}. Weights are rounded
+# once; the inputs of fp8 and int8 at each call.
 MATMULS: dict[tuple[str, str], Way] = {
     ("float32", "matmul"): _plain(torch.float32),
     ("bfloat16", "matmul"): _plain(torch.bfloat16),
@@ -128,7 +125,7 @@ MATMULS: dict[tuple[str, str], Way] = {
 
 
 def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[KernelResult]:
-    """The ways to multiply by weights, errors against the product of unrounded numbers."""
+    """Run each way to multiply by weights; errors are against the unrounded product."""
     say(f"matrix products on {device}")
     n = SIZES[device.type][2]
     generator = torch.Generator().manual_seed(0)
@@ -136,37 +133,32 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Kern
     step = max(1, n // COMPARED)
     truth = x[::step].double() @ w.double().t()
     for (dtype, way), prepare in MATMULS.items():
+        result = KernelResult("matmul", str(device), dtype, way)
         try:
             product = prepare(x.to(device), w.to(device))
-            error = float(
-                (product()[::step].cpu().double() - truth).abs().max() / truth.abs().max()
-            )
-            times = []
-            for _ in range(3):
-                attention.wait(device)
-                start = time.perf_counter()
-                product()
-                attention.wait(device)
-                times.append(time.perf_counter() - start)
-        except Exception as problem:  # as with attention: each device has its own way to fail
-            yield KernelResult("matmul", str(device), dtype, way, attention.words(problem))
+            difference = (product()[::step].cpu().double() - truth).abs().max()
+            seconds = min(_timed(product, device) for _ in range(3))
+        except Exception as problem:  # each device fails with types of its own
+            yield replace(result, why=attention.words(problem))
             continue
-        why = (
-            ""
-            if error <= WORKS
-            else f"it gives wrong numbers, {error:.2g} of the largest value away"
-        )
-        yield KernelResult(
-            "matmul",
-            str(device),
-            dtype,
-            way,
-            why,
-            _number(error),
-            min(times),
-            2 * n**3 / min(times) / 1e12,
+        error = float(difference / truth.abs().max())
+        wrong = f"wrong numbers: error {error:.2g} of the largest value"
+        yield replace(
+            result,
+            why="" if error <= MAX_ERROR else wrong,
+            error=_finite(error),
+            seconds=seconds,
+            tflops=2 * n**3 / seconds / 1e12,
         )
 
 
-def _number(value: float) -> float | None:
+def _timed(product: Callable[[], Tensor], device: torch.device) -> float:
+    attention.wait(device)
+    start = time.perf_counter()
+    product()
+    attention.wait(device)
+    return time.perf_counter() - start
+
+
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -1,6 +1,4 @@
-"""Everything about this machine in one value, and what is wrong with it: found by trying, not
-looked up in a table of names.
-"""
+"""Examine this machine and name its problems, by running things rather than by a list of models."""
 
 from __future__ import annotations
 
@@ -12,29 +10,41 @@ from typing import Any, Literal
 
 import torch
 
-from wanflow.doctor.environment import REQUIRED, Disk, disk, encoder, look_at_packages
-from wanflow.doctor.kernels import DTYPES, KernelResult, try_attention, try_matmul
-from wanflow.doctor.machine import Device, System, devices, system
-from wanflow.runtime import dtype_name
+from wanflow.doctor.environment import (
+    REQUIRED,
+    Disk,
+    System,
+    disk,
+    encoder,
+    look_at_packages,
+    system,
+)
+from wanflow.doctor.kernels import KernelResult, try_attention, try_matmul
+from wanflow.hardware import Device, devices
+from wanflow.runtime import DTYPES
 from wanflow.transforms import attention
 
-OLDEST_TORCH = (2, 10)  # below it, weights_only loading has known bypasses
+OLDEST_TORCH = (2, 10)  # older releases have known bypasses of weights_only loading
 SMALL_SHM = 2**30
 WHEELS = "https://download.pytorch.org/whl"
 
 
 @dataclass(frozen=True)
 class Problem:
+    """A known problem. "broken": wanflow cannot run without it."""
+
     level: Literal["broken", "warning", "note"]
     text: str
 
 
 @dataclass(frozen=True)
 class Report:
+    """The results of one examination."""
+
     system: System
     devices: tuple[Device, ...]
     tries: tuple[KernelResult, ...]
-    auto: dict[str, dict[str, str]]  # {device: {dtype: the attention kernel that `auto` takes}}
+    auto: dict[str, dict[str, str]]  # {device: {dtype: the attention kernel that `auto` picks}}
     disk: Disk
     encoder: str  # why no video can be written, "" if it can
     packages: dict[str, str]  # {name: version, "" if not installed}
@@ -45,67 +55,67 @@ class Report:
         return not any(problem.level == "broken" for problem in self.problems)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report for JSON."""
         return {"fine": self.fine, **asdict(self)}
+
+    def works(self, device: str, what: str) -> list[KernelResult]:
+        """Return the results of one kind on a device that work."""
+        return [r for r in self.tries if (r.device, r.what) == (device, what) and not r.why]
 
 
 def examine(
     folder: Path, hidden: str | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Look at everything; takes some seconds.
+    """Examine everything; takes some seconds.
 
     Args:
         folder: where weights are or will be.
         hidden: the value of CUDA_VISIBLE_DEVICES, if it is set.
-        say: told what is being tried.
+        say: called with what is examined next.
     """
     say("the machine")
-    here, found, trouble = system(), *devices()
+    here, (found, messages) = system(), devices()
     tries: list[KernelResult] = []
-    models: set[str] = set()
-    for device in found:
-        if (
-            device.model not in models
-        ):  # of several equal GPUs one stands for all; the products below are tried on each
-            tries += try_attention(torch.device(device.name), say)
+    for index, device in enumerate(found):
+        if device.model not in [earlier.model for earlier in found[:index]]:
+            tries += try_attention(torch.device(device.name), say)  # one of several equal GPUs
         tries += try_matmul(torch.device(device.name), say)
-        models.add(device.model)
     say("the packages and the video encoder")
     packages, broken = look_at_packages()
     no_encoder = f"av {broken['av']}" if "av" in broken else encoder()
-    report = Report(
-        here, found, tuple(tries), _auto(found, tries), disk(folder, say), no_encoder, packages
-    )
-    return replace(report, problems=tuple(problems(report, broken, hidden, trouble)))
+    report = Report(here, found, tuple(tries), {}, disk(folder, say), no_encoder, packages)
+    report = replace(report, auto=_auto(report))
+    return replace(report, problems=tuple(problems(report, broken, hidden, messages)))
 
 
-def _auto(found: Sequence[Device], tries: Sequence[KernelResult]) -> dict[str, dict[str, str]]:
+def _auto(report: Report) -> dict[str, dict[str, str]]:
     chosen: dict[str, dict[str, str]] = {}
-    for device in found:
-        works = {
-            (one.dtype, one.way)
-            for one in tries
-            if one.what == "attention" and one.device == device.name and not one.why
-        }
+    for device in report.devices:
+        works = {(each.dtype, each.way) for each in report.works(device.name, "attention")}
         order = attention.order(torch.device(device.name)) if works else ()
-        for dtype in map(dtype_name, DTYPES):
-            first = next((way for way in order if (dtype, way) in works), None)
-            if first:
-                chosen.setdefault(device.name, {})[dtype] = first
+        first = {dtype: next((k for k in order if (dtype, k) in works), "") for dtype in DTYPES}
+        if any(first.values()):
+            chosen[device.name] = {dtype: kernel for dtype, kernel in first.items() if kernel}
     return chosen
 
 
 def problems(
-    report: Report, broken: dict[str, str], hidden: str | None, trouble: Sequence[str]
+    report: Report, broken: dict[str, str], hidden: str | None, messages: Sequence[str]
 ) -> Iterator[Problem]:
-    """What is known to go wrong on such a machine; "broken" is what wanflow cannot do without."""
+    """Yield the known problems of such a machine.
+
+    Args:
+        broken: {package: reason} as `look_at_packages` returns it.
+        hidden: the value of CUDA_VISIBLE_DEVICES, if it is set.
+        messages: PyTorch's, about devices that it cannot use.
+    """
     here = report.system
     if tuple(map(int, re.findall(r"\d+", here.torch)[:2])) < OLDEST_TORCH:
-        need = ".".join(map(str, OLDEST_TORCH))
+        oldest = ".".join(map(str, OLDEST_TORCH))
         yield Problem(
             "broken",
             f"PyTorch {here.torch} is too old, and loads damaged or hostile files; pip install"
-            f" 'torch>={need}'",
+            f" 'torch>={oldest}'",
         )
     for package, why in broken.items():
         if package in REQUIRED:
@@ -118,92 +128,78 @@ def problems(
             f"no video can be written, H.264 is missing: {report.encoder}; pip install"
             " --force-reinstall av",
         )
-    yield from _gpu_problems(report, hidden, trouble)
-    for device in report.devices:
-        works = {one.what for one in report.tries if one.device == device.name and not one.why}
-        same = [
-            other.name for other in report.devices if other.model == device.model
-        ]  # attention was tried on the first of them
-        if "matmul" not in works or (same[0] == device.name and "attention" not in works):
-            why = next(
-                (one.why for one in report.tries if one.device == device.name and one.why),
-                "nothing could be tried",
-            )
+    yield from _gpu_problems(report, hidden, messages)
+    yield from _kernel_problems(report, broken)
+    if any(device.name == "mps" for device in report.devices):
+        yield Problem("note", "MPS has no float64: computations that need it run on the CPU")
+    if 0 < here.shm < SMALL_SHM:
+        several = sum(device.name.startswith("cuda") for device in report.devices) > 1
+        yield Problem(
+            "warning" if several else "note",
+            f"/dev/shm holds only {here.shm / 2**20:.0f} MiB, too little for several GPUs; in"
+            " Docker start with --shm-size=8g",
+        )
+    if here.ram_limited:
+        limit = f"{here.ram / 1e9:.1f} GB of RAM"
+        yield Problem("note", f"this container may use {limit}; the machine has more")
+
+
+def _kernel_problems(report: Report, broken: dict[str, str]) -> Iterator[Problem]:
+    models = [device.model for device in report.devices]
+    for index, device in enumerate(report.devices):
+        first = device.model not in models[:index]  # attention ran on the first of equal GPUs
+        computes = report.works(device.name, "matmul")
+        attends = report.works(device.name, "attention") or not first
+        if not computes or not attends:
+            reasons = [each.why for each in report.tries if each.device == device.name and each.why]
+            why = next(iter(reasons), "nothing could be tried")
             yield Problem("broken", f"{device.name} ({device.model}) cannot compute: {why}")
-    for one in report.tries:
-        package = attention.BACKENDS[one.way].package if one.way in attention.BACKENDS else ""
-        if (
-            one.why
-            and package
-            and report.packages.get(package)
-            and package not in broken
-            and one.dtype == "bfloat16"
-        ):
+    for result in report.tries:
+        kernel = attention.BACKENDS.get(result.way)
+        if kernel is None or result.dtype != "bfloat16" or not result.why:
+            continue
+        if report.packages.get(kernel.package) and kernel.package not in broken:
             yield Problem(
                 "warning",
-                f"attention {one.way} is installed but does not work on {one.device}: {one.why}",
+                f"attention {result.way} is installed but fails on {result.device}: {result.why}",
             )
     if report.packages.get("sageattention"):
         yield Problem(
             "note",
-            "attention sage is never chosen by itself: it changes the video, and with fp8 weights"
-            " black frames are known",
-        )
-    if any(device.name == "mps" for device in report.devices):
-        yield Problem("note", "MPS has no float64: what needs it is computed on the CPU")
-    if 0 < here.shm < SMALL_SHM:
-        several = sum(device.name.startswith("cuda") for device in report.devices) > 1
-        text = (
-            f"/dev/shm holds only {here.shm / 2**20:.0f} MiB, too little for several GPUs; in"
-            " Docker start with --shm-size=8g"
-        )
-        yield Problem("warning" if several else "note", text)
-    if here.ram_limited:
-        yield Problem(
-            "note", f"this container may use {here.ram / 1e9:.1f} GB of RAM; the machine has more"
+            "attention sage is never chosen automatically: it changes the video, and with fp8"
+            " weights black frames are known",
         )
 
 
-def _gpu_problems(report: Report, hidden: str | None, trouble: Sequence[str]) -> Iterator[Problem]:
-    """An NVIDIA GPU that PyTorch does not see, and why."""
+def _gpu_problems(report: Report, hidden: str | None, messages: Sequence[str]) -> Iterator[Problem]:
+    """Yield why PyTorch does not see an NVIDIA GPU."""
     here = report.system
     present = bool(here.driver or here.cards)
     if any(device.name.startswith("cuda") for device in report.devices) or not present:
-        for text in trouble:
+        for text in messages:
             yield Problem("warning", f"CUDA: {text}")
         return
-    what = (
-        f"{', '.join(dict.fromkeys(here.cards)) or 'an NVIDIA GPU'} (driver"
-        f" {here.driver or 'unknown'})"
-    )
+    cards = ", ".join(dict.fromkeys(here.cards)) or "an NVIDIA GPU"
+    gpu = f"{cards} (driver {here.driver or 'unknown'})"
     newest = int(here.driver_cuda.partition(".")[0]) if here.driver_cuda else 0
     index = "cu130" if newest >= 13 else "cu126"
     install = f"pip install --force-reinstall torch --index-url {WHEELS}/{index}"
     if hidden is not None and hidden.strip() in ("", "-1"):
-        yield Problem(
-            "warning",
-            f"{what} is hidden by CUDA_VISIBLE_DEVICES={hidden!r}; unset it to use the GPU",
-        )
-    elif newest and newest < 12:
-        yield Problem(
-            "broken",
-            f"{what} cannot be used: the driver serves CUDA {here.driver_cuda} at most; install"
-            " driver 580 or newer",
-        )
+        unset = f"CUDA_VISIBLE_DEVICES={hidden!r}; unset it to use the GPU"
+        yield Problem("warning", f"{gpu} is hidden by {unset}")
+        return
+    if newest and newest < 12:
+        why = f"the driver supports CUDA {here.driver_cuda} at most; install driver 580 or newer"
     elif not here.cuda:
-        yield Problem(
-            "broken",
-            f"{what} cannot be used: this PyTorch ({here.torch}) is built for CPUs only; {install}",
-        )
+        why = f"this PyTorch ({here.torch}) is built for CPUs only; {install}"
     elif newest and newest < int(here.cuda.partition(".")[0]):
-        yield Problem(
-            "broken",
-            f"{what} cannot be used: PyTorch is built for CUDA {here.cuda} and the driver serves"
-            f" {here.driver_cuda} at most; install a newer driver, or {install}",
+        why = (
+            f"PyTorch is built for CUDA {here.cuda} and the driver supports {here.driver_cuda} at"
+            f" most; install a newer driver, or {install}"
         )
     else:
-        why = "; ".join(trouble) or "PyTorch sees no CUDA device"
-        why += (
-            "; see whether nvidia-smi works, and restart the machine after an update of the driver"
+        why = (
+            f"{'; '.join(messages) or 'PyTorch sees no CUDA device'}; check nvidia-smi, and restart"
+            " the machine after a driver update"
         )
-        yield Problem("broken", f"{what} cannot be used: {why}")
+    yield Problem("broken", f"{gpu} cannot be used: {why}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanflow.config import DiTConfig, RequestError
-from wanflow.doctor.machine import free_memory, memory
+from wanflow.hardware import least_gpu_memory_free, memory
 from wanflow.models.dit import Block, Conditioning, rope_table
 from wanflow.plan.trace import Trace
 
@@ -212,22 +212,10 @@ def this_machine(folder: Path, used: int = 1) -> Machine:
         ),
         None,
     )
-    gpu_free = torch.cuda.mem_get_info(best)[0] if used == 1 else _least_free(cards[:used])
+    gpu_free = (
+        torch.cuda.mem_get_info(best)[0] if used == 1 else least_gpu_memory_free(cards[:used])
+    )
     return Machine(card.total_memory, card.name, ram, free, disk, count, gpu_free, known)
-
-
-def _least_free(cards: Sequence[Any]) -> int:
-    """Of the GPUs' memory. The driver's tool is asked: by way of CUDA this process would have a
-    context on each, some 0.5 GB.
-    """
-    free = free_memory()
-    here = [
-        free[str(card.uuid).removeprefix("GPU-")]
-        for card in cards
-        if str(card.uuid).removeprefix("GPU-") in free
-    ]
-    # Where the tool is not there or does not know them: the one that this process works on.
-    return min(here) if len(here) == len(cards) else torch.cuda.mem_get_info()[0]
 
 
 def _same_card(ours: str, theirs: str, size: int, gib: float) -> bool:
