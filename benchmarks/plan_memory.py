@@ -37,7 +37,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wanflow.checkpoint.load import build, expert_structure
-from wanflow.config import Preset
 from wanflow.lora.reader import read_adapter
 from wanflow.lora.stack import shapes_of
 from wanflow.models.umt5 import UMT5Encoder
@@ -53,11 +52,11 @@ from wanflow.plan.model import published
 from wanflow.plan.need import READING, Phase, decode_phase, expert_phases, text_phase
 from wanflow.plan.phases import KERNEL, FakeParts, Traces
 from wanflow.plan.solve import filled
-from wanflow.presets import T2V_A14B
+from wanflow.presets import T2V_A14B, ModelSpec
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
-from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
+from wanflow.sampling.timeline import schedule_of
 from wanflow.transforms import vae_tiling as tiling
 from wanflow.transforms.block_streaming import BlockBuffers, Streaming, evenly_spaced_resident
 from wanflow.transforms.lora import Adapters
@@ -235,7 +234,7 @@ def anonymous() -> int:
 # the case
 
 
-def preset_of(case: Case) -> Preset:
+def preset_of(case: Case) -> ModelSpec:
     return replace(
         T2V_A14B,
         dit=replace(T2V_A14B.dit, num_layers=case.layers),
@@ -371,8 +370,8 @@ def denoise(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None
     gc.collect()
     peak.reset()
     pipe = Pipeline(FakeParts(preset, model, torch.bfloat16), "cpu", runtime.cfg_batch, team=team)
-    schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
-    velocity = pipe.velocity(request, schedule, 2)
+    schedule = schedule_of(request)
+    velocity = pipe.velocity(request, 2)
     first, second, x, origin = (pipe.noise(request) for _ in range(4))
     state = SolverState(2, x, (first, second), origin)
     # Buffers for streamed blocks are memory only from when they are first written to, late in the

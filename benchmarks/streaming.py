@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 
 from wanflow.checkpoint.load import expert_structure, load_module
 from wanflow.checkpoint.source import OfficialSource, open_part
-from wanflow.config import DiTConfig, parse_size
+from wanflow.config import DiTConfig
+from wanflow.geometry import parse_size
 from wanflow.loaders.experts import block_reader
 from wanflow.models.dit import WanDiT
 from wanflow.runtime import Runtime

@@ -44,6 +44,7 @@ from wanflow.parallel.groups import Layout, ParallelContext, make_groups, simula
 from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect
 from wanflow.pipeline import Pipeline
+from wanflow.presets import Expert
 from wanflow.request import Lora
 from wanflow.runtime import (
     QUANTIZATIONS,
@@ -54,7 +55,6 @@ from wanflow.runtime import (
     is_small,
     recorded,
 )
-from wanflow.sampling.experts import Expert
 from wanflow.transforms import attention
 from wanflow.transforms.block_streaming import Streaming
 from wanflow.transforms.vae_tiling import check_tile

@@ -132,47 +132,6 @@ class VAEConfig:
         return int(2 ** sum(self.temperal_downsample))
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A model's shapes with the defaults its authors publish for it."""
-
-    name: str
-    task: str
-    dit: DiTConfig
-    text: TextConfig
-    vae: VAEConfig
-    boundary: float
-    sample_shift: float
-    sample_steps: int
-    cfg_high: float
-    cfg_low: float
-    size: tuple[int, int]
-    frame_num: int
-    fps: int
-    negative_prompt: str
-    sample_solver: Solver = "unipc"
-
-
-def parse_size(value: str | tuple[int, int]) -> tuple[int, int]:
-    """`"1280*720"`, `"1280x720"` or `(1280, 720)` -> (width, height), each a positive multiple of
-    16.
-    """
-    try:
-        parts = (
-            value.lower().replace("x", "*").split("*") if isinstance(value, str) else list(value)
-        )
-        width, height = (int(part) for part in parts)
-    except (ValueError, TypeError):
-        raise RequestError(f"size {value!r} is not WIDTH*HEIGHT, such as 1280*720") from None
-    for side, name in ((width, "width"), (height, "height")):
-        if side <= 0 or side % 16:
-            near = max(16, round(side / 16) * 16)
-            raise RequestError(
-                f"{name} {side} is not a positive multiple of 16; the nearest is {near}"
-            )
-    return width, height
-
-
 T = TypeVar("T", bound=Any)
 
 

@@ -20,21 +20,22 @@ import torch
 from torch import Tensor
 
 from wanflow import media as files
-from wanflow.config import Preset, RequestError
+from wanflow.config import RequestError
 from wanflow.files import write_bytes
+from wanflow.geometry import geometry_of
 from wanflow.models.dit import TextStates, WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.parallel import cfg
 from wanflow.parallel import vae_parallel as strips
 from wanflow.parallel.groups import Layout, ParallelContext, simulated_groups
 from wanflow.parallel.sequence import sharded
-from wanflow.presets import with_settings
-from wanflow.request import CompleteRequest, Lora, Request
+from wanflow.presets import Expert, ModelSpec
+from wanflow.request import CompleteRequest, Lora, Request, with_settings
 from wanflow.runtime import batch_guidance
-from wanflow.sampling.experts import Expert, expert_at, experts
 from wanflow.sampling.guidance import guide
-from wanflow.sampling.schedule import Schedule, Step, make_schedule, snr
+from wanflow.sampling.schedule import Step, snr
 from wanflow.sampling.solvers import SolverState, Velocity, advance
+from wanflow.sampling.timeline import handover, schedule_of, timeline
 from wanflow.sanity import Facts, OutputError, check_latent, check_step
 from wanflow.transforms.block_streaming import Streaming
 from wanflow.transforms.vae_tiling import decode_frames as decode_in_tiles
@@ -202,7 +203,7 @@ def refuse_constant(low: int, high: int) -> None:
 class Parts(Protocol):
     """Where the pipeline gets its models; `assemble` decides what stays in memory."""
 
-    preset: Preset
+    preset: ModelSpec
     device: torch.device
     made_by: dict[str, Any]
 
@@ -291,14 +292,8 @@ class Pipeline:
 
     def noise(self, request: CompleteRequest) -> Tensor:
         """[1, z, t, h, w] float32 on the parts' device, from the seed alone."""
-        vae = self.parts.preset.vae
-        width, height = request.size
-        shape = (
-            vae.z_dim,
-            (request.frame_num - 1) // vae.temporal_stride + 1,
-            height // vae.spatial_stride,
-            width // vae.spatial_stride,
-        )
+        geometry = geometry_of(self.parts.preset)
+        shape = geometry.latent_shape(request.size, request.frame_num)
         generator = torch.Generator(self.noise_device).manual_seed(request.seed)
         return (
             torch.randn(shape, generator=generator, device=self.noise_device)
@@ -317,7 +312,7 @@ class Pipeline:
         if run.finished:
             return run
         request = run.request
-        schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
+        schedule, steps = schedule_of(request), timeline(request, self.parts.preset)
         state = replace(run.state, x=run.state.x.to(self.parts.device))
         tensors = {
             name: self.team.world.from_first("state", value.to(self.parts.device))
@@ -326,20 +321,19 @@ class Pipeline:
         state = SolverState.from_tensors(state.index, tensors)
         self.take_loras(run)
         facts = facts_of(run)
-        velocity = self.velocity(request, schedule, state.index)
+        velocity = self.velocity(request, state.index)
         while state.index < len(schedule):
-            step = schedule.step(state.index)
+            step = steps[state.index]
             state = advance(schedule, state, velocity)
             check_step(state.x, step.index + 1, facts)
             run = replace(run, state=state)
-            expert = expert_at(step.timestep, request.boundary)
             told = Progress(
                 step.index + 1,
                 len(schedule),
                 step.timestep,
                 step.sigma,
                 snr(step.sigma),
-                expert,
+                step.expert,
                 state.x,
                 run,
             )
@@ -353,40 +347,33 @@ class Pipeline:
         """
         self.parts.use_loras(run.request.loras, run.made_by.get("loras"))
 
-    def velocity(self, request: CompleteRequest, schedule: Schedule, start: int) -> Velocity:
+    def velocity(self, request: CompleteRequest, start: int) -> Velocity:
         """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the
         text once for each.
 
         On several processes it gives all of them the whole velocity, and each computes its share.
         """
         team, trunk = self.team, sharded(self.team)
-        working = experts(schedule, request.boundary)
-        loras = request.loras
-        scales = [request.guidance(which, index + 1) for index, which in enumerate(working)]
-        guided = any(scale != 1 for scale in scales[start:])
+        steps = timeline(request, self.parts.preset)
+        guided = any(step.guided for step in steps[start:])
         texts = self.parts.text(
             [request.prompt, request.negative_prompt] if guided else [request.prompt]
         )
+        tokens = geometry_of(self.parts.preset).tokens(request.size, request.frame_num)
         prepared: dict[tuple[Expert, tuple[float, ...], bool], TextStates] = {}
 
         def velocity(x: Tensor, step: Step) -> Tensor:
-            which, scale = working[step.index], scales[step.index]
-            strengths = tuple(lora.strength(which, step.index + 1) for lora in loras)
-            key = (which, strengths, scale != 1)
+            at = steps[step.index]
+            which, strengths, scale = at.expert, at.strengths, at.guidance
+            key = (which, strengths, at.guided)
             if key not in prepared:
                 # before the next expert is loaded, and at most one expert's keys and values are
                 # kept
                 prepared.clear()
             model = self.parts.expert(which, strengths)
-            after = next(
-                (index for index in range(step.index, len(working)) if working[index] != which),
-                None,
-            )
+            after = handover(steps, step.index)
             if after is not None:
-                self.parts.prepare(
-                    working[after],
-                    tuple(lora.strength(working[after], after + 1) for lora in loras),
-                )
+                self.parts.prepare(after.expert, after.strengths)
             if key not in prepared:
                 prepared[key] = model.text_states(
                     cfg.local_branch(team, texts) if scale != 1 else texts[:1]
@@ -397,7 +384,6 @@ class Pipeline:
                 return cast(Tensor, model(x, timestep, states, trunk))
             if team.layout.cfg == 2:
                 return guide(*cfg.gather_branches(team, model(x, timestep, states, trunk)), scale)
-            tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
             if batch_guidance(self.cfg_batch, tokens):
                 conditional, unconditional = model(
                     x.expand(2, -1, -1, -1, -1), timestep.expand(2), states, trunk

@@ -1,15 +1,74 @@
-"""Published numbers of the models, and nothing else: shapes, latent statistics, defaults.
+"""Tables of the published models: experts, shapes, latent statistics, defaults, step presets.
 
 Sources: the official configuration of Wan2.2-T2V-A14B (defaults, boundary, negative prompt), its
     model and VAE files (shapes, latent statistics). Guidance is by name, high and low: the official
     pair is written (low, high).
 """
 
-from dataclasses import replace
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
 
-from wanflow.config import DiTConfig, Preset, RequestError, TextConfig, VAEConfig
-from wanflow.request import Request
+from wanflow.config import TRAIN_STEPS, DiTConfig, Solver, TextConfig, VAEConfig
+
+Expert = str  # the name of an expert of a `ModelSpec`
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One expert: its name, its folder in the official layout, the lowest timestep it denoises."""
+
+    name: Expert
+    folder: str
+    from_timestep: float
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model's experts and shapes, with the defaults its authors publish.
+
+    boundary: where the first of two experts hands over, as a fraction of the timesteps.
+    expert_folders: (name, folder) of each expert, in the order in which they denoise.
+    """
+
+    name: str
+    task: str
+    dit: DiTConfig
+    text: TextConfig
+    vae: VAEConfig
+    boundary: float
+    sample_shift: float
+    sample_steps: int
+    cfg_high: float
+    cfg_low: float
+    size: tuple[int, int]
+    frame_num: int
+    fps: int
+    negative_prompt: str
+    sample_solver: Solver = "unipc"
+    expert_folders: tuple[tuple[Expert, str], ...] = (
+        ("high", "high_noise_model"),
+        ("low", "low_noise_model"),
+    )
+
+    @property
+    def expert_names(self) -> tuple[Expert, ...]:
+        return tuple(name for name, _ in self.expert_folders)
+
+    @property
+    def experts(self) -> tuple[ExpertSpec, ...]:
+        """The experts in the order in which they denoise; the last goes down to timestep 0."""
+        return self.experts_at(self.boundary)
+
+    def experts_at(self, boundary: float) -> tuple[ExpertSpec, ...]:
+        """Return the experts, with the boundary of a request in place of the model's own."""
+        starts = (boundary * TRAIN_STEPS, 0.0)[-len(self.expert_folders) :]
+        return tuple(
+            ExpertSpec(name, folder, start)
+            for (name, folder), start in zip(self.expert_folders, starts, strict=True)
+        )
+
 
 # One mean and one standard deviation for each of the 16 latent channels of the Wan2.1 VAE.
 LATENT_MEAN = (
@@ -31,7 +90,7 @@ NEGATIVE_PROMPT = (
     "倒着走"
 )
 
-T2V_A14B = Preset(
+T2V_A14B = ModelSpec(
     name="Wan2.2-T2V-A14B",
     task="t2v-A14B",
     dit=DiTConfig(),
@@ -56,7 +115,7 @@ TI2V_5B = DiTConfig(
 
 # The miniature inside the package. Its latent statistics come from training: `wanflow.json` beside
 # its weights has them.
-NANO = Preset(
+NANO = ModelSpec(
     name="nano",
     task="t2v-nano",
     dit=DiTConfig(
@@ -97,17 +156,3 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lora_from": 3,
     },
 }
-
-
-def with_settings(request: Request, name: str) -> Request:
-    """The request with a settings preset's values where it has none.
-
-    Raises:
-        RequestError: for a name there is none of.
-    """
-    if name not in SETTINGS:
-        raise RequestError(f"preset {name!r} is none of {', '.join(SETTINGS)}")
-    return replace(
-        request,
-        **{key: value for key, value in SETTINGS[name].items() if getattr(request, key) is None},
-    )

@@ -10,7 +10,9 @@ import secrets
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
-from wanflow.config import SOLVERS, TRAIN_STEPS, Preset, RequestError, Solver, parse_size
+from wanflow.config import SOLVERS, TRAIN_STEPS, RequestError, Solver
+from wanflow.geometry import COMMON, geometry_of, parse_size
+from wanflow.presets import SETTINGS, Expert, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Lora:
         begin = first if self.first is None and self.last is None else self.first
         return Lora(self.path, self.both, high or 0.0, low or 0.0, begin, self.last)
 
-    def strength(self, expert: Literal["high", "low"], step: int) -> float:
+    def strength(self, expert: Expert, step: int) -> float:
         """Of a resolved LoRA, at a step (1-based)."""
         if step < (self.first or 1) or (self.last is not None and step > self.last):
             return 0.0
@@ -134,7 +136,7 @@ class Request:
     )
     cfg_start_steps: int | None = None
 
-    def complete(self, preset: Preset) -> CompleteRequest:
+    def complete(self, spec: ModelSpec) -> CompleteRequest:
         """Fill in the model's defaults and check every value.
 
         Raises:
@@ -145,13 +147,16 @@ class Request:
         for field in fields(CompleteRequest):
             value = getattr(self, field.name)
             if value is None:
-                value = getattr(preset, field.name) if field.default is MISSING else field.default
+                value = getattr(spec, field.name) if field.default is MISSING else field.default
             values[field.name] = value
         values["lora"] = tuple(str(lora) for lora in self.loras())
-        values["size"] = parse_size(values["size"])
+        geometry = geometry_of(spec)
+        values["size"] = parse_size(values["size"], geometry)
         if isinstance(self.seed, int) and self.seed < 0:
             values["seed"] = secrets.randbelow(2**63)
-        return CompleteRequest(**values)
+        complete = CompleteRequest(**values)
+        geometry.check_frames(complete.frame_num)
+        return complete
 
     def loras(self) -> tuple[Lora, ...]:
         """The LoRAs, read and with their first step, their strengths as given."""
@@ -173,6 +178,20 @@ class Request:
             )
             for lora in loras
         )
+
+
+def with_settings(request: Request, name: str) -> Request:
+    """Return the request with the values of a step preset where it has none.
+
+    Raises:
+        RequestError: for an unknown name.
+    """
+    if name not in SETTINGS:
+        raise RequestError(f"preset {name!r} is none of {', '.join(SETTINGS)}")
+    return replace(
+        request,
+        **{key: value for key, value in SETTINGS[name].items() if getattr(request, key) is None},
+    )
 
 
 @dataclass(frozen=True)
@@ -203,9 +222,7 @@ class CompleteRequest:
         for name in ("frame_num", "sample_steps", "seed", "cfg_start_steps"):
             if not isinstance(getattr(self, name), int):
                 raise RequestError(f"{name} {getattr(self, name)!r} is not a whole number")
-        if self.frame_num < 1 or self.frame_num % 4 != 1:
-            near = max(1, round((self.frame_num - 1) / 4) * 4 + 1)
-            raise RequestError(f"frame_num {self.frame_num} is not 4n+1; the nearest is {near}")
+        COMMON.check_frames(self.frame_num)
         if self.sample_solver not in SOLVERS:
             raise RequestError(
                 f"sample_solver {self.sample_solver!r} is none of {', '.join(SOLVERS)}"
@@ -230,7 +247,7 @@ class CompleteRequest:
     def loras(self) -> tuple[Lora, ...]:
         return tuple(parse_lora(text) for text in self.lora)
 
-    def guidance(self, expert: Literal["high", "low"], step: int) -> float:
+    def guidance(self, expert: Expert, step: int) -> float:
         """The guidance scale at a step (1-based)."""
         if step <= self.cfg_start_steps:
             return self.cfg_start

@@ -5,6 +5,7 @@ elsewhere.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from wanflow.pipeline import OnPart, OnStep, Progress, Run
+    from wanflow.presets import ModelSpec
 
 EVERY = 2.0  # seconds between two lines
 
@@ -28,16 +30,16 @@ class Screen:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def begin(self, run: Run, target: Path) -> None:
-        from wanflow.sampling.experts import experts
-        from wanflow.sampling.schedule import make_schedule, snr
+    def begin(self, run: Run, spec: ModelSpec, target: Path) -> None:
+        from wanflow.sampling.schedule import snr
+        from wanflow.sampling.timeline import handover, timeline
 
         request, made = run.request, run.made_by
-        schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
-        high = experts(schedule, request.boundary).count("high")
-        switch = (
-            f", switch at SNR {snr(schedule.sigmas[high]):.4f}" if 0 < high < len(schedule) else ""
-        )
+        timed = timeline(request, spec)
+        after = handover(timed, 0)
+        switch = f", switch at SNR {snr(after.sigma):.4f}" if after else ""
+        counts = Counter(step.expert for step in timed)
+        split = ", ".join(f"{counts[name]} {name}-noise" for name in spec.expert_names)
         self.say(
             f"{made['model']['name']} on {made['runtime']['device']} in {made['runtime']['dtype']},"
             f" seed {request.seed}"
@@ -46,10 +48,7 @@ class Screen:
             f"{request.size[0]}*{request.size[1]}, {request.frame_num} frames at"
             f" {request.fps:g} fps"
         )
-        steps = (
-            f"{len(schedule)} {request.sample_solver} steps: {high} high-noise,"
-            f" {len(schedule) - high} low-noise{switch}"
-        )
+        steps = f"{len(timed)} {request.sample_solver} steps: {split}{switch}"
         self.say(f"{what}; {steps} -> {target}")
 
     def loading(self, what: str, done: int, total: int) -> None:

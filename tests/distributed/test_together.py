@@ -144,7 +144,7 @@ def golden(ranks: mesh.DistInfo, layout: Layout, case: dict[str, Any]) -> list[T
     )
     schedule = schedule_of(case)
     state, latents = SolverState(0, case_tensors(PIPELINE["cases_file"], case)["noise"][None]), []
-    velocity = pipe.velocity(request, schedule, 0)
+    velocity = pipe.velocity(request, 0)
     while state.index < len(schedule):
         state = advance(schedule, state, velocity)
         latents.append(state.x[0])

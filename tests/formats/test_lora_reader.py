@@ -26,7 +26,7 @@ from wanflow.checkpoint.key_maps import from_official
 from wanflow.config import RequestError
 from wanflow.lora.reader import AdapterFile, describe_adapter, open_adapter, read_adapter
 from wanflow.models.dit import WanDiT
-from wanflow.sampling.experts import Expert
+from wanflow.presets import Expert
 from wanflow.transforms.lora import (
     Adapters,
     Decomposed,

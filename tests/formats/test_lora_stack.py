@@ -25,10 +25,9 @@ from wanflow.lora import stack
 from wanflow.lora.reader import read_adapter
 from wanflow.media import read_recipe
 from wanflow.pipeline import Cancelled, Pipeline, Run
-from wanflow.presets import NANO, T2V_A14B, with_settings
-from wanflow.request import Lora, Request, parse_lora
-from wanflow.sampling.experts import experts
-from wanflow.sampling.schedule import make_schedule
+from wanflow.presets import NANO, T2V_A14B
+from wanflow.request import Lora, Request, parse_lora, with_settings
+from wanflow.sampling.timeline import timeline
 
 RUN: dict[str, Any] = {"frame_num": 5, "sample_steps": 4, "seed": 3}
 
@@ -399,14 +398,14 @@ def test_the_command_line_and_replay(
 
 def test_lightning_tells_the_model_the_published_timesteps() -> None:
     request = with_settings(Request("x"), "lightning4").complete(T2V_A14B)
-    schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
-    assert [round(timestep, 2) for timestep in schedule.timesteps] == [1000, 937.5, 833.33, 625]
-    assert experts(schedule, request.boundary) == ("high", "high", "low", "low")
+    steps = timeline(request, T2V_A14B)
+    assert [round(step.timestep, 2) for step in steps] == [1000, 937.5, 833.33, 625]
+    assert [step.expert for step in steps] == ["high", "high", "low", "low"]
     assert (request.sample_solver, request.cfg_high, request.cfg_low) == ("euler", 1, 1)
     eight = with_settings(Request("x"), "lightning8").complete(T2V_A14B)
     assert (
         eight.sample_steps == 8
-        and experts(make_schedule("euler", 8, 5.0), 0.875).count("high") == 4
+        and [step.expert for step in timeline(eight, T2V_A14B)].count("high") == 4
     )
 
 
@@ -414,10 +413,7 @@ def test_three_phases() -> None:
     request = with_settings(
         Request("x", lora=("a_high.pt", "b_low.pt")), "lightning-motion"
     ).complete(T2V_A14B)
-    working = experts(
-        make_schedule(request.sample_solver, request.sample_steps, request.sample_shift),
-        request.boundary,
-    )
+    working = [step.expert for step in timeline(request, T2V_A14B)]
     high, low = (
         lora.resolved(which) for lora, which in zip(request.loras, ("high", "low"), strict=True)
     )  # type: ignore[arg-type]

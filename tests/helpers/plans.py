@@ -6,9 +6,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from wanflow.config import Preset
 from wanflow.plan import Machine, Plan, described, published, solve
-from wanflow.presets import NANO, T2V_A14B
+from wanflow.presets import NANO, T2V_A14B, ModelSpec
 from wanflow.request import Request
 from wanflow.runtime import Runtime
 
@@ -17,7 +16,7 @@ from wanflow.runtime import Runtime
 SMALL_DIT = replace(NANO.dit, dim=320, ffn_dim=1280, num_heads=5, num_layers=5)
 
 
-def of(preset: Preset, **wanted: Any) -> Any:
+def of(preset: ModelSpec, **wanted: Any) -> Any:
     return Request("any", seed=0, **wanted).complete(preset)
 
 

@@ -38,10 +38,11 @@ from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAEConfig, from_m
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder, position_buckets
 from wanflow.models.vae import WanVAE
-from wanflow.sampling.experts import expert_at, experts
+from wanflow.presets import T2V_A14B
 from wanflow.sampling.guidance import guide
 from wanflow.sampling.schedule import Step
 from wanflow.sampling.solvers import SolverState, advance, order
+from wanflow.sampling.timeline import expert_at, expert_per_step
 
 
 def test_folder_holds_manifests() -> None:
@@ -270,7 +271,8 @@ def test_schedule_experts(run: Json) -> None:
     for key, expected in run.items():
         if "boundary_" not in key:
             continue
-        chosen = experts(schedule, float(key.rpartition("boundary_")[2]))
+        boundary = float(key.rpartition("boundary_")[2])
+        chosen = expert_per_step(schedule, T2V_A14B.experts_at(boundary))
         assert expected == (
             chosen.count("high") if key.startswith("high_steps") else list(chosen)
         ), key
@@ -311,7 +313,7 @@ def test_solver_samples(run: Json) -> None:
     ],
 )
 def test_expert_rule(boundary: float, timestep: int, expert: str) -> None:
-    assert expert_at(timestep, boundary) == expert
+    assert expert_at(timestep, T2V_A14B.experts_at(boundary)) == expert
 
 
 # --- the whole loop ---
@@ -325,15 +327,15 @@ def test_pipeline(run: Json) -> None:
     context, context_null = (
         stored(file, key, PIPELINE["context"][key])[None] for key in ("context", "context_null")
     )
-    schedule = schedule_of(run)
+    schedule, experts = schedule_of(run), T2V_A14B.experts_at(PIPELINE["boundary"])
     assert list(schedule.timesteps) == run["timesteps"] == found["timesteps"].tolist()
     close(torch.tensor(schedule.sigmas), found["sigmas"], tolerance["sigmas"], "sigmas")
-    assert list(experts(schedule, PIPELINE["boundary"])) == run["expert"]
+    assert list(expert_per_step(schedule, experts)) == run["expert"]
     assert [PIPELINE["guide_scale"][name] for name in run["expert"]] == run["guidance"]
     velocities: list[Tensor] = []
 
     def velocity(x: Tensor, step: Step) -> Tensor:
-        name = expert_at(step.timestep, PIPELINE["boundary"])
+        name = expert_at(step.timestep, experts)
         at = torch.tensor([step.timestep])
         conditional, unconditional = (expert(name)(x, at, text) for text in (context, context_null))
         velocities.append(guide(conditional, unconditional, PIPELINE["guide_scale"][name]))

@@ -24,8 +24,7 @@ from wanflow.media import read_recipe
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Cancelled, OutputError, Pipeline, Progress, Run
-from wanflow.presets import NANO
-from wanflow.sampling.experts import Expert
+from wanflow.presets import NANO, Expert
 from wanflow.sampling.solvers import SolverState
 
 

@@ -559,7 +559,7 @@ def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     page = capsys.readouterr().out
     for words in (
         "832*480, 81 frames, 40 steps",
-        "26 steps by the high-noise one, 14",
+        "26 high-noise, 14 low-noise",
         "SNR 1/49",
         "NVIDIA A100",
         "at most",

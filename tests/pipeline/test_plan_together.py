@@ -27,8 +27,8 @@ from wanflow.plan.layout import settle_layout
 from wanflow.plan.need import on_device
 from wanflow.plan.phases import Traces
 from wanflow.plan.starting import raise_if_unfit
-from wanflow.presets import NANO, T2V_A14B, with_settings
-from wanflow.request import Request
+from wanflow.presets import NANO, T2V_A14B
+from wanflow.request import Request, with_settings
 from wanflow.runtime import Runtime
 
 GB = 10**9

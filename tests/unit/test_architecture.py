@@ -39,9 +39,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("conditioning", "media", "sanity"),
     ("models", "sampling"),
+    ("request",),
     ("geometry",),
     ("presets",),
-    ("request",),
     ("config",),
     ("files",),
 )

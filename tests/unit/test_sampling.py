@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanflow.config import SOLVERS, RequestError, Solver
-from wanflow.sampling.experts import expert_at, experts
+from wanflow.presets import T2V_A14B
 from wanflow.sampling.guidance import guide
 from wanflow.sampling.schedule import Schedule, Step, make_schedule, snr
 from wanflow.sampling.solvers import SolverState, Velocity, advance, order
+from wanflow.sampling.timeline import expert_at, expert_per_step
 
 STEPS = (1, 2, 3, 4, 10, 40, 50, 92, 100, 1000)
 SHIFTS = (0.3, 1.0, 3.0, 5.0, 8.0, 12.0, 17.3, 100.0)
@@ -53,7 +54,7 @@ def test_four_euler_steps_at_shift_5() -> None:
 @pytest.mark.parametrize(("shift", "high", "low"), [(12.0, 26, 14), (5.0, 17, 23), (3.0, 12, 28)])
 @pytest.mark.parametrize("solver", ["unipc"])
 def test_expert_split_of_40_steps(solver: Solver, shift: float, high: int, low: int) -> None:
-    chosen = experts(make_schedule(solver, 40, shift), 0.875)
+    chosen = expert_per_step(make_schedule(solver, 40, shift), T2V_A14B.experts)
     assert (chosen.count("high"), chosen.count("low")) == (high, low)
     assert (
         list(chosen) == ["high"] * high + ["low"] * low
@@ -61,11 +62,12 @@ def test_expert_split_of_40_steps(solver: Solver, shift: float, high: int, low: 
 
 
 def test_expert_changes_at_the_boundary_itself() -> None:
-    assert [expert_at(t, 0.875) for t in (874.999, 875, 875.001)] == ["low", "high", "high"]
+    at = T2V_A14B.experts_at
+    assert [expert_at(t, at(0.875)) for t in (874.999, 875, 875.001)] == ["low", "high", "high"]
     assert (
-        expert_at(0, 0.0) == "high"
-        and expert_at(1000, 1.0) == "high"
-        and expert_at(999, 1.0) == "low"
+        expert_at(0, at(0.0)) == "high"
+        and expert_at(1000, at(1.0)) == "high"
+        and expert_at(999, at(1.0)) == "low"
     )
 
 

@@ -65,8 +65,7 @@ from wanflow.lora.reader import describe_adapter, open_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.presets import NANO, T2V_A14B
-from wanflow.sampling.experts import Expert
+from wanflow.presets import NANO, T2V_A14B, Expert
 
 PUBLISHED_SIZE = (  # how the model's authors count it; exactly it is 28.58 and 14.29 billion
     "27B total, 14B active"

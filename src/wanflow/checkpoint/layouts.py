@@ -21,7 +21,7 @@ from wanflow.checkpoint.source import Part, describe, is_lora, kinds_in, officia
 from wanflow.checkpoint.tokenizers import embeds_tokenizer
 from wanflow.config import RequestError
 from wanflow.download.catalogue import VARIANTS, expert_by_hash
-from wanflow.sampling.experts import Expert
+from wanflow.presets import Expert
 
 FOLDERS: dict[Expert, str] = {"high": "high_noise_model", "low": "low_noise_model"}
 DIFFUSERS: dict[Part, str] = {

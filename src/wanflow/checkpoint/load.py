@@ -33,16 +33,16 @@ from wanflow.checkpoint.infer_config import (
 from wanflow.checkpoint.layouts import CheckpointFiles, config_beside, find
 from wanflow.checkpoint.source import Part, open_part
 from wanflow.checkpoint.tokenizers import open_tokenizer
-from wanflow.config import DiTConfig, Preset, RequestError, TextConfig, VAEConfig, parse_size, plain
+from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig, plain
+from wanflow.geometry import parse_size
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.parallel.sharding import own_rows, place
-from wanflow.presets import T2V_A14B
+from wanflow.presets import T2V_A14B, Expert, ModelSpec
 from wanflow.request import Request
 from wanflow.runtime import Runtime
-from wanflow.sampling.experts import Expert
 from wanflow.transforms.block_streaming import set_chunk
 from wanflow.transforms.packed import PackedLeaf, replace_with_packed
 from wanflow.transforms.quant import QuantLinear, quantizable_layers, swap_quantised
@@ -58,7 +58,8 @@ SECTIONS = {
     "defaults": dict,
     "vocabulary": list,
 }
-DEFAULTS = {field.name for field in fields(Preset)} - {"name", "task", "dit", "text", "vae"}
+SHAPES = {"name", "task", "dit", "text", "vae", "expert_folders"}
+DEFAULTS = {field.name for field in fields(ModelSpec)} - SHAPES
 
 Place = Callable[[str, TensorInfo], torch.dtype]  # the dtype a tensor is kept in
 Report = Callable[[int, int], None]  # bytes read, bytes in all
@@ -81,7 +82,7 @@ class Checkpoint:
     """A complete model: where everything is, and its shapes and defaults."""
 
     folder: Path
-    preset: Preset
+    preset: ModelSpec
     experts: Mapping[Expert, Path]  # files, or folders with an index
     t5: Path
     vae: Path
@@ -167,7 +168,7 @@ def _merged(found: CheckpointFiles, sheet: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _notes(found: CheckpointFiles, preset: Preset) -> tuple[str, ...]:
+def _notes(found: CheckpointFiles, preset: ModelSpec) -> tuple[str, ...]:
     if found.shift is None or found.shift == preset.sample_shift:
         return ()
     return (
@@ -195,7 +196,7 @@ def _sheet(path: Path) -> dict[str, Any]:
     return sheet
 
 
-def _preset(folder: Path, shapes: Preset, sheet: Mapping[str, Any]) -> Preset:
+def _preset(folder: Path, shapes: ModelSpec, sheet: Mapping[str, Any]) -> ModelSpec:
     """The defaults of the published model, or what the sheet says, proven by completing a request
     with them.
     """

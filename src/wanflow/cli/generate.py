@@ -26,8 +26,7 @@ from wanflow.cli.flags import (
     text_cache,
 )
 from wanflow.config import RequestError
-from wanflow.presets import with_settings
-from wanflow.request import CompleteRequest, Request
+from wanflow.request import CompleteRequest, Request, with_settings
 from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -373,7 +372,7 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
     _check_target(target, args.overwrite)
     state_file = target.with_name(target.stem + STATE_SUFFIX)
     pipe.take_loras(run)
-    screen.begin(run, target)
+    screen.begin(run, pipe.parts.preset, target)
     keeper = StateKeeper(run, state_file)
 
     def keep() -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import Parser
-from wanflow.config import RequestError, parse_size
+from wanflow.config import RequestError
+from wanflow.geometry import parse_size
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.load import Checkpoint
-    from wanflow.sampling.experts import Expert
+    from wanflow.presets import Expert
     from wanflow.train.finetune import FineTune
 
 

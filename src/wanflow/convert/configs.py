@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from wanflow.config import TRAIN_STEPS, DiTConfig, Preset, TextConfig, VAEConfig
-from wanflow.presets import T2V_A14B
+from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAEConfig
+from wanflow.presets import T2V_A14B, ModelSpec
 
 DIFFUSERS_VERSION = "0.35.0"  # the first with two transformers
 OFFICIAL_KEYS = (
@@ -32,7 +32,7 @@ def as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(preset: Preset, vocabulary: Sequence[str] = ()) -> dict[str, Any] | None:
+def model_card(preset: ModelSpec, vocabulary: Sequence[str] = ()) -> dict[str, Any] | None:
     """What `wanflow.json` has to say of a model; None for the published one, of which everything is
     known.
     """
@@ -44,7 +44,7 @@ def model_card(preset: Preset, vocabulary: Sequence[str] = ()) -> dict[str, Any]
         "text_len",
         "eps",
     )  # what the tensors of an expert, or its official config.json, do not say
-    shapes = {"name", "task", "dit", "text", "vae"}
+    shapes = {"name", "task", "dit", "text", "vae", "expert_folders"}
     said: dict[str, Any] = {
         "name": preset.name,
         "task": preset.task,
@@ -53,7 +53,7 @@ def model_card(preset: Preset, vocabulary: Sequence[str] = ()) -> dict[str, Any]
         "vae": asdict(preset.vae),
         "defaults": {
             field.name: getattr(preset, field.name)
-            for field in fields(Preset)
+            for field in fields(ModelSpec)
             if field.name not in shapes
         },
     }
@@ -76,7 +76,7 @@ def _class(name: str, **said: Any) -> dict[str, Any]:
     return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **said}
 
 
-def model_index(preset: Preset, tokenizer: str) -> dict[str, Any]:
+def model_index(preset: ModelSpec, tokenizer: str) -> dict[str, Any]:
     """`model_index.json`; `tokenizer` is transformers' name of its class."""
     parts = {
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],

@@ -15,12 +15,12 @@ from wanflow.checkpoint.key_maps import Dialect, Kind
 from wanflow.checkpoint.layouts import DIFFUSERS, FOLDERS, T5_STEM, VAE_STEM
 from wanflow.checkpoint.source import EMBEDDED, OfficialSource, Part
 from wanflow.checkpoint.tokenizers import open_tokenizer
-from wanflow.config import Preset, RequestError, TextConfig
+from wanflow.config import RequestError, TextConfig
 from wanflow.convert import configs
 from wanflow.convert.encode import StorageFormat, bytes_entry, entries
 from wanflow.convert.write import TensorSpec, shards, write_safetensors, write_torch
 from wanflow.convert.write_gguf import KINDS, Note, note_text, package, pieces_in, write_gguf
-from wanflow.presets import T2V_A14B
+from wanflow.presets import T2V_A14B, ModelSpec
 
 Layout = Literal["official", "diffusers", "comfy", "gguf"]
 SHARD = 10_000_000_000  # bytes, as the published experts have it
@@ -131,7 +131,7 @@ class Model:
 
     path: Path
     parts: Mapping[Part, OfficialSource]
-    preset: Preset = T2V_A14B
+    preset: ModelSpec = T2V_A14B
     vocabulary: tuple[str, ...] = ()
     tokenizer: Path | None = None
     single: Kind | None = None  # the kind of a part that stands alone

@@ -26,8 +26,8 @@ from wanflow.checkpoint.source import open_part
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.parallel.groups import ParallelContext
+from wanflow.presets import Expert
 from wanflow.runtime import Runtime
-from wanflow.sampling.experts import Expert
 from wanflow.transforms.block_streaming import (
     BlockReader,
     Streaming,

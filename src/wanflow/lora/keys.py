@@ -16,7 +16,7 @@ from typing import Any
 
 from wanflow.checkpoint.containers import TensorSource, read_json
 from wanflow.config import RequestError
-from wanflow.sampling.experts import Expert
+from wanflow.presets import Expert
 
 # What stands before a module's path: whose naming that is, and which of two experts it means where
 # a file has both.

@@ -34,7 +34,7 @@ from wanflow.checkpoint.containers import (
 from wanflow.checkpoint.key_maps import expert_in_name, from_official
 from wanflow.config import RequestError
 from wanflow.lora.keys import IMAGE, IS_TEXT, Config, Module, configurations, parse
-from wanflow.sampling.experts import Expert
+from wanflow.presets import Expert
 from wanflow.transforms.lora import (
     Additive,
     Decomposed,

@@ -20,8 +20,8 @@ from wanflow.checkpoint.containers import reading
 from wanflow.checkpoint.key_maps import expert_in_name
 from wanflow.config import RequestError
 from wanflow.lora.reader import read_adapter
+from wanflow.presets import Expert
 from wanflow.request import Lora
-from wanflow.sampling.experts import Expert
 from wanflow.transforms.block_streaming import Streaming
 from wanflow.transforms.lora import Adapters, WeightDelta, changed
 

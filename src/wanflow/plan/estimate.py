@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from wanflow.config import RequestError
+from wanflow.geometry import geometry_of
 from wanflow.plan.gpus import Rates, measured
 from wanflow.plan.model import Model
 from wanflow.plan.need import Phase
@@ -54,8 +55,8 @@ def rated(plan: Plan, model: Model, request: CompleteRequest) -> Plan:
     if plan.machine.rates is not None or plan.machine.described:
         return plan
     device = choose_device(plan.runtime.device)
-    shape, (width, height) = model.preset.dit, request.size
-    tokens = (request.frame_num + 3) // 4 * width * height // 256
+    shape = model.preset.dit
+    tokens = geometry_of(model.preset).tokens(request.size, request.frame_num)
     rates = measured(
         device, dtype_of(model, plan.runtime, plan.kind), shape.dim, shape.num_heads, tokens
     )

@@ -10,10 +10,10 @@ from wanflow.assemble import layout_of
 from wanflow.config import RequestError
 from wanflow.parallel.groups import Layout, choose_layout, sizes
 from wanflow.plan.model import Model
+from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime
-from wanflow.sampling.experts import experts
-from wanflow.sampling.schedule import make_schedule
+from wanflow.sampling.timeline import timeline
 from wanflow.transforms.attention import BACKENDS
 
 PER_MACHINE = 8  # processes that one machine has at most, where nothing else is said
@@ -24,13 +24,9 @@ def used_here(processes: int, per_machine: int | None) -> int:
     return min(processes, per_machine or PER_MACHINE)
 
 
-def guided_steps(request: CompleteRequest) -> list[bool]:
+def guided_steps(request: CompleteRequest, spec: ModelSpec) -> list[bool]:
     """Which steps have guidance."""
-    working = experts(
-        make_schedule(request.sample_solver, request.sample_steps, request.sample_shift),
-        request.boundary,
-    )
-    return [request.guidance(which, index + 1) != 1 for index, which in enumerate(working)]
+    return [step.guided for step in timeline(request, spec)]
 
 
 def settle_layout(
@@ -54,7 +50,7 @@ def settle_layout(
     layout = choose_layout(
         processes,
         model.preset.dit.num_heads,
-        all(guided_steps(request)),
+        all(guided_steps(request, model.preset)),
         kernel is None or kernel.with_lse is not None,
         machine,
         cfg=cfg,
@@ -78,7 +74,7 @@ def layout_reasons(model: Model, request: CompleteRequest, layout: Layout) -> li
             "one half of the processes for each branch of guidance, which exchange one velocity a"
             " step"
         )
-    elif any(guided := guided_steps(request)) and not all(guided):
+    elif any(guided := guided_steps(request, model.preset)) and not all(guided):
         words.append("guidance is not split: steps without it would be computed twice")
     if layout.ulysses > 1:
         words.append(f"{layout.ulysses} share the attention heads")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,14 +15,13 @@ from torch import nn
 from wanflow.checkpoint.containers import TensorInfo, weight_files
 from wanflow.checkpoint.load import Checkpoint, Headers, build
 from wanflow.checkpoint.source import open_part
-from wanflow.config import Preset
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.presets import T2V_A14B
+from wanflow.presets import T2V_A14B, ModelSpec
 from wanflow.runtime import is_small
 
-Which = Literal["high", "low", "t5", "vae"]
+Which = str  # the name of an expert, "t5" or "vae"
 PUBLISHED_DISK = 126_200_000_000  # bytes of the official folder
 PUBLISHED = {
     "high": torch.float32,
@@ -40,7 +39,7 @@ class Model:
     parameters: of each part, a count. file_bytes: what loading a part reads. disk: of all files.
     """
 
-    preset: Preset
+    preset: ModelSpec
     sources: Mapping[Which, Headers] | None
     parameters: Mapping[Which, int]
     file_bytes: Mapping[Which, int]
@@ -58,13 +57,13 @@ class Model:
         return _module(self.preset, which)
 
 
-def _module(preset: Preset, which: Which) -> nn.Module:
+def _module(preset: ModelSpec, which: Which) -> nn.Module:
     if which == "t5":
         return build(UMT5Encoder, preset.text)
     return build(WanVAE, preset.vae) if which == "vae" else build(WanDiT, preset.dit)
 
 
-def _counts(preset: Preset) -> dict[Which, int]:
+def _counts(preset: ModelSpec) -> dict[Which, int]:
     parts: tuple[Which, ...] = ("high", "t5", "vae")
     counts: dict[Which, int] = {
         which: sum(value.numel() for value in _module(preset, which).parameters())
@@ -73,7 +72,7 @@ def _counts(preset: Preset) -> dict[Which, int]:
     return {**counts, "low": counts["high"]}
 
 
-def published(preset: Preset = T2V_A14B) -> Model:
+def published(preset: ModelSpec = T2V_A14B) -> Model:
     """The official model, or one of other shapes in the same kind of files, without having it."""
     counts = _counts(preset)
     return Model(

@@ -11,8 +11,8 @@ from typing import Literal
 from wanflow.plan.decoding import kept_features
 from wanflow.plan.phases import Traces
 from wanflow.plan.trace import Held, Work
+from wanflow.presets import Expert
 from wanflow.runtime import Runtime
-from wanflow.sampling.experts import Expert
 
 GB = 10**9
 # Beside tensors, a process that uses a GPU has a context on it with its kernels (0.4 to 0.6 GB are

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.checkpoint.load import build, expert_structure, lay_out
-from wanflow.config import Preset
+from wanflow.geometry import geometry_of
 from wanflow.lora.reader import describe_adapter, open_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
@@ -29,11 +29,11 @@ from wanflow.pipeline import Pipeline
 from wanflow.plan import decoding
 from wanflow.plan.model import FirstBlocks, Model
 from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
+from wanflow.presets import Expert, ModelSpec
 from wanflow.request import CompleteRequest, Lora
 from wanflow.runtime import Runtime, batch_guidance, choose_text_dtype
-from wanflow.sampling.experts import Expert, experts
-from wanflow.sampling.schedule import make_schedule
 from wanflow.sampling.solvers import SolverState, advance
+from wanflow.sampling.timeline import schedule_of, timeline
 from wanflow.transforms.attention import BACKENDS
 from wanflow.transforms.block_streaming import BlockBuffers, Streaming, SyncExecutor
 from wanflow.transforms.lora import Adapters, Decomposed, LowRank, WeightDelta
@@ -95,7 +95,7 @@ def known_lora(lora: Lora) -> FakeLora:
 class FakeParts:
     """Parts for a pipeline whose tensors have no memory."""
 
-    preset: Preset
+    preset: ModelSpec
     model: Any  # is called as a WanDiT is
     text_dtype: torch.dtype
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -147,24 +147,24 @@ class Traces:
         self.layout, self.here = layout, here
         self.small = model.small(dtype)
         self.text_dtype = choose_text_dtype(dtype, self.small)
-        self.schedule = make_schedule(
-            request.sample_solver, request.sample_steps, request.sample_shift
-        )
-        self.working = experts(self.schedule, request.boundary)
+        self.schedule = schedule_of(request)
+        self.steps = timeline(request, model.preset)
+        self.working = tuple(step.expert for step in self.steps)
+        self.geometry = geometry_of(model.preset)
         self.loras = tuple(known_lora(lora) for lora in request.loras)
         self._done: dict[Any, Any] = {}
 
     # what the request says
 
     def guided(self, step: int) -> bool:
-        return self.request.guidance(self.working[step], step + 1) != 1
+        return self.steps[step].guided
 
     def kinds(self, which: Expert) -> dict[bool, list[int]]:
         """The steps of an expert, by whether they are guided (two branches) or not."""
         kinds: dict[bool, list[int]] = {}
-        for index, expert in enumerate(self.working):
-            if expert == which:
-                kinds.setdefault(self.guided(index), []).append(index)
+        for step in self.steps:
+            if step.expert == which:
+                kinds.setdefault(step.guided, []).append(step.index)
         return kinds
 
     def batched(self, runtime: Runtime) -> bool:
@@ -172,13 +172,10 @@ class Traces:
         return batch_guidance(runtime.cfg_batch, self.tokens())
 
     def latent_shape(self) -> tuple[int, int, int, int, int]:
-        vae, (width, height) = self.model.preset.vae, self.request.size
-        frames = (self.request.frame_num - 1) // vae.temporal_stride + 1
-        return 1, vae.z_dim, frames, height // vae.spatial_stride, width // vae.spatial_stride
+        return 1, *self.geometry.latent_shape(self.request.size, self.request.frame_num)
 
     def tokens(self) -> int:
-        _, _, frames, rows, columns = self.latent_shape()
-        return frames * rows * columns // 4
+        return self.geometry.tokens(self.request.size, self.request.frame_num)
 
     def own_tokens(self) -> int:
         """Those of a process that has the most."""
@@ -301,7 +298,7 @@ class Traces:
             branches = 2 if self.guided(index) and self.layout.cfg == 1 else 1
             text = _text_bytes(model.text_states(parts.text([""] * branches)))
             before = trace.work
-            velocity = pipe.velocity(self.request, self.schedule, index)
+            velocity = pipe.velocity(self.request, index)
             x = torch.empty(self.latent_shape())
             past = min(2, index)
             state = SolverState(

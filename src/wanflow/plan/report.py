@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from wanflow.plan.estimate import CLAIMED_GB, CLAIMS, WAYS, Estimate, Figure
 from wanflow.plan.model import Model
 from wanflow.plan.solve import Plan
+from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest
-from wanflow.sampling.experts import experts
-from wanflow.sampling.schedule import make_schedule, snr
+from wanflow.sampling.schedule import snr
+from wanflow.sampling.timeline import handover, timeline
 
 GB = 10**9
 SENT = {
@@ -26,16 +28,17 @@ SENT = {
 }
 
 
-def split_of(request: CompleteRequest) -> dict[str, Any]:
-    """Which expert does how many steps, and where they change."""
-    schedule = make_schedule(request.sample_solver, request.sample_steps, request.sample_shift)
-    working = experts(schedule, request.boundary)
-    high = working.count("high")
-    split: dict[str, Any] = {"high": high, "low": len(working) - high, "boundary": request.boundary}
-    if 0 < high < len(working):
-        before, after = schedule.step(high - 1), schedule.step(high)
+def split_of(request: CompleteRequest, spec: ModelSpec) -> dict[str, Any]:
+    """Return how many steps each expert denoises, and where they change."""
+    steps = timeline(request, spec)
+    counts = Counter(step.expert for step in steps)
+    split: dict[str, Any] = {name: counts[name] for name in spec.expert_names}
+    split["boundary"] = request.boundary
+    after = handover(steps, 0)
+    if after is not None:
+        before = steps[after.index - 1]
         split["switch"] = {
-            "after_step": high,
+            "after_step": after.index,
             "timesteps": [before.timestep, after.timestep],
             "snr": [snr(before.sigma), snr(after.sigma)],
             "snr_of_boundary": snr(request.boundary),
@@ -60,7 +63,7 @@ def page(
     )
     yield f"on {plan.machine.words()}"
     yield ""
-    yield from _split_lines(request)
+    yield from _split_lines(request, model.preset)
     yield ""
     yield "how it runs"
     yield from (f"  {reason}" for reason in plan.reasons)
@@ -83,12 +86,10 @@ def page(
         yield f"it does not fit: {'; '.join(plan.short)}"
 
 
-def _split_lines(request: CompleteRequest) -> Iterator[str]:
-    split = split_of(request)
-    yield (
-        f"experts: {split['high']} steps by the high-noise one, {split['low']} by the low-noise one"
-        f" (boundary {request.boundary:g})"
-    )
+def _split_lines(request: CompleteRequest, spec: ModelSpec) -> Iterator[str]:
+    split = split_of(request, spec)
+    counts = ", ".join(f"{split[name]} {name}-noise" for name in spec.expert_names)
+    yield f"steps by expert: {counts} (boundary {request.boundary:g})"
     switch = split.get("switch")
     if switch:
         (t0, t1), (a, b) = switch["timesteps"], switch["snr"]
@@ -244,7 +245,7 @@ def document(
         "layout": asdict(plan.layout) | {"processes": plan.layout.size},
         "reasons": list(plan.reasons),
         "offers": list(plan.offers),
-        "experts": split_of(request),
+        "experts": split_of(request, model.preset),
         "gpu_bytes": plan.need.device.device,
         "ram_bytes": plan.need.ram.ram,
         "disk_bytes": plan.need.disk,

@@ -8,12 +8,13 @@ import re
 from dataclasses import replace
 
 from wanflow.checkpoint.load import Checkpoint
-from wanflow.config import Preset, RequestError
+from wanflow.config import RequestError
 from wanflow.lora.stack import find_loras
 from wanflow.plan.gpus import Machine, this_machine
 from wanflow.plan.layout import used_here
 from wanflow.plan.model import Model, describe
 from wanflow.plan.solve import Plan, dtype_of, solve
+from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime, dtype_name
 
@@ -48,7 +49,7 @@ def enough_for_full_size(machine: Machine) -> bool:
     )
 
 
-def completed(request: Request | CompleteRequest | None, preset: Preset) -> CompleteRequest:
+def completed(request: Request | CompleteRequest | None, preset: ModelSpec) -> CompleteRequest:
     """The request with its LoRA files found and nothing open; None is the model's default."""
     if isinstance(request, CompleteRequest):
         return request

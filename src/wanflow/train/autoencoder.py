@@ -99,7 +99,7 @@ def loss(vae: WanVAE, videos: Tensor, weight: Tensor, generator: torch.Generator
     """Weighted L1 between a clip and its decoded noisy latent, plus the pull on the latent's mean;
     a scalar.
     """
-    groups = max(1, (videos.shape[2] - 1) // 4)
+    groups = max(1, (videos.shape[2] - 1) // vae.config.temporal_stride)
     mean, _ = vae.moments(videos, groups)
     noisy = mean + NOISE * torch.randn(mean.shape, generator=generator)
     decoded = vae.decode(noisy, groups).float()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from wanflow.config import RequestError
 from wanflow.files import atomic_path
+from wanflow.geometry import COMMON
 from wanflow.media import stream_frames
 
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}
@@ -150,7 +151,7 @@ def read_clip(path: Path, form: Form) -> Tensor:
     raise RequestError(
         f"{path} lasts {last:.2f} s, and {form.frame_num} frames at {form.fps:g} per second need"
         f" {need:.2f} s; use longer clips, or a smaller --frame_num (this clip has room for"
-        f" {max(1, 4 * ((len(frames) - 1) // 4) + 1)})"
+        f" {COMMON.longest(len(frames))})"
     )
 
 

@@ -36,11 +36,12 @@ from wanflow.config import TRAIN_STEPS, RequestError
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.targets import options
 from wanflow.files import atomic_path
+from wanflow.geometry import geometry_of
 from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
 from wanflow.parallel.fsdp import gather, shard
 from wanflow.parallel.ranks import DistInfo, join_group, leave_group, rank_and_world_size
+from wanflow.presets import Expert
 from wanflow.runtime import choose_text_dtype, is_small
-from wanflow.sampling.experts import Expert
 from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
 from wanflow.train.experts import plain_attention, sigmas
 from wanflow.train.loop import Train, fit
@@ -307,13 +308,7 @@ def _train(
 
 def _tokens(checkpoint: Checkpoint, settings: FineTune) -> int:
     """Of one clip, as an expert sees it."""
-    vae, form = checkpoint.preset.vae, settings.form
-    frames = (form.frame_num - 1) // vae.temporal_stride + 1
-    return (
-        frames
-        * (form.size[0] // vae.spatial_stride // 2)
-        * (form.size[1] // vae.spatial_stride // 2)
-    )
+    return geometry_of(checkpoint.preset).tokens(settings.form.size, settings.form.frame_num)
 
 
 def _name(checkpoint: Checkpoint, settings: FineTune, samples: list[Sample]) -> str:

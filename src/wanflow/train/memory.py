@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from wanflow.checkpoint.containers import TensorInfo
 from wanflow.checkpoint.load import Checkpoint, expert_place
 from wanflow.config import RequestError
+from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.plan import Machine
 from wanflow.train.finetune import TARGETS, FineTune, attach
@@ -100,21 +101,16 @@ def _micro_batch(settings: FineTune) -> int:
 
 
 def _latent_shape(checkpoint: Checkpoint, settings: FineTune) -> tuple[int, ...]:
-    vae, form = checkpoint.preset.vae, settings.form
-    frames = (form.frame_num - 1) // vae.temporal_stride + 1
-    return (
-        _micro_batch(settings),
-        vae.z_dim,
-        frames,
-        form.size[1] // vae.spatial_stride,
-        form.size[0] // vae.spatial_stride,
-    )
+    form = settings.form
+    shape = geometry_of(checkpoint.preset).latent_shape(form.size, form.frame_num)
+    return _micro_batch(settings), *shape
 
 
 def _saved_by_checkpoint(checkpoint: Checkpoint, settings: FineTune) -> int:
     """A block's input, which is all that is kept of it."""
-    batch, _, frames, rows, columns = _latent_shape(checkpoint, settings)
-    return batch * frames * (rows // 2) * (columns // 2) * checkpoint.preset.dit.dim * 4
+    form, spec = settings.form, checkpoint.preset
+    tokens = geometry_of(spec).tokens(form.size, form.frame_num)
+    return _micro_batch(settings) * tokens * spec.dit.dim * torch.float32.itemsize
 
 
 def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch.dtype) -> int:

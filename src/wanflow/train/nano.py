@@ -20,15 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanflow.assemble import NANO_FOLDER, resolve
-from wanflow.config import Preset, RequestError
+from wanflow.config import RequestError
 from wanflow.files import atomic_path
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.plan import load
-from wanflow.presets import NANO
-from wanflow.sampling.experts import Expert
+from wanflow.presets import NANO, Expert, ModelSpec
 from wanflow.train import adherence, autoencoder, experts, text, toy
 from wanflow.train.loop import Train, fit
 
@@ -139,7 +138,7 @@ def _reconstruct(vae: WanVAE, scene: toy.Scene, seed: int) -> adherence.Frames:
     return to_uint8(vae.decode(vae.encode(clip, 4), 4))
 
 
-def preset(work: Path) -> Preset:
+def preset(work: Path) -> ModelSpec:
     """NANO with the latent statistics that training measured."""
     return replace(
         NANO, vae=replace(NANO.vae, **json.loads(_needs(work / "latent.json", "vae").read_text()))
@@ -193,7 +192,7 @@ def export(work: Path, out: Path, say: Say) -> None:
     """
     made = preset(work)
     shutil.rmtree(out, ignore_errors=True)
-    for which, folder in (("high", "high_noise_model"), ("low", "low_noise_model")):
+    for which, folder in made.expert_folders:
         state = (
             load_file(work / f"{which}.safetensors")
             if (work / f"{which}.safetensors").exists()

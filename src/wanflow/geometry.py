@@ -1,0 +1,109 @@
+"""Turn a video's size and length into the latent's shape and its tokens, and check both.
+
+No other file knows how many pixels a latent pixel covers, or how many latent pixels a token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from wanflow.config import RequestError
+from wanflow.presets import T2V_A14B, ModelSpec
+
+Size = tuple[int, int]  # width, height in pixels
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The strides of one model, each as (frames, rows, columns).
+
+    channels: of the latent.
+    stride: pixels for each latent pixel; the first frame has a latent frame of its own.
+    patch: latent pixels for each token.
+    """
+
+    channels: int
+    stride: tuple[int, int, int]
+    patch: tuple[int, int, int]
+
+    @property
+    def size_multiple(self) -> int:
+        """The number that divides every width and height."""
+        return self.stride[1] * self.patch[1]
+
+    @property
+    def frame_step(self) -> int:
+        """How many frames each latent frame after the first adds; a video has `step * n + 1`."""
+        return self.stride[0]
+
+    def latent_shape(self, size: Size, frames: int) -> tuple[int, int, int, int]:
+        """Return the latent's (C, T, H, W)."""
+        width, height = size
+        return (
+            self.channels,
+            (frames - 1) // self.stride[0] + 1,
+            height // self.stride[1],
+            width // self.stride[2],
+        )
+
+    def grid(self, size: Size, frames: int) -> tuple[int, int, int]:
+        """Return the tokens along (frames, rows, columns)."""
+        _, t, h, w = self.latent_shape(size, frames)
+        return t // self.patch[0], h // self.patch[1], w // self.patch[2]
+
+    def tokens(self, size: Size, frames: int) -> int:
+        """Return how many tokens the transformer sees."""
+        return math.prod(self.grid(size, frames))
+
+    def longest(self, frames: int) -> int:
+        """Return the largest valid length of at most `frames` frames."""
+        return max(0, frames - 1) // self.frame_step * self.frame_step + 1
+
+    def nearest_frames(self, frames: int) -> int:
+        """Return the valid length nearest to `frames`."""
+        return max(1, round((frames - 1) / self.frame_step) * self.frame_step + 1)
+
+    def check_size(self, size: Size) -> None:
+        """Raise RequestError for a side that is not a positive multiple of `size_multiple`."""
+        step = self.size_multiple
+        for side, name in zip(size, ("width", "height"), strict=True):
+            if side <= 0 or side % step:
+                near = max(step, round(side / step) * step)
+                raise RequestError(
+                    f"{name} {side} is not a positive multiple of {step}; the nearest is {near}"
+                )
+
+    def check_frames(self, frames: int) -> None:
+        """Raise RequestError for a length that is not `frame_step * n + 1`."""
+        if frames < 1 or (frames - 1) % self.frame_step:
+            raise RequestError(
+                f"frame_num {frames} is not {self.frame_step}n+1;"
+                f" the nearest is {self.nearest_frames(frames)}"
+            )
+
+
+def geometry_of(spec: ModelSpec) -> Geometry:
+    """Return the strides of a model's VAE and the patches of its transformer."""
+    vae = spec.vae
+    stride = (vae.temporal_stride, vae.spatial_stride, vae.spatial_stride)
+    return Geometry(vae.z_dim, stride, spec.dit.patch_size)
+
+
+# What every model of the family accepts at most: a model may ask for coarser multiples.
+COMMON = geometry_of(T2V_A14B)
+
+
+def parse_size(value: str | Size, geometry: Geometry = COMMON) -> Size:
+    """Read `"1280*720"`, `"1280x720"` or `(1280, 720)` as (width, height).
+
+    Raises:
+        RequestError: for other values, and for sides that the geometry does not take.
+    """
+    try:
+        parts = value.lower().replace("x", "*").split("*") if isinstance(value, str) else value
+        width, height = (int(part) for part in parts)
+    except (ValueError, TypeError):
+        raise RequestError(f"size {value!r} is not WIDTH*HEIGHT, such as 1280*720") from None
+    geometry.check_size((width, height))
+    return width, height
