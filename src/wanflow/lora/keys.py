@@ -1,8 +1,7 @@
-"""What the keys of an adapter's file say: a module, in one of many spellings; a part of an adapter
-on it; perhaps an expert.
+"""Parse the keys of an adapter file: module, part of an adapter, and expert where one is named.
 
-Nothing here knows the model, or reads a tensor. PEFT's configuration, in a file beside or in the
-header, is read here too.
+Nothing here knows the model or reads a tensor. PEFT's configuration, in a file or in the header, is
+parsed here too.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from wanflow.checkpoint.containers import TensorSource, read_json
 from wanflow.config import RequestError
 from wanflow.presets import Expert
 
-# What stands before a module's path: whose naming that is, and which of two experts it means where
-# a file has both.
+# Prefix of a module's path -> its naming, and the expert it means in a file for both.
 PREFIXES: dict[str, tuple[str, Expert | None]] = {
     "base_model.model.": ("PEFT", None),
     "model.diffusion_model.": ("ComfyUI", None),
@@ -36,41 +34,29 @@ PREFIXES: dict[str, tuple[str, Expert | None]] = {
     "lora_transformer_": ("kohya", "high"),
     "lycoris_": ("LyCORIS", None),
 }
-# The end of a key -> the part it is.
+DIRECT = ("dora_scale", "diff", "diff_b", "diff_m", "set_weight")
+HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+# End of a key -> the part it is.
 PARTS = {
     **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), "down"),
     **dict.fromkeys(("lora_B", "lora_up", "lora.up", "lora_linear_layer.up"), "up"),
+    **dict.fromkeys(("alpha", "lora_alpha", "lora.alpha"), "alpha"),
     "lora_mid": "mid",
     "lora_magnitude_vector": "magnitude_vector",
-    "dora_scale": "dora_scale",
-    **dict.fromkeys(("alpha", "lora_alpha", "lora.alpha"), "alpha"),
-    **{
-        name: name
-        for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-    },
-    **{
-        name: name
-        for name in (
-            "lokr_w1",
-            "lokr_w1_a",
-            "lokr_w1_b",
-            "lokr_w2",
-            "lokr_w2_a",
-            "lokr_w2_b",
-            "lokr_t2",
-        )
-    },
-    **{name: name for name in ("diff", "diff_b", "diff_m", "set_weight")},
     "w_norm": "diff",
     "b_norm": "diff_b",
+    **{name: name for name in (*DIRECT, *HADAMARD, *KRONECKER)},
 }
-_NAMES = "|".join(re.escape(name) for name in sorted(PARTS, key=len, reverse=True))
-# PEFT puts the adapter's name, a word of its user's, between the part and `.weight`.
+_ENDS = "|".join(re.escape(name) for name in sorted(PARTS, key=len, reverse=True))
+# PEFT puts the adapter's name, which its user chose, between the part and `.weight`.
 KEY = re.compile(
-    rf"(?P<path>.+?)(?:\.|_(?=lora\.))(?P<part>{_NAMES})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<end>weight|bias))?"
+    rf"(?P<path>.+?)(?:\.|_(?=lora\.))(?P<part>{_ENDS})"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<end>weight|bias))?"
 )
 IMAGE = re.compile(
-    r"(?:^|[._])(?:k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|to_added_kv|norm_added_[kq]|image_embedder)(?:[._]|$)"
+    r"(?:^|[._])(?:k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|to_added_kv|norm_added_[kq]"
+    r"|image_embedder)(?:[._]|$)"
 )
 TEXT = re.compile(r"(?:base_model\.model\.)?(?:text_encoders?|lora_te\d?|te\d?|conditioner)[._]")
 MODULATION = re.compile(r"(?:^|[._])(?:modulation|scale_shift_table)$")
@@ -79,49 +65,54 @@ IS_TEXT, NO_PART = "text-encoder module", "no part of any known adapter"
 
 
 @dataclass(frozen=True)
-class Key:
-    """What one key says."""
+class AdapterKey:
+    """One parsed key.
+
+    component: diffusers' name of the model, "" where none is given.
+    path: of the module, without its prefix, perhaps with underscores for dots.
+    """
 
     naming: str
-    component: str  # diffusers' name of the model it is for; "" where none is given
+    component: str
     expert: Expert | None
-    path: str  # of the module, without what stands before it; perhaps with underscores for dots
+    path: str
     part: str
 
 
 @dataclass
-class Module:
-    """All that a file has for one module: its keys, by part."""
+class AdapterModule:
+    """The keys of a file for one module, by part."""
 
-    key: Key
+    key: AdapterKey
     keys: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def only_alpha(self) -> bool:
+        return self.keys.keys() == {"alpha"}
 
-def parse(names: Iterable[str]) -> tuple[list[Module], dict[str, str]]:
-    """The modules that the keys of a file speak of, and the keys that are no part of an adapter,
-    with the reason.
-    """
-    modules: dict[tuple[str, Expert | None, str], Module] = {}
+
+def parse_keys(names: Iterable[str]) -> tuple[list[AdapterModule], dict[str, str]]:
+    """Return the modules that keys name, and {key: reason} for keys that no adapter has."""
+    modules: dict[tuple[str, Expert | None, str], AdapterModule] = {}
     unused: dict[str, str] = {}
     for name in names:
-        key = _parse(name)
+        key = _parse_key(name)
         if key is None:
             unused[name] = IS_TEXT if TEXT.match(name) else NO_PART
             continue
-        module = modules.setdefault((key.component, key.expert, key.path), Module(key))
+        module = modules.setdefault((key.component, key.expert, key.path), AdapterModule(key))
         if key.part in module.keys:
             unused[name] = f"the same part of the same module as {module.keys[key.part]}"
         else:
             module.keys[key.part] = name
-    # `transformer.` is the high-noise expert only beside a `transformer_2.`: without it, it is
-    # simply the model.
+    # `transformer.` means the high-noise expert only in a file that has a `transformer_2.` too.
     if not any(module.key.expert == "low" for module in modules.values()):
         for module in modules.values():
             module.key = replace(module.key, expert=None)
     return list(modules.values()), unused
 
 
-def _parse(name: str) -> Key | None:
+def _parse_key(name: str) -> AdapterKey | None:
     found = KEY.fullmatch(name)
     if found is None or TEXT.match(name):
         return None
@@ -139,15 +130,12 @@ def _parse(name: str) -> Key | None:
         part = "diff"
         if not MODULATION.search(path):
             path += "_modulation" if "_" in path and "." not in path else ".modulation"
-    return Key(naming or "official", component, expert, path, part)
-
-
-# PEFT's configuration
+    return AdapterKey(naming or "official", component, expert, path, part)
 
 
 @dataclass(frozen=True)
-class Config:
-    """How PEFT scales: alpha over the rank, or over its square root; both may differ by module."""
+class PeftConfig:
+    """How PEFT scales: alpha / rank, or alpha / sqrt(rank); both may differ by module."""
 
     alpha: float | None = None
     rank: int | None = None
@@ -156,34 +144,34 @@ class Config:
     ranks: Mapping[str, float] = field(default_factory=dict)
 
     def alpha_of(self, path: str) -> float | None:
-        return _by_module(self.alphas, path, self.alpha)
+        return _of_module(self.alphas, path, self.alpha)
 
     def rank_of(self, path: str) -> float | None:
-        return _by_module(self.ranks, path, self.rank)
+        return _of_module(self.ranks, path, self.rank)
 
 
-def _by_module(values: Mapping[str, float], path: str, otherwise: float | None) -> float | None:
-    """The value of the module, or of those that end so. PEFT takes the names for patterns; no
-    expression of a stranger's runs here.
+def _of_module(values: Mapping[str, float], path: str, default: float | None) -> float | None:
+    """The value for a module's name or the end of it.
+
+    PEFT takes the names for patterns; no expression out of a downloaded file runs here.
     """
     for name, value in values.items():
         plain = name.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if path == plain or path.endswith(f".{plain}"):
             return value
-    return otherwise
+    return default
 
 
-def configurations(source: TensorSource) -> dict[str, Config]:
-    """PEFT's configuration by diffusers' name of the model it is for ("" where it names none);
-    empty where there is none.
+def peft_configs(source: TensorSource) -> dict[str, PeftConfig]:
+    """Return PEFT's configurations by diffusers' name of the model ("" where none is given).
 
     Raises:
-        RequestError: for one that cannot be read, or whose numbers make no sense.
+        RequestError: for one that cannot be read, or that holds invalid numbers.
     """
     raw: dict[str, Any] = {}
-    beside = source.path.parent / "adapter_config.json"
-    if source.path.stem == "adapter_model" and beside.exists():
-        raw = read_json(beside)
+    file = source.path.parent / "adapter_config.json"
+    if source.path.stem == "adapter_model" and file.exists():
+        raw = read_json(file)
     header = getattr(source, "metadata", {}).get("lora_adapter_metadata")
     if header is not None:
         try:
@@ -192,7 +180,7 @@ def configurations(source: TensorSource) -> dict[str, Config]:
             raise RequestError(
                 f"{source.path}: the lora_adapter_metadata in its header is not a JSON object"
             ) from None
-    found = {}
+    configs = {}
     for component in ("transformer_2", "transformer", ""):
         prefix = f"{component}." if component else ""
         section = {
@@ -201,19 +189,16 @@ def configurations(source: TensorSource) -> dict[str, Config]:
             if name.startswith(prefix)
         }
         if "r" in section:
-            found[component] = _config(section, source)
-    return found
+            configs[component] = _peft_config(section, source)
+    return configs
 
 
-def _config(section: Mapping[str, Any], source: TensorSource) -> Config:
+def _peft_config(section: Mapping[str, Any], source: TensorSource) -> PeftConfig:
     def number(value: Any, name: str) -> float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
             raise RequestError(
-                f"{source.path}: {name} of its configuration is {value!r}, not a number"
+                f"{source.path}: {name} of its configuration is {value!r}; expected a number"
             )
         return float(value)
 
@@ -221,12 +206,13 @@ def _config(section: Mapping[str, Any], source: TensorSource) -> Config:
         values = section.get(name) or {}
         if not isinstance(values, dict):
             raise RequestError(
-                f"{source.path}: {name} of its configuration is {values!r}, not numbers by module"
+                f"{source.path}: {name} of its configuration is {values!r}; expected numbers by"
+                " module"
             )
         return {module: number(value, name) for module, value in values.items()}
 
     alpha = section.get("lora_alpha", section.get("alpha"))
-    return Config(
+    return PeftConfig(
         alpha=None if alpha is None else number(alpha, "lora_alpha"),
         rank=int(number(section["r"], "r")),
         rslora=section.get("use_rslora") is True,

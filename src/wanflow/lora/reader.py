@@ -1,14 +1,13 @@
-"""Files of adapters (LoRA, LoHa, LoKr, DoRA, differences) become changes of the official model's
-parameters.
+"""Read adapter files (LoRA, LoHa, LoKr, DoRA, differences) as deltas of the official parameters.
 
-A key says three things: a module, in one of many spellings; a part of an adapter on it; and perhaps
-an expert. `parse` reads that without knowing the model; `read_adapter` finds the modules in the
-model and checks every shape before anything is read or multiplied.
+`parse_keys` splits the keys without knowing the model; `read_adapter` finds the modules in the
+model and checks every shape before it reads or multiplies a tensor.
 
-Scale of a low-rank product: alpha / rank, alpha from the key beside the matrices, or PEFT's
-configuration (a file beside or in the header; with use_rslora alpha / sqrt(rank)), else 1. What a
-trainer noted in the header (`ss_network_alpha`) scales nothing, as in every other program: files
-without alpha keys had it multiplied in, or never had it. Differences are taken as they are.
+A low-rank product is scaled by alpha / rank. Alpha comes from a key next to the matrices, or from
+PEFT's configuration (a file next to it, or in the header; with use_rslora alpha / sqrt(rank)), else
+the scale is 1. A trainer's note in the header (`ss_network_alpha`) scales nothing, as in every
+other program: files without alpha keys had it multiplied in, or never had it. Differences are
+taken as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import math
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from wanflow.checkpoint.containers import (
 )
 from wanflow.checkpoint.key_maps import expert_in_name, from_official
 from wanflow.config import RequestError
-from wanflow.lora.keys import IMAGE, IS_TEXT, Config, Module, configurations, parse
+from wanflow.lora.keys import IMAGE, IS_TEXT, AdapterModule, PeftConfig, parse_keys, peft_configs
 from wanflow.presets import Expert
 from wanflow.transforms.lora import (
     Additive,
@@ -48,32 +47,36 @@ from wanflow.transforms.lora import (
 )
 
 IS_IMAGE, NO_MODULE = "image-to-video module, dropped for T2V", "no such module in this model"
-REASONS = 12  # told in one line
+MAX_REASONS = 12  # in one line of a report
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A file's changes, by expert and official parameter name, and what became of its keys.
+    """The deltas of a file by expert and official parameter name, and a report on its keys.
 
-    A key that does not say its expert stands in both.
+    changes: a key that names no expert counts for both.
+    unused: key -> reason.
+    modules, applied: how many modules the file names, and how many of them changed something.
+    kinds: LoRA, LoHa, LoKr, difference, replacement or "DoRA of ..." -> number of deltas.
+    alphas: empty where the file gives none.
     """
 
     path: Path
     changes: Mapping[Expert, Mapping[str, WeightDelta]]
-    unused: Mapping[str, str]  # key -> why
-    modules: int  # that the file speaks of
-    applied: int  # of them
-    kinds: Mapping[
-        str, int
-    ]  # LoRA, LoHa, LoKr, difference, replacement, DoRA of one -> how many changes
+    unused: Mapping[str, str]
+    modules: int
+    applied: int
+    kinds: Mapping[str, int]
     ranks: tuple[int, ...]
-    alphas: tuple[float, ...]  # none where nothing says any
+    alphas: tuple[float, ...]
 
     def report(self) -> str:
-        """One line for the user: what applied, and which keys did not, with the reasons."""
+        """Return one line: what applies, and which keys do not, with the reasons."""
         what = [" and ".join(self.kinds)]
-        what += [f"rank {', '.join(map(str, self.ranks))}"] if self.ranks else []
-        what += [f"alpha {', '.join(f'{alpha:g}' for alpha in self.alphas)}"] if self.alphas else []
+        if self.ranks:
+            what.append(f"rank {', '.join(map(str, self.ranks))}")
+        if self.alphas:
+            what.append(f"alpha {', '.join(f'{alpha:g}' for alpha in self.alphas)}")
         line = f"applied {self.applied} of {self.modules} modules ({', '.join(what)})"
         if self.unused:
             line += f"; not used: {len(self.unused)} keys ({_reasons(self.unused)})"
@@ -82,296 +85,269 @@ class AdapterFile:
 
 def _reasons(unused: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for key, why in unused.items():
-        by_reason[why].append(key)
-    told = [
-        f"{why}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
-        for why, keys in by_reason.items()
+    for key, reason in unused.items():
+        by_reason[reason].append(key)
+    texts = [
+        f"{reason}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
+        for reason, keys in by_reason.items()
     ]
-    return "; ".join(told[:REASONS]) + (
-        f"; and {len(told) - REASONS} more reasons" if len(told) > REASONS else ""
-    )
+    more = len(texts) - MAX_REASONS
+    return "; ".join(texts[:MAX_REASONS]) + (f"; and {more} more reasons" if more > 0 else "")
 
 
-# changes
+# How a module's parts make deltas
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """One delta of one parameter, before its tensors are read.
+
+    fields: of the delta -> part of the module. magnitude: the part, for DoRA.
+    on_bias: whether it changes the module's bias rather than its weight.
+    """
+
+    kind: str
+    delta: Callable[..., Any]
+    fields: Mapping[str, str]
+    on_bias: bool = False
+    rank: int | None = None
+    magnitude: str | None = None
+    scaled: bool = False
+
+    @property
+    def parts(self) -> set[str]:
+        return {*self.fields.values(), *([self.magnitude] if self.magnitude else [])}
+
+    def make(
+        self, module: AdapterModule, scale: float, get: Callable[[str], Tensor]
+    ) -> WeightDelta:
+        """Return the delta, of the tensors that `get` returns for its keys."""
+        tensors = {name: get(module.keys[part]) for name, part in self.fields.items()}
+        if self.delta is Replacement:
+            return Replacement(tensors["value"])
+        delta: Additive
+        if self.delta is Difference:
+            delta = Difference(tensors["value"] * scale)
+        else:
+            delta = self.delta(**tensors, scale=scale)
+        if self.magnitude is None:
+            return delta
+        magnitude = get(module.keys[self.magnitude])
+        # PEFT's is over the outputs in any shape; the shape of LyCORIS' says which side it is over.
+        return Decomposed(
+            delta, magnitude.flatten() if self.magnitude == "magnitude_vector" else magnitude
+        )
+
+
+def _delta_specs(module: AdapterModule, source: TensorSource) -> list[DeltaSpec]:
+    """The deltas that the parts of a module make up."""
+    has = module.keys
+    specs = []
+    main = _factors(module, source)
+    if main is None and "diff" in has:
+        main = DeltaSpec("difference", Difference, {"value": "diff"})
+    magnitude = next((part for part in ("dora_scale", "magnitude_vector") if part in has), None)
+    if main is not None and magnitude:
+        kind = "DoRA" if main.kind == "LoRA" else f"DoRA of {main.kind}"
+        main = replace(main, kind=kind, magnitude=magnitude)
+    if main is not None:
+        specs.append(main)
+    if "diff" in has and (main is None or "diff" not in main.fields.values()):
+        specs.append(DeltaSpec("difference", Difference, {"value": "diff"}))
+    if "set_weight" in has:
+        specs.append(DeltaSpec("replacement", Replacement, {"value": "set_weight"}))
+    if "diff_b" in has:
+        specs.append(DeltaSpec("difference", Difference, {"value": "diff_b"}, on_bias=True))
+    if "up_bias" in has:
+        rank = main.rank if main else None
+        specs.append(
+            DeltaSpec("difference", Difference, {"value": "up_bias"}, True, rank, scaled=True)
+        )
+    return specs
+
+
+def _factors(module: AdapterModule, source: TensorSource) -> DeltaSpec | None:
+    """The LoRA, LoHa or LoKr in a module's parts."""
+    has = module.keys
+
+    def rank(*parts: str) -> int | None:
+        shapes = [source.tensors[has[part]].shape for part in parts if part in has]
+        return next((shape[0] for shape in shapes if shape), None)
+
+    def present(**fields: str) -> dict[str, str]:
+        return {name: part for name, part in fields.items() if part in has}
+
+    if {"up", "down"} <= has.keys():
+        fields = present(up="up", down="down", mid="mid")
+        return DeltaSpec("LoRA", LowRank, fields, rank=rank("down"), scaled=True)
+    if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= has.keys():
+        names = {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+        return DeltaSpec("LoHa", Hadamard, present(**names), rank=rank("hada_w1_b"), scaled=True)
+    one = present(w1="lokr_w1") or present(w1="lokr_w1_a", w1_b="lokr_w1_b")
+    two = present(w2="lokr_w2") or present(w2="lokr_w2_a", w2_b="lokr_w2_b", t2="lokr_t2")
+    complete_one = "lokr_w1" in has or len(one) == 2
+    complete_two = "lokr_w2" in has or ("w2" in two and len(two) > 1)
+    if not (complete_one and complete_two):
+        return None
+    lokr_rank = rank("lokr_w1_b", "lokr_w2_b")
+    return DeltaSpec("LoKr", Kronecker, {**one, **two}, rank=lokr_rank, scaled=True)
 
 
 def _targets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
-    """Every spelling of a module's path -> the official paths, several where another project fuses
-    them.
-    """
-    names: dict[str, tuple[str, ...]] = {}
+    """Each spelling of a module's path -> its official path, or several that diffusers fuses."""
+    targets: dict[str, tuple[str, ...]] = {}
     foreign = from_official("dit", "diffusers", shapes)
     for name in shapes:
         end = next((end for end in (".weight", ".bias") if name.endswith(end)), "")
         official, other = name.removesuffix(end), foreign[name].removesuffix(end)
         for spelling in (official, other, official.replace(".", "_"), other.replace(".", "_")):
-            names.setdefault(spelling, (official,))
-    for owner in [name.removesuffix(".to_v") for name in names if name.endswith(".to_v")]:
-        for fused in ("qkv", "kv"):
-            parts = tuple(official for x in fused for official in names.get(f"{owner}.to_{x}", ()))
-            names[f"{owner}.to_{fused}"] = names[f"{owner}.to_{fused}".replace(".", "_")] = parts
-    return names
+            targets.setdefault(spelling, (official,))
+    for owner in [name.removesuffix(".to_v") for name in targets if name.endswith(".to_v")]:
+        for letters in ("qkv", "kv"):
+            paths = tuple(path for x in letters for path in targets.get(f"{owner}.to_{x}", ()))
+            fused = f"{owner}.to_{letters}"
+            targets[fused] = targets[fused.replace(".", "_")] = paths
+    return targets
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One change of one parameter, as keys: the tensors it takes by field, and what else it
-    uses.
-    """
-
-    kind: str
-    make: Callable[..., Any]
-    bias: bool  # of the module's bias, or its weight
-    fields: Mapping[str, str]  # field of the change -> part
-    rank: int | None = None
-    magnitude: str | None = None  # the part
-    scaled: bool = False
-
-
-def _recipes(module: Module, source: TensorSource) -> list[Recipe]:
-    """The changes that the parts of a module make up."""
-    has, recipes = module.keys, []
-    inner = _factors(module, source)
-    direct = {"diff": ("difference", Difference), "set_weight": ("replacement", Replacement)}
-    if inner is None and "diff" in has:
-        inner = Recipe("difference", Difference, False, {"value": "diff"})
-    magnitude = next((part for part in ("dora_scale", "magnitude_vector") if part in has), None)
-    if inner is not None and magnitude:
-        inner = replace(
-            inner,
-            kind=f"DoRA of {inner.kind}" if inner.kind != "LoRA" else "DoRA",
-            magnitude=magnitude,
-        )
-    if inner is not None:
-        recipes.append(inner)
-    used = {part for recipe in recipes for part in recipe.fields.values()}
-    recipes += [
-        Recipe(kind, make, False, {"value": part})
-        for part, (kind, make) in direct.items()
-        if part in has and part not in used
-    ]
-    if "diff_b" in has:
-        recipes.append(Recipe("difference", Difference, True, {"value": "diff_b"}))
-    if "up_bias" in has:
-        recipes.append(
-            Recipe(
-                "difference",
-                Difference,
-                True,
-                {"value": "up_bias"},
-                inner.rank if inner else None,
-                None,
-                True,
-            )
-        )
-    return recipes
-
-
-def _factors(module: Module, source: TensorSource) -> Recipe | None:
-    """The LoRA, LoHa or LoKr among a module's parts."""
-    has = module.keys
-
-    def rank(*parts: str) -> int | None:
-        sides = [source.tensors[has[part]].shape for part in parts if part in has]
-        return next((shape[0] for shape in sides if shape), None)
-
-    def taken(**fields: str) -> dict[str, str]:
-        return {name: part for name, part in fields.items() if part in has}
-
-    if {"up", "down"} <= has.keys():
-        return Recipe(
-            "LoRA", LowRank, False, taken(up="up", down="down", mid="mid"), rank("down"), None, True
-        )
-    if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= has.keys():
-        names = {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
-        return Recipe("LoHa", Hadamard, False, taken(**names), rank("hada_w1_b"), None, True)
-    one = taken(w1="lokr_w1") or taken(w1="lokr_w1_a", w1_b="lokr_w1_b")
-    two = taken(w2="lokr_w2") or taken(w2="lokr_w2_a", w2_b="lokr_w2_b", t2="lokr_t2")
-    if not all(
-        parts.keys() >= {name} and (len(parts) > 1 or f"lokr_{name}" in has)
-        for parts, name in ((one, "w1"), (two, "w2"))
-    ):
-        return None
-    return Recipe(
-        "LoKr", Kronecker, False, {**one, **two}, rank("lokr_w1_b", "lokr_w2_b"), None, True
-    )
-
-
-def _made(
-    recipe: Recipe, module: Module, scale: float, get: Callable[[str], Tensor]
-) -> WeightDelta:
-    """A recipe's change, of whatever tensors `get` gives for its keys."""
-    tensors = {name: get(module.keys[part]) for name, part in recipe.fields.items()}
-    if recipe.make is Replacement:
-        return Replacement(tensors["value"])
-    change: Additive = (
-        Difference(tensors["value"] * scale)
-        if recipe.make is Difference
-        else recipe.make(**tensors, scale=scale)
-    )
-    if recipe.magnitude is None:
-        return change
-    magnitude = get(module.keys[recipe.magnitude])
-    # PEFT's runs over the outputs whatever its shape; LyCORIS' shape says over which side it runs.
-    return Decomposed(
-        change, magnitude.flatten() if recipe.magnitude == "magnitude_vector" else magnitude
-    )
-
-
-def _split(change: WeightDelta, sizes: list[int]) -> list[WeightDelta] | None:
-    """A change of stacked weights as one for each, by their rows; None for kinds that do not come
-    apart.
-    """
+def _split(delta: WeightDelta, sizes: list[int]) -> list[WeightDelta] | None:
+    """A delta of stacked weights, split by their rows; None for a kind that does not split."""
     if len(sizes) == 1:
-        return [change]
-    if isinstance(change, LowRank) and change.mid is None:
-        return [replace(change, up=up) for up in change.up.split(sizes)]
-    return (
-        [Difference(value) for value in change.value.split(sizes)]
-        if isinstance(change, Difference)
-        else None
+        return [delta]
+    if isinstance(delta, LowRank) and delta.mid is None:
+        return [replace(delta, up=up) for up in delta.up.split(sizes)]
+    if isinstance(delta, Difference):
+        return [Difference(value) for value in delta.value.split(sizes)]
+    return None
+
+
+# Reading
+
+
+@dataclass
+class _Reader:
+    """The deltas of one file while it is read, and the reasons for keys that make none."""
+
+    source: TensorSource
+    shapes: Mapping[str, tuple[int, ...]]
+    configs: Mapping[str, PeftConfig]
+    unused: dict[str, str]
+    changes: dict[Expert, dict[str, WeightDelta]] = field(
+        default_factory=lambda: {"high": {}, "low": {}}
     )
+    kinds: Counter[str] = field(default_factory=Counter)
+    ranks: set[int] = field(default_factory=set)
+    alphas: set[float] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.targets = _targets(self.shapes)
 
-# reading
-
-
-class _Reading:
-    """One file on its way to changes."""
-
-    def __init__(
-        self,
-        source: TensorSource,
-        shapes: Mapping[str, tuple[int, ...]],
-        configs: Mapping[str, Config],
-    ) -> None:
-        self.source, self.shapes, self.configs = source, shapes, configs
-        self.targets = _targets(shapes)
-        self.changes: dict[Expert, dict[str, WeightDelta]] = {"high": {}, "low": {}}
-        self.unused: dict[str, str] = {}
-        self.kinds: Counter[str] = Counter()
-        self.ranks: set[int] = set()
-        self.alphas: set[float] = set()
-
-    def apply(self, module: Module) -> bool:
-        """Whether a module of the file changes anything in the model; keys without use are
-        noted.
-        """
+    def read(self, module: AdapterModule) -> bool:
+        """Read the deltas of a module; return whether it changes anything in the model."""
         if IMAGE.search(module.key.path):
-            return self._note(module.keys.values(), IS_IMAGE)
+            return self._skip(module.keys.values(), IS_IMAGE)
         official = self.targets.get(module.key.path.lstrip("_"))
         if official is None:
-            return self._note(module.keys.values(), NO_MODULE)
+            return self._skip(module.keys.values(), NO_MODULE)
         left, applied = set(module.keys) - {"alpha"}, False
-        for recipe in _recipes(module, self.source):
-            parts = {*recipe.fields.values(), *([recipe.magnitude] if recipe.magnitude else [])}
-            left -= parts
-            why = self._change(module, recipe, official)
-            applied = applied or why is None
-            if why:
-                self._note([module.keys[part] for part in sorted(parts)], why)
-        self._note(
-            [module.keys[part] for part in sorted(left)], "the rest of its adapter is missing"
-        )
+        for spec in _delta_specs(module, self.source):
+            left -= spec.parts
+            reason = self._read_delta(module, spec, official)
+            if reason is None:
+                applied = True
+            else:
+                self._skip([module.keys[part] for part in sorted(spec.parts)], reason)
+        incomplete = [module.keys[part] for part in sorted(left)]
+        self._skip(incomplete, "the rest of its adapter is missing")
         if "alpha" in module.keys and not applied:
-            self._note([module.keys["alpha"]], "an alpha without its matrices")
+            self._skip([module.keys["alpha"]], "an alpha without its matrices")
         return applied
 
-    def _note(self, keys: Iterable[str], why: str) -> bool:
-        self.unused.update(dict.fromkeys(keys, why))
+    def _skip(self, keys: Iterable[str], reason: str) -> bool:
+        self.unused.update(dict.fromkeys(keys, reason))
         return False
 
-    def _change(self, module: Module, recipe: Recipe, official: tuple[str, ...]) -> str | None:
-        """Make one change; the reason where that cannot be."""
-        end = ".bias" if recipe.bias else ".weight"
+    def _read_delta(
+        self, module: AdapterModule, spec: DeltaSpec, official: tuple[str, ...]
+    ) -> str | None:
+        """Read one delta; the reason where it cannot apply."""
+        end = ".bias" if spec.on_bias else ".weight"
         names = [
-            path if path in self.shapes and not recipe.bias else path + end for path in official
+            path if path in self.shapes and not spec.on_bias else path + end for path in official
         ]
         if not all(name in self.shapes for name in names):
             return f"no such parameter in this model ({names[0]})"
         experts: list[Expert] = [module.key.expert] if module.key.expert else ["high", "low"]
         if any(name in self.changes[expert] for name in names for expert in experts):
             return f"a second change of {names[0]}"
-        sides = [self.shapes[name] for name in names]
-        shape = (sum(side[0] for side in sides), *sides[0][1:])
-        keys = [module.keys[part] for part in recipe.fields.values()]
-        odd = [
-            key
-            for key in keys
-            if not self.source.tensors[key].dtype.is_floating_point
-            or self.source.tensors[key].packing
-        ]
-        if odd:
-            return f"{self.source.tensors[odd[0]].dtype} holds no plain floating-point numbers"
-        # The same change without memory: nothing is read, let alone multiplied, before its shapes
-        # are known to fit.
-        why = shape_error(
-            _made(
-                recipe,
-                module,
-                1.0,
-                lambda key: torch.empty(self.source.tensors[key].shape, device="meta"),
-            ),
-            shape,
+        tensors = self.source.tensors
+        for key in (module.keys[part] for part in spec.fields.values()):
+            if not tensors[key].dtype.is_floating_point or tensors[key].packing:
+                return f"{tensors[key].dtype} holds no plain floating-point numbers"
+        shapes = [self.shapes[name] for name in names]
+        stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        # The same delta without memory: shapes must fit before anything is read or multiplied.
+        imagined = spec.make(
+            module, 1.0, lambda key: torch.empty(tensors[key].shape, device="meta")
         )
-        if why:
-            return why
-        alpha, scale = self._scale(module, recipe)
-        made = _split(_made(recipe, module, scale, self._read), [side[0] for side in sides])
-        if made is None:
-            return f"a {recipe.kind} of {len(names)} fused weights does not come apart"
+        error = shape_error(imagined, stacked)
+        if error:
+            return error
+        alpha, scale = self._scale(module, spec)
+        deltas = _split(spec.make(module, scale, self._read_tensor), [shape[0] for shape in shapes])
+        if deltas is None:
+            return f"a {spec.kind} of {len(names)} fused weights does not come apart"
         for expert in experts:
-            self.changes[expert].update(zip(names, made, strict=True))
-        self.kinds[recipe.kind] += 1
-        self.ranks |= {recipe.rank} if recipe.rank and recipe.make is not Difference else set()
-        self.alphas |= {alpha} if alpha is not None else set()
+            self.changes[expert].update(zip(names, deltas, strict=True))
+        self.kinds[spec.kind] += 1
+        if spec.rank and spec.delta is not Difference:
+            self.ranks.add(spec.rank)
+        if alpha is not None:
+            self.alphas.add(alpha)
         return None
 
-    def _scale(self, module: Module, recipe: Recipe) -> tuple[float | None, float]:
-        """A change's alpha, and what that makes of it."""
-        if not recipe.scaled:
+    def _scale(self, module: AdapterModule, spec: DeltaSpec) -> tuple[float | None, float]:
+        """The alpha of a delta, and the scale it gives."""
+        if not spec.scaled:
             return None, 1.0
-        config = self.configs.get(module.key.component) or self.configs.get("") or Config()
-        alpha = (
-            read_alpha(self.source, module.keys["alpha"])
-            if "alpha" in module.keys
-            else config.alpha_of(module.key.path)
-        )
-        # LoKr of two whole factors has no rank to divide by; PEFT does divide, by the rank that it
-        # was asked for.
-        rank = recipe.rank or (
-            config.rank_of(module.key.path) if config.alpha is not None else None
-        )
+        path = module.key.path
+        config = self.configs.get(module.key.component) or self.configs.get("") or PeftConfig()
+        if "alpha" in module.keys:
+            alpha: float | None = read_alpha(self.source, module.keys["alpha"])
+        else:
+            alpha = config.alpha_of(path)
+        # A LoKr of two complete factors has no rank; PEFT divides by the rank that was requested.
+        rank = spec.rank or (config.rank_of(path) if config.alpha is not None else None)
         if alpha is None or not rank:
             return None, 1.0
         return alpha, alpha / (math.sqrt(rank) if config.rslora else rank)
 
-    def _read(self, key: str) -> Tensor:
+    def _read_tensor(self, key: str) -> Tensor:
         value = self.source.read(key, torch.float32)
         if not value.isfinite().all():
             raise RequestError(
                 f"{self.source.path}: {key} holds values that are not finite; the file is damaged,"
-                " or its training failed"
+                " or its training failed: fetch it again"
             )
         return value
 
 
 def read_alpha(source: TensorSource, key: str) -> float:
-    """The number that a key holds."""
-    if math.prod(source.tensors[key].shape) != 1:
-        raise RequestError(
-            f"{source.path}: {key} is {list(source.tensors[key].shape)}, and should be one number"
-        )
+    """Return the number that a key holds."""
+    shape = source.tensors[key].shape
+    if math.prod(shape) != 1:
+        raise RequestError(f"{source.path}: {key} is {list(shape)}; expected one number")
     alpha = float(source.read(key).item())
     if not math.isfinite(alpha):
-        raise RequestError(f"{source.path}: {key} is {alpha}")
+        raise RequestError(f"{source.path}: {key} is {alpha}; expected a finite number")
     return alpha
 
 
 def open_adapter(path: Path) -> TensorSource:
-    """The tensors of a file as they are named in it, or of a folder that PEFT or diffusers wrote; a
-    RequestError that names what is odd.
+    """Open a file, or a folder that PEFT or diffusers wrote; keys stay as they are.
+
+    Raises:
+        RequestError: naming the file, for one that is missing or damaged.
     """
     known = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
     with reading(path):
@@ -382,68 +358,62 @@ def open_adapter(path: Path) -> TensorSource:
 
 
 def read_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFile:
-    """All changes that a file makes to a model whose parameters have these official names and
-    shapes; tensors are float32.
+    """Read all deltas of a file, float32, for a model with these parameters (official names).
 
     Raises:
-        RequestError: for a broken file, one that holds no adapter, one of which nothing applies, or
-            values that are not finite.
+        RequestError: for a broken file, one that holds no adapter, one that does not apply at all,
+            or values that are not finite.
     """
     source = open_adapter(Path(path))
-    modules, unused = parse(source.tensors)
-    spoken = [module for module in modules if module.keys.keys() != {"alpha"}]
-    if not spoken and IS_TEXT not in unused.values():
-        begin = ", ".join(list(source.tensors)[:3]) or "(nothing)"
+    modules, unused = parse_keys(source.tensors)
+    count = sum(not module.only_alpha for module in modules)
+    if not count and IS_TEXT not in unused.values():
+        first = ", ".join(list(source.tensors)[:3]) or "(nothing)"
         raise RequestError(
             f"{source.path} holds no LoRA or other adapter in any known naming; its tensors begin"
-            f" {begin}"
+            f" {first}"
         )
-    reading = _Reading(source, shapes, configurations(source))
-    applied = [module for module in modules if reading.apply(module)]
-    unused |= reading.unused
+    reader = _Reader(source, shapes, peft_configs(source), unused)
+    applied = sum(reader.read(module) for module in modules)
     if not applied:
         raise RequestError(
-            f"{source.path}: none of its {len(spoken)} modules applies to this model;"
-            f" {_reasons(unused)}"
+            f"{source.path}: none of its {count} modules applies to this model;"
+            f" {_reasons(reader.unused)}"
         )
-    ranks, alphas = tuple(sorted(reading.ranks)), tuple(sorted(reading.alphas))
     return AdapterFile(
         source.path,
-        reading.changes,
-        unused,
-        len(spoken),
-        len(applied),
-        dict(reading.kinds),
-        ranks,
-        alphas,
+        reader.changes,
+        reader.unused,
+        count,
+        applied,
+        dict(reader.kinds),
+        tuple(sorted(reader.ranks)),
+        tuple(sorted(reader.alphas)),
     )
 
 
 def describe_adapter(source: TensorSource) -> dict[str, Any] | None:
-    """What a file says of itself, for `inspect`; None where it holds no adapter. Only alphas are
-    read.
-    """
-    modules, _ = parse(source.tensors)
-    recipes = [(module, recipe) for module in modules for recipe in _recipes(module, source)]
-    if not recipes:
+    """Return what `inspect` shows of an adapter, None for another file; reads only alphas."""
+    modules, _ = parse_keys(source.tensors)
+    specs = [(module, spec) for module in modules for spec in _delta_specs(module, source)]
+    if not specs:
         return None
-    configs = configurations(source)
+    configs = peft_configs(source)
     alphas = {
-        read_alpha(source, module.keys["alpha"]) for module, _ in recipes if "alpha" in module.keys
+        read_alpha(source, module.keys["alpha"]) for module, _ in specs if "alpha" in module.keys
     }
-    alphas |= {
-        config.alpha for config in configs.values() if config.alpha is not None and not alphas
-    }
-    hints = {module.key.expert for module, _ in recipes} - {None}
+    if not alphas:
+        alphas = {config.alpha for config in configs.values() if config.alpha is not None}
+    experts = sorted({module.key.expert for module, _ in specs if module.key.expert})
     named = expert_in_name(str(source.path))
     return {
-        "naming": ", ".join(dict.fromkeys(module.key.naming for module, _ in recipes)),
-        "modules": sum(module.keys.keys() != {"alpha"} for module in modules),
-        "kinds": dict(Counter(recipe.kind for _, recipe in recipes)),
+        "naming": ", ".join(dict.fromkeys(module.key.naming for module, _ in specs)),
+        "modules": sum(not module.only_alpha for module in modules),
+        "kinds": dict(Counter(spec.kind for _, spec in specs)),
         "ranks": sorted(
-            {recipe.rank for _, recipe in recipes if recipe.rank and recipe.make is not Difference}
+            {spec.rank for _, spec in specs if spec.rank and spec.delta is not Difference}
         ),
         "alphas": sorted(alphas),
         "rslora": any(config.rslora for config in configs.values()),
-        "experts": sorted(hint for hint in hints if hint) or ([named] if named else []),
+        "experts": experts or ([named] if named else []),
     }
