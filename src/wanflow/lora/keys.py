@@ -17,21 +17,22 @@ from wanflow.checkpoint.containers import TensorSource, read_json
 from wanflow.config import RequestError
 from wanflow.presets import Expert
 
+HIGH, LOW = EXPERTS = ("high", "low")  # that one file may tell apart
 # Prefix of a module's path -> its naming, and the expert it means in a file for both.
 PREFIXES: dict[str, tuple[str, Expert | None]] = {
     "base_model.model.": ("PEFT", None),
     "model.diffusion_model.": ("ComfyUI", None),
     "diffusion_model.": ("ComfyUI", None),
-    "transformer_2.": ("diffusers", "low"),
-    "transformer.": ("diffusers", "high"),
-    "pipe.dit2.": ("DiffSynth", "low"),
-    "pipe.dit.": ("DiffSynth", "high"),
+    "transformer_2.": ("diffusers", LOW),
+    "transformer.": ("diffusers", HIGH),
+    "pipe.dit2.": ("DiffSynth", LOW),
+    "pipe.dit.": ("DiffSynth", HIGH),
     "model.": ("", None),
     "dit.": ("", None),
     "lora_unet__": ("kohya", None),
     "lora_unet_": ("kohya", None),
-    "lora_transformer_2_": ("kohya", "low"),
-    "lora_transformer_": ("kohya", "high"),
+    "lora_transformer_2_": ("kohya", LOW),
+    "lora_transformer_": ("kohya", HIGH),
     "lycoris_": ("LyCORIS", None),
 }
 DIRECT = ("dora_scale", "diff", "diff_b", "diff_m", "set_weight")
@@ -106,7 +107,7 @@ def parse_keys(names: Iterable[str]) -> tuple[list[AdapterModule], dict[str, str
         else:
             module.keys[key.part] = name
     # `transformer.` means the high-noise expert only in a file that has a `transformer_2.` too.
-    if not any(module.key.expert == "low" for module in modules.values()):
+    if not any(module.key.expert == LOW for module in modules.values()):
         for module in modules.values():
             module.key = replace(module.key, expert=None)
     return list(modules.values()), unused

@@ -32,7 +32,15 @@ from wanflow.checkpoint.containers import (
 )
 from wanflow.checkpoint.key_maps import expert_in_name, from_official
 from wanflow.config import RequestError
-from wanflow.lora.keys import IMAGE, IS_TEXT, AdapterModule, PeftConfig, parse_keys, peft_configs
+from wanflow.lora.keys import (
+    EXPERTS,
+    IMAGE,
+    IS_TEXT,
+    AdapterModule,
+    PeftConfig,
+    parse_keys,
+    peft_configs,
+)
 from wanflow.presets import Expert
 from wanflow.transforms.lora import (
     Additive,
@@ -233,7 +241,7 @@ class _Reader:
     configs: Mapping[str, PeftConfig]
     unused: dict[str, str]
     changes: dict[Expert, dict[str, WeightDelta]] = field(
-        default_factory=lambda: {"high": {}, "low": {}}
+        default_factory=lambda: {expert: {} for expert in EXPERTS}
     )
     kinds: Counter[str] = field(default_factory=Counter)
     ranks: set[int] = field(default_factory=set)
@@ -277,7 +285,7 @@ class _Reader:
         ]
         if not all(name in self.shapes for name in names):
             return f"no such parameter in this model ({names[0]})"
-        experts: list[Expert] = [module.key.expert] if module.key.expert else ["high", "low"]
+        experts = [module.key.expert] if module.key.expert else EXPERTS
         if any(name in self.changes[expert] for name in names for expert in experts):
             return f"a second change of {names[0]}"
         tensors = self.source.tensors
