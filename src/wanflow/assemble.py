@@ -47,7 +47,6 @@ from wanflow.pipeline import Pipeline
 from wanflow.presets import Expert
 from wanflow.request import Lora
 from wanflow.runtime import (
-    QUANTIZATIONS,
     Runtime,
     choose_device,
     choose_dtype,
@@ -416,31 +415,15 @@ def refuse_together(runtime: Runtime, layers: int, processes: int) -> None:
 
 
 def _refuse(runtime: Runtime, layers: int) -> None:
-    """RequestError for values that no field may have."""
-    known: dict[str, tuple[object, ...]] = {
-        "noise_device": ("cpu", "cuda"),
-        "lora": ("live", "fused"),
-        "stream_from": ("ram", "disk", None),
-        "quantize": (*QUANTIZATIONS, ""),
-        "quantize_layers": ("ffn", "all"),
-    }
-    for name, values in known.items():
-        if getattr(runtime, name) not in values:
-            raise RequestError(
-                f"{name} {getattr(runtime, name)!r} is none of"
-                f" {', '.join(str(value) for value in values if value)}"
-            )
+    """Raise RequestError for what this machine or this model cannot do."""
     if runtime.noise_device == "cuda" and not torch.cuda.is_available():
         raise RequestError(
             "noise_device cuda: this machine has no CUDA GPU to draw the noise on; use cpu"
         )
-    most = {"resident_blocks": layers, "chunk_tokens": 2**31, "vae_tile": 2**31}
-    for name, largest in most.items():
-        value = getattr(runtime, name)
-        if value is not None and (not isinstance(value, int) or not 0 <= value <= largest):
-            raise RequestError(
-                f"{name} {value!r} is not a whole number from"
-                f" 0{f' to {largest}' if largest == layers else ''}"
-            )
+    if runtime.resident_blocks is not None and runtime.resident_blocks > layers:
+        raise RequestError(
+            f"resident_blocks must be at most {layers}, the blocks of an expert"
+            f" (got {runtime.resident_blocks})"
+        )
     if runtime.vae_tile:
         check_tile(runtime.vae_tile)

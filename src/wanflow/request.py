@@ -5,14 +5,16 @@ Field names are the official flags where those exist. Standard library only.
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
-from wanflow.config import SOLVERS, TRAIN_STEPS, RequestError, Solver
+from wanflow.config import TRAIN_STEPS, RequestError, Solver
 from wanflow.geometry import COMMON, geometry_of, parse_size
 from wanflow.presets import SETTINGS, Expert, ModelSpec
+from wanflow.settings import check, setting
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def parse_lora(text: str) -> Lora:
         except ValueError:
             raise RequestError(wrong) from None
     for name, strength in values.items():
-        _within(f"lora {path}: strength {name}", strength, -100, 100)
+        if not -100 <= strength <= 100:  # also true for NaN
+            raise RequestError(f"lora {path}: strength {name} {strength} is not from -100 to 100")
     if (
         not path
         or ("both" in values and len(values) > 1)
@@ -115,26 +118,87 @@ def parse_lora(text: str) -> Lora:
 
 @dataclass(frozen=True)
 class Request:
-    """What to make. `None` means the model's own default (see `complete`)."""
+    """What to make. None leaves a value to the model's own default (see `complete`)."""
 
-    prompt: str
-    negative_prompt: str | None = None
-    size: str | tuple[int, int] | None = None
-    frame_num: int | None = None
-    sample_solver: Solver | None = None
-    sample_steps: int | None = None
-    sample_shift: float | None = None
-    cfg_high: float | None = None
-    cfg_low: float | None = None
-    boundary: float | None = None
-    fps: float | None = None
-    seed: int = -1  # negative: draw one (the recipe keeps it)
-    lora: tuple[str, ...] | None = None  # each as `Lora` describes
-    lora_from: int | None = None  # the first step of those LoRAs that name no steps
-    cfg_start: float | None = (
-        None  # guidance of the first `cfg_start_steps` steps, whichever expert does them
+    prompt: str = setting(group="video", help="what the video shows")
+    negative_prompt: str | None = setting(
+        None, group="video", help='what to steer away from; "" for nothing'
     )
-    cfg_start_steps: int | None = None
+    size: str | tuple[int, int] | None = setting(
+        None, group="video", metavar="WIDTH*HEIGHT", help="multiples of 16"
+    )
+    frame_num: int | None = setting(
+        None, group="video", range=(1, math.inf), metavar="N", help="frames, 4n+1; 1 is a picture"
+    )
+    sample_solver: Solver | None = setting(None, group="sampling", help="the solver")
+    sample_steps: int | None = setting(
+        None, group="sampling", range=(1, TRAIN_STEPS), metavar="N", help="denoising steps"
+    )
+    sample_shift: float | None = setting(
+        None,
+        group="sampling",
+        range=(1e-3, 1000),
+        metavar="SHIFT",
+        help="shift of the noise levels; larger spends more steps on high noise",
+    )
+    cfg_high: float | None = setting(
+        None,
+        group="sampling",
+        range=(0, 100),
+        metavar="SCALE",
+        help="guidance of the high-noise expert; 1 is none",
+    )
+    cfg_low: float | None = setting(
+        None,
+        group="sampling",
+        range=(0, 100),
+        metavar="SCALE",
+        help="guidance of the low-noise expert; 1 is none",
+    )
+    boundary: float | None = setting(
+        None,
+        group="sampling",
+        range=(0, 1),
+        metavar="SHARE",
+        help="share of the 1000 timesteps from which the high-noise expert denoises",
+    )
+    fps: float | None = setting(
+        None, group="video", range=(1, 240), metavar="N", help="frames per second of the file"
+    )
+    seed: int = setting(
+        -1,
+        group="video",
+        flag=("base_seed", "seed"),
+        range=(-(2**63), 2**63 - 1),
+        metavar="N",
+        help="the noise's seed; the recipe stores it; below 0: draw one",
+    )
+    lora: tuple[str, ...] | None = setting(
+        None,
+        group="LoRA",
+        metavar="FILE[@STRENGTH]",
+        help="LoRA files or folders: FILE, FILE@0.8, FILE@high=1,low=0.6, FILE@1,steps=3-8",
+    )
+    lora_from: int | None = setting(
+        None,
+        flag=(),
+        range=(1, TRAIN_STEPS),
+        help="the first step of those LoRAs that name no steps",
+    )
+    cfg_start: float | None = setting(
+        None,
+        group="sampling",
+        range=(0, 100),
+        metavar="SCALE",
+        help="guidance of the first --cfg_start_steps steps, for either expert",
+    )
+    cfg_start_steps: int | None = setting(
+        None,
+        group="sampling",
+        range=(0, TRAIN_STEPS),
+        metavar="N",
+        help="steps that use --cfg_start",
+    )
 
     def complete(self, spec: ModelSpec) -> CompleteRequest:
         """Fill in the model's defaults and check every value.
@@ -159,23 +223,12 @@ class Request:
         return complete
 
     def loras(self) -> tuple[Lora, ...]:
-        """The LoRAs, read and with their first step, their strengths as given."""
-        if self.lora_from is not None and (
-            not isinstance(self.lora_from, int) or self.lora_from < 1
-        ):
-            raise RequestError(f"lora_from {self.lora_from!r} is not a step; the first is 1")
+        """Return the LoRAs, each with its first step; strengths stay as given."""
         texts = (self.lora,) if isinstance(self.lora, str) else self.lora or ()
-        if not all(isinstance(text, str) for text in texts):
-            raise RequestError(
-                "lora: give file names, each with its strength after an @ if it is not 1"
-            )
+        check(Request, replace(self, lora=texts))
         loras = (parse_lora(text) for text in texts)
         return tuple(
-            (
-                lora
-                if self.lora_from is None or lora.first or lora.last
-                else replace(lora, first=self.lora_from)
-            )
+            replace(lora, first=lora.first or (None if lora.last else self.lora_from))
             for lora in loras
         )
 
@@ -216,26 +269,18 @@ class CompleteRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", parse_size(self.size))
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise RequestError("the prompt is empty; say what the video should show")
         object.__setattr__(self, "lora", tuple(self.lora))
-        for name in ("frame_num", "sample_steps", "seed", "cfg_start_steps"):
-            if not isinstance(getattr(self, name), int):
-                raise RequestError(f"{name} {getattr(self, name)!r} is not a whole number")
+        check(Request, self, complete=True)
+        if not self.prompt.strip():
+            raise RequestError("the prompt is empty; say what the video shows")
         COMMON.check_frames(self.frame_num)
-        if self.sample_solver not in SOLVERS:
+        if self.seed < 0:
+            raise RequestError(f"seed must be at least 0 (got {self.seed})")
+        if self.cfg_start_steps > self.sample_steps:
             raise RequestError(
-                f"sample_solver {self.sample_solver!r} is none of {', '.join(SOLVERS)}"
+                f"cfg_start_steps must be at most sample_steps, {self.sample_steps}"
+                f" (got {self.cfg_start_steps})"
             )
-        _within("sample_steps", self.sample_steps, 1, TRAIN_STEPS)
-        _within("sample_shift", self.sample_shift, 1e-3, 1000)
-        _within("cfg_high", self.cfg_high, 0, 100)
-        _within("cfg_low", self.cfg_low, 0, 100)
-        _within("cfg_start", self.cfg_start, 0, 100)
-        _within("cfg_start_steps", self.cfg_start_steps, 0, self.sample_steps)
-        _within("boundary", self.boundary, 0, 1)
-        _within("fps", self.fps, 1, 240)
-        _within("seed", self.seed, 0, 2**63 - 1)
         for lora in self.loras:
             if (lora.first or 1) > self.sample_steps:
                 raise RequestError(
@@ -252,8 +297,3 @@ class CompleteRequest:
         if step <= self.cfg_start_steps:
             return self.cfg_start
         return self.cfg_high if expert == "high" else self.cfg_low
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or not low <= value <= high:  # also false for NaN
-        raise RequestError(f"{name} {value} is outside {low:g} to {high:g}")

@@ -5,10 +5,13 @@ Standard library only; torch is imported where a value of it is made.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from wanflow.config import RequestError
+from wanflow.settings import check, setting, settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,53 +26,129 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("fp8", "int8", "nf4")
 
 @dataclass(frozen=True)
 class Runtime:
-    """How to run. None leaves a choice to the plan; only `noise_device` and `quantize` change what
-    is made beyond rounding.
+    """How to run. None leaves a choice to the plan.
 
-    t5_cpu: the text encoder works on the CPU.
-    keep_experts: both experts stay on the device; else the one at work only.
-    prefetch: the next expert is read into RAM while the current one works.
-    resident_blocks: how many of an expert's blocks stay on the device; the others are streamed, one
-        ahead of the one at work.
-    stream_from: where streamed blocks wait: in pinned RAM, or in their files.
-    chunk_tokens: how many tokens go at a time through all that works token by token (everything but
-        attention); 0: all.
-    vae_tile: the side in pixels of the tiles that the VAE decodes one after the other; 0: whole
-        frames.
-    quantize, quantize_layers: round the Linear weights of the blocks while they are read ("" keeps
-        them), of the feed-forward or all.
-    attention: the kernel, by a name of `wanflow doctor`; "auto" takes the first that works.
-    text_cache: a folder where encoded prompts are kept; None keeps none.
-    cfg_parallel, ring_size, ulysses_size: how several processes share a forward: a branch of
-        guidance each, keys and values that go round, attention heads. Their product is the number
-        of processes.
-    dit_fsdp: each process keeps a share of the experts' weights, and has a block whole while it
-        works.
-    lora: "live" computes LoRAs beside the weights, so that strengths change and LoRAs go without
-        reloading; "fused" adds them to the weights while those are read, which costs nothing per
-        step, and reads an expert again when something changes for it.
+    Only `noise_device` and `quantize` change what is made beyond rounding. The product of
+    `cfg_parallel` (2 or 1), `ring_size` and `ulysses_size` is the number of processes.
     """
 
-    device: str = "auto"
-    dtype: str = "auto"
-    t5_cpu: bool | None = None
-    keep_experts: bool | None = None
-    cfg_batch: bool | None = None
-    noise_device: Literal["cpu", "cuda"] = "cpu"
-    lora: Literal["live", "fused"] = "live"
-    prefetch: bool | None = None
-    resident_blocks: int | None = None
-    stream_from: Literal["ram", "disk"] | None = None
-    chunk_tokens: int | None = None
-    vae_tile: int | None = None
-    quantize: Quantization | Literal[""] = ""
-    quantize_layers: Literal["ffn", "all"] = "ffn"
-    attention: str = "auto"
-    text_cache: str | None = None
-    cfg_parallel: bool | None = None
-    ring_size: int | None = None
-    ulysses_size: int | None = None
-    dit_fsdp: bool | None = None
+    device: str = setting(
+        "auto", group="memory", metavar="DEVICE", recorded=True, help="auto, cpu, cuda, cuda:1, mps"
+    )
+    dtype: str = setting(
+        "auto",
+        group="memory",
+        metavar="DTYPE",
+        recorded=True,
+        help="auto, bfloat16, float16, float32",
+    )
+    t5_cpu: bool | None = setting(
+        None, group="memory", switch=True, recorded=True, help="run the text encoder on the CPU"
+    )
+    keep_experts: bool | None = setting(
+        None,
+        group="memory",
+        flag="offload_model",
+        negated=True,
+        metavar="BOOL",
+        help="keep only the active expert on the device, not both",
+    )
+    cfg_batch: bool | None = setting(
+        None,
+        group="memory",
+        metavar="BOOL",
+        help="both guidance branches in one batch (default: for small videos)",
+    )
+    noise_device: Literal["cpu", "cuda"] = setting(
+        "cpu", group="sampling", help="cuda draws the noise as the official code does"
+    )
+    lora: Literal["live", "fused"] = setting(
+        "live",
+        group="LoRA",
+        flag="lora_mode",
+        unset=None,
+        recorded=True,
+        help="live: strength adjustable at run time; fused: merged at load, free per step",
+    )
+    prefetch: bool | None = setting(
+        None,
+        group="memory",
+        metavar="BOOL",
+        help="read the next expert into RAM while the current one denoises",
+    )
+    resident_blocks: int | None = setting(
+        None,
+        group="memory",
+        range=(0, math.inf),
+        metavar="N",
+        help="blocks of an expert that stay on the device; the others are streamed",
+    )
+    stream_from: Literal["ram", "disk"] | None = setting(
+        None, group="memory", help="stream blocks from pinned RAM, or from their files"
+    )
+    chunk_tokens: int | None = setting(
+        None,
+        group="memory",
+        range=(0, 2**31),
+        metavar="N",
+        recorded=True,
+        help="MLP and projections run in chunks of this many tokens; 0: one chunk",
+    )
+    vae_tile: int | None = setting(
+        None,
+        group="memory",
+        range=(0, 2**31),
+        metavar="PIXELS",
+        recorded=True,
+        help="decode in tiles of this side; 0: full frames",
+    )
+    quantize: Quantization | Literal[""] = setting(
+        "",
+        group="memory",
+        unset=None,
+        recorded=True,
+        help="quantise the blocks' Linear weights at load (default: as stored)",
+    )
+    quantize_layers: Literal["ffn", "all"] = setting(
+        "ffn", group="memory", recorded=True, help="the feed-forward only, or attention too"
+    )
+    attention: str = setting(
+        "auto",
+        group="memory",
+        metavar="KERNEL",
+        recorded=True,
+        help="auto, or a kernel that `wanflow doctor` lists",
+    )
+    text_cache: str | None = setting(
+        None,
+        group="memory",
+        metavar="DIR",
+        help="folder that caches encoded prompts (default: the user's cache); none: no cache",
+    )
+    cfg_parallel: bool | None = setting(
+        None, group="parallel", metavar="BOOL", help="half of the processes per guidance branch"
+    )
+    ring_size: int | None = setting(
+        None,
+        group="parallel",
+        range=(1, math.inf),
+        metavar="N",
+        help="processes that pass keys and values round (ring attention)",
+    )
+    ulysses_size: int | None = setting(
+        None,
+        group="parallel",
+        range=(1, math.inf),
+        unset=1,
+        metavar="N",
+        help="processes that share the attention heads (Ulysses); 1 leaves it to the plan",
+    )
+    dit_fsdp: bool | None = setting(
+        None, group="parallel", switch=True, help="shard the experts' weights over the processes"
+    )
+
+    def __post_init__(self) -> None:
+        check(Runtime, self)
 
 
 def choose_device(requested: str) -> torch.device:
@@ -163,15 +242,18 @@ def recorded(
     runtime: Runtime, device: torch.device, dtype: torch.dtype, kernel: str, layout: str
 ) -> dict[str, Any]:
     """Return what a recipe records of a runtime: all that changes a result, if only by rounding."""
+    chosen = {"device": device.type, "dtype": dtype_name(dtype), "attention": kernel}
+    names = {one.name: one.kind() for one in settings_of(Runtime).values() if one.recorded}
     return {
-        "device": device.type,
-        "dtype": dtype_name(dtype),
-        "t5_cpu": bool(runtime.t5_cpu),
-        "lora": runtime.lora,
-        "chunk_tokens": runtime.chunk_tokens or 0,
-        "vae_tile": runtime.vae_tile or 0,
-        "quantize": runtime.quantize,
-        "quantize_layers": runtime.quantize_layers,
-        "attention": kernel,
-        "layout": layout,
+        name: chosen.get(name, getattr(runtime, name) or empty) for name, empty in names.items()
+    } | {"layout": layout}
+
+
+def from_record(record: Mapping[str, Any]) -> Runtime:
+    """Return the runtime that a recipe records; what it does not record stays open."""
+    values: dict[str, Any] = {
+        one.name: (record[one.name] or None) if one.optional else record[one.name]
+        for one in settings_of(Runtime).values()
+        if one.recorded and one.name in record
     }
+    return Runtime(**values)

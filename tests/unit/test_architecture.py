@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("request",),
     ("geometry",),
     ("presets",),
+    ("settings",),
     ("config",),
     ("files",),
 )
@@ -195,7 +196,7 @@ def test_no_cycles() -> None:
 
 
 def test_config_needs_only_the_standard_library() -> None:
-    light = ("config", "presets", "geometry", "request")
+    light = ("config", "settings", "presets", "geometry", "request")
     found = [
         name
         for file, name in all_imports()

@@ -1,0 +1,168 @@
+"""Declare each setting once; checks, flags and the JSON schema are made from the declaration."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from wanflow.config import RequestError
+
+WORDS = {int: "integer", float: "number", bool: "boolean", str: "string", tuple: "array"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of a settings dataclass, with all that is known of it.
+
+    help, metavar: text for the command line and the reference page.
+    group: the heading that it appears under.
+    flags: its spellings on the command line, without dashes; none where it is empty.
+    range: the smallest and the largest value.
+    switch: the flag takes no value, and means True.
+    negated: the flag is the opposite of the field.
+    unset: the value of the flag that leaves the field at its default, where it is another.
+    recorded: a recipe stores it, because it changes a result, if only by rounding.
+    types, choices, optional: from the annotation. optional: None leaves it open.
+    """
+
+    name: str
+    default: Any
+    types: tuple[type, ...]
+    choices: tuple[str, ...]
+    optional: bool
+    help: str
+    group: str = ""
+    flags: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
+    metavar: str | None = None
+    switch: bool = False
+    negated: bool = False
+    unset: Any = ...
+    recorded: bool = False
+
+    @property
+    def kind(self) -> type:
+        """The type that a flag's text is read as."""
+        return str if str in self.types else self.types[0]
+
+    def expected(self) -> str:
+        """Return the values that are valid, in words."""
+        if self.choices:
+            return f"one of {', '.join(choice for choice in self.choices if choice)}"
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(self.kind)
+        if self.range is None or kind is None:
+            return kind or ("a list of texts" if self.kind is tuple else "text")
+        low, high = self.range
+        return (
+            f"{kind} of at least {low:g}"
+            if high == math.inf
+            else f"{kind} from {low:g} to {high:g}"
+        )
+
+    def check(self, value: Any) -> None:
+        """Raise RequestError for a value that is invalid."""
+        accepted = {float: float | int, str: str | os.PathLike, tuple: tuple | list}
+        valid = isinstance(value, tuple(accepted.get(kind, kind) for kind in self.types))
+        valid = valid and (bool in self.types or not isinstance(value, bool))
+        if valid and self.types == (tuple,):
+            valid = all(isinstance(text, str) for text in value)
+        if valid and self.choices:
+            valid = value in self.choices
+        if valid and self.range is not None:
+            valid = self.range[0] <= value <= self.range[1]  # also false for NaN
+        if not valid:
+            raise RequestError(f"{self.name} must be {self.expected()} (got {value!r})")
+
+
+def setting(
+    default: Any = MISSING, *, help: str, flag: str | tuple[str, ...] | None = None, **known: Any
+) -> Any:
+    """Declare a field of a settings dataclass.
+
+    Args:
+        default: its default; without one the field is required.
+        help: what it does, in one sentence without a period.
+        flag: its spellings on the command line: the field's name if None, no flag if ().
+        **known: further attributes of `Setting`.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, **known})
+
+
+@cache
+def settings_of(cls: type) -> Mapping[str, Setting]:
+    """Return the settings of a dataclass by field name, in their order."""
+    hints = get_type_hints(cls)
+    return {one.name: _setting(one, hints[one.name]) for one in fields(cls) if one.metadata}
+
+
+def _setting(one: Field[Any], hint: Any) -> Setting:
+    members = [hint] if get_origin(hint) in (None, Literal, tuple) else get_args(hint)
+    types: list[type] = []
+    choices: list[str] = []
+    for member in members:
+        if get_origin(member) is Literal:
+            choices += get_args(member)
+        elif member is not type(None):
+            types.append(get_origin(member) or member)
+    known = dict(one.metadata)
+    flag = known.pop("flag")
+    if flag is None:
+        flags: tuple[str, ...] = (one.name,)
+    else:
+        flags = (flag,) if isinstance(flag, str) else flag
+    return Setting(
+        name=one.name,
+        default=one.default,
+        types=tuple(types) or (str,),
+        choices=tuple(choices),
+        optional=type(None) in members,
+        flags=flags,
+        **known,
+    )
+
+
+def check(cls: type, values: Any, complete: bool = False) -> None:
+    """Check every value of an object against the settings of a dataclass.
+
+    Args:
+        cls: the dataclass that declares them.
+        values: an object with the same field names.
+        complete: whether a None is invalid.
+
+    Raises:
+        RequestError: naming the field, what it may be, and its value.
+    """
+    for one in settings_of(cls).values():
+        value = getattr(values, one.name, MISSING)
+        if value is not MISSING and not (value is None and one.optional and not complete):
+            one.check(value)
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """Return the JSON schema of a settings dataclass."""
+    properties: dict[str, Any] = {}
+    for one in settings_of(cls).values():
+        types = [WORDS[kind] for kind in one.types] + (["null"] if one.optional else [])
+        schema: dict[str, Any] = {"type": types[0] if len(types) == 1 else types}
+        schema["description"] = one.help
+        if one.choices:
+            schema["enum"] = [*one.choices, *([None] if one.optional else [])]
+        if one.range is not None:
+            low, high = one.range
+            schema |= {"minimum": low} | ({} if high == math.inf else {"maximum": high})
+        if tuple in one.types:
+            schema["items"] = {"type": "string" if str not in one.types else "integer"}
+        if one.default is not MISSING:
+            schema["default"] = one.default
+        properties[one.name] = schema
+    return {
+        "title": cls.__name__,
+        "type": "object",
+        "properties": properties,
+        "required": [name for name, schema in properties.items() if "default" not in schema],
+        "additionalProperties": False,
+    }
