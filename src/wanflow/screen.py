@@ -1,34 +1,193 @@
-"""What the user sees while a run goes on: bars with an ETA on a terminal, a line every two seconds
-elsewhere.
-"""
+"""The one home of tables and progress: bars with an ETA on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import progress as bars
-from rich.console import Console
-
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
     from wanflow.pipeline import OnPart, OnStep, Progress, Run
     from wanflow.presets import ModelSpec
 
-EVERY = 2.0  # seconds between two lines
+EVERY = 2.0  # seconds between two lines of progress where there is no terminal
+DRAW = 0.1  # seconds between two updates of a bar
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in words: `4 s`, `2.5 min`, `3.1 h`."""
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """Return an aligned table as plain lines, the head first.
+
+    Args:
+        align: a letter for each column, `l` or `r`.
+    """
+    widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
+    sides = [{"l": "<", "r": ">"}[letter] for letter in align]
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def show_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> None:
+    """Print a table on standard output: drawn on a terminal, as `table_lines` elsewhere."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        print(*table_lines(head, rows, align), sep="\n")
+        return
+    table = Table(box=SIMPLE)
+    for name, letter in zip(head, align, strict=True):
+        table.add_column(name, justify="right" if letter == "r" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+@dataclass
+class _Task:
+    """A task whose progress is shown."""
+
+    what: str
+    unit: str
+    first: int  # what was done when it began
+    began: float
+    shown: float
+    bar: TaskID | None = None
+
+    def text(self, done: int, total: int, note: str) -> str:
+        passed, moved = time.monotonic() - self.began, done - self.first
+        if self.unit == "bytes":
+            amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"
+            rate = f"{moved / passed / 1e9:.3f} GB/s" if passed > 0 else ""
+        else:
+            amount, rate = f"{self.unit} {done}/{total}".strip(), ""
+        left = f"ETA {duration(passed / moved * (total - done))}" if moved > 0 else ""
+        return ", ".join(part for part in (amount, note, rate, left) if part)
 
 
 class Screen:
-    """Where everything for people goes: standard error. One that does not speak shows nothing."""
+    """Messages and progress for people, on standard error.
 
-    def __init__(self, speaks: bool = True) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not speaks)
-        self._reading = ""
-        self._began = self._told = time.monotonic()
+    On a terminal all tasks under way share one display, which ends with the `with` block.
+
+    Args:
+        quiet: show nothing, as ranks other than 0 do.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._tasks: dict[str, _Task] = {}
+        self._bars: Bars | None = None
+        self._staged = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the display; the next call of `progress` begins another."""
+        if self._bars is not None:
+            self._bars.stop()
+            atexit.unregister(self._bars.stop)
+        self._tasks, self._bars = {}, None
 
     def say(self, text: str) -> None:
+        """Print a message."""
         self.console.print(text, markup=False)
+
+    def stage(self, text: str) -> None:
+        """Show what is being done now, where no ETA is known."""
+        if self.console.is_terminal:
+            self.progress(text, 0, 0)
+            for what in [what for what in self._tasks if what != text]:
+                self._end(what)
+        elif time.monotonic() - self._staged > EVERY:
+            self.say(text)
+            self._staged = time.monotonic()
+
+    def progress(
+        self,
+        what: str,
+        done: int,
+        total: int,
+        unit: str = "",
+        note: str = "",
+        last_line: bool = False,
+    ) -> None:
+        """Show how far a task is; its first call begins it, and `done == total` ends it.
+
+        Args:
+            what: the task, in words.
+            done, total: bytes, steps or parts; a `total` of 0 is unknown.
+            unit: "bytes", or the word before the number (`step 3/40`).
+            note: what else to show.
+            last_line: print a line at the end of a short task too.
+        """
+        task, now, ends = self._tasks.get(what), time.monotonic(), 0 < total <= done
+        if task is None:
+            task = self._tasks[what] = _Task(what, unit, done, now, now)
+            if self.console.is_terminal and not self.console.quiet:
+                task.bar = self._display().add_task(what, total=total or None, text="")
+        if task.bar is not None and self._bars is not None:
+            if now - task.shown > DRAW or ends:
+                text = task.text(done, total, note) if total else note
+                self._bars.update(task.bar, completed=done, total=total or None, text=text)
+                task.shown = now
+        elif now - task.shown > EVERY or (ends and (last_line or task.shown > task.began)):
+            self.say(f"{what}: {task.text(done, total, note)}" if total else what)
+            task.shown = now
+        if ends:
+            self._end(what)
+
+    def count_bytes(self, what: str) -> Callable[[int, int], None]:
+        """Return a callback that shows how many bytes of a task are done."""
+        return lambda done, total: self.progress(what, done, total, "bytes")
+
+    def _end(self, what: str) -> None:
+        task = self._tasks.pop(what)
+        if not self._tasks:
+            self.close()  # the finished bar stays on the screen
+        elif task.bar is not None and self._bars is not None:
+            self._bars.remove_task(task.bar)
+
+    def _display(self) -> Bars:
+        from rich import progress as rich
+
+        if self._bars is None:
+            what = rich.TextColumn("{task.description}", markup=False)
+            text = rich.TextColumn("{task.fields[text]}", markup=False)
+            columns = (what, rich.BarColumn(bar_width=20), text, rich.TimeElapsedColumn())
+            self._bars = rich.Progress(*columns, console=self.console)
+            self._bars.start()
+            atexit.register(self._bars.stop)  # gives the cursor back, however the process ends
+        return self._bars
+
+    # the stages of a generation
 
     def begin(self, run: Run, spec: ModelSpec, target: Path) -> None:
         from wanflow.sampling.schedule import snr
@@ -52,75 +211,23 @@ class Screen:
         self.say(f"{what}; {steps} -> {target}")
 
     def loading(self, what: str, done: int, total: int) -> None:
-        """Told while weights are read; speaks every two seconds."""
-        now = time.monotonic()
-        if what != self._reading:
-            self._reading, self._began, self._told = what, now, now
-        elif now - self._told > EVERY:
-            rate = done / (now - self._began)
-            self.say(
-                f"reading {what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s,"
-                f" {(total - done) / rate:.0f} s left"
-            )
-            self._told = now
+        """Show how far the weights of a part are read; bytes."""
+        self.progress(f"reading {what}", done, total, "bytes")
 
-    def denoising(self, run: Run) -> Denoising:
-        return Denoising(self, run)
+    @contextmanager
+    def denoising(self, run: Run) -> Iterator[OnStep]:
+        """Show the steps of a run while the block lasts."""
+        what, total = "denoising", run.request.sample_steps
+        self.progress(what, run.state.index, total, "step")
+
+        def on_step(progress: Progress) -> None:
+            note = f"{progress.expert}-noise expert, sigma {progress.sigma:.3f}"
+            self.progress(what, progress.step, total, "step", note, last_line=True)
+
+        with self:
+            yield on_step
 
     def decoding(self) -> OnPart:
-        """What is told how far a decode is; speaks every two seconds."""
-        began = told = time.monotonic()
-
-        def on_part(done: int, parts: int) -> None:
-            nonlocal told
-            now = time.monotonic()
-            if now - told > EVERY:
-                told = now
-                self.say(
-                    f"decoding: {100 * done // parts} %,"
-                    f" {(now - began) / done * (parts - done):.0f} s left"
-                )
-
-        return on_part
-
-
-class Denoising:
-    """The bar over the steps: step, expert, ETA."""
-
-    def __init__(self, screen: Screen, run: Run) -> None:
-        self.screen, self.steps, self.first = screen, run.request.sample_steps, run.state.index
-        self.live = screen.console.is_terminal
-        self.began = self.told = time.monotonic()
-        what, eta = bars.TextColumn("{task.description}"), bars.TextColumn("ETA")
-        columns = (
-            what,
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            eta,
-            bars.TimeRemainingColumn(),
-        )
-        self.bar = bars.Progress(*columns, console=screen.console, disable=not self.live)
-        self.task = self.bar.add_task("denoising", total=self.steps, completed=self.first)
-
-    def __enter__(self) -> OnStep:
-        self.bar.start()
-        return self.on_step
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def on_step(self, told: Progress) -> None:
-        self.bar.update(
-            self.task,
-            completed=told.step,
-            description=f"{told.expert}-noise expert, sigma {told.sigma:.3f}",
-        )
-        now = time.monotonic()
-        if not self.live and (now - self.told > EVERY or told.step == self.steps):
-            left = (now - self.began) / (told.step - self.first) * (self.steps - told.step)
-            self.screen.say(
-                f"step {told.step}/{self.steps}  {told.expert}-noise expert  sigma {told.sigma:.3f}"
-                f"  ETA {left:.0f} s"
-            )
-            self.told = now
+        """Return the callback that shows how far the VAE is."""
+        self.progress("decoding", 0, 0, "part")
+        return lambda done, total: self.progress("decoding", done, total, "part")

@@ -228,7 +228,7 @@ def test_generate_replay_and_never_overwrite(
 ) -> None:
     assert main([*MAKE, "--save_file", "one.mp4", "--contact_sheet"]) == 0
     said = capsys.readouterr().err
-    assert re.search(r"step 4/4\s+low-noise expert\s+sigma \S+\s+ETA", said)
+    assert re.search(r"step 4/4, low-noise expert, sigma \S+, ETA", said)
     assert sorted(p.name for p in in_tmp.iterdir()) == ["one.mp4", "one_sheet.png"]
     frames, fps = read_frames(Path("one.mp4"))
     assert (frames.shape, fps) == ((5, 64, 64, 3), 8)
@@ -294,7 +294,7 @@ def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> N
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("step"):
+        if line.startswith("denoising: step"):
             process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()

@@ -330,7 +330,7 @@ def cut(command: list[str], strike: str) -> tuple[int, str, float]:
     said = ""
     for line in process.stderr:
         said += line
-        if line.startswith("step"):
+        if line.startswith("denoising: step"):
             break
     assert process.poll() is None, said
     began = time.monotonic()

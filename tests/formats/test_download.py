@@ -23,9 +23,9 @@ import pytest
 from helpers.hub import REPO, Hub
 
 from wanflow import cli
-from wanflow.cli import download
 from wanflow.config import RequestError
 from wanflow.download import catalogue, fetch, hubs, transfer
+from wanflow.screen import Screen
 
 ROOT = Path(__file__).parents[2]
 BIG, SMALL = (
@@ -677,17 +677,13 @@ def test_progress_in_plain_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wanflow.screen.EVERY", 0.0)
-    with download.Bar() as bar:
+    with Screen() as screen:
         for done in (0, 10**9, 2 * 10**9):
             time.sleep(0.01)
-            bar(done, 4 * 10**9)
-        bar(5, 10)
+            screen.progress("fetching", done, 4 * 10**9, "bytes")
     text = said(capsys)
     assert (
-        "1.00 of 4.00 GB" in text
-        and "2.00 of 4.00 GB" in text
-        and "GB/s" in text
-        and "s left" in text
+        "1.00 of 4.00 GB" in text and "2.00 of 4.00 GB" in text and "GB/s" in text and "ETA" in text
     )
 
 

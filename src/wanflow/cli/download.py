@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,8 @@ from wanflow.cli.flags import Parser
 from wanflow.download.catalogue import ROLES, VARIANTS, Variant, find, whole_repository
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from wanflow.download.fetch import Survey
     from wanflow.download.hubs import Hub
-
-DRAW = 0.1  # seconds between two updates of the bar
 
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -71,6 +67,7 @@ def download(args: argparse.Namespace) -> None:
     if args.list:
         return _show()
     from wanflow.download import fetch, hubs
+    from wanflow.screen import Screen
 
     variant = whole_repository(args.repo) if args.repo else find(args.variant)
     folder = args.local_dir or Path(variant.name if args.repo else variant.folder)
@@ -82,7 +79,7 @@ def download(args: argparse.Namespace) -> None:
         store = hubs.HuggingFace(
             endpoint.rstrip("/"), args.token or os.environ.get("HF_TOKEN"), args.revision
         )
-    with Bar() as bar:
+    with Screen() as screen:
         found = fetch.download(
             variant,
             folder,
@@ -91,10 +88,10 @@ def download(args: argparse.Namespace) -> None:
             workers=args.workers,
             verify=args.verify,
             dry_run=args.dry_run,
-            say=bar.say,
-            watch=bar,
+            say=screen.say,
+            report=partial(screen.progress, unit="bytes"),
         )
-    _tell(found, variant, args, bar.say)
+    _tell(found, variant, args, screen.say)
 
 
 def _tell(
@@ -126,64 +123,12 @@ def _tell(
 
 
 def _show() -> None:
-    """The variants as a table, on standard output."""
-    print(f"{'variant':<14} {'GB':>6} {'GiB':>6}  what, and from where")
+    """Print the variants as a table on standard output."""
+    from wanflow.screen import show_table
+
+    rows = []
     for variant in VARIANTS.values():
         repos = ", ".join(dict.fromkeys(part.repo for part in variant.parts))
-        print(
-            f"{variant.name:<14} {variant.bytes / 1e9:>6.1f} {variant.bytes / 2**30:>6.1f} "
-            f" {variant.about}; {repos}"
-        )
-
-
-class Bar:
-    """How far it is: a bar with speed and ETA on a terminal, a line every two seconds elsewhere."""
-
-    def __init__(self) -> None:
-        from rich import progress as bars
-
-        from wanflow.screen import EVERY, Screen
-
-        self.screen = Screen()
-        self.live = self.screen.console.is_terminal
-        columns = (
-            bars.BarColumn(),
-            bars.DownloadColumn(),
-            bars.TransferSpeedColumn(),
-            bars.TextColumn("ETA"),
-            bars.TimeRemainingColumn(),
-        )
-        self.bar = bars.Progress(*columns, console=self.screen.console, disable=not self.live)
-        self.task: TaskID | None = None
-        self.total, self.first = 0, 0  # bytes: in all, and there when it began
-        self.began = self.told = time.monotonic()
-        self.every = DRAW if self.live else EVERY
-
-    def __enter__(self) -> Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def say(self, text: str) -> None:
-        self.screen.say(text)
-
-    def __call__(self, done: int, total: int) -> None:
-        """Told of bytes done and bytes in all; another total is another task."""
-        now = time.monotonic()
-        if self.task is None or total != self.total:
-            if self.task is not None:
-                self.bar.remove_task(self.task)
-            self.task = self.bar.add_task("", total=total, completed=done)
-            self.total, self.first, self.began, self.told = total, done, now, now
-        if now - self.told < self.every and done < total:
-            return
-        self.told = now
-        self.bar.update(self.task, completed=done)
-        if not self.live and now - self.began > self.every:
-            rate = max(done - self.first, 1) / (now - self.began)
-            self.say(
-                f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.3f} GB/s,"
-                f" {(total - done) / rate:.0f} s left"
-            )
+        sizes = f"{variant.bytes / 1e9:.1f}", f"{variant.bytes / 2**30:.1f}"
+        rows.append((variant.name, *sizes, f"{variant.about}; {repos}"))
+    show_table(("variant", "GB", "GiB", "content and source"), rows, "lrrl")

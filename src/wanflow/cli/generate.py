@@ -181,7 +181,7 @@ def _join(args: argparse.Namespace, device: str) -> tuple[DistInfo, Screen]:
     ranks = mesh.join_group(choose_device("cpu" if alone else device), args.timeout + LATER)
     if ranks.rank > 0:
         logger.setLevel(logging.ERROR)
-    return ranks, Screen(ranks.rank == 0)
+    return ranks, Screen(quiet=ranks.rank > 0)
 
 
 def _here(runtime: Runtime, ranks: DistInfo) -> Runtime:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,12 +102,12 @@ def inspect(args: argparse.Namespace) -> None:
 
     path, values = _path(args.path), list[Finding]()
     if args.hash or args.check:
-        from wanflow.cli.download import Bar
+        from wanflow.screen import Screen
 
-        with Bar() as bar:
-            found = look(path, args.hash, bar)
+        with Screen() as screen:
+            found = look(path, args.hash, screen.count_bytes("hashing"))
             if args.check:
-                values = list(check_values(path, bar))
+                values = list(check_values(path, screen.count_bytes("checking")))
     else:
         found = look(path)
     if args.json:
@@ -134,6 +133,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _show(found: Findings) -> None:
+    from wanflow.screen import show_table
+
     what = (
         found.parts[0].what
         if len({row.what for row in found.parts}) == 1
@@ -156,7 +157,7 @@ def _show(found: Findings) -> None:
         print(f"{_short(counts['all'])} parameters ({counts['all']:,})")
     print(f"{found.tensors:,} tensors, {found.bytes:,} bytes")
     print()
-    _table([_cells(row) for row in found.parts])
+    show_table(COLUMNS, [_cells(row) for row in found.parts], "llllrrr")
     for row in found.parts:
         for line in _remarks(row, found.model):
             print(f"{row.path}: {line}")
@@ -230,33 +231,6 @@ def _remarks(row: Row, model: str | None) -> list[str]:
     return told + ([row.error] if row.error else [])
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Drawn on a terminal, aligned elsewhere."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if console.is_terminal:
-        from rich.box import SIMPLE
-        from rich.table import Table
-
-        table = Table(box=SIMPLE)
-        for column in COLUMNS:
-            table.add_column(
-                column, justify="right" if column in COLUMNS[-3:] else "left", overflow="fold"
-            )
-        for row in rows:
-            table.add_row(*(cell.replace("[", "\\[") for cell in row))
-        console.print(table)
-        return
-    widths = [max(len(row[n]) for row in (COLUMNS, *rows)) for n in range(len(COLUMNS))]
-    for row in (COLUMNS, *rows):
-        cells = (
-            f"{cell:>{width}}" if n >= len(COLUMNS) - 3 else f"{cell:<{width}}"
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
-
-
 # convert
 
 
@@ -279,10 +253,10 @@ def _parts(text: str) -> tuple[Part, ...]:
 
 def convert(args: argparse.Namespace) -> None:
     """Write weights in another form."""
-    from wanflow.cli.download import Bar
     from wanflow.convert.convert import convert as write
     from wanflow.convert.convert import open_model
     from wanflow.convert.targets import options
+    from wanflow.screen import Screen
 
     wanted = options(
         args.to,
@@ -292,9 +266,10 @@ def convert(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     model = open_model(_path(args.source), given_parts(args))
-    with Bar() as bar:
-        out = write(model, args.target.expanduser(), wanted, bar.say, bar)
+    with Screen() as screen:
+        report = screen.count_bytes("converting")
+        out = write(model, args.target.expanduser(), wanted, screen.say, report)
         written = out.rglob("*") if out.is_dir() else [out]
-        bar.say(
+        screen.say(
             f"{out}: {sum(file.stat().st_size for file in written if file.is_file()) / 1e9:.3f} GB"
         )

@@ -41,7 +41,7 @@ logger = logging.getLogger("wanflow")
 LOCK = ".wanflow-download.lock"
 T = TypeVar("T")
 
-Watch = Callable[[int, int], None]  # bytes that are there, bytes in all
+Report = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
 
 
 @dataclass
@@ -81,7 +81,7 @@ def download(
     verify: bool = False,
     dry_run: bool = False,
     say: Say = logger.info,
-    watch: Watch = lambda done, total: None,
+    report: Report = lambda what, done, total: None,
 ) -> Survey:
     """Bring what a folder lacks of a variant; everything in it is then hashed and right.
 
@@ -93,7 +93,7 @@ def download(
             Without a network this checks against what the folder remembers and against the
             published hashes, and fetches nothing.
         dry_run: only look; with `verify`, hash and name what is damaged.
-        watch: told how many bytes are there and how many there will be.
+        report: shows the progress of hashing and of fetching.
 
     Returns:
         what was there before, and what had to come.
@@ -118,7 +118,7 @@ def download(
         if not verify:
             raise
         say(f"{error}; checking what is here without it")
-        return _verify_offline(parts, folder, ledger, workers, watch)
+        return _verify_offline(parts, folder, ledger, workers, report)
     for file in files:
         _refuse_outside(folder, file)
         known = catalogue.known_sha256(file.path)
@@ -128,17 +128,19 @@ def download(
                 f" {file.sha256}, not {known})"
             )
     found = _survey(
-        files, folder, ledger, workers, watch, rehash=verify, hashing=verify or not dry_run
+        files, folder, ledger, workers, report, rehash=verify, hashing=verify or not dry_run
     )
     for name in found.damaged:
         say(f"{name} is damaged or of another version{'' if dry_run else '; fetching it again'}")
     if not dry_run and found.missing:
         _refuse_full_disk(found)
-        _bring(found, store, ledger, workers, say, watch)
+        _bring(found, store, ledger, workers, say, report)
     return found
 
 
-def _bring(found: Survey, store: Hub, ledger: Ledger, workers: int, say: Say, watch: Watch) -> None:
+def _bring(
+    found: Survey, store: Hub, ledger: Ledger, workers: int, say: Say, report: Report
+) -> None:
     """Fetch what is missing; two at the same time into one folder would spoil each other's
     parts.
     """
@@ -151,7 +153,7 @@ def _bring(found: Survey, store: Hub, ledger: Ledger, workers: int, say: Say, wa
             f"another download into {found.folder} is under way; wait for it, or stop it"
         ) from None
     try:
-        moved = _Counter(found.total - found.needed, found.total, watch)
+        moved = _Counter("fetching", found.total - found.needed, found.total, report)
 
         def bring(remote: RemoteFile, stop: Event) -> None:
             ledger.add(remote, store.bring(remote, found.folder, stop, moved, say))
@@ -211,7 +213,7 @@ def _survey(
     folder: Path,
     ledger: Ledger,
     workers: int,
-    watch: Watch,
+    report: Report,
     *,
     rehash: bool,
     hashing: bool = True,
@@ -234,7 +236,7 @@ def _survey(
             doubtful.append(remote)
         else:
             found.unsure.append(remote.name)
-    moved = _Counter(0, sum(remote.size for remote in doubtful), watch)
+    moved = _Counter("hashing", 0, sum(remote.size for remote in doubtful), report)
 
     def check(remote: RemoteFile, stop: Event) -> None:
         hasher = Hasher(remote)
@@ -253,7 +255,7 @@ def _survey(
 
 
 def _verify_offline(
-    parts: Sequence[Part], folder: Path, ledger: Ledger, workers: int, watch: Watch
+    parts: Sequence[Part], folder: Path, ledger: Ledger, workers: int, report: Report
 ) -> Survey:
     """Hash what is remembered or published; RequestError when that is nothing, DownloadError that
     names what is damaged or gone.
@@ -283,7 +285,7 @@ def _verify_offline(
             f"{folder} has nothing that can be verified without a network; get online, and say the"
             " same again"
         )
-    found = _survey(files, folder, ledger, workers, watch, rehash=True)
+    found = _survey(files, folder, ledger, workers, report, rehash=True)
     gone = [file.name for file in found.missing if file.name not in found.damaged]
     wrong = [
         f"{what}: {', '.join(sorted(names))}"
@@ -342,13 +344,14 @@ def cached(repo: str) -> Path | None:
 class _Counter:
     """Adds up what the threads tell."""
 
-    def __init__(self, done: int, total: int, watch: Watch) -> None:
-        self.done, self.total, self.watch, self._lock = done, total, watch, Lock()
+    def __init__(self, what: str, done: int, total: int, report: Report) -> None:
+        self.what, self.done, self.total, self.report = what, done, total, report
+        self._lock = Lock()
 
     def __call__(self, moved: int) -> None:
         with self._lock:
             self.done += moved
-            self.watch(self.done, self.total)
+            self.report(self.what, self.done, self.total)
 
 
 def _in_parallel(work: Callable[[T, Event], None], items: Sequence[T], workers: int) -> None:
