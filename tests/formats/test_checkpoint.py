@@ -911,7 +911,7 @@ def sparse(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     pages.
     """
     spec = importlib.util.spec_from_file_location(
-        "sparse_checkpoint", HERE / "tools/sparse_checkpoint.py"
+        "sparse_checkpoint", HERE / "helpers/sparse_checkpoint.py"
     )
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)

@@ -1,8 +1,8 @@
 """Damaged files of every kind end in one clear error or none: no crash, no hang, no memory for a
 lie. `make fuzz` tries ten times as many.
 
-What is damaged, and how, is in tools/fuzz.py and tools/mutations.py; `python tests/tools/fuzz.py
-CONTAINER SEED 1` shows one again.
+What is damaged, and how, is in helpers/fuzz.py and helpers/mutations.py.
+`python tests/helpers/fuzz.py CONTAINER SEED 1` shows one again.
 """
 
 from __future__ import annotations

@@ -491,7 +491,7 @@ def test_on_a_terminal_it_is_drawn(
 def full() -> Iterator[Path]:
     """The published model, made of holes."""
     spec = importlib.util.spec_from_file_location(
-        "sparse_checkpoint", HERE / "tools/sparse_checkpoint.py"
+        "sparse_checkpoint", HERE / "helpers/sparse_checkpoint.py"
     )
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)

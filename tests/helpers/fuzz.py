@@ -44,6 +44,9 @@ from tokenizers import normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 from torch import Tensor, nn
 
+if __name__ == "__main__":  # a worker, which is started by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from helpers.mutations import (
     Damage,
     field,

@@ -176,7 +176,7 @@ def as_if(
     monkeypatch.setattr(attention, "_capability", lambda device: capability)
     monkeypatch.setattr(
         attention,
-        "attempt",
+        "benchmark",
         lambda backend, *_: Trial(backend, "" if backend.name in works else "it is a fake"),
     )
 
