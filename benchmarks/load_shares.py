@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from wanflow.checkpoint.load import build, open_checkpoint
+from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.checkpoint.load import expert_bytes as whole_bytes
+from wanflow.checkpoint.structure import build
 from wanflow.loaders.experts import Placement, open_expert
 from wanflow.parallel.groups import Layout, make_groups
 from wanflow.parallel.ranks import DistInfo
@@ -106,16 +107,13 @@ def main() -> None:
             f" {args.rank} --dtype {args.dtype}"
             + (f" --quantize {args.quantize}" if args.quantize else "")
         ),
-        "layers": checkpoint.preset.dit.num_layers,
+        "layers": checkpoint.spec.dit.num_layers,
         "whole_expert_GB": whole_bytes(checkpoint, dtype) / 1e9,
         "own_weights_GB": own / 1e9,
         "peak_anonymous_GB": peak.stop() / 1e9,
         "read_GB": read / 1e9,
         "file_GB": (
-            sum(
-                value.numel() * 4
-                for value in build(type(model), checkpoint.preset.dit).parameters()
-            )
+            sum(value.numel() * 4 for value in build(type(model), checkpoint.spec.dit).parameters())
             / 1e9
         ),
         "seconds_beside_other_work": seconds,

@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wanflow.checkpoint.load import build, expert_structure
+from wanflow.checkpoint.structure import build, expert_structure
 from wanflow.lora.reader import read_adapter
 from wanflow.lora.stack import shapes_of
 from wanflow.models.umt5 import UMT5Encoder
@@ -48,7 +48,7 @@ from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect
 from wanflow.parallel.sharding import is_shared
 from wanflow.pipeline import Pipeline, to_frames
-from wanflow.plan.model import published
+from wanflow.plan import published
 from wanflow.plan.need import READING, Phase, decode_phase, expert_phases, text_phase
 from wanflow.plan.phases import KERNEL, FakeParts, Traces
 from wanflow.plan.solve import filled

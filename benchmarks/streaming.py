@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from wanflow.checkpoint.load import expert_structure, load_module
+from wanflow.checkpoint.load import load_module
 from wanflow.checkpoint.source import OfficialSource, open_part
+from wanflow.checkpoint.structure import expert_structure
 from wanflow.config import DiTConfig
 from wanflow.geometry import parse_size
 from wanflow.loaders.experts import block_reader

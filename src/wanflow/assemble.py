@@ -19,17 +19,10 @@ import torch
 from torch import Tensor
 
 from wanflow import __version__
-from wanflow.checkpoint.load import (
-    Checkpoint,
-    build,
-    expert_bytes,
-    fingerprint,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
-    open_checkpoint,
-)
+from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from wanflow.checkpoint.load import expert_bytes, load_text_encoder, load_tokenizer, load_vae
 from wanflow.checkpoint.source import Part
+from wanflow.checkpoint.structure import build
 from wanflow.config import RequestError
 from wanflow.download.fetch import cached
 from wanflow.loaders.experts import Placement, Prefetcher, open_expert, refuse_packed
@@ -81,7 +74,7 @@ class LoadedParts:
     ) -> None:
         self.checkpoint, self.runtime = checkpoint, runtime
         self.team = team or simulated_groups(Layout())
-        self.preset = checkpoint.preset
+        self.preset = checkpoint.spec
         self.device = choose_device(runtime.device)
         self.dtype = choose_dtype(
             runtime.dtype, self.device.type == "cpu", expert_bytes(checkpoint, torch.float32)
@@ -366,13 +359,13 @@ def assemble(
     """
     if ranks is not None and ranks.size > 1:
         runtime = replace(runtime, device=str(ranks.device))
-    _refuse(runtime, checkpoint.preset.dit.num_layers)
+    _refuse(runtime, checkpoint.spec.dit.num_layers)
     team = (
         make_groups(layout_of(runtime), ranks)
         if ranks is not None and ranks.size > 1
         else simulated_groups(Layout())
     )
-    refuse_together(runtime, checkpoint.preset.dit.num_layers, team.layout.size)
+    refuse_together(runtime, checkpoint.spec.dit.num_layers, team.layout.size)
     parts = LoadedParts(checkpoint, runtime, report, team)
     for caution in attention.warnings_for(parts.kernel, runtime.quantize):
         logger.warning(caution)

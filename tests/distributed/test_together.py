@@ -20,7 +20,7 @@ from helpers.processes import Processes, played
 from torch import Tensor
 
 from wanflow.assemble import assemble, layout_of, resolve
-from wanflow.checkpoint.load import Checkpoint
+from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import DiTConfig, RequestError, from_mapping
 from wanflow.parallel import ranks as mesh
 from wanflow.parallel.groups import Layout, layouts, make_groups

@@ -30,9 +30,10 @@ from tokenizers.models import Unigram
 from torch import Tensor, nn
 
 from wanflow.checkpoint import load
+from wanflow.checkpoint.checkpoint import fingerprint, open_checkpoint
 from wanflow.checkpoint.containers import TensorInfo, open_safetensors
-from wanflow.checkpoint.load import fingerprint, open_checkpoint
 from wanflow.checkpoint.source import open_source
+from wanflow.checkpoint.structure import build, lay_out
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
@@ -173,7 +174,7 @@ def test_what_is_loaded_computes_what_was_written(written: Path, models: dict[st
 
 def test_the_preset_holds_the_shapes_found_and_the_sheets_defaults(written: Path) -> None:
     checkpoint = open_checkpoint(written)
-    preset = checkpoint.preset
+    preset = checkpoint.spec
     assert (preset.dit, preset.text, preset.vae) == (DIT, TEXT, VAE)
     assert (preset.name, preset.size, preset.frame_num, preset.fps, preset.negative_prompt) == (
         "tiny",
@@ -280,7 +281,7 @@ def test_shards_and_index_with_a_suffix(folder: Path, models: dict[str, Any], su
     write_shards(
         high, models["high"].state_dict(), names, f"diffusion_pytorch_model{suffix}.index.json"
     )
-    assert set(open_source(open_checkpoint(folder).experts["high"]).tensors) == set(
+    assert set(open_source(open_checkpoint(folder).paths["high"]).tensors) == set(
         models["high"].state_dict()
     )
 
@@ -297,7 +298,7 @@ def test_one_file_instead_of_shards_and_safetensors_instead_of_pth(
         (folder / name).unlink()
         save_file(models[part].state_dict(), (folder / name).with_suffix(".safetensors"))
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.t5.suffix == checkpoint.vae.suffix == ".safetensors"
+    assert checkpoint.paths["t5"].suffix == checkpoint.paths["vae"].suffix == ".safetensors"
     loaded = load.load_expert(checkpoint, "low", torch.float32, "cpu").state_dict()
     assert all(
         torch.equal(loaded[name], value) for name, value in models["low"].state_dict().items()
@@ -323,7 +324,7 @@ def test_a_wrapped_state_dict_is_unwrapped(tmp_path: Path, wrapper: str) -> None
 
 def test_without_a_sheet_shapes_come_from_the_tensors(folder: Path) -> None:
     (folder / "wanflow.json").unlink()
-    preset = open_checkpoint(folder).preset
+    preset = open_checkpoint(folder).spec
     published = replace(VAE, latent_mean=LATENT_MEAN, latent_std=LATENT_STD)
     assert (preset.dit, preset.text, preset.vae) == (DIT, replace(TEXT, max_dist=128), published)
     assert (preset.name, preset.size) == ("model", (1280, 720))
@@ -336,7 +337,7 @@ def test_links_of_the_hugging_face_cache_are_followed(written: Path, tmp_path: P
     for number, file in enumerate(sorted((repository / "snapshots/abc").rglob("*.*"))):
         shutil.move(file, repository / f"blobs/{number}")
         file.symlink_to(repository / f"blobs/{number}")
-    assert open_checkpoint(repository / "snapshots/abc").preset.dit == DIT
+    assert open_checkpoint(repository / "snapshots/abc").spec.dit == DIT
 
 
 # Containers that are broken, or lie
@@ -642,11 +643,9 @@ def test_all_differences_are_told_before_anything_is_read(models: dict[str, Any]
         def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
             raise AssertionError("read before the check")
 
-    model = load.build(WanDiT, DIT)
+    model = build(WanDiT, DIT)
     told = refusal(
-        lambda: load.lay_out(
-            model, Unreadable(), lambda name, info: info.dtype, torch.float32, "cpu"
-        )
+        lambda: lay_out(model, Unreadable(), lambda name, info: info.dtype, torch.float32, "cpu")
     )
     assert (
         "somewhere does not fit the WanDiT: tensors 8 missing (blocks.1.self_attn.q.weight, "
@@ -660,7 +659,7 @@ def test_all_differences_are_told_before_anything_is_read(models: dict[str, Any]
 
 def test_building_draws_no_random_numbers() -> None:
     before = torch.random.get_rng_state()
-    assert all(parameter.is_meta for parameter in load.build(UMT5Encoder, TEXT).parameters())
+    assert all(parameter.is_meta for parameter in build(UMT5Encoder, TEXT).parameters())
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -870,10 +869,10 @@ def test_fingerprint_follows_content_and_not_place(folder: Path, written: Path) 
 def test_full_size_names_and_shapes_are_the_published_ones() -> None:
     modules = json.loads((HERE / "golden/sizes.json").read_text())["modules"]
     pairs: dict[str, Any] = {
-        "t2v_A14B": load.build(WanDiT, T2V_A14B.dit),
-        "ti2v_5B": load.build(WanDiT, TI2V_5B),
-        "umt5_xxl_encoder": load.build(UMT5Encoder, T2V_A14B.text),
-        "wan2_1_vae": load.build(WanVAE, T2V_A14B.vae),
+        "t2v_A14B": build(WanDiT, T2V_A14B.dit),
+        "ti2v_5B": build(WanDiT, TI2V_5B),
+        "umt5_xxl_encoder": build(UMT5Encoder, T2V_A14B.text),
+        "wan2_1_vae": build(WanVAE, T2V_A14B.vae),
     }
     for name, model in pairs.items():
         expected = {tensor: info["shape"] for tensor, info in modules[name]["state"].items()}
@@ -939,7 +938,7 @@ MEASURE = """
 import json, re, sys, threading, time
 from pathlib import Path
 import torch
-from wanflow.checkpoint import load
+from wanflow.checkpoint import checkpoint, load
 from wanflow.checkpoint.source import open_source
 
 torch.set_num_threads(1)
@@ -961,10 +960,10 @@ def reset():
         peak, base = 0, anonymous()
 
 start = time.process_time()
-full = load.open_checkpoint(root / "full")
-print(json.dumps({"open": time.process_time() - start, "layers": full.preset.dit.num_layers}))
+full = checkpoint.open_checkpoint(root / "full")
+print(json.dumps({"open": time.process_time() - start, "layers": full.spec.dit.num_layers}))
 threading.Thread(target=watch, daemon=True).start()
-for path in (full.experts["high"], root / "large.pth"):
+for path in (full.paths["high"], root / "large.pth"):
     source = open_source(path)
     reset()
     for name, info in source.tensors.items():
@@ -972,7 +971,7 @@ for path in (full.experts["high"], root / "large.pth"):
             source.read(name)
     largest = max(info.nbytes for info in source.tensors.values())
     print(json.dumps({"peak": peak, "largest": largest}))
-two = load.open_checkpoint(root / "two")
+two = checkpoint.open_checkpoint(root / "two")
 reset()
 model = load.load_expert(two, "high", torch.bfloat16, "cpu")
 time.sleep(0.01)
@@ -1040,7 +1039,7 @@ def test_a_share_is_read_alone(sparse: Path) -> None:
 
 
 def test_the_sparse_folder_is_recognised_as_the_published_model(sparse: Path) -> None:
-    assert open_checkpoint(sparse / "full").preset == T2V_A14B
+    assert open_checkpoint(sparse / "full").spec == T2V_A14B
     assert len(fingerprint(open_checkpoint(sparse / "full"))) == 16
     header = open_safetensors(
         sparse / "full/high_noise_model/diffusion_pytorch_model-00001-of-00006.safetensors"

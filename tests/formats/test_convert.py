@@ -27,25 +27,20 @@ from torch import Tensor
 
 import wanflow
 from wanflow.checkpoint import tokenizers as tokens
-from wanflow.checkpoint.containers import TensorInfo
+from wanflow.checkpoint.checkpoint import open_checkpoint
+from wanflow.checkpoint.containers import TensorInfo, stream_packed
 from wanflow.checkpoint.key_maps import Kind
-from wanflow.checkpoint.load import (
-    build,
-    load_expert,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
-    open_checkpoint,
-)
+from wanflow.checkpoint.layouts import kind_of
+from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokenizer, load_vae
 from wanflow.checkpoint.source import OfficialSource, Part, open_part, open_source
-from wanflow.checkpoint.stream import stream
+from wanflow.checkpoint.structure import build
 from wanflow.cli import weights as command
 from wanflow.cli.flags import Parser
 from wanflow.config import DiTConfig
 from wanflow.convert import configs, write, write_gguf
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.encode import entries, form
-from wanflow.convert.targets import KIND_OF, TARGETS, Options, options
+from wanflow.convert.targets import TARGETS, Options, options
 from wanflow.convert.write import TensorSpec, write_torch
 from wanflow.download.catalogue import EXPERT_FP8, T5_FP8
 from wanflow.models.dit import WanDiT
@@ -71,12 +66,12 @@ def run(source: Path | str, out: Path, to: str, **how: Any) -> Path:
 def sources(folder: Path) -> dict[Part, OfficialSource]:
     found = open_checkpoint(folder)
     paths: dict[Part, Path] = {
-        "high": found.experts["high"],
-        "low": found.experts["low"],
-        "t5": found.t5,
-        "vae": found.vae,
+        "high": found.paths["high"],
+        "low": found.paths["low"],
+        "t5": found.paths["t5"],
+        "vae": found.paths["vae"],
     }
-    return {part: open_part(KIND_OF[part], path) for part, path in paths.items()}
+    return {part: open_part(kind_of(part), path) for part, path in paths.items()}
 
 
 def values(source: OfficialSource) -> dict[str, Tensor]:
@@ -95,7 +90,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name: torch.randn(info.shape, generator=generator) * 0.05
             for name, info in source.tensors.items()
         }
-        if KIND_OF[part] == "dit":
+        if kind_of(part) == "dit":
             save_file(state, root / f"{part}_noise_model" / "diffusion_pytorch_model.safetensors")
         else:
             torch.save(
@@ -133,7 +128,7 @@ def test_official_to_diffusers_and_back_is_the_same_to_the_bit(
         )
     assert (back / "google/umt5-xxl/tokenizer.json").exists() and open_checkpoint(
         back
-    ).preset == open_checkpoint(exact).preset
+    ).spec == open_checkpoint(exact).spec
 
 
 def test_official_to_single_files_in_bf16_and_back_is_the_bf16_rounding(
@@ -194,7 +189,7 @@ def test_a_file_of_torch_is_as_torch_itself_writes_it(exact: Path, tmp_path: Pat
 
 def linears(kind: Kind, source: OfficialSource) -> set[str]:
     """The weights of all Linear layers, of the module itself."""
-    preset = open_checkpoint(NANO).preset
+    preset = open_checkpoint(NANO).spec
     module = build(
         {"dit": WanDiT, "t5": UMT5Encoder}[kind], preset.dit if kind == "dit" else preset.text
     )
@@ -212,10 +207,10 @@ def test_fp8_is_every_linear_over_its_largest_value(
 ) -> None:
     before = sources(exact)[part]
     if dtype != torch.float32:
-        before = open_part(KIND_OF[part], run(before.path, tmp_path / "before.safetensors", "bf16"))
+        before = open_part(kind_of(part), run(before.path, tmp_path / "before.safetensors", "bf16"))
     out = run(before.path, tmp_path / "x.safetensors", "fp8")
-    scaled = linears(KIND_OF[part], before)
-    after = open_part(KIND_OF[part], out)
+    scaled = linears(kind_of(part), before)
+    after = open_part(kind_of(part), out)
     with safe_open(
         out, framework="pt"
     ) as file:  # the library's own reader, which needs aligned tensors
@@ -247,7 +242,7 @@ def test_gguf_blocks_are_those_of_the_gguf_package(
     gguf = pytest.importorskip("gguf")
     before = sources(exact)[part]
     out = run(before.path, tmp_path / "x.gguf", f"gguf-{kind}")
-    after, quant = open_part(KIND_OF[part], out), gguf.GGMLQuantizationType[kind.upper()]
+    after, quant = open_part(kind_of(part), out), gguf.GGMLQuantizationType[kind.upper()]
     reader = gguf.GGUFReader(out)
     if part == "high":
         assert reader.fields["comfy.gguf.orig_shape.patch_embedding.weight"].contents() == [
@@ -324,7 +319,7 @@ def test_what_is_packed_already_is_not_rounded_again(
 def test_pieces_are_the_tensor(
     exact: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanflow.checkpoint.stream.VALUES", 1024)
+    monkeypatch.setattr("wanflow.checkpoint.containers.VALUES", 1024)
     files = [
         expert,
         exact / "Wan2.1_VAE.pth",
@@ -334,17 +329,13 @@ def test_pieces_are_the_tensor(
     for file in files:
         source = open_source(file)
         for name in source.tensors:
-            told = [piece.float().clone() for piece in stream(source, name)]
+            told = [piece.float().clone() for piece in source.stream(name)]
             assert torch.equal(torch.cat(told), source.read(name, torch.float32).flatten())
             assert all(len(piece) <= 1024 for piece in told)
     rows = torch.randn(6, 8).to(torch.float8_e4m3fn)
     for scale in (torch.rand(6, 1), torch.rand(6, 2, 1), torch.tensor(2.0), None):
         packed = Packed("F8_E4M3", (6, 8), rows, scale)
-        held = namedtuple("Held", "tensors packed")(
-            {"x": TensorInfo((6, 8), torch.float32, "F8_E4M3", 48)},
-            lambda name, packed=packed: packed,
-        )
-        assert torch.equal(torch.cat(list(stream(held, "x"))), packed.dense().flatten())
+        assert torch.equal(torch.cat(list(stream_packed(packed))), packed.dense().flatten())
 
 
 # every form of nano opens, and makes a video
@@ -368,7 +359,7 @@ def test_a_converted_nano_generates(to: str, expected: Tensor, tmp_path: Path) -
     out = run(NANO, tmp_path / "model", to)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     pipe = wanflow.load(out, device="cpu")
-    assert open_checkpoint(out).preset == open_checkpoint(NANO).preset
+    assert open_checkpoint(out).spec == open_checkpoint(NANO).spec
     assert open_checkpoint(out).vocabulary == open_checkpoint(NANO).vocabulary
     found = latents(pipe)
     assert found.isfinite().all()
@@ -385,7 +376,7 @@ def test_a_converted_nano_generates(to: str, expected: Tensor, tmp_path: Path) -
 
 def test_without_a_sheet_where_the_model_is_the_published_one() -> None:
     assert configs.model_card(T2V_A14B) is None
-    preset = open_checkpoint(NANO).preset
+    preset = open_checkpoint(NANO).spec
     assert json.loads(configs.as_json(configs.model_card(preset, ("red",)) or {}))[
         "vocabulary"
     ] == ["red"]
@@ -397,7 +388,7 @@ def test_names_of_the_published_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from wanflow.convert.targets import plan
 
-    model = replace(open_model(NANO, {}), preset=T2V_A14B, vocabulary=())
+    model = replace(open_model(NANO, {}), spec=T2V_A14B, vocabulary=())
     fp8 = plan(model, options("fp8"), "x")
     assert [output.path for output in fp8.outputs] == [
         "diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
@@ -446,7 +437,7 @@ def test_diffusers_loads_the_whole_pipeline(theirs: Path) -> None:
     pipe = diffusers.WanPipeline.from_pretrained(theirs, local_files_only=True)
     assert (
         pipe.config.boundary_ratio == 0.875
-        and pipe.scheduler.config.flow_shift == open_checkpoint(NANO).preset.sample_shift
+        and pipe.scheduler.config.flow_shift == open_checkpoint(NANO).spec.sample_shift
     )
     ours = open_checkpoint(NANO)
     generator = torch.Generator().manual_seed(1)
@@ -533,7 +524,7 @@ def test_a_tokenizer_that_sentencepiece_could_have_written_goes_into_the_gguf_fi
     out = run(model, tmp_path / "out", "gguf-q8_0")
     shutil.rmtree(out / "google")
     (held,) = (out / "text_encoders").iterdir()
-    assert open_checkpoint(out).tokenizer == held
+    assert open_checkpoint(out).paths["tokenizer"] == held
     inside = tokens.open_tokenizer(held)
     for text in ("red circle", "  red   circle ", "dear", "red<mine>circle", ""):
         assert (

@@ -24,8 +24,7 @@ from torch import Tensor
 
 import wanflow
 from wanflow.checkpoint.inspect import EITHER, Findings, Row, inspect
-from wanflow.checkpoint.stream import extremes, finite
-from wanflow.checkpoint.values import BadValuesError, check_values
+from wanflow.checkpoint.values import BadValuesError, check_values, extremes, finite
 from wanflow.cli import weights as command
 from wanflow.cli.flags import Parser
 from wanflow.config import RequestError

@@ -30,8 +30,8 @@ from torch import Tensor
 import wanflow
 from wanflow.assemble import resolve
 from wanflow.checkpoint import load
+from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from wanflow.checkpoint.key_maps import from_official
-from wanflow.checkpoint.load import Checkpoint, open_checkpoint
 from wanflow.config import DiTConfig, TextConfig, VAEConfig
 from wanflow.download import catalogue
 from wanflow.models.dit import WanDiT
@@ -352,13 +352,13 @@ def test_diffusers_folder(
 ) -> None:
     checkpoint = open_checkpoint(diffusers_folder(tmp_path, states))
     same(reference, outputs(checkpoint))
-    assert checkpoint.layout == "diffusers" and checkpoint.preset.boundary == 0.875
+    assert checkpoint.layout == "diffusers" and checkpoint.spec.boundary == 0.875
     assert (
-        checkpoint.experts["high"].name == "transformer"
-        and checkpoint.experts["low"].name == "transformer_2"
+        checkpoint.paths["high"].name == "transformer"
+        and checkpoint.paths["low"].name == "transformer_2"
     )
     assert (
-        checkpoint.preset.sample_shift == 12
+        checkpoint.spec.sample_shift == 12
     )  # the official one, whatever the scheduler's config says
     assert (
         len(checkpoint.notes) == 1
@@ -625,10 +625,8 @@ def test_everything_mixes(
         < float(reference["t5"].abs().max()) * 0.3
     )
     only = resolve(None, {**given, "tokenizer": base / "tokenizer/tokenizer.json"})
-    assert only.preset.dit.num_heads == 2 and only.preset.name != "tiny"
-    assert (
-        only.preset.dit.text_len == 512
-    )  # nothing beside these files says otherwise: as published
+    assert only.spec.dit.num_heads == 2 and only.spec.name != "tiny"
+    assert only.spec.dit.text_len == 512  # nothing beside these files says otherwise: as published
 
 
 def test_names_are_not_trusted(
@@ -728,10 +726,8 @@ def test_published_files_are_known_under_any_name(
         )
     assert "--high FILE --low FILE" in refusal(lambda: open_checkpoint(folder))
     monkeypatch.setattr(catalogue, "EXPERT_SIZES", (file.stat().st_size,))
-    assert {which: path.stem for which, path in open_checkpoint(folder).experts.items()} == {
-        "high": "a",
-        "low": "b",
-    }
+    found = open_checkpoint(folder).paths
+    assert (found["high"].stem, found["low"].stem) == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -810,7 +806,7 @@ def test_a_t5_file_that_carries_its_tokenizer_needs_no_other(
     spiece = torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8)
     save_file(load_file(file) | {"spiece_model": spiece}, file)
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.tokenizer == checkpoint.t5 == file
+    assert checkpoint.paths["tokenizer"] == checkpoint.paths["t5"] == file
     ids, mask = load.load_tokenizer(checkpoint)(["red it"])
     theirs = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()).encode("red it")
     assert ids[0, : int(mask.sum())].tolist() == [*theirs, 1]
@@ -852,7 +848,7 @@ def test_heads_that_nothing_tells(states: dict[str, State], tmp_path: Path) -> N
     (folder / "wanflow.json").write_text(
         json.dumps(SHEET | {"dit": {"text_len": 8, "num_heads": 6}})
     )
-    assert open_checkpoint(folder).preset.dit == dit
+    assert open_checkpoint(folder).spec.dit == dit
 
 
 def test_any_layout_generates(states: dict[str, State], tmp_path: Path) -> None:

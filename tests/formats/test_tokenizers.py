@@ -14,7 +14,8 @@ import torch
 from helpers.common import refusal
 from safetensors.torch import save_file
 
-from wanflow.checkpoint.tokenizers import embeds_tokenizer, open_tokenizer
+from wanflow.checkpoint.source import open_source
+from wanflow.checkpoint.tokenizers import carries_tokenizer, open_tokenizer
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.train import toy
 
@@ -105,7 +106,7 @@ def test_ids_are_those_of_sentencepiece(model: bytes, place: object, tmp_path: P
             continue
         ours = engine.encode(prompt, add_special_tokens=False).ids
         assert ours == theirs.encode(prompt), prompt
-    assert embeds_tokenizer(file) if file.suffix != ".model" else True
+    assert carries_tokenizer(open_source(file)) if file.suffix != ".model" else True
     ids, mask = Tokenizer(engine, 40)(["a red circle"])
     assert ids[0, int(mask.sum()) - 1] == 1 and not ids[0, int(mask.sum()) :].any()
 
@@ -113,7 +114,7 @@ def test_ids_are_those_of_sentencepiece(model: bytes, place: object, tmp_path: P
 def test_what_holds_no_tokenizer(tmp_path: Path) -> None:
     save_file({"shared.weight": torch.zeros(2, 2)}, tmp_path / "t5.safetensors")
     assert "holds no tokenizer" in refusal(lambda: open_tokenizer(tmp_path / "t5.safetensors"))
-    assert not embeds_tokenizer(tmp_path / "t5.safetensors")
+    assert not carries_tokenizer(open_source(tmp_path / "t5.safetensors"))
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "not a readable tokenizer" in refusal(
         lambda: open_tokenizer(tmp_path / "tokenizer.json")

@@ -59,14 +59,9 @@ from helpers.mutations import (
     of_sentencepiece,
     of_zip,
 )
+from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.checkpoint.key_maps import from_official
-from wanflow.checkpoint.load import (
-    load_expert,
-    load_text_encoder,
-    load_tokenizer,
-    load_vae,
-    open_checkpoint,
-)
+from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokenizer, load_vae
 from wanflow.checkpoint.source import open_source
 from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.checkpoint.values import BadValuesError, check_values

@@ -388,7 +388,7 @@ def test_full_fine_tuning_writes_a_model(folder: Path, tmp_path: Path) -> None:
     wanted = settings(folder, tmp_path, method="full", steps=2, learning_rate=1e-4)
     out = finetune(resolve("nano"), wanted, quiet)[0]
     checkpoint = resolve(out)
-    assert checkpoint.layout == "official" and checkpoint.preset.dit == resolve("nano").preset.dit
+    assert checkpoint.layout == "official" and checkpoint.spec.dit == resolve("nano").spec.dit
     quick: dict[str, Any] = {"seed": 1, "frame_num": 5, "sample_steps": 2}
     tuned, plain = (
         wanflow.load(model, device="cpu").generate(PROMPT, **quick).frames

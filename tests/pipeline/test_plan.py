@@ -21,22 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wanflow.assemble import NANO_FOLDER, resolve
-from wanflow.checkpoint.load import expert_structure
+from wanflow.checkpoint.structure import expert_structure
 from wanflow.cli import main
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.plan import (
-    Machine,
-    advice,
-    describe,
-    described,
-    make_plan,
-    plan_or_raise,
-    published,
-    solve,
-)
+from wanflow.plan import Machine, advice, described, make_plan, plan_or_raise, published, solve
 from wanflow.plan.estimate import WAYS, estimate, figures, rated
 from wanflow.plan.gpus import GPUS, Rates
 from wanflow.plan.need import expert_phases, on_device
@@ -355,15 +346,15 @@ def test_packed_files_are_planned_as_they_are_held(tmp_path: Path) -> None:
     shows as work.
     """
     assert main(["convert", str(NANO_FOLDER), str(tmp_path / "fp8"), "--to", "fp8"]) == 0
-    packed, plain = describe(resolve(tmp_path / "fp8")), published(NANO)
-    request = of(packed.preset, size="128*128")
+    packed, plain = (resolve(tmp_path / "fp8")), published(NANO)
+    request = of(packed.spec, size="128*128")
     sides = [
         Traces(model, request, torch.bfloat16, torch.device("cpu")) for model in (packed, plain)
     ]
     ours, theirs = (side.expert("high", Runtime()) for side in sides)
     assert (
         0.4 < sum(ours.blocks) / sum(theirs.blocks) < 0.6
-        and packed.file_bytes["high"] < plain.file_bytes["high"] / 3
+        and packed.file_bytes("high") < plain.file_bytes("high") / 3
     )
     work = [side.step("high", 2, Runtime(chunk_tokens=0), False).work for side in sides]
     assert work[0].total() == work[1].total() and work[0].traffic > work[1].traffic
@@ -455,7 +446,7 @@ def test_a_disk_that_cannot_hold_the_weights_is_too_small() -> None:
 
 def test_advice_names_what_is_known_to_go_wrong() -> None:
     checkpoint = resolve("nano")
-    notes = advice(of(checkpoint.preset, frame_num=33, fps=16, size="128*64"), checkpoint)
+    notes = advice(of(checkpoint.spec, frame_num=33, fps=16, size="128*64"), checkpoint)
     assert (
         any("33 frames" in note for note in notes)
         and any("16 fps" in note for note in notes)
@@ -538,8 +529,8 @@ def test_the_documents_figures() -> None:
 
 
 def test_nanos_time_is_measured_here() -> None:
-    model = describe(resolve("nano"))
-    request = of(model.preset)
+    model = resolve("nano")
+    request = of(model.spec)
     machine = Machine(0, "", 16 * GIB, 12 * GIB, 100 * GB)
     plan = rated(
         solve(model, request, Runtime(device="cpu"), machine, trace_small=True), model, request

@@ -15,7 +15,7 @@ from helpers.plans import SMALL_DIT, of, together
 
 from wanflow import hardware
 from wanflow.assemble import layout_of, resolve
-from wanflow.checkpoint.load import expert_structure
+from wanflow.checkpoint.structure import expert_structure
 from wanflow.cli import main
 from wanflow.config import RequestError
 from wanflow.parallel import sharding as shares

@@ -21,10 +21,11 @@ from helpers.common import same_bits
 from helpers.text_states import PROMPT, states
 
 from wanflow.assemble import NANO_FOLDER, resolve
+from wanflow.checkpoint.checkpoint import text_fingerprint
 from wanflow.checkpoint.load import load_text_encoder, load_tokenizer
 from wanflow.config import RequestError
 from wanflow.loaders import prompt_cache as text_cache
-from wanflow.loaders.prompt_cache import TextCache, text_fingerprint, text_key
+from wanflow.loaders.prompt_cache import TextCache, text_key
 
 CPU = torch.device("cpu")
 
@@ -278,9 +279,7 @@ def test_the_key_follows_all_that_matters(tmp_path: Path) -> None:
         text_key(
             replace(
                 checkpoint,
-                preset=replace(
-                    checkpoint.preset, text=replace(checkpoint.preset.text, num_heads=2)
-                ),
+                spec=replace(checkpoint.spec, text=replace(checkpoint.spec.text, num_heads=2)),
             ),
             torch.float32,
             CPU,
@@ -292,12 +291,12 @@ def test_the_key_follows_all_that_matters(tmp_path: Path) -> None:
     )
     (folder / "Wan2.1_VAE.pth").write_bytes(b"another")
     assert text_fingerprint(checkpoint) == first
-    for path in (checkpoint.tokenizer, checkpoint.t5):
+    for path in (checkpoint.paths["tokenizer"], checkpoint.paths["t5"]):
         data = bytearray(path.read_bytes())
         data[100] ^= 1
         path.write_bytes(data)
         assert text_fingerprint(checkpoint) != first
         first = text_fingerprint(checkpoint)
-    checkpoint.t5.unlink()
+    checkpoint.paths["t5"].unlink()
     with pytest.raises(RequestError, match="cannot be read"):
         text_fingerprint(checkpoint)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import wanflow
 from wanflow.assemble import NANO_FOLDER, resolve
+from wanflow.checkpoint.containers import SafetensorsFile
 from wanflow.checkpoint.load import load_expert, load_text_encoder
 from wanflow.config import DiTConfig
 from wanflow.loaders.experts import Placement, Prefetcher, open_expert
@@ -297,7 +298,7 @@ def test_an_expert_read_ahead_is_the_one_read_at_once() -> None:
         expected = open_expert(checkpoint, "low", where)
         model = ahead.take()
         generator = torch.Generator().manual_seed(1)
-        shape = checkpoint.preset.dit
+        shape = checkpoint.spec.dit
         sample = (
             torch.randn(1, 16, 2, 8, 8, generator=generator),
             torch.tensor([300.0]),
@@ -312,7 +313,10 @@ def test_an_expert_that_cannot_be_read_ahead_is_told_when_it_is_wanted(tmp_path:
     from dataclasses import replace
 
     checkpoint = resolve("nano")
-    gone = replace(checkpoint, experts={**checkpoint.experts, "low": tmp_path / "gone.safetensors"})
+    low = checkpoint.source("low")
+    assert isinstance(low.inner, SafetensorsFile)
+    lost = replace(low, inner=replace(low.inner, path=tmp_path / "gone.safetensors"))
+    gone = replace(checkpoint, sources={**checkpoint.sources, "low": lost})
     ahead = Prefetcher(gone, "low", Placement(torch.float32, CPU, Runtime()), None, ())
     with pytest.raises(wanflow.RequestError, match="gone"):
         ahead.take()
@@ -323,7 +327,7 @@ def test_an_expert_that_cannot_be_read_ahead_is_told_when_it_is_wanted(tmp_path:
 def test_a_text_encoder_that_is_never_whole_in_memory() -> None:
     checkpoint = resolve("nano")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, checkpoint.preset.text.vocab, (3, 16), generator=generator)
+    ids = torch.randint(1, checkpoint.spec.text.vocab, (3, 16), generator=generator)
     mask = (torch.arange(16) < torch.tensor([[16], [3], [9]])).long()
     told: list[tuple[int, int]] = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -332,7 +336,7 @@ def test_a_text_encoder_that_is_never_whole_in_memory() -> None:
             checkpoint, dtype, CPU, lambda done, total: told.append((done, total))
         )
         with torch.no_grad():
-            expected = torch.zeros(3, 16, checkpoint.preset.text.dim, dtype=dtype)
+            expected = torch.zeros(3, 16, checkpoint.spec.text.dim, dtype=dtype)
             for row, length in enumerate(mask.sum(1).tolist()):
                 expected[row, :length] = encoder(
                     ids[row : row + 1, :length], mask[row : row + 1, :length]
@@ -347,7 +351,7 @@ def test_a_text_encoder_that_is_never_whole_in_memory() -> None:
     assert (
         first == sorted(first)
         and first[-1][0] == first[-1][1]
-        and len(first) == checkpoint.preset.text.num_layers
+        and len(first) == checkpoint.spec.text.num_layers
     )
 
 
@@ -385,7 +389,7 @@ def test_quantised_blocks_stream_too(tmp_path: Path) -> None:
             streamed = open_expert(checkpoint, "high", where)
             latent, text = (
                 torch.randn(1, 16, 2, 8, 8),
-                torch.randn(1, 9, checkpoint.preset.dit.text_dim),
+                torch.randn(1, 9, checkpoint.spec.dit.text_dim),
             )
             with torch.no_grad():
                 assert torch.equal(

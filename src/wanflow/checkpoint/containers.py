@@ -17,7 +17,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -28,10 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.config import RequestError, plain
+from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import Packed
 
 HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
 CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
+VALUES = 1 << 20  # of a streamed piece: 4 MB in float32; larger ones leave the CPU's cache
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 AGAIN = "download it again"
 # What torch lets a pickle call, no state dict has, and makes as much memory as it is told to.
@@ -52,6 +54,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Report = Callable[[int, int], None]  # bytes read, bytes in all
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,30 @@ class TensorInfo:
         return self.packed_bytes if self.packing else math.prod(self.shape) * self.dtype.itemsize
 
 
-class TensorSource(Protocol):
-    """Named tensors somewhere on disk."""
+class Headers(Protocol):
+    """The names, shapes and dtypes of a file's tensors, before any data is read."""
 
     @property
     def path(self) -> Path: ...
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+
+class TensorSource(Headers, Protocol):
+    """Named tensors on disk. A source holds no open file, so threads and forks may share it."""
+
+    @property
+    def container(self) -> str:
+        """The format in words: "safetensors", "GGUF of wan", "torch zip"."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold the tensors."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The header's own keys and values; empty for formats without them."""
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
@@ -95,11 +115,21 @@ class TensorSource(Protocol):
         """
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
-        """A tensor whose info has a `packing`, as it lies in the file; only sources that list such
-        tensors are asked.
+        """Return a tensor whose info has a `packing`, as stored; KeyError for any other.
 
         Raises:
-            ValueError: where rows are asked for, and a row is not whole blocks.
+            ValueError: when a row of `rows` is not a whole number of blocks.
+        """
+
+    def stream(self, name: str) -> Iterator[Tensor]:
+        """Yield the values of a tensor in order: 1-D, at most `VALUES`, as stored.
+
+        Packed tensors come unpacked, in float32. Each piece but the last holds complete blocks of
+        every packed format (a multiple of 256 values), or complete rows. The next piece may
+        overwrite the buffer of this one. Memory: one piece, and the packed data of a packed tensor.
+
+        Raises:
+            RequestError: when the file breaks off, or a scale is damaged.
         """
 
 
@@ -208,6 +238,33 @@ def read_plain(
     return out.view(info.shape)
 
 
+def stream_plain(path: Path, info: TensorInfo, start: int) -> Iterator[Tensor]:
+    """Yield the values of a tensor whose bytes begin at `start`, see `TensorSource.stream`."""
+    count = math.prod(info.shape)
+    buffer = torch.empty(min(count, VALUES), dtype=info.dtype)
+    with reading(path), path.open("rb", buffering=0) as file:
+        file.seek(start)
+        for done in range(0, count, VALUES):
+            piece = buffer[: count - done]
+            fill(piece, file, path)
+            yield piece
+
+
+def stream_packed(packed: Packed) -> Iterator[Tensor]:
+    """Yield the values of a packed tensor in float32, see `TensorSource.stream`."""
+    count = math.prod(packed.shape)
+    if not packed.shape or not count:
+        yield packed.dense().flatten()
+        return
+    if packed.kind in LAYOUTS:  # blocks follow one another in any shape
+        layout = LAYOUTS[packed.kind]
+        blocks = packed.data.reshape(-1, layout.nbytes)
+        packed = Packed(packed.kind, (count // layout.values, layout.values), blocks)
+    step = max(1, VALUES // math.prod(packed.shape[1:]))
+    for start in range(0, packed.shape[0], step):
+        yield packed.dense(rows=slice(start, start + step)).flatten()
+
+
 # safetensors
 
 
@@ -221,6 +278,11 @@ class SafetensorsFile:
     tensors: Mapping[str, TensorInfo]
     starts: Mapping[str, int]  # where each tensor's bytes begin in the file
     metadata: Mapping[str, str]
+    container = "safetensors"
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.path]
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
@@ -229,6 +291,9 @@ class SafetensorsFile:
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         raise KeyError(name)  # nothing here is packed
+
+    def stream(self, name: str) -> Iterator[Tensor]:
+        return stream_plain(self.path, self.tensors[name], self.starts[name])
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -323,6 +388,18 @@ class ShardedFolder:
     tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, SafetensorsFile]  # the file of each tensor
 
+    @property
+    def container(self) -> str:
+        return f"safetensors, {len(self.files)} shards"
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return sorted({shard.path for shard in self.shards.values()})
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {}
+
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
@@ -330,6 +407,9 @@ class ShardedFolder:
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         raise KeyError(name)  # nothing here is packed
+
+    def stream(self, name: str) -> Iterator[Tensor]:
+        return self.shards[name].stream(name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -452,6 +532,15 @@ class TorchFile:
     path: Path
     tensors: Mapping[str, TensorInfo]
     mapped: Mapping[str, Tensor]
+    container = "torch zip"
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.path]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {}
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
@@ -463,6 +552,9 @@ class TorchFile:
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         raise KeyError(name)  # nothing here is packed
+
+    def stream(self, name: str) -> Iterator[Tensor]:
+        return iter(self.mapped[name].flatten().split(VALUES))
 
 
 def open_torch(path: Path) -> TorchFile:

@@ -12,7 +12,7 @@ weights were merely rounded to fp8 has no scale anywhere.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanflow.checkpoint.containers import TensorInfo, TensorSource
+from wanflow.checkpoint.containers import TensorInfo, TensorSource, stream_packed
 from wanflow.config import RequestError
 from wanflow.transforms.packed import Packed
 
@@ -52,6 +52,18 @@ class ScaledSource:
     def path(self) -> Path:
         return self.inner.path
 
+    @property
+    def container(self) -> str:
+        return self.inner.container
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.inner.files
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.inner.metadata
+
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
@@ -79,6 +91,11 @@ class ScaledSource:
             scale = scale[rows]
         return Packed(info.packing, tuple(data.shape), data, scale)
 
+    def stream(self, name: str) -> Iterator[Tensor]:
+        if self.tensors[name].packing is None:
+            return self.inner.stream(name)
+        return stream_packed(self.packed(name))
+
     def _refuse_if_scaled(self, name: str, data: Tensor) -> None:
         largest = (
             data.float().nan_to_num(posinf=LARGEST["F8_E5M2"]).abs().amax()
@@ -93,12 +110,9 @@ class ScaledSource:
             )
 
 
-def pair_scales(source: TensorSource, metadata: Mapping[str, str] | None = None) -> TensorSource:
+def pair_scales(source: TensorSource) -> TensorSource:
     """The source itself where it has no fp8 weights, else one in which each stands together with
     its scale.
-
-    Args:
-        metadata: of the file's header, where it has one.
 
     Raises:
         RequestError: where a scale is missing, does not fit, or has no weight; where weights are in
@@ -112,7 +126,7 @@ def pair_scales(source: TensorSource, metadata: Mapping[str, str] | None = None)
         for name in found
         if name.endswith(ending)
     }
-    formats = _formats(source, metadata or {})
+    formats = _formats(source)
     fp8 = {
         name
         for name, info in found.items()
@@ -173,11 +187,11 @@ def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     )
 
 
-def _formats(source: TensorSource, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _formats(source: TensorSource) -> dict[str, Any]:
     """What a file says of its layers' formats: {layer: format}."""
     formats: dict[str, Any] = {}
     try:
-        layers = json.loads(metadata.get(HEADER, "{}"))
+        layers = json.loads(source.metadata.get(HEADER, "{}"))
         for layer, said in layers.get("layers", {}).items():
             formats[layer] = said["format"]
         for name, info in source.tensors.items():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
@@ -34,6 +34,8 @@ from wanflow.checkpoint.containers import (
     reading,
     refuse_odd_names,
     refuse_unreadable,
+    stream_packed,
+    stream_plain,
 )
 from wanflow.config import RequestError, plain
 from wanflow.transforms.ggml import LAYOUTS
@@ -126,6 +128,14 @@ class GGUFFile:
     starts: Mapping[str, int] = field(repr=False)  # where each tensor's bytes begin in the file
 
     @property
+    def container(self) -> str:
+        return f"GGUF of {self.architecture or 'no architecture'}"
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.path]
+
+    @property
     def architecture(self) -> str:
         """What the file says it is: "wan", "t5encoder"; "" where it says nothing."""
         value = self.metadata.get("general.architecture")
@@ -170,6 +180,12 @@ class GGUFFile:
         if info.shape[-1] and not info.shape[-1] % layout.values:
             row *= info.shape[-1] // layout.values
         return Packed(kind, info.shape, data.view(-1, row) if len(data) else data.view(0, row))
+
+    def stream(self, name: str) -> Iterator[Tensor]:
+        info = self.tensors[name]
+        if info.packing:
+            return stream_packed(self.packed(name))
+        return stream_plain(self.path, info, self.starts[name])
 
     def array(self, key: str) -> list[Any]:
         """The items of an array, numbers or strings; RequestError where there is none of that name,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wanflow.checkpoint.containers import TensorSource
-from wanflow.checkpoint.key_maps import MOST_BLOCKS
+from wanflow.checkpoint.key_maps import MOST_BLOCKS, Kind
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig, from_mapping
 from wanflow.presets import T2V_A14B
 
@@ -218,3 +218,22 @@ def configure(cls: type[C], found: Shapes, said: Mapping[str, Any], file: Path) 
                 f" {field.default!r}"
             )
     return from_mapping(cls, {**said, **found}, str(file))
+
+
+def config_of(kind: Kind, source: TensorSource) -> DiTConfig | TextConfig | VAEConfig:
+    """Return the shape of a part from its tensors alone; what they do not show has its default.
+
+    Raises:
+        RequestError: when they are not such a part's.
+    """
+    if kind == "dit":
+        patches = source.tensors.get("patch_embedding.weight")
+        width = patches.shape[0] if patches is not None and patches.shape else HEAD_DIM
+        heads = 1 if width % HEAD_DIM else width // HEAD_DIM
+        found = dit_shapes(source, {"num_heads": heads})
+        return configure(DiTConfig, found, {}, source.path)
+    if kind == "t5":
+        return configure(TextConfig, text_shapes(source), {}, source.path)
+    found = vae_shapes(source)
+    latent = {"latent_mean": (0.0,) * found["z_dim"], "latent_std": (1.0,) * found["z_dim"]}
+    return configure(VAEConfig, found, latent, source.path)

@@ -12,31 +12,16 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from wanflow.checkpoint.containers import (
-    NAMES,
-    ShardedFolder,
-    TensorInfo,
-    TensorSource,
-    TorchFile,
-    reading,
-)
+from wanflow.checkpoint.checkpoint import open_checkpoint
+from wanflow.checkpoint.containers import NAMES, Report, TensorInfo, TensorSource, reading
 from wanflow.checkpoint.fp8_scales import ScaledSource
-from wanflow.checkpoint.gguf import GGUFFile
-from wanflow.checkpoint.infer_config import (
-    HEAD_DIM,
-    configure,
-    dit_shapes,
-    relative,
-    text_shapes,
-    vae_shapes,
-)
+from wanflow.checkpoint.infer_config import config_of, relative
 from wanflow.checkpoint.key_maps import Kind, detect, strip
 from wanflow.checkpoint.layouts import (
     DIFFUSERS,
@@ -48,7 +33,6 @@ from wanflow.checkpoint.layouts import (
     weight_groups,
     which_expert,
 )
-from wanflow.checkpoint.load import Report, build, open_checkpoint
 from wanflow.checkpoint.source import (
     OfficialSource,
     Part,
@@ -58,13 +42,11 @@ from wanflow.checkpoint.source import (
     official,
     open_source,
 )
+from wanflow.checkpoint.structure import compare, module_of
 from wanflow.checkpoint.tokenizers import carries_tokenizer, open_tokenizer
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.download.catalogue import KNOWN, LEDGER, known_sha256
 from wanflow.lora.reader import describe_adapter, open_adapter
-from wanflow.models.dit import WanDiT
-from wanflow.models.umt5 import UMT5Encoder
-from wanflow.models.vae import WanVAE
 from wanflow.presets import NANO, T2V_A14B, Expert
 
 PUBLISHED_SIZE = (  # how the model's authors count it; exactly it is 28.58 and 14.29 billion
@@ -146,48 +128,6 @@ class Findings:
 # shapes
 
 
-def config_of(
-    kind: Kind, source: OfficialSource, heads: int | None = None
-) -> DiTConfig | TextConfig | VAEConfig:
-    """The shape of a part, from its tensors alone; what they do not show has its default.
-
-    Raises:
-        RequestError: when they are not such a part's.
-    """
-    if kind == "dit":
-        patches = source.tensors.get("patch_embedding.weight")
-        width = patches.shape[0] if patches is not None and patches.shape else HEAD_DIM
-        found = dit_shapes(
-            source, {"num_heads": heads or (1 if width % HEAD_DIM else width // HEAD_DIM)}
-        )
-        return configure(DiTConfig, found, {}, source.path)
-    if kind == "t5":
-        return configure(TextConfig, text_shapes(source), {}, source.path)
-    found = vae_shapes(source)
-    statistics = {"latent_mean": (0.0,) * found["z_dim"], "latent_std": (1.0,) * found["z_dim"]}
-    return configure(VAEConfig, found, statistics, source.path)
-
-
-def module_for(config: DiTConfig | TextConfig | VAEConfig) -> nn.Module:
-    """The module of a shape, on meta."""
-    if isinstance(config, DiTConfig):
-        return build(WanDiT, config)
-    return build(UMT5Encoder, config) if isinstance(config, TextConfig) else build(WanVAE, config)
-
-
-def differences(module: nn.Module, source: TensorSource) -> dict[str, Any]:
-    """What a source lacks, has too much, or has in another shape than a module."""
-    wanted, found = {name: tuple(p.shape) for name, p in module.named_parameters()}, source.tensors
-    odd = [name for name, shape in wanted.items() if name in found and found[name].shape != shape]
-    return {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "wrong_shape": [
-            f"{name} is {list(found[name].shape)}, not {list(wanted[name])}" for name in odd
-        ],
-    }
-
-
 def _model_of(config: DiTConfig | TextConfig | VAEConfig) -> str:
     """Whose shape it is."""
     if isinstance(config, DiTConfig):
@@ -219,6 +159,7 @@ def _model_of(config: DiTConfig | TextConfig | VAEConfig) -> str:
 def rows_of(
     path: Path,
     root: Path,
+    opened: Callable[[Path], TensorSource],
     whole: Collection[Path] = (),
     hashes: bool = False,
     report: Report | None = None,
@@ -233,14 +174,14 @@ def rows_of(
     name = path.name if path == root else path.relative_to(root).as_posix()
     files: list[File] = []
     try:
-        source = open_source(path)
-        files = [_file(file, root, hashes, report) for file in _files(source)]
+        source = opened(path)
+        files = [_file(file, root, hashes, report) for file in source.files]
         kinds = kinds_in(source)
         row = Row(
             name,
             describe(source),
             files,
-            container=_container(source),
+            container=source.container,
             tensors=len(source.tensors),
             bytes=bytes_of(source.tensors),
         )
@@ -299,7 +240,12 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, wh
     try:
         config = config_of(kind, part)
         row = replace(row, model=_model_of(config), shape=_shape(config))
-        return row if whole else replace(row, **differences(module_for(config), part))
+        if whole:
+            return row
+        found = compare(module_of(config), part)
+        return replace(
+            row, missing=found.missing, unexpected=found.unexpected, wrong_shape=found.wrong_shape
+        )
     except RequestError as error:
         return replace(row, error=str(error))
 
@@ -372,28 +318,6 @@ def _lora(row: Row, path: Path) -> Row:
 
 
 # counting
-
-
-def _inner(source: TensorSource) -> TensorSource:
-    return source.inner if isinstance(source, ScaledSource) else source
-
-
-def _container(source: TensorSource) -> str:
-    inner = _inner(source)
-    if isinstance(inner, ShardedFolder):
-        return f"safetensors, {len({shard.path for shard in inner.shards.values()})} shards"
-    if isinstance(inner, GGUFFile):
-        return f"GGUF of {inner.architecture or 'no architecture'}"
-    return "torch zip" if isinstance(inner, TorchFile) else "safetensors"
-
-
-def _files(source: TensorSource) -> list[Path]:
-    inner = _inner(source)
-    return (
-        sorted({shard.path for shard in inner.shards.values()})
-        if isinstance(inner, ShardedFolder)
-        else [inner.path]
-    )
 
 
 def _dtypes(source: TensorSource, names: Iterable[str]) -> dict[str, int]:
@@ -497,6 +421,7 @@ def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> F
     Raises:
         RequestError: where there is nothing, or nothing that is known here.
     """
+    opened = cache(open_source)
     with reading(path):
         if not path.exists():
             raise RequestError(f"{path} is missing")
@@ -504,12 +429,9 @@ def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> F
         if path.is_dir():
             layout = _layout(path)
             try:
-                found = open_checkpoint(path)
-                model, notes, whole = (
-                    found.preset.name,
-                    list(found.notes),
-                    {*found.experts.values(), found.t5, found.vae},
-                )
+                found = open_checkpoint(path, opened=opened)
+                model, notes = found.spec.name, list(found.notes)
+                whole = {found.paths[part] for part in found.sources}
             except RequestError as error:
                 problem = str(error)
         groups = weight_groups(path) if path.is_dir() else [path]
@@ -517,7 +439,11 @@ def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> F
             pieces = open_tokenizer(path).get_vocab_size()
             rows = [replace(_tokenizer(path, path, hashes, report), notes=[f"{pieces:,} pieces"])]
         else:
-            rows = [row for group in groups for row in rows_of(group, path, whole, hashes, report)]
+            rows = [
+                row
+                for group in groups
+                for row in rows_of(group, path, opened, whole, hashes, report)
+            ]
     if not rows:
         raise RequestError(f"{path} holds no weights: no {', '.join(sorted(ENDINGS))} file")
     if all(row.what == UNREADABLE for row in rows):  # nothing is understood

@@ -9,21 +9,21 @@ sha256), or by the user; where none of these says it, it is refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanflow.checkpoint.containers import read_json, weight_files
+from wanflow.checkpoint.containers import TensorSource, read_json, weight_files
 from wanflow.checkpoint.infer_config import BY_TYPE, ONLY, refuse_relatives
-from wanflow.checkpoint.key_maps import expert_in_name
-from wanflow.checkpoint.source import Part, describe, is_lora, kinds_in, official, open_source
-from wanflow.checkpoint.tokenizers import embeds_tokenizer
+from wanflow.checkpoint.key_maps import Kind, expert_in_name
+from wanflow.checkpoint.source import Part, describe, is_lora, kinds_in, official
+from wanflow.checkpoint.tokenizers import carries_tokenizer
 from wanflow.config import RequestError
 from wanflow.download.catalogue import VARIANTS, expert_by_hash
-from wanflow.presets import Expert
+from wanflow.presets import T2V_A14B, Expert
 
-FOLDERS: dict[Expert, str] = {"high": "high_noise_model", "low": "low_noise_model"}
+FOLDERS = dict(T2V_A14B.expert_folders)
 DIFFUSERS: dict[Part, str] = {
     "high": "transformer",
     "low": "transformer_2",
@@ -44,7 +44,9 @@ TOKENIZERS = (
 DIT_WORDS = {"num_attention_heads": "num_heads", "eps": "eps"}
 T5_WORDS = {"relative_attention_max_distance": "max_dist", "layer_norm_epsilon": "eps"}
 VAE_WORDS = {"latents_mean": "latent_mean", "latents_std": "latent_std"}
-PARTS: tuple[Part, ...] = ("high", "low", "t5", "vae", "tokenizer")
+EXPERTS = T2V_A14B.expert_names
+PARTS: tuple[Part, ...] = (*EXPERTS, "t5", "vae", "tokenizer")
+KINDS: dict[Part, Kind] = {**dict.fromkeys(EXPERTS, "dit"), "t5": "t5", "vae": "vae"}
 WORDS: dict[Part, str] = {
     "high": "the high-noise expert",
     "low": "the low-noise expert",
@@ -57,6 +59,13 @@ DEPTH, MANY = (
     4,
     400,
 )  # how deep loose files are looked for, and how many files are too many to be a model's folder
+
+
+def kind_of(part: Part) -> Kind:
+    """Return the kind of model that a part is; KeyError for the tokenizer."""
+    return KINDS[part]
+
+
 ASK = "--high, --low, --t5, --vae"
 
 
@@ -75,8 +84,13 @@ class CheckpointFiles:
     )  # what the folder has itself, also where a part was named by hand
 
 
-def find(folder: Path, given: Mapping[Part, Path]) -> CheckpointFiles:
-    """The parts in a folder (or file), those that were named by hand in place of its own.
+def find(
+    folder: Path, given: Mapping[Part, Path], opened: Callable[[Path], TensorSource]
+) -> CheckpointFiles:
+    """Find the parts in a folder; parts that the user named replace its own.
+
+    Args:
+        opened: opens a path, or returns the source that it opened before.
 
     Raises:
         RequestError: listing all that is missing; or naming what is ambiguous, or of another model.
@@ -96,14 +110,14 @@ def find(folder: Path, given: Mapping[Part, Path]) -> CheckpointFiles:
     elif (folder / "model_index.json").exists():
         found = _diffusers(folder)
     else:
-        found = _loose(folder, given)
+        found = _loose(folder, given, opened)
     parts = {**found.parts, **given}
     text = parts.get("t5")
     if (
         not _exists(parts.get("tokenizer"))
         and text is not None
         and text.is_file()
-        and embeds_tokenizer(text)
+        and carries_tokenizer(opened(text))
     ):
         parts["tokenizer"] = text
     missing = sorted(
@@ -226,7 +240,9 @@ def _said(folder: Path, words: Mapping[str, str]) -> dict[str, Any]:
 # loose files
 
 
-def _loose(folder: Path, given: Mapping[Part, Path]) -> CheckpointFiles:
+def _loose(
+    folder: Path, given: Mapping[Part, Path], opened: Callable[[Path], TensorSource]
+) -> CheckpointFiles:
     """Files of any kind, told apart by what is in them."""
     model_type = str(_config(folder).get("model_type"))
     named = {"t2v": "Wan2.1-T2V (one expert)"}.get(model_type) or BY_TYPE.get(model_type)
@@ -237,7 +253,7 @@ def _loose(folder: Path, given: Mapping[Part, Path]) -> CheckpointFiles:
     others: list[str] = []
     for file in () if all(part in given for part in PARTS[:4]) else weight_groups(folder):
         try:
-            source = open_source(file)
+            source = opened(file)
             kinds = kinds_in(source)
             if "dit" in kinds:
                 refuse_relatives(official("dit", source), {})

@@ -7,16 +7,16 @@ is never trusted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wanflow.checkpoint.containers import (
     AGAIN,
-    SafetensorsFile,
     TensorInfo,
     TensorSource,
     open_folder,
@@ -90,8 +90,7 @@ def open_source(path: Path) -> TensorSource:
         if start.lower().startswith(mark):
             raise RequestError(f"{path} {what}")
     if start[8:9] == b"{" or path.suffix == ".safetensors":
-        source = open_safetensors(path)
-        return pair_scales(source, source.metadata)
+        return pair_scales(open_safetensors(path))
     return pair_scales(open_torch(path))
 
 
@@ -107,6 +106,18 @@ class OfficialSource:
     def path(self) -> Path:
         return self.inner.path
 
+    @property
+    def container(self) -> str:
+        return self.inner.container
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.inner.files
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.inner.metadata
+
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
@@ -114,6 +125,9 @@ class OfficialSource:
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         return self.inner.packed(self.names[name], rows)
+
+    def stream(self, name: str) -> Iterator[Tensor]:
+        return self.inner.stream(self.names[name])
 
 
 def open_part(kind: Kind, path: Path) -> OfficialSource:
@@ -179,12 +193,6 @@ def describe(source: TensorSource) -> str:
         return "a LoRA (use it with --lora)"
     first = ", ".join(list(source.tensors)[:3])
     return f"something else (its tensors begin {first})" if first else f"nothing; {AGAIN}"
-
-
-def metadata_of(source: TensorSource) -> Mapping[str, str]:
-    """The text that a safetensors header carries beside its tensors; empty for other containers."""
-    inner = getattr(source, "inner", source)
-    return inner.metadata if isinstance(inner, SafetensorsFile) else {}
 
 
 Part = str  # the name of an expert, "t5", "vae" or "tokenizer"

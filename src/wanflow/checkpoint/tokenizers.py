@@ -90,13 +90,8 @@ def _open(path: Path) -> Tokenizer:
     return build(_parse(source.read(held).numpy().tobytes(), path), path)
 
 
-def embeds_tokenizer(path: Path) -> bool:
-    """Whether a T5 file carries its tokenizer."""
-    return carries_tokenizer(open_source(path))
-
-
 def carries_tokenizer(source: TensorSource) -> bool:
-    """The same for one that is open."""
+    """Return whether a T5 file carries its tokenizer."""
     return (
         "tokenizer.ggml.tokens" in source.metadata
         if isinstance(source, GGUFFile)

@@ -227,10 +227,10 @@ def advice(report: Report, folder: Path) -> list[str]:
     """How the full-size model runs here, in words: what `wanflow generate` settles by itself, and
     where it does not fit, what does.
     """
+    from wanflow.checkpoint.checkpoint import published
     from wanflow.config import RequestError
     from wanflow.plan import WHERE_ELSE, needed_words
     from wanflow.plan.gpus import this_machine
-    from wanflow.plan.model import published
     from wanflow.plan.solve import solve
     from wanflow.presets import T2V_A14B
     from wanflow.request import Request

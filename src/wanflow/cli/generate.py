@@ -30,7 +30,7 @@ from wanflow.request import CompleteRequest, Request, with_settings
 from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
-    from wanflow.checkpoint.load import Checkpoint
+    from wanflow.checkpoint.checkpoint import Checkpoint
     from wanflow.checkpoint.source import Part
     from wanflow.parallel.ranks import DistInfo
     from wanflow.pipeline import Pipeline, Progress, Run
@@ -136,10 +136,10 @@ def _decide(
 
     find_loras(request.loras())  # and a LoRA that is missing
     request.complete(
-        checkpoint.preset
+        checkpoint.spec
     )  # refuse a bad request before a server is asked to extend its prompt
     request = _extended(args, request)
-    for note in (*checkpoint.notes, *advice(request.complete(checkpoint.preset), checkpoint)):
+    for note in (*checkpoint.notes, *advice(request.complete(checkpoint.spec), checkpoint)):
         logger.warning(note)
     if args.preset and not request.lora:
         logger.warning(
@@ -337,7 +337,7 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
     except RequestError as error:
         logger.warning("%s; going on with another device, the result may differ by rounding", error)
         runtime = replace(runtime, device="auto", attention="auto")
-    device, shape = choose_device(runtime.device), checkpoint.preset.dit
+    device, shape = choose_device(runtime.device), checkpoint.spec.dit
     try:
         choose_kernel(
             runtime.attention,

@@ -59,7 +59,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Print the plan; RequestError (exit code 2) where the request cannot run there at all."""
-    from wanflow.plan import describe, published, solve
+    from wanflow.plan import published, solve
     from wanflow.plan.estimate import estimate, rated
     from wanflow.plan.report import document, page
     from wanflow.plan.starting import completed, raise_if_unfit
@@ -74,9 +74,8 @@ def plan(args: argparse.Namespace) -> None:
     else:
         from wanflow.assemble import resolve
 
-        checkpoint = resolve(args.ckpt_dir, given_parts(args))
-        model = describe(checkpoint)
-    request = completed(wanted, model.preset)
+        model = checkpoint = resolve(args.ckpt_dir, given_parts(args))
+    request = completed(wanted, model.spec)
     machine = _machine(args, Path.cwd() if checkpoint is None else checkpoint.folder, here)
     # Described machines have as many processes as GPUs; this one as many as `generate` would start.
     processes = args.num_gpus if machine.described else here
@@ -132,7 +131,7 @@ def _figures(as_json: bool) -> None:
 
     model, tables, gigabytes = published(), {}, {}
     for size in SIZES:
-        guided = Request("any", size=size, seed=0).complete(model.preset)
+        guided = Request("any", size=size, seed=0).complete(model.spec)
         without = replace(guided, cfg_high=1.0, cfg_low=1.0)
         one, both = Runtime(keep_experts=False), Runtime(keep_experts=True)
         machines = {count: described("a100-80gb", count, ram=128) for count in CLAIMS}

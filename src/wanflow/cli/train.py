@@ -14,7 +14,7 @@ from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 
 if TYPE_CHECKING:
-    from wanflow.checkpoint.load import Checkpoint
+    from wanflow.checkpoint.checkpoint import Checkpoint
     from wanflow.presets import Expert
     from wanflow.train.finetune import FineTune
 
@@ -210,7 +210,7 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
     from wanflow.train.clips import Form
     from wanflow.train.finetune import FineTune
 
-    preset = checkpoint.preset
+    preset = checkpoint.spec
     small = is_small(expert_bytes(checkpoint, torch.float32))
     size = parse_size(args.size) if args.size else preset.size
     asked = Request("any", size=size, frame_num=args.frame_num, fps=args.fps, seed=0).complete(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from wanflow.checkpoint.checkpoint import DEFAULTS
 from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAEConfig
 from wanflow.presets import T2V_A14B, ModelSpec
 
@@ -44,7 +45,6 @@ def model_card(preset: ModelSpec, vocabulary: Sequence[str] = ()) -> dict[str, A
         "text_len",
         "eps",
     )  # what the tensors of an expert, or its official config.json, do not say
-    shapes = {"name", "task", "dit", "text", "vae", "expert_folders"}
     said: dict[str, Any] = {
         "name": preset.name,
         "task": preset.task,
@@ -54,7 +54,7 @@ def model_card(preset: ModelSpec, vocabulary: Sequence[str] = ()) -> dict[str, A
         "defaults": {
             field.name: getattr(preset, field.name)
             for field in fields(ModelSpec)
-            if field.name not in shapes
+            if field.name in DEFAULTS
         },
     }
     return {**said, "vocabulary": list(vocabulary)} if vocabulary else said

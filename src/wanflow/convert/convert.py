@@ -10,22 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from wanflow.checkpoint.containers import reading, weight_files
-from wanflow.checkpoint.infer_config import refuse_relatives
-from wanflow.checkpoint.inspect import config_of, module_for
-from wanflow.checkpoint.layouts import ENDINGS, FOLDERS
-from wanflow.checkpoint.load import Report, check, open_checkpoint
-from wanflow.checkpoint.source import Part, is_lora, kinds_in, official, open_part, open_source
+from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from wanflow.checkpoint.containers import Report, reading, weight_files
+from wanflow.checkpoint.infer_config import config_of, refuse_relatives
+from wanflow.checkpoint.layouts import ENDINGS, FOLDERS, PARTS, kind_of
+from wanflow.checkpoint.source import Part, is_lora, kinds_in, official, open_source
+from wanflow.checkpoint.structure import check, module_of
 from wanflow.config import RequestError
-from wanflow.convert.targets import KIND_OF, Model, Options, Plan, plan
+from wanflow.convert.targets import SINGLE, Options, Plan, plan, single_kind, source_paths
 from wanflow.convert.write import refuse_full
 from wanflow.files import atomic_path, leftovers, remove
+from wanflow.presets import T2V_A14B
 
 # What a folder may hold that --overwrite replaces: anything else shows that it is not a model's.
 REPLACEABLE = {*ENDINGS, ".json", ".model", ".md", ".txt", ".part", ""}
 
 
-def open_model(path: Path, given: Mapping[Part, Path]) -> Model:
+def open_model(path: Path, given: Mapping[Part, Path]) -> Checkpoint:
     """What stands at a path: a model in any layout, or a part in a file or a folder of shards;
     headers are read.
 
@@ -36,15 +37,7 @@ def open_model(path: Path, given: Mapping[Part, Path]) -> Model:
     with reading(path):
         if not given and (path.is_file() or _is_part(path)):
             return _open_part(path)
-    found = open_checkpoint(path, given)
-    paths: dict[Part, Path] = {
-        "high": found.experts["high"],
-        "low": found.experts["low"],
-        "t5": found.t5,
-        "vae": found.vae,
-    }
-    parts = {part: open_part(KIND_OF[part], file) for part, file in paths.items()}
-    return Model(path, parts, found.preset, found.vocabulary, found.tokenizer)
+    return open_checkpoint(path, given)
 
 
 def _is_part(folder: Path) -> bool:
@@ -56,7 +49,7 @@ def _is_part(folder: Path) -> bool:
     )
 
 
-def _open_part(path: Path) -> Model:
+def _open_part(path: Path) -> Checkpoint:
     source = open_source(path)
     if is_lora(source):
         raise RequestError(
@@ -77,13 +70,13 @@ def _open_part(path: Path) -> Model:
     part = official(kinds[0], source)
     if kinds[0] == "dit":
         refuse_relatives(part, {})
-    check(module_for(config_of(kinds[0], part)), part)
-    name: Part = "high" if kinds[0] == "dit" else kinds[0]
-    return Model(path, {name: part}, single=kinds[0])
+    check(module_of(config_of(kinds[0], part)), part)
+    name = next(name for name in PARTS if kind_of(name) == kinds[0])
+    return Checkpoint(T2V_A14B, {name: part}, path, {name: path}, layout=SINGLE)
 
 
 def convert(
-    model: Model,
+    model: Checkpoint,
     out: Path,
     wanted: Options,
     say: Callable[[str], None],
@@ -124,7 +117,7 @@ def convert(
             )
         remove(part)
     with atomic_path(out, overwrite=wanted.overwrite) as part:
-        _write(made, part, count, model.single is not None)
+        _write(made, part, count, single_kind(model) is not None)
     return out
 
 
@@ -144,31 +137,31 @@ def _write(made: Plan, part: Path, count: Callable[[int], None], alone: bool) ->
         count(len(data))
 
 
-def _place(model: Model, out: Path, wanted: Options) -> Path:
+def _place(model: Checkpoint, out: Path, wanted: Options) -> Path:
     """Where the result goes: for a part that stands alone always a file, of the ending that its
     container has.
     """
-    if model.single is None:
+    if single_kind(model) is None:
         return out
     layout = wanted.target.layout
-    if layout == "gguf" and model.single == "vae":
+    if layout == "gguf" and single_kind(model) == "vae":
         raise RequestError("a VAE is not kept in GGUF by any program; convert it to bf16 or fp16")
     endings = {"gguf": (".gguf",), "official": (".pth", ".safetensors")}.get(
         layout, (".safetensors",)
     )
-    endings = endings if model.single != "dit" or layout == "gguf" else (".safetensors",)
+    endings = endings if single_kind(model) != "dit" or layout == "gguf" else (".safetensors",)
     if out.suffix in (".gguf", ".pth", ".safetensors"):
         if out.suffix not in endings:
             raise RequestError(f"{out}: --to {wanted.to} writes {' or '.join(endings)}")
         return out
-    stem = model.path.name if model.path.is_dir() else model.path.stem
+    stem = model.folder.name if model.folder.is_dir() else model.folder.stem
     return out / f"{stem}-{wanted.to}{endings[0]}"
 
 
-def _refuse_taken(model: Model, out: Path, overwrite: bool) -> None:
+def _refuse_taken(model: Checkpoint, out: Path, overwrite: bool) -> None:
     """RequestError where writing would take a place that is not free to be taken."""
     real = out.resolve()
-    for file in model.files:
+    for file in source_paths(model):
         source = file.resolve()
         if real == source or real in source.parents or (source.is_dir() and source in real.parents):
             raise RequestError(
@@ -178,7 +171,7 @@ def _refuse_taken(model: Model, out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise RequestError(f"{out} exists; name another place, or give --overwrite")
-    if out.is_dir() != (model.single is None):
+    if out.is_dir() != (single_kind(model) is None):
         raise RequestError(
             f"{out} is {'a folder' if out.is_dir() else 'a file'}, and what is written is not"
         )

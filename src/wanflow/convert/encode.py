@@ -25,7 +25,7 @@ from wanflow.checkpoint.containers import DTYPES, NAMES, TensorInfo
 from wanflow.checkpoint.fp8_scales import LARGEST
 from wanflow.checkpoint.key_maps import Dialect, Kind, from_official
 from wanflow.checkpoint.source import OfficialSource
-from wanflow.checkpoint.stream import extremes, finite, stream
+from wanflow.checkpoint.values import extremes, finite
 from wanflow.config import RequestError
 from wanflow.convert.write import TensorSpec
 from wanflow.convert.write_gguf import BLOCK, KINDS, quantised
@@ -117,7 +117,7 @@ def bytes_entry(name: str, data: bytes) -> TensorSpec:
 
 
 def _cast(source: OfficialSource, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    for piece in stream(source, name):
+    for piece in source.stream(name):
         out = piece.to(dtype)
         if not finite(out):
             raise _unfit(source, name, piece, dtype)
@@ -148,7 +148,7 @@ def _checked(source: OfficialSource, name: str) -> Iterator[Tensor]:
     """Pieces as float32, all of them finite; float16 scales of blocks are, too, for any weight
     below half a million.
     """
-    for piece in stream(source, name):
+    for piece in source.stream(name):
         value = piece.float()
         if not finite(value):
             raise _unfit(source, name, value, torch.float32)
@@ -168,14 +168,14 @@ def _scaled(source: OfficialSource, name: str, new: str) -> list[TensorSpec]:
                 yield packed.data
                 return
         largest = 0.0
-        for piece in stream(source, name):
+        for piece in source.stream(name):
             low, high = extremes(piece)
             if not math.isfinite(high - low):
                 raise _unfit(source, name, piece, torch.float32)
             largest = max(largest, -low, high)
         if largest:
             scale.fill_(max(largest / LARGEST[FP8], torch.finfo(torch.float32).tiny))
-        for piece in stream(source, name):
+        for piece in source.stream(name):
             yield (piece.float() / scale).clamp_(-LARGEST[FP8], LARGEST[FP8]).to(DTYPES[FP8])
 
     return [

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.infer_config import SHEET, configure, text_shapes
 from wanflow.checkpoint.key_maps import Dialect, Kind
-from wanflow.checkpoint.layouts import DIFFUSERS, FOLDERS, T5_STEM, VAE_STEM
+from wanflow.checkpoint.layouts import DIFFUSERS, EXPERTS, FOLDERS, T5_STEM, VAE_STEM, kind_of
 from wanflow.checkpoint.source import EMBEDDED, OfficialSource, Part
 from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.config import RequestError, TextConfig
@@ -20,7 +21,7 @@ from wanflow.convert import configs
 from wanflow.convert.encode import StorageFormat, bytes_entry, entries
 from wanflow.convert.write import TensorSpec, shards, write_safetensors, write_torch
 from wanflow.convert.write_gguf import KINDS, Note, note_text, package, pieces_in, write_gguf
-from wanflow.presets import T2V_A14B, ModelSpec
+from wanflow.presets import T2V_A14B
 
 Layout = Literal["official", "diffusers", "comfy", "gguf"]
 SHARD = 10_000_000_000  # bytes, as the published experts have it
@@ -30,8 +31,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-EXPERTS: tuple[Part, Part] = ("high", "low")
-KIND_OF: dict[Part, Kind] = {"high": "dit", "low": "dit", "t5": "t5", "vae": "vae"}
+SINGLE = "file"  # the layout of a checkpoint that is one part of a model
 ARCHITECTURE: dict[Kind, str] = {"dit": "wan", "t5": "t5encoder"}
 # The names of each layout; ComfyUI's single files have the official names, and transformers' for
 # the text encoder.
@@ -125,24 +125,14 @@ def options(to: str, dtype: str | None = None, **others: Any) -> Options:
     return Options(to, dtype, **others)
 
 
-@dataclass(frozen=True)
-class Model:
-    """A whole model, or one part of one."""
+def single_kind(model: Checkpoint) -> Kind | None:
+    """Return the kind of a part that is converted alone; None for a complete model."""
+    return kind_of(next(iter(model.sources))) if model.layout == SINGLE else None
 
-    path: Path
-    parts: Mapping[Part, OfficialSource]
-    preset: ModelSpec = T2V_A14B
-    vocabulary: tuple[str, ...] = ()
-    tokenizer: Path | None = None
-    single: Kind | None = None  # the kind of a part that stands alone
 
-    @property
-    def files(self) -> list[Path]:
-        return [
-            self.path,
-            *(part.path for part in self.parts.values()),
-            *([self.tokenizer] if self.tokenizer else []),
-        ]
+def source_paths(model: Checkpoint) -> list[Path]:
+    """Return the paths that a conversion reads from."""
+    return [model.folder, *(part.path for part in model.sources.values()), *model.paths.values()]
 
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:
@@ -197,18 +187,18 @@ class Plan:
         )
 
 
-def plan(model: Model, wanted: Options, name: str) -> Plan:
+def plan(model: Checkpoint, wanted: Options, name: str) -> Plan:
     """The files of a conversion; `name` is that of the only one, for a part that stands alone."""
-    if model.single is not None:
+    if single_kind(model) is not None:
         return _plan_part(model, wanted, name)
-    tokens = {} if model.tokenizer is None else _tokenizer_files(model.tokenizer)
+    tokens = _tokenizer_files(model.paths["tokenizer"])
     layout = wanted.target.layout
     outputs: list[Output] = []
     files: dict[str, bytes] = {}
-    parts = {part: source for part, source in model.parts.items() if part in wanted.parts}
+    parts = {part: source for part, source in model.sources.items() if part in wanted.parts}
     made = {
         part: entries(
-            KIND_OF[part], source, wanted.coding(KIND_OF[part]), DIALECT[layout][KIND_OF[part]]
+            kind_of(part), source, wanted.coding(kind_of(part)), DIALECT[layout][kind_of(part)]
         )
         for part, source in parts.items()
     }
@@ -221,15 +211,15 @@ def plan(model: Model, wanted: Options, name: str) -> Plan:
         outputs = [_single(part, tensors, model, wanted, tokens) for part, tensors in made.items()]
     if layout == "official":
         files |= {
-            f"{FOLDERS[part]}/config.json": configs.as_json(configs.official(model.preset.dit))
-            for part in ("high", "low")
+            f"{FOLDERS[part]}/config.json": configs.as_json(configs.official(model.spec.dit))
+            for part in EXPERTS
             if part in made
         }
     if layout == "diffusers":
         files |= _diffusers_files(model, wanted, tokens)
     else:
         files |= {f"google/umt5-xxl/{file}": data for file, data in tokens.items()}
-    sheet = configs.model_card(model.preset, model.vocabulary)
+    sheet = configs.model_card(model.spec, model.vocabulary)
     if sheet is not None:
         files[SHEET] = configs.as_json(sheet)
     return Plan(outputs, files, _notes(parts, wanted, tokens))
@@ -262,10 +252,10 @@ def _notes(
     return tuple(notes)
 
 
-def _plan_part(model: Model, wanted: Options, name: str) -> Plan:
+def _plan_part(model: Checkpoint, wanted: Options, name: str) -> Plan:
     """One file with one part."""
-    kind, layout = model.single or "dit", wanted.target.layout
-    (source,) = model.parts.values()
+    kind, layout = single_kind(model) or "dit", wanted.target.layout
+    (source,) = model.sources.values()
     coding = wanted.coding(kind, alone=True)
     tensors = entries(kind, source, coding, DIALECT[layout][kind])
     if not coding.gguf:
@@ -301,9 +291,7 @@ def _arrange(
     if wanted.target.layout == "official" and part not in EXPERTS:
         return [Output(f"{T5_STEM if part == 't5' else VAE_STEM}.pth", tensors)], {}
     folder = (
-        FOLDERS[part]
-        if wanted.target.layout == "official" and part in ("high", "low")
-        else DIFFUSERS[part]
+        FOLDERS[part] if wanted.target.layout == "official" and part in EXPERTS else DIFFUSERS[part]
     )
     stem = f"{folder}/model" if part == "t5" else f"{folder}/diffusion_pytorch_model"
     groups = shards(tensors, wanted.shard)
@@ -324,9 +312,9 @@ def _arrange(
 
 
 def _diffusers_files(
-    model: Model, wanted: Options, tokens: Mapping[str, bytes]
+    model: Checkpoint, wanted: Options, tokens: Mapping[str, bytes]
 ) -> dict[str, bytes]:
-    preset, tokens = model.preset, dict(tokens)
+    preset, tokens = model.spec, dict(tokens)
     name = "T5TokenizerFast"
     if "tokenizer_config.json" not in tokens and tokens:
         name = "PreTrainedTokenizerFast"
@@ -352,18 +340,18 @@ def _diffusers_files(
 def _single(
     part: Part,
     tensors: list[TensorSpec],
-    model: Model,
+    model: Checkpoint,
     wanted: Options,
     tokens: Mapping[str, bytes],
 ) -> Output:
     """One part as one file, where and as ComfyUI's users and GGUF's look for it."""
-    preset, word = model.preset, wanted.target.word
+    preset, word = model.spec, wanted.target.word
     published, own = preset.dit == T2V_A14B.dit, re.sub(r"[^\w.-]+", "_", preset.name)
     if part == "vae":
         return Output(
             "vae/wan_2.1_vae.safetensors" if published else f"vae/{own}_vae.safetensors", tensors
         )
-    coding = wanted.coding(KIND_OF[part])
+    coding = wanted.coding(kind_of(part))
     if not coding.gguf:
         if part == "t5":
             inside = (

@@ -12,17 +12,11 @@ from threading import Event
 import torch
 from torch import Tensor, nn
 
-from wanflow.checkpoint.containers import TensorSource
-from wanflow.checkpoint.load import (
-    Change,
-    Checkpoint,
-    Report,
-    expert_structure,
-    load_expert,
-    load_module,
-    materialize_param,
-)
-from wanflow.checkpoint.source import open_part
+from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.checkpoint.containers import Report, TensorSource
+from wanflow.checkpoint.layouts import EXPERTS
+from wanflow.checkpoint.load import Change, load_expert, load_module, materialize_param
+from wanflow.checkpoint.structure import expert_structure
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.parallel.groups import ParallelContext
@@ -72,9 +66,9 @@ def refuse_packed(checkpoint: Checkpoint, where: Placement) -> None:
     """RequestError where an expert has nothing that could be quantised: what is packed in its file
     stays as it is.
     """
-    for which, path in checkpoint.experts.items():
+    for which in EXPERTS:
         model = expert_structure(
-            checkpoint.preset.dit, open_part("dit", path), where.runtime, where.dtype, where.device
+            checkpoint.spec.dit, checkpoint.source(which), where.runtime, where.dtype, where.device
         )
         if not any(isinstance(leaf, QuantLinear) for leaf in model.modules()):
             raise RequestError(
@@ -105,15 +99,15 @@ def open_expert(
     if where.shared_out and where.team is not None:
         from wanflow.parallel.fsdp import shard_blocks
 
-        source = open_part("dit", checkpoint.experts[which])
+        source = checkpoint.source(which)
         model = expert_structure(
-            checkpoint.preset.dit, source, where.runtime, where.dtype, where.device, changes or {}
+            checkpoint.spec.dit, source, where.runtime, where.dtype, where.device, changes or {}
         )
         shard_blocks(model, where.team)
         load_module(model, source, where.device, report, changes)
         return model
-    resident = where.resident(checkpoint.preset.dit.num_layers)
-    if len(resident) == checkpoint.preset.dit.num_layers:
+    resident = where.resident(checkpoint.spec.dit.num_layers)
+    if len(resident) == checkpoint.spec.dit.num_layers:
         return load_expert(
             checkpoint, which, where.dtype, where.device, report, changes, where.runtime
         )
@@ -195,9 +189,9 @@ def _rest(
     """An expert without its blocks' matmul weights, which are left on meta; what reads those; and
     their bytes in the file.
     """
-    source = open_part("dit", checkpoint.experts[which])
+    source = checkpoint.source(which)
     model = expert_structure(
-        checkpoint.preset.dit, source, where.runtime, where.dtype, where.device, changes
+        checkpoint.spec.dit, source, where.runtime, where.dtype, where.device, changes
     )
     streamed = {
         f"blocks.{index}.{path}.weight"

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import time
 from pathlib import Path
 
@@ -21,43 +22,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from wanflow.checkpoint.containers import reading, weight_files
-from wanflow.checkpoint.load import Checkpoint, _samples
-from wanflow.files import write_bytes
+from wanflow.checkpoint.checkpoint import Checkpoint, text_fingerprint
 
 logger = logging.getLogger("wanflow")
 
 FILES = 256  # at most 4 MB each at the published size (512 tokens), and 250 kB for a prompt of 30
 LARGEST = 64 << 20  # bytes of a file that can be one of ours
 STALE = 3600  # seconds after which nobody is still writing a file
-OURS = re.compile(r"[0-9a-f]{64}\.safetensors(\.[0-9a-f]{8,16}\.part)?")
-
-
-def text_fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits that tell two text encoders with their tokenizers apart, from samples of their
-    files as `fingerprint` takes them.
-
-    Raises:
-        RequestError: for a file that cannot be read.
-    """
-    digest = hashlib.sha256()
-    for part in (checkpoint.t5, checkpoint.tokenizer):
-        for file in sorted(weight_files(part)) if part.is_dir() else [part]:
-            with reading(file):
-                digest.update(f"{file.stat().st_size}\n".encode())
-                for sample in _samples(file):
-                    digest.update(sample)
-    return digest.hexdigest()[:16]
+OURS = re.compile(r"[0-9a-f]{64}\.safetensors(\.[0-9a-f]{16}\.part)?")
 
 
 def text_key(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> str:
     """All that an encoding depends on beside the prompt, to the last bit on one machine."""
-    preset = checkpoint.preset
+    spec = checkpoint.spec
     return "\n".join(
         [
             text_fingerprint(checkpoint),
-            repr(preset.text),
-            str(preset.dit.text_len),
+            repr(spec.text),
+            str(spec.dit.text_len),
             str(dtype),
             device.type,
             str(torch.__version__),
@@ -118,8 +100,14 @@ class TextCache:
         kept = states[..., : int(used[-1]) + 1 if len(used) else 0, :].contiguous()
         path = self._path(prompt)
         meta = {"sha256": _checksum(path, kept, rows), "rows": str(rows)}
+        part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         try:
-            write_bytes(path, save({"states": kept}, metadata=meta), overwrite=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_bytes(save({"states": kept}, metadata=meta))
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
             self._tidy(path)
         except OSError as error:
             if not self._warned:

@@ -14,17 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanflow.checkpoint.containers import TensorSource
-from wanflow.checkpoint.load import (
-    Checkpoint,
-    Report,
-    build,
-    lay_out,
-    load_module,
-    materialize_param,
-    weight_names,
-)
-from wanflow.checkpoint.source import open_part
+from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.checkpoint.containers import Report, TensorSource
+from wanflow.checkpoint.load import load_module, materialize_param
+from wanflow.checkpoint.structure import build, lay_out, weight_names
 from wanflow.models.umt5 import T5Block, UMT5Encoder
 
 Read = list[tuple[nn.Module, str, Tensor]]
@@ -52,8 +45,8 @@ class StreamedEncoder:
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, S] -> [B, S, D] on the device, zero past each prompt's end."""
-        source = open_part("t5", self.checkpoint.t5)
-        model = build(UMT5Encoder, self.checkpoint.preset.text)
+        source = self.checkpoint.source("t5")
+        model = build(UMT5Encoder, self.checkpoint.spec.text)
         lay_out(model, source, lambda name, info: self.dtype, self.dtype, self.device)
         names = weight_names(model)
         in_blocks = [name for name in names if name.startswith("blocks.")]

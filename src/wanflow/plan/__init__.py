@@ -2,8 +2,8 @@
 before a weight is read.
 """
 
+from wanflow.checkpoint.checkpoint import published
 from wanflow.plan.gpus import Machine, described, this_machine
-from wanflow.plan.model import Model, describe, published
 from wanflow.plan.opening import load
 from wanflow.plan.solve import Plan, solve
 from wanflow.plan.starting import (
@@ -19,10 +19,8 @@ from wanflow.plan.starting import (
 __all__ = [
     "WHERE_ELSE",
     "Machine",
-    "Model",
     "Plan",
     "advice",
-    "describe",
     "described",
     "enough_for_full_size",
     "load",

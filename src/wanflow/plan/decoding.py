@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanflow.checkpoint.load import build
+from wanflow.checkpoint.structure import build
 from wanflow.config import VAEConfig
 from wanflow.models.vae import State, WanVAE, stream
 from wanflow.parallel.groups import CommStats, Layout, simulated_groups

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
 from wanflow.geometry import geometry_of
 from wanflow.plan.gpus import Rates, measured
-from wanflow.plan.model import Model
 from wanflow.plan.need import Phase
 from wanflow.plan.solve import Plan, dtype_of
 from wanflow.plan.trace import Work
@@ -48,15 +48,15 @@ class Estimate:
         return sum(stage.step * stage.steps for stage in self.stages if "expert" in stage.name)
 
 
-def rated(plan: Plan, model: Model, request: CompleteRequest) -> Plan:
+def rated(plan: Plan, model: Checkpoint, request: CompleteRequest) -> Plan:
     """The plan with its machine's rates: measured, where it is the one that is here and not in the
     table (under a second).
     """
     if plan.machine.rates is not None or plan.machine.described:
         return plan
     device = choose_device(plan.runtime.device)
-    shape = model.preset.dit
-    tokens = geometry_of(model.preset).tokens(request.size, request.frame_num)
+    shape = model.spec.dit
+    tokens = geometry_of(model.spec).tokens(request.size, request.frame_num)
     rates = measured(
         device, dtype_of(model, plan.runtime, plan.kind), shape.dim, shape.num_heads, tokens
     )

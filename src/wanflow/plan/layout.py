@@ -7,9 +7,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from wanflow.assemble import layout_of
+from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
 from wanflow.parallel.groups import Layout, choose_layout, sizes
-from wanflow.plan.model import Model
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime
@@ -30,7 +30,7 @@ def guided_steps(request: CompleteRequest, spec: ModelSpec) -> list[bool]:
 
 
 def settle_layout(
-    model: Model, request: CompleteRequest, runtime: Runtime, processes: int, machine: int
+    model: Checkpoint, request: CompleteRequest, runtime: Runtime, processes: int, machine: int
 ) -> tuple[Runtime, Layout]:
     """The runtime with cfg_parallel, ring_size and ulysses_size settled; what is set stays.
 
@@ -49,8 +49,8 @@ def settle_layout(
     cfg = None if runtime.cfg_parallel is None else 2 if runtime.cfg_parallel else 1
     layout = choose_layout(
         processes,
-        model.preset.dit.num_heads,
-        all(guided_steps(request, model.preset)),
+        model.spec.dit.num_heads,
+        all(guided_steps(request, model.spec)),
         kernel is None or kernel.with_lse is not None,
         machine,
         cfg=cfg,
@@ -64,7 +64,7 @@ def settle_layout(
     return settled, layout
 
 
-def layout_reasons(model: Model, request: CompleteRequest, layout: Layout) -> list[str]:
+def layout_reasons(model: Checkpoint, request: CompleteRequest, layout: Layout) -> list[str]:
     """Why this layout, in words; nothing for one process."""
     if layout.size == 1:
         return []
@@ -74,14 +74,14 @@ def layout_reasons(model: Model, request: CompleteRequest, layout: Layout) -> li
             "one half of the processes for each branch of guidance, which exchange one velocity a"
             " step"
         )
-    elif any(guided := guided_steps(request, model.preset)) and not all(guided):
+    elif any(guided := guided_steps(request, model.spec)) and not all(guided):
         words.append("guidance is not split: steps without it would be computed twice")
     if layout.ulysses > 1:
         words.append(f"{layout.ulysses} share the attention heads")
     if layout.ring > 1:
         words.append(f"keys and values go round among {layout.ring}")
     reasons = [f"{layout.size} processes as {layout}: {', '.join(words)}"]
-    shares, heads = sizes(model.preset.dit.num_heads, layout.ulysses), model.preset.dit.num_heads
+    shares, heads = sizes(model.spec.dit.num_heads, layout.ulysses), model.spec.dit.num_heads
     if max(shares) * layout.ulysses > heads:
         lost = max(shares) * layout.ulysses / heads - 1
         reasons.append(

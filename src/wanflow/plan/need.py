@@ -113,7 +113,7 @@ def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
         *expert_phases(traces, runtime, kind),
         decode_phase(traces, runtime, kind),
     )
-    return Need(phases, traces.model.disk + OUTPUT_DISK)
+    return Need(phases, traces.model.disk_bytes + OUTPUT_DISK)
 
 
 def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
@@ -121,7 +121,7 @@ def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     turn, the next one being read ahead.
     """
     traced, held = traces.text(), traces.text_encoder()
-    read = traces.model.file_bytes["t5"]
+    read = traces.model.file_bytes("t5")
     on_host = kind == "cpu" or bool(runtime.t5_cpu)
     if traces.small:
         weights, host = held.total, held.largest
@@ -192,7 +192,7 @@ def on_device(traces: Traces, which: Expert, runtime: Runtime) -> int:
 
 
 def resident(traces: Traces, runtime: Runtime) -> int:
-    layers = traces.model.preset.dit.num_layers
+    layers = traces.model.spec.dit.num_layers
     return layers if runtime.resident_blocks is None else min(layers, runtime.resident_blocks)
 
 
@@ -231,7 +231,7 @@ def _denoise(
         host += 2 * max(held.blocks)  # through which files reach the GPU
     if runtime.prefetch and after is not None:
         host += traces.expert(after, runtime).total
-    file = traces.model.file_bytes[which]
+    file = traces.model.file_bytes(which)
     from_files = 0 if from_ram else round(file * streamed / held.total)
     return Phase(
         f"{which}-noise expert{'' if guided else ' without guidance'}",
@@ -258,7 +258,7 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     traced, weights = traces.decode(tile), traces.vae_bytes()
     weights += sum(on_device(traces, which, runtime) for which in kept)
     width, height = traces.request.size
-    kept_in_ram = kept_features(traces.model.preset.vae, traces.latent_shape())
+    kept_in_ram = kept_features(traces.model.spec.vae, traces.latent_shape())
     host = READING + (traces.request.frame_num * width * height * 3 + kept_in_ram if tile else 0)
     if runtime.stream_from == "ram":
         host += sum(streamed_bytes(traces, which, runtime) for which in kept)
@@ -269,7 +269,7 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         traced.beside,
         host,
         traced.work,
-        read=traces.model.file_bytes["vae"],
+        read=traces.model.file_bytes("vae"),
         workspace=WORKSPACE if kind == "gpu" else 0,
         top=traced.top,
         here=traces.here,

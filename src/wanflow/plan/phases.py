@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wanflow.checkpoint.load import build, expert_structure, lay_out
+from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.checkpoint.structure import build, expert_structure, lay_out
 from wanflow.geometry import geometry_of
 from wanflow.lora.reader import describe_adapter, open_adapter
 from wanflow.models.dit import WanDiT
@@ -27,7 +28,7 @@ from wanflow.parallel.sequence import connect
 from wanflow.parallel.sharding import rows_of, share
 from wanflow.pipeline import Pipeline
 from wanflow.plan import decoding
-from wanflow.plan.model import FirstBlocks, Model
+from wanflow.plan.model import FirstBlocks, small
 from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
 from wanflow.presets import Expert, ModelSpec
 from wanflow.request import CompleteRequest, Lora
@@ -136,7 +137,7 @@ class Traces:
 
     def __init__(
         self,
-        model: Model,
+        model: Checkpoint,
         request: CompleteRequest,
         dtype: torch.dtype,
         device: torch.device,
@@ -145,12 +146,12 @@ class Traces:
     ) -> None:
         self.model, self.request, self.dtype, self.device = model, request, dtype, device
         self.layout, self.here = layout, here
-        self.small = model.small(dtype)
+        self.small = small(model, dtype)
         self.text_dtype = choose_text_dtype(dtype, self.small)
         self.schedule = schedule_of(request)
-        self.steps = timeline(request, model.preset)
+        self.steps = timeline(request, model.spec)
         self.working = tuple(step.expert for step in self.steps)
-        self.geometry = geometry_of(model.preset)
+        self.geometry = geometry_of(model.spec)
         self.loras = tuple(known_lora(lora) for lora in request.loras)
         self._done: dict[Any, Any] = {}
 
@@ -188,7 +189,7 @@ class Traces:
         key = ("expert", self._form(which), runtime.quantize, runtime.quantize_layers)
         if key not in self._done:
             model = expert_structure(
-                self.model.preset.dit, self.model.source(which), runtime, self.dtype, self.device
+                self.model.spec.dit, self.model.source(which), runtime, self.dtype, self.device
             )
             sizes = [value.nbytes for value in model.parameters()]
             blocks = [
@@ -271,7 +272,7 @@ class Traces:
         together: tuple[int, bool],
     ) -> Traced:
         preset = replace(
-            self.model.preset, dit=replace(self.model.preset.dit, num_layers=self.TRACED_BLOCKS)
+            self.model.spec, dit=replace(self.model.spec.dit, num_layers=self.TRACED_BLOCKS)
         )
         # Leaves that unpack weights do so in many small steps: they are traced by themselves
         # (`_leaves`), once.
@@ -309,11 +310,11 @@ class Traces:
             )
             inside = ModuleCounter(trace, next(iter(plain.blocks)), team.traffic)
             if together[0]:
-                hold_gathered(plain, together[0], self.model.preset.dit.num_layers > 1, together[1])
+                hold_gathered(plain, together[0], self.model.spec.dit.num_layers > 1, together[1])
             trace.mark()
             advance(self.schedule, state, velocity)
             beside = trace.peak - weights
-        layers = self.model.preset.dit.num_layers
+        layers = self.model.spec.dit.num_layers
         others = layers - self.TRACED_BLOCKS
         excess, more = self._leaves(which, runtime, inside.calls)
         work = trace.work + before.scaled(-1) + inside.work.scaled(others) + more.scaled(layers)
@@ -337,7 +338,7 @@ class Traces:
         """
         if not runtime.quantize and not self._form(which):
             return 0, Work()
-        source, dit = self.model.source(which), replace(self.model.preset.dit, num_layers=1)
+        source, dit = self.model.source(which), replace(self.model.spec.dit, num_layers=1)
         forms = [
             expert_structure(
                 dit, source and FirstBlocks(source, 1), runtime, self.dtype, self.device
@@ -384,12 +385,12 @@ class Traces:
         return cast(Weights, self._done["t5"])
 
     def vae_bytes(self) -> int:
-        return 4 * self.model.parameters["vae"]
+        return 4 * self.model.parameters("vae")
 
     def text(self) -> Traced:
         """Encoding the prompts, one at a time."""
         if "text" not in self._done:
-            config, source = self.model.preset.text, self.model.source("t5")
+            config, source = self.model.spec.text, self.model.source("t5")
             layers = 1
             encoder = build(UMT5Encoder, replace(config, num_layers=layers))
             lay_out(
@@ -402,7 +403,7 @@ class Traces:
             with fake() as trace:
                 materialise(encoder)
                 weights = trace.live
-                ids = torch.zeros(1, self.model.preset.dit.text_len, dtype=torch.long)
+                ids = torch.zeros(1, self.model.spec.dit.text_len, dtype=torch.long)
                 inside = ModuleCounter(trace, next(iter(encoder.blocks)))
                 trace.mark()
                 encoder(ids, torch.ones_like(ids))
@@ -414,7 +415,7 @@ class Traces:
     def decode(self, tile: int) -> Traced:
         """The VAE, in float32: until it repeats itself; in strips on several processes."""
         if ("decode", tile) not in self._done:
-            vae, shape = self.model.preset.vae, self.latent_shape()
+            vae, shape = self.model.spec.vae, self.latent_shape()
             if self.layout.size > 1:
                 self._done["decode", tile] = decoding.in_strips(vae, shape, self.layout)
             else:

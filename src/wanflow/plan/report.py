@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.plan.estimate import CLAIMED_GB, CLAIMS, WAYS, Estimate, Figure
-from wanflow.plan.model import Model
 from wanflow.plan.solve import Plan
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest
@@ -47,7 +47,7 @@ def split_of(request: CompleteRequest, spec: ModelSpec) -> dict[str, Any]:
 
 
 def page(
-    model: Model,
+    model: Checkpoint,
     request: CompleteRequest,
     plan: Plan,
     estimate: Estimate | None,
@@ -58,12 +58,12 @@ def page(
     width, height = request.size
     frames = f"{request.frame_num} frame{'s' if request.frame_num > 1 else ''}"
     yield (
-        f"{model.preset.name}: {width}*{height}, {frames}, {request.sample_steps} steps"
+        f"{model.spec.name}: {width}*{height}, {frames}, {request.sample_steps} steps"
         f" ({request.sample_solver})"
     )
     yield f"on {plan.machine.words()}"
     yield ""
-    yield from _split_lines(request, model.preset)
+    yield from _split_lines(request, model.spec)
     yield ""
     yield "how it runs"
     yield from (f"  {reason}" for reason in plan.reasons)
@@ -226,16 +226,16 @@ def _layout_lines(plan: Plan) -> Iterator[str]:
 
 
 def document(
-    model: Model, request: CompleteRequest, plan: Plan, estimate: Estimate | None
+    model: Checkpoint, request: CompleteRequest, plan: Plan, estimate: Estimate | None
 ) -> dict[str, Any]:
     """Everything the page says, for programs; bytes, seconds, FLOPs."""
     assert plan.need is not None
     machine = {key: value for key, value in asdict(plan.machine).items() if key != "rates"}
     return {
         "model": {
-            "name": model.preset.name,
-            "parameters": dict(model.parameters),
-            "file_bytes": dict(model.file_bytes),
+            "name": model.spec.name,
+            "parameters": {part: model.parameters(part) for part in model.sources},
+            "file_bytes": {part: model.file_bytes(part) for part in model.sources},
         },
         "request": asdict(request),
         "machine": machine | {"rates": asdict(plan.machine.rates) if plan.machine.rates else None},
@@ -245,7 +245,7 @@ def document(
         "layout": asdict(plan.layout) | {"processes": plan.layout.size},
         "reasons": list(plan.reasons),
         "offers": list(plan.offers),
-        "experts": split_of(request, model.preset),
+        "experts": split_of(request, model.spec),
         "gpu_bytes": plan.need.device.device,
         "ram_bytes": plan.need.ram.ram,
         "disk_bytes": plan.need.disk,

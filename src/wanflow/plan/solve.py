@@ -11,10 +11,11 @@ from itertools import product
 import torch
 
 from wanflow.assemble import refuse_together
+from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.parallel.groups import Layout
 from wanflow.plan.gpus import Machine
 from wanflow.plan.layout import layout_reasons, settle_layout, used_here
-from wanflow.plan.model import Model
+from wanflow.plan.model import small
 from wanflow.plan.need import (
     SCATTER,
     Kind,
@@ -76,13 +77,13 @@ def kind_of(runtime: Runtime, machine: Machine) -> Kind:
     return "gpu" if choose_device(runtime.device).type == "cuda" else "cpu"
 
 
-def dtype_of(model: Model, runtime: Runtime, kind: Kind) -> torch.dtype:
+def dtype_of(model: Checkpoint, runtime: Runtime, kind: Kind) -> torch.dtype:
     """Return the experts' dtype, without needing the device."""
-    return choose_dtype(runtime.dtype, kind == "cpu", model.parameters["high"] * 4)
+    return choose_dtype(runtime.dtype, kind == "cpu", model.parameters("high") * 4)
 
 
 def traces_of(
-    model: Model,
+    model: Checkpoint,
     request: CompleteRequest,
     runtime: Runtime,
     machine: Machine,
@@ -96,7 +97,7 @@ def traces_of(
 
 
 def solve(
-    model: Model,
+    model: Checkpoint,
     request: CompleteRequest,
     runtime: Runtime,
     machine: Machine,
@@ -118,17 +119,17 @@ def solve(
             cannot go together on them.
     """
     kind, per_machine = kind_of(runtime, machine), used_here(processes, per_machine)
-    refuse_together(runtime, model.preset.dit.num_layers, processes)
+    refuse_together(runtime, model.spec.dit.num_layers, processes)
     runtime, layout = settle_layout(model, request, runtime, processes, per_machine)
     told = layout_reasons(model, request, layout)
     if processes > 1:
         runtime = filled(runtime, vae_tile=0)  # strips
-    if not model.small(dtype_of(model, runtime, kind)):
+    if not small(model, dtype_of(model, runtime, kind)):
         plan = _Choice(
             traces_of(model, request, runtime, machine, layout, per_machine), machine, kind
         ).plan(runtime)
         return replace(plan, reasons=(*told, *plan.reasons))
-    layers = model.preset.dit.num_layers
+    layers = model.spec.dit.num_layers
     runtime = filled(
         runtime,
         t5_cpu=False,
@@ -167,7 +168,7 @@ class _Choice:
 
     def __init__(self, traces: Traces, machine: Machine, kind: Kind) -> None:
         self.traces, self.machine, self.kind = traces, machine, kind
-        self.layers = traces.model.preset.dit.num_layers
+        self.layers = traces.model.spec.dit.num_layers
         self.room = round((machine.gpu_free or machine.gpu) * (1 - SPARE))
         self.ram = round(machine.ram_free * (1 - SPARE)) if machine.ram_free else 1 << 62
         self.several = traces.layout.size > 1

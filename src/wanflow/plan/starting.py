@@ -7,12 +7,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from wanflow.checkpoint.load import Checkpoint
+from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
 from wanflow.lora.stack import find_loras
 from wanflow.plan.gpus import Machine, this_machine
 from wanflow.plan.layout import used_here
-from wanflow.plan.model import Model, describe
 from wanflow.plan.solve import Plan, dtype_of, solve
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest, Request
@@ -71,15 +70,10 @@ def make_plan(
     Args:
         processes, per_machine: as `settle` takes them. One process may plan for all.
     """
-    complete = completed(request, checkpoint.preset)
+    complete = completed(request, checkpoint.spec)
     machine = this_machine(checkpoint.folder, used_here(processes, per_machine))
     return solve(
-        describe(checkpoint),
-        complete,
-        runtime,
-        machine,
-        processes=processes,
-        per_machine=per_machine,
+        checkpoint, complete, runtime, machine, processes=processes, per_machine=per_machine
     )
 
 
@@ -99,26 +93,26 @@ def plan_or_raise(
         RequestError: in three lines: what is needed, what is here, what to do.
     """
     model, machine = (
-        describe(checkpoint),
+        checkpoint,
         this_machine(checkpoint.folder, used_here(processes, per_machine)),
     )
     if machine.gpu == 0 or runtime.device == "cpu":
         refuse_without_gpu(model, machine)  # before anything is traced, which takes seconds
-    complete = completed(request, checkpoint.preset)
+    complete = completed(request, checkpoint.spec)
     plan = solve(model, complete, runtime, machine, processes=processes, per_machine=per_machine)
     raise_if_unfit(plan, model)
     return plan
 
 
-def refuse_without_gpu(model: Model, machine: Machine) -> None:
+def refuse_without_gpu(model: Checkpoint, machine: Machine) -> None:
     """RequestError for a model of full size, where it would work on a CPU for days."""
-    if model.parameters["high"] * 4 <= FULL_SIZE:
+    if model.parameters("high") * 4 <= FULL_SIZE:
         return
     saved = (
-        sum(model.parameters[which] * 2 - model.file_bytes[which] for which in ("high", "low")) // 2
+        sum(model.parameters(which) * 2 - model.file_bytes(which) for which in ("high", "low")) // 2
     )
     packed = (
-        f"{model.preset.name}'s weights are packed here ({model.file_bytes['high'] / GB:.0f} GB an"
+        f"{model.spec.name}'s weights are packed here ({model.file_bytes('high') / GB:.0f} GB an"
         " expert). "
         if saved > GB
         else ""
@@ -128,7 +122,7 @@ def refuse_without_gpu(model: Model, machine: Machine) -> None:
     )
 
 
-def raise_if_unfit(plan: Plan, model: Model) -> None:
+def raise_if_unfit(plan: Plan, model: Checkpoint) -> None:
     """RequestError in three lines, where a plan cannot be carried out."""
     if plan.kind == "cpu":
         refuse_without_gpu(model, plan.machine)
@@ -137,7 +131,7 @@ def raise_if_unfit(plan: Plan, model: Model) -> None:
         return
     if plan.fits:
         return
-    needed = f"{model.preset.name} with these settings needs {'; and '.join(plan.short)}"
+    needed = f"{model.spec.name} with these settings needs {'; and '.join(plan.short)}"
     ways = list(plan.offers)
     if plan.kind == "gpu":
         ways += [
@@ -159,19 +153,19 @@ def raise_if_unfit(plan: Plan, model: Model) -> None:
     )
 
 
-def _refuse_small(plan: Plan, model: Model) -> None:
+def _refuse_small(plan: Plan, model: Checkpoint) -> None:
     """A model that stays in memory whole: against what is free, without a trace."""
     dtype = dtype_of(model, plan.runtime, plan.kind)
     experts = 2 if plan.runtime.keep_experts else 1
     need = (
-        model.parameters["high"] * dtype.itemsize * experts
-        + model.parameters["t5"] * dtype.itemsize
+        model.parameters("high") * dtype.itemsize * experts
+        + model.parameters("t5") * dtype.itemsize
         + GB
     )
     have = plan.machine.ram_free if plan.kind == "cpu" else plan.machine.gpu_free
     if have and need > have:
         raise RequestError(
-            f"{model.preset.name} needs about {need / GB:.1f} GB of"
+            f"{model.spec.name} needs about {need / GB:.1f} GB of"
             f" {'free RAM' if plan.kind == 'cpu' else 'GPU memory'} in"
             f" {dtype_name(dtype)}",
             f"  here: {have / GB:.1f} GB",
@@ -182,7 +176,7 @@ def _refuse_small(plan: Plan, model: Model) -> None:
 
 def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:
     """What is known to go wrong with a request that is allowed."""
-    preset, notes = checkpoint.preset, []
+    preset, notes = checkpoint.spec, []
     if request.frame_num > preset.frame_num:
         notes.append(
             f"{request.frame_num} frames: trained on {preset.frame_num}; longer clips are known to"

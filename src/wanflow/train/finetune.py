@@ -23,10 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import (
-    Checkpoint,
     expert_bytes,
-    fingerprint,
     load_expert,
     load_text_encoder,
     load_tokenizer,
@@ -268,7 +267,7 @@ def _train(
         settings = replace(settings, device=str(ranks.device))
         shard(model, ranks)
     low, high = (
-        (checkpoint.preset.boundary, 1.0) if which == "high" else (0.0, checkpoint.preset.boundary)
+        (checkpoint.spec.boundary, 1.0) if which == "high" else (0.0, checkpoint.spec.boundary)
     )
     objective = Objective(
         model,
@@ -308,7 +307,7 @@ def _train(
 
 def _tokens(checkpoint: Checkpoint, settings: FineTune) -> int:
     """Of one clip, as an expert sees it."""
-    return geometry_of(checkpoint.preset).tokens(settings.form.size, settings.form.frame_num)
+    return geometry_of(checkpoint.spec).tokens(settings.form.size, settings.form.frame_num)
 
 
 def _name(checkpoint: Checkpoint, settings: FineTune, samples: list[Sample]) -> str:
@@ -373,7 +372,7 @@ def lora_tensors(adapters: Adapters, alpha: float) -> dict[str, Tensor]:
 
 def _about(checkpoint: Checkpoint, which: Expert, settings: FineTune) -> dict[str, str]:
     told = {
-        "model": checkpoint.preset.name,
+        "model": checkpoint.spec.name,
         "expert": which,
         "rank": settings.rank,
         "alpha": settings.alpha,

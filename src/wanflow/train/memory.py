@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import TensorInfo
-from wanflow.checkpoint.load import Checkpoint, expert_place
+from wanflow.checkpoint.structure import expert_dtypes
 from wanflow.config import RequestError
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT, run_blocks
@@ -55,11 +56,11 @@ def need(checkpoint: Checkpoint, settings: FineTune) -> Need:
     through one and two blocks.
     """
     full = settings.method == "full"
-    config = checkpoint.preset.dit
+    config = checkpoint.spec.dit
     with torch.device("meta"):
         model = WanDiT(config)
     dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
-    place = expert_place(model, dtype)
+    place = expert_dtypes(model, dtype)
     weights: int = sum(
         p.numel() * place(name, _info(p)).itemsize for name, p in model.named_parameters()
     )
@@ -102,13 +103,13 @@ def _micro_batch(settings: FineTune) -> int:
 
 def _latent_shape(checkpoint: Checkpoint, settings: FineTune) -> tuple[int, ...]:
     form = settings.form
-    shape = geometry_of(checkpoint.preset).latent_shape(form.size, form.frame_num)
+    shape = geometry_of(checkpoint.spec).latent_shape(form.size, form.frame_num)
     return _micro_batch(settings), *shape
 
 
 def _saved_by_checkpoint(checkpoint: Checkpoint, settings: FineTune) -> int:
     """A block's input, which is all that is kept of it."""
-    form, spec = settings.form, checkpoint.preset
+    form, spec = settings.form, checkpoint.spec
     tokens = geometry_of(spec).tokens(form.size, form.frame_num)
     return _micro_batch(settings) * tokens * spec.dit.dim * torch.float32.itemsize
 
@@ -121,8 +122,8 @@ def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch
     keep: list[Tensor] = []  # a freed storage's place would be counted as another's
 
     with FakeTensorMode():
-        model = WanDiT(replace(checkpoint.preset.dit, num_layers=layers))
-        place = expert_place(model, dtype)
+        model = WanDiT(replace(checkpoint.spec.dit, num_layers=layers))
+        place = expert_dtypes(model, dtype)
         for name, parameter in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             kept = nn.Parameter(parameter.detach().to(place(name, _info(parameter))))
@@ -140,9 +141,7 @@ def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch
             return value
 
         latent = torch.randn(_latent_shape(checkpoint, settings))
-        text = torch.randn(
-            len(latent), checkpoint.preset.dit.text_len, checkpoint.preset.dit.text_dim
-        )
+        text = torch.randn(len(latent), checkpoint.spec.dit.text_len, checkpoint.spec.dit.text_dim)
         autocast = torch.autocast(
             "cpu", dtype=settings.dtype, enabled=settings.dtype != torch.float32
         )
@@ -181,7 +180,7 @@ def refuse(
         " 80 GB"
     )
     raise RequestError(
-        f"training {what} on one expert of {checkpoint.preset.name} needs {wanted.words()}"
+        f"training {what} on one expert of {checkpoint.spec.name} needs {wanted.words()}"
         + (f", {each / GB:.0f} GB in each of {processes} processes" if processes > 1 else ""),
         f"  here: {have / GB:.0f} GB of {'GPU memory' if on_gpu else 'free RAM'}"
         f" ({machine.words()})",

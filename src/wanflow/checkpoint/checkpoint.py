@@ -1,0 +1,380 @@
+"""A model on disk: find its parts, open each file once, and infer shapes and defaults.
+
+Shapes come from the tensors. A config that disagrees with them is refused, so a model is never
+built larger than its files. What no layout can say of an unpublished model is in `wanflow.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanflow.checkpoint.containers import TensorInfo, TensorSource, read_json, reading, weight_files
+from wanflow.checkpoint.infer_config import (
+    SHEET,
+    configure,
+    dit_shapes,
+    refuse_relatives,
+    statistics,
+    text_shapes,
+    vae_shapes,
+)
+from wanflow.checkpoint.key_maps import Kind
+from wanflow.checkpoint.layouts import EXPERTS, PARTS, CheckpointFiles, config_beside, find, kind_of
+from wanflow.checkpoint.source import OfficialSource, Part, official, open_source
+from wanflow.checkpoint.structure import Config, check, module_of
+from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig, plain
+from wanflow.geometry import parse_size
+from wanflow.presets import T2V_A14B, Expert, ModelSpec
+from wanflow.request import Request
+from wanflow.transforms.packed import Packed
+
+SECTIONS = {
+    "name": str,
+    "task": str,
+    "dit": dict,
+    "text": dict,
+    "vae": dict,
+    "defaults": dict,
+    "vocabulary": list,
+}
+SHAPES = {"name", "task", "dit", "text", "vae", "expert_folders"}  # of a spec, not defaults
+DEFAULTS = {field.name for field in fields(ModelSpec)} - SHAPES
+PUBLISHED_DISK = 126_200_000_000  # bytes of the official folder
+PUBLISHED_DTYPES: dict[Kind, torch.dtype] = {
+    "dit": torch.float32,
+    "t5": torch.bfloat16,
+    "vae": torch.float32,
+}
+WINDOW, WINDOWS = 64 << 10, 16  # what a fingerprint samples of a file
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's shapes, defaults and opened sources. Headers are read, weights are not.
+
+    It is a complete model in a folder, one part of a model (`convert`), or the published model
+    without its files (a plan).
+    """
+
+    spec: ModelSpec
+    sources: Mapping[Part, OfficialSource]  # of the weights, by part
+    folder: Path
+    paths: Mapping[Part, Path] = field(default_factory=dict)  # files, or folders with an index
+    vocabulary: tuple[str, ...] = ()  # the words of a model that knows few
+    layout: str = "official"
+    given: Mapping[Part, Path] = field(default_factory=dict)  # parts that the user named
+    notes: tuple[str, ...] = ()  # warnings about this folder
+
+    def source(self, part: Part) -> OfficialSource:
+        """Return the opened source of an expert, the text encoder or the VAE."""
+        return self.sources[part]
+
+    def config(self, part: Part) -> Config:
+        """Return the shape of a part."""
+        configs: dict[Kind, Config] = {
+            "dit": self.spec.dit,
+            "t5": self.spec.text,
+            "vae": self.spec.vae,
+        }
+        return configs[kind_of(part)]
+
+    def module(self, part: Part) -> nn.Module:
+        """Return a part on meta, in float32 and not packed."""
+        return module_of(self.config(part))
+
+    def parameters(self, part: Part) -> int:
+        """Return the number of a part's parameters."""
+        return sum(math.prod(info.shape) for info in self.source(part).tensors.values())
+
+    def file_bytes(self, part: Part) -> int:
+        """Return the bytes that loading a part reads."""
+        return sum(info.nbytes for info in self.source(part).tensors.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """The size of all weight files, indexes included."""
+        if not self.paths:
+            return PUBLISHED_DISK
+        files = {file for part in self.sources for file in _files(self.paths[part])}
+        return sum(file.stat().st_size for file in files if file.exists())
+
+
+def open_checkpoint(
+    folder: Path,
+    given: Mapping[Part, Path] | None = None,
+    opened: Callable[[Path], TensorSource] | None = None,
+) -> Checkpoint:
+    """Find and open every part of a model, and check every header; no weight is read.
+
+    Args:
+        folder: in the official or Diffusers' layout, or with loose files of any kind.
+        given: parts that the user named, in place of the folder's own.
+        opened: opens a path, or returns the source that it opened before.
+
+    Raises:
+        RequestError: listing all that is missing, or naming what is broken, foreign or
+            inconsistent.
+    """
+    folder, given = Path(folder), dict(given or {})
+    opened = opened or cache(open_source)
+    with reading(folder):
+        found = find(folder, given, opened)
+        sheet = _merged(found, _read_sheet(folder / SHEET))
+        sources: dict[Part, OfficialSource] = {
+            part: official(kind_of(part), opened(path))
+            for part, path in found.parts.items()
+            if part != "tokenizer"
+        }
+        dit = _dit_config(folder, found, sources, sheet.get("dit", {}), given)
+        t5, vae = sources["t5"], sources["vae"]
+        text_config = configure(TextConfig, text_shapes(t5), sheet.get("text", {}), t5.path)
+        levels = vae_shapes(vae)
+        declared = statistics(levels, sheet.get("vae", {}), vae.path)
+        vae_config = configure(VAEConfig, levels, declared, vae.path)
+        _refuse_mixed(folder, dit, text_config, vae_config)
+        check(module_of(text_config), t5)
+        check(module_of(vae_config), vae)
+        spec = _spec(folder, replace(T2V_A14B, dit=dit, text=text_config, vae=vae_config), sheet)
+        return Checkpoint(
+            spec,
+            sources,
+            folder,
+            found.parts,
+            tuple(str(word) for word in sheet.get("vocabulary", ())),
+            found.layout,
+            given,
+            _notes(found, spec),
+        )
+
+
+def _merged(found: CheckpointFiles, sheet: dict[str, Any]) -> dict[str, Any]:
+    """Return what `wanflow.json` declares, over what the layout's own configs declare."""
+    merged = dict(sheet)
+    for section, declared in found.sheet.items():
+        merged[section] = {**declared, **sheet.get(section, {})}
+    return merged
+
+
+def _read_sheet(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    sheet = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    for key, value in sheet.items():
+        if not isinstance(value, SECTIONS.get(key, ())):
+            raise RequestError(
+                f"{path}: {key} is unknown or of the wrong kind; known are {', '.join(SECTIONS)}"
+            )
+    unknown = sorted(set(sheet.get("defaults", {})) - DEFAULTS)
+    if unknown:
+        raise RequestError(
+            f"{path}: unknown defaults {', '.join(unknown)}; known are"
+            f" {', '.join(sorted(DEFAULTS))}"
+        )
+    return sheet
+
+
+def _dit_config(
+    folder: Path,
+    found: CheckpointFiles,
+    sources: Mapping[Part, OfficialSource],
+    extra: Mapping[str, Any],
+    given: Mapping[Part, Path],
+) -> DiTConfig:
+    """Return the one shape of all experts; RequestError where they differ."""
+    first, *others = (
+        _expert_config(found, part, sources[part], folder, extra, part in given) for part in EXPERTS
+    )
+    for other in others:
+        names = [
+            f.name for f in fields(DiTConfig) if getattr(first, f.name) != getattr(other, f.name)
+        ]
+        if names:
+            raise RequestError(
+                f"{folder}: the two experts differ in {', '.join(names)}; they are not of one"
+                " model; name two that belong together with --high and --low"
+            )
+    return first
+
+
+def _expert_config(
+    found: CheckpointFiles,
+    part: Expert,
+    source: OfficialSource,
+    folder: Path,
+    extra: Mapping[str, Any],
+    given: bool,
+) -> DiTConfig:
+    """Return the shape of an expert: from its tensors, its config and `wanflow.json`, which must
+    agree.
+    """
+    path = found.parts[part]
+    # Any config may be next to a file that the user named, so it does not count. Then the config
+    # of the expert that the file replaces counts.
+    if given and path.is_file():
+        declared, file = (
+            config_beside(found.own[part]) if part in found.own else ({}, folder / SHEET)
+        )
+    else:
+        declared, file = config_beside(path)
+    refuse_relatives(source, declared)
+    for key, value in extra.items():
+        if declared.setdefault(key, value) != value:
+            raise RequestError(f"{file} says {key} {declared[key]}, {SHEET} says {value}")
+    config = configure(DiTConfig, dit_shapes(source, declared), declared, file)
+    check(module_of(config), source)
+    return config
+
+
+def _refuse_mixed(folder: Path, dit: DiTConfig, text: TextConfig, vae: VAEConfig) -> None:
+    widths = {
+        "text width": (dit.text_dim, text.dim),
+        "latent channels": (dit.in_dim, dit.out_dim, vae.z_dim),
+    }
+    for what, values in widths.items():
+        if len(set(values)) > 1:
+            raise RequestError(
+                f"{folder}: the experts, the text encoder and the VAE are not of one model"
+                f" ({what} {values})"
+            )
+
+
+def _spec(folder: Path, shapes: ModelSpec, sheet: Mapping[str, Any]) -> ModelSpec:
+    """Return the shapes with the sheet's defaults, else the published ones.
+
+    The defaults are checked by completing a request with them.
+    """
+    name = T2V_A14B.name if shapes == T2V_A14B else folder.resolve().name
+    defaults = {
+        **sheet.get("defaults", {}),
+        "name": plain(sheet.get("name", name)),
+        "task": sheet.get("task", shapes.task),
+    }
+    try:
+        if "size" in defaults:
+            defaults["size"] = parse_size(defaults["size"])
+        spec = replace(shapes, **defaults)
+        Request("any", seed=0).complete(spec)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{folder / SHEET}: {error}") from None
+    return spec
+
+
+def _notes(found: CheckpointFiles, spec: ModelSpec) -> tuple[str, ...]:
+    if found.shift is None or found.shift == spec.sample_shift:
+        return ()
+    return (
+        f"the scheduler's config says flow_shift {found.shift:g}; {spec.name} was published"
+        f" with {spec.sample_shift:g}, which is used (--sample_shift {found.shift:g} for the"
+        " other)",
+    )
+
+
+# without files
+
+
+@dataclass(frozen=True)
+class HeadersOnly:
+    """The names, shapes and dtypes of a file that is not on this machine."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    container = "safetensors"
+    files: tuple[Path, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+    ) -> Tensor:
+        raise LookupError(f"{self.path} has headers only, no {name}")
+
+    def packed(self, name: str, rows: slice | None = None) -> Packed:
+        raise LookupError(f"{self.path} has headers only, no {name}")
+
+    def stream(self, name: str) -> Iterator[Tensor]:
+        raise LookupError(f"{self.path} has headers only, no {name}")
+
+
+def published(spec: ModelSpec = T2V_A14B) -> Checkpoint:
+    """Return the official model, or one of other shapes, stored as the official files are."""
+    checkpoint = Checkpoint(spec, {}, Path(spec.name), layout="published")
+    sources = {}
+    for part in PARTS[:-1]:
+        dtype = PUBLISHED_DTYPES[kind_of(part)]
+        tensors = {
+            name: TensorInfo(tuple(parameter.shape), dtype)
+            for name, parameter in checkpoint.module(part).named_parameters()
+        }
+        names = {name: name for name in tensors}
+        sources[part] = OfficialSource(HeadersOnly(Path(spec.name), tensors), tensors, names)
+    return replace(checkpoint, sources=sources)
+
+
+# identity
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return 16 hex digits that tell two sets of weights apart without reading 126 GB.
+
+    sha256 over every file's name and size, safetensors headers, and 16 evenly spread windows of 64
+    KiB of its content (all of it up to 1 MiB). Other weights change it. A few flipped bytes between
+    the windows may not: it is no checksum.
+    """
+    files = [checkpoint.folder / SHEET]
+    for part, path in checkpoint.paths.items():
+        files += [path / "config.json"] if part in EXPERTS and path.is_dir() else []
+        files += _files(path)
+    digest = hashlib.sha256()
+    for file in sorted({file for file in files if file.exists()}):
+        name = (
+            file.relative_to(checkpoint.folder).as_posix()
+            if file.is_relative_to(checkpoint.folder)
+            else file.name
+        )
+        with reading(file):
+            digest.update(f"{name} {file.stat().st_size}\n".encode())
+            for sample in samples(file):
+                digest.update(sample)
+    return digest.hexdigest()[:16]
+
+
+def text_fingerprint(checkpoint: Checkpoint) -> str:
+    """Return 16 hex digits that tell two text encoders with their tokenizers apart.
+
+    Raises:
+        RequestError: for a file that cannot be read.
+    """
+    digest = hashlib.sha256()
+    for part in ("t5", "tokenizer"):
+        for file in sorted(_files(checkpoint.paths[part])):
+            with reading(file):
+                digest.update(f"{file.stat().st_size}\n".encode())
+                for sample in samples(file):
+                    digest.update(sample)
+    return digest.hexdigest()[:16]
+
+
+def _files(path: Path) -> list[Path]:
+    return weight_files(path) if path.is_dir() else [path]
+
+
+def samples(path: Path) -> Iterator[bytes]:
+    """Yield the header and 16 windows of a file, or all of a small one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WINDOW * WINDOWS:
+            yield file.read()
+            return
+        if path.suffix == ".safetensors":
+            yield file.read(8 + min(int.from_bytes(file.read(8), "little"), size))
+        for number in range(WINDOWS):
+            file.seek((size - WINDOW) * number // (WINDOWS - 1))
+            yield file.read(WINDOW)

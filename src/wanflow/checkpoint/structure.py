@@ -1,0 +1,191 @@
+"""Modules on meta, in the form that they will have in memory: shapes, dtypes and packed leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from wanflow.checkpoint.containers import Headers, TensorInfo
+from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
+from wanflow.models.dit import WanDiT
+from wanflow.models.umt5 import UMT5Encoder
+from wanflow.models.vae import WanVAE
+from wanflow.runtime import Runtime
+from wanflow.transforms.block_streaming import set_chunk
+from wanflow.transforms.packed import PackedLeaf, replace_with_packed
+from wanflow.transforms.quant import QuantLinear, quantizable_layers, swap_quantised
+
+ChooseDtype = Callable[[str, TensorInfo], torch.dtype]  # tensor -> its dtype in memory
+Config = DiTConfig | TextConfig | VAEConfig
+M = TypeVar("M", bound=nn.Module)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips parameter initialisation: on meta it has no effect, but imports for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def build(cls: Callable[[Any], M], config: Config) -> M:
+    """Return the module on meta: structure without memory."""
+    with torch.device("meta"), _Unfilled():
+        return cls(config).eval().requires_grad_(False)
+
+
+def module_of(config: Config) -> nn.Module:
+    """Return the module that a config describes, on meta."""
+    if isinstance(config, DiTConfig):
+        return build(WanDiT, config)
+    return build(UMT5Encoder, config) if isinstance(config, TextConfig) else build(WanVAE, config)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Where the tensors of a file differ from the parameters of a module."""
+
+    missing: list[str]
+    unexpected: list[str]
+    wrong_shape: list[str]
+    not_floating: list[str]
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+def compare(module: nn.Module, headers: Headers) -> Differences:
+    """Compare the names, shapes and dtypes of a file with a module's parameters."""
+    found = headers.tensors
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    shared = [name for name in shapes if name in found]
+    return Differences(
+        [name for name in shapes if name not in found],
+        [name for name in found if name not in shapes],
+        [
+            f"{name} is {list(found[name].shape)}, not {list(shapes[name])}"
+            for name in shared
+            if found[name].shape != shapes[name]
+        ],
+        [
+            f"{name} is {found[name].dtype}"
+            for name in shared
+            if not found[name].dtype.is_floating_point
+        ],
+    )
+
+
+def check(module: nn.Module, headers: Headers) -> None:
+    """Raise a RequestError unless the file holds exactly the module's parameters, in shape."""
+    found = compare(module, headers)
+    labels = {
+        "missing": found.missing,
+        "unexpected": found.unexpected,
+        "of the wrong shape": found.wrong_shape,
+        "not floating-point": found.not_floating,
+    }
+    faults = [
+        f"{len(names)} {label} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for label, names in labels.items()
+        if names
+    ]
+    if faults:
+        raise RequestError(
+            f"{headers.path} does not fit the {type(module).__name__}: tensors {'; '.join(faults)}"
+        )
+
+
+def expert_dtypes(model: nn.Module, dtype: torch.dtype) -> ChooseDtype:
+    """Return the dtype rule of an expert: `dtype` for Linear and Conv weights, else float32."""
+    kinds = (nn.Linear, nn.Conv3d)
+    matmuls = {
+        f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, kinds)
+    }
+    return lambda name, info: dtype if name in matmuls else torch.float32
+
+
+def lay_out(
+    module: nn.Module,
+    headers: Headers | None,
+    choose_dtype: ChooseDtype,
+    compute: torch.dtype,
+    device: torch.device | str,
+    touched: Collection[str] = (),
+) -> None:
+    """Give a module on meta its form in memory: dtypes, and leaves that keep weights packed.
+
+    Args:
+        headers: say which tensors are packed; None: no tensor is.
+        choose_dtype: the dtype of each tensor.
+        compute: the dtype in which leaves with packed weights multiply.
+        touched: tensors that change while they are read, and are therefore unpacked.
+
+    Raises:
+        RequestError: when names or shapes differ from the file's.
+    """
+    if headers is not None:
+        check(module, headers)
+    for name, parameter in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        info = (
+            TensorInfo(tuple(parameter.shape), parameter.dtype)
+            if headers is None
+            else headers.tensors[name]
+        )
+        value = nn.Parameter(parameter.detach().to(choose_dtype(name, info)), requires_grad=False)
+        setattr(module.get_submodule(owner), leaf, value)
+    if headers is None:
+        return
+    packings = {
+        name: info.packing
+        for name, info in headers.tensors.items()
+        if info.packing is not None and name not in touched
+    }
+    if torch.device(device).type == "mps":  # it has no float8
+        packings = {name: kind for name, kind in packings.items() if not kind.startswith("F8")}
+    replace_with_packed(module, packings, compute)
+    for path, leaf in module.named_modules():
+        if isinstance(leaf, PackedLeaf):
+            leaf.expect(headers.tensors[f"{path}.weight"].scale)
+
+
+def expert_structure(
+    config: DiTConfig,
+    headers: Headers | None,
+    runtime: Runtime,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    touched: Collection[str] = (),
+) -> WanDiT:
+    """Return an expert on meta in its form at run time: matmuls in `dtype`, packed or quantised.
+
+    Args:
+        headers: of the expert's file; None: a file of plain weights.
+        touched: tensors that LoRAs are fused into.
+    """
+    model = build(WanDiT, config)
+    lay_out(model, headers, expert_dtypes(model, dtype), dtype, device, touched)
+    if runtime.quantize:
+        layers = quantizable_layers(model, runtime.quantize_layers)
+        swap_quantised(model, layers, runtime.quantize, dtype, torch.device(device))
+    set_chunk(model, runtime.chunk_tokens or 0)
+    return model
+
+
+def weight_names(module: nn.Module) -> list[str]:
+    """Return the file's tensors that make up a module, in its order.
+
+    A leaf that holds its weight in another form counts as one `weight`.
+    """
+    names: dict[str, None] = {}
+    for path, owner in module.named_modules():
+        for key, _ in owner.named_parameters(recurse=False):
+            other = isinstance(owner, PackedLeaf | QuantLinear) and key != "bias"
+            names[f"{path}.{'weight' if other else key}" if path else key] = None
+    return list(names)
