@@ -21,13 +21,13 @@ from wanflow.checkpoint.containers import (
     TensorSource,
     open_folder,
     open_safetensors,
-    open_torch,
     reading,
     refuse_unreadable,
 )
 from wanflow.checkpoint.fp8_scales import pair_scales
 from wanflow.checkpoint.gguf import open_gguf
 from wanflow.checkpoint.key_maps import PREFIXES, Kind, strip, to_official
+from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
 from wanflow.transforms.packed import Packed
 
