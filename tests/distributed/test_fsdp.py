@@ -23,7 +23,8 @@ from wanflow.models.dit import WanDiT
 from wanflow.parallel import fsdp
 from wanflow.parallel import ranks as mesh
 from wanflow.transforms import packed
-from wanflow.transforms.lora import Adapters, LowRank
+from wanflow.transforms.deltas import LowRank
+from wanflow.transforms.lora import Adapters
 
 CONFIG = DiTConfig(
     dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16

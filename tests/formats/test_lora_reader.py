@@ -27,8 +27,7 @@ from wanflow.config import RequestError
 from wanflow.lora.reader import AdapterFile, describe_adapter, open_adapter, read_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.presets import Expert
-from wanflow.transforms.lora import (
-    Adapters,
+from wanflow.transforms.deltas import (
     Decomposed,
     Difference,
     Hadamard,
@@ -37,6 +36,7 @@ from wanflow.transforms.lora import (
     Replacement,
     changed,
 )
+from wanflow.transforms.lora import Adapters
 
 RANK, ALPHA = 4, 2.0
 MODULES = (

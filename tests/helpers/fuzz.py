@@ -76,7 +76,7 @@ from wanflow.pipeline import Run
 from wanflow.presets import T2V_A14B
 from wanflow.request import Request
 from wanflow.sampling.solvers import SolverState
-from wanflow.transforms.lora import changed
+from wanflow.transforms.deltas import changed
 
 SECONDS, MEMORY = 5.0, 300 << 20
 SELDOM = 7

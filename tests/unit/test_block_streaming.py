@@ -35,7 +35,8 @@ from wanflow.transforms.block_streaming import (
     matmul_leaves,
     set_chunk,
 )
-from wanflow.transforms.lora import Adapters, Difference, LowRank
+from wanflow.transforms.deltas import Difference, LowRank
+from wanflow.transforms.lora import Adapters
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(

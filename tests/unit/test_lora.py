@@ -17,19 +17,18 @@ from torch._dynamo.testing import CompileCounter
 
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
-from wanflow.transforms.lora import (
-    Adapters,
+from wanflow.transforms.deltas import (
     Decomposed,
     Difference,
     Hadamard,
     Kronecker,
-    LoRALinear,
     LowRank,
     Replacement,
     WeightDelta,
     changed,
     shape_error,
 )
+from wanflow.transforms.lora import Adapters, LoRALinear
 from wanflow.transforms.packed import Packed, PackedLinear, replace_with_packed
 
 

@@ -21,7 +21,8 @@ from wanflow.models.dit import Linear, Linear32, WanDiT
 from wanflow.runtime import QUANTIZATIONS, Quantization
 from wanflow.transforms import packed as packing
 from wanflow.transforms import quant as module
-from wanflow.transforms.lora import Adapters, Decomposed, LowRank, changed
+from wanflow.transforms.deltas import Decomposed, LowRank, changed
+from wanflow.transforms.lora import Adapters
 from wanflow.transforms.packed import PackedLinear, replace_with_packed
 from wanflow.transforms.quant import (
     LARGEST,

@@ -37,7 +37,7 @@ from wanflow.lora.keys import (
     peft_configs,
 )
 from wanflow.presets import Expert
-from wanflow.transforms.lora import (
+from wanflow.transforms.deltas import (
     Additive,
     Decomposed,
     Difference,

@@ -23,7 +23,8 @@ from wanflow.lora.reader import read_adapter
 from wanflow.presets import Expert
 from wanflow.request import Lora
 from wanflow.transforms.block_streaming import Streaming
-from wanflow.transforms.lora import Adapters, WeightDelta, changed
+from wanflow.transforms.deltas import WeightDelta, changed
+from wanflow.transforms.lora import Adapters
 
 logger = logging.getLogger("wanflow")
 

@@ -37,7 +37,8 @@ from wanflow.sampling.solvers import SolverState, advance
 from wanflow.sampling.timeline import schedule_of, timeline
 from wanflow.transforms.attention import BACKENDS
 from wanflow.transforms.block_streaming import BlockBuffers, Streaming, SyncExecutor
-from wanflow.transforms.lora import Adapters, Decomposed, LowRank, WeightDelta
+from wanflow.transforms.deltas import Decomposed, LowRank, WeightDelta
+from wanflow.transforms.lora import Adapters
 from wanflow.transforms.packed import PackedLeaf
 from wanflow.transforms.quant import QuantLinear
 

@@ -44,7 +44,8 @@ from wanflow.runtime import choose_text_dtype, is_small
 from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
 from wanflow.train.experts import plain_attention, sigmas
 from wanflow.train.loop import Train, fit
-from wanflow.transforms.lora import Adapters, LowRank
+from wanflow.transforms.deltas import LowRank
+from wanflow.transforms.lora import Adapters
 
 Method = Literal["lora", "full"]
 TARGETS: dict[str, tuple[str, ...]] = {
