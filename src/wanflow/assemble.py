@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect
 from wanflow.pipeline import Pipeline
 from wanflow.presets import Expert
-from wanflow.request import Lora
+from wanflow.recipe import ModelRecord, Recipe
+from wanflow.request import CompleteRequest, Lora
 from wanflow.runtime import (
     Runtime,
     choose_device,
@@ -100,21 +101,12 @@ class LoadedParts:
         if runtime.quantize:
             refuse_packed(checkpoint, self.where)
         self.report = report
-        self.made_by: dict[str, Any] = {
-            "model": {
-                "name": self.preset.name,
-                "folder": str(checkpoint.folder),
-                "fingerprint": fingerprint(checkpoint),
-            },
-            "runtime": recorded(
-                runtime, self.device, self.dtype, self.kernel.name, str(layout_of(runtime))
-            ),
-            "versions": versions(),
-        }
-        if checkpoint.given:
-            self.made_by["model"]["parts"] = {
-                part: str(path) for part, path in checkpoint.given.items()
-            }
+        self._model = ModelRecord(
+            self.preset.name,
+            str(checkpoint.folder),
+            fingerprint(checkpoint),
+            {part: str(path) for part, path in checkpoint.given.items()},
+        )
         self._tokenizer: Tokenizer | None = None
         self._encoder: UMT5Encoder | None = None
         self._texts = self._text_cache()
@@ -123,6 +115,19 @@ class LoadedParts:
         self.loras = LoraStack(shapes_of(build(WanDiT, self.preset.dit)), runtime.lora == "live")
         self._merged: dict[Expert, Merged] = {}  # the LoRAs fused into each expert in memory
         self._vae: WanVAE | None = None
+
+    def recipe(self, request: CompleteRequest, loras: tuple[Lora, ...]) -> Recipe:
+        """Return what a video that these parts make is made again from."""
+        runtime, layout = self.runtime, str(layout_of(self.runtime))
+        return Recipe(
+            request,
+            self._model,
+            recorded(runtime, self.device, self.dtype, self.kernel.name, layout),
+            versions(),
+            runtime.noise_device,
+            runtime.cfg_batch,
+            lora_fingerprints(loras),
+        )
 
     # text
 
@@ -196,10 +201,6 @@ class LoadedParts:
     def find_loras(self, loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
         """Return the LoRA files, with every strength settled."""
         return find_loras(loras)
-
-    def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
-        """Return {file: fingerprint}, for the recipe."""
-        return lora_fingerprints(loras)
 
     def use_loras(self, loras: tuple[Lora, ...], recorded: Mapping[str, str] | None = None) -> None:
         """Take these as the LoRAs of what follows; see `LoraStack.use`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -30,6 +30,7 @@ from wanflow.parallel import vae_parallel as strips
 from wanflow.parallel.groups import Layout, ParallelContext, simulated_groups
 from wanflow.parallel.sequence import sharded
 from wanflow.presets import Expert, ModelSpec
+from wanflow.recipe import Recipe
 from wanflow.request import CompleteRequest, Lora, Request, with_settings
 from wanflow.runtime import batch_guidance
 from wanflow.sampling.guidance import guide
@@ -55,18 +56,14 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run needs to go on: `request` and `made_by` (the recipe), and the solver's
-    state.
-    """
+    """Everything that continues a run: its recipe and the solver's state."""
 
-    request: CompleteRequest
-    made_by: dict[str, Any]
+    recipe: Recipe
     state: SolverState
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """Everything needed to make the video again, as JSON."""
-        return {"request": asdict(self.request), **self.made_by}
+    def request(self) -> CompleteRequest:
+        return self.recipe.request
 
     @property
     def finished(self) -> bool:
@@ -76,7 +73,7 @@ class Run:
         """Write a file for `load`; a crash leaves the previous one complete."""
         from safetensors.torch import save
 
-        meta = {"wanflow": json.dumps({"recipe": self.recipe, "index": self.state.index})}
+        meta = {"wanflow": json.dumps({"recipe": self.recipe.to_json(), "index": self.state.index})}
         data = save(
             {
                 name: value.detach().cpu().contiguous()
@@ -99,9 +96,8 @@ class Run:
             with safe_open(path, framework="pt") as file:
                 stored = json.loads((file.metadata() or {})["wanflow"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            recipe = dict(stored["recipe"])
-            request = CompleteRequest(**recipe.pop("request"))
-            return cls(request, recipe, SolverState.from_tensors(int(stored["index"]), tensors))
+            recipe = Recipe.from_json(stored["recipe"], path)
+            return cls(recipe, SolverState.from_tensors(int(stored["index"]), tensors))
         except FileNotFoundError:
             raise RequestError(f"there is no saved run at {path}") from None
         except (
@@ -205,16 +201,15 @@ class Parts(Protocol):
 
     preset: ModelSpec
     device: torch.device
-    made_by: dict[str, Any]
+
+    def recipe(self, request: CompleteRequest, loras: tuple[Lora, ...]) -> Recipe:
+        """What a video of these parts is made again from."""
 
     def text(self, prompts: list[str]) -> Tensor:
         """Text states [B, text_len, D], zero past each prompt's end."""
 
     def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
         """The LoRA files that are meant, with every strength settled."""
-
-    def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
-        """{file: fingerprint}."""
 
     def use_loras(self, loras: tuple[Lora, ...], recorded: dict[str, str] | None = None) -> None:
         """Take these as the LoRAs of what follows; `recorded`: fingerprints they must have."""
@@ -281,14 +276,7 @@ class Pipeline:
             request, lora=tuple(str(lora) for lora in loras), lora_from=None
         ).complete(self.parts.preset)
         complete = replace(complete, seed=self.team.first(complete.seed))
-        made_by = {
-            **self.parts.made_by,
-            "noise_device": self.noise_device,
-            "cfg_batch": self.cfg_batch,
-        }
-        if loras:
-            made_by["loras"] = self.parts.lora_prints(loras)
-        return Run(complete, made_by, SolverState(0, self.noise(complete)))
+        return Run(self.parts.recipe(complete, loras), SolverState(0, self.noise(complete)))
 
     def noise(self, request: CompleteRequest) -> Tensor:
         """[1, z, t, h, w] float32 on the parts' device, from the seed alone."""
@@ -345,7 +333,7 @@ class Pipeline:
         """Read a run's LoRAs, which must fit the model and be the files it was begun with;
         RequestError otherwise.
         """
-        self.parts.use_loras(run.request.loras, run.made_by.get("loras"))
+        self.parts.use_loras(run.request.loras, run.recipe.loras)
 
     def velocity(self, request: CompleteRequest, start: int) -> Velocity:
         """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the
@@ -409,9 +397,9 @@ class Pipeline:
         width, height = run.request.size
         frames = np.concatenate([np.empty((0, height, width, 3), np.uint8), *self.frames(run)])
         if not len(frames):
-            return Video(frames, run.request.fps, run.recipe)
+            return Video(frames, run.request.fps, run.recipe.to_json())
         refuse_constant(int(frames.min()), int(frames.max()))
-        return Video(frames, run.request.fps, run.recipe)
+        return Video(frames, run.request.fps, run.recipe.to_json())
 
     @torch.no_grad()
     def frames(self, run: Run, on_part: OnPart | None = None) -> Iterator[Frames]:
@@ -451,7 +439,7 @@ class Pipeline:
 
 def facts_of(run: Run) -> Facts:
     """What a report on a broken output may name as its cause."""
-    runtime, request = run.made_by.get("runtime", {}), run.request
+    runtime, request = run.recipe.runtime, run.request
     named = {name: runtime[name] for name in ("dtype", "quantize", "attention") if name in runtime}
     return Facts(
         **named,

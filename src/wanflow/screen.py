@@ -193,14 +193,14 @@ class Screen:
         from wanflow.sampling.schedule import snr
         from wanflow.sampling.timeline import handover, timeline
 
-        request, made = run.request, run.made_by
+        request, recipe = run.request, run.recipe
         timed = timeline(request, spec)
         after = handover(timed, 0)
         switch = f", switch at SNR {snr(after.sigma):.4f}" if after else ""
         counts = Counter(step.expert for step in timed)
         split = ", ".join(f"{counts[name]} {name}-noise" for name in spec.expert_names)
         self.say(
-            f"{made['model']['name']} on {made['runtime']['device']} in {made['runtime']['dtype']},"
+            f"{recipe.model.name} on {recipe.runtime['device']} in {recipe.runtime['dtype']},"
             f" seed {request.seed}"
         )
         what = (

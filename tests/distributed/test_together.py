@@ -102,7 +102,7 @@ def shares(pipe: Pipeline) -> list[tuple[int, int]]:
 class GoldenParts:
     """Golden's experts and texts, as a pipeline asks for them."""
 
-    device, made_by = torch.device("cpu"), {}
+    device = torch.device("cpu")
 
     def __init__(self, team: Any) -> None:
         config = from_mapping(DiTConfig, PIPELINE["config"], "pipeline.json")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from wanflow.lora.reader import read_adapter
 from wanflow.media import read_recipe
 from wanflow.pipeline import Cancelled, Pipeline, Run
 from wanflow.presets import NANO, T2V_A14B
+from wanflow.recipe import Recipe
 from wanflow.request import Lora, Request, parse_lora, with_settings
 from wanflow.sampling.timeline import timeline
 
@@ -258,7 +260,7 @@ def test_steps_of_a_lora(pipe: Pipeline, lora: str) -> None:
     run = pipe.begin(Request(PROMPT, **RUN, lora=(lora,), boundary=0.0))
     with pytest.raises(Cancelled) as stopped:
         pipe.resume(pipe.begin(Request(PROMPT, **RUN, boundary=0.0)), lambda told: told.step < 2)
-    again = pipe.resume(Run(run.request, run.made_by, stopped.value.run.state))
+    again = pipe.resume(replace(run, state=stopped.value.run.state))
     assert torch.equal(again.state.x, late[3])
     assert "begins at step 5" in refusal(lambda: latent(pipe, lora=(f"{lora}@1,steps=5-",)))
 
@@ -335,10 +337,8 @@ def test_a_run_keeps_its_loras(pipe: Pipeline, lora: str, tmp_path: Path) -> Non
         moved := tmp_path / "moved.safetensors"
     )
     copy = Run.load(tmp_path / "state.safetensors")
-    swapped = json.loads(json.dumps(copy.made_by).replace(lora, str(moved)))
-    from dataclasses import replace
-
-    other = replace(copy, request=replace(copy.request, lora=(f"{moved}@0.7",)), made_by=swapped)
+    swapped = json.dumps(copy.recipe.to_json()).replace(lora, str(moved))
+    other = replace(copy, recipe=Recipe.from_json(json.loads(swapped), "a file"))
     assert "another file" in refusal(lambda: pipe.resume(other))
 
 

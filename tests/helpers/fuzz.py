@@ -319,7 +319,7 @@ def adapter(path: Path) -> None:
 
 def saved(path: Path) -> None:
     run = Run.load(path)
-    json.dumps(run.recipe)
+    json.dumps(run.recipe.to_json())
     run.finished  # noqa: B018
 
 

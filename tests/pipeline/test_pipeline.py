@@ -25,6 +25,8 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Cancelled, OutputError, Pipeline, Progress, Run
 from wanflow.presets import NANO, Expert
+from wanflow.recipe import ModelRecord, Recipe
+from wanflow.request import CompleteRequest, Lora
 from wanflow.sampling.solvers import SolverState
 
 
@@ -211,7 +213,6 @@ class GoldenParts:
         statistics = {"latent_mean": vae["latent_mean"], "latent_std": vae["latent_std"]}
         self.preset = replace(NANO, dit=config, vae=VAEConfig(**vae["config"], **statistics))
         self.device = torch.device("cpu")
-        self.made_by = {"model": {"name": "golden", "fingerprint": "", "folder": ""}}
         cases = load_file(folder / manifest["cases_file"])
         rows = [cases["context"], cases["context_null"]]
         self.texts = torch.stack(
@@ -225,6 +226,10 @@ class GoldenParts:
             )
         self._vae = WanVAE(self.preset.vae)
         self._vae.load_state_dict(load_file(folder / vae["weights_file"]))
+
+    def recipe(self, request: CompleteRequest, loras: tuple[Lora, ...]) -> Recipe:
+        model, runtime = ModelRecord("golden", "", ""), {"device": "cpu", "dtype": "float32"}
+        return Recipe(request, model, runtime, {}, "cpu", None)
 
     def text(self, prompts: list[str]) -> torch.Tensor:
         return self.texts[: len(prompts)]

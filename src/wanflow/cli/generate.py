@@ -9,10 +9,10 @@ import os
 import shlex
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import (
     OTHER_TASKS,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from wanflow.parallel.ranks import DistInfo
     from wanflow.pipeline import Pipeline, Progress, Run
     from wanflow.plan import Plan
+    from wanflow.recipe import ModelRecord, Recipe
     from wanflow.screen import Screen
 
 logger = logging.getLogger("wanflow")
@@ -211,22 +212,21 @@ def _resume(args: argparse.Namespace) -> None:
 def replay(args: argparse.Namespace) -> None:
     from wanflow.media import read_recipe
     from wanflow.parallel.ranks import broadcast_from_rank0
+    from wanflow.recipe import Recipe
 
     ranks, screen = _join(args, "auto")
-    recipe = broadcast_from_rank0(ranks, lambda: read_recipe(args.video))
+    recipe = broadcast_from_rank0(
+        ranks, lambda: Recipe.from_json(read_recipe(args.video), args.video)
+    )
     target = args.save_file or args.video.with_name(f"{args.video.stem}_replay{args.video.suffix}")
     if ranks.rank == 0:
         _check_target(target, args.overwrite)
     pipe = _reopen(recipe, args, screen, ranks)
-    try:
-        request = Request(**recipe["request"])
-    except (KeyError, TypeError) as error:
-        raise RequestError(f"the recipe in {args.video} is of another version: {error}") from None
-    run = pipe.begin(request)
+    run = pipe.begin(Request(**asdict(recipe.request)))
     odd = [
         path
-        for path, print_ in recipe.get("loras", {}).items()
-        if run.made_by.get("loras", {}).get(path, print_) != print_
+        for path, print_ in recipe.loras.items()
+        if run.recipe.loras.get(path, print_) != print_
     ]
     if odd and not args.force:
         raise RequestError(
@@ -259,7 +259,7 @@ def _beside(state_file: Path) -> Path:
 
 
 def _reopen(
-    recipe: dict[str, Any],
+    recipe: Recipe,
     args: argparse.Namespace,
     screen: Screen,
     ranks: DistInfo,
@@ -276,49 +276,31 @@ def _reopen(
     from wanflow.parallel.ranks import broadcast_from_rank0
 
     asked = asked or Runtime()
-    try:
-        request = CompleteRequest(**recipe["request"])
-        made = recipe["runtime"]
-        wanted = made["device"] if asked.device == "auto" else asked.device
-        noise, cfg_batch = recipe["noise_device"], recipe["cfg_batch"]
-        runtime = Runtime(
-            wanted,
-            made["dtype"],
-            made["t5_cpu"] or None,
-            cfg_batch=cfg_batch,
-            noise_device=noise,
-            lora=made.get("lora", "live"),
-            chunk_tokens=made.get("chunk_tokens") or None,
-            vae_tile=made.get("vae_tile") or None,
-            quantize=made.get("quantize", ""),
-            quantize_layers=made.get("quantize_layers", "ffn"),
-            attention=made.get("attention", "auto"),
-            text_cache=text_cache(None),
-            cfg_parallel=asked.cfg_parallel,
-            ring_size=asked.ring_size,
-            ulysses_size=asked.ulysses_size,
-            dit_fsdp=asked.dit_fsdp,
-        )
-        if ranks.size > 1:  # which decode in strips
-            runtime = replace(runtime, vae_tile=None)
-        model = args.ckpt_dir or _model_of(recipe)
-        given = given_parts(args) or (
-            {}
-            if args.ckpt_dir
-            else {part: Path(path) for part, path in recipe["model"].get("parts", {}).items()}
-        )
-    except (KeyError, TypeError) as error:
-        raise RequestError(
-            f"the recipe is incomplete or of another version: {error} is missing"
-        ) from None
+    made = recipe.settings()
+    runtime = replace(
+        made,
+        device=made.device if asked.device == "auto" else asked.device,
+        vae_tile=None if ranks.size > 1 else made.vae_tile,  # several decode in strips
+        text_cache=text_cache(None),
+        cfg_parallel=asked.cfg_parallel,
+        ring_size=asked.ring_size,
+        ulysses_size=asked.ulysses_size,
+        dit_fsdp=asked.dit_fsdp,
+    )
+    model = args.ckpt_dir or _model_of(recipe.model)
+    given = given_parts(args)
+    if not given and not args.ckpt_dir:
+        given = {part: Path(path) for part, path in recipe.model.parts.items()}
     runtime = _possible_here(_here(runtime, ranks), checkpoint := _open(model, given))
     # A latent that is finished can be decoded where a denoising step would not run.
     runtime = broadcast_from_rank0(
         ranks,
-        lambda: _plan(checkpoint, runtime, request, args.force or finished, ranks.size).runtime,
+        lambda: (
+            _plan(checkpoint, runtime, recipe.request, args.force or finished, ranks.size).runtime
+        ),
     )
     pipe = assemble(checkpoint, runtime, screen.loading, ranks)
-    _same_weights(recipe, pipe.parts.made_by, args.force)
+    _same_weights(recipe, pipe.parts.recipe(recipe.request, ()), args.force)
     return pipe
 
 
@@ -391,7 +373,11 @@ def _make(pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, scre
             run = pipe.resume(run, lambda told: keeper(told) and on_step(told))
         run.save(state_file)
         save_frames(
-            target, pipe.frames(run, screen.decoding()), run.request.fps, run.recipe, args.overwrite
+            target,
+            pipe.frames(run, screen.decoding()),
+            run.request.fps,
+            run.recipe.to_json(),
+            args.overwrite,
         )
     except (OSError, OutputError):
         args.watch.last_will = None
@@ -539,28 +525,20 @@ def _open(model: str | Path | None, given: dict[Part, Path]) -> Checkpoint:
         raise RequestError(*error.args, *([] if there else _what_is_missing(str(model)))) from None
 
 
-def _model_of(recipe: dict[str, Any]) -> str:
-    model = recipe["model"]
-    return (
-        "nano"
-        if model["name"] == "nano" and not Path(model["folder"]).is_dir()
-        else str(model["folder"])
-    )
+def _model_of(model: ModelRecord) -> str:
+    return "nano" if model.name == "nano" and not Path(model.folder).is_dir() else model.folder
 
 
-def _same_weights(recipe: dict[str, Any], made_by: dict[str, Any], force: bool) -> None:
-    then, now = recipe["model"]["fingerprint"], made_by["model"]["fingerprint"]
+def _same_weights(made: Recipe, here: Recipe, force: bool) -> None:
+    then, now = made.model.fingerprint, here.model.fingerprint
     if then != now and not force:
         raise RequestError(
-            f"the recipe was made with other weights ({recipe['model']['name']} {then}, here"
-            f" {made_by['model']['name']} {now}); point --ckpt_dir at those, or take these with"
-            " --force"
+            f"the recipe was made with other weights ({made.model.name} {then}, here"
+            f" {here.model.name} {now}); point --ckpt_dir at those, or take these with --force"
         )
-    if recipe["versions"] != made_by["versions"]:
+    if made.versions != here.versions:
         logger.warning(
-            "made with %s; here %s: the result may differ by rounding",
-            recipe["versions"],
-            made_by["versions"],
+            "made with %s; here %s: the result may differ by rounding", made.versions, here.versions
         )
 
 
@@ -575,7 +553,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
 def _default_target(task: str, run: Run) -> Path:
     from wanflow.media import safe_name
 
-    name = run.made_by["model"]["name"]
+    name = run.recipe.model.name
     return Path(
         safe_name(
             task if name != "nano" else name, run.request.size, run.request.prompt, datetime.now()

@@ -31,6 +31,7 @@ from wanflow.plan import decoding
 from wanflow.plan.model import FirstBlocks, small
 from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
 from wanflow.presets import Expert, ModelSpec
+from wanflow.recipe import Recipe
 from wanflow.request import CompleteRequest, Lora
 from wanflow.runtime import Runtime, batch_guidance, choose_text_dtype
 from wanflow.sampling.solvers import SolverState, advance
@@ -101,7 +102,6 @@ class FakeParts:
     model: Any  # is called as a WanDiT is
     text_dtype: torch.dtype
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    made_by: dict[str, Any] = field(default_factory=dict)
 
     def text(self, prompts: list[str]) -> Tensor:
         dit = self.preset.dit
@@ -110,8 +110,8 @@ class FakeParts:
     def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
         return wanted
 
-    def lora_prints(self, loras: tuple[Lora, ...]) -> dict[str, str]:
-        return {}
+    def recipe(self, request: CompleteRequest, loras: tuple[Lora, ...]) -> Recipe:
+        raise AssertionError("a trace makes no video")
 
     def use_loras(
         self, loras: tuple[Lora, ...], recorded: dict[str, str] | None = None

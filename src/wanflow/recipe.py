@@ -1,0 +1,116 @@
+"""Record what made a video: enough to make it again, as JSON inside the file and in a saved run."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from wanflow.config import RequestError
+from wanflow.request import CompleteRequest
+from wanflow.runtime import Runtime, from_record
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The weights of a run.
+
+    folder: where they were. fingerprint: distinguishes one set of weights from another.
+    parts: {part: file} of those that were named one by one.
+    """
+
+    name: str
+    folder: str
+    fingerprint: str
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything needed to make a video again.
+
+    runtime: the settings that change the result, as `wanflow.runtime.recorded` gives them.
+    versions: of the software. loras: {file: fingerprint}.
+    """
+
+    request: CompleteRequest
+    model: ModelRecord
+    runtime: dict[str, Any]
+    versions: dict[str, str]
+    noise_device: str
+    cfg_batch: bool | None
+    loras: dict[str, str] = field(default_factory=dict)
+
+    def settings(self) -> Runtime:
+        """Return the runtime that the recipe records; what it does not record stays open."""
+        noise: Any = self.noise_device
+        return replace(from_record(self.runtime), noise_device=noise, cfg_batch=self.cfg_batch)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as JSON; parts and LoRAs appear only where there are some."""
+        recipe = asdict(self)
+        if not self.model.parts:
+            del recipe["model"]["parts"]
+        if not self.loras:
+            del recipe["loras"]
+        return recipe
+
+    @classmethod
+    def from_json(cls, value: object, source: object) -> Recipe:
+        """Read what any version of wanflow wrote.
+
+        Args:
+            value: the parsed JSON.
+            source: names the file in messages.
+
+        Raises:
+            RequestError: for a field that is missing, of another type, or out of range.
+        """
+        try:
+            recipe = cls(**_known(cls, value, "the recipe"))
+            request = _known(CompleteRequest, recipe.request, "request", strict=True)
+            if not isinstance(request.get("lora", []), list | tuple):
+                raise RequestError(f"request.lora must be a list (got {request['lora']!r})")
+            model = ModelRecord(**_known(ModelRecord, recipe.model, "model"))
+            texts = {"model": {**asdict(model), "parts": ""}, "versions": recipe.versions}
+            texts |= {"model.parts": model.parts, "loras": recipe.loras}
+            for name, found in texts.items():
+                _check_texts(found, name)
+            missing = sorted({"device", "dtype"} - set(_object(recipe.runtime, "runtime")))
+            if missing:
+                raise RequestError(f"runtime.{missing[0]} is missing")
+            recipe = replace(recipe, request=CompleteRequest(**request), model=model)
+            recipe.settings()  # checks every value of it
+            return recipe
+        except RequestError as error:
+            raise RequestError(
+                f"{source}: the recipe is damaged, incomplete or of another version: {error}"
+            ) from None
+
+
+def _object(value: object, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RequestError(f"{name} must be an object (got {type(value).__name__})")
+    return value
+
+
+def _known(cls: type, value: object, name: str, strict: bool = False) -> dict[str, Any]:
+    """Return the fields of a dataclass that a JSON object has, which must be all without a default.
+
+    Args:
+        strict: refuse a field that the dataclass lacks, because leaving it out changes the result.
+    """
+    found, known = _object(value, name), {part.name: part for part in fields(cls)}
+    for part in known.values():
+        required = part.default is MISSING and part.default_factory is MISSING
+        if required and part.name not in found:
+            raise RequestError(f"{part.name} is missing")
+    unknown = sorted(set(found) - set(known))
+    if strict and unknown:
+        raise RequestError(f"{name}.{unknown[0]} is unknown")
+    return {key: item for key, item in found.items() if key in known}
+
+
+def _check_texts(value: object, name: str) -> None:
+    for key, text in _object(value, name).items():
+        if not isinstance(text, str):
+            raise RequestError(f"{name}.{key} must be text (got {text!r})")
