@@ -145,7 +145,6 @@ def places(found: Iterator[str] | list[str]) -> None:
 # Arrows that still point upwards while the packages move; this set must end empty.
 PENDING: set[tuple[str, str]] = {
     ("wanflow.checkpoint.inspect", "wanflow.download.catalogue"),
-    ("wanflow.checkpoint.inspect", "wanflow.download.fetch"),
     ("wanflow.checkpoint.inspect", "wanflow.lora.reader"),
     ("wanflow.checkpoint.layouts", "wanflow.download.catalogue"),
     ("wanflow.pipeline", "wanflow.parallel.cfg"),

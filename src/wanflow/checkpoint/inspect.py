@@ -33,6 +33,7 @@ from wanflow.checkpoint.layouts import (
     weight_groups,
     which_expert,
 )
+from wanflow.checkpoint.ledger import LEDGER, Ledger
 from wanflow.checkpoint.source import (
     OfficialSource,
     Part,
@@ -45,7 +46,7 @@ from wanflow.checkpoint.source import (
 from wanflow.checkpoint.structure import compare, module_of
 from wanflow.checkpoint.tokenizers import carries_tokenizer, open_tokenizer
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
-from wanflow.download.catalogue import KNOWN, LEDGER, known_sha256
+from wanflow.download.catalogue import KNOWN, known_sha256
 from wanflow.lora.reader import describe_adapter, open_adapter
 from wanflow.presets import NANO, T2V_A14B, Expert
 
@@ -379,10 +380,6 @@ def _known_hash(path: Path) -> tuple[str | None, str | None]:
     )
     if folder is None:
         return None, None
-    from wanflow.download.fetch import (
-        Ledger,
-    )  # with the hub's library behind it, which takes a fifth of a second
-
     sha256 = Ledger(folder).sha256(path.absolute().relative_to(folder).as_posix())
     return sha256, "download" if sha256 else None
 
