@@ -23,9 +23,10 @@ import pytest
 from helpers.hub import REPO, Hub
 
 from wanflow import cli
+from wanflow.checkpoint import published as catalogue
 from wanflow.checkpoint.ledger import LEDGER
 from wanflow.config import RequestError
-from wanflow.download import catalogue, fetch, hubs, transfer
+from wanflow.download import fetch, hubs, transfer
 from wanflow.screen import Screen
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanflow.checkpoint.published import ROLES, VARIANTS, find, whole_repository
 from wanflow.cli.flags import Parser
-from wanflow.download.catalogue import ROLES, VARIANTS, find, whole_repository
 
 if TYPE_CHECKING:
     from wanflow.download.fetch import Survey

@@ -13,8 +13,8 @@ from wanflow.cli.flags import Parser, given_parts
 from wanflow.config import RequestError
 
 if TYPE_CHECKING:
-    from wanflow.checkpoint.inspect import Findings, Row
     from wanflow.checkpoint.source import Part
+    from wanflow.inspect import Findings, Row
 
 TARGETS = (
     "official",
@@ -97,8 +97,8 @@ def _path(text: str) -> Path:
 
 def inspect(args: argparse.Namespace) -> None:
     """Tell what stands at a path."""
-    from wanflow.checkpoint.inspect import inspect as look
     from wanflow.checkpoint.values import BadValuesError, Finding, check_values
+    from wanflow.inspect import inspect as look
 
     path, values = _path(args.path), list[Finding]()
     if args.hash or args.check:

@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from wanflow.checkpoint import published as catalogue
 from wanflow.checkpoint.ledger import Ledger
+from wanflow.checkpoint.published import Part, Variant
 from wanflow.config import RequestError
-from wanflow.download import catalogue
-from wanflow.download.catalogue import Part, Variant
 from wanflow.download.hubs import Hub, HuggingFace, OfflineError
 from wanflow.download.transfer import (
     DamagedError,

@@ -26,8 +26,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported lazily
 
+from wanflow.checkpoint.published import Part, Variant, known_sha256
 from wanflow.config import RequestError
-from wanflow.download.catalogue import Part, Variant, known_sha256
 from wanflow.download.transfer import (
     NETWORK_ERROR,
     PAUSES,
