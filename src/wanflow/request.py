@@ -120,15 +120,15 @@ def parse_lora(text: str) -> Lora:
 class Request:
     """What to make. None leaves a value to the model's own default (see `complete`)."""
 
-    prompt: str = setting(group="video", help="what the video shows")
+    prompt: str = setting(group="main", help="what the video shows")
     negative_prompt: str | None = setting(
         None, group="video", help='what to steer away from; "" for nothing'
     )
     size: str | tuple[int, int] | None = setting(
-        None, group="video", metavar="WIDTH*HEIGHT", help="multiples of 16"
+        None, group="main", metavar="WIDTH*HEIGHT", help="multiples of 16"
     )
     frame_num: int | None = setting(
-        None, group="video", range=(1, math.inf), metavar="N", help="frames, 4n+1; 1 is a picture"
+        None, group="main", range=(1, math.inf), metavar="N", help="frames, 4n+1; 1 is a picture"
     )
     sample_solver: Solver | None = setting(None, group="sampling", help="the solver")
     sample_steps: int | None = setting(

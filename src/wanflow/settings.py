@@ -57,11 +57,7 @@ class Setting:
         if self.range is None or kind is None:
             return kind or ("a list of texts" if self.kind is tuple else "text")
         low, high = self.range
-        return (
-            f"{kind} of at least {low:g}"
-            if high == math.inf
-            else f"{kind} from {low:g} to {high:g}"
-        )
+        return f"{kind} from {low:,} to {high:,}" if high < math.inf else f"{kind}, {low:,} or more"
 
     def check(self, value: Any) -> None:
         """Raise RequestError for a value that is invalid."""

@@ -164,7 +164,7 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
         ("generate --ckpt_dir nano --prompt a --task t3v", "t3v"),
         (
             "generate --ckpt_dir nano --prompt a --dit_fsdp",
-            "--dit_fsdp needs several processes, and there is one: start them with torchrun",
+            "--dit_fsdp needs several processes",
         ),
         (
             "generate --ckpt_dir nano --prompt a --ulysses_size 4",

@@ -1,53 +1,157 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 bad request or refused, 130 interrupted."""
+"""Run one command. Exit codes: 0 done, 1 failed, 2 bad request or refused, 130 interrupted."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from wanflow.cli import doctor, download, generate, launch, plan, train, weights
-from wanflow.cli.flags import Parser
 from wanflow.config import RequestError
 from wanflow.parallel.watchdog import Watchdog
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "generate": generate.generate,
-    "replay": generate.replay,
-    "decode": generate.decode,
-    "train": train.train,
-    "download": download.download,
-    "inspect": weights.inspect,
-    "convert": weights.convert,
-    "doctor": doctor.doctor,
-    "plan": plan.plan,
+if TYPE_CHECKING:
+    from wanflow.cli.parser import Parser
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, without importing it.
+
+    module: has `NAME_flags(parser)` and `NAME(args)`.
+    brief: whether `--help` names most flags only, and `--help-all` explains them.
+    """
+
+    module: str
+    help: str
+    example: str
+    brief: bool = False
+
+
+COMMANDS = {
+    "generate": Command(
+        "generate",
+        "make a video from a prompt",
+        'wanflow generate --ckpt_dir nano --prompt "a red circle moves left"',
+        brief=True,
+    ),
+    "replay": Command(
+        "generate", "make a video again from the recipe in it", "wanflow replay out.mp4"
+    ),
+    "decode": Command(
+        "generate", "finish a run from its saved latent", "wanflow decode out.latent.safetensors"
+    ),
+    "download": Command(
+        "download",
+        "get the weights: resumable, parallel, verified",
+        "wanflow download --local_dir T2V_A14B_weights",
+    ),
+    "inspect": Command(
+        "inspect",
+        "show what a model, a weights file or a LoRA holds",
+        "wanflow inspect T2V_A14B_weights",
+    ),
+    "convert": Command(
+        "convert",
+        "write weights in another layout or precision",
+        "wanflow convert T2V_A14B_weights T2V_A14B_fp8 --to fp8",
+    ),
+    "train": Command(
+        "train",
+        "fine-tune on clips, train nano, or evaluate a model",
+        "wanflow train --data clips --ckpt_dir nano --out my_lora",
+        brief=True,
+    ),
+    "doctor": Command("doctor", "examine this machine and suggest settings", "wanflow doctor"),
+    "plan": Command(
+        "plan",
+        "estimate memory, disk and time on this or another machine",
+        "wanflow plan --gpu rtx4090 --size 832*480",
+        brief=True,
+    ),
 }
 
 
 def build_parser() -> Parser:
-    """Every command and its flags."""
+    """Return a parser of every command, which imports them all."""
     from wanflow import __version__
+    from wanflow.cli.parser import Parser
 
-    parser = Parser(
-        prog="wanflow",
-        description="Run Wan2.2-T2V-A14B, or its miniature nano.",
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="wanflow", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"wanflow {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for module in (generate, download, weights, train, doctor, plan):
-        module.add_to(commands)
+    for name in COMMANDS:
+        _add_flags(name, commands.add_parser(name, **_texts(name)))
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Run one command and return its exit code. One of several processes that fails does not
-    return: see `Watch.fail`.
+def command_parser(name: str) -> Parser:
+    """Return the parser of one command, which imports that command only."""
+    from wanflow.cli.parser import Parser
+
+    parser = Parser(prog=f"wanflow {name}", **_texts(name))
+    parser.set_defaults(command=name)
+    _add_flags(name, parser)
+    return parser
+
+
+DESCRIPTION = "Run Wan2.2-T2V-A14B, or its miniature nano."
+
+
+def _texts(name: str) -> dict[str, Any]:
+    command = COMMANDS[name]
+    description = f"{command.help[0].upper()}{command.help[1:]}."
+    return {"description": description, "example": command.example, "brief": command.brief}
+
+
+def _module(name: str) -> Any:
+    return import_module(f"wanflow.cli.{COMMANDS[name].module}")
+
+
+def _add_flags(name: str, parser: Parser) -> None:
+    getattr(_module(name), f"{name}_flags")(parser)
+
+
+def overview() -> str:
+    """Return every command in a line, with an example of each."""
+    lines = [DESCRIPTION, "wanflow COMMAND --help explains a command.", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"{name:<9} {command.help}", f"{'':<9}   {command.example}"]
+    return "\n".join(lines)
+
+
+def _parse(argv: list[str]) -> Any:
+    """Return the arguments of a command; None after printing the overview.
+
+    Raises:
+        RequestError: for an unknown command or flag.
     """
+    name = argv[0] if argv else ""
+    if name in COMMANDS:
+        return command_parser(name).parse_args(argv[1:])
+    if name in ("-h", "--help"):
+        print(overview())
+        raise SystemExit(0)
+    if name == "--version":
+        from wanflow import __version__
+
+        print(f"wanflow {__version__}")
+        raise SystemExit(0)
+    if not name:
+        print(overview())
+        raise SystemExit(2)
+    from wanflow.cli.parser import did_you_mean
+
+    raise RequestError(
+        f"unknown command {name}{did_you_mean(name, COMMANDS)} (wanflow --help lists the commands)"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run one command and return its exit code. One rank of several that fails does not return."""
     rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
     logging.getLogger("wanflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -55,20 +159,20 @@ def main(argv: list[str]) -> int:
     try:
         if several:
             watch = _among_others()
-        args = build_parser().parse_args(argv)
+        args = _parse(argv)
         args.watch = watch
         watch.timeout_s = getattr(args, "timeout", watch.timeout_s)
-        if (
-            getattr(args, "gpus", None) is not None
-            and args.command != "plan"
-            and (processes := launch.prepare(args))
-        ):
-            return launch.launch(argv, processes)
-        COMMANDS[args.command](args)
+        if getattr(args, "gpus", None) is not None and args.command != "plan":
+            from wanflow.cli import launch
+
+            processes = launch.prepare(args)
+            if processes is not None:
+                return launch.launch(argv, processes)
+        getattr(_module(args.command), args.command)(args)
     except SystemExit:  # --help
         watch.leave()
         raise
-    except BrokenPipeError:  # who read our output has read enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:
         watch.hold()  # before the words are looked for, which reads files
@@ -78,8 +182,7 @@ def main(argv: list[str]) -> int:
         if watch.store is None:
             watch.keep()
             raise
-        # The end of another process breaks collectives, which is a RuntimeError here; any other is
-        # this one's own.
+        # The end of another rank breaks a collective, which is a RuntimeError here.
         trace = "".join(traceback.format_exception(error))
         return watch.fail(
             code, f"{type(error).__name__}: {error}", not isinstance(error, RuntimeError), trace
@@ -89,12 +192,9 @@ def main(argv: list[str]) -> int:
 
 
 def _among_others() -> Watchdog:
-    """The watch of one of several processes, begun: before anything that can fail in one of
-    them.
-    """
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # torch prints the stack where a store breaks; we say it in words
+    """Begin the heartbeat of one rank of several, before anything can fail in one of them."""
+    # torch prints the stack where a store breaks; the watchdog prints one message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from wanflow.parallel.ranks import connect_store
 
     watch = connect_store()
@@ -103,7 +203,7 @@ def _among_others() -> Watchdog:
 
 
 def _words(error: BaseException) -> tuple[int, str | None]:
-    """Exit code and message for what ends a command; no message for what nobody expected."""
+    """Return the exit code and message of what ended a command; no message for a fault of ours."""
     if isinstance(error, RequestError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -118,5 +218,5 @@ def _words(error: BaseException) -> tuple[int, str | None]:
 
 
 def entry(argv: list[str] | None = None) -> NoReturn:
-    """The `wanflow` command and `generate.py`."""
+    """Run the `wanflow` command, or `generate.py`."""
     sys.exit(main(sys.argv[1:] if argv is None else argv))

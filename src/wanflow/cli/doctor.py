@@ -11,7 +11,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli.flags import Parser
+from wanflow.cli.flags import model_path
+from wanflow.cli.parser import Parser
 
 if TYPE_CHECKING:
     from wanflow.doctor.environment import Disk
@@ -28,13 +29,8 @@ class BrokenError(OSError):
     """A part that wanflow needs is broken: exit code 1."""
 
 
-def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
-    """Add the command and its flags."""
-    p = commands.add_parser(
-        "doctor",
-        help="examine this machine: devices, kernels, disk, problems, best settings",
-        allow_abbrev=False,
-    )
+def doctor_flags(p: Parser) -> None:
+    """Add the command's flags."""
     p.add_argument(
         "--ckpt_dir",
         type=Path,
@@ -60,7 +56,7 @@ def doctor(args: argparse.Namespace) -> None:
             raise BrokenError(
                 f"PyTorch cannot be loaded: {error}; pip install --force-reinstall torch"
             ) from None
-        folder = _folder(args.ckpt_dir)
+        folder = model_path(str(args.ckpt_dir))
         with redirect_stdout(sys.stderr):  # packages may print while they are tried
             report = examine(folder, os.environ.get("CUDA_VISIBLE_DEVICES"), say)
         say("the best settings")
@@ -77,14 +73,6 @@ def doctor(args: argparse.Namespace) -> None:
     if broken:
         count = f"{len(broken)} broken parts above must be repaired first"
         raise BrokenError(f"broken: {'; '.join(broken)}" if args.json else count)
-
-
-def _folder(path: Path) -> Path:
-    if str(path) == "nano":
-        from wanflow.assemble import NANO_FOLDER
-
-        return NANO_FOLDER
-    return path
 
 
 @contextmanager
@@ -213,7 +201,7 @@ def _cells(result: KernelResult) -> tuple[str, ...]:
 
 
 def _remark(result: KernelResult, report: Report) -> str:
-    from wanflow.transforms.attention_kernels import BACKENDS
+    from wanflow.transforms.attention import BACKENDS
 
     remarks = [BACKENDS[result.way].about] if result.what == "attention" else []
     if report.auto.get(result.device, {}).get(result.dtype) == result.way:

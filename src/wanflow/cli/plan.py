@@ -10,8 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli import generate, launch
-from wanflow.cli.flags import Parser, generate_flags, given_parts
+from wanflow.cli import launch
+from wanflow.cli.flags import generate_flags, given_parts, request_from, runtime_from
+from wanflow.cli.parser import Parser
 from wanflow.config import RequestError
 from wanflow.request import Request
 from wanflow.runtime import Runtime
@@ -22,18 +23,13 @@ if TYPE_CHECKING:
 SIZES = ("1280*720", "832*480")
 
 
-def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command and its flags: all of generate's, and those that describe a machine."""
-    p = commands.add_parser(
-        "plan",
-        help="memory, disk, work and time of a request, on this machine or another",
-        allow_abbrev=False,
+def plan_flags(p: Parser) -> None:
+    """Add the command's flags: those that describe a machine, and all of generate's."""
+    machine = p.add_argument_group(
+        "machine",
+        "This one, unless one is described. Without --ckpt_dir the official weights are planned;"
+        " no file needs to be there.",
     )
-    p.description = (
-        "Takes every flag of `wanflow generate`. Without --ckpt_dir the official weights are meant;"
-        " nothing needs to be there."
-    )
-    machine = p.add_argument_group("machine", "this one, unless one is described")
     machine.add_argument(
         "--gpu", help="a100-80gb, h100-80gb, h200, h20, rtx5090, rtx4090, l40s, a6000, or none"
     )
@@ -41,19 +37,19 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         "--num_gpus",
         type=int,
         default=1,
-        help="how many of them share the video (1); of a100-80gb where --gpu is left out",
+        metavar="N",
+        help="how many GPUs share the video; a100-80gb without --gpu",
     )
-    machine.add_argument(
-        "--ram", type=float, metavar="GB", help="RAM of the described machine (64)"
+    machine.add_argument("--ram", type=float, metavar="GB", help="its RAM (default: 64)")
+    machine.add_argument("--disk", type=float, metavar="GB", help="its disk (default: 150)")
+    machine.add_argument("--json", action="store_true", help="print one JSON document")
+    report = p.add_argument_group("report")
+    report.add_argument(
+        "--figures", action="store_true", help="compare with the published times on A100 GPUs"
     )
-    machine.add_argument("--disk", type=float, metavar="GB", help="its disk (150)")
-    p.add_argument(
-        "--figures",
-        action="store_true",
-        help="the times that are promised for A100 GPUs, and what reaches them",
+    report.add_argument(
+        "--peaks", action="store_true", help="also list the largest tensors at each peak"
     )
-    p.add_argument("--peaks", action="store_true", help="also the largest tensors at each peak")
-    p.add_argument("--json", action="store_true", help="one JSON document")
     generate_flags(p)
 
 
@@ -67,7 +63,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.figures:
         return _figures(args.json)
     here = _processes(args)
-    wanted, runtime = generate._request(args), generate._runtime(args)
+    wanted, runtime = request_from(args), runtime_from(args)
     wanted = replace(wanted, prompt=wanted.prompt or "any")
     if args.ckpt_dir is None and not given_parts(args):
         model, checkpoint = published(), None

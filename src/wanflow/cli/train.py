@@ -1,6 +1,4 @@
-"""`wanflow train`: a LoRA or a whole model from a folder of clips, the miniature from nothing, and
-the measurement of a model.
-"""
+"""Run `wanflow train`: fine-tune on clips, train nano, or measure a model."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli.flags import Parser
+from wanflow.cli.parser import Parser
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 
@@ -19,132 +17,136 @@ if TYPE_CHECKING:
     from wanflow.train.finetune import FineTune
 
 
-def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The command and its flags."""
-    train = commands.add_parser(
-        "train",
-        help="fine-tune on your clips, train the miniature, or measure a model",
-        allow_abbrev=False,
-    )
-    tune = train.add_argument_group(
-        "fine-tuning", "a folder of clips with captions becomes LoRAs, or a new model"
-    )
-    tune.add_argument(
+def train_flags(p: Parser) -> None:
+    """Add the command's flags."""
+    main = p.add_argument_group("most used", "Clips with captions become LoRAs, or a new model.")
+    main.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="clips, and clip.txt beside each clip.mp4 (or metadata.jsonl, metadata.csv)",
+        help="clips, and clip.txt next to each clip.mp4 (or metadata.jsonl, metadata.csv)",
     )
-    tune.add_argument("--ckpt_dir", help="the model to start from: a folder, or nano")
-    tune.add_argument(
-        "--out",
-        type=Path,
-        help="the folder to write: two LoRA files, or the model (miniature: WORK_DIR/model)",
+    main.add_argument("--ckpt_dir", metavar="DIR", help="the model to start from, or nano")
+    main.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write: two LoRA files, or the model"
     )
-    tune.add_argument("--method", choices=("lora", "full"), default="lora")
-    tune.add_argument(
+    main.add_argument("--method", choices=("lora", "full"), default="lora", help="what is trained")
+    main.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="updates of each expert (default: 300 for a small model, else 2000)",
+    )
+    _tuning_flags(p.add_argument_group("fine-tuning"))
+    _running_flags(p.add_argument_group("run"))
+    _nano_flags(p)
+
+
+def _tuning_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
         "--train_experts",
         choices=("both", "high", "low"),
         default="both",
-        help="each on its own part of sigma",
+        help="each on its own range of sigma",
     )
-    tune.add_argument("--rank", type=int, default=16)
-    tune.add_argument("--alpha", type=float, help="(the rank)")
-    tune.add_argument(
+    add("--rank", type=int, default=16, metavar="N", help="of the LoRA")
+    add("--alpha", type=float, metavar="A", help="of the LoRA (default: the rank)")
+    add(
         "--targets",
         default="self_attn,cross_attn,ffn",
-        help="which layers of every block get a LoRA",
+        metavar="LIST",
+        help="layers of every block that get a LoRA",
     )
-    tune.add_argument(
-        "--steps",
+    add(
+        "--batch",
         type=int,
-        help="updates for each expert (300 for a miniature, 2000 for the full model)",
+        metavar="N",
+        help="clips for each update (default: 16 for a small model, else 1)",
     )
-    tune.add_argument("--batch", type=int, help="clips for each update (16 for a miniature, 1)")
-    tune.add_argument(
-        "--grad_accum", type=int, default=1, help="in how many parts a batch goes through the model"
+    add("--grad_accum", type=int, default=1, metavar="N", help="micro-batches of a batch")
+    add(
+        "--learning_rate",
+        type=float,
+        metavar="RATE",
+        help="default: 1e-3 for a small model, else 1e-4; a tenth for full",
     )
-    tune.add_argument(
-        "--learning_rate", type=float, help="(LoRA: 1e-3 for a miniature, 1e-4; full: a tenth)"
-    )
-    tune.add_argument(
+    add(
         "--caption_dropout",
         type=float,
         default=0.1,
+        metavar="SHARE",
         help="share of captions left empty, for guidance",
     )
-    tune.add_argument(
-        "--train_shift", type=float, default=5.0, help="crowds the training noise levels upwards"
+    add(
+        "--train_shift",
+        type=float,
+        default=5.0,
+        metavar="SHIFT",
+        help="shift of the noise levels; larger trains more on high noise",
     )
-    tune.add_argument("--size", help="WIDTH*HEIGHT that clips are brought to (the model's own)")
-    tune.add_argument("--frame_num", type=int, help="frames of each clip, 4n+1 (the model's own)")
-    tune.add_argument(
-        "--fps", type=float, help="frames per second that clips are brought to (the model's own)"
-    )
-    tune.add_argument(
+    add("--size", metavar="WIDTH*HEIGHT", help="resize clips to this (default: the model's)")
+    add("--frame_num", type=int, metavar="N", help="frames of a clip, 4n+1 (default: the model's)")
+    add("--fps", type=float, metavar="N", help="resample clips to this (default: the model's)")
+
+
+def _running_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
         "--activation_checkpointing",
         action="store_true",
-        help="compute blocks twice instead of keeping what they computed",
+        help="recompute activations in the backward pass, to save memory",
     )
-    tune.add_argument(
-        "--fsdp", action="store_true", help="shard the model over the processes of torchrun"
-    )
-    tune.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    tune.add_argument("--device", default="auto")
-    tune.add_argument("--seed", type=int, default=0)
-    tune.add_argument(
+    add("--fsdp", action="store_true", help="shard the model over the ranks of torchrun")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--seed", type=int, default=0, metavar="N", help="of noise, order and LoRA weights")
+    add(
         "--save_every",
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="how often the state is saved (60)",
+        help="seconds between two saved states",
     )
-    tune.add_argument(
-        "--force", action="store_true", help="start although the memory does not suffice"
-    )
-    train.add_argument(
+    add("--force", action="store_true", help="start although memory does not suffice")
+    add(
         "--work_dir",
         type=Path,
-        help="where training keeps its state (build/train, for the miniature build/nano)",
+        metavar="DIR",
+        help="folder of the training state (default: build/train; build/nano for --nano)",
     )
-    mini = train.add_argument_group("the miniature")
+
+
+def _nano_flags(p: Parser) -> None:
+    mini = p.add_argument_group("nano")
     mini.add_argument(
-        "--nano",
-        action="store_true",
-        help="train nano from nothing; a killed run goes on where it stopped",
+        "--nano", action="store_true", help="train nano from scratch; run it again to resume"
     )
     mini.add_argument(
-        "--scale", type=float, default=1.0, help="share of the full number of steps, for a try-out"
+        "--scale", type=float, default=1.0, metavar="SHARE", help="share of the steps, for a test"
     )
     mini.add_argument(
         "--stage",
         choices=("text", "vae", "cache", "high", "low", "export"),
         help="run one stage only",
     )
-    ask = train.add_argument_group("measuring")
+    ask = p.add_argument_group("evaluation")
     ask.add_argument(
-        "--evaluate",
-        metavar="MODEL",
-        help="measure prompt adherence of nano or a folder; last line is JSON",
+        "--evaluate", metavar="MODEL", help="measure prompt adherence; the last line is JSON"
     )
-    ask.add_argument("--prompts", type=int, default=200, help="how many prompts to measure (200)")
+    ask.add_argument("--prompts", type=int, default=200, metavar="N", help="prompts to measure")
     ask.add_argument(
         "--experts",
         choices=("both", "swapped", "high", "low"),
         default="both",
-        help="which expert does whose steps",
+        help="the expert of each step",
     )
-    ask.add_argument(
-        "--seen", action="store_true", help="measure on combinations that training saw"
-    )
-    ask.add_argument(
-        "--wording",
-        action="store_true",
-        help="measure with free wordings instead of the plain form",
-    )
+    ask.add_argument("--seen", action="store_true", help="use combinations from training")
+    ask.add_argument("--wording", action="store_true", help="use free wordings of the prompts")
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train or measure, whichever the flags ask for."""
     if args.data is not None:
         return _finetune(args)
     from wanflow.train import nano

@@ -1,0 +1,88 @@
+"""Run `wanflow convert`: write weights in another layout or precision."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanflow.cli.flags import given_parts, model_path, part_flags
+from wanflow.cli.parser import Parser
+from wanflow.config import RequestError
+from wanflow.runtime import DTYPES
+
+if TYPE_CHECKING:
+    from wanflow.checkpoint.source import Part
+
+TARGETS = (
+    "official",
+    "diffusers",
+    "bf16",
+    "fp16",
+    "fp8",
+    *(f"gguf-{kind}" for kind in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f16", "bf16")),
+)
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def convert_flags(p: Parser) -> None:
+    """Add the command's flags."""
+    p.add_argument(
+        "source", metavar="SRC", help="a model in any layout, nano, or a file of one part"
+    )
+    p.add_argument(
+        "target", metavar="DST", type=Path, help="a new folder; for a single part also a file"
+    )
+    p.add_argument("--to", required=True, choices=TARGETS, metavar="FORM", help=", ".join(TARGETS))
+    p.add_argument("--dtype", choices=DTYPES, help="of what is not quantised")
+    p.add_argument("--parts", default="high,low,t5,vae", metavar="LIST", help="parts to convert")
+    p.add_argument(
+        "--max_shard_size",
+        default="10GB",
+        metavar="SIZE",
+        help="of each file, for official and diffusers",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an existing DST")
+    part_flags(p.add_argument_group("single files", "In place of the model's own."))
+
+
+def size(text: str) -> int:
+    """Read `10GB`, `512MiB` or `100000` as bytes; raise RequestError for anything else or 0."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in UNITS or not int(float(found[1]) * UNITS[found[2]]):
+        raise RequestError(f"{text!r} is no size; write 10GB, 500MB or 5GiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _parts(text: str) -> tuple[Part, ...]:
+    known: tuple[Part, ...] = ("high", "low", "t5", "vae")
+    requested = [word.strip() for word in text.split(",")]
+    unknown = [word for word in requested if word not in known]
+    if unknown or not requested:
+        raise RequestError(f"--parts {text}: {', '.join(unknown)} is none of {', '.join(known)}")
+    return tuple(part for part in known if part in requested)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write the weights in another form."""
+    from wanflow.convert.convert import convert as write
+    from wanflow.convert.convert import open_model
+    from wanflow.convert.targets import options
+    from wanflow.screen import Screen
+
+    target = options(
+        args.to,
+        args.dtype,
+        parts=_parts(args.parts),
+        shard=size(args.max_shard_size),
+        overwrite=args.overwrite,
+    )
+    model = open_model(model_path(args.source), given_parts(args))
+    with Screen() as screen:
+        report = screen.count_bytes("converting")
+        out = write(model, args.target.expanduser(), target, screen.say, report)
+        written = out.rglob("*") if out.is_dir() else [out]
+        screen.say(
+            f"{out}: {sum(file.stat().st_size for file in written if file.is_file()) / 1e9:.3f} GB"
+        )

@@ -1,0 +1,165 @@
+"""Run `wanflow inspect`: show what a model, a weights file or a LoRA holds, without loading it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from wanflow.cli.flags import model_path
+from wanflow.cli.parser import Parser
+
+if TYPE_CHECKING:
+    from wanflow.checkpoint.inspect import Findings, Row
+
+MANY = 8  # names listed before the rest is a number
+COLUMNS = ("what", "file", "form", "stored as", "parameters", "tensors", "GB")
+LAYOUTS = {
+    "official": "the official layout",
+    "diffusers": "Diffusers' layout",
+    "files": "loose files",
+    "file": "one file",
+}
+
+
+def inspect_flags(p: Parser) -> None:
+    """Add the command's flags."""
+    p.add_argument(
+        "path",
+        metavar="PATH",
+        help="a folder in any layout, a file, nano, or a repository in Hugging Face's cache",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON document")
+    p.add_argument("--hash", action="store_true", help="compute the sha256 of every file")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="read every tensor; exit code 1 if one holds NaN or infinity",
+    )
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print what a path holds; raise BadValuesError after `--check` if values are damaged."""
+    from wanflow.checkpoint.inspect import inspect as look
+    from wanflow.checkpoint.values import BadValuesError, Finding, check_values
+
+    path, values = model_path(args.path), list[Finding]()
+    if args.hash or args.check:
+        from wanflow.screen import Screen
+
+        with Screen() as screen:
+            found = look(path, args.hash, screen.count_bytes("hashing"))
+            if args.check:
+                values = list(check_values(path, screen.count_bytes("checking")))
+    else:
+        found = look(path)
+    if args.json:
+        document = found.as_dict() | (
+            {"values": [asdict(value) for value in values]} if args.check else {}
+        )
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        _show(found)
+        for value in values:
+            print(f"{value.path}: {value.tensor + ': ' if value.tensor else ''}{value.what}")
+        if args.check and not values:
+            print("every value is finite, and no tensor is constant")
+    bad = [value for value in values if value.bad]
+    if bad:
+        raise BadValuesError(
+            f"{path}: {len(bad)} tensors are damaged:"
+            f" {', '.join(value.tensor or value.path for value in bad[:MANY])}"
+        )
+
+
+# as text
+
+
+def _show(found: Findings) -> None:
+    from wanflow.screen import show_table
+
+    what = (
+        found.parts[0].what
+        if len({row.what for row in found.parts}) == 1
+        else f"{len(found.parts)} files"
+    )
+    print(f"{found.path}: {found.model or what}, {LAYOUTS[found.layout]}")
+    counts = found.parameters
+    if counts["experts_total"] > counts["experts_active"]:
+        size = (
+            counts["published"]
+            or f"{_short(counts['experts_total'])} total, {_short(counts['experts_active'])} active"
+        )
+        exact = (
+            f"experts {counts['experts_total']:,}, of which {counts['experts_active']:,} are active"
+            " in a step;"
+        )
+        exact += f" {counts['all']:,} with all parts"
+        print(f"{size} ({exact})")
+    elif counts["all"]:
+        print(f"{_short(counts['all'])} parameters ({counts['all']:,})")
+    print(f"{found.tensors:,} tensors, {found.bytes:,} bytes")
+    print()
+    show_table(COLUMNS, [_cells(row) for row in found.parts], "llllrrr")
+    for row in found.parts:
+        for line in _remarks(row, found.model):
+            print(f"{row.path}: {line}")
+    for note in found.notes:
+        print(f"note: {note}")
+    if found.problem:
+        print(f"it does not load as a model: {found.problem}")
+
+
+def _short(count: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    form = row.container or ""
+    if row.dialect:
+        form += f", {row.dialect} names" + (f" after {row.prefix!r}" if row.prefix else "")
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in row.dtypes.items())
+    numbers = (f"{row.parameters:,}", f"{row.tensors:,}") if row.tensors else ("", "")
+    return (
+        row.what,
+        row.path,
+        form,
+        kinds,
+        *numbers,
+        f"{sum(file.bytes for file in row.files) / 1e9:.3f}",
+    )
+
+
+def _remarks(row: Row, model: str | None) -> list[str]:
+    """Return what does not fit into a table; the model's shape only where it differs."""
+    remarks = [] if row.model is None or row.model.startswith(model or "?") else [row.model]
+    if row.lora is not None:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in row.lora["kinds"].items())
+        ranks, alphas = (
+            ", ".join(f"{value:g}" for value in row.lora[name]) for name in ("ranks", "alphas")
+        )
+        remarks.append(
+            f"rank {ranks or 'none'}, alpha {alphas or 'not given (the rank)'},"
+            f" {row.lora['modules']:,} modules ({kinds})"
+        )
+    for what, names in (
+        ("lacks", row.missing),
+        ("unknown", row.unexpected),
+        ("of another shape", row.wrong_shape),
+    ):
+        if names:
+            more = f" and {len(names) - MANY:,} more" if len(names) > MANY else ""
+            remarks.append(f"{what}: {', '.join(names[:MANY])}{more}")
+    remarks += row.notes
+    remarks += [
+        f"{'' if file.name == row.path else file.name + ': '}sha256 {file.sha256}"
+        f" ({file.sha256_from})"
+        + (f", published as {file.published_as}" if file.published_as else "")
+        for file in row.files
+        if file.sha256
+    ]
+    return remarks + ([row.error] if row.error else [])

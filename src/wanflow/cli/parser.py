@@ -1,0 +1,190 @@
+"""Parse a command line: flags made from settings, help on 80 columns, suggestions for typos."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING
+from typing import Any, NoReturn
+
+from wanflow.config import RequestError
+from wanflow.presets import T2V_A14B
+from wanflow.settings import Setting, settings_of
+
+WIDTH = 80
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's layout on `WIDTH` columns, with the defaults at the end of each help text."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=WIDTH)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default in (None, False, [], argparse.SUPPRESS) or "(default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class HelpAll(argparse._HelpAction):
+    """`--help-all`: every flag with its text."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        assert isinstance(parser, Parser)
+        parser._print_message(parser.format_all())
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's flags. What it refuses is a RequestError: of several ranks one prints it.
+
+    Args:
+        example: a command line, shown below the description.
+        brief: whether `--help` explains the first group only, and names the other flags.
+    """
+
+    def __init__(self, *, example: str = "", brief: bool = False, **known: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **known)
+        self.example, self.brief = example, brief
+        if brief:
+            self.add_argument("--help-all", action=HelpAll, help="explain every flag")
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
+        if unknown is not None:
+            word = unknown[1].split()[0]
+            message = f"unknown argument {word}{did_you_mean(word, self._option_string_actions)}"
+        message = re.sub(r"^argument (-\S+?)(?:/\S+)?: ", r"\1: ", message)
+        raise RequestError(f"{message} ({self.prog} --help lists the flags)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an unknown flag is refused by the parser of its command."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+            below = commands[0].choices[found.command] if commands else self
+            below.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
+
+    def format_help(self) -> str:
+        """Return the help; if brief, the flags after the first group by name only."""
+        if not self.brief:
+            return self.format_all()
+        first, *others = self._flag_groups()
+        formatter = self._begin()
+        self._explain(formatter, [first])
+        lines = []
+        for group in others:
+            names = " ".join(flag.option_strings[0] for flag in _shown(group._group_actions))
+            title = f"{group.title}: "
+            lines += textwrap.wrap(title + names, WIDTH - 2, subsequent_indent="    ")
+        more = textwrap.indent("\n".join(lines), "  ")
+        return f"{formatter.format_help()}\n{self.prog} --help-all explains these:\n{more}\n"
+
+    def format_all(self) -> str:
+        """Return every flag explained."""
+        formatter = self._begin()
+        self._explain(formatter, self._flag_groups())
+        return formatter.format_help()
+
+    def _begin(self) -> argparse.HelpFormatter:
+        formatter = self._get_formatter()
+        if self.brief:
+            formatter.add_usage(f"{self.prog} [FLAGS]", [], [], None)
+        else:
+            formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(textwrap.fill(self.description or "", WIDTH))
+        if self.example:
+            formatter.add_text(f"example:\n  {self.example}")
+        return formatter
+
+    def _explain(
+        self, formatter: argparse.HelpFormatter, groups: Iterable[argparse._ArgumentGroup]
+    ) -> None:
+        for group in groups:
+            formatter.start_section(group.title)
+            if group.description:
+                formatter.add_text(textwrap.fill(group.description, WIDTH - 2))
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+
+    def _flag_groups(self) -> list[argparse._ArgumentGroup]:
+        """Return the groups that hold something; a command's own come before argparse's two."""
+        positionals, options, *own = self._action_groups
+        return [group for group in (positionals, *own, options) if _shown(group._group_actions)]
+
+
+def _shown(actions: Iterable[argparse.Action]) -> list[argparse.Action]:
+    return [action for action in actions if action.help != argparse.SUPPRESS]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean ...?` for a misspelt flag or command; empty where nothing is near."""
+    known = list(known)
+    word = word.partition("=")[0]
+    spelt = word[:2] + word[2:].replace("-", "_")
+    near = [spelt] if spelt in known else difflib.get_close_matches(spelt, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# Flags from settings
+
+
+def yes_or_no(text: str) -> bool:
+    """Read true or false, in any of their spellings."""
+    if text.lower() in ("true", "yes", "1", "y", "t"):
+        return True
+    if text.lower() in ("false", "no", "0", "n", "f"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def flag_default(one: Setting) -> Any:
+    """Return what a flag holds that is left out."""
+    if one.switch:
+        return False
+    if one.unset is not ...:
+        return one.unset
+    return None if one.default is MISSING else one.default
+
+
+def add_settings(cls: type, groups: Mapping[str, argparse._ArgumentGroup]) -> None:
+    """Add a flag for every setting of a dataclass, each to its group."""
+    for one in settings_of(cls).values():
+        if not one.flags:
+            continue
+        options: dict[str, Any] = {"help": _help(one)}
+        if one.switch:
+            options["action"] = "store_true"
+        else:
+            readers: dict[type, Any] = {str: None, tuple: None, bool: yes_or_no}
+            options |= {"type": readers.get(one.kind, one.kind), "default": flag_default(one)}
+            options["metavar"] = one.metavar
+            if one.choices:
+                options["choices"] = tuple(choice for choice in one.choices if choice)
+            if one.kind is tuple:
+                options |= {"action": "extend", "nargs": "+"}
+        groups[one.group].add_argument(*(f"--{flag}" for flag in one.flags), **options)
+
+
+def _help(one: Setting) -> str:
+    """Return a setting's help, with the published model's default where that is short."""
+    default = getattr(T2V_A14B, one.name, None) if one.default is None else None
+    text = "*".join(map(str, default)) if isinstance(default, tuple) else str(default or "")
+    return f"{one.help} (default: {text})" if 0 < len(text) <= 10 else one.help
+
+
+def settings_from(cls: type, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a dataclass that flags set, by field name."""
+    values: dict[str, Any] = {}
+    for one in settings_of(cls).values():
+        value: Any = getattr(args, one.flags[0]) if one.flags else None
+        if one.flags and value != flag_default(one):
+            values[one.name] = tuple(value) if one.kind is tuple else value
+            if one.negated:
+                values[one.name] = not value
+    return values
