@@ -162,10 +162,7 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
         ("generate --ckpt_dir nano --prompt a --offload_model perhaps", "neither true nor false"),
         ("generate --ckpt_dir nano --prompt a --task i2v-A14B", "another model"),
         ("generate --ckpt_dir nano --prompt a --task t3v", "t3v"),
-        (
-            "generate --ckpt_dir nano --prompt a --dit_fsdp",
-            "--dit_fsdp needs several processes",
-        ),
+        ("generate --ckpt_dir nano --prompt a --dit_fsdp", "--dit_fsdp needs several processes"),
         (
             "generate --ckpt_dir nano --prompt a --ulysses_size 4",
             "a layout of 4 processes needs several processes",
