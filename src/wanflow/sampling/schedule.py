@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from wanflow.config import SOLVERS, TRAIN_STEPS, RequestError, Solver
 
@@ -64,7 +64,7 @@ def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
     timesteps = [sigma * TRAIN_STEPS for sigma in exact]
     if solver != "euler":
         timesteps = [float(int(timestep)) for timestep in timesteps]
-    sigmas: list[float] = torch.tensor([*exact, 0.0], dtype=torch.float32).tolist()
+    sigmas = [float(np.float32(sigma)) for sigma in (*exact, 0.0)]
     return Schedule(solver, tuple(timesteps), tuple(sigmas))
 
 
