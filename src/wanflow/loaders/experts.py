@@ -79,11 +79,11 @@ def refuse_packed(checkpoint: Checkpoint, where: Placement) -> None:
 
 @dataclass
 class HostExpert:
-    """An expert in RAM: its blocks' matmul weights in `homes`, the rest in the model."""
+    """An expert in RAM: its blocks' matmul weights in `host_buffers`, the rest in the model."""
 
     model: WanDiT
     fetch: BlockReader
-    homes: dict[int, Tensor]
+    host_buffers: dict[int, Tensor]
 
 
 def open_expert(
@@ -113,13 +113,18 @@ def open_expert(
         )
     model, fetch, total = _rest(checkpoint, which, where, where.device, changes or {})
     tell = _blocks_told(report, total, len(list(model.blocks)))
-    homes = (
+    host_buffers = (
         load_to_host(model, fetch, where.device.type == "cuda", tell, skip=resident)
         if where.from_ram()
         else None
     )
     return Streaming(
-        model, fetch, resident, where.device, homes, report=None if homes is not None else tell
+        model,
+        fetch,
+        resident,
+        where.device,
+        host_buffers,
+        report=None if host_buffers is not None else tell,
     )
 
 
@@ -144,7 +149,7 @@ def place(read: HostExpert, where: Placement) -> WanDiT | Streaming:
             if not value.is_meta:
                 setattr(module, key, nn.Parameter(value.to(where.device), requires_grad=False))
     resident = where.resident(len(list(read.model.blocks)))
-    streaming = Streaming(read.model, read.fetch, resident, where.device, read.homes)
+    streaming = Streaming(read.model, read.fetch, resident, where.device, read.host_buffers)
     if streaming.streamed:
         return streaming
     streaming.close()

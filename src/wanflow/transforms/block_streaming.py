@@ -1,14 +1,13 @@
-"""An expert whose blocks are not all in the device's memory: those that are not are streamed, one
-ahead of the one at work.
+"""Stream the blocks of an expert that do not fit the device's memory, one ahead of the current one.
 
-The weights of a block's matmuls lie in one flat buffer of bytes, laid out the same way on the host
-and on the device, so that a block moves in one copy. Two such buffers on the device take turns:
-while a block works in one, the next block is copied into the other. Small tensors (norms, biases,
-modulation, what LoRAs add) stay on the device.
+A block's matmul weights form one flat buffer of bytes, with one layout on the host and on the
+device, so that one copy moves a block. Two such buffers on the device take turns: while a block
+runs from one, the next block is copied into the other. Small tensors (norms, biases, modulation,
+LoRAs) stay on the device.
 
-Streamed blocks wait in RAM (`homes`) or in their files, from which they are read and converted
-again in each pass. Reading and copying are done by one thread beside the one that works; on a GPU
-the copies have a stream of their own, and pinned memory to come from.
+Streamed blocks wait in RAM (host buffers) or in their files, from which each pass reads and
+converts them again. One thread reads and copies while the main thread computes. On a GPU the copies
+have a stream of their own, and pinned memory as their source.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ from wanflow.models.dit import (
 
 logger = logging.getLogger("wanflow")
 
-ALIGN = 256  # bytes: what every kernel is content with
-# Writes tensors of a block, by their names within it, into these views on the host.
+ALIGN = 256  # bytes; suits every kernel
+# Reads a block's tensors, by their names in the block, into these views on the host.
 BlockReader = Callable[[int, Mapping[str, Tensor]], None]
 
 
 class Worker(Protocol):
-    """What does the copying; `concurrent.futures` has the usual ones."""
+    """Runs reads and copies: an executor of `concurrent.futures`, or `SyncExecutor`."""
 
     def submit(self, work: Callable[[], None], /) -> Future[None]: ...
     def shutdown(self, wait: bool = True) -> None: ...
 
 
 class SyncExecutor:
-    """A worker that is the caller: for tracing and for tests."""
+    """Runs work at once, in the caller's thread: for tracing and for tests."""
 
     def submit(self, work: Callable[[], None], /) -> Future[None]:
         done: Future[None] = Future()
@@ -63,18 +62,16 @@ class SyncExecutor:
         pass
 
 
-# layout
-
-
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of one block lie in its buffer: (name, dtype, shape, first byte) each."""
+    """The tensors of one block in its buffer: (name, dtype, shape, first byte) each."""
 
     entries: tuple[tuple[str, torch.dtype, torch.Size, int], ...]
     nbytes: int
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """Lay tensors out one after the other."""
         entries, end = [], 0
         for name, value in tensors.items():
             entries.append((name, value.dtype, value.shape, end))
@@ -82,7 +79,7 @@ class Layout:
         return cls(tuple(entries), end)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The tensors in a buffer: uint8 [at least nbytes]."""
+        """Return the tensors in a buffer, uint8 [at least nbytes]."""
         return {
             name: buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for name, dtype, shape, start in self.entries
@@ -90,9 +87,7 @@ class Layout:
 
 
 def matmul_leaves(block: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The parameters that are streamed, as {name: (leaf, its name there)}: all that matmuls have,
-    but for their biases.
-    """
+    """Return the parameters that are streamed: {name: (leaf, name in the leaf)}, no biases."""
     return {
         f"{path}.{name}": (leaf, name)
         for path, leaf in block.named_modules()
@@ -103,9 +98,7 @@ def matmul_leaves(block: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 class BlockBuffers:
-    """A block's streamed parameters: bound to a buffer while it works, and stand-ins of no memory
-    while it waits.
-    """
+    """A block's streamed parameters: views of a buffer while it runs, else stand-ins."""
 
     def __init__(self, block: nn.Module) -> None:
         self.leaves = matmul_leaves(block)
@@ -114,33 +107,24 @@ class BlockBuffers:
         )
 
     def bind(self, views: Mapping[str, Tensor]) -> None:
+        """Make these tensors the block's parameters."""
         for name, view in views.items():
             leaf, key = self.leaves[name]
             setattr(leaf, key, nn.Parameter(view, requires_grad=False))
 
     def release(self, device: torch.device) -> None:
-        """Put stand-ins: of the right shape, dtype and device, which those ask for who attach
-        LoRAs, and one element large.
-        """
+        """Put stand-ins of one element, with the shape, dtype and device that LoRAs ask for."""
         for name, dtype, shape, _ in self.layout.entries:
             leaf, key = self.leaves[name]
-            setattr(
-                leaf,
-                key,
-                nn.Parameter(
-                    torch.empty((), dtype=dtype, device=device).expand(shape), requires_grad=False
-                ),
-            )
-
-
-# host memory
+            stand_in = torch.empty((), dtype=dtype, device=device).expand(shape)
+            setattr(leaf, key, nn.Parameter(stand_in, requires_grad=False))
 
 
 def host_buffer(nbytes: int, pin: bool) -> Tensor:
-    """uint8 [nbytes] on the host; pinned where asked for and possible.
+    """Return uint8 [nbytes] on the host, pinned where requested and possible.
 
-    PyTorch's own pinned allocator rounds up to powers of two, which for blocks of 703 MB would
-    waste 45 %; so ordinary memory is registered with the driver instead.
+    PyTorch's pinned allocator rounds up to powers of two, which wastes 45 % for blocks of 703 MB.
+    Ordinary memory is registered with the driver instead.
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     if pin and nbytes:
@@ -151,8 +135,7 @@ def host_buffer(nbytes: int, pin: bool) -> Tensor:
             )
         else:
             logger.warning(
-                "the system did not let %d MB be pinned: copies to the GPU will not pass beside its"
-                " work",
+                "could not pin %d MB of memory: copies to the GPU will not overlap with its work",
                 nbytes >> 20,
             )
     return buffer
@@ -166,42 +149,38 @@ def load_to_host(
     stop: Callable[[], bool] = lambda: False,
     skip: Collection[int] = (),
 ) -> dict[int, Tensor]:
-    """Blocks' buffers, filled on the host.
+    """Read blocks into buffers on the host; return them by the block's index.
 
     Args:
-        report: told how many are filled.
-        stop: asked before each; where it says so, what is filled by then is returned.
-        skip: blocks that are left out.
+        report: called with the number of buffers that are filled.
+        stop: called before each block; True ends the reading early.
+        skip: blocks to leave out.
     """
-    homes: dict[int, Tensor] = {}
+    host_buffers: dict[int, Tensor] = {}
     for index, block in enumerate(model.blocks):
         if index in skip:
             continue
         if stop():
             break
         layout = BlockBuffers(block).layout
-        homes[index] = host_buffer(layout.nbytes, pin)
-        fetch(index, layout.views(homes[index]))
+        host_buffers[index] = host_buffer(layout.nbytes, pin)
+        fetch(index, layout.views(host_buffers[index]))
         if report is not None:
-            report(len(homes))
-    return homes
+            report(len(host_buffers))
+    return host_buffers
 
 
 def evenly_spaced_resident(layers: int, resident: int) -> set[int]:
-    """Which blocks stay, so that those that are streamed stand as far apart as can be: a copy then
-    hides behind several blocks.
+    """Return which blocks stay resident, with the streamed ones spread evenly between them.
+
+    A copy then overlaps with the work of several blocks.
     """
     streamed = layers - max(0, min(resident, layers))
     return set(range(layers)) - {(2 * n + 1) * layers // (2 * streamed) for n in range(streamed)}
 
 
-# streaming
-
-
 class CopyStream:
-    """Where copies to a device run: on a GPU in a stream of their own, beside its work; elsewhere
-    in line.
-    """
+    """Copies to a device: on a GPU in a stream next to its work, elsewhere at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -210,7 +189,7 @@ class CopyStream:
     def copy(
         self, target: Tensor, source: Tensor, after: torch.cuda.Event | None
     ) -> torch.cuda.Event | None:
-        """Copy when `after` has happened; returns what tells that it is done."""
+        """Copy once `after` has happened; return the event of its end."""
         if self.stream is None:
             target.copy_(source)
             return None
@@ -221,20 +200,23 @@ class CopyStream:
             return self.stream.record_event()
 
     def wait(self, event: torch.cuda.Event | None) -> None:
-        """Let the device's work wait for a copy."""
+        """Make the device's work wait for a copy."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def mark(self) -> torch.cuda.Event | None:
-        """What tells that the work given to the device until now is done."""
-        return (
-            None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
-        )
+        """Return the event of the end of all work that the device has been given."""
+        if self.stream is None:
+            return None
+        return torch.cuda.current_stream(self.device).record_event()
 
 
 @dataclass
 class _Slot:
-    """A buffer on the device, and the one on the host through which files reach a GPU."""
+    """A buffer on the device, with the host buffer that carries files to a GPU.
+
+    copied: the end of the copy into it. used: the end of the work on what it held.
+    """
 
     buffer: Tensor
     staging: Tensor | None
@@ -243,17 +225,16 @@ class _Slot:
 
 
 class Streaming(nn.Module):
-    """An expert with some of its blocks streamed; it is called like the `WanDiT` within.
+    """An expert with some of its blocks streamed; call it like its `WanDiT`.
 
     Args:
         model: on the device, but for the matmul weights of its blocks, which may be on meta.
         fetch: reads a block's tensors.
-        resident: which blocks stay on the device.
-        homes: blocks' buffers on the host, as `read_homes` makes them; resident blocks are taken
-            out of it, the others stay in it and are streamed from there. None: all are read with
-            `fetch`, those that are streamed in each pass.
-        worker: who reads and copies.
-        report: told the number of resident blocks that are in place.
+        resident: blocks that stay on the device.
+        host_buffers: of `load_to_host`. Resident blocks are taken out; the others are streamed from
+            there. None: `fetch` reads every block, and streamed ones again in each pass.
+        worker: runs the reads and copies.
+        report: called with the number of resident blocks in place.
     """
 
     def __init__(
@@ -262,21 +243,26 @@ class Streaming(nn.Module):
         fetch: BlockReader,
         resident: Collection[int],
         device: torch.device,
-        homes: dict[int, Tensor] | None = None,
+        host_buffers: dict[int, Tensor] | None = None,
         worker: Worker | None = None,
         report: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.device = model, device
-        self._fetch, self._homes = fetch, homes
-        self._frames = [BlockBuffers(block) for block in model.blocks]
-        self._lane = CopyStream(device)
-        self._place_resident(sorted(resident), report)
-        self.streamed = [index for index in range(len(self._frames)) if index not in resident]
+        self._fetch, self._host_buffers = fetch, host_buffers
+        self._block_buffers = [BlockBuffers(block) for block in model.blocks]
+        self._copies = CopyStream(device)
+        self._load_resident(sorted(resident), report)
+        self.streamed = [
+            index for index in range(len(self._block_buffers)) if index not in resident
+        ]
+        self._position = {index: position for position, index in enumerate(self.streamed)}
         for index in self.streamed:
-            self._frames[index].release(device)
-        largest = max((self._frames[index].layout.nbytes for index in self.streamed), default=0)
-        staged = homes is None and device.type == "cuda"
+            self._block_buffers[index].release(device)
+        largest = max(
+            (self._block_buffers[index].layout.nbytes for index in self.streamed), default=0
+        )
+        staged = host_buffers is None and device.type == "cuda"
         self._free = [
             _Slot(
                 torch.empty(largest, dtype=torch.uint8, device=device),
@@ -284,9 +270,7 @@ class Streaming(nn.Module):
             )
             for _ in range(2 if self.streamed else 0)
         ]
-        self._ahead: deque[tuple[int, _Slot, Future[None]]] = (
-            deque()
-        )  # blocks that are on their way, in order
+        self._in_flight: deque[tuple[int, _Slot, Future[None]]] = deque()
         self._worker = worker or ThreadPoolExecutor(1, thread_name_prefix="wanflow-blocks")
 
     def forward(
@@ -294,161 +278,153 @@ class Streaming(nn.Module):
     ) -> Tensor:
         """As `WanDiT.forward`."""
 
-        def flowing(
+        def streamed_trunk(
             blocks: object, head: Head, tokens: Tensor, conditioning: Conditioning
         ) -> Tensor:
-            return trunk(self.flow(), head, tokens, conditioning)
+            return trunk(self.stream(), head, tokens, conditioning)
 
         states = self.text_states(text) if isinstance(text, Tensor) else text
-        return cast(Tensor, self.model(latent, timestep, states, flowing))
+        return cast(Tensor, self.model(latent, timestep, states, streamed_trunk))
 
     def text_states(self, text: Tensor) -> TextStates:
-        """As `WanDiT.text_states`. Of a streamed block only the two weights that make keys and
-        values are fetched.
-        """
+        """As `WanDiT.text_states`; of a streamed block only the two weights it needs are read."""
         return self.model.text_states(text, self._text_blocks())
 
     def close(self) -> None:
-        """Wait for what is on its way, and let go of all buffers."""
+        """Wait for blocks in flight, and free all buffers."""
         self._drain()
         self._worker.shutdown()
-        if self._lane.stream is not None:
-            self._lane.stream.synchronize()
+        if self._copies.stream is not None:
+            self._copies.stream.synchronize()
         self._free.clear()
-        self._homes = None
+        self._host_buffers = None
 
-    def flow(self) -> Iterator[Block]:
-        """The blocks in order, each whole while it is the current one."""
+    def stream(self) -> Iterator[Block]:
+        """Yield the blocks in order, each with its weights while it is the current one."""
         for index, block in enumerate(self.model.blocks):
-            if index not in self._places:
+            if index not in self._position:
                 yield block
                 continue
-            slot = self._take(index)
-            frame = self._frames[index]
-            frame.bind(frame.layout.views(slot.buffer))
+            slot = self._acquire(index)
+            buffers = self._block_buffers[index]
+            buffers.bind(buffers.layout.views(slot.buffer))
             try:
                 yield block
-            finally:  # also when the pass is given up
-                frame.release(self.device)
-                slot.used = self._lane.mark()
+            finally:  # also when the pass is abandoned
+                buffers.release(self.device)
+                slot.used = self._copies.mark()
                 self._free.append(slot)
-                self._send_ahead(index)
+                self._prefetch(index)
 
-    @property
-    def _places(self) -> dict[int, int]:
-        return {index: place for place, index in enumerate(self.streamed)}
-
-    def _place_resident(self, indexes: list[int], report: Callable[[int], None] | None) -> None:
+    def _load_resident(self, indexes: list[int], report: Callable[[int], None] | None) -> None:
         staging = None
         for count, index in enumerate(indexes):
-            frame = self._frames[index]
-            home = None if self._homes is None else self._homes.pop(index, None)
+            buffers = self._block_buffers[index]
+            layout = buffers.layout
+            source = None if self._host_buffers is None else self._host_buffers.pop(index, None)
             if self.device.type == "cpu":
-                buffer = home if home is not None else host_buffer(frame.layout.nbytes, False)
-                if home is None:
-                    self._fetch(index, frame.layout.views(buffer))
+                target = source if source is not None else host_buffer(layout.nbytes, False)
+                if source is None:
+                    self._fetch(index, layout.views(target))
             else:
-                buffer = torch.empty(frame.layout.nbytes, dtype=torch.uint8, device=self.device)
-                if home is None:
-                    if staging is None or staging.nbytes < frame.layout.nbytes:
-                        staging = host_buffer(frame.layout.nbytes, self.device.type == "cuda")
-                    home = staging[: frame.layout.nbytes]
-                    self._fetch(index, frame.layout.views(home))
-                buffer.copy_(home)
-            frame.bind(frame.layout.views(buffer))
+                target = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
+                if source is None:
+                    if staging is None or staging.nbytes < layout.nbytes:
+                        staging = host_buffer(layout.nbytes, self.device.type == "cuda")
+                    source = staging[: layout.nbytes]
+                    self._fetch(index, layout.views(source))
+                target.copy_(source)
+            buffers.bind(layout.views(target))
             if report is not None:
                 report(count + 1)
 
     def _text_blocks(self) -> Iterator[Block]:
+        """The blocks, streamed ones with no more than the weights of the text's keys and values."""
         for index, block in enumerate(self.model.blocks):
-            if index not in self._places:
+            if index not in self._position:
                 yield block
                 continue
-            frame = self._frames[index]
-            wanted = Layout.of(
+            buffers = self._block_buffers[index]
+            text_only = Layout.of(
                 {
                     name: torch.empty(shape, dtype=dtype, device="meta")
-                    for name, dtype, shape, _ in frame.layout.entries
+                    for name, dtype, shape, _ in buffers.layout.entries
                     if name.startswith(("cross_attn.k.", "cross_attn.v."))
                 }
             )
-            views = wanted.views(torch.empty(wanted.nbytes, dtype=torch.uint8))
-            if self._homes is None:
+            views = text_only.views(torch.empty(text_only.nbytes, dtype=torch.uint8))
+            if self._host_buffers is None:
                 self._fetch(index, views)
             else:
-                views = {
-                    name: view
-                    for name, view in frame.layout.views(self._homes[index]).items()
-                    if name in views
-                }
-            frame.bind({name: view.to(self.device) for name, view in views.items()})
+                stored = buffers.layout.views(self._host_buffers[index])
+                views = {name: view for name, view in stored.items() if name in views}
+            buffers.bind({name: view.to(self.device) for name, view in views.items()})
             try:
                 yield block
             finally:
-                frame.release(self.device)
+                buffers.release(self.device)
 
-    def _take(self, index: int) -> _Slot:
-        """The slot that holds a block, when it does. A pass that was given up has left others on
-        their way: they are dropped.
+    def _acquire(self, index: int) -> _Slot:
+        """The slot with a block's weights, once they are there.
+
+        An abandoned pass leaves other blocks in flight: they are dropped.
         """
-        if not self._ahead or self._ahead[0][0] != index:
+        if not self._in_flight or self._in_flight[0][0] != index:
             self._drain()
-            self._send(index)
-        _, slot, sent = self._ahead.popleft()
+            self._submit(index)
+        _, slot, sent = self._in_flight.popleft()
         try:
             sent.result()
         except BaseException:
             self._free.append(slot)
             raise
-        self._lane.wait(slot.copied)
-        self._send_ahead(index)
+        self._copies.wait(slot.copied)
+        self._prefetch(index)
         return slot
 
-    def _send_ahead(self, index: int) -> None:
-        """Use free slots for what comes next: after the last block the first one of the next
-        pass.
-        """
-        last = self._ahead[-1][0] if self._ahead else index
+    def _prefetch(self, index: int) -> None:
+        """Fill free slots with the next blocks; the first block follows the last."""
+        last = self._in_flight[-1][0] if self._in_flight else index
         while self._free:
-            last = self.streamed[(self._places[last] + 1) % len(self.streamed)]
-            self._send(last)
+            last = self.streamed[(self._position[last] + 1) % len(self.streamed)]
+            self._submit(last)
 
-    def _send(self, index: int) -> None:
+    def _submit(self, index: int) -> None:
         slot = self._free.pop()
-        self._ahead.append((index, slot, self._worker.submit(lambda: self._fill(slot, index))))
+        work = self._worker.submit(lambda: self._fill(slot, index))
+        self._in_flight.append((index, slot, work))
 
     def _drain(self) -> None:
-        while self._ahead:
-            _, slot, sent = self._ahead.popleft()
+        while self._in_flight:
+            _, slot, sent = self._in_flight.popleft()
             sent.exception()
             self._free.append(slot)
 
     @torch.no_grad()
     def _fill(self, slot: _Slot, index: int) -> None:
-        layout = self._frames[index].layout
-        if self._homes is not None:
-            home = self._homes[index]
+        """Read a block and copy it into a slot; runs in the worker."""
+        layout = self._block_buffers[index].layout
+        if self._host_buffers is not None:
+            source = self._host_buffers[index]
         elif slot.staging is None and self.device.type == "cpu":
             self._fetch(index, layout.views(slot.buffer))
             return
         else:
-            home = (
+            source = (
                 slot.staging
                 if slot.staging is not None
                 else torch.empty(layout.nbytes, dtype=torch.uint8)
             )
             if slot.copied is not None:
                 slot.copied.synchronize()  # the copy before this one may still read from it
-            self._fetch(index, layout.views(home))
-        slot.copied = self._lane.copy(
-            slot.buffer[: layout.nbytes], home[: layout.nbytes], slot.used
+            self._fetch(index, layout.views(source))
+        slot.copied = self._copies.copy(
+            slot.buffer[: layout.nbytes], source[: layout.nbytes], slot.used
         )
 
 
 def set_chunk(model: nn.Module, tokens: int) -> None:
-    """How many tokens go at a time through all that works token by token (0: all); results are
-    equal to rounding.
-    """
+    """Set how many tokens go through MLP and projections at a time (0: all); equal to rounding."""
     for module in model.modules():
         if isinstance(module, SelfAttention | Block | Head):
             module.chunk = tokens
