@@ -155,51 +155,49 @@ def main(argv: list[str]) -> int:
     rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
     logging.getLogger("wanflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    watch = Watchdog(rank=rank)
+    watchdog = Watchdog(None, rank)
     try:
         if several:
-            watch = _among_others()
+            watchdog = _join_watchdog()
         args = _parse(argv)
-        args.watch = watch
-        watch.timeout_s = getattr(args, "timeout", watch.timeout_s)
+        args.watchdog = watchdog
+        watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
         if getattr(args, "gpus", None) is not None and args.command != "plan":
-            from wanflow.cli import launch
+            from wanflow.cli import devices, launch
 
-            processes = launch.prepare(args)
-            if processes is not None:
-                return launch.launch(argv, processes)
+            ranks = devices.parse_gpus(args)
+            if ranks is not None:
+                return launch.launch(argv, ranks)
         getattr(_module(args.command), args.command)(args)
     except SystemExit:  # --help
-        watch.leave()
+        watchdog.leave()
         raise
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:
-        watch.hold()  # before the words are looked for, which reads files
+        watchdog.ending = True
         code, text = _words(error)
-        if text is not None:
-            return watch.fail(code, text, sure=code != 130)
-        if watch.store is None:
-            watch.keep()
+        if text is None and watchdog.store is None:
+            watchdog.save()
             raise
         # The end of another rank breaks a collective, which is a RuntimeError here.
-        trace = "".join(traceback.format_exception(error))
-        return watch.fail(
-            code, f"{type(error).__name__}: {error}", not isinstance(error, RuntimeError), trace
-        )
-    watch.leave()
+        sure = code != 130 and (text is not None or not isinstance(error, RuntimeError))
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        return watchdog.fail(code, text or f"{type(error).__name__}: {error}\n{trace}", sure)
+    watchdog.leave()
     return 0
 
 
-def _among_others() -> Watchdog:
+def _join_watchdog() -> Watchdog:
     """Begin the heartbeat of one rank of several, before anything can fail in one of them."""
     # torch prints the stack where a store breaks; the watchdog prints one message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from wanflow.parallel.ranks import connect_store
 
-    watch = connect_store()
-    watch.start()
-    return watch
+    watchdog = connect_store()
+    if watchdog.store is not None:
+        watchdog.start()
+    return watchdog
 
 
 def _words(error: BaseException) -> tuple[int, str | None]:

@@ -230,13 +230,13 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
 def _join(args: argparse.Namespace) -> tuple[DistInfo, Screen]:
     """Join the ranks of torchrun or `--gpus`; only rank 0 shows progress."""
     from wanflow.parallel import ranks as mesh
-    from wanflow.parallel.watchdog import LATER
+    from wanflow.parallel.watchdog import GROUP_MARGIN_S
     from wanflow.runtime import choose_device
     from wanflow.screen import Screen
 
     alone = mesh.rank_and_world_size()[1] == 1
     device = choose_device("cpu" if alone else getattr(args, "device", "auto"))
-    ranks = mesh.join_group(device, args.timeout + LATER)
+    ranks = mesh.join_group(device, args.timeout + GROUP_MARGIN_S)
     if ranks.rank > 0:
         logger.setLevel(logging.ERROR)
     return ranks, Screen(quiet=ranks.rank > 0)

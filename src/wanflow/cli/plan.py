@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli import launch
+from wanflow.cli import devices
 from wanflow.cli.flags import generate_flags, given_parts, request_from, runtime_from
 from wanflow.cli.parser import Parser
 from wanflow.config import RequestError
@@ -98,7 +98,7 @@ def _processes(args: argparse.Namespace) -> int:
         raise RequestError(
             "--gpus are of this machine, and --gpu and --num_gpus describe another; leave one out"
         )
-    started = launch.prepare(args)
+    started = devices.parse_gpus(args)
     return 1 if started is None else started.count
 
 

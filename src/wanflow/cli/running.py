@@ -55,7 +55,7 @@ def run_and_save(
     from wanflow.pipeline import save_frames
     from wanflow.sanity import OutputError
 
-    args.watch.progress = lambda: sum(pipe.team.traffic.calls.values())
+    args.watchdog.progress = lambda: pipe.team.traffic.entered
     pipe.take_loras(run)
     if pipe.team.ranks.rank > 0:
         for _ in pipe.frames(pipe.resume(run)):
@@ -67,7 +67,7 @@ def run_and_save(
     screen.begin(run, pipe.parts.preset, target)
     state_file = target.with_name(target.stem + STATE_SUFFIX)
     keeper = StateKeeper(run, state_file, target, screen)
-    args.watch.last_will = keeper.on_abort
+    args.watchdog.on_abort = keeper.on_abort
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with screen.denoising(run) as on_step:
@@ -76,14 +76,14 @@ def run_and_save(
         frames = pipe.frames(run, screen.decoding())
         save_frames(target, frames, run.request.fps, run.recipe.to_json(), args.overwrite)
     except (OSError, OutputError):
-        args.watch.last_will = None
+        args.watchdog.on_abort = None
         if run.finished and state_file.exists():
             screen.say(
                 f"the finished latent is stored in {state_file}; finish it with: wanflow decode"
                 f" {shlex.quote(str(state_file))}"
             )
         raise
-    args.watch.last_will = None
+    args.watchdog.on_abort = None
     for file in {state_file, getattr(args, "resume", None) or state_file}:
         file.unlink(missing_ok=True)
     screen.say(f"saved {target}")

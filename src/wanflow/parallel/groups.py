@@ -194,16 +194,19 @@ def expected_bytes(
 
 @dataclass
 class CommStats:
-    """What this process sent to others, by what it was: bytes, and collectives. Counted before it
-    goes: the watch compares the calls.
+    """What this rank sends to others: bytes and collectives by purpose, and all collectives.
+
+    They are counted before they start: the watchdog compares the ranks' numbers.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
+    entered: int = 0
 
     def add(self, what: str, nbytes: int) -> None:
         self.sent[what] += nbytes
         self.calls[what] += 1
+        self.entered += 1
 
     def reset(self) -> None:
         self.sent.clear()

@@ -11,10 +11,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from wanflow.config import RequestError, plain
-from wanflow.parallel.watchdog import Store, Watchdog
+from wanflow.parallel.watchdog import Watchdog
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 DESCRIPTION = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
@@ -53,7 +53,7 @@ def connect_store() -> Watchdog:
     """
     rank, size = rank_and_world_size()
     if size <= 1 or any(name not in os.environ for name in DESCRIPTION):
-        return Watchdog(rank=rank)
+        return Watchdog(None, rank)
     hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port, wait = (
         os.environ["MASTER_ADDR"],

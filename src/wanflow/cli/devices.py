@@ -1,0 +1,67 @@
+"""`--gpus 0,1,2,3`: which devices it names, and what the ranks on them need."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+
+from wanflow.config import RequestError
+
+LAUNCHED = "WANFLOW_LAUNCHED"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many to start, and what their environment and command line get."""
+
+    count: int
+    environment: dict[str, str]
+    flags: list[str]
+
+
+def parse_gpus(args: argparse.Namespace) -> Ranks | None:
+    """Return what `--gpus` asks for; None where this process takes the device itself.
+
+    Raises:
+        RequestError: for devices that do not exist or that contradict other flags or torchrun.
+    """
+    if LAUNCHED in os.environ:
+        return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError("--gpus starts the ranks itself; leave out --gpus, or torchrun")
+    names = [name.strip() for name in args.gpus.split(",")]
+    kind = "cpu" if set(names) == {"cpu"} else "cuda"
+    if getattr(args, "device", "auto") not in ("auto", kind):
+        raise RequestError(
+            f"--gpus {args.gpus} and --device {args.device} contradict each other; leave one out"
+            " (--gpus cpu,cpu starts two ranks on the CPU)"
+        )
+    visible, flags = "", []
+    if kind == "cuda":
+        visible = _visible(args.gpus, names)
+    elif hasattr(args, "device"):  # replay and decode take the device of the recipe
+        args.device, flags = "cpu", ["--device", "cpu"]
+    if len(names) == 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        return None
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // len(names)))
+    return Ranks(len(names), {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": threads}, flags)
+
+
+def _visible(given: str, names: list[str]) -> str:
+    """Return CUDA_VISIBLE_DEVICES for GPUs numbered among those that are visible now."""
+    if not all(name.isdecimal() for name in names):
+        raise RequestError(f"--gpus {given!r}: expected GPU numbers such as 0,1,2,3, or cpu,cpu")
+    ids = [int(name) for name in names]
+    if len(set(ids)) < len(ids):
+        raise RequestError(f"--gpus {given}: a GPU is named twice; each rank needs its own")
+    import torch
+
+    count = torch.cuda.device_count()
+    if max(ids) >= count:
+        raise RequestError(f"--gpus {given}: no GPU {max(ids)}; this machine has {count} (from 0)")
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return ",".join(seen[number] if seen else str(number) for number in ids)
