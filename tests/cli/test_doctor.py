@@ -27,7 +27,7 @@ from wanflow.doctor.environment import Disk, System, disk, encoder, look_at_pack
 from wanflow.doctor.kernels import MATMULS, KernelResult, try_attention, try_matmul
 from wanflow.doctor.report import Report, problems
 from wanflow.hardware import Device, cpu_name, memory, nvidia, usable_cores
-from wanflow.transforms.attention import BACKENDS
+from wanflow.transforms.attention_kernels import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9

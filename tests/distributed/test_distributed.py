@@ -39,7 +39,7 @@ from wanflow.parallel.groups import (
 )
 from wanflow.parallel.sequence import connect, join, sharded
 from wanflow.presets import NANO, T2V_A14B
-from wanflow.transforms.attention import BACKENDS
+from wanflow.transforms.attention_kernels import BACKENDS
 from wanflow.transforms.block_streaming import Streaming, SyncExecutor, load_to_host
 
 KERNEL = BACKENDS["sdpa"]

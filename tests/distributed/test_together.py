@@ -30,7 +30,7 @@ from wanflow.presets import T2V_A14B
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
 from wanflow.sampling.solvers import SolverState, advance
-from wanflow.transforms.attention import BACKENDS
+from wanflow.transforms.attention_kernels import BACKENDS
 
 QUICK, SLOW = (2, 3, 4), (6, 8)
 SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]

@@ -32,6 +32,7 @@ from wanflow.checkpoint.containers import TensorInfo, stream_packed
 from wanflow.checkpoint.key_maps import Kind
 from wanflow.checkpoint.layouts import kind_of
 from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokenizer, load_vae
+from wanflow.checkpoint.published import EXPERT_FP8, T5_FP8
 from wanflow.checkpoint.source import OfficialSource, Part, open_part, open_source
 from wanflow.checkpoint.structure import build
 from wanflow.cli import weights as command
@@ -42,7 +43,6 @@ from wanflow.convert.convert import convert, open_model
 from wanflow.convert.encode import entries, form
 from wanflow.convert.targets import TARGETS, Options, options
 from wanflow.convert.write import TensorSpec, write_torch
-from wanflow.download.catalogue import EXPERT_FP8, T5_FP8
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.pipeline import Pipeline

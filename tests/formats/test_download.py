@@ -23,8 +23,10 @@ import pytest
 from helpers.hub import REPO, Hub
 
 from wanflow import cli
+from wanflow.checkpoint import published as catalogue
+from wanflow.checkpoint.ledger import LEDGER
 from wanflow.config import RequestError
-from wanflow.download import catalogue, fetch, hubs, transfer
+from wanflow.download import fetch, hubs, transfer
 from wanflow.screen import Screen
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +128,7 @@ def test_everything_comes_once(hub: Hub, folder: Path, capsys: pytest.CaptureFix
     assert run(hub, folder) == 0
     assert inside(folder) == WANTED
     assert "every byte verified" in said(capsys)
-    remembered = json.loads((folder / fetch.LEDGER).read_text())["files"]
+    remembered = json.loads((folder / LEDGER).read_text())["files"]
     assert remembered.keys() == WANTED.keys()
     assert (
         remembered[BIG]["sha256"] == hashlib.sha256(FILES[BIG]).hexdigest()
@@ -290,9 +292,7 @@ def test_a_dead_network_keeps_what_came(
     hub.fault(BIG, "cut", 70_000)
     hub.fault(BIG, "status", 503, times=-1)
     assert run(hub, folder, "--workers", "1") == 1
-    assert f"{BIG} stopped at 70,000 of 400,000 bytes, 4 tries in a row brought nothing" in said(
-        capsys
-    )
+    assert f"{BIG} stopped at 70,000 of 400,000 bytes after 4 attempts" in said(capsys)
     assert part(folder, BIG, FILES[BIG]).read_bytes() == FILES[BIG][:70_000]
     hub.faults.clear()
     assert run(hub, folder) == 0
@@ -347,7 +347,7 @@ def test_a_damaged_file_is_fetched_again(
     hub.fault(SMALL, "wrong")  # small files have git's hash only
     assert run(hub, folder) == 0
     assert inside(folder) == WANTED and len(hub.asked(VAE)) == len(hub.asked(SMALL)) == 2
-    assert f"{VAE} came damaged (sha256" in said(capsys)
+    assert f"{VAE} arrived damaged (sha256" in said(capsys)
 
 
 def test_a_file_that_stays_damaged_is_named(
@@ -358,8 +358,8 @@ def test_a_file_that_stays_damaged_is_named(
     assert run(hub, folder) == 1
     text = said(capsys)
     assert (
-        f"{BIG} came damaged twice" in text
-        and f"{SMALL} came damaged twice" in text
+        f"{BIG} arrived damaged twice" in text
+        and f"{SMALL} arrived damaged twice" in text
         and "Traceback" not in text
     )
     assert inside(folder) == {
@@ -410,9 +410,9 @@ def test_verify_offline(
     (folder / VAE).unlink()
     assert run(nowhere, folder, "--verify") == 1
     text = said(capsys)
-    assert f"damaged: {T5}; gone: {VAE}; get online" in text
+    assert f"damaged: {T5}; gone: {VAE}; connect" in text
     # Brought by another program: what is published is still known.
-    (folder / fetch.LEDGER).unlink()
+    (folder / LEDGER).unlink()
     (folder / VAE).write_bytes(FILES[VAE])
     published = {
         VAE: hashlib.sha256(FILES[VAE]).hexdigest(),
@@ -428,7 +428,7 @@ def test_verify_offline(
 def test_a_broken_memory_is_only_slower(hub: Hub, folder: Path) -> None:
     assert run(hub, folder, "--only", "vae") == 0
     for text in ("", "{", "[]", '{"files": {"a": 1}}', '{"files": 7}'):
-        (folder / fetch.LEDGER).write_text(text)
+        (folder / LEDGER).write_text(text)
         assert run(hub, folder, "--only", "vae") == 0
     assert hub.downloads == 1
 
@@ -525,7 +525,7 @@ def test_a_gated_repository(hub: Hub, folder: Path, capsys: pytest.CaptureFixtur
             "official-bf16 is published on ModelScope only; add --source modelscope",
         ),
         (["--endpoint", "huggingface.co"], "'huggingface.co' is not the address of a hub"),
-        (["--workers", "0"], "0 files at a time fetch nothing"),
+        (["--workers", "0"], "--workers must be at least 1"),
     ],
 )
 def test_wrong_words(
@@ -597,7 +597,7 @@ def test_a_server_that_is_no_hub(
         "a//b",
         ".",
         "c:outside",
-        fetch.LEDGER,
+        LEDGER,
     ],
 )
 def test_names_that_lead_out(
@@ -605,7 +605,7 @@ def test_names_that_lead_out(
 ) -> None:
     hub.repos["bad/names"] = {"good": b"x", name: b"y"}
     assert run(hub, folder, "--repo", "bad/names") == 2
-    assert "a name that is not written to this machine; nothing was fetched" in said(capsys)
+    assert "an unsafe file name; nothing was fetched" in said(capsys)
     assert not folder.exists() and hub.downloads == 0
 
 
@@ -616,7 +616,7 @@ def test_links_that_lead_out(
     folder.mkdir()
     (folder / "high_noise_model").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert run(hub, folder) == 2
-    assert "a link on the way leads out; link the whole folder" in said(capsys)
+    assert "a link on the way leads out; link the folder itself" in said(capsys)
     assert not any((tmp_path / "elsewhere").iterdir())
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert run(hub, tmp_path / "link") == 0 and inside(tmp_path / "elsewhere") == WANTED
@@ -638,7 +638,7 @@ def test_a_disk_that_fails_is_told(
 
     monkeypatch.setattr(os, "fsync", full)
     assert run(hub, folder) == 1
-    assert "cannot be written: No space left on device; what came is kept" in said(capsys)
+    assert "cannot be written: No space left on device; what arrived stays" in said(capsys)
 
 
 # the rest
@@ -752,7 +752,7 @@ def test_modelscope(
     command = ["download", "--source", "modelscope", "--local_dir", str(folder), "--variant"]
     broken = VAE
     assert cli.main([*command, "official-bf16"]) == 1
-    assert f"{VAE} came damaged" in said(capsys) and asked == [(REPO, "bf16")]
+    assert f"{VAE} arrived damaged" in said(capsys) and asked == [(REPO, "bf16")]
     broken = ""
     assert cli.main([*command, "official"]) == 0
     assert inside(folder) == WANTED

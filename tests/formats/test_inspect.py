@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wanflow
-from wanflow.checkpoint.inspect import EITHER, Findings, Row, inspect
+from wanflow.checkpoint import published as catalogue
 from wanflow.checkpoint.values import BadValuesError, check_values, extremes, finite
 from wanflow.cli import weights as command
 from wanflow.cli.flags import Parser
 from wanflow.config import RequestError
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.targets import options
-from wanflow.download import catalogue
+from wanflow.inspect import EITHER, Findings, Row, inspect
 
 HERE = Path(__file__).parents[1]
 NANO = Path(wanflow.__file__).parent / "assets" / "nano"
@@ -343,7 +343,7 @@ def test_hashes_computed_remembered_and_of_the_cache(
     named = tmp_path / "known.safetensors"
     shutil.copy(NANO / "low_noise_model/diffusion_pytorch_model.safetensors", named)
     assert not inspect(named, hashes=True).parts[0].notes  # a miniature's file
-    monkeypatch.setattr("wanflow.checkpoint.inspect.SMALL", 1000)
+    monkeypatch.setattr("wanflow.inspect.SMALL", 1000)
     assert inspect(named, hashes=True).parts[0].notes == [
         "known.safetensors is named as a published file, and is another one"
     ]

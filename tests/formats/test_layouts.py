@@ -30,10 +30,10 @@ from torch import Tensor
 import wanflow
 from wanflow.assemble import resolve
 from wanflow.checkpoint import load
+from wanflow.checkpoint import published as catalogue
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from wanflow.checkpoint.key_maps import from_official
 from wanflow.config import DiTConfig, TextConfig, VAEConfig
-from wanflow.download import catalogue
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE

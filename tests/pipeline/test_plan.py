@@ -523,7 +523,7 @@ def test_the_documents_figures() -> None:
         minutes = [row.minutes[way.name] for way in WAYS]
         assert minutes == sorted(minutes, reverse=True)
     # The official program's own: 45.6 minutes on one A100. On several it does more than its share:
-    # see docs/performance.md.
+    # see docs/explain/performance.md.
     assert table[1].minutes[WAYS[0].name] == pytest.approx(45.6, rel=0.1)
     assert 0.8 * 6.4 < table[8].minutes[WAYS[0].name] < 6.4
 

@@ -17,10 +17,10 @@ from typing import Any
 from wanflow.checkpoint.containers import TensorSource, read_json, weight_files
 from wanflow.checkpoint.infer_config import BY_TYPE, ONLY, refuse_relatives
 from wanflow.checkpoint.key_maps import Kind, expert_in_name
+from wanflow.checkpoint.published import VARIANTS, expert_by_hash
 from wanflow.checkpoint.source import Part, describe, is_lora, kinds_in, official
 from wanflow.checkpoint.tokenizers import carries_tokenizer
 from wanflow.config import RequestError
-from wanflow.download.catalogue import VARIANTS, expert_by_hash
 from wanflow.presets import T2V_A14B, Expert
 
 FOLDERS = dict(T2V_A14B.expert_folders)
@@ -105,12 +105,11 @@ def find(
         )
     if not folder.is_dir():
         raise RequestError(f"{folder} is missing; {_help(folder)}")
-    if any((folder / name).is_dir() for name in FOLDERS.values()):
-        found = _official(folder)
-    elif (folder / "model_index.json").exists():
-        found = _diffusers(folder)
-    else:
+    layout = layout_of(folder)
+    if layout == "files":
         found = _loose(folder, given, opened)
+    else:
+        found = _official(folder) if layout == "official" else _diffusers(folder)
     parts = {**found.parts, **given}
     text = parts.get("t5")
     if (
@@ -131,6 +130,13 @@ def find(
     return CheckpointFiles(
         found.layout, {part: parts[part] for part in PARTS}, found.sheet, found.shift, found.parts
     )
+
+
+def layout_of(folder: Path) -> str:
+    """Return the layout of a folder: official, diffusers or files."""
+    if any((folder / name).is_dir() for name in FOLDERS.values()):
+        return "official"
+    return "diffusers" if (folder / "model_index.json").exists() else "files"
 
 
 def _help(folder: Path) -> str:

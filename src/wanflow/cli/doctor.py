@@ -201,7 +201,7 @@ def _cells(result: KernelResult) -> tuple[str, ...]:
 
 
 def _remark(result: KernelResult, report: Report) -> str:
-    from wanflow.transforms.attention import BACKENDS
+    from wanflow.transforms.attention_kernels import BACKENDS
 
     remarks = [BACKENDS[result.way].about] if result.what == "attention" else []
     if report.auto.get(result.device, {}).get(result.dtype) == result.way:

@@ -1,17 +1,17 @@
-"""`wanflow download`: the weights, resumable and verified."""
+"""Run `wanflow download`: fetch the weights, resumable and verified."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanflow.checkpoint.published import ROLES, VARIANTS, find, whole_repository
 from wanflow.cli.parser import Parser
-from wanflow.download.catalogue import ROLES, VARIANTS, Variant, find, whole_repository
 
 if TYPE_CHECKING:
     from wanflow.download.fetch import Survey
@@ -63,25 +63,17 @@ def download_flags(p: Parser) -> None:
 def download(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.list:
-        return _show()
-    from wanflow.download import fetch, hubs
+        return _show_variants()
+    from wanflow.download import fetch
     from wanflow.screen import Screen
 
     variant = whole_repository(args.repo) if args.repo else find(args.variant)
     folder = args.local_dir or Path(variant.name if args.repo else variant.folder)
-    store: Hub
-    if args.source == "modelscope":
-        store = hubs.ModelScope(args.endpoint, args.token, args.revision)
-    else:
-        endpoint = args.endpoint or os.environ.get("HF_ENDPOINT") or hubs.HUGGINGFACE
-        store = hubs.HuggingFace(
-            endpoint.rstrip("/"), args.token or os.environ.get("HF_TOKEN"), args.revision
-        )
     with Screen() as screen:
-        found = fetch.download(
+        survey = fetch.download(
             variant,
             folder,
-            store,
+            _hub(args),
             only=args.only,
             workers=args.workers,
             verify=args.verify,
@@ -89,38 +81,49 @@ def download(args: argparse.Namespace) -> None:
             say=screen.say,
             report=partial(screen.progress, unit="bytes"),
         )
-    _tell(found, variant, args, screen.say)
+    for line in _plan(survey) if args.dry_run else _summary(survey):
+        screen.say(line)
+    if variant.name == "official" and not args.only and not args.dry_run:
+        place = shlex.quote(str(survey.folder))
+        screen.say(f'next: wanflow generate --ckpt_dir {place} --prompt "..."')
 
 
-def _tell(
-    found: Survey, variant: Variant, args: argparse.Namespace, say: Callable[[str], None]
-) -> None:
-    """The last words: what would be fetched, or what is there now."""
-    if args.dry_run:
-        for file in found.files:
-            have = (
-                "here"
-                if file.name in found.good
-                else "here, not verified"
-                if file.name in found.unsure
-                else "to fetch"
-            )
-            say(f"{file.size / 1e9:10.3f} GB  {have:<18}  {file.name}")
-        say(
-            f"{found.needed / 1e9:.1f} GB to fetch into {found.folder}, of {found.total / 1e9:.1f}"
-            f" GB in {len(found.files)} files"
-        )
-        return
-    fetched = f"{len(found.missing)} fetched" if found.missing else "nothing had to be fetched"
-    say(
-        f"{found.folder}: {len(found.files)} files, {found.total / 1e9:.1f} GB, every byte"
+def _hub(args: argparse.Namespace) -> Hub:
+    from wanflow.download import hubs
+
+    if args.source == "modelscope":
+        return hubs.ModelScope(args.endpoint, args.token, args.revision)
+    endpoint = args.endpoint or os.environ.get("HF_ENDPOINT") or hubs.HUGGINGFACE
+    token = args.token or os.environ.get("HF_TOKEN")
+    return hubs.HuggingFace(endpoint.rstrip("/"), token, args.revision)
+
+
+def _plan(survey: Survey) -> Iterator[str]:
+    """Yield what a download would fetch, as a table."""
+    from wanflow.screen import table_lines
+
+    states = dict.fromkeys(survey.verified, "here")
+    states |= dict.fromkeys(survey.unverified, "here, not verified")
+    rows = [
+        (f"{file.size / 1e9:.3f}", states.get(file.name, "to fetch"), file.name)
+        for file in survey.files
+    ]
+    yield from table_lines(("GB", "state", "file"), rows, "rll")
+    yield (
+        f"{survey.needed / 1e9:.1f} GB to fetch into {survey.folder}, of {survey.total / 1e9:.1f}"
+        f" GB in {len(survey.files)} files"
+    )
+
+
+def _summary(survey: Survey) -> Iterator[str]:
+    fetched = f"{len(survey.missing)} fetched" if survey.missing else "nothing had to be fetched"
+    yield (
+        f"{survey.folder}: {len(survey.files)} files, {survey.total / 1e9:.1f} GB, every byte"
         f" verified; {fetched}"
     )
-    if variant.name == "official" and not args.only:
-        say(f'next: wanflow generate --ckpt_dir {shlex.quote(str(found.folder))} --prompt "..."')
 
 
-def _show() -> None:
+def _show_variants() -> None:
     """Print the variants as a table on standard output."""
     from wanflow.screen import show_table
 

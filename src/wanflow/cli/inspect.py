@@ -11,7 +11,7 @@ from wanflow.cli.flags import model_path
 from wanflow.cli.parser import Parser
 
 if TYPE_CHECKING:
-    from wanflow.checkpoint.inspect import Findings, Row
+    from wanflow.inspect import Findings, Row
 
 MANY = 8  # names listed before the rest is a number
 COLUMNS = ("what", "file", "form", "stored as", "parameters", "tensors", "GB")
@@ -41,8 +41,8 @@ def inspect_flags(p: Parser) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Print what a path holds; raise BadValuesError after `--check` if values are damaged."""
-    from wanflow.checkpoint.inspect import inspect as look
     from wanflow.checkpoint.values import BadValuesError, Finding, check_values
+    from wanflow.inspect import inspect as look
 
     path, values = model_path(args.path), list[Finding]()
     if args.hash or args.check:

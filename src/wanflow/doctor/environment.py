@@ -19,6 +19,7 @@ import torch
 from wanflow import __version__
 from wanflow.hardware import cpu_name, memory, nvidia, usable_cores
 from wanflow.transforms import attention
+from wanflow.transforms.attention_kernels import BACKENDS
 
 Say = Callable[[str], None]
 
@@ -32,7 +33,7 @@ REQUIRED = (
     "huggingface_hub",
     "filelock",
 )
-KERNEL_PACKAGES = [kernel.package for kernel in attention.BACKENDS.values() if kernel.package]
+KERNEL_PACKAGES = [kernel.package for kernel in BACKENDS.values() if kernel.package]
 OPTIONAL = (*KERNEL_PACKAGES, "gguf", "modelscope")
 DISK_BYTES, DISK_CHUNK, DISK_SECONDS = 256 * 2**20, 16 * 2**20, 2.0
 CACHED = (
@@ -122,7 +123,7 @@ def look_at_packages() -> tuple[dict[str, str], dict[str, str]]:
             versions[package] = metadata.version(names.get(package, [package])[0])
         except metadata.PackageNotFoundError:
             versions[package] = "unknown version"
-        why = attention.broken(package)
+        why = attention.import_failure(package)
         if why:
             broken[package] = f"is installed but does not import: {why}"
     return versions, broken
@@ -138,7 +139,7 @@ def encoder() -> str:
         context.framerate, context.time_base = Fraction(16), Fraction(1, 16)
         packets = [*context.encode(av.VideoFrame(64, 64, "yuv420p")), *context.encode(None)]
     except Exception as error:
-        return attention.words(error)
+        return attention.failure(error)
     return "" if sum(packet.size for packet in packets) else "the encoder returned no data"
 
 

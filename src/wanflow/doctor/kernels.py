@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wanflow.runtime import DTYPES
 from wanflow.transforms import attention
+from wanflow.transforms.attention_kernels import BACKENDS
 
 Say = Callable[[str], None]
 Way = Callable[[Tensor, Tensor], Callable[[], Tensor]]
@@ -52,7 +53,7 @@ def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[K
     """Run every attention kernel for this kind of device, in each dtype."""
     heads, tokens, _ = SIZES[device.type]
     work = 4 * tokens * tokens * heads * HEAD_DIM
-    kernels = [each for each in attention.BACKENDS.values() if device.type in each.devices]
+    kernels = [each for each in BACKENDS.values() if device.type in each.devices]
     for name in DTYPES:
         say(f"attention on {device} in {name}")
         for kernel in kernels:
@@ -139,7 +140,7 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Kern
             difference = (product()[::step].cpu().double() - truth).abs().max()
             seconds = min(_timed(product, device) for _ in range(3))
         except Exception as problem:  # each device fails with types of its own
-            yield replace(result, why=attention.words(problem))
+            yield replace(result, why=attention.failure(problem))
             continue
         error = float(difference / truth.abs().max())
         wrong = f"wrong numbers: error {error:.2g} of the largest value"
@@ -153,10 +154,10 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Kern
 
 
 def _timed(product: Callable[[], Tensor], device: torch.device) -> float:
-    attention.wait(device)
+    attention.synchronize(device)
     start = time.perf_counter()
     product()
-    attention.wait(device)
+    attention.synchronize(device)
     return time.perf_counter() - start
 
 

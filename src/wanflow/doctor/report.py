@@ -23,6 +23,7 @@ from wanflow.doctor.kernels import KernelResult, try_attention, try_matmul
 from wanflow.hardware import Device, devices
 from wanflow.runtime import DTYPES
 from wanflow.transforms import attention
+from wanflow.transforms.attention_kernels import BACKENDS
 
 OLDEST_TORCH = (2, 10)  # older releases have known bypasses of weights_only loading
 SMALL_SHM = 2**30
@@ -155,7 +156,7 @@ def _kernel_problems(report: Report, broken: dict[str, str]) -> Iterator[Problem
             why = next(iter(reasons), "nothing could be tried")
             yield Problem("broken", f"{device.name} ({device.model}) cannot compute: {why}")
     for result in report.tries:
-        kernel = attention.BACKENDS.get(result.way)
+        kernel = BACKENDS.get(result.way)
         if kernel is None or result.dtype != "bfloat16" or not result.why:
             continue
         if report.packages.get(kernel.package) and kernel.package not in broken:

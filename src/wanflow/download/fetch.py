@@ -1,13 +1,11 @@
-"""Getting the weights: what a hub has, what a folder has already, and the difference brought over
-and verified.
+"""Bring a folder up to date with a hub: survey what it has, fetch the difference, verify all.
 
-A folder remembers in `.wanflow-download.json` which of its files were hashed, so that a second run
-takes no time; a file whose size or time of change is another one since is hashed again.
+The folder's ledger remembers which files were hashed, so a second run takes no time; a file whose
+size or time of change differs since is hashed again.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections import deque
@@ -15,15 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from wanflow.checkpoint import published as catalogue
+from wanflow.checkpoint.ledger import Ledger
+from wanflow.checkpoint.published import Part, Variant
 from wanflow.config import RequestError
-from wanflow.download import catalogue
-from wanflow.download.catalogue import LEDGER, Part, Variant
 from wanflow.download.hubs import Hub, HuggingFace, OfflineError
 from wanflow.download.transfer import (
     DamagedError,
@@ -34,31 +33,31 @@ from wanflow.download.transfer import (
     StoppedError,
     hash_file,
 )
-from wanflow.files import write_bytes
 
 logger = logging.getLogger("wanflow")
 
 LOCK = ".wanflow-download.lock"
 T = TypeVar("T")
 
-Report = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
+Report = Callable[[str, int, int], None]  # what is done, bytes done, bytes in total
 
 
 @dataclass
 class Survey:
-    """What a folder has of what it should have."""
+    """What a folder has of what it should have; names of files."""
 
     folder: Path
     files: list[RemoteFile]
-    good: list[str] = field(default_factory=list)  # hashed, now or earlier, and right
-    unsure: list[str] = field(default_factory=list)  # of the right size, not hashed by a dry run
-    damaged: list[str] = field(default_factory=list)  # there, with another content
-    arrived: int = 0  # bytes of parts that a download goes on from
+    verified: list[str] = field(default_factory=list)  # hashed, now or earlier, and right
+    unverified: list[str] = field(default_factory=list)  # of the right size; a dry run only
+    damaged: list[str] = field(default_factory=list)  # present with another content
+    arrived: int = 0  # bytes in parts that a download resumes
 
     @property
     def missing(self) -> list[RemoteFile]:
-        """The files that have to come."""
-        return [file for file in self.files if file.name not in {*self.good, *self.unsure}]
+        """The files to fetch."""
+        present = {*self.verified, *self.unverified}
+        return [file for file in self.files if file.name not in present]
 
     @property
     def total(self) -> int:
@@ -67,14 +66,14 @@ class Survey:
 
     @property
     def needed(self) -> int:
-        """Bytes that still have to come: room that the disk must have."""
+        """Bytes still to fetch, for which the disk must have room."""
         return sum(file.size for file in self.missing) - self.arrived
 
 
 def download(
     variant: str | Variant,
     folder: str | Path,
-    store: Hub | None = None,
+    hub: Hub | None = None,
     *,
     only: Sequence[str] = (),
     workers: int = 4,
@@ -83,41 +82,40 @@ def download(
     say: Say = logger.info,
     report: Report = lambda what, done, total: None,
 ) -> Survey:
-    """Bring what a folder lacks of a variant; everything in it is then hashed and right.
+    """Fetch what a folder lacks of a variant, so that every file in it is verified.
 
     Args:
-        store: where from; Hugging Face when left out.
-        only: roles (`catalogue.ROLES`) to restrict it to; all when empty.
-        workers: files that come at the same time.
-        verify: hash every file again, also those that were hashed and have not changed since.
-            Without a network this checks against what the folder remembers and against the
-            published hashes, and fetches nothing.
-        dry_run: only look; with `verify`, hash and name what is damaged.
+        hub: the source; Hugging Face by default.
+        only: roles (`catalogue.ROLES`) to restrict it to; all by default.
+        workers: files fetched at the same time.
+        verify: hash every file again, also those that have not changed since they were hashed.
+            Without a network this compares with the ledger and the published hashes, and fetches
+            nothing.
+        dry_run: fetch nothing; with `verify`, hash and name what is damaged.
         report: shows the progress of hashing and of fetching.
 
     Returns:
-        what was there before, and what had to come.
+        What was present before, and what was missing.
 
     Raises:
-        RequestError: for what cannot be done: no such variant, no network, not allowed, not enough
-            disk space.
-        DownloadError: for what went wrong: the network broke off for good, a file came damaged
-            twice.
+        RequestError: for what cannot be done: an unknown variant, no network, no access, no room on
+            the disk.
+        DownloadError: for what failed: the network for good, or a file that arrived damaged twice.
     """
     variant = catalogue.find(variant) if isinstance(variant, str) else variant
     parts = variant.select(only)
     folder = Path(folder).expanduser()
     if workers < 1:
-        raise RequestError(f"{workers} files at a time fetch nothing; give --workers 1 or more")
+        raise RequestError(f"--workers must be at least 1 (got {workers})")
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; give a folder with --local_dir")
-    store, ledger = store or HuggingFace(), Ledger(folder)
+    hub, ledger = hub or HuggingFace(), Ledger(folder)
     try:
-        files = store.listing(variant, parts)
+        files = hub.listing(variant, parts)
     except OfflineError as error:
         if not verify:
             raise
-        say(f"{error}; checking what is here without it")
+        say(f"{error}; checking the files here without it")
         return _verify_offline(parts, folder, ledger, workers, report)
     for file in files:
         _refuse_outside(folder, file)
@@ -127,85 +125,43 @@ def download(
                 f"{file.origin} has another {file.path} than the one wanflow was made with (sha256"
                 f" {file.sha256}, not {known})"
             )
-    found = _survey(
+    survey = _survey(
         files, folder, ledger, workers, report, rehash=verify, hashing=verify or not dry_run
     )
-    for name in found.damaged:
+    for name in survey.damaged:
         say(f"{name} is damaged or of another version{'' if dry_run else '; fetching it again'}")
-    if not dry_run and found.missing:
-        _refuse_full_disk(found)
-        _bring(found, store, ledger, workers, say, report)
-    return found
+    if not dry_run and survey.missing:
+        _refuse_full_disk(survey)
+        _fetch_missing(survey, hub, ledger, workers, say, report)
+    return survey
 
 
-def _bring(
-    found: Survey, store: Hub, ledger: Ledger, workers: int, say: Say, report: Report
+def _fetch_missing(
+    survey: Survey, hub: Hub, ledger: Ledger, workers: int, say: Say, report: Report
 ) -> None:
-    """Fetch what is missing; two at the same time into one folder would spoil each other's
-    parts.
-    """
-    found.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(found.folder / LOCK)
+    """Fetch under a lock: two downloads into one folder would damage each other's parts."""
+    survey.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(survey.folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise RequestError(
-            f"another download into {found.folder} is under way; wait for it, or stop it"
+            f"another download into {survey.folder} is running; wait for it, or stop it"
         ) from None
     try:
-        moved = _Counter("fetching", found.total - found.needed, found.total, report)
+        on_bytes = _Counter("fetching", survey.total - survey.needed, survey.total, report)
 
-        def bring(remote: RemoteFile, stop: Event) -> None:
-            ledger.add(remote, store.bring(remote, found.folder, stop, moved, say))
+        def fetch(remote: RemoteFile, stop: Event) -> None:
+            sha256 = hub.download_file(remote, survey.folder, stop, on_bytes, say)
+            ledger.add(remote.name, sha256, remote.origin)
 
         # The largest first: the last to end should not be one that has only begun.
-        _in_parallel(bring, sorted(found.missing, key=lambda file: -file.size), workers)
+        _in_parallel(fetch, sorted(survey.missing, key=lambda file: -file.size), workers)
     finally:
         lock.release()
 
 
-# --- what a folder has
-# --------------------------------------------------------------------------------------------------
-
-
-class Ledger:
-    """The hashes of a folder's files, each with the size and the time of change (ns) that the file
-    had when it was hashed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.file, self._lock = folder, folder / LEDGER, Lock()
-        try:
-            files = json.loads(self.file.read_text(encoding="utf-8"))["files"]
-            entries = {
-                name: entry
-                for name, entry in files.items()
-                if isinstance(entry["sha256"], str) and isinstance(entry["size"], int)
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            entries = {}  # what is not remembered is hashed again
-        self.entries: dict[str, dict[str, Any]] = entries
-
-    def sha256(self, name: str) -> str | None:
-        """The hash of a file that has not been touched since it was hashed."""
-        entry, stat = self.entries.get(name), (self.folder / name).stat()
-        return (
-            str(entry["sha256"])
-            if entry and (entry["size"], entry.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
-            else None
-        )
-
-    def add(self, remote: RemoteFile, sha256: str) -> None:
-        stat = (self.folder / remote.name).stat()
-        with self._lock:
-            self.entries[remote.name] = {
-                "size": stat.st_size,
-                "mtime_ns": stat.st_mtime_ns,
-                "sha256": sha256,
-                "from": remote.origin,
-            }
-            text = json.dumps({"files": self.entries}, indent=1, sort_keys=True) + "\n"
-            write_bytes(self.file, text.encode(), overwrite=True)
+# what a folder has
 
 
 def _survey(
@@ -218,8 +174,8 @@ def _survey(
     rehash: bool,
     hashing: bool = True,
 ) -> Survey:
-    """Look at every file; hash those that are there in the right size and not remembered."""
-    found, doubtful = Survey(folder, files), []
+    """Look at every file; hash those of the right size that the ledger does not vouch for."""
+    survey, to_hash = Survey(folder, files), []
     for remote in files:
         target = folder / remote.name
         if not target.exists():
@@ -229,50 +185,49 @@ def _survey(
                 f"{target} is where a file should go, and is not a file; move it away"
             )
         if target.stat().st_size != remote.size:
-            found.damaged.append(remote.name)
+            survey.damaged.append(remote.name)
         elif remote.sha256 and not rehash and ledger.sha256(remote.name) == remote.sha256:
-            found.good.append(remote.name)
+            survey.verified.append(remote.name)
         elif hashing:
-            doubtful.append(remote)
+            to_hash.append(remote)
         else:
-            found.unsure.append(remote.name)
-    moved = _Counter("hashing", 0, sum(remote.size for remote in doubtful), report)
+            survey.unverified.append(remote.name)
+    on_bytes = _Counter("hashing", 0, sum(remote.size for remote in to_hash), report)
 
     def check(remote: RemoteFile, stop: Event) -> None:
         hasher = Hasher(remote)
         with (folder / remote.name).open("rb") as file:
-            hash_file(file, hasher, stop, moved)
-        if hasher.verdict:
-            found.damaged.append(remote.name)
+            hash_file(file, hasher, stop, on_bytes)
+        if hasher.mismatch:
+            survey.damaged.append(remote.name)
         else:
-            found.good.append(remote.name)
-            ledger.add(remote, hasher.sha256)
+            survey.verified.append(remote.name)
+            ledger.add(remote.name, hasher.sha256, remote.origin)
 
-    _in_parallel(check, doubtful, workers)
-    parts = [(folder / remote.part, remote.size) for remote in found.missing]
-    found.arrived = sum(min(part.stat().st_size, size) for part, size in parts if part.exists())
-    return found
+    _in_parallel(check, to_hash, workers)
+    parts = [(folder / remote.part, remote.size) for remote in survey.missing]
+    survey.arrived = sum(min(part.stat().st_size, size) for part, size in parts if part.exists())
+    return survey
 
 
 def _verify_offline(
     parts: Sequence[Part], folder: Path, ledger: Ledger, workers: int, report: Report
 ) -> Survey:
-    """Hash what is remembered or published; RequestError when that is nothing, DownloadError that
-    names what is damaged or gone.
+    """Hash every file whose hash the ledger or the catalogue knows.
+
+    Raises:
+        RequestError: when there is no such file.
+        DownloadError: naming what is damaged or gone.
     """
-    files = []
-    here = {
+    present = {
         file.relative_to(folder).as_posix()
         for file in folder.rglob("*")
         if file.is_file() and file.suffix != ".part"
     }
-    names = {
-        name
-        for name in here | set(ledger.entries)
-        if any(part.local(part.strip + name) is not None for part in parts)
-    }
-    unknown = []
-    for name in sorted(names):
+    files, unknown = [], []
+    for name in sorted(present | set(ledger.entries)):
+        if all(part.local(part.strip + name) is None for part in parts):
+            continue
         entry = ledger.entries.get(name)
         size = int(entry["size"]) if entry else (folder / name).stat().st_size
         sha256 = str(entry["sha256"]) if entry else catalogue.known_sha256(name)
@@ -282,84 +237,78 @@ def _verify_offline(
             unknown.append(name)
     if not files:
         raise RequestError(
-            f"{folder} has nothing that can be verified without a network; get online, and say the"
-            " same again"
+            f"{folder} has nothing that can be verified without a network; connect and run the same"
+            " command"
         )
-    found = _survey(files, folder, ledger, workers, report, rehash=True)
-    gone = [file.name for file in found.missing if file.name not in found.damaged]
-    wrong = [
+    survey = _survey(files, folder, ledger, workers, report, rehash=True)
+    gone = [file.name for file in survey.missing if file.name not in survey.damaged]
+    faults = [
         f"{what}: {', '.join(sorted(names))}"
-        for what, names in (("damaged", found.damaged), ("gone", gone))
+        for what, names in (("damaged", survey.damaged), ("gone", gone))
         if names
     ]
-    if wrong:
+    if faults:
         raise DownloadError(
-            f"{folder}: {'; '.join(wrong)}; get online, and say the same again to have them fetched"
+            f"{folder}: {'; '.join(faults)}; connect and run the same command to fetch them"
         )
     if unknown:
-        logger.warning(
-            "not verified, their hashes are known to the hub alone: %s", ", ".join(unknown)
-        )
-    return found
+        logger.warning("not verified, only the hub has their hashes: %s", ", ".join(unknown))
+    return survey
 
 
 def _refuse_outside(folder: Path, remote: RemoteFile) -> None:
-    """RequestError when a link inside the folder would carry a file out of it."""
+    """Refuse a file that a link inside the folder would carry out of it."""
     home = folder.resolve()
     if not (home / remote.name).parent.resolve().is_relative_to(home):
         raise RequestError(
             f"{folder / remote.name} would be written outside of {folder}: a link on the way leads"
-            " out; link the whole folder"
+            " out; link the folder itself"
         )
 
 
-def _refuse_full_disk(found: Survey) -> None:
-    """RequestError with both numbers when the disk has no room for what has to come."""
-    place = found.folder.resolve()
+def _refuse_full_disk(survey: Survey) -> None:
+    """Refuse what the disk has no room for, with both numbers."""
+    place = survey.folder.resolve()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if found.needed > free:
+    if survey.needed > free:
         raise RequestError(
-            f"{found.folder} needs {found.needed / 1e9:.1f} GB more ({found.needed:,} bytes), and"
-            f" the disk has {free / 1e9:.1f} GB free ({free:,} bytes); make room, choose another"
-            " disk with --local_dir, or a smaller --variant"
+            f"{survey.folder} needs {survey.needed / 1e9:.1f} GB more ({survey.needed:,} bytes),"
+            f" and the disk has {free / 1e9:.1f} GB free ({free:,} bytes); make room, choose"
+            " another disk with --local_dir, or a smaller --variant"
         )
 
 
 def cached(repo: str) -> Path | None:
-    """The folder of a repository's default branch in Hugging Face's own cache, when every file of
-    it is there.
-    """
+    """Return the folder of a repository in Hugging Face's own cache, when it is complete there."""
     try:
         return Path(snapshot_download(repo, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 
-# --- at the same time
-# --------------------------------------------------------------------------------------------------
+# in threads
 
 
 class _Counter:
-    """Adds up what the threads tell."""
+    """Adds up the bytes of all threads and reports the sum."""
 
     def __init__(self, what: str, done: int, total: int, report: Report) -> None:
         self.what, self.done, self.total, self.report = what, done, total, report
         self._lock = Lock()
 
-    def __call__(self, moved: int) -> None:
+    def __call__(self, count: int) -> None:
         with self._lock:
-            self.done += moved
+            self.done += count
             self.report(self.what, self.done, self.total)
 
 
 def _in_parallel(work: Callable[[T, Event], None], items: Sequence[T], workers: int) -> None:
-    """Do every item. A damaged file does not keep the others from coming; any other failure ends
-    all, and so does Ctrl-C, at once.
+    """Do every item in a few threads.
 
-    The threads are daemons: one that waits for a silent server must not keep the process from
-    ending.
+    A damaged file does not stop the others; any other failure does, and so does Ctrl-C, at once.
+    The threads are daemons: one that waits for a silent server must not keep the process alive.
     """
     queue, failures, stop = deque(items), list[Exception](), Event()
 
@@ -367,7 +316,7 @@ def _in_parallel(work: Callable[[T, Event], None], items: Sequence[T], workers: 
         while queue and not stop.is_set():
             try:
                 item = queue.popleft()
-            except IndexError:  # another thread was quicker
+            except IndexError:  # another thread took it
                 return
             try:
                 work(item, stop)
@@ -375,9 +324,7 @@ def _in_parallel(work: Callable[[T, Event], None], items: Sequence[T], workers: 
                 return
             except DamagedError as error:
                 failures.append(error)
-            except (
-                Exception
-            ) as error:  # whatever it is, it is raised below, in the thread that asked
+            except Exception as error:  # raised below, in the thread that called
                 failures.insert(0, error)
                 stop.set()
 

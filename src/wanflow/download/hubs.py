@@ -1,8 +1,7 @@
-"""Where weights come from: Hugging Face or what speaks its API, and ModelScope. Listings,
-authorisation, refusals in words.
+"""The sources of weights: Hugging Face and its mirrors, and ModelScope.
 
-Nothing is asked of a hub that its own library would not ask: `huggingface_hub` lists and
-authorises, only the bytes come by `transfer`.
+`huggingface_hub` lists and authorises, so a hub gets only requests of its own library; only the
+bytes come by `transfer`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported lazily
 
+from wanflow.checkpoint.published import Part, Variant, known_sha256
 from wanflow.config import RequestError
-from wanflow.download.catalogue import Part, Variant, known_sha256
 from wanflow.download.transfer import (
     NETWORK_ERROR,
     PAUSES,
@@ -37,10 +36,10 @@ from wanflow.download.transfer import (
     DamagedError,
     DownloadError,
     Hasher,
-    Moved,
+    OnBytes,
     RemoteFile,
     Say,
-    fetch,
+    fetch_file,
     hash_file,
     refusal,
 )
@@ -56,20 +55,24 @@ class OfflineError(RequestError):
 
 
 class Hub(Protocol):
-    """A place that has files: Hugging Face or one of its mirrors, or ModelScope."""
+    """A server with files: Hugging Face or one of its mirrors, or ModelScope."""
 
     def listing(self, variant: Variant, parts: Sequence[Part]) -> list[RemoteFile]:
-        """Every file of these parts, at one commit; RequestError when the store does not have
-        them.
+        """List every file of these parts, at one commit.
+
+        Raises:
+            RequestError: when the hub does not have them.
         """
 
-    def bring(self, remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
-        """Put one file into the folder under its name; its sha256."""
+    def download_file(
+        self, remote: RemoteFile, folder: Path, stop: Event, on_bytes: OnBytes, say: Say
+    ) -> str:
+        """Put one verified file into the folder; return its sha256."""
 
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """Hugging Face, or what speaks its API."""
+    """Hugging Face, or a mirror that speaks its API."""
 
     endpoint: str = HUGGINGFACE
     token: str | None = field(default=None, repr=False)
@@ -77,9 +80,7 @@ class HuggingFace:
 
     @property
     def auth(self) -> str | bool | None:
-        """What huggingface_hub takes as token: one that `hf auth login` stored is for Hugging Face,
-        not for whoever mirrors it.
-        """
+        """The token for huggingface_hub; a mirror never gets the one `hf auth login` stored."""
         return self.token or (None if self.endpoint == HUGGINGFACE else False)
 
     def listing(self, variant: Variant, parts: Sequence[Part]) -> list[RemoteFile]:
@@ -112,11 +113,13 @@ class HuggingFace:
 
         return _select(parts, {repo: list(tree) for repo, (_, tree) in trees.items()}, remote)
 
-    def bring(self, remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
-        return fetch(remote, folder, stop, moved, say)
+    def download_file(
+        self, remote: RemoteFile, folder: Path, stop: Event, on_bytes: OnBytes, say: Say
+    ) -> str:
+        return fetch_file(remote, folder, stop, on_bytes, say)
 
     def _tree(self, repo: str, revision: str | None) -> tuple[str, dict[str, RepoFile]]:
-        """A repository's commit, and its files by path."""
+        """Return a repository's commit, and its files by path."""
         api = HfApi(endpoint=self.endpoint, token=self.auth)
         try:
             commit = (
@@ -157,7 +160,7 @@ class HuggingFace:
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """Ask again, after a pause, where the answer is that the server is busy."""
+    """Repeat a request, after pauses, while the server is busy."""
     for pause in PAUSES:
         try:
             return ask()
@@ -170,9 +173,7 @@ def _patiently(ask: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class ModelScope:
-    """ModelScope, by its own package, which resumes and verifies by itself. Written, not run
-    against the real site.
-    """
+    """ModelScope by its own package, which resumes and verifies; not run against the real site."""
 
     endpoint: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -191,7 +192,7 @@ class ModelScope:
     def listing(self, variant: Variant, parts: Sequence[Part]) -> list[RemoteFile]:
         if "modelscope" not in variant.sources:
             raise RequestError(
-                f"{variant.name} is not offered from ModelScope; --list says what is"
+                f"{variant.name} is not offered from ModelScope; --list shows what is"
             )
         api, revision = self._api(), self.revision or variant.revision or "master"
         trees = {}
@@ -214,16 +215,18 @@ class ModelScope:
 
         return _select(parts, {repo: list(tree) for repo, tree in trees.items()}, remote)
 
-    def bring(self, remote: RemoteFile, folder: Path, stop: Event, moved: Moved, say: Say) -> str:
+    def download_file(
+        self, remote: RemoteFile, folder: Path, stop: Event, on_bytes: OnBytes, say: Say
+    ) -> str:
         repo, _, revision = remote.origin.partition("@")
-        wanted = {"local_dir": folder, "expected_sha256": remote.sha256, "file_size": remote.size}
+        checks = {"local_dir": folder, "expected_sha256": remote.sha256, "file_size": remote.size}
         with _modelscope_errors(repo):
-            self._api().download_file(repo, "model", remote.path, revision=revision, **wanted)
+            self._api().download_file(repo, "model", remote.path, revision=revision, **checks)
         hasher = Hasher(remote)
         with (folder / remote.name).open("rb") as file:
-            hash_file(file, hasher, stop, moved)
-        if hasher.verdict:
-            raise DamagedError(f"{remote.name} came damaged ({hasher.verdict})")
+            hash_file(file, hasher, stop, on_bytes)
+        if hasher.mismatch:
+            raise DamagedError(f"{remote.name} arrived damaged ({hasher.mismatch})")
         return hasher.sha256
 
 
@@ -242,7 +245,7 @@ def _modelscope_errors(repo: str) -> Iterator[None]:
         ) from None
     except errors.HubError as error:
         raise DownloadError(
-            f"ModelScope failed with {repo}: {error}; the same command goes on from there"
+            f"ModelScope failed with {repo}: {error}; run the same command to resume"
         ) from None
 
 
@@ -251,8 +254,10 @@ def _select(
     paths: dict[str, list[str]],
     remote: Callable[[Part, str, str], RemoteFile],
 ) -> list[RemoteFile]:
-    """The files that the parts name, each once; RequestError for a part without files, or a name
-    that leads out of a folder.
+    """Return the files that the parts name, each once.
+
+    Raises:
+        RequestError: for a part without files, or a name that leads out of a folder.
     """
     files: dict[str, RemoteFile] = {}
     for part in parts:
@@ -270,8 +275,7 @@ def _select(
                 or name.startswith(".wanflow-download")
             ):
                 raise RequestError(
-                    f"{part.repo} lists {path!r}, a name that is not written to this machine;"
-                    " nothing was fetched"
+                    f"{part.repo} lists {path!r}, an unsafe file name; nothing was fetched"
                 )
             files[name] = remote(part, name, path)
     return list(files.values())

@@ -14,7 +14,7 @@ from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime
 from wanflow.sampling.timeline import timeline
-from wanflow.transforms.attention import BACKENDS
+from wanflow.transforms.attention_kernels import BACKENDS
 
 PER_MACHINE = 8  # processes that one machine has at most, where nothing else is said
 

@@ -36,7 +36,7 @@ from wanflow.request import CompleteRequest, Lora
 from wanflow.runtime import Runtime, batch_guidance, choose_text_dtype
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.sampling.timeline import schedule_of, timeline
-from wanflow.transforms.attention import BACKENDS
+from wanflow.transforms.attention_kernels import BACKENDS
 from wanflow.transforms.block_streaming import BlockBuffers, Streaming, SyncExecutor
 from wanflow.transforms.deltas import Decomposed, LowRank, WeightDelta
 from wanflow.transforms.lora import Adapters

@@ -1,75 +1,50 @@
-"""Attention kernels for the `attend` slot of the DiT: which there are, where they work, and which
-to take.
+"""Choose an attention kernel: try each on the device, and put the first that works into a model.
 
-A kernel counts as working only after it was tried: many import and then die at their first launch,
-or work and give wrong numbers.
-
-Shapes: q [B, L, N, K], k and v [B, S, N, K] -> [B, L, N, K] (B batch, L queries, S keys, N heads of
-    size K). With the log-sum-exp of each row of scores, which joins attention over parts of the
-    keys (ring attention): [B, N, L] float32.
+A kernel counts as working only after a trial: many import and then die at their first launch, or
+run and give wrong numbers.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanflow.config import RequestError
-from wanflow.models.dit import Attend, Attention, sdpa
+from wanflow.models.dit import Attention
 from wanflow.runtime import dtype_name
+from wanflow.transforms.attention_kernels import (
+    BACKENDS,
+    HALF,
+    HOPPER,
+    NO_LIMIT,
+    Backend,
+    Capability,
+)
 
-AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-HALF = (torch.bfloat16, torch.float16)
-ANY = (torch.float32, torch.float64, *HALF)
-# How far from float64 a working kernel may be, relative to the largest value of the output. These
-# tell wrong numbers, which are off by about 1, from rounding; float32's leaves room for
-# TensorFloat-32 where that is allowed.
+# How far from float64 a working kernel may be, relative to the largest value of the output. Wrong
+# numbers are off by about 1; float32's bound leaves room for TensorFloat-32 where that is allowed.
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 2e-3, torch.float64: 1e-6}
 LOSSY_BOUND = 0.15
-# heads, queries, keys of a trial: no multiples of what kernels work in, and other keys than
-# queries
+# Heads, queries and keys of a trial: no multiples of a kernel's tiles, and not as many keys as
+# queries.
 SHAPE = (2, 130, 77)
-COMPARED = 64  # queries of which a trial works out the true result
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A kernel.
-
-    package: what has to be installed for it ("" for PyTorch's own). exact: the same to rounding;
-        else it changes what is made.
-    capability: CUDA compute capabilities from the first to below the second, for which it is built.
-    """
-
-    name: str
-    about: str
-    attend: Attend
-    with_lse: AttendWithLse | None
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    package: str = ""
-    exact: bool = True
-    capability: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 0))
-    head_dim: int = 256  # the largest
+COMPARED = 64  # queries whose true result a trial computes
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a kernel did.
+    """The result of one kernel.
 
-    backend: the kernel; without its `with_lse` where that one does not work here. why: why it does
-        not work here, "" if it does.
-    lse_why: likewise for the log-sum-exp. error: largest, relative to the largest value. seconds:
-        of one call.
+    backend: the kernel; without its `with_lse` where that one fails.
+    why, lse_why: why the kernel, or its log-sum-exp, fails here; "" where it works.
+    error, lse_error: the largest, relative to the largest value.
+    seconds: of one call.
     """
 
     backend: Backend
@@ -80,196 +55,16 @@ class Trial:
     seconds: float = math.nan
 
 
-def _pinned(kernel: SDPBackend) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(kernel):
-            return sdpa(q, k, v)
-
-    return attend
-
-
-def _heads_first(*tensors: Tensor) -> Iterator[Tensor]:
-    return (x.transpose(1, 2) for x in tensors)
-
-
-def _finish(out: Tensor, lse: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-    """Some kernels return more rows of the log-sum-exp than there are queries, or a dimension at
-    its end.
-    """
-    return out.transpose(1, 2), lse.flatten(2)[..., :queries].float()
-
-
-def _math_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Written out: the whole matrix of scores is in memory."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    queries, keys, values = (x.to(wide) for x in _heads_first(q, k, v))
-    scores = queries @ keys.mT / math.sqrt(q.shape[-1])
-    lse = scores.logsumexp(-1)
-    return (scores - lse.unsqueeze(-1)).exp().matmul(values).to(v.dtype).transpose(
-        1, 2
-    ), lse.float()
-
-
-def _flash_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    aten = torch.ops.aten
-    kernel = (
-        aten._scaled_dot_product_flash_attention_for_cpu
-        if q.device.type == "cpu"
-        else aten._scaled_dot_product_flash_attention
-    )
-    out, lse = kernel(*_heads_first(q, k, v))[:2]
-    return _finish(out, lse, q.shape[1])
-
-
-def _efficient_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-        *_heads_first(q, k, v), None, True
-    )[:2]
-    return _finish(out, lse, q.shape[1])
-
-
-def _cudnn_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *_heads_first(q, k, v), None, True
-    )[:2]
-    return _finish(out, lse, q.shape[1])
-
-
-def _sdpa_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As `sdpa` leaves the choice to PyTorch, and PyTorch does not say the log-sum-exp, this
-    chooses like it.
-    """
-    if q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype in HALF):
-        return _flash_lse(q, k, v)
-    return _efficient_lse(q, k, v) if q.device.type == "cuda" else _math_lse(q, k, v)
-
-
-# Packages are imported by statement, inside: torch.compile follows that, and import_module it does
-# not.
-
-
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-    return flash_attn_func(q, k, v)
-
-
-def _flash_attn_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    from flash_attn import flash_attn_func  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-    out, lse = flash_attn_func(q, k, v, return_attn_probs=True)[:2]
-    return out, lse[..., : q.shape[1]].float()
-
-
-def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-    out = flash_attn_func(q, k, v)
-    return (
-        out[0] if isinstance(out, tuple) else out
-    )  # builds from before 2025-08 return the log-sum-exp always, and take no flag for it
-
-
-def _flash_attn_3_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-    try:
-        out, lse = flash_attn_func(q, k, v, return_attn_probs=True)[:2]
-    except TypeError:
-        out, lse = flash_attn_func(q, k, v)[:2]
-    return out, lse[..., : q.shape[1]].float()
-
-
-def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from sageattention import sageattn  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-    return sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
-
-
-AMPERE, HOPPER, NEXT = (8, 0), (9, 0), (10, 0)
-
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (
-        Backend("sdpa", "PyTorch chooses", sdpa, _sdpa_lse, ("cpu", "cuda", "mps"), ANY),
-        Backend(
-            "cudnn",
-            "cuDNN's",
-            _pinned(SDPBackend.CUDNN_ATTENTION),
-            _cudnn_lse,
-            ("cuda",),
-            HALF,
-            capability=(AMPERE, (99, 0)),
-        ),
-        Backend(
-            "flash",
-            "PyTorch's FlashAttention",
-            _pinned(SDPBackend.FLASH_ATTENTION),
-            _flash_lse,
-            ("cpu", "cuda"),
-            ANY,
-        ),
-        Backend(
-            "efficient",
-            "PyTorch's memory-efficient",
-            _pinned(SDPBackend.EFFICIENT_ATTENTION),
-            _efficient_lse,
-            ("cuda",),
-            (torch.float32, *HALF),
-            capability=((5, 0), (99, 0)),
-        ),
-        Backend(
-            "math",
-            "plain matrix products, memory grows with L squared",
-            _pinned(SDPBackend.MATH),
-            _math_lse,
-            ("cpu", "cuda"),
-            ANY,
-        ),
-        Backend(
-            "flash_attn",
-            "FlashAttention 2",
-            _flash_attn,
-            _flash_attn_lse,
-            ("cuda",),
-            HALF,
-            "flash_attn",
-            capability=(AMPERE, (99, 0)),
-        ),
-        Backend(
-            "flash_attn_3",
-            "FlashAttention 3",
-            _flash_attn_3,
-            _flash_attn_3_lse,
-            ("cuda",),
-            HALF,
-            "flash_attn_interface",
-            capability=(HOPPER, NEXT),
-        ),
-        Backend(
-            "sage",
-            "SageAttention, 8-bit",
-            _sage,
-            None,
-            ("cuda",),
-            HALF,
-            "sageattention",
-            exact=False,
-            capability=(AMPERE, (99, 0)),
-            head_dim=128,
-        ),
-    )
-}
+# Choice
 
 
 def order(device: torch.device) -> tuple[str, ...]:
-    """What `auto` tries, best first: exact kernels only, and none whose memory grows with the
-    square of the tokens before the last.
+    """Return what `auto` tries, best first: exact kernels, memory linear in tokens but the last.
 
-    From Hopper on cuDNN's is the fastest that needs no package (FlashAttention 3 is faster where
-    somebody went to the length of building it). Before Hopper cuDNN's has no such lead, and
-    PyTorch's FlashAttention is the same kernel as the flash_attn package. float32 has only the
-    memory-efficient kernel on CUDA. Elsewhere PyTorch's own choice is the only good one.
+    From Hopper on cuDNN's is the fastest that needs no package; FlashAttention 3 is faster where it
+    has been built. Before Hopper cuDNN's has no such lead, and PyTorch's FlashAttention is the same
+    kernel as the flash_attn package. float32 has only the memory-efficient kernel on CUDA. On other
+    devices only PyTorch's own choice is good.
     """
     if device.type != "cuda":
         return ("sdpa",)
@@ -279,12 +74,10 @@ def order(device: torch.device) -> tuple[str, ...]:
 
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The kernel of this name; `auto` is the first of `order` that works. Each is tried on the
-    device before it is trusted.
+    """Return the kernel of this name after a trial; `auto` is the first of `order` that works.
 
     Raises:
-        RequestError: for a name that is unknown or does not work here, with the reason and what
-            does work.
+        RequestError: for a name that is unknown or fails here, with the reason and what works.
     """
     if name != "auto" and name not in BACKENDS:
         raise RequestError(f"attention {name!r} is none of auto, {', '.join(BACKENDS)}")
@@ -308,17 +101,13 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
 
 
 def warnings_for(backend: Backend, quantize: str) -> list[str]:
-    """What is known of this kernel beside quantised weights ("fp8", "int8", "nf4" or ""), in
-    words.
-    """
-    notes = (
-        []
-        if backend.exact
-        else [
+    """Return the known faults of a kernel with weights in "fp8", "int8", "nf4" or plain ("")."""
+    notes = []
+    if not backend.exact:
+        notes.append(
             f"attention {backend.name} rounds to 8 bits inside: the video differs from the exact"
             " kernels'"
-        ]
-    )
+        )
     if backend.name == "sage" and quantize == "fp8":
         notes.append(
             "attention sage with fp8 weights is known to give black frames; if it does, use"
@@ -328,15 +117,16 @@ def warnings_for(backend: Backend, quantize: str) -> list[str]:
 
 
 def set_attention(model: nn.Module, backend: Backend) -> None:
-    """Put the kernel into every attention of a WanDiT, to itself and to the text. One function for
-    all, so compiling sees one.
+    """Put a kernel into every attention of a WanDiT.
+
+    All share one function, so that torch.compile compiles it once.
     """
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = backend.attend
 
 
-# trials
+# Trials
 
 
 def benchmark(
@@ -347,11 +137,11 @@ def benchmark(
     shape: tuple[int, int, int] = SHAPE,
     repeats: int = 0,
 ) -> Trial:
-    """Run a kernel on random numbers and compare it, and its log-sum-exp, with float64 on the CPU.
+    """Run a kernel on random numbers; compare output and log-sum-exp with float64 on the CPU.
 
     Args:
         shape: (heads, queries, keys).
-        repeats: how often to run it again for the time (the least counts).
+        repeats: runs for the time; the shortest counts.
     """
     why = unsupported_reason(backend, device, dtype, head_dim)
     if why:
@@ -371,52 +161,38 @@ def benchmark(
             error = _distance(backend.attend(q, k, v)[:, ::step], truth) / scale
             seconds = min((_timed(backend, q, k, v) for _ in range(repeats)), default=math.nan)
     except Exception as problem:
-        # kernels fail in every way there is: at import, at compiling, at launch, at synchronising
-        return Trial(backend, words(problem))
+        # Kernels fail at import, at compiling, at launch and at synchronising, with any exception.
+        return Trial(backend, failure(problem))
     if not error <= bound:  # NaN too
-        return Trial(
-            backend,
-            f"it gives wrong numbers: {error:.2g} of the largest value away from float64",
-            error,
-            seconds=seconds,
-        )
+        why = f"it gives wrong numbers: {error:.2g} of the largest value away from float64"
+        return Trial(backend, why, error, seconds=seconds)
     if backend.with_lse is None:
-        return Trial(backend, "", error, "it does not say the log-sum-exp", seconds=seconds)
+        return Trial(backend, "", error, "it does not return the log-sum-exp", seconds=seconds)
     lse_why, lse_error = "", math.nan
     try:
         with torch.no_grad():
             out, lse = backend.with_lse(q, k, v)
-        lse_error, again = (
-            _distance(lse[..., ::step], true_lse),
-            _distance(out[:, ::step], truth) / scale,
-        )
-        if not (lse_error <= bound and again <= bound):
+        lse_error = _distance(lse[..., ::step], true_lse)
+        out_error = _distance(out[:, ::step], truth) / scale
+        if not (lse_error <= bound and out_error <= bound):
             lse_why = (
-                f"its log-sum-exp is wrong by {lse_error:.2g}, the output beside it by {again:.2g}"
+                f"its log-sum-exp is wrong by {lse_error:.2g}, the output with it by"
+                f" {out_error:.2g}"
             )
     except Exception as problem:
-        lse_why = words(problem)
-    return Trial(
-        replace(backend, with_lse=None) if lse_why else backend,
-        "",
-        error,
-        lse_why,
-        lse_error,
-        seconds,
-    )
+        lse_why = failure(problem)
+    works = replace(backend, with_lse=None) if lse_why else backend
+    return Trial(works, "", error, lse_why, lse_error, seconds)
 
 
 def unsupported_reason(
     backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> str:
-    """Why a kernel cannot work here, as far as is known without running it; "" where nothing speaks
-    against it.
-    """
+    """Return why a kernel cannot work here, as far as is known without a trial; else ""."""
     if device.type not in backend.devices:
         return f"it runs on {' and '.join(backend.devices)} only, not on {device.type}"
-    if dtype not in backend.dtypes or (
-        backend.name == "flash" and device.type == "cuda" and dtype not in HALF
-    ):
+    flash_on_gpu = backend.name == "flash" and device.type == "cuda"
+    if dtype not in backend.dtypes or (flash_on_gpu and dtype not in HALF):
         return f"it does not compute in {dtype_name(dtype)}"
     if head_dim > backend.head_dim:
         return f"its heads are at most {backend.head_dim} wide, and these are {head_dim}"
@@ -426,13 +202,13 @@ def unsupported_reason(
         return ""
     here, (first, end) = _capability(device), backend.capability
     if not first <= here < end:
-        made = f"from {_dotted(first)}" + (f" to below {_dotted(end)}" if end < (99, 0) else "")
-        known = (
-            "; on Blackwell it imports and then dies with 'no kernel image'"
-            if backend.name == "flash_attn_3" and here >= end
-            else ""
+        built = f"from {_dotted(first)}" + (f" to below {_dotted(end)}" if end < NO_LIMIT else "")
+        known = ""
+        if backend.name == "flash_attn_3" and here >= end:
+            known = "; on Blackwell it imports and then dies with 'no kernel image'"
+        return (
+            f"it is built for compute capability {built}, and this GPU has {_dotted(here)}{known}"
         )
-        return f"it is built for compute capability {made}, and this GPU has {_dotted(here)}{known}"
     if backend.name == "sage" and here[0] == HOPPER[0] and _has_fp8_values():
         return (
             "on Hopper SageAttention 2 multiplies the values in fp8, which is known to give noise"
@@ -442,15 +218,15 @@ def unsupported_reason(
 
 
 def installed(package: str) -> bool:
-    """Whether a module is found, without importing it: to import can take seconds, and fail."""
+    """Return whether a module is found, without an import, which can take seconds and fail."""
     try:
         return find_spec(package) is not None
     except (ImportError, ValueError):
         return False
 
 
-def broken(package: str) -> str:
-    """Why a module that is installed does not import; "" if it does."""
+def import_failure(package: str) -> str:
+    """Return why an installed module does not import; "" if it does."""
     try:
         import_module(package)
     except Exception as problem:  # a build for another PyTorch, GPU or system raises anything
@@ -459,12 +235,12 @@ def broken(package: str) -> str:
 
 
 def _has_fp8_values() -> bool:
-    """SageAttention 2 picks its fp8 kernel on Hopper; version 1 has none."""
+    """Whether SageAttention picks its fp8 kernel on Hopper: version 2 does, 1 has none."""
     try:
         import sageattention  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         return hasattr(sageattention, "sageattn_qk_int8_pv_fp8_cuda_sm90")
-    except Exception:  # the trial says what is wrong with it
+    except Exception:  # the trial reports its fault
         return False
 
 
@@ -480,31 +256,30 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _timed(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """Seconds of one call."""
-    wait(q.device)
+    synchronize(q.device)
     start = time.perf_counter()
     backend.attend(q, k, v)
-    wait(q.device)
+    synchronize(q.device)
     return time.perf_counter() - start
 
 
-def wait(device: torch.device) -> None:
-    """Until a device has done what it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
-def _dotted(version: tuple[int, int]) -> str:
+def _dotted(version: Capability) -> str:
     return ".".join(map(str, version))
 
 
-def words(problem: Exception) -> str:
-    """The first line of what was raised."""
+def failure(problem: Exception) -> str:
+    """Return the type and the first line of an exception, as a clause."""
     text = str(problem).strip().splitlines()
     return f"it fails here ({type(problem).__name__}{': ' + text[0] if text else ''})"

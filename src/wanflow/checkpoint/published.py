@@ -24,7 +24,6 @@ COMFY_2_1 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"  # the same text encoder in 1
 GGUF = "QuantStack/Wan2.2-T2V-A14B-GGUF"
 GGUF_T5 = "city96/umt5-xxl-encoder-gguf"
 
-LEDGER = ".wanflow-download.json"  # what a download remembers of its files' hashes, in their folder
 
 Role = Literal["high", "low", "t5", "vae", "tokenizer", "config"]
 ROLES: tuple[Role, ...] = ("high", "low", "t5", "vae", "tokenizer", "config")
