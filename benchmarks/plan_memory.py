@@ -37,17 +37,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wanflow.checkpoint.structure import build, expert_structure
+from wanflow.conditioning import conditioning_of
+from wanflow.loaders.velocity import make_velocity
 from wanflow.lora.reader import read_adapter
 from wanflow.lora.stack import shapes_of
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.parallel import vae_parallel as strips
+from wanflow.parallel.cfg import split_guidance
 from wanflow.parallel.fsdp import shard_blocks
 from wanflow.parallel.groups import Layout, ParallelContext, make_groups, simulated_groups
 from wanflow.parallel.ranks import DistInfo
-from wanflow.parallel.sequence import connect
+from wanflow.parallel.sequence import connect, sharded
 from wanflow.parallel.sharding import is_shared
-from wanflow.pipeline import Pipeline, to_frames
+from wanflow.pipeline import to_frames
 from wanflow.plan import published
 from wanflow.plan.need import READING, Phase, decode_phase, expert_phases, text_phase
 from wanflow.plan.phases import KERNEL, FakeParts, Traces
@@ -369,10 +372,13 @@ def denoise(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None
         )
     gc.collect()
     peak.reset()
-    pipe = Pipeline(FakeParts(preset, model, torch.bfloat16), "cpu", runtime.cfg_batch, team=team)
+    parts = FakeParts(preset, model, torch.bfloat16)
     schedule = schedule_of(request)
-    velocity = pipe.velocity(request, 2)
-    first, second, x, origin = (pipe.noise(request) for _ in range(4))
+    velocity = make_velocity(
+        parts, request, 2, runtime.cfg_batch, sharded(team), split_guidance(team)
+    )
+    conditioning = conditioning_of(preset, request)
+    first, second, x, origin = (conditioning.start(request.seed, "cpu") for _ in range(4))
     state = SolverState(2, x, (first, second), origin)
     # Buffers for streamed blocks are memory only from when they are first written to, late in the
     # first pass.
@@ -396,8 +402,7 @@ def decode(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None:
     load(vae)
     peak.reset()
     request, runtime = request_of(case, folder), runtime_of(case)
-    pipe = Pipeline(FakeParts(preset_of(case), None, torch.float32), "cpu")
-    latent = pipe.noise(request)
+    latent = conditioning_of(preset_of(case), request).start(request.seed, "cpu")
     if team.layout.size > 1:
         frames = strips.decode_frames(vae, latent, team, to_frames)
     elif runtime.vae_tile:

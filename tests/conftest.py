@@ -12,7 +12,7 @@ import torch
 from helpers.processes import processes as processes  # a fixture
 
 import wanflow
-from wanflow.pipeline import Pipeline
+from wanflow.api import Pipeline
 
 # One thread a process, in the processes that tests start too: on a shared machine two threads that
 # wait for each other at every small operation are many times slower than one, and the tests run

@@ -15,24 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanflow import presets
+    from wanflow.api import Pipeline, Video
     from wanflow.config import RequestError
-    from wanflow.pipeline import Cancelled, Pipeline, Progress, Run, Video
-    from wanflow.plan import load
+    from wanflow.opening import load
+    from wanflow.pipeline import Cancelled, Progress, Run
     from wanflow.request import Request
     from wanflow.runtime import Runtime
     from wanflow.sanity import OutputError
 
 _HOME = {
-    "load": "plan",
+    "load": "opening",
     "Request": "request",
     "RequestError": "config",
     "Runtime": "runtime",
     "Cancelled": "pipeline",
     "OutputError": "sanity",
-    "Pipeline": "pipeline",
+    "Pipeline": "api",
     "Progress": "pipeline",
     "Run": "pipeline",
-    "Video": "pipeline",
+    "Video": "api",
 }
 
 __all__ = [

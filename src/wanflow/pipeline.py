@@ -1,8 +1,8 @@
-"""A prompt becomes frames: encode, denoise, decode. The only denoising loop is here.
+"""Turn a prompt into frames: begin a run, denoise it, decode it. The only denoising loop is here.
 
-A run is a value (`Run`): the complete request, what made it, and the solver's state. It can be
-saved after any step and continued in another process to the same bits; at its last step it holds
-the final latent.
+A run is a value (`Run`): the recipe of its video, and the solver's state. It is saved after any
+step, and continues in another process to the same bits; at its last step it holds the final latent.
+What a run needs of weights and devices comes from an `Engine`.
 """
 
 from __future__ import annotations
@@ -12,34 +12,24 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wanflow import media as files
+from wanflow.conditioning import conditioning_of
 from wanflow.config import RequestError
 from wanflow.files import write_bytes
-from wanflow.geometry import geometry_of
-from wanflow.models.dit import TextStates, WanDiT
+from wanflow.media import to_uint8
 from wanflow.models.vae import WanVAE
-from wanflow.parallel import cfg
-from wanflow.parallel import vae_parallel as strips
-from wanflow.parallel.groups import Layout, ParallelContext, simulated_groups
-from wanflow.parallel.sequence import sharded
 from wanflow.presets import Expert, ModelSpec
 from wanflow.recipe import Recipe
-from wanflow.request import CompleteRequest, Lora, Request, with_settings
-from wanflow.runtime import batch_guidance
-from wanflow.sampling.guidance import guide
-from wanflow.sampling.schedule import Step, snr
+from wanflow.request import CompleteRequest, Request
+from wanflow.sampling.schedule import snr
 from wanflow.sampling.solvers import SolverState, Velocity, advance
-from wanflow.sampling.timeline import handover, schedule_of, timeline
+from wanflow.sampling.timeline import schedule_of, timeline
 from wanflow.sanity import Facts, OutputError, check_latent, check_step
-from wanflow.transforms.block_streaming import Streaming
-from wanflow.transforms.vae_tiling import decode_frames as decode_in_tiles
 
 logger = logging.getLogger("wanflow")
 
@@ -117,7 +107,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Progress:
-    """What `on_step` is told after each step."""
+    """A finished step, as `on_step` gets it."""
 
     step: int  # steps done, 1-based
     steps: int
@@ -130,311 +120,94 @@ class Progress:
 
 
 OnStep = Callable[[Progress], bool | None]  # returning False cancels
-OnPart = Callable[[int, int], None]  # parts decoded, and in all
+OnPart = Callable[[int, int], None]  # parts decoded, parts in total
 
 
 @dataclass(frozen=True)
-class Video:
-    """A finished video: frames uint8 [T, H, W, 3], frames per second, and the recipe that made
-    it.
+class Engine:
+    """Everything that a run needs from outside the core, as callables; `assemble` makes them.
+
+    spec: the model. device: where its states are.
+    record: completes a request, and returns the recipe that a video of it will carry.
+    check: raises RequestError for a run that cannot continue with this engine.
+    share: moves a state to the device, the same one in every process of the run.
+    velocity: what the solver asks, from the state of a run on.
+    decode: a final latent as frames; calls `OnPart` with (done, total).
+    agree: makes one answer of the answers of all processes of the run.
     """
 
-    frames: Frames
-    fps: float
-    recipe: dict[str, Any]
-
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write an mp4 (a PNG where there is one frame) with the recipe inside; returns the path.
-
-        Writes nothing where there are no frames, as on other processes than the first.
-        """
-        if not len(self.frames):
-            return Path(path)
-        return save_frames(Path(path), iter([self.frames]), self.fps, self.recipe, overwrite)
+    spec: ModelSpec
+    device: torch.device
+    record: Callable[[Request], Recipe]
+    check: Callable[[Run], None]
+    share: Callable[[SolverState], SolverState]
+    velocity: Callable[[Run], Velocity]
+    decode: Callable[[Tensor, OnPart | None], Iterator[Frames]]
+    agree: Callable[[bool], bool]
 
 
-def save_frames(
-    path: Path,
-    chunks: Iterator[Frames],
-    fps: float,
-    recipe: dict[str, Any],
-    overwrite: bool = False,
-) -> Path:
-    """Write frames as they come; the file appears under its name only when it is whole.
+def begin(engine: Engine, request: Request) -> Run:
+    """Complete a request and draw its noise: a run at step 0. Reads no weights."""
+    recipe = engine.record(request)
+    conditioning = conditioning_of(engine.spec, recipe.request)
+    noise = conditioning.start(recipe.request.seed, recipe.noise_device)
+    return Run(recipe, SolverState(0, noise.to(engine.device)))
+
+
+@torch.no_grad()
+def denoise(engine: Engine, run: Run, on_step: OnStep | None = None) -> Run:
+    """Denoise a run from its state to its end.
 
     Raises:
-        OutputError: when all frames are one constant; nothing is left under `path`.
+        Cancelled: when `on_step` returned False; it carries the run.
+        OutputError: for a latent that no further step can save.
     """
-    tags = files.recipe_tags(recipe, recipe["request"]["prompt"])
-    first = next(chunks)
-    if path.suffix.lower() == ".png":
-        if any(len(chunk) for chunk in chunks) or len(first) != 1:
-            raise RequestError(
-                f"{path.name}: a PNG holds one frame; ask for frame_num 1 or name an .mp4"
-            )
-        refuse_constant(int(first.min()), int(first.max()))
-        files.save_picture(path, first[0], tags, overwrite)
-        return path
-    low, high = int(first.min()), int(first.max())
-    with files.VideoWriter(
-        path, first.shape[2], first.shape[1], fps, tags, overwrite=overwrite
-    ) as writer:
-        writer.write(first)
-        for chunk in chunks:
-            writer.write(chunk)
-            low, high = min(low, int(chunk.min())), max(high, int(chunk.max()))
-        refuse_constant(low, high)
-    return path
-
-
-def refuse_constant(low: int, high: int) -> None:
-    """Raise where every value of a video is the same."""
-    if low == high:
-        raise OutputError(
-            f"the output is constant (every value is {low}): the weights are empty or damaged, or"
-            " the model is not a Wan2.2 one"
-        )
-
-
-class Parts(Protocol):
-    """Where the pipeline gets its models; `assemble` decides what stays in memory."""
-
-    preset: ModelSpec
-    device: torch.device
-
-    def recipe(self, request: CompleteRequest, loras: tuple[Lora, ...]) -> Recipe:
-        """What a video of these parts is made again from."""
-
-    def text(self, prompts: list[str]) -> Tensor:
-        """Text states [B, text_len, D], zero past each prompt's end."""
-
-    def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
-        """The LoRA files that are meant, with every strength settled."""
-
-    def use_loras(self, loras: tuple[Lora, ...], recorded: dict[str, str] | None = None) -> None:
-        """Take these as the LoRAs of what follows; `recorded`: fingerprints they must have."""
-
-    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
-        """An expert with each of these LoRAs at its strength; with none where no strengths are
-        given.
-        """
-
-    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
-        """That expert will be wanted later in the run."""
-
-    def vae(self) -> WanVAE: ...
-
-
-class Pipeline:
-    """Prompt to video with the parts it is given; made by `wanflow.load`."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        noise_device: str = "cpu",
-        cfg_batch: bool | None = None,
-        vae_tile: int = 0,
-        team: ParallelContext | None = None,
-    ) -> None:
-        self.parts = parts
-        self.team = team or simulated_groups(Layout())  # of one: this process
-        self.vae_tile = vae_tile
-        self.noise_device = noise_device
-        self.cfg_batch = cfg_batch
-
-    def generate(self, prompt: str, on_step: OnStep | None = None, **request: Any) -> Video:
-        """Make a video.
-
-        Args:
-            prompt: what it should show.
-            on_step: called after each step with a `Progress`; returning False cancels.
-            request: fields of `wanflow.Request` (negative_prompt, size, frame_num, sample_steps,
-                sample_shift, sample_solver, cfg_high, cfg_low, boundary, fps, seed, lora, ...), and
-                `preset`, the name of a settings preset.
-
-        Raises:
-            RequestError: for values that cannot be.
-            Cancelled: when `on_step` returned False; it carries the run, which `resume` continues.
-            OutputError: when the result is NaN or constant.
-        """
-        settings = request.pop("preset", None)
-        unknown = sorted(set(request) - set(Request.__dataclass_fields__))
-        if unknown:
-            known = ", ".join(sorted([*Request.__dataclass_fields__, "preset"]))
-            raise RequestError(f"generate does not know {', '.join(unknown)}; it knows {known}")
-        wanted = Request(prompt, **request)
-        return self.finish(
-            self.resume(
-                self.begin(with_settings(wanted, settings) if settings else wanted), on_step
-            )
-        )
-
-    def begin(self, request: Request) -> Run:
-        """Complete the request and draw its noise: a run at step 0. Reads no weights."""
-        loras = self.parts.find_loras(request.loras()) if request.lora else ()
-        complete = replace(
-            request, lora=tuple(str(lora) for lora in loras), lora_from=None
-        ).complete(self.parts.preset)
-        complete = replace(complete, seed=self.team.first(complete.seed))
-        return Run(self.parts.recipe(complete, loras), SolverState(0, self.noise(complete)))
-
-    def noise(self, request: CompleteRequest) -> Tensor:
-        """[1, z, t, h, w] float32 on the parts' device, from the seed alone."""
-        geometry = geometry_of(self.parts.preset)
-        shape = geometry.latent_shape(request.size, request.frame_num)
-        generator = torch.Generator(self.noise_device).manual_seed(request.seed)
-        return (
-            torch.randn(shape, generator=generator, device=self.noise_device)
-            .unsqueeze(0)
-            .to(self.parts.device)
-        )
-
-    @torch.no_grad()
-    def resume(self, run: Run, on_step: OnStep | None = None) -> Run:
-        """Denoise from where a run stands to its end. Raises `Cancelled` when `on_step` returns
-        False.
-
-        Several processes work on one state, the first one's; and what its `on_step` says holds for
-        all.
-        """
-        if run.finished:
-            return run
-        request = run.request
-        schedule, steps = schedule_of(request), timeline(request, self.parts.preset)
-        state = replace(run.state, x=run.state.x.to(self.parts.device))
-        tensors = {
-            name: self.team.world.from_first("state", value.to(self.parts.device))
-            for name, value in state.tensors().items()
-        }
-        state = SolverState.from_tensors(state.index, tensors)
-        self.take_loras(run)
-        facts = facts_of(run)
-        velocity = self.velocity(request, state.index)
-        while state.index < len(schedule):
-            step = steps[state.index]
-            state = advance(schedule, state, velocity)
-            check_step(state.x, step.index + 1, facts)
-            run = replace(run, state=state)
-            told = Progress(
-                step.index + 1,
-                len(schedule),
-                step.timestep,
-                step.sigma,
-                snr(step.sigma),
-                step.expert,
-                state.x,
-                run,
-            )
-            if self.team.first(int(on_step is not None and on_step(told) is False)):
-                raise Cancelled(run)
+    if run.finished:
         return run
-
-    def take_loras(self, run: Run) -> None:
-        """Read a run's LoRAs, which must fit the model and be the files it was begun with;
-        RequestError otherwise.
-        """
-        self.parts.use_loras(run.request.loras, run.recipe.loras)
-
-    def velocity(self, request: CompleteRequest, start: int) -> Velocity:
-        """The function a solver asks: picks the expert, its LoRAs and guidance, and prepares the
-        text once for each.
-
-        On several processes it gives all of them the whole velocity, and each computes its share.
-        """
-        team, trunk = self.team, sharded(self.team)
-        steps = timeline(request, self.parts.preset)
-        guided = any(step.guided for step in steps[start:])
-        texts = self.parts.text(
-            [request.prompt, request.negative_prompt] if guided else [request.prompt]
+    schedule, steps = schedule_of(run.request), timeline(run.request, engine.spec)
+    state = engine.share(run.state)
+    engine.check(run)
+    facts = facts_of(run)
+    velocity = engine.velocity(run)
+    while state.index < len(schedule):
+        step = steps[state.index]
+        state = advance(schedule, state, velocity)
+        check_step(state.x, step.index + 1, facts)
+        run = replace(run, state=state)
+        progress = Progress(
+            step.index + 1,
+            len(schedule),
+            step.timestep,
+            step.sigma,
+            snr(step.sigma),
+            step.expert,
+            state.x,
+            run,
         )
-        tokens = geometry_of(self.parts.preset).tokens(request.size, request.frame_num)
-        prepared: dict[tuple[Expert, tuple[float, ...], bool], TextStates] = {}
+        if engine.agree(on_step is not None and on_step(progress) is False):
+            raise Cancelled(run)
+    return run
 
-        def velocity(x: Tensor, step: Step) -> Tensor:
-            at = steps[step.index]
-            which, strengths, scale = at.expert, at.strengths, at.guidance
-            key = (which, strengths, at.guided)
-            if key not in prepared:
-                # before the next expert is loaded, and at most one expert's keys and values are
-                # kept
-                prepared.clear()
-            model = self.parts.expert(which, strengths)
-            after = handover(steps, step.index)
-            if after is not None:
-                self.parts.prepare(after.expert, after.strengths)
-            if key not in prepared:
-                prepared[key] = model.text_states(
-                    cfg.local_branch(team, texts) if scale != 1 else texts[:1]
-                )
-            states = prepared[key]
-            timestep = torch.tensor([step.timestep], device=x.device)
-            if scale == 1:
-                return cast(Tensor, model(x, timestep, states, trunk))
-            if team.layout.cfg == 2:
-                return guide(*cfg.gather_branches(team, model(x, timestep, states, trunk)), scale)
-            if batch_guidance(self.cfg_batch, tokens):
-                conditional, unconditional = model(
-                    x.expand(2, -1, -1, -1, -1), timestep.expand(2), states, trunk
-                ).split(1)
-            else:
-                conditional, unconditional = (
-                    model(
-                        x,
-                        timestep,
-                        tuple((k[row : row + 1], v[row : row + 1]) for k, v in states),
-                        trunk,
-                    )
-                    for row in range(2)
-                )
-            return guide(conditional, unconditional, scale)
 
-        return velocity
+@torch.no_grad()
+def decode(engine: Engine, run: Run, on_part: OnPart | None = None) -> Iterator[Frames]:
+    """Decode a finished run as it goes: uint8 [t, H, W, 3], the first frame alone.
 
-    def finish(self, run: Run) -> Video:
-        """Decode a finished run. On several processes the first one has the frames, and the others
-        a video of none.
-        """
-        width, height = run.request.size
-        frames = np.concatenate([np.empty((0, height, width, 3), np.uint8), *self.frames(run)])
-        if not len(frames):
-            return Video(frames, run.request.fps, run.recipe.to_json())
-        refuse_constant(int(frames.min()), int(frames.max()))
-        return Video(frames, run.request.fps, run.recipe.to_json())
+    Args:
+        engine: what decodes.
+        run: a finished run.
+        on_part: called with (done, total) after each part.
 
-    @torch.no_grad()
-    def frames(self, run: Run, on_part: OnPart | None = None) -> Iterator[Frames]:
-        """Decode a finished run as it goes: uint8 [t, H, W, 3], one frame first, then four at a
-        time.
-
-        Of several processes, each of which must go through to the end, the first one is given the
-        frames.
-
-        Args:
-            on_part: told (done, in all) after each part: a latent frame, or one of a tile, whose
-                frames come with the last tile.
-
-        Raises:
-            RequestError: when the run is not finished.
-            OutputError: when the latent or a frame is NaN or infinite.
-        """
-        if not run.finished:
-            steps = f"{run.state.index} of {run.request.sample_steps}"
-            raise RequestError(
-                f"this run stands at step {steps}: finish it first (generate --resume)"
-            )
-        for suspicion in check_latent(run.state.x, facts_of(run)):
-            logger.warning(suspicion)
-        latent, vae = run.state.x.to(self.parts.device), self.parts.vae()
-        if self.team.layout.size > 1:
-            yield from strips.decode_frames(vae, latent, self.team, to_frames, on_part)
-            return
-        if self.vae_tile:
-            yield from decode_in_tiles(vae, latent, self.vae_tile, to_frames, on_part)
-            return
-        for done, chunk in enumerate(vae.decode_frames(latent), 1):
-            yield to_frames(chunk)
-            if on_part is not None:
-                on_part(done, latent.shape[2])
+    Raises:
+        RequestError: when the run is not finished.
+        OutputError: when the latent or a frame is NaN or infinite.
+    """
+    if not run.finished:
+        steps = f"{run.state.index} of {run.request.sample_steps}"
+        raise RequestError(f"this run stands at step {steps}: finish it first (generate --resume)")
+    for suspicion in check_latent(run.state.x, facts_of(run)):
+        logger.warning(suspicion)
+    yield from engine.decode(run.state.x.to(engine.device), on_part)
 
 
 def facts_of(run: Run) -> Facts:
@@ -455,4 +228,12 @@ def to_frames(chunk: Tensor) -> Frames:
     """
     if not torch.isfinite(chunk).all():
         raise OutputError("the VAE gave NaN or infinity: check its weights file")
-    return files.to_uint8(chunk)
+    return to_uint8(chunk)
+
+
+def frame_by_frame(vae: WanVAE, latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
+    """Decode a latent one latent frame at a time: `Engine.decode` for a plain VAE."""
+    for done, chunk in enumerate(vae.decode_frames(latent), 1):
+        yield to_frames(chunk)
+        if on_part is not None:
+            on_part(done, latent.shape[2])

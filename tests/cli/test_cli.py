@@ -18,9 +18,9 @@ import pytest
 import torch
 from helpers.common import PROMPT
 
-from wanflow.assemble import NANO_FOLDER
 from wanflow.cli import build_parser, main
 from wanflow.media import read_frames, read_recipe
+from wanflow.opening import NANO_FOLDER
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT_ONE = (

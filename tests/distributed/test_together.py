@@ -19,13 +19,17 @@ from helpers.golden import PIPELINE, case_tensors, close, expert, schedule_of, s
 from helpers.processes import Processes, played
 from torch import Tensor
 
-from wanflow.assemble import assemble, layout_of, resolve
+from wanflow.api import Pipeline
+from wanflow.assemble import assemble, layout_of
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import DiTConfig, RequestError, from_mapping
+from wanflow.loaders.velocity import make_velocity
+from wanflow.opening import resolve
 from wanflow.parallel import ranks as mesh
+from wanflow.parallel.cfg import split_guidance
 from wanflow.parallel.groups import Layout, layouts, make_groups
-from wanflow.parallel.sequence import connect
-from wanflow.pipeline import Cancelled, Pipeline
+from wanflow.parallel.sequence import connect, sharded
+from wanflow.pipeline import Cancelled
 from wanflow.presets import T2V_A14B
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
@@ -102,15 +106,13 @@ def shares(pipe: Pipeline) -> list[tuple[int, int]]:
 class GoldenParts:
     """Golden's experts and texts, as a pipeline asks for them."""
 
-    device = torch.device("cpu")
-
     def __init__(self, team: Any) -> None:
         config = from_mapping(DiTConfig, PIPELINE["config"], "pipeline.json")
-        self.preset = replace(T2V_A14B, dit=config)
+        self.spec = replace(T2V_A14B, dit=config)
         self.team = team
 
     def text(self, prompts: list[str]) -> Tensor:
-        states = torch.zeros(len(prompts), self.preset.dit.text_len, self.preset.dit.text_dim)
+        states = torch.zeros(len(prompts), self.spec.dit.text_len, self.spec.dit.text_dim)
         for row, key in zip(states, prompts, strict=True):
             context = stored(PIPELINE["cases_file"], key, PIPELINE["context"][key])
             row[: len(context)] = context
@@ -127,7 +129,6 @@ class GoldenParts:
 def golden(ranks: mesh.DistInfo, layout: Layout, case: dict[str, Any]) -> list[Tensor]:
     """The latent after each step of one of golden's runs."""
     team = make_groups(layout, ranks, 60)
-    pipe: Any = Pipeline(GoldenParts(team), team=team)  # type: ignore[arg-type]
     request = CompleteRequest(
         "context",
         "context_null",
@@ -144,7 +145,9 @@ def golden(ranks: mesh.DistInfo, layout: Layout, case: dict[str, Any]) -> list[T
     )
     schedule = schedule_of(case)
     state, latents = SolverState(0, case_tensors(PIPELINE["cases_file"], case)["noise"][None]), []
-    velocity = pipe.velocity(request, 0)
+    velocity = make_velocity(
+        GoldenParts(team), request, trunk=sharded(team), guidance=split_guidance(team)
+    )
     while state.index < len(schedule):
         state = advance(schedule, state, velocity)
         latents.append(state.x[0])

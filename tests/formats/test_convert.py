@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import wanflow
+from wanflow.api import Pipeline
 from wanflow.checkpoint import tokenizers as tokens
 from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.checkpoint.containers import TensorInfo, stream_packed
@@ -45,7 +46,6 @@ from wanflow.convert.targets import TARGETS, Options, options
 from wanflow.convert.write import TensorSpec, write_torch
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
-from wanflow.pipeline import Pipeline
 from wanflow.presets import T2V_A14B
 from wanflow.transforms.packed import Packed
 

@@ -28,7 +28,6 @@ from tokenizers.models import Unigram
 from torch import Tensor
 
 import wanflow
-from wanflow.assemble import resolve
 from wanflow.checkpoint import load
 from wanflow.checkpoint import published as catalogue
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -37,6 +36,7 @@ from wanflow.config import DiTConfig, TextConfig, VAEConfig
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
+from wanflow.opening import resolve
 from wanflow.presets import LATENT_MEAN, LATENT_STD
 from wanflow.transforms.packed import PackedEmbedding, PackedLinear
 

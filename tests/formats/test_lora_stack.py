@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import wanflow
-from wanflow.assemble import LoadedParts
+from wanflow.api import Pipeline
 from wanflow.checkpoint import load
 from wanflow.cli import main
 from wanflow.config import RequestError
+from wanflow.loaders.parts import LoadedParts
 from wanflow.lora import stack
 from wanflow.lora.reader import read_adapter
 from wanflow.media import read_recipe
-from wanflow.pipeline import Cancelled, Pipeline, Run
+from wanflow.pipeline import Cancelled, Run
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.recipe import Recipe
 from wanflow.request import Lora, Request, parse_lora, with_settings

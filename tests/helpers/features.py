@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 import wanflow
 from helpers.common import PROMPT
-from wanflow.assemble import NANO_FOLDER
+from wanflow.api import Pipeline
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.targets import options
-from wanflow.pipeline import Cancelled, Pipeline
+from wanflow.opening import NANO_FOLDER
+from wanflow.pipeline import Cancelled
 from wanflow.request import Request
 
 

@@ -13,8 +13,8 @@ from helpers.common import PROMPT
 from helpers.features import BIT, FEATURES, latent, plain_latent
 
 import wanflow
+from wanflow.api import Pipeline
 from wanflow.config import RequestError
-from wanflow.pipeline import Pipeline
 
 
 def compatible(one: str, two: str) -> bool:

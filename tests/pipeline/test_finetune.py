@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import wanflow
-from wanflow.assemble import resolve
 from wanflow.cli import main
 from wanflow.config import DiTConfig
 from wanflow.media import VideoWriter, save_picture, to_uint8
 from wanflow.models.dit import WanDiT, run_blocks
+from wanflow.opening import resolve
 from wanflow.plan import Machine
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.train import memory, toy

@@ -19,15 +19,17 @@ from helpers.common import PROMPT, QUICK
 from safetensors.torch import load_file
 
 import wanflow
+from wanflow.api import Pipeline
 from wanflow.config import DiTConfig, RequestError, VAEConfig
+from wanflow.loaders.velocity import make_velocity
 from wanflow.media import read_recipe
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
-from wanflow.pipeline import Cancelled, OutputError, Pipeline, Progress, Run
+from wanflow.pipeline import Cancelled, Engine, Progress, Run, frame_by_frame
 from wanflow.presets import NANO, Expert
 from wanflow.recipe import ModelRecord, Recipe
-from wanflow.request import CompleteRequest, Lora
 from wanflow.sampling.solvers import SolverState
+from wanflow.sanity import OutputError
 
 
 def test_a_prompt_becomes_a_video(nano: Pipeline, tmp_path: Path) -> None:
@@ -202,17 +204,14 @@ def test_other_sizes_and_a_single_frame(nano: Pipeline, tmp_path: Path) -> None:
 
 
 class GoldenParts:
-    """The reference models as parts of the real pipeline: one loop, and it is the one that users
-    run.
-    """
+    """The reference models behind the loop that users run."""
 
     def __init__(self, folder: Path) -> None:
         manifest = json.loads((folder / "pipeline.json").read_text())
         vae = json.loads((folder / "vae.json").read_text())
         config = DiTConfig(**manifest["config"])
         statistics = {"latent_mean": vae["latent_mean"], "latent_std": vae["latent_std"]}
-        self.preset = replace(NANO, dit=config, vae=VAEConfig(**vae["config"], **statistics))
-        self.device = torch.device("cpu")
+        self.spec = replace(NANO, dit=config, vae=VAEConfig(**vae["config"], **statistics))
         cases = load_file(folder / manifest["cases_file"])
         rows = [cases["context"], cases["context_null"]]
         self.texts = torch.stack(
@@ -224,12 +223,8 @@ class GoldenParts:
             self.models[which].load_state_dict(
                 load_file(folder / manifest[f"{which}_weights_file"])
             )
-        self._vae = WanVAE(self.preset.vae)
+        self._vae = WanVAE(self.spec.vae)
         self._vae.load_state_dict(load_file(folder / vae["weights_file"]))
-
-    def recipe(self, request: CompleteRequest, loras: tuple[Lora, ...]) -> Recipe:
-        model, runtime = ModelRecord("golden", "", ""), {"device": "cpu", "dtype": "float32"}
-        return Recipe(request, model, runtime, {}, "cpu", None)
 
     def text(self, prompts: list[str]) -> torch.Tensor:
         return self.texts[: len(prompts)]
@@ -239,8 +234,20 @@ class GoldenParts:
 
     def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None: ...
 
-    def vae(self) -> WanVAE:
-        return self._vae
+    def engine(self, cfg_batch: bool) -> Engine:
+        model, runtime = ModelRecord("golden", "", ""), {"device": "cpu", "dtype": "float32"}
+        return Engine(
+            self.spec,
+            torch.device("cpu"),
+            lambda request: Recipe(
+                request.complete(self.spec), model, runtime, {}, "cpu", cfg_batch
+            ),
+            lambda run: None,
+            lambda state: state,
+            lambda run: make_velocity(self, run.request, run.state.index, cfg_batch),
+            lambda latent, on_part: frame_by_frame(self._vae, latent, on_part),
+            lambda stop: stop,
+        )
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -248,7 +255,7 @@ def test_the_loop_gives_the_reference_latents(golden: Path, together: bool) -> N
     manifest = json.loads((golden / "pipeline.json").read_text())
     cases = load_file(golden / manifest["cases_file"])
     limit = manifest["tolerance"]["latents"]
-    pipe = Pipeline(GoldenParts(golden), cfg_batch=together)
+    pipe = Pipeline(GoldenParts(golden).engine(together))
     for run in manifest["runs"]:
         request = wanflow.Request(
             "golden",

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.cli import main
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
+from wanflow.opening import NANO_FOLDER, resolve
 from wanflow.plan import Machine, advice, described, make_plan, plan_or_raise, published, solve
 from wanflow.plan.estimate import WAYS, estimate, figures, rated
 from wanflow.plan.gpus import GPUS, Rates
@@ -377,7 +377,7 @@ def test_settling_takes_seconds_and_nothing_for_a_small_model() -> None:
 
 def test_planning_nano_imports_no_compiler() -> None:
     code = (
-        "import sys; from wanflow.plan import make_plan; from wanflow.assemble import resolve; from"
+        "import sys; from wanflow.plan import make_plan; from wanflow.opening import resolve; from"
         " wanflow.runtime import Runtime; make_plan(resolve('nano'), Runtime(device='cpu'));"
         " print('torch._dynamo' in sys.modules)"
     )

@@ -14,10 +14,11 @@ import torch
 from helpers.plans import SMALL_DIT, of, together
 
 from wanflow import hardware
-from wanflow.assemble import layout_of, resolve
+from wanflow.assemble import layout_of
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.cli import main
 from wanflow.config import RequestError
+from wanflow.opening import resolve
 from wanflow.parallel import sharding as shares
 from wanflow.parallel.groups import Layout, expected_bytes, sizes
 from wanflow.plan import described, make_plan, plan_or_raise, published, solve

@@ -20,12 +20,12 @@ import torch
 from helpers.common import same_bits
 from helpers.text_states import PROMPT, states
 
-from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.checkpoint.checkpoint import text_fingerprint
 from wanflow.checkpoint.load import load_text_encoder, load_tokenizer
 from wanflow.config import RequestError
 from wanflow.loaders import prompt_cache as text_cache
 from wanflow.loaders.prompt_cache import TextCache, text_key
+from wanflow.opening import NANO_FOLDER, resolve
 
 CPU = torch.device("cpu")
 

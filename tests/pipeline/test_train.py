@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import wanflow
+from wanflow.api import Pipeline
 from wanflow.config import RequestError
 from wanflow.models.tokenizer import Tokenizer
-from wanflow.pipeline import Pipeline
 from wanflow.presets import NANO
 from wanflow.train import adherence, experts, nano, text, toy
 from wanflow.train.loop import Train, fit, rate
@@ -135,7 +135,7 @@ def test_a_stage_without_its_input_says_which_is_missing(tmp_path: Path) -> None
 
 
 def test_the_embedded_model_is_small_and_in_the_official_layout() -> None:
-    from wanflow.assemble import NANO_FOLDER
+    from wanflow.opening import NANO_FOLDER
 
     files = {
         file.relative_to(NANO_FOLDER).as_posix(): file.stat().st_size

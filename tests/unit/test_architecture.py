@@ -143,15 +143,7 @@ def places(found: Iterator[str] | list[str]) -> None:
 
 
 # Arrows that still point upwards while the packages move; this set must end empty.
-PENDING: set[tuple[str, str]] = {
-    ("wanflow.pipeline", "wanflow.parallel.cfg"),
-    ("wanflow.pipeline", "wanflow.parallel.groups"),
-    ("wanflow.pipeline", "wanflow.parallel.sequence"),
-    ("wanflow.pipeline", "wanflow.parallel.vae_parallel"),
-    ("wanflow.pipeline", "wanflow.runtime"),
-    ("wanflow.pipeline", "wanflow.transforms.block_streaming"),
-    ("wanflow.pipeline", "wanflow.transforms.vae_tiling"),
-}
+PENDING: set[tuple[str, str]] = set()
 
 
 def test_every_file_has_a_layer() -> None:

@@ -17,9 +17,9 @@ from helpers.common import PROMPT
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from wanflow.api import Pipeline
 from wanflow.config import DiTConfig, RequestError
 from wanflow.models.dit import Attend, Attention, WanDiT, sdpa
-from wanflow.pipeline import Pipeline
 from wanflow.transforms import attention, attention_kernels
 from wanflow.transforms.attention import (
     Trial,

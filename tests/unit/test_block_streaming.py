@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 import wanflow
-from wanflow.assemble import NANO_FOLDER, resolve
 from wanflow.checkpoint.containers import SafetensorsFile
 from wanflow.checkpoint.load import load_expert, load_text_encoder
 from wanflow.config import DiTConfig
 from wanflow.loaders.experts import Placement, Prefetcher, open_expert
 from wanflow.loaders.text_encoder import StreamedEncoder
 from wanflow.models.dit import WanDiT, run_blocks
+from wanflow.opening import NANO_FOLDER, resolve
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import (
     BlockBuffers,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wanflow
-from wanflow.pipeline import Pipeline
+from wanflow.api import Pipeline
 from wanflow.sanity import Facts, OutputError, check_latent, check_step, neighbours
 
 PLAIN = Facts(steps=10)

@@ -220,7 +220,7 @@ def given_parts(args: argparse.Namespace) -> dict[Part, Path]:
 def model_path(text: str) -> Path:
     """Return the folder or file of a path, of nano, or of a cached repository."""
     if text == "nano":
-        from wanflow.assemble import NANO_FOLDER
+        from wanflow.opening import NANO_FOLDER
 
         return NANO_FOLDER
     path = Path(text).expanduser()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from wanflow.checkpoint.source import Part
     from wanflow.parallel.ranks import DistInfo
     from wanflow.pipeline import Run
-    from wanflow.recipe import Recipe
+    from wanflow.recipe import ModelRecord, Recipe
     from wanflow.screen import Screen
 
 logger = logging.getLogger("wanflow")
@@ -203,7 +203,7 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     Args:
         read: returns the job; rank 0 calls it for all.
     """
-    from wanflow.assemble import assemble
+    from wanflow.assemble import assemble, model_record
     from wanflow.parallel.ranks import broadcast_from_rank0
 
     ranks, screen = _join(args)
@@ -220,7 +220,7 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     )
     pipe = assemble(checkpoint, runtime, screen.loading, ranks)
     if job.recipe is not None:
-        _same_weights(job.recipe, pipe.parts.recipe(job.recipe.request, ()), args.force)
+        _same_weights(job.recipe, model_record(checkpoint), args.force)
     run = job.run or pipe.begin(request)
     if job.recipe is not None and not args.force:
         _same_loras(job.recipe, run.recipe)
@@ -243,7 +243,7 @@ def _join(args: argparse.Namespace) -> tuple[DistInfo, Screen]:
 
 
 def _open(job: Job) -> Checkpoint:
-    from wanflow.assemble import resolve
+    from wanflow.opening import resolve
 
     try:
         return resolve(job.model, job.parts)
@@ -314,16 +314,18 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
     return runtime
 
 
-def _same_weights(made: Recipe, here: Recipe, force: bool) -> None:
-    then, now = made.model.fingerprint, here.model.fingerprint
+def _same_weights(made: Recipe, here: ModelRecord, force: bool) -> None:
+    from wanflow.assemble import versions
+
+    then, now = made.model.fingerprint, here.fingerprint
     if then != now and not force:
         raise RequestError(
             f"the recipe was made with other weights ({made.model.name} {then}, here"
-            f" {here.model.name} {now}); point --ckpt_dir at those, or accept these with --force"
+            f" {here.name} {now}); point --ckpt_dir at those, or accept these with --force"
         )
-    if made.versions != here.versions:
+    if made.versions != versions():
         logger.warning(
-            "made with %s; here %s: the result may differ by rounding", made.versions, here.versions
+            "made with %s; here %s: the result may differ by rounding", made.versions, versions()
         )
 
 

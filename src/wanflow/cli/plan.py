@@ -68,7 +68,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.ckpt_dir is None and not given_parts(args):
         model, checkpoint = published(), None
     else:
-        from wanflow.assemble import resolve
+        from wanflow.opening import resolve
 
         model = checkpoint = resolve(args.ckpt_dir, given_parts(args))
     request = completed(wanted, model.spec)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from wanflow.config import RequestError
 
 if TYPE_CHECKING:
-    from wanflow.pipeline import Pipeline, Progress, Run
+    from wanflow.api import Pipeline
+    from wanflow.pipeline import Progress, Run
     from wanflow.screen import Screen
 
 STATE_SUFFIX = ".latent.safetensors"
@@ -52,19 +53,19 @@ def run_and_save(
     pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, screen: Screen
 ) -> None:
     """Denoise, decode and write on rank 0; the run's state stays on disk until the video exists."""
-    from wanflow.pipeline import save_frames
+    from wanflow.api import save_frames
     from wanflow.sanity import OutputError
 
-    args.watchdog.progress = lambda: pipe.team.traffic.entered
-    pipe.take_loras(run)
-    if pipe.team.ranks.rank > 0:
+    args.watchdog.progress = lambda: pipe.parts.team.traffic.entered
+    pipe.check(run)
+    if pipe.parts.team.ranks.rank > 0:
         for _ in pipe.frames(pipe.resume(run)):
             pass
         return
     if run.request.frame_num == 1 and args.save_file is None:
         target = target.with_suffix(".png")
     check_target_name(target, args.overwrite)
-    screen.begin(run, pipe.parts.preset, target)
+    screen.begin(run, pipe.spec, target)
     state_file = target.with_name(target.stem + STATE_SUFFIX)
     keeper = StateKeeper(run, state_file, target, screen)
     args.watchdog.on_abort = keeper.on_abort

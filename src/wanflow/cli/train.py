@@ -179,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    from wanflow.assemble import resolve
+    from wanflow.opening import resolve
     from wanflow.parallel.ranks import rank_and_world_size
     from wanflow.plan import this_machine
     from wanflow.train.finetune import finetune

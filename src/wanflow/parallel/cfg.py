@@ -1,26 +1,28 @@
-"""Guidance on two groups of processes: each computes one branch, and both have both."""
+"""Compute each branch of guidance on one half of the ranks."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from wanflow.parallel.groups import ParallelContext
+from wanflow.sampling.guidance import Guidance, Predict, States
 
 
-def local_branch(team: ParallelContext, pair: Tensor) -> Tensor:
-    """Of texts [2, S, D], the conditional one first, those whose branch this process computes: [1,
-    S, D], or both where it is not split.
+def split_guidance(team: ParallelContext) -> Guidance | None:
+    """Return guidance whose branches go to two groups of ranks; None for a layout of one group.
+
+    Every rank must use it. Velocities have the same bits as two passes on one group.
     """
     if team.layout.cfg == 1:
-        return pair
-    return pair[team.cfg.rank : team.cfg.rank + 1]
+        return None
 
+    def select(texts: Tensor) -> Tensor:
+        return texts[team.cfg.rank : team.cfg.rank + 1]
 
-def gather_branches(team: ParallelContext, velocity: Tensor) -> tuple[Tensor, Tensor]:
-    """The conditional and the unconditional velocity, from this group's own: the same bits as two
-    passes on one group.
+    def branches(
+        predict: Predict, latent: Tensor, time: Tensor, states: States
+    ) -> tuple[Tensor, Tensor]:
+        conditional, unconditional = team.cfg.all_gather("velocity", predict(latent, time, states))
+        return conditional, unconditional
 
-    Every process must call it. Only for layouts with cfg 2; each [B, C, T, H, W].
-    """
-    conditional, unconditional = team.cfg.all_gather("velocity", velocity)
-    return conditional, unconditional
+    return Guidance(select, branches)

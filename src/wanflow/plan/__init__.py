@@ -4,7 +4,6 @@ before a weight is read.
 
 from wanflow.checkpoint.checkpoint import published
 from wanflow.plan.gpus import Machine, described, this_machine
-from wanflow.plan.opening import load
 from wanflow.plan.solve import Plan, solve
 from wanflow.plan.starting import (
     WHERE_ELSE,
@@ -23,7 +22,6 @@ __all__ = [
     "advice",
     "described",
     "enough_for_full_size",
-    "load",
     "make_plan",
     "needed_words",
     "plan_or_raise",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,19 +19,18 @@ from torch import Tensor, nn
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.structure import build, expert_structure, lay_out
 from wanflow.geometry import geometry_of
+from wanflow.loaders.velocity import make_velocity
 from wanflow.lora.reader import describe_adapter, open_adapter
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
-from wanflow.models.vae import WanVAE
+from wanflow.parallel.cfg import split_guidance
 from wanflow.parallel.groups import CommStats, Layout, simulated_groups, sizes
-from wanflow.parallel.sequence import connect
+from wanflow.parallel.sequence import connect, sharded
 from wanflow.parallel.sharding import rows_of, share
-from wanflow.pipeline import Pipeline
 from wanflow.plan import decoding
 from wanflow.plan.model import FirstBlocks, small
 from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
 from wanflow.presets import Expert, ModelSpec
-from wanflow.recipe import Recipe
 from wanflow.request import CompleteRequest, Lora
 from wanflow.runtime import Runtime, batch_guidance, choose_text_dtype
 from wanflow.sampling.solvers import SolverState, advance
@@ -96,34 +95,20 @@ def known_lora(lora: Lora) -> FakeLora:
 
 @dataclass
 class FakeParts:
-    """Parts for a pipeline whose tensors have no memory."""
+    """Experts whose tensors have no memory."""
 
-    preset: ModelSpec
+    spec: ModelSpec
     model: Any  # is called as a WanDiT is
     text_dtype: torch.dtype
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def text(self, prompts: list[str]) -> Tensor:
-        dit = self.preset.dit
+        dit = self.spec.dit
         return torch.empty(len(prompts), dit.text_len, dit.text_dim, dtype=self.text_dtype)
-
-    def find_loras(self, wanted: tuple[Lora, ...]) -> tuple[Lora, ...]:
-        return wanted
-
-    def recipe(self, request: CompleteRequest, loras: tuple[Lora, ...]) -> Recipe:
-        raise AssertionError("a trace makes no video")
-
-    def use_loras(
-        self, loras: tuple[Lora, ...], recorded: dict[str, str] | None = None
-    ) -> None: ...
 
     def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> Any:
         return self.model
 
     def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None: ...
-
-    def vae(self) -> WanVAE:
-        raise AssertionError("a denoising step decodes nothing")
 
 
 class Traces:
@@ -294,13 +279,14 @@ class Traces:
             parts = FakeParts(preset, model, self.text_dtype)
             team = simulated_groups(self.layout, self.layout.size - 1)
             connect(plain, team, KERNEL.attend, KERNEL.with_lse)
-            pipe = Pipeline(parts, "cpu", runtime.cfg_batch, team=team)
             weights = trace.live
             trace.mark()
             branches = 2 if self.guided(index) and self.layout.cfg == 1 else 1
             text = _text_bytes(model.text_states(parts.text([""] * branches)))
             before = trace.work
-            velocity = pipe.velocity(self.request, index)
+            velocity = make_velocity(
+                parts, self.request, index, runtime.cfg_batch, sharded(team), split_guidance(team)
+            )
             x = torch.empty(self.latent_shape())
             past = min(2, index)
             state = SolverState(

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanflow.assemble import NANO_FOLDER, resolve
+from wanflow.api import Pipeline
+from wanflow.assemble import make_engine
 from wanflow.config import RequestError
 from wanflow.files import atomic_path
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.plan import load
+from wanflow.opening import NANO_FOLDER, load, resolve
 from wanflow.presets import NANO, Expert, ModelSpec
 from wanflow.train import adherence, autoencoder, experts, text, toy
 from wanflow.train.loop import Train, fit
@@ -277,7 +278,8 @@ def evaluate(model: str, prompts: int, roles: str, seen: bool, wording: bool, sa
         "high": {"high": "high", "low": "high"},
         "low": {"high": "low", "low": "low"},
     }
-    pipe.parts = _Recast(pipe.parts, names[roles])
+    recast: Any = _Recast(pipe.parts, names[roles])
+    pipe = Pipeline(make_engine(recast), recast)
     scenes = [
         toy.sample_scene(random.Random(f"evaluate/{n}"), unseen=not seen) for n in range(prompts)
     ]

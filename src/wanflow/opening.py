@@ -1,22 +1,66 @@
-"""From a model's name to a pipeline that fits the machine: `wanflow.load`."""
+"""Open a model by its name and fit it to this machine: `wanflow.load`."""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from wanflow.assemble import Report, assemble, resolve
+from wanflow.api import Pipeline
+from wanflow.assemble import assemble
+from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from wanflow.checkpoint.layouts import PARTS
+from wanflow.checkpoint.source import Part
 from wanflow.config import RequestError
+from wanflow.loaders.parts import Report
 from wanflow.parallel import ranks as mesh
-from wanflow.pipeline import Pipeline
 from wanflow.plan.starting import make_plan, plan_or_raise
 from wanflow.request import Request
 from wanflow.runtime import Runtime, choose_device
 
 logger = logging.getLogger("wanflow")
+
+NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
+
+
+def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = None) -> Checkpoint:
+    """A model's files.
+
+    Args:
+        model: `"nano"` is the embedded miniature, a name like `"Wan-AI/Wan2.2-T2V-A14B"` what
+            Hugging Face's cache has of it, anything else a folder in any layout. None: where
+            `given` says.
+        given: parts (high, low, t5, vae, tokenizer) that are to be taken from other files.
+
+    Raises:
+        RequestError: when something is missing, damaged or of another model.
+    """
+    parts = {part: Path(path).expanduser() for part, path in (given or {}).items()}
+    if str(model) == "nano":
+        return open_checkpoint(NANO_FOLDER, parts)
+    if model is None:
+        if not parts:
+            raise RequestError(
+                "no model is named: give its folder, nano, or its files (high, low, t5, vae,"
+                " tokenizer)"
+            )
+        return open_checkpoint(next(iter(parts.values())).parent, parts)
+    folder = Path(model).expanduser()
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
+        from wanflow.download.fetch import cached
+
+        found = cached(str(model))
+        if found is None:
+            raise RequestError(
+                f"{model} is neither a folder here nor whole in Hugging Face's cache; get it with"
+                f" `hf download {model}`, or the official weights into a folder with `wanflow"
+                " download`"
+            )
+        folder = found
+    return open_checkpoint(folder, parts)
 
 
 def load(

@@ -1,0 +1,173 @@
+"""Decide what stays in memory: read each part of a model when it is needed, and free it in time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.checkpoint.containers import Report as Bytes
+from wanflow.checkpoint.load import expert_bytes, load_vae
+from wanflow.checkpoint.structure import build
+from wanflow.loaders.experts import Placement, Prefetcher, open_expert
+from wanflow.loaders.prompts import PromptEncoder
+from wanflow.lora.stack import LoraStack, Merged, shapes_of
+from wanflow.models.dit import WanDiT
+from wanflow.models.vae import WanVAE
+from wanflow.parallel.groups import ParallelContext
+from wanflow.parallel.sequence import connect
+from wanflow.presets import Expert
+from wanflow.runtime import choose_text_dtype, is_small
+from wanflow.transforms.attention import set_attention
+from wanflow.transforms.attention_kernels import Backend
+from wanflow.transforms.block_streaming import Streaming
+
+Report = Callable[[str, int, int], None]  # the part that is read, bytes done, bytes in total
+
+
+class LoadedParts:
+    """The parts of one model on this process' device.
+
+    The text encoder is freed before an expert is read, and one expert before the other, unless the
+    model is small or `keep_experts` is set. With `prefetch` the next expert is read into RAM while
+    the current one computes.
+
+    Args:
+        checkpoint: where parts are read from.
+        placement: dtype, device and settings.
+        kernel: the attention kernel.
+        team: this process among those of the run.
+        report: called while weights are read.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        placement: Placement,
+        kernel: Backend,
+        team: ParallelContext,
+        report: Report | None = None,
+    ) -> None:
+        self.checkpoint, self.placement, self.kernel = checkpoint, placement, kernel
+        self.team, self.report = team, report
+        self.spec, self.device, self.runtime = checkpoint.spec, placement.device, placement.runtime
+        small = is_small(expert_bytes(checkpoint, placement.dtype))
+        keep = self.runtime.keep_experts
+        self.keep = small if keep is None else keep
+        self.texts = PromptEncoder(
+            checkpoint,
+            choose_text_dtype(placement.dtype, small),
+            torch.device("cpu") if self.runtime.t5_cpu else self.device,
+            small,
+            self.runtime.text_cache,
+            self._reporter("text encoder"),
+        )
+        self.loras = LoraStack(shapes_of(build(WanDiT, self.spec.dit)), self.runtime.lora == "live")
+        self._experts: dict[Expert, WanDiT | Streaming] = {}
+        self._merged: dict[Expert, Merged] = {}  # the LoRAs that are fused into each expert
+        self._ahead: Prefetcher | None = None
+        self._vae: WanVAE | None = None
+
+    @torch.no_grad()
+    def text(self, prompts: list[str]) -> Tensor:
+        """Return text states [B, text_len, D] on the device, zero past each prompt's end.
+
+        The first process of a run encodes, and broadcasts the result.
+        """
+        if self.team.ranks.rank == 0:
+            encoded = self.texts(prompts, self._free)
+            states = torch.stack([one.to(self.device) for one in encoded])
+        else:
+            shape = len(prompts), self.spec.dit.text_len, self.spec.text.dim
+            states = torch.empty(shape, dtype=self.texts.dtype, device=self.device)
+        return self.team.world.from_first("text", states) if self.team.layout.size > 1 else states
+
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
+        """Return an expert, reading it if it is not in memory.
+
+        Args:
+            which: its name.
+            strengths: one for each LoRA in use; without them the expert is the published one.
+        """
+        merged = self.loras.merged(strengths)
+        if which not in self._experts or self._merged.get(which, ()) != merged:
+            self._load(which, merged)
+        self.loras.apply(self._experts[which], which, strengths)
+        return self._experts[which]
+
+    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
+        """Begin to read the expert that comes next into RAM, where `prefetch` is set."""
+        merged = self.loras.merged(strengths)
+        if not self.runtime.prefetch or which in self._experts:
+            return
+        if self._ahead is not None and (self._ahead.which, self._ahead.key) == (which, merged):
+            return
+        self._drop_ahead()
+        self._ahead = Prefetcher(
+            self.checkpoint, which, self.placement, self.loras.fused(which, merged), merged
+        )
+
+    def vae(self) -> WanVAE:
+        """Return the VAE, float32."""
+        self.loras.release()
+        if self._vae is None:
+            if not self.keep:
+                self._free()
+            report = self._reporter("VAE")
+            self._vae = load_vae(self.checkpoint, torch.float32, self.device, report)
+        return self._vae
+
+    def close(self) -> None:
+        """Free all memory; a part that is asked for later is read again."""
+        self._vae = None
+        self.texts.close()
+        self.loras.release()
+        self._free()
+
+    def _load(self, which: Expert, merged: Merged) -> None:
+        """Read an expert, or take the prefetched one; without `keep` the other is freed before."""
+        ahead = self._ahead
+        if ahead is not None and (ahead.which, ahead.key) == (which, merged):
+            self._ahead = None
+        else:
+            ahead = None
+        self._forget([which] if self.keep else list(self._experts))
+        if ahead is not None:
+            model = ahead.take()
+        else:
+            report, changes = (
+                self._reporter(f"{which}-noise expert"),
+                self.loras.fused(which, merged),
+            )
+            model = open_expert(self.checkpoint, which, self.placement, report, changes)
+        self._experts[which], self._merged[which] = model, merged
+        set_attention(model, self.kernel)
+        connect(model, self.team, self.kernel.attend, self.kernel.with_lse)
+
+    def _reporter(self, what: str) -> Bytes | None:
+        report = self.report
+        return None if report is None else lambda done, total: report(what, done, total)
+
+    def _free(self) -> None:
+        self._drop_ahead()
+        self._forget(list(self._experts))
+
+    def _forget(self, experts: list[Expert]) -> None:
+        for which in experts:
+            model = self._experts.pop(which, None)
+            self.loras.forget(which)
+            self._merged.pop(which, None)
+            if isinstance(model, Streaming):
+                model.close()
+            del model
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.drop()
+        self._ahead = None
