@@ -136,7 +136,7 @@ def test_shapes_that_are_not_rows_of_blocks() -> None:
     packed = random_packed("Q4_K", 8, 256)
     conv = Packed("Q4_K", (32, 4, 1, 4, 4), packed.data)  # a row of 64 values
     assert same_bits(conv.dense(), oracle(packed).view(32, 4, 1, 4, 4))
-    with pytest.raises(ValueError, match="whole blocks"):
+    with pytest.raises(ValueError, match="blocks"):
         conv.rows(slice(0, 2))
     deep = Packed("Q4_K", (2, 4, 256), packed.data)
     assert same_bits(deep.dense(rows=slice(1, 2)), oracle(packed).view(2, 4, 256)[1:])
@@ -202,7 +202,9 @@ def test_linear(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(
             module, "PIECE", 7 * 256 * dtype.itemsize
         )  # 12 pieces, the last of them smaller
-        assert leaf._step(x) == 7 and leaf._step(torch.zeros(300, 256)) == 80
+        wide = torch.zeros(300, 256)
+        assert module.features_at_a_time(x, 80, dtype) == 7
+        assert module.features_at_a_time(wide, 80, dtype) == leaf.out_features == 80
         close = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[
             dtype
         ]  # another shape of matmul may add in another order
@@ -225,7 +227,7 @@ def test_linear_has_no_weight() -> None:
         leaf.load(random_packed("Q4_0", 4, 32), "cpu")
     with pytest.raises(ValueError, match="64"):
         leaf.load(random_packed("Q8_0", 4, 64), "cpu")
-    with pytest.raises(ValueError, match="whole blocks"):
+    with pytest.raises(ValueError, match="blocks"):
         PackedLinear(100, 4, True, "Q4_K", torch.float32)
     with pytest.raises(RequestError, match="IQ1_S"):
         PackedLinear(256, 4, True, "IQ1_S", torch.float32)

@@ -26,7 +26,7 @@ from wanflow.opening import NANO_FOLDER, resolve
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import (
     BlockBuffers,
-    Layout,
+    BufferLayout,
     Streaming,
     SyncExecutor,
     evenly_spaced_resident,
@@ -222,7 +222,7 @@ def test_a_layout_gives_back_what_was_put_in() -> None:
         "c": torch.randn(4, 4).to(torch.float8_e4m3fn),
         "d": torch.tensor(2.0),
     }
-    layout = Layout.of(values)
+    layout = BufferLayout.of(values)
     views = layout.views(host_buffer(layout.nbytes, False))
     for name, value in values.items():
         views[name].copy_(value)

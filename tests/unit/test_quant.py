@@ -31,7 +31,7 @@ from wanflow.transforms.quant import (
     Way,
     choose_way,
     quantizable_layers,
-    swap_quantised,
+    replace_with_quantised,
 )
 
 # heads of 16; 160 is nano's width, of two and a half of nf4's blocks
@@ -250,7 +250,7 @@ def experts(
         parameter.normal_(0, 0.1)
     with torch.device("meta"):
         model = WanDiT(TINY).eval().requires_grad_(False)
-    swap_quantised(model, quantizable_layers(model, layers), mode, dtype, "cpu", way)
+    replace_with_quantised(model, quantizable_layers(model, layers), mode, dtype, "cpu", way)
     for name, value in plain.named_parameters():
         path, _, last = name.rpartition(".")
         holder = model.get_submodule(path)
@@ -295,7 +295,7 @@ def test_leaves() -> None:
         "blocks.1.ffn.0",
         "blocks.1.ffn.2",
     ]
-    swap_quantised(model, quantizable_layers(model, "all"), "int8", torch.bfloat16, "cpu")
+    replace_with_quantised(model, quantizable_layers(model, "all"), "int8", torch.bfloat16, "cpu")
     kinds = {
         type(leaf)
         for path, leaf in model.named_modules()
@@ -314,11 +314,11 @@ def test_what_cannot_be_swapped() -> None:
         model = WanDiT(TINY)
     paths = quantizable_layers(model, "ffn")
     with pytest.raises(RequestError, match="'q4' is none of fp8, int8, nf4"):
-        swap_quantised(model, paths, "q4", torch.bfloat16, "cpu")  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="take int8 or nf4"):
-        swap_quantised(model, paths, "fp8", torch.bfloat16, "mps")
+        replace_with_quantised(model, paths, "q4", torch.bfloat16, "cpu")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="int8 or nf4"):
+        replace_with_quantised(model, paths, "fp8", torch.bfloat16, "mps")
     with pytest.raises(ValueError, match="head.head is a Linear32"):
-        swap_quantised(model, ["head.head"], "fp8", torch.bfloat16, "cpu")
+        replace_with_quantised(model, ["head.head"], "fp8", torch.bfloat16, "cpu")
     assert quantizable_layers(model, "ffn") == paths
     wrong = [
         ("nf4", "int_mm"),
@@ -363,7 +363,7 @@ def test_the_way_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_way("int8", bf16, gpu, 160, 36) == "weight-only"
     with torch.device("meta"):
         model = WanDiT(TINY)
-    swap_quantised(model, quantizable_layers(model, "all"), "fp8", bf16, "cuda:0")
+    replace_with_quantised(model, quantizable_layers(model, "all"), "fp8", bf16, "cuda:0")
     assert {leaf.way for leaf in model.modules() if isinstance(leaf, QuantLinear)} == {"scaled_mm"}
     monkeypatch.setattr(module.sys, "platform", "win32")
     assert choose_way("fp8", bf16, gpu, 5120, 13824) == "weight-only"
@@ -375,7 +375,7 @@ def test_the_way_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 def test_meta_structure_is_the_filled_one(mode: Quantization) -> None:
     with torch.device("meta"):
         empty = WanDiT(TINY)
-    swap_quantised(empty, quantizable_layers(empty, "all"), mode, torch.bfloat16, "cpu")
+    replace_with_quantised(empty, quantizable_layers(empty, "all"), mode, torch.bfloat16, "cpu")
     shapes = {
         name: (value.shape, value.dtype, value.nbytes) for name, value in empty.named_parameters()
     }

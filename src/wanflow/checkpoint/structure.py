@@ -18,7 +18,7 @@ from wanflow.models.vae import WanVAE
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import set_chunk
 from wanflow.transforms.packed import PackedLeaf, replace_with_packed
-from wanflow.transforms.quant import QuantLinear, quantizable_layers, swap_quantised
+from wanflow.transforms.quant import QuantLinear, quantizable_layers, replace_with_quantised
 
 ChooseDtype = Callable[[str, TensorInfo], torch.dtype]  # tensor -> its dtype in memory
 Config = DiTConfig | TextConfig | VAEConfig
@@ -173,7 +173,7 @@ def expert_structure(
     lay_out(model, headers, expert_dtypes(model, dtype), dtype, device, touched)
     if runtime.quantize:
         layers = quantizable_layers(model, runtime.quantize_layers)
-        swap_quantised(model, layers, runtime.quantize, dtype, torch.device(device))
+        replace_with_quantised(model, layers, runtime.quantize, dtype, torch.device(device))
     set_chunk(model, runtime.chunk_tokens or 0)
     return model
 

@@ -63,14 +63,14 @@ class SyncExecutor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BufferLayout:
     """The tensors of one block in its buffer: (name, dtype, shape, first byte) each."""
 
     entries: tuple[tuple[str, torch.dtype, torch.Size, int], ...]
     nbytes: int
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+    def of(cls, tensors: Mapping[str, Tensor]) -> BufferLayout:
         """Lay tensors out one after the other."""
         entries, end = [], 0
         for name, value in tensors.items():
@@ -102,7 +102,7 @@ class BlockBuffers:
 
     def __init__(self, block: nn.Module) -> None:
         self.leaves = matmul_leaves(block)
-        self.layout = Layout.of(
+        self.layout = BufferLayout.of(
             {name: getattr(leaf, key) for name, (leaf, key) in self.leaves.items()}
         )
 
@@ -345,7 +345,7 @@ class Streaming(nn.Module):
                 yield block
                 continue
             buffers = self._block_buffers[index]
-            text_only = Layout.of(
+            text_only = BufferLayout.of(
                 {
                     name: torch.empty(shape, dtype=dtype, device="meta")
                     for name, dtype, shape, _ in buffers.layout.entries

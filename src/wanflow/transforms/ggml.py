@@ -1,12 +1,11 @@
-"""GGML's quantised types, unpacked with torch.
+"""Unpack GGML's quantised types with torch.
 
-Every type packs a run of values into a block of bytes: one or two float16 for the block, for the
-longer blocks small integers that scale parts of it, and a few bits for each value, often split over
-two places. The functions fill `out` [n, values] float32 from `blocks` [n, bytes] uint8, on whatever
-device they lie.
+Every type packs a run of values into a block of bytes: one or two float16 for the block; in longer
+blocks small integers that scale parts of it; and a few bits for each value, often split over two
+places. The functions fill `out` [n, values] float32 from `blocks` [n, bytes] uint8, on any device.
 
-The float operations stand in the order of the `gguf` package, and where nothing fuses them (a
-compiler may) the results are its to the bit. Bits are cut out by shifts with plain numbers, one
+The float operations have the order of the `gguf` package, and where nothing fuses them (a compiler
+may) the results are equal to its bit for bit. Bits are extracted by shifts with plain numbers, one
 slice of `out` at a time: broadcast over a tensor of shifts the same work takes 30 times as long on
 a CPU.
 """
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What the 16 codes of the IQ4 types stand for.
+# The values of the 16 codes of the IQ4 types.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -29,12 +28,11 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 
 def _signed(codes: Tensor, zero: int) -> Tensor:
-    """Codes minus the one that stands for zero; uint8 wraps around to the right int8."""
+    """Codes minus that of zero; uint8 wraps around to the right int8."""
     return (codes - zero).view(torch.int8)
 
 
-# Blocks of 32 values. The low halves of 16 bytes are the first 16 values, the high halves the
-# others.
+# Blocks of 32 values. The low halves of 16 bytes are the first 16 values, the high halves the rest.
 
 
 def _nibbles(packed: Tensor, out: Tensor) -> None:
@@ -97,8 +95,7 @@ def _iq4_nl(blocks: Tensor, out: Tensor) -> None:
     out.copy_(_iq4(torch.cat([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1))).mul_(_half(blocks, 0))
 
 
-# Blocks of 256 values. Parts of 16 or 32 have a scale of their own, a small integer times the
-# block's.
+# Blocks of 256 values. Parts of 16 or 32 have their own scale, a small integer times the block's.
 
 
 def _scaled(out: Tensor, scales: Tensor, minima: Tensor | None = None) -> None:
@@ -110,8 +107,9 @@ def _scaled(out: Tensor, scales: Tensor, minima: Tensor | None = None) -> None:
 
 
 def _q2_k(blocks: Tensor, out: Tensor) -> None:
-    """Scales and minima of 16 parts (16: low and high halves), codes of 2 bits (64), scale (2),
-    scale of the minima (2).
+    """Scales and minima of 16 parts (16: low and high halves), codes (64), scale (2), minimum (2).
+
+    Codes have 2 bits.
     """
     codes, quarters = blocks[:, 16:80].unflatten(1, (2, 32)), out.unflatten(1, (2, 4, 32))
     for n in range(4):
@@ -121,8 +119,9 @@ def _q2_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q3_k(blocks: Tensor, out: Tensor) -> None:
-    """Third bits (32), lower bits (64), scales of 16 parts (12: four bits each in 8 bytes, two in
-    4), scale (2): code - 4.
+    """Third bits (32), lower bits (64), scales of 16 parts (12), scale (2): code - 4.
+
+    Of a part's scale, four bits are in the first 8 bytes and two in the last 4.
     """
     high, low, small = blocks[:, :32], blocks[:, 32:96].unflatten(1, (2, 32)), blocks[:, 96:108]
     eighths = out.unflatten(1, (8, 32))
@@ -135,11 +134,11 @@ def _q3_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the 8 parts of a Q4_K or Q5_K block, [n, 8] float32 each; six bits each in 12 bytes.
+    """The scales and minima of a Q4_K or Q5_K block's 8 parts, [n, 8] float32 each.
 
-    The first four scales are the low six bits of bytes 0-3, the first four minima of bytes 4-7. The
-    others take four bits from bytes 8-11 (scales low, minima high) and their upper two from the
-    tops of bytes 0-3 and 4-7.
+    They have six bits each, in 12 bytes. The first four scales are the low six bits of bytes 0-3,
+    the first four minima of bytes 4-7. The others take four bits from bytes 8-11 (scales low,
+    minima high), and their upper two from the tops of bytes 0-3 and 4-7.
     """
     first, second, rest = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
     scales = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], 1)
@@ -156,9 +155,7 @@ def _q4_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
-    """Scale (2), scale of the minima (2), scales and minima (12), fifth bits (32), lower bits
-    (128).
-    """
+    """Scale (2), scale of the minima (2), scales and minima (12), fifth bits (32), lower (128)."""
     high, low = blocks[:, 16:48], blocks[:, 48:].unflatten(1, (4, 32))
     eighths = out.unflatten(1, (8, 32))
     for n in range(4):
@@ -168,9 +165,7 @@ def _q5_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    """Lower four bits (128), upper two (64), signed scales of 16 parts (16), scale (2): code -
-    32.
-    """
+    """Lower four bits (128), upper two (64), signed scales of 16 parts (16), scale: code - 32."""
     low, high = blocks[:, :128].unflatten(1, (2, 2, 32)), blocks[:, 128:192].unflatten(1, (2, 32))
     quarters = out.unflatten(1, (2, 4, 32))
     for n in range(4):
@@ -188,8 +183,8 @@ def _iq4_xs(blocks: Tensor, out: Tensor) -> None:
     _scaled(out, _half(blocks, 0) * _signed(lower | (upper << 4), 32).float())
 
 
-class Layout(NamedTuple):
-    """values and bytes of a block, and what unpacks blocks."""
+class BlockLayout(NamedTuple):
+    """Values and bytes of a block, and the function that unpacks blocks."""
 
     values: int
     nbytes: int
@@ -197,16 +192,16 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "Q4_0": Layout(32, 18, _q4_0),
-    "Q4_1": Layout(32, 20, _q4_1),
-    "Q5_0": Layout(32, 22, _q5_0),
-    "Q5_1": Layout(32, 24, _q5_1),
-    "Q8_0": Layout(32, 34, _q8_0),
-    "Q2_K": Layout(256, 84, _q2_k),
-    "Q3_K": Layout(256, 110, _q3_k),
-    "Q4_K": Layout(256, 144, _q4_k),
-    "Q5_K": Layout(256, 176, _q5_k),
-    "Q6_K": Layout(256, 210, _q6_k),
-    "IQ4_NL": Layout(32, 18, _iq4_nl),
-    "IQ4_XS": Layout(256, 136, _iq4_xs),
+    "Q4_0": BlockLayout(32, 18, _q4_0),
+    "Q4_1": BlockLayout(32, 20, _q4_1),
+    "Q5_0": BlockLayout(32, 22, _q5_0),
+    "Q5_1": BlockLayout(32, 24, _q5_1),
+    "Q8_0": BlockLayout(32, 34, _q8_0),
+    "Q2_K": BlockLayout(256, 84, _q2_k),
+    "Q3_K": BlockLayout(256, 110, _q3_k),
+    "Q4_K": BlockLayout(256, 144, _q4_k),
+    "Q5_K": BlockLayout(256, 176, _q5_k),
+    "Q6_K": BlockLayout(256, 210, _q6_k),
+    "IQ4_NL": BlockLayout(32, 18, _iq4_nl),
+    "IQ4_XS": BlockLayout(256, 136, _iq4_xs),
 }

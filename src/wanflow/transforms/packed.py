@@ -1,8 +1,7 @@
-"""Weights that stay as small in memory as in their file: fp8 with a scale, GGUF blocks; unpacked
-where they are used.
+"""Keep weights as small in memory as in their file, fp8 or GGUF; unpack them where they are used.
 
-A `Packed` is a value: the bytes of one tensor and how to read them. `PackedLinear` and
-`PackedEmbedding` are leaves that hold one in place of a weight and unpack it for each call.
+A `Packed` is a value: the bytes of one tensor, and their format. `PackedLinear` and
+`PackedEmbedding` are leaves that hold one instead of a weight, and unpack it for each call.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from wanflow.transforms.ggml import LAYOUTS
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 KINDS = (*FP8, *LAYOUTS)
 
-# Values unpacked at a time; what is in between takes 10 to 20 bytes for each. On a CPU that is 20
-# MB, and more is no faster: 5120 x 5120 of Q4_K into memory at hand, on one core, take 57 ms with
-# 2^16, 30 with 2^18, 22 with 2^20, 34 with 2^22. A GPU needs larger ones to be busy; 300 MB there
-# (reckoned, not measured).
+# Values unpacked at a time; each takes 10 to 20 bytes of temporaries. That is 20 MB on a CPU, and
+# more is no faster: 5120 x 5120 of Q4_K, on one core, into memory at hand, take 57 ms with 2^16, 30
+# with 2^18, 22 with 2^20, 34 with 2^22. A GPU needs larger ones to be busy; 300 MB there
+# (estimated, not measured).
 CHUNK, CHUNK_GPU = 1 << 20, 1 << 24
 # Bytes of unpacked weight that a matmul with few rows takes at a time. On a CPU small pieces are
-# faster than the whole too, whose memory comes fresh from the system every time: 5120 -> 13824 of
-# Q4_K in bf16 takes 82 ms for one row with 16 MB, 144 with 64, 168 whole; for 512 rows 487, 534 and
-# 604 (372 with a weight that is not packed).
+# faster than the full weight too, whose memory comes fresh from the system each time: 5120 -> 13824
+# of Q4_K in bf16 takes 82 ms for one row with 16 MB, 144 with 64, 168 at once; for 512 rows 487,
+# 534 and 604 (372 with a plain weight).
 PIECE, PIECE_GPU = 16 << 20, 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A tensor as it lies in its file.
+    """A tensor as its file stores it.
 
     kind: "F8_E4M3", "F8_E5M2", or a GGML type's name ("Q4_K").
-    shape: of the tensor this stands for.
+    shape: of the unpacked tensor.
     data: fp8: float8 of `shape`; GGML: uint8 [rows, bytes per row], the blocks of all values in
         order.
-    scale: fp8 only: float32, [] or [1], [out], [out, 1] or [out, blocks, 1], out the first side of
-        `shape`; value = data * scale.
+    scale: fp8 only: float32, [] or [1], [out], [out, 1] or [out, blocks, 1], where out is the first
+        side of `shape`; value = data * scale.
 
     Raises:
         RequestError: for an unknown kind, or data or scale that do not fit the shape.
@@ -57,10 +56,7 @@ class Packed:
 
     def __post_init__(self) -> None:
         values, out = math.prod(self.shape), self.shape[0] if self.shape else 1
-        if self.kind not in KINDS:
-            raise RequestError(
-                f"packed weights of kind {self.kind} are not read; known are {', '.join(KINDS)}"
-            )
+        _check_kind(self.kind)
         if self.kind in FP8:
             fits = self.data.dtype == FP8[self.kind] and self.data.shape == self.shape
         else:
@@ -71,7 +67,7 @@ class Packed:
             )
         if not fits:
             raise RequestError(
-                f"{list(self.data.shape)} of {self.data.dtype} are no {self.kind} data of a tensor"
+                f"{self.kind} data {list(self.data.shape)} of {self.data.dtype} do not fit a tensor"
                 f" {list(self.shape)}"
             )
         if self.scale is None or self.scale.numel() == 1:
@@ -94,17 +90,17 @@ class Packed:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def rows(self, rows: slice | Tensor) -> Packed:
-        """Some of the first side, still packed: those of a slice (a view), or of a tensor [n] of
-        indices.
+        """Return rows of the first side, still packed: a slice (a view), or indices [n].
 
         Raises:
-            ValueError: where a row is not whole blocks (a tensor that its file stores in another
-                shape).
+            ValueError: where a row is not a multiple of a block (its file has another shape).
         """
         data, scale = self.data, self.scale
         if self.kind in LAYOUTS:
             if math.prod(self.shape[1:]) % LAYOUTS[self.kind].values:
-                raise ValueError(f"a row of {list(self.shape)} is not whole blocks of {self.kind}")
+                raise ValueError(
+                    f"a row of {list(self.shape)} is no multiple of {self.kind} blocks"
+                )
             data = data.reshape(self.shape[0], data.numel() // max(1, self.shape[0]))
         if scale is not None and scale.numel() > 1:
             scale = scale[rows]
@@ -114,8 +110,9 @@ class Packed:
     def dense(
         self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None
     ) -> Tensor:
-        """The tensor itself, or some rows of its first side: computed in float32 and rounded once
-        to `dtype`, where the data lies.
+        """Return the tensor, or rows of its first side, unpacked on the data's device.
+
+        It is computed in float32 and rounded once to `dtype`.
         """
         if rows is not None:
             return self.rows(rows).dense(dtype)
@@ -125,21 +122,27 @@ class Packed:
         return unpack(self.kind, data, _by_row(self.scale, len(data)), dtype).view(self.shape)
 
 
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise RequestError(f"packed weights of kind {kind}: expected one of {', '.join(KINDS)}")
+
+
 def _pick(data: Tensor, rows: slice | Tensor) -> Tensor:
     """data[rows]; as bytes, because not every device can index float8."""
     return data[rows] if isinstance(rows, slice) else data.view(torch.uint8)[rows].view(data.dtype)
 
 
 def _by_row(scale: Tensor | None, out: int) -> Tensor | None:
-    """A scale as `unpack` takes it: float32, [] or [out, blocks]."""
+    """A scale as `unpack` expects it: float32, [] or [out, blocks]."""
     if scale is None:
         return None
     return scale.float().reshape(() if scale.numel() == 1 else (out, -1))
 
 
 def unpack(kind: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """data [rows, values of float8, or bytes of blocks] -> [rows, values] of `dtype`; scale [] or
-    [rows, blocks].
+    """Return the values [rows, values] of data: [rows, values of float8, or bytes of blocks].
+
+    scale: [] or [rows, blocks].
     """
     layout = LAYOUTS.get(kind)
     flat = data if layout is None else data.reshape(-1, layout.nbytes)
@@ -151,21 +154,23 @@ def unpack(kind: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) ->
         else:
             layout.fill(flat[rows], out)
 
-    out = filled(len(flat), columns, dtype, data, fill)
+    out = fill_rows(len(flat), columns, dtype, data, fill)
     return out.view(len(data), out.numel() // max(1, len(data)))
 
 
-def filled(
+def fill_rows(
     count: int,
     columns: int,
     dtype: torch.dtype,
     like: Tensor,
     fill: Callable[[slice, Tensor], None],
 ) -> Tensor:
-    """[count, columns] of `dtype`, where `like` lies. `fill` writes the float32 of some rows, and
-    is asked for few at a time.
+    """Return [count, columns] of `dtype`, on `like`'s device, filled a few rows at a time.
 
-    But a compiler gets it whole: it fuses what would lie in between, and a loop would be unrolled.
+    torch.compile gets all rows at once: it fuses the temporaries, and would unroll a loop.
+
+    Args:
+        fill: writes the float32 values of some rows.
     """
     out = torch.empty(count, columns, dtype=dtype, device=like.device)
     step = max(1, (CHUNK if like.device.type == "cpu" else CHUNK_GPU) // max(1, columns))
@@ -183,9 +188,8 @@ def filled(
 
 def _fp8(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
     """data [n, columns] float8 -> out float32; scale [] or [n, blocks]."""
-    if (
-        data.device.type == "cpu"
-    ):  # torch converts one e4m3 value in 3 ns here, and looks up one of a table in 0.7
+    if data.device.type == "cpu":
+        # torch converts an e4m3 value in 3 ns here, and looks one up in a table in 0.7.
         table = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
         out.copy_(table.index_select(0, data.reshape(-1).view(torch.uint8).int()).view(out.shape))
     else:
@@ -197,16 +201,16 @@ def _fp8(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
 
 
 class PackedLeaf(nn.Module):
-    """A weight [out, in] that stays packed: `data` as in `Packed`, `scale` [] or [out, blocks] or
-    None, both parameters.
+    """A packed weight [out, in].
 
-    There is no `weight`; who needs it asks `dense`. What it computes in is `compute_dtype`, fixed
-    when it is made: `.to` and its relatives move the leaf between devices and convert nothing,
-    since float8 data and their float32 scales mean one thing only.
+    Its parameters are `data` as in `Packed`, and `scale` [], [out, blocks] or None.
+    There is no `weight`; `dense` returns it. `compute_dtype` is fixed when the leaf is made: `.to`
+    and its relatives move it between devices and convert nothing, since a conversion would break
+    float8 data and their float32 scales.
 
     Raises:
         RequestError: for an unknown kind.
-        ValueError: where a row is not whole blocks.
+        ValueError: where a row is not a multiple of a block.
     """
 
     data: nn.Parameter
@@ -214,34 +218,30 @@ class PackedLeaf(nn.Module):
 
     def __init__(self, rows: int, columns: int, kind: str, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise RequestError(
-                f"packed weights of kind {kind} are not read; known are {', '.join(KINDS)}"
-            )
+        _check_kind(kind)
         self.shape = (rows, columns)
         self.kind, self.compute_dtype = kind, compute_dtype
         if kind in FP8:
             data = torch.empty(rows, columns, dtype=FP8[kind])
         elif columns % LAYOUTS[kind].values:
-            raise ValueError(f"{columns} values are not whole blocks of {kind}")
+            raise ValueError(f"{columns} values are no multiple of {kind} blocks")
         else:
-            data = torch.empty(
-                rows, columns // LAYOUTS[kind].values * LAYOUTS[kind].nbytes, dtype=torch.uint8
-            )
+            nbytes = columns // LAYOUTS[kind].values * LAYOUTS[kind].nbytes
+            data = torch.empty(rows, nbytes, dtype=torch.uint8)
         self.data = nn.Parameter(data, requires_grad=False)
         self.register_parameter("scale", None)
 
     def expect(self, scale: tuple[int, ...] | None) -> None:
-        """Take the form of a scale of this shape, on meta: what memory will hold is known then
-        before it is read.
-        """
+        """Make an empty scale of this shape, so that a model on meta has its final size."""
         if scale is not None:
-            form = _by_row(torch.empty(scale, device=self.data.device), self.shape[0])
-            self.scale = nn.Parameter(cast(Tensor, form), requires_grad=False)
+            empty = _by_row(torch.empty(scale, device=self.data.device), self.shape[0])
+            self.scale = nn.Parameter(cast(Tensor, empty), requires_grad=False)
 
     def parts(self, packed: Packed) -> dict[str, Tensor]:
-        """A tensor, or some of its rows, as this leaf's parameters, where it lies; ValueError for
-        one of another kind or shape.
+        """Return this leaf's parameters for a tensor or rows of it, on the tensor's device.
+
+        Raises:
+            ValueError: for one of another kind or shape.
         """
         rows = packed.shape[0]
         if packed.kind != self.kind or packed.shape[1:] != self.shape[1:] or rows > self.shape[0]:
@@ -256,7 +256,7 @@ class PackedLeaf(nn.Module):
         }
 
     def load(self, packed: Packed, device: torch.device | str) -> None:
-        """Take over a tensor's data and scale; ValueError for one of another kind or shape."""
+        """Set data and scale to a tensor's; ValueError for one of another kind or shape."""
         if packed.shape != self.shape:
             raise ValueError(
                 f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}"
@@ -268,13 +268,13 @@ class PackedLeaf(nn.Module):
         self.data, self.scale = parts["data"], parts.get("scale")
 
     def packed(self) -> Packed:
-        """What it holds, as a value that shares its memory."""
+        """Return the weight as a value that shares its memory."""
         return Packed(
             self.kind, self.shape, self.data.data, None if self.scale is None else self.scale.data
         )
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out, in], in `dtype` or in the one it computes in."""
+        """Return the weight [out, in], in `dtype` or `compute_dtype`."""
         return self._rows(slice(None), dtype or self.compute_dtype)
 
     def _rows(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
@@ -282,7 +282,7 @@ class PackedLeaf(nn.Module):
         return unpack(self.kind, _pick(self.data, rows), scale, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLeaf:
-        super()._apply(moving(fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(without_conversion(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
@@ -290,9 +290,7 @@ class PackedLeaf(nn.Module):
 
 
 class PackedLinear(PackedLeaf):
-    """A matmul with a packed weight, in `compute_dtype`; the bias, float32, is rounded to that as
-    in `Linear`.
-    """
+    """A matmul with a packed weight in `compute_dtype`; the float32 bias is rounded to that."""
 
     bias: nn.Parameter | None
 
@@ -313,30 +311,27 @@ class PackedLinear(PackedLeaf):
             self.out_features,
             self.bias,
             self.compute_dtype,
-            self._step(x),
+            features_at_a_time(x, self.out_features, self.compute_dtype),
         )
 
-    def _step(self, x: Tensor) -> int:
-        return features_at_a_time(x, self.out_features, self.compute_dtype)
 
+def without_conversion(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function of `.to` and its relatives that moves tensors and keeps their dtype."""
 
-def moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `.to` and its relatives do to a tensor, without the conversion."""
-
-    def kept(tensor: Tensor) -> Tensor:
+    def move(tensor: Tensor) -> Tensor:
         new = fn(tensor)
         return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
-    return kept
+    return move
 
 
 def features_at_a_time(x: Tensor, out_features: int, dtype: torch.dtype) -> int:
-    """How many output features `multiply` should make at a time of x [..., in].
+    """Return how many output features `multiply` computes at a time for x [..., in].
 
-    All, where x has more rows than an eighth of its columns: the result nears the weight in size
-    then, copying it from its pieces costs what they save, and the matmul is long enough to hide the
-    rest. For few rows pieces bound the memory, too: time_projection as fp8 (5120 -> 30720, float32)
-    would take 629 MB. A compiler gets all, too.
+    All, where x has more rows than an eighth of its columns: the result is nearly as large as the
+    weight, copying pieces into it costs what they save, and the matmul is long enough to hide the
+    rest. For few rows pieces bound the memory too: time_projection as fp8 (5120 -> 30720, float32)
+    takes 629 MB at once. torch.compile gets all.
     """
     columns = x.shape[-1]
     if torch.compiler.is_compiling() or x.numel() * 8 > columns**2:
@@ -352,9 +347,7 @@ def multiply(
     dtype: torch.dtype,
     step: int,
 ) -> Tensor:
-    """x [..., in] -> [..., out] of `dtype`, by a weight that is unpacked for it: `weight` gives
-    some of its rows, `step` at a time.
-    """
+    """x [..., in] -> [..., out] of `dtype`; `weight` unpacks some of its rows, `step` at a time."""
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if step >= out_features:
@@ -367,7 +360,7 @@ def multiply(
 
 
 class PackedEmbedding(PackedLeaf):
-    """Rows of a packed table [count, size]; only those asked for are unpacked."""
+    """A packed table [count, size]; only the requested rows are unpacked."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., size] of `compute_dtype`."""
@@ -375,12 +368,11 @@ class PackedEmbedding(PackedLeaf):
 
 
 def replace_with_packed(module: nn.Module, packings: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Put packed leaves in the place of those Linear and Embedding layers whose weight is to stay
-    packed.
+    """Replace Linear and Embedding layers by packed leaves.
 
-    For a model on meta: the new leaves are empty, their biases too. A Linear32 goes on computing in
-    float32, the others compute in `dtype`. Left alone, and to be unpacked by who reads them: other
-    parameters, and rows that are not whole blocks.
+    For a model on meta: the new leaves are empty, and so are their biases. A Linear32 still
+    computes in float32, the others compute in `dtype`. Other parameters stay, and so do rows that
+    are no multiple of a block: the loader unpacks those.
 
     Args:
         packings: {name of a parameter: kind}.
@@ -395,9 +387,8 @@ def replace_with_packed(module: nn.Module, packings: Mapping[str, str], dtype: t
     }
     for name, kind in packings.items():
         old = module.get_submodule(leaves[name]) if name in leaves else None
-        if not isinstance(old, nn.Linear | nn.Embedding) or old.weight.shape[1] % (
-            LAYOUTS[kind].values if kind in LAYOUTS else 1
-        ):
+        block = LAYOUTS[kind].values if kind in LAYOUTS else 1
+        if not isinstance(old, nn.Linear | nn.Embedding) or old.weight.shape[1] % block:
             continue
         parent, _, last = leaves[name].rpartition(".")
         new: PackedLeaf

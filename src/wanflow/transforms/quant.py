@@ -1,18 +1,17 @@
-"""Rounding the Linear weights of the blocks while they are read: fp8 and int8 halve them, nf4 makes
-a quarter of them.
+"""Quantise the Linear weights of the blocks while they load: fp8 and int8 halve them, nf4 quarters.
 
 fp8   float8 e4m3, one float32 scale for each output row
 int8  -127..127, one float32 scale for each output row
 nf4   the 16 levels of QLoRA's "4-bit NormalFloat" (Dettmers et al. 2023, appendix E), one bfloat16
-scale for each 64 values of a row
+      scale for each 64 values of a row
 
-A `QuantLinear` multiplies in one of three ways, settled when it is made. `weight-only` unpacks the
-weight and multiplies in the dtype of the run: memory is saved, time is not. `scaled_mm` (fp8) and
-`int_mm` (int8) round the activations too, each token by its own scale, and multiply what is
-rounded. One scale for a whole weight would leave int8 no bits beside an outlier, and one for all
-tokens would make a token's result depend on what else is in its chunk (`benchmarks/quant_layers.py`
-has figures). The two ways are written for a GPU and tested on a CPU, by the same code; on a GPU
-they have not been run.
+A `QuantLinear` multiplies in one of three ways, chosen when it is made. `weight-only` unpacks the
+weight and multiplies in the dtype of the run: it saves memory, not time. `scaled_mm` (fp8) and
+`int_mm` (int8) round the activations too, each token by its own scale, and multiply the rounded
+values. One scale for a complete weight would leave int8 no bits next to an outlier. One for all
+tokens would make a token's result depend on the others in its chunk (`benchmarks/quant_layers.py`
+has figures). Both are written for a GPU and tested on a CPU, by the same code; they have not been
+run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,15 +28,18 @@ from torch import Tensor, nn
 from wanflow.config import RequestError
 from wanflow.models.dit import Linear
 from wanflow.runtime import QUANTIZATIONS, Quantization
-from wanflow.transforms.packed import features_at_a_time, filled, moving, multiply, unpack
+from wanflow.transforms.packed import (
+    features_at_a_time,
+    fill_rows,
+    multiply,
+    unpack,
+    without_conversion,
+)
 
 Way: TypeAlias = Literal["scaled_mm", "int_mm", "weight-only"]
 
-LARGEST = {
-    "fp8": 448.0,
-    "int8": 127.0,
-    "nf4": 1.0,
-}  # what the largest value of a row or block becomes
+# What the largest value of a row or block becomes.
+LARGEST = {"fp8": 448.0, "int8": 127.0, "nf4": 1.0}
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334,
@@ -46,21 +48,18 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64  # values of a row that share a scale in nf4
-TINY = 1e-30  # scales are not smaller: a row of zeros must not divide by zero
-# Values rounded at a time: a chunk's temporaries take 20 bytes for each, and a whole weight of
-# 13824 x 5120 would take 1.4 GB.
+TINY = 1e-30  # the smallest scale: a row of zeros must not divide by zero
+# Values rounded at a time. Each takes 20 bytes of temporaries: 1.4 GB for 13824 x 5120 at once.
 CHUNK, CHUNK_GPU = 1 << 20, 1 << 24
-# Bytes that tokens, rounded and multiplied, take at a time: unrounded they are float32, and
-# int_mm's sums are int32.
+# Bytes of the tokens that are rounded and multiplied at a time, in float32 and as int32 sums.
 PIECE = 256 << 20
-ROWS = 32  # int_mm on a GPU wants more than 16 rows; fewer are filled up with zeros
+ROWS = 32  # int_mm on a GPU needs more than 16 rows; fewer are padded with zeros
 
 
 def quantizable_layers(model: nn.Module, layers: Literal["ffn", "all"]) -> list[str]:
-    """Paths of the Linear layers in the blocks that are to be rounded: of the feed-forward, or of
-    the attention, too.
+    """Return the paths of the blocks' Linear layers to quantise: MLP, or ("all") attention too.
 
-    Layers that are packed already, and those that compute in float32, are not among them.
+    Packed layers, and those that compute in float32, stay as they are.
 
     Raises:
         RequestError: for other `layers`.
@@ -82,12 +81,11 @@ def choose_way(
     in_features: int,
     out_features: int,
 ) -> Way:
-    """How a layer multiplies on a device.
+    """Return how a layer multiplies on a device.
 
-    Rounded activations need an NVIDIA GPU: from capability 8.9 for fp8 (not on Windows: PyTorch has
-    no such kernel there, and results are bfloat16), from 8.0 for int8; and sides that are multiples
-    of 16 and of 8. In float32, and everywhere else, it is weight-only; for a GPU that is not in
-    this machine, too (a plan for another one).
+    Rounded activations need an NVIDIA GPU: capability 8.9 for fp8 (bfloat16 results; not on
+    Windows, where PyTorch has no such kernel), 8.0 for int8; and sides that are multiples of 16 and
+    8. All else is weight-only: float32, other devices, a GPU that this machine lacks (in a plan).
     """
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return "weight-only"
@@ -111,7 +109,7 @@ def choose_way(
     return "weight-only"
 
 
-def swap_quantised(
+def replace_with_quantised(
     model: nn.Module,
     paths: Iterable[str],
     mode: Quantization,
@@ -119,48 +117,45 @@ def swap_quantised(
     device: torch.device | str,
     way: Way | None = None,
 ) -> None:
-    """Put an empty `QuantLinear` in the place of each of these layers, on meta if they are on meta.
+    """Replace each of these layers by an empty `QuantLinear`, on meta if they are on meta.
 
     Args:
-        paths: as `leaves` finds them.
-        dtype: what they compute in.
-        device: where they will work, which decides the way.
-        way: the way itself, where the device is not to decide (tests, benchmarks).
+        paths: of `quantizable_layers`.
+        dtype: that they compute in.
+        device: where they will run, which decides the way.
+        way: the way itself (tests, benchmarks).
 
     Raises:
-        RequestError: for an unknown mode, or a device that has no such numbers.
+        RequestError: for an unknown mode, or a device without its dtype.
     """
     device = torch.device(device)
     if mode not in QUANTIZATIONS:
         raise RequestError(f"quantize {mode!r} is none of {', '.join(QUANTIZATIONS)}")
     if mode == "fp8" and device.type == "mps":
-        raise RequestError("quantize fp8: Apple GPUs have no float8; take int8 or nf4")
+        raise RequestError("quantize fp8: Apple GPUs have no float8; use --quantize int8 or nf4")
     for path in paths:
         old = model.get_submodule(path)
         if not isinstance(old, Linear):
             raise ValueError(f"{path} is a {type(old).__name__}, not a Linear layer")
-        how = way or choose_way(mode, dtype, device, old.in_features, old.out_features)
+        in_features, out_features = old.in_features, old.out_features
+        chosen = way or choose_way(mode, dtype, device, in_features, out_features)
         with torch.device(old.weight.device):
-            new = QuantLinear(
-                old.in_features, old.out_features, old.bias is not None, mode, dtype, how
-            )
+            new = QuantLinear(in_features, out_features, old.bias is not None, mode, dtype, chosen)
         parent, _, last = path.rpartition(".")
         setattr(model.get_submodule(parent), last, new.train(old.training))
 
 
 class QuantLinear(nn.Module):
-    """A matmul with a rounded weight, in `compute_dtype`; the bias, float32, is rounded to that as
-    in `Linear`.
+    """A matmul with a quantised weight in `compute_dtype`; the float32 bias is rounded to that.
 
-    data: float8 or int8 [out, in]; nf4: uint8 [out, in in whole blocks / 2], the first of two
+    data: float8 or int8 [out, in]; nf4: uint8 [out, in padded to blocks / 2], the first of two
         values in the upper four bits.
-    scale: float32 [out, 1]; nf4: bfloat16 [out, blocks], half the size of float32 at no measurable
-        loss, since values are rounded with the scale as it is stored; and unlike float16 it holds
-        any weight's.
-    levels: nf4 only: float32 [16]; a parameter so that it is on the device when it is needed.
+    scale: float32 [out, 1]; nf4: bfloat16 [out, blocks]. bfloat16 loses nothing measurable, since
+        values are rounded with the scale as stored; unlike float16 it has room for any weight's.
+    levels: nf4 only: float32 [16]; a parameter, so that it moves with the leaf.
 
-    `.to` and its relatives move the leaf between devices and convert nothing. Who needs a weight
-    asks `dense`.
+    `.to` and its relatives move the leaf between devices and convert nothing. There is no `weight`;
+    `dense` returns it.
     """
 
     data: nn.Parameter
@@ -178,12 +173,9 @@ class QuantLinear(nn.Module):
         way: Way = "weight-only",
     ) -> None:
         super().__init__()
-        wanted = {"scaled_mm": "fp8", "int_mm": "int8"}.get(way, mode)
-        if (
-            way not in get_args(Way)
-            or wanted != mode
-            or (way == "scaled_mm" and compute_dtype != torch.bfloat16)
-        ):
+        expected_mode = {"scaled_mm": "fp8", "int_mm": "int8"}.get(way, mode)
+        known = way in get_args(Way) and expected_mode == mode
+        if not known or (way == "scaled_mm" and compute_dtype != torch.bfloat16):
             raise ValueError(f"{way} is no way to multiply {mode} in {compute_dtype}")
         self.in_features, self.out_features = in_features, out_features
         self.mode, self.compute_dtype, self.way = mode, compute_dtype, way
@@ -205,10 +197,10 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def quantise(self, weight: Tensor) -> dict[str, Tensor]:
-        """A weight [out, in], float32, or some of its rows, as this leaf's parameters by name (no
-        bias), on the weight's device.
+        """Return this leaf's parameters, but the bias, for a weight [out, in] or rows of it.
 
-        Rows go a few at a time, so that what lies in between stays small beside the result.
+        They are on the weight's device. A few rows are quantised at a time, which keeps temporaries
+        small.
 
         Raises:
             RequestError: where the weight has values that are not finite.
@@ -219,29 +211,28 @@ class QuantLinear(nn.Module):
                 f"a weight {list(weight.shape)} is not [{self.out_features}, {self.in_features}],"
                 " nor rows of it"
             )
-        own = {"data": self.data, "scale": self.scale}
-        made = {
+        parts = {
             name: torch.empty(len(weight), *p.shape[1:], dtype=p.dtype, device=weight.device)
-            for name, p in own.items()
+            for name, p in (("data", self.data), ("scale", self.scale))
         }
         round_rows = _round_nf4 if self.mode == "nf4" else _round_row
         step = max(1, (CHUNK if weight.device.type == "cpu" else CHUNK_GPU) // self.in_features)
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             round_rows(
-                weight[rows].float(), made["data"][rows], made["scale"][rows], LARGEST[self.mode]
+                weight[rows].float(), parts["data"][rows], parts["scale"][rows], LARGEST[self.mode]
             )
-        if not made["scale"].isfinite().all():  # NaN and infinities reach the scale of their row
+        if not parts["scale"].isfinite().all():  # NaN and infinities reach the scale of their row
             raise RequestError(
                 f"a weight {list(weight.shape)} has values that are not finite, which {self.mode}"
-                " cannot round; its file is damaged (or a LoRA that was fused is): fetch it again"
+                " cannot round; its file, or that of a fused LoRA, is damaged: fetch it again"
             )
         if self.mode == "nf4":
-            made["levels"] = torch.tensor(NF4, device=weight.device)
-        return made
+            parts["levels"] = torch.tensor(NF4, device=weight.device)
+        return parts
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out, in] that it stands for, in `dtype` or in the one it computes in."""
+        """Return the weight [out, in], in `dtype` or `compute_dtype`."""
         return self._rows(slice(None), dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,9 +240,8 @@ class QuantLinear(nn.Module):
 
         A value of x that is not finite makes its token's results not finite.
         """
-        if self.way == "weight-only" or (
-            torch.is_grad_enabled() and x.requires_grad
-        ):  # rounding has no gradient
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad  # and rounding has none
+        if self.way == "weight-only" or needs_gradient:
             step = features_at_a_time(x, self.out_features, self.compute_dtype)
             return multiply(
                 x,
@@ -278,8 +268,7 @@ class QuantLinear(nn.Module):
         tokens = tokens / scale
         if self.way == "scaled_mm":
             rounded = tokens.to(self.data.dtype)
-            # Hopper's fast sums keep fewer bits than float32, but many more than the fp8 that goes
-            # into them.
+            # Hopper's fast sums have fewer bits than float32, but many more than their fp8 input.
             return torch._scaled_mm(
                 rounded,
                 self.data.t(),
@@ -301,10 +290,10 @@ class QuantLinear(nn.Module):
         fill = (
             _nf4_into(data, scale, self.levels) if self.mode == "nf4" else _int8_into(data, scale)
         )
-        return filled(len(data), self.in_features, dtype, data, fill)
+        return fill_rows(len(data), self.in_features, dtype, data, fill)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        super()._apply(moving(fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(without_conversion(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
@@ -315,9 +304,7 @@ class QuantLinear(nn.Module):
 
 
 def _scale(x: Tensor, largest: float) -> Tensor:
-    """float32 [..., n] -> [..., 1]: by what the largest value becomes `largest`; not finite where x
-    is not.
-    """
+    """x [..., n] -> [..., 1], by which its largest value becomes `largest`; finite where x is."""
     return (x.abs().amax(-1, keepdim=True) / largest).clamp_min(TINY)
 
 
@@ -329,16 +316,13 @@ def _round_row(weight: Tensor, data: Tensor, scale: Tensor, largest: float) -> N
 
 
 def _round_nf4(weight: Tensor, data: Tensor, scale: Tensor, largest: float) -> None:
-    """weight [n, in] float32 -> data [n, whole blocks / 2] uint8, scale [n, blocks] bfloat16."""
+    """weight [n, in] float32 -> data [n, padded in / 2] uint8, scale [n, blocks] bfloat16."""
     blocks = F.pad(weight, (0, data.shape[1] * 2 - weight.shape[1])).unflatten(1, (-1, BLOCK))
     scale.copy_(_scale(blocks, largest).squeeze(-1))
     values = blocks / scale.float().unsqueeze(-1)
     codes = torch.zeros_like(values, dtype=torch.uint8)
-    for low, high in pairwise(
-        NF4
-        # the nearest level, by counting those that lie below; 2.7 times as fast as bucketize on a
-        # CPU
-    ):
+    # The nearest level is the number of midpoints below: 2.7 times as fast as bucketize on a CPU.
+    for low, high in pairwise(NF4):
         codes += values > (low + high) / 2
     first, second = codes.flatten(1).unflatten(1, (-1, 2)).unbind(-1)
     data.copy_(first << 4 | second)
@@ -352,9 +336,8 @@ def _int8_into(data: Tensor, scale: Tensor) -> Callable[[slice, Tensor], None]:
 
 
 def _nf4_into(data: Tensor, scale: Tensor, levels: Tensor) -> Callable[[slice, Tensor], None]:
-    pairs = torch.stack(
-        (levels.repeat_interleave(16), levels.repeat(16)), 1
-    )  # [256, 2]: what a byte stands for
+    # [256, 2]: the two values of each byte
+    pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)
 
     def fill(rows: slice, out: Tensor) -> None:
         values = pairs.index_select(0, data[rows].reshape(-1).int()).view(-1, scale.shape[1], BLOCK)

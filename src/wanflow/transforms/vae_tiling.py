@@ -1,14 +1,13 @@
-"""A VAE decode in tiles, for little memory: the frames of the whole decode, to rounding, with no
-seams to blend.
+"""Decode with the VAE in tiles, for little memory: equal to the full decode to rounding, no seams.
 
-The first layers, up to the first doubling of height and width, work on images 64 times smaller than
-the video's and one of them attends to a whole frame: they run on whole frames, and what they give
-is kept. The others see no further than their convolutions reach. They run tile by tile, each tile
-with as much around it as that reach, and lose of it after every layer what the rest cannot see.
-Where a tile ends at the image's border there is nothing around it, and the convolutions pad it with
-zeros as they pad the image.
+The layers before the first doubling of height and width see images 64 times smaller than the
+video's, and one of them attends to the full frame. They run on full frames, and their features are
+stored. The other layers see no further than their convolutions reach. They run tile by tile, each
+tile with a margin of that reach; after every layer the margin shrinks to what the remaining layers
+need. At the image's border a tile has no margin, and the convolutions pad it with zeros as they pad
+the image.
 
-Units: boxes and margins are in pixels of the layer at hand; a latent pixel is 8 * 8 of the video.
+Boxes and margins are in pixels of the current layer; a latent pixel is 8 * 8 of the video.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from wanflow.config import RequestError, VAEConfig
 from wanflow.models.vae import State, Upsample, WanVAE, receptive_margin, stream
 
 Frames = npt.NDArray[np.uint8]
-# pixels; with what is around it, such a tile's first layers work on seven times its own area
+# Pixels. With its margin, the first layers of such a tile compute seven times its own area.
 SMALLEST = 64
 
 
 @dataclass(frozen=True)
 class Box:
-    """A part of an image: rows top to bottom, columns left to right, the ends not included."""
+    """A part of an image: rows top to bottom, columns left to right, ends excluded."""
 
     top: int
     bottom: int
@@ -40,7 +39,7 @@ class Box:
     right: int
 
     def grown(self, margin: int, height: int, width: int) -> Box:
-        """With a margin around it, inside an image of this size."""
+        """Return the box with a margin around it, cut to an image of this size."""
         return Box(
             max(0, self.top - margin),
             min(height, self.bottom + margin),
@@ -53,35 +52,32 @@ class Box:
 
 
 class Trim(nn.Module):
-    """x [..., H, W], which shows the box `held`, cut to the box `kept` inside it."""
+    """x [..., H, W] that shows the box `outer`, cut to the box `inner`."""
 
-    def __init__(self, held: Box, kept: Box) -> None:
+    def __init__(self, outer: Box, inner: Box) -> None:
         super().__init__()
-        self.rows = slice(kept.top - held.top, kept.bottom - held.top)
-        self.columns = slice(kept.left - held.left, kept.right - held.left)
+        self.rows = slice(inner.top - outer.top, inner.bottom - outer.top)
+        self.columns = slice(inner.left - outer.left, inner.right - outer.left)
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., self.rows, self.columns]
 
 
 def check_tile(tile: int) -> None:
-    """RequestError for a side that no tile can have; 0, which stands for whole frames, is the
-    caller's to look for.
-    """
+    """Raise RequestError for a tile that is too small; the caller handles 0, no tiles."""
     if tile < SMALLEST:
         raise RequestError(
-            f"vae_tile {tile} is too small for a tile; give {SMALLEST} or more pixels, or 0 to"
-            " decode whole frames"
+            f"vae_tile {tile} is too small; expected {SMALLEST} or more pixels, or 0 for full"
+            " frames: --vae_tile 256"
         )
 
 
 def tiles(config: VAEConfig, height: int, width: int, tile: int) -> list[Box]:
-    """The tiles of a frame, row by row, in latent pixels: as few as a side of `tile` allows, and as
-    equal as can be.
+    """Return the tiles of a frame, row by row, in latent pixels: few, and as equal as possible.
 
     Args:
         height, width: of the video, in pixels.
-        tile: the longest side of a tile in pixels, rounded down to whole latent pixels.
+        tile: the longest side of a tile in pixels, rounded down to latent pixels.
 
     Raises:
         RequestError: for a tile below 64 pixels.
@@ -98,9 +94,7 @@ def _spans(length: int, longest: int) -> list[tuple[int, int]]:
 
 
 def halves(vae: WanVAE) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The decoder's layers before the first doubling of height and width, which need whole frames,
-    and those from it on.
-    """
+    """Return the decoder's layers before its first doubling, for full frames, and the others."""
     layers = vae.decoder.layers()
     first = next(
         (number for number, layer in enumerate(layers) if isinstance(layer, Upsample)), len(layers)
@@ -109,8 +103,7 @@ def halves(vae: WanVAE) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def margins(layers: list[nn.Module]) -> list[int]:
-    """How many pixels around a box each layer must be given, for the box to be right after the
-    last; at the end a 0.
+    """Return the margin that each layer needs for a box to be right after the last, then 0.
 
     Each is in pixels of its layer's input.
     """
@@ -123,22 +116,21 @@ def margins(layers: list[nn.Module]) -> list[int]:
 def trimmed(
     layers: list[nn.Module], box: Box, height: int, width: int
 ) -> tuple[Box, list[nn.Module]]:
-    """What of an image [..., height, width] the layers need for a box of it, and the layers, each
-    followed by its `Trim`.
+    """Return the box of an image [..., height, width] to start from, and the layers with `Trim`s.
 
-    The last gives the box alone, in its own, larger pixels.
+    The last layer's output is the box alone, in its own, larger pixels.
     """
     first, *rest = margins(layers)
-    start = held = box.grown(first, height, width)
+    start = outer = box.grown(first, height, width)
     out: list[nn.Module] = []
     for layer, margin in zip(layers, rest, strict=True):
         if isinstance(layer, Upsample):
-            box, held, height, width = box.times(2), held.times(2), 2 * height, 2 * width
-        kept = box.grown(margin, height, width)
+            box, outer, height, width = box.times(2), outer.times(2), 2 * height, 2 * width
+        inner = box.grown(margin, height, width)
         out.append(layer)
-        if kept != held:
-            out.append(Trim(held, kept))
-        held = kept
+        if inner != outer:
+            out.append(Trim(outer, inner))
+        outer = inner
     return start, out
 
 
@@ -150,22 +142,20 @@ def decode_frames(
     convert: Callable[[Tensor], Frames],
     on_part: Callable[[int, int], None] | None = None,
 ) -> Iterator[Frames]:
-    """Decode in tiles: uint8 [n, H, W, 3], the first frame alone, then four at a time, in the order
-    of time.
+    """Decode in tiles: yield uint8 [n, H, W, 3] in order, the first frame alone, then four each.
 
-    A tile is decoded through all its frames before the next begins, so that one tile's memory of
-    the past is held at a time; the frames come while the last tile is decoded. Beside them, in RAM:
-    the video as uint8, and the kept features, dim * 4 floats per latent pixel (22 MB per latent
-    frame at 1280*720).
+    A tile is decoded through all its frames before the next, so one tile's memory of past frames is
+    held at a time; frames are yielded while the last tile is decoded. RAM also holds the video as
+    uint8, and the features: dim * 4 floats per latent pixel (22 MB per latent frame at 1280*720).
 
     Args:
         latent: [1, z, t, h, w], normalised, on the VAE's device.
-        tile: the longest side of a tile, in pixels of the video; one as large as the frame is the
-            frame, bit-equal to a whole decode.
-        convert: turns a part of the video [1, 3, n, height, width] in -1..1, not clamped, into
-            uint8 [n, height, width, 3]. It may raise, where a value is NaN.
-        on_part: told (done, in all) after each part, which is one latent frame of one tile. What it
-            raises ends the decode.
+        tile: the longest side of a tile, in pixels of the video. A tile as large as the frame is
+            bit-equal to a full decode.
+        convert: [1, 3, n, height, width] in -1..1, not clamped -> uint8 [n, height, width, 3]. It
+            may raise where a value is NaN.
+        on_part: called with (done, total) after each latent frame of each tile. What it raises ends
+            the decode.
 
     Raises:
         RequestError: for a tile below 64 pixels.
@@ -176,16 +166,16 @@ def decode_frames(
     steps, height, width = latent.shape[2:]
     stride, scale = vae.config.temporal_stride, vae.config.spatial_stride
     boxes = tiles(vae.config, height * scale, width * scale, tile)
-    whole, local = halves(vae)
-    features = list(_features(vae, whole, latent))
+    full, local = halves(vae)
+    features = list(_features(vae, full, latent))
     video = np.empty((1 + stride * (steps - 1), height * scale, width * scale, 3), dtype=np.uint8)
     for number, box in enumerate(boxes):
-        place = box.times(scale)
+        target = box.times(scale)
         end = 0
         for step, part in enumerate(_tile(local, features, box, height, width, latent.device)):
             frames = convert(part)
             start, end = end, end + len(frames)
-            video[start:end, place.top : place.bottom, place.left : place.right] = frames
+            video[start:end, target.top : target.bottom, target.left : target.right] = frames
             if on_part is not None:
                 on_part(number * steps + step + 1, len(boxes) * steps)
             if number == len(boxes) - 1:
@@ -193,9 +183,7 @@ def decode_frames(
 
 
 def _features(vae: WanVAE, layers: list[nn.Module], latent: Tensor) -> Iterator[Tensor]:
-    """What the layers before the first doubling give, in RAM: [1, C, 1, h, w] for each latent
-    frame.
-    """
+    """The features before the first doubling, in RAM: [1, C, 1, h, w] for each latent frame."""
     state: State = {}
     for chunk in vae.chunks(latent):
         for part in stream(layers, chunk, state):
@@ -213,6 +201,6 @@ def _tile(
     """One tile of the video, [1, 3, 1 or 4, H, W] for each latent frame."""
     shown, layers = trimmed(layers, box, height, width)
     state: State = {}
-    for whole in features:
-        part = whole[..., shown.top : shown.bottom, shown.left : shown.right].to(device)
+    for frame in features:
+        part = frame[..., shown.top : shown.bottom, shown.left : shown.right].to(device)
         yield torch.cat(list(stream(layers, part, state)), dim=2)
