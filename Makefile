@@ -6,7 +6,7 @@ PROMPT ?= a large red star moves right on a blue background
 OUT ?= out/demo.mp4
 COUNT ?= 2000
 
-.PHONY: help install demo test coverage test-distributed fuzz check format bench nano clean
+.PHONY: help install demo test coverage test-distributed fuzz check format reference bench nano clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -45,6 +45,9 @@ check: install   ## format, lint, types, tests
 format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+reference: install  ## docs/reference/cli.md, from the declarations of flags and settings
+	$(BIN)/python -m wanflow.cli.reference > docs/reference/cli.md
 
 bench: install   ## beside diffusers, on this CPU; the last line of output is JSON
 	$(BIN)/python benchmarks/diffusers_cpu.py

@@ -120,9 +120,9 @@ def parse_lora(text: str) -> Lora:
 class Request:
     """What to make. None leaves a value to the model's own default (see `complete`)."""
 
-    prompt: str = setting(group="main", help="what the video shows")
+    prompt: str = setting(group="main", metavar="TEXT", help="what the video shows")
     negative_prompt: str | None = setting(
-        None, group="video", help='what to steer away from; "" for nothing'
+        None, group="video", metavar="TEXT", help='what to steer away from; "" for nothing'
     )
     size: str | tuple[int, int] | None = setting(
         None, group="main", metavar="WIDTH*HEIGHT", help="multiples of 16"

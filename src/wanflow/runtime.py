@@ -51,7 +51,7 @@ class Runtime:
         flag="offload_model",
         negated=True,
         metavar="BOOL",
-        help="keep only the active expert on the device, not both",
+        help="keep only the active expert resident (keep_experts in Python: the opposite)",
     )
     cfg_batch: bool | None = setting(
         None,

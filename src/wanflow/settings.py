@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wanflow.config import RequestError
 
+NO_LIMIT = 2**31  # a limit this large is not worth a word
 WORDS = {int: "integer", float: "number", bool: "boolean", str: "string", tuple: "array"}
 
 
@@ -57,7 +58,9 @@ class Setting:
         if self.range is None or kind is None:
             return kind or ("a list of texts" if self.kind is tuple else "text")
         low, high = self.range
-        return f"{kind} from {low:,} to {high:,}" if high < math.inf else f"{kind}, {low:,} or more"
+        if high < NO_LIMIT:
+            return f"{kind} from {low:,} to {high:,}"
+        return f"{kind}, {low:,} or more" if low > -NO_LIMIT else kind
 
     def check(self, value: Any) -> None:
         """Raise RequestError for a value that is invalid."""

@@ -36,8 +36,8 @@ from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokeniz
 from wanflow.checkpoint.published import EXPERT_FP8, T5_FP8
 from wanflow.checkpoint.source import OfficialSource, Part, open_part, open_source
 from wanflow.checkpoint.structure import build
-from wanflow.cli import weights as command
-from wanflow.cli.flags import Parser
+from wanflow.cli import command_parser
+from wanflow.cli import convert as command
 from wanflow.config import DiTConfig
 from wanflow.convert import configs, write, write_gguf
 from wanflow.convert.convert import convert, open_model
@@ -740,10 +740,8 @@ def test_progress_ends_at_the_whole(exact: Path, tmp_path: Path) -> None:
 # the command
 
 
-def parse(*argv: str) -> argparse.Namespace:
-    parser = Parser(prog="wanflow")
-    command.add_to(parser.add_subparsers(dest="command", parser_class=Parser))
-    return parser.parse_args(argv)
+def parse(name: str, *argv: str) -> argparse.Namespace:
+    return command_parser(name).parse_args(argv)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor
 import wanflow
 from wanflow.checkpoint import published as catalogue
 from wanflow.checkpoint.values import BadValuesError, check_values, extremes, finite
-from wanflow.cli import weights as command
-from wanflow.cli.flags import Parser
+from wanflow.cli import command_parser
+from wanflow.cli import inspect as command
 from wanflow.config import RequestError
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.targets import options
@@ -43,10 +43,8 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(NANO, tmp_path / "model"))
 
 
-def parse(*argv: str) -> argparse.Namespace:
-    parser = Parser(prog="wanflow")
-    command.add_to(parser.add_subparsers(dest="command", parser_class=Parser))
-    return parser.parse_args(argv)
+def parse(name: str, *argv: str) -> argparse.Namespace:
+    return command_parser(name).parse_args(argv)
 
 
 def rows(found: Findings) -> dict[str, Row]:
@@ -505,9 +503,9 @@ def full() -> Iterator[Path]:
 TIMED = """
 import argparse, json, sys, time
 import torch
-from wanflow.cli import weights
+from wanflow.cli import inspect
 start = time.process_time()
-weights.inspect(argparse.Namespace(path=sys.argv[1], json=True, hash=False, check=False))
+inspect.inspect(argparse.Namespace(path=sys.argv[1], json=True, hash=False, check=False))
 print(json.dumps({"seconds": time.process_time() - start}), file=sys.stderr)
 """
 

@@ -65,7 +65,7 @@ from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokeniz
 from wanflow.checkpoint.source import open_source
 from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.checkpoint.values import BadValuesError, check_values
-from wanflow.cli import weights as command
+from wanflow.cli import inspect as command
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.lora.reader import read_adapter
 from wanflow.models.dit import WanDiT

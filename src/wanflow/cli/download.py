@@ -23,7 +23,14 @@ def download_flags(p: Parser) -> None:
     what = p.add_argument_group("what")
     what.add_argument("--variant", default="official", metavar="NAME", help=", ".join(VARIANTS))
     what.add_argument("--repo", metavar="OWNER/NAME", help="all files of another repository")
-    what.add_argument("--only", nargs="+", choices=ROLES, default=[], help="some parts of it")
+    what.add_argument(
+        "--only",
+        nargs="+",
+        choices=ROLES,
+        default=[],
+        metavar="PART",
+        help=f"some of {', '.join(ROLES)}",
+    )
     what.add_argument("--revision", metavar="NAME", help="a branch, tag or commit")
     what.add_argument("--list", action="store_true", help="list the variants and their sizes")
     where = p.add_argument_group("where to, where from")

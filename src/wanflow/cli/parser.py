@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
@@ -35,7 +36,7 @@ class HelpAll(argparse._HelpAction):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         assert isinstance(parser, Parser)
-        parser._print_message(parser.format_all())
+        parser._print_message(parser.format_all(), sys.stdout)
         parser.exit()
 
 
@@ -59,7 +60,8 @@ class Parser(argparse.ArgumentParser):
             word = unknown[1].split()[0]
             message = f"unknown argument {word}{did_you_mean(word, self._option_string_actions)}"
         message = re.sub(r"^argument (-\S+?)(?:/\S+)?: ", r"\1: ", message)
-        raise RequestError(f"{message} ({self.prog} --help lists the flags)")
+        help_flag = "--help-all" if self.brief else "--help"
+        raise RequestError(f"{message} ({self.prog} {help_flag} lists the flags)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an unknown flag is refused by the parser of its command."""
@@ -74,12 +76,12 @@ class Parser(argparse.ArgumentParser):
         """Return the help; if brief, the flags after the first group by name only."""
         if not self.brief:
             return self.format_all()
-        first, *others = self._flag_groups()
+        first, *others = self.flag_groups()
         formatter = self._begin()
         self._explain(formatter, [first])
         lines = []
         for group in others:
-            names = " ".join(flag.option_strings[0] for flag in _shown(group._group_actions))
+            names = " ".join(flag.option_strings[0] for flag in shown_actions(group))
             title = f"{group.title}: "
             lines += textwrap.wrap(title + names, WIDTH - 2, subsequent_indent="    ")
         more = textwrap.indent("\n".join(lines), "  ")
@@ -88,7 +90,7 @@ class Parser(argparse.ArgumentParser):
     def format_all(self) -> str:
         """Return every flag explained."""
         formatter = self._begin()
-        self._explain(formatter, self._flag_groups())
+        self._explain(formatter, self.flag_groups())
         return formatter.format_help()
 
     def _begin(self) -> argparse.HelpFormatter:
@@ -112,14 +114,15 @@ class Parser(argparse.ArgumentParser):
             formatter.add_arguments(group._group_actions)
             formatter.end_section()
 
-    def _flag_groups(self) -> list[argparse._ArgumentGroup]:
+    def flag_groups(self) -> list[argparse._ArgumentGroup]:
         """Return the groups that hold something; a command's own come before argparse's two."""
         positionals, options, *own = self._action_groups
-        return [group for group in (positionals, *own, options) if _shown(group._group_actions)]
+        return [group for group in (positionals, *own, options) if shown_actions(group)]
 
 
-def _shown(actions: Iterable[argparse.Action]) -> list[argparse.Action]:
-    return [action for action in actions if action.help != argparse.SUPPRESS]
+def shown_actions(group: argparse._ArgumentGroup) -> list[argparse.Action]:
+    """Return the flags of a group that help and the reference page show."""
+    return [action for action in group._group_actions if action.help != argparse.SUPPRESS]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

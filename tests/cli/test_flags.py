@@ -1,0 +1,179 @@
+"""Flags are made from settings, help fits a terminal, and typos get a suggestion."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wanflow.cli import COMMANDS, build_parser, command_parser, main
+from wanflow.cli.parser import settings_from
+from wanflow.cli.reference import page
+from wanflow.config import RequestError
+from wanflow.presets import T2V_A14B
+from wanflow.request import CompleteRequest, Request
+from wanflow.runtime import Runtime
+from wanflow.settings import Setting, json_schema, settings_of
+
+ROOT = Path(__file__).parents[2]
+# What belongs to the command and not to a video: files, weights, processes, official spellings.
+OWN = {
+    *("-h", "--help", "--help-all"),
+    *("--ckpt_dir", "--high", "--low", "--t5", "--vae", "--tokenizer"),
+    *("--save_file", "--overwrite", "--contact_sheet", "--resume", "--force"),
+    *("--gpus", "--timeout", "--parallel", "--preset", "--sample_guide_scale"),
+    *("--task", "--t5_fsdp", "--convert_model_dtype", "--use_prompt_extend"),
+    *("--prompt_extend_method", "--prompt_extend_model", "--prompt_extend_target_lang"),
+    *("--image", "--audio", "--enable_tts", "--tts_prompt_audio", "--tts_prompt_text"),
+    *("--tts_text", "--pose_video", "--start_from_ref", "--infer_frames", "--num_clip"),
+    *("--src_root_path", "--refert_num", "--replace_flag", "--use_relighting_lora"),
+}
+SETTINGS = [
+    (cls, one) for cls in (Request, Runtime) for one in settings_of(cls).values() if one.flags
+]
+
+
+def test_no_flag_of_generate_exists_that_no_field_made() -> None:
+    flags = set(command_parser("generate")._option_string_actions)
+    made = {f"--{flag}" for _, one in SETTINGS for flag in one.flags}
+    assert flags == made | OWN and not made & OWN
+
+
+def some(one: Setting) -> tuple[str, Any]:
+    """A word for a flag, and the value of its field, which is not the default."""
+    if one.switch:
+        return "", True
+    if one.choices:
+        choice = next(c for c in reversed(one.choices) if c != one.default)
+        return choice, choice
+    if one.kind is bool:
+        return "true", not one.negated
+    if one.kind is tuple:
+        return "a b", ("a", "b")
+    number = 3 if one.range is None or one.range[1] > 3 else 1
+    return str(number), one.kind(number)
+
+
+@pytest.mark.parametrize(("cls", "one"), SETTINGS, ids=lambda value: getattr(value, "name", ""))
+def test_a_flag_sets_its_field(cls: type, one: Setting) -> None:
+    parser = command_parser("generate")
+    word, value = some(one)
+    assert settings_from(cls, parser.parse_args([])) == {}
+    for flag in one.flags:
+        found = settings_from(cls, parser.parse_args([f"--{flag}", *word.split()]))
+        assert found == {one.name: value} and type(found[one.name]) is type(value)
+    one.check(value)
+
+
+@pytest.mark.parametrize(("cls", "one"), SETTINGS, ids=lambda value: getattr(value, "name", ""))
+def test_a_value_of_another_type_or_outside_the_range_is_refused(cls: type, one: Setting) -> None:
+    wrong: list[Any] = [object()]
+    if one.range is not None:
+        wrong += [one.range[0] - 1, float("nan"), True, "3"]
+        wrong += [] if one.range[1] == math.inf else [one.range[1] * 2]
+    wrong += ["another"] if one.choices else []
+    for value in wrong:
+        with pytest.raises(RequestError, match=one.name):
+            one.check(value)
+        with pytest.raises(RequestError):
+            if cls is Runtime:
+                Runtime(**{one.name: value})
+            else:
+                Request(**{"prompt": "a", one.name: value}).complete(T2V_A14B)
+
+
+def test_every_value_of_a_complete_request_is_declared_by_the_request() -> None:
+    assert {*settings_of(Request)} - {"lora_from"} == set(CompleteRequest.__dataclass_fields__)
+    assert {*settings_of(Runtime)} == set(Runtime.__dataclass_fields__)
+    with pytest.raises(RequestError, match="frame_num"):
+        CompleteRequest(**{**vars(Request("a").complete(T2V_A14B)), "frame_num": None})
+
+
+def test_the_schema_says_what_the_checks_say() -> None:
+    schema = json_schema(Request)
+    assert schema["required"] == ["prompt"] and not schema["additionalProperties"]
+    assert schema["properties"]["sample_solver"]["enum"] == ["unipc", "dpm++", "euler", None]
+    steps = schema["properties"]["sample_steps"]
+    assert (steps["type"], steps["minimum"], steps["maximum"]) == (["integer", "null"], 1, 1000)
+    assert json_schema(Runtime)["properties"]["lora"]["default"] == "live"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_grouped_and_fits_80_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = command_parser(name)
+    for text in (parser.format_help(), parser.format_all()):
+        assert COMMANDS[name].example in text
+        assert max(map(len, text.splitlines())) <= 80
+    first, *_ = parser.flag_groups()
+    if COMMANDS[name].brief:
+        assert len(first._group_actions) == 5
+        assert len(parser.format_help().splitlines()) < 50
+        with pytest.raises(SystemExit):
+            main([name, "--help-all"])
+        assert capsys.readouterr().out == parser.format_all()
+    for action in parser._actions:
+        assert action.help, action.dest
+        assert any(flag in parser.format_help() for flag in action.option_strings or "-") or (
+            action.help == "==SUPPRESS=="
+        )
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
+def test_wanflow_alone_shows_every_command_with_an_example(
+    argv: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == code
+    shown = capsys.readouterr().out
+    assert all(name in shown and one.example in shown for name, one in COMMANDS.items())
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ("genrate", "generate"),
+        ("donwload", "download"),
+        ("generate --promt x", "--prompt"),
+        ("generate --ckpt-dir nano", "--ckpt_dir"),
+        ("generate --sample-steps=4", "--sample_steps"),
+        ("plan --numgpus 2", "--num_gpus"),
+        ("inspect x --chek", "--check"),
+    ],
+)
+def test_a_typo_gets_a_suggestion_in_one_line(
+    argv: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"did you mean {meant}?" in line
+
+
+def test_what_resembles_nothing_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--xyzzy"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_one_parser_of_all_commands_and_one_of_each_agree() -> None:
+    args = build_parser().parse_args(["generate", "--seed", "3"])
+    assert vars(args) == vars(command_parser("generate").parse_args(["--seed", "3"]))
+
+
+def test_help_and_refusals_import_no_torch() -> None:
+    for argv in (["generate", "--help"], ["generate", "--ckpt_dir", "nano"], ["plan", "--xyz"]):
+        code = (
+            "import sys; from wanflow.cli import main\n"
+            f"try: main({argv!r})\nexcept SystemExit: pass\n"
+            "assert 'torch' not in sys.modules and 'wanflow.cli.train' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    committed = ROOT / "docs/reference/cli.md"
+    assert committed.read_text(encoding="utf-8") == page(), "run `make reference`"
