@@ -1,11 +1,9 @@
-"""Containers of tensors: safetensors files, sharded folders, torch zips. A loader sees only a
-`TensorSource`.
+"""Containers of tensors: safetensors files and sharded folders, behind one `TensorSource`.
 
-Opening reads headers alone, so names, shapes and dtypes of 57 GB are known in milliseconds; `read`
-costs the memory of the one tensor it returns. Files come from strangers and from downloads that
-broke off: whatever is wrong with one ends in a single `RequestError` that names the file and what
-to do, no code in it is ever run, and no size that a header claims is believed before the file's own
-size bears it out.
+Opening reads headers alone, so the names, shapes and dtypes of 57 GB are known in milliseconds.
+`read` costs the memory of the one tensor it returns. Files come from strangers and from broken
+downloads. Any fault ends in one `RequestError` that names the file and what to do. No code in a
+file ever runs, and no size in a header counts before the file's own size confirms it.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from wanflow.transforms.packed import Packed
 HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
 CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
 VALUES = 1 << 20  # of a streamed piece: 4 MB in float32; larger ones leave the CPU's cache
+MOST_VALUES = 1 << 48  # of a shape; torch multiplies the sides for the strides, even beside a 0
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 AGAIN = "download it again"
 
@@ -55,11 +54,11 @@ Report = Callable[[int, int], None]  # bytes read, bytes in all
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before its data is read.
+    """The header of a tensor.
 
-    A packed tensor (fp8 with a scale, GGUF blocks) names its `packing`, the bytes it takes in its
-    file and the shape of its scale, if that is a tensor of its own; `dtype` is then what it unpacks
-    into without loss.
+    A packed tensor (fp8 with a scale, GGUF blocks) has a `packing`, its bytes in the file, and the
+    shape of its scale if that is a tensor of its own. Its `dtype` is then what it unpacks into
+    without loss.
     """
 
     shape: tuple[int, ...]
@@ -102,11 +101,13 @@ class TensorSource(Headers, Protocol):
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
-        """The tensor in CPU memory of its own, as stored or converted on the way; RequestError when
-        the file breaks off.
+        """Read a tensor into CPU memory of its own, as stored or converted on the way.
 
         Args:
-            rows: of its first side, these alone, and no others are read.
+            rows: of the first side; only these are read.
+
+        Raises:
+            RequestError: when the file breaks off.
         """
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
@@ -128,11 +129,36 @@ class TensorSource(Headers, Protocol):
         """
 
 
+@dataclass(frozen=True)
+class WrappedSource:
+    """A source that shows the tensors of another one in a different way."""
+
+    inner: TensorSource
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    @property
+    def container(self) -> str:
+        return self.inner.container
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.inner.files
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.inner.metadata
+
+
+# reading files
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever the system refuses (permission, a broken disk, an impossible name) becomes a
-    RequestError that names the file.
-    """
+    """Turn what the system refuses (permission, a broken disk) into a RequestError."""
     try:
         yield
     except OSError as error:
@@ -142,7 +168,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def refuse_unreadable(path: Path) -> int:
-    """The size in bytes of a regular file that may be read; a RequestError for anything else."""
+    """Return the size in bytes of a readable regular file; RequestError for anything else."""
     with reading(path):
         if not path.exists():
             raise RequestError(f"{path} is missing; {AGAIN}")
@@ -156,25 +182,24 @@ def refuse_unreadable(path: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file; a RequestError that names the file otherwise."""
+    """Return the JSON object in a small file; RequestError for any other content."""
     if refuse_unreadable(path) > HEADER_LIMIT:
         raise RequestError(f"{path} is too large for JSON that describes a model; {AGAIN}")
+    with reading(path):
+        data = path.read_bytes()
     try:
-        with reading(path):
-            return _json_object(path.read_bytes())
-    except RequestError:
-        raise
+        return _json_object(data)
     except ValueError as error:
         raise RequestError(f"{path} is not a JSON object ({error}); {AGAIN}") from None
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
-    """Parse; ValueError for what is not an object, nests absurdly, or names one key twice."""
+    """Parse an object; ValueError for other JSON, absurd nesting, or a key that is given twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if twice:
-            raise ValueError(f"the key {twice[0]!r} stands there twice")
+            raise ValueError(f"the key {twice[0]!r} is given twice")
         return dict(pairs)
 
     try:
@@ -182,14 +207,12 @@ def _json_object(data: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it nests too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("it holds something else")
+        raise ValueError(f"it holds a {type(value).__name__}")
     return value
 
 
 def fill(part: Tensor, file: FileIO, path: Path) -> None:
-    """Fill a contiguous tensor with the next bytes of an unbuffered file; a RequestError when it
-    breaks off.
-    """
+    """Fill a contiguous tensor from an unbuffered file; RequestError when the file breaks off."""
     view, done = part.view(torch.uint8).numpy().data, 0
     while done < len(view):  # one call reads at most 2 GB
         count = file.readinto(view[done:])
@@ -199,37 +222,37 @@ def fill(part: Tensor, file: FileIO, path: Path) -> None:
 
 
 def refuse_odd_names(path: Path, names: Iterable[str]) -> None:
-    """RequestError for a tensor whose name cannot be shown as it is: no program writes such names,
-    and no message repeats one.
-    """
-    odd = next((name for name in names if plain(name) != name), None)
-    if odd is not None:
-        raise RequestError(f"{path} is damaged: a tensor is called {odd!r}; {AGAIN}")
+    """Raise a RequestError for a tensor name that a terminal cannot show as it is."""
+    invalid = next((name for name in names if plain(name) != name), None)
+    if invalid is not None:
+        raise RequestError(f"{path} is damaged: a tensor is called {invalid!r}; {AGAIN}")
+
+
+def impossible(shape: Sequence[int]) -> bool:
+    """Return whether a shape is larger than any tensor, even where one side is 0."""
+    return math.prod(max(side, 1) for side in shape) >= MOST_VALUES
 
 
 def read_plain(
-    path: Path, info: TensorInfo, place: int, dtype: torch.dtype | None, rows: slice | None = None
+    path: Path, info: TensorInfo, start: int, dtype: torch.dtype | None, rows: slice | None = None
 ) -> Tensor:
-    """A tensor whose bytes begin at `place` of a file, or some of its rows, as stored or converted
-    a chunk at a time.
-    """
+    """Read a tensor, or some rows, whose bytes begin at `start`; converted a chunk at a time."""
     if rows is not None:
-        start, stop, _ = rows.indices(info.shape[0])
-        place += start * math.prod(info.shape[1:]) * info.dtype.itemsize
-        info = replace(info, shape=(max(0, stop - start), *info.shape[1:]))
+        first, last, _ = rows.indices(info.shape[0])
+        start += first * math.prod(info.shape[1:]) * info.dtype.itemsize
+        info = replace(info, shape=(max(0, last - first), *info.shape[1:]))
     out = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
-    stored = (
-        out
-        if out.dtype == info.dtype
-        else torch.empty(min(CHUNK, info.nbytes) // info.dtype.itemsize, dtype=info.dtype)
-    )
+    stored = out
+    if out.dtype != info.dtype:
+        size = min(CHUNK, info.nbytes) // info.dtype.itemsize
+        stored = torch.empty(size, dtype=info.dtype)
     with reading(path), path.open("rb", buffering=0) as file:
-        file.seek(place)
-        for start in range(0, len(out), max(1, len(stored))):
-            part = stored[: len(out) - start]
+        file.seek(start)
+        for done in range(0, len(out), max(1, len(stored))):
+            part = stored[: len(out) - done]
             fill(part, file, path)
             if stored is not out:
-                out[start : start + len(part)] = part
+                out[done : done + len(part)] = part
     return out.view(info.shape)
 
 
@@ -270,8 +293,9 @@ def stream_packed(packed: Packed) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """One `.safetensors` file. Data is read, not mapped: a file that shrinks meanwhile is an error,
-    not a crash.
+    """One `.safetensors` file.
+
+    Data is read, not mapped: a file that shrinks meanwhile is an error, not a crash.
     """
 
     path: Path
@@ -306,12 +330,11 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         RequestError: naming the file, for a truncated, oversized, inconsistent or foreign file.
     """
     size = refuse_unreadable(path)
+    broken = f"{path} is not a safetensors file, or its header is damaged"
     with reading(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > HEADER_LIMIT:
-            raise RequestError(
-                f"{path} is not a safetensors file, or its first bytes are damaged; {AGAIN}"
-            )
+            raise RequestError(f"{broken}; {AGAIN}")
         if 8 + length > size:
             raise RequestError(
                 f"{path} is cut off: its header of {length:,} bytes does not fit into {size:,};"
@@ -325,13 +348,11 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             raise ValueError("its metadata is not an object")
         tensors, starts, end = _layout(header)
     except ValueError as error:
-        raise RequestError(
-            f"{path} is not a safetensors file, or its header is damaged ({error}); {AGAIN}"
-        ) from None
+        raise RequestError(f"{broken} ({error}); {AGAIN}") from None
     if 8 + length + end != size:
         state = "cut off" if 8 + length + end > size else "longer than it should be"
         raise RequestError(
-            f"{path} is {state}: {size:,} bytes, and its header speaks of {8 + length + end:,};"
+            f"{path} is {state}: {size:,} bytes, and its header describes {8 + length + end:,};"
             f" {AGAIN}"
         )
     refuse_odd_names(path, tensors)
@@ -341,9 +362,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, int], int]:
-    """Shapes, first bytes and total bytes that a header describes; ValueError unless they tile the
-    data exactly.
-    """
+    """Return the infos, first bytes and total bytes in a header; ValueError for gaps or overlaps."""
     tensors: dict[str, TensorInfo] = {}
     starts: dict[str, int] = {}
     spans = []
@@ -354,15 +373,12 @@ def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, in
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
         if not (_counts(shape) and _counts(span) and len(span) == 2):
-            raise ValueError(f"{name} has a shape or place that is no list of counts")
-        # Bounded even where one side is 0: torch multiplies the sides up for the strides.
-        if math.prod(max(side, 1) for side in shape) >= 1 << 48:
+            raise ValueError(f"{name} has a shape or offsets that are not lists of counts")
+        if impossible(shape):
             raise ValueError(f"{name} has an impossible shape")
         info = TensorInfo(tuple(shape), DTYPES[dtype])
         if span[1] - span[0] != info.nbytes:
-            raise ValueError(
-                f"{name} takes {info.nbytes:,} bytes and is given {span[1] - span[0]:,}"
-            )
+            raise ValueError(f"{name} takes {info.nbytes:,} bytes and has {span[1] - span[0]:,}")
         tensors[name], starts[name] = info, span[0]
         spans.append((span[0], span[1]))
     end = 0
@@ -413,15 +429,13 @@ class ShardedFolder:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that a model's folder needs, there or not: its index and the shards that names, or
-    one file with everything.
+    """Return the files that a model's folder needs: an index and its shards, or a single file.
 
     `diffusion_pytorch_model.safetensors.index.json` comes first; one variant of it (`-bf16`,
-    `.fp16`) serves as well.
+    `.fp16`) serves as well. A file in the list may be missing.
 
     Raises:
-        RequestError: when there are several models, or the index is broken or points out of the
-            folder.
+        RequestError: for several models, or an index that is broken or leads out of the folder.
     """
     indexes = sorted(
         file
@@ -431,8 +445,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = _only(indexes, folder / INDEX)
     if index is not None:
         return [index, *_indexed(index, _weight_map(index))]
-    whole = sorted(file for file in folder.glob("*.safetensors") if "-of-" not in file.name)
-    return [_only(whole, folder / "diffusion_pytorch_model.safetensors") or folder / INDEX]
+    single = sorted(file for file in folder.glob("*.safetensors") if "-of-" not in file.name)
+    return [_only(single, folder / "diffusion_pytorch_model.safetensors") or folder / INDEX]
 
 
 def _only(files: list[Path], preferred: Path) -> Path | None:
@@ -441,7 +455,7 @@ def _only(files: list[Path], preferred: Path) -> Path | None:
     if len(files) > 1:
         raise RequestError(
             f"{preferred.parent} holds several models: {', '.join(file.name for file in files)};"
-            " keep one of them"
+            " move all but one away"
         )
     return files[0] if files else None
 
@@ -458,7 +472,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _indexed(index: Path, mapping: dict[str, str]) -> list[Path]:
-    """The shards an index names; each must be a file of the index's own folder."""
+    """Return the shards that an index names; each must be a file of the index's folder."""
     home = index.parent.resolve()
     cache = (
         home.parents[2] if len(home.parents) > 2 and home.parents[1].name == "snapshots" else None
@@ -466,19 +480,18 @@ def _indexed(index: Path, mapping: dict[str, str]) -> list[Path]:
     files = []
     for name in sorted(set(mapping.values())):
         file = index.parent / name
-        plain = name == file.name and not set(name) & set('/\\:*?"<>|\0')
-        if not plain or not name.endswith(".safetensors"):
+        simple = name == file.name and not set(name) & set('/\\:*?"<>|\0')
+        if not simple or not name.endswith(".safetensors"):
             raise RequestError(
                 f"{index} names {name!r}, which is not a safetensors file of its own folder;"
                 f" {AGAIN}"
             )
         real = Path(os.path.realpath(file))
-        # Hugging Face's cache links every file of a snapshot to its blobs folder; nothing else may
-        # lead outside.
+        # Only Hugging Face's cache may lead outside: it links each snapshot's files to its blobs.
         if real.parent != home and not (cache and real.parent == cache / "blobs"):
             raise RequestError(
                 f"{file} is a link out of its folder, to {real}; put the file itself there, or link"
-                " the whole folder"
+                " the folder"
             )
         files.append(file)
     return files
@@ -504,15 +517,15 @@ def open_folder(folder: Path) -> TensorSource:
     for name, file in mapping.items():
         if name not in shards[file].tensors:
             raise RequestError(
-                f"{folder / file} lacks {name}, which {index.name} promises; index and shards are"
-                " of different downloads"
+                f"{folder / file} lacks {name}, which {index.name} lists; index and shards are of"
+                f" different downloads; {AGAIN}"
             )
     for file, shard in shards.items():
         extra = [name for name in shard.tensors if mapping.get(name) != file]
         if extra:
             raise RequestError(
-                f"{folder / file} holds {extra[0]}, not so in {index.name}; index and shards are of"
-                " different downloads"
+                f"{folder / file} holds {extra[0]}, which {index.name} puts elsewhere; index and"
+                f" shards are of different downloads; {AGAIN}"
             )
     sources = {name: shards[file] for name, file in mapping.items()}
     return ShardedFolder(

@@ -1,68 +1,50 @@
-"""fp8 weights with the scales that give them their size back, in every spelling in which ComfyUI
-and its relatives write them.
+"""fp8 weights and their scales, in every spelling of ComfyUI and its relatives.
 
-A scaled weight is `X.weight` in float8 and a scale beside it, `X.scale_weight` (old) or
-`X.weight_scale` (new); what it stands for is their product. A file says that its weights are scaled
-by an empty tensor `scaled_fp8` (old), by `X.comfy_quant` (new: JSON as bytes) or by
-`_quantization_metadata` in its header (new). Without its scale a weight is of the wrong size by a
-factor of hundreds, and the video white or noise; so a missing scale is an error. A file whose
-weights were merely rounded to fp8 has no scale anywhere.
+A scaled weight is `X.weight` in float8 times a scale, `X.scale_weight` (old) or `X.weight_scale`
+(new). A file declares scaled weights by an empty tensor `scaled_fp8` (old), by `X.comfy_quant`
+(new: JSON as bytes) or by `_quantization_metadata` in its header (new). Without its scale a weight
+is wrong by a factor of hundreds, and the video is white or noise, so a missing scale is an error.
+A file whose weights were only rounded to fp8 has no scales.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wanflow.checkpoint.containers import TensorInfo, TensorSource, stream_packed
+from wanflow.checkpoint.containers import (
+    AGAIN,
+    TensorInfo,
+    TensorSource,
+    WrappedSource,
+    stream_packed,
+)
 from wanflow.config import RequestError
 from wanflow.transforms.packed import Packed
 
 KINDS = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 SCALES = (".scale_weight", ".weight_scale")
-# Scales of activations and notes on how to multiply: for fp8 matmuls, which are not used here.
+# Scales of activations and notes for fp8 matmuls, which wanflow does not use.
 ASIDE = (".scale_input", ".input_scale", ".comfy_quant")
 SENTINEL = "scaled_fp8"
 HEADER = "_quantization_metadata"
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
-# A weight that is scaled to fill fp8's range reaches its end; of the published weights none comes
-# near this.
+# A weight that is scaled to fill fp8's range exceeds this; no published weight comes near it.
 SUSPICIOUS = 100.0
 NOTE_LIMIT = 1 << 16  # bytes of a `comfy_quant` note; real ones have under a hundred
 
 
 @dataclass(frozen=True)
-class ScaledSource:
-    """A source whose fp8 weights are packed tensors, each with its scale; scales and notes are no
-    tensors of their own any more.
-    """
+class ScaledSource(WrappedSource):
+    """A source whose fp8 weights are packed tensors with their scales; it hides scales and notes."""
 
-    inner: TensorSource
-    tensors: Mapping[str, TensorInfo]
     scales: Mapping[str, str]  # weight -> its scale's name in `inner`
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
-
-    @property
-    def container(self) -> str:
-        return self.inner.container
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self.inner.files
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.inner.metadata
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
@@ -83,7 +65,7 @@ class ScaledSource:
         if not torch.isfinite(scale).all() or not scale.all():
             raise RequestError(
                 f"{self.path}: the scale {self.scales[name]} is zero, NaN or infinite; the file is"
-                " damaged"
+                f" damaged; {AGAIN}"
             )
         if scale.ndim == 1:
             scale = scale.view(()) if scale.numel() == 1 else scale.view(-1, 1)
@@ -97,26 +79,23 @@ class ScaledSource:
         return stream_packed(self.packed(name))
 
     def _refuse_if_scaled(self, name: str, data: Tensor) -> None:
-        largest = (
-            data.float().nan_to_num(posinf=LARGEST["F8_E5M2"]).abs().amax()
-            if data.numel()
-            else torch.zeros(())
-        )
+        if not data.numel():
+            return
+        largest = float(data.float().nan_to_num(posinf=LARGEST["F8_E5M2"]).abs().amax())
         if largest > SUSPICIOUS:
             raise RequestError(
-                f"{self.path}: the fp8 weight {name} reaches {float(largest):g}, as only scaled"
-                f" weights do, and its scale is missing ({name.removesuffix('.weight')}{SCALES[0]}"
-                f" or {SCALES[1]}); download the file again, or another one"
+                f"{self.path}: the fp8 weight {name} reaches {largest:g}, as only scaled weights"
+                f" do, and its scale is missing ({name.removesuffix('.weight')}{SCALES[0]} or"
+                f" {SCALES[1]}); {AGAIN}, or take another file"
             )
 
 
 def pair_scales(source: TensorSource) -> TensorSource:
-    """The source itself where it has no fp8 weights, else one in which each stands together with
-    its scale.
+    """Return a source that joins each fp8 weight with its scale; the same source without fp8.
 
     Raises:
-        RequestError: where a scale is missing, does not fit, or has no weight; where weights are in
-            a format that is not read.
+        RequestError: for a scale that is missing, does not fit or has no weight, and for weights in
+            an unknown format.
     """
     found = source.tensors
     sentinel = [name for name in found if name == SENTINEL or name.endswith("." + SENTINEL)]
@@ -134,28 +113,9 @@ def pair_scales(source: TensorSource) -> TensorSource:
     }
     if not fp8 and not scale_of and not formats and not sentinel:
         return source
-    _refuse_foreign(source, formats, found)
-    scaled = bool(sentinel or scale_of or formats)
-    bare = sorted(
-        name for name in fp8 if scaled and name.endswith(".weight") and name not in scale_of
-    )
-    if bare:
-        raise RequestError(
-            f"{source.path}: {len(bare)} fp8 weights lack their scales"
-            f" ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}), and unscaled they would"
-            " give noise; download the file again, or another one"
-        )
-    for weight, name in scale_of.items():
-        if weight not in found:
-            raise RequestError(
-                f"{source.path}: the scale {name} has no weight; the file is damaged"
-            )
-        if not _fits(found[weight].shape, found[name].shape):
-            shapes = f"{list(found[name].shape)} for a weight of {list(found[weight].shape)}"
-            raise RequestError(
-                f"{source.path}: the scale {name} has the shape {shapes}, which fits no known way"
-                " of scaling"
-            )
+    _refuse_foreign(source, formats)
+    if sentinel or scale_of or formats:
+        _refuse_unscaled(source, fp8, scale_of)
     aside = {*scale_of.values(), *sentinel, *(name for name in found if name.endswith(ASIDE))}
     tensors = {
         name: _described(info, name in fp8, found.get(scale_of.get(name, "")))
@@ -165,6 +125,27 @@ def pair_scales(source: TensorSource) -> TensorSource:
     return ScaledSource(
         source, tensors, {weight: name for weight, name in scale_of.items() if weight in fp8}
     )
+
+
+def _refuse_unscaled(source: TensorSource, fp8: set[str], scale_of: Mapping[str, str]) -> None:
+    found = source.tensors
+    bare = sorted(name for name in fp8 if name.endswith(".weight") and name not in scale_of)
+    if bare:
+        raise RequestError(
+            f"{source.path}: {len(bare)} fp8 weights lack their scales"
+            f" ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}), and unscaled they would"
+            f" give noise; {AGAIN}, or take another file"
+        )
+    for weight, name in scale_of.items():
+        if weight not in found:
+            raise RequestError(
+                f"{source.path}: the scale {name} has no weight; the file is damaged; {AGAIN}"
+            )
+        if not _fits(found[weight].shape, found[name].shape):
+            raise RequestError(
+                f"{source.path}: the scale {name} has the shape {list(found[name].shape)} for a"
+                f" weight of {list(found[weight].shape)}, which fits no known way of scaling"
+            )
 
 
 def _described(info: TensorInfo, fp8: bool, scale: TensorInfo | None) -> TensorInfo:
@@ -177,7 +158,7 @@ def _described(info: TensorInfo, fp8: bool, scale: TensorInfo | None) -> TensorI
 
 
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
-    """One scale for all, one a row, or one for each block of a row."""
+    """Return whether a scale is one for all, one for each row, or one for each block of a row."""
     if scale in ((), (1,)):
         return True
     if len(weight) != 2 or scale[0] != weight[0]:
@@ -188,53 +169,48 @@ def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
 
 
 def _formats(source: TensorSource) -> dict[str, Any]:
-    """What a file says of its layers' formats: {layer: format}."""
+    """Return the formats that a file declares: {layer: format}."""
     formats: dict[str, Any] = {}
     try:
         layers = json.loads(source.metadata.get(HEADER, "{}"))
-        for layer, said in layers.get("layers", {}).items():
-            formats[layer] = said["format"]
+        for layer, note in layers.get("layers", {}).items():
+            formats[layer] = note["format"]
         for name, info in source.tensors.items():
             if name.endswith(".comfy_quant"):
                 if info.nbytes > NOTE_LIMIT or info.dtype != torch.uint8:
                     raise ValueError(f"{name} is no note")
-                said = json.loads(bytes(source.read(name).tolist()))
-                formats[name.removesuffix(".comfy_quant")] = said["format"]
+                note = json.loads(bytes(source.read(name).tolist()))
+                formats[name.removesuffix(".comfy_quant")] = note["format"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(
-            f"{source.path}: what it says of its quantisation cannot be read ({error}); the file is"
-            " damaged"
+            f"{source.path}: its notes on quantisation cannot be read ({error}); the file is"
+            f" damaged; {AGAIN}"
         ) from None
     return formats
 
 
-def _refuse_foreign(
-    source: TensorSource, formats: Mapping[str, Any], found: Mapping[str, TensorInfo]
-) -> None:
+def _refuse_foreign(source: TensorSource, formats: Mapping[str, Any]) -> None:
+    found = source.tensors
     for layer, name in formats.items():
         weight = found.get(f"{layer}.weight")
         if not isinstance(name, str) or name not in FORMATS:
             raise RequestError(
-                f"{source.path} holds weights in the format {name!r} ({layer}), which is not read;"
-                f" known are {', '.join(FORMATS)}, GGUF, and 16 and 32 bits"
+                f"{source.path} holds weights in the unknown format {name!r} ({layer}); known"
+                f" are {', '.join(FORMATS)}, GGUF, and 16 and 32 bits"
             )
         if weight is None or weight.dtype != FORMATS[name]:
             has = "has none" if weight is None else f"is {weight.dtype}"
             raise RequestError(
                 f"{source.path}: {layer} should have a weight in {name}, and {has}; the file is"
-                " damaged"
+                f" damaged; {AGAIN}"
             )
         if not any(f"{layer}{ending}" in found for ending in SCALES):
             raise RequestError(
-                f"{source.path}: the fp8 weight {layer}.weight lacks its scale; download the file"
-                " again, or another one"
+                f"{source.path}: the fp8 weight {layer}.weight lacks its scale; {AGAIN}, or"
+                " take another file"
             )
-    odd = [
-        name
-        for name, info in found.items()
-        if name.endswith(SCALES) and not info.dtype.is_floating_point
-    ]
-    if odd:
-        raise RequestError(
-            f"{source.path}: the scale {odd[0]} is {found[odd[0]].dtype}; the file is damaged"
-        )
+    for name, info in found.items():
+        if name.endswith(SCALES) and not info.dtype.is_floating_point:
+            raise RequestError(
+                f"{source.path}: the scale {name} is {info.dtype}; the file is damaged; {AGAIN}"
+            )

@@ -1,24 +1,22 @@
-"""Whatever holds weights becomes a `TensorSource` with official names: container, then scales, then
-dialect.
+"""Any file of weights becomes a `TensorSource` with official names: container, scales, dialect.
 
-What a file is, is told by what is in it: its first bytes, its tensors' names and shapes. Its name
-is never trusted.
+The content decides what a file is: its first bytes, its tensors' names and shapes. Its name is
+never trusted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wanflow.checkpoint.containers import (
     AGAIN,
-    TensorInfo,
     TensorSource,
+    WrappedSource,
     open_folder,
     open_safetensors,
     reading,
@@ -31,8 +29,9 @@ from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
 from wanflow.transforms.packed import Packed
 
-# One name, without prefix, that every file of a kind has in one of its dialects, and that no other
-# kind has.
+Part = str  # the name of an expert, "t5", "vae" or "tokenizer"
+
+# A name, without prefix, that every file of a kind has in one dialect, and no other kind has.
 MARKS: dict[str, Kind] = {
     "patch_embedding.weight": "dit",
     "token_embedding.weight": "t5",
@@ -41,6 +40,11 @@ MARKS: dict[str, Kind] = {
     "token_embd.weight": "t5",
     "decoder.conv1.weight": "vae",
     "decoder.conv_in.weight": "vae",
+}
+KIND_LABELS: dict[Kind, str] = {
+    "dit": "a diffusion transformer",
+    "t5": "a T5 text encoder",
+    "vae": "a VAE",
 }
 EMBEDDED = "spiece_model"  # the tensor of bytes in which ComfyUI's T5 files carry their tokenizer
 LORA_MARKS = (
@@ -55,23 +59,20 @@ LORA_MARKS = (
     ".dora_scale",
     ".set_weight",
 )
+WEB_PAGE = (
+    "is a web page and not weights: the download was refused or needs a login; download it again"
+)
 NOT_WEIGHTS = {
     b"version https://git-lfs": (
         "is a pointer of git lfs and not the file itself; fetch that with `git lfs pull`"
     ),
-    b"<!doctype html": (
-        "is a web page and not weights: the download was refused or needs a login; download it"
-        " again"
-    ),
-    b"<html": (
-        "is a web page and not weights: the download was refused or needs a login; download it"
-        " again"
-    ),
+    b"<!doctype html": WEB_PAGE,
+    b"<html": WEB_PAGE,
 }
 
 
 def open_source(path: Path) -> TensorSource:
-    """Open whatever holds tensors: safetensors, GGUF, a torch zip, or a folder of safetensors.
+    """Open any container of tensors: safetensors, GGUF, a torch zip, a folder of safetensors.
 
     Raises:
         RequestError: naming the file and what to do, for anything missing, broken or hostile.
@@ -84,39 +85,20 @@ def open_source(path: Path) -> TensorSource:
         start = file.read(24)
     if start[:4] == b"GGUF":
         return open_gguf(path)
-    if start[:2] == b"PK":
-        return pair_scales(open_torch(path))
     for mark, what in NOT_WEIGHTS.items():
         if start.lower().startswith(mark):
             raise RequestError(f"{path} {what}")
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
+    zipped = start[:2] == b"PK"
+    if not zipped and (start[8:9] == b"{" or path.suffix == ".safetensors"):
         return pair_scales(open_safetensors(path))
     return pair_scales(open_torch(path))
 
 
 @dataclass(frozen=True)
-class OfficialSource:
-    """One part of a model under its official names, whatever its file calls them."""
+class OfficialSource(WrappedSource):
+    """One part of a model under its official names."""
 
-    inner: TensorSource
-    tensors: Mapping[str, TensorInfo]
     names: Mapping[str, str]  # official -> in the file
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
-
-    @property
-    def container(self) -> str:
-        return self.inner.container
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self.inner.files
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.inner.metadata
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
@@ -131,7 +113,7 @@ class OfficialSource:
 
 
 def open_part(kind: Kind, path: Path) -> OfficialSource:
-    """A part of a model, in any container and dialect, under official names.
+    """Open a part of a model, in any container and dialect, under official names.
 
     Raises:
         RequestError: when the file is broken, or does not hold such a part.
@@ -140,21 +122,23 @@ def open_part(kind: Kind, path: Path) -> OfficialSource:
 
 
 def official(kind: Kind, source: TensorSource) -> OfficialSource:
-    """The part of `kind` in a source, under official names.
+    """Return the part of `kind` in a source, under official names.
 
     Raises:
         RequestError: when the source holds none.
     """
     held = kinds_in(source)
-    if held != [kind]:
-        what = {"dit": "an expert", "t5": "a UMT5 text encoder", "vae": "the Wan VAE"}
-        if kind not in held:
-            raise RequestError(f"{source.path} does not hold {what[kind]}, but {describe(source)}")
-    names = {name: strip(kind, name) for name in source.tensors}
-    if len(held) > 1:  # everything in one file: the prefixes tell the parts apart
+    if kind not in held:
+        raise RequestError(
+            f"{source.path} does not hold {KIND_LABELS[kind]}, but {describe(source)};"
+            " `wanflow inspect` shows what a file holds"
+        )
+    names = {
+        name: strip(kind, name) for name in source.tensors if name.rpartition(".")[2] != EMBEDDED
+    }
+    if len(held) > 1:  # one file for several parts: the prefixes tell them apart
         own = tuple(prefix for prefix in PREFIXES[kind] if prefix != "model.")
         names = {name: bare for name, bare in names.items() if name.startswith(own)}
-    names = {name: bare for name, bare in names.items() if name.split(".")[-1] != EMBEDDED}
     try:
         table = to_official(kind, names)
     except RequestError as error:
@@ -167,32 +151,26 @@ def official(kind: Kind, source: TensorSource) -> OfficialSource:
 
 
 def kinds_in(source: TensorSource) -> list[Kind]:
-    """Which parts of a model a source holds, told by its tensors' names."""
-    found: dict[Kind, None] = {}
-    for name in source.tensors:
-        for kind in PREFIXES:
-            if MARKS.get(strip(kind, name)) == kind:
-                found[kind] = None
-    return list(found)
+    """Return which parts of a model a source holds, by its tensors' names."""
+    found = (
+        kind for name in source.tensors for kind in PREFIXES if MARKS.get(strip(kind, name)) == kind
+    )
+    return list(dict.fromkeys(found))
 
 
 def is_lora(source: TensorSource) -> bool:
-    """Whether a source holds changes to a model rather than a model."""
+    """Return whether a source holds changes to a model rather than a model."""
     return not kinds_in(source) and any(
         mark in name for name in source.tensors for mark in LORA_MARKS
     )
 
 
 def describe(source: TensorSource) -> str:
-    """A few words on what a source holds instead of what was looked for."""
-    what = {"dit": "a diffusion transformer", "t5": "a T5 text encoder", "vae": "a VAE"}
-    held = [what[kind] for kind in kinds_in(source)]
+    """Return a few words on what a source holds."""
+    held = [KIND_LABELS[kind] for kind in kinds_in(source)]
     if held:
         return " and ".join(held)
     if is_lora(source):
         return "a LoRA (use it with --lora)"
     first = ", ".join(list(source.tensors)[:3])
     return f"something else (its tensors begin {first})" if first else f"nothing; {AGAIN}"
-
-
-Part = str  # the name of an expert, "t5", "vae" or "tokenizer"
