@@ -28,7 +28,14 @@ from wanflow.checkpoint.infer_config import (
     vae_shapes,
 )
 from wanflow.checkpoint.key_maps import Kind
-from wanflow.checkpoint.layouts import EXPERTS, PARTS, CheckpointFiles, config_beside, find, kind_of
+from wanflow.checkpoint.layouts import (
+    EXPERTS,
+    WEIGHTS,
+    CheckpointFiles,
+    config_beside,
+    find,
+    kind_of,
+)
 from wanflow.checkpoint.source import OfficialSource, Part, official, open_source
 from wanflow.checkpoint.structure import Config, check, module_of
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig, plain
@@ -307,7 +314,7 @@ def published(spec: ModelSpec = T2V_A14B) -> Checkpoint:
     """Return the official model, or one of other shapes, stored as the official files are."""
     checkpoint = Checkpoint(spec, {}, Path(spec.name), layout="published")
     sources = {}
-    for part in PARTS[:-1]:
+    for part in WEIGHTS:
         dtype = PUBLISHED_DTYPES[kind_of(part)]
         tensors = {
             name: TensorInfo(tuple(parameter.shape), dtype)

@@ -362,7 +362,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, int], int]:
-    """Return the infos, first bytes and total bytes in a header; ValueError for gaps or overlaps."""
+    """Return infos, first bytes and total bytes in a header; ValueError for gaps or overlaps."""
     tensors: dict[str, TensorInfo] = {}
     starts: dict[str, int] = {}
     spans = []

@@ -42,7 +42,7 @@ NOTE_LIMIT = 1 << 16  # bytes of a `comfy_quant` note; real ones have under a hu
 
 @dataclass(frozen=True)
 class ScaledSource(WrappedSource):
-    """A source whose fp8 weights are packed tensors with their scales; it hides scales and notes."""
+    """A source whose fp8 weights are packed with their scales; it hides scales and notes."""
 
     scales: Mapping[str, str]  # weight -> its scale's name in `inner`
 

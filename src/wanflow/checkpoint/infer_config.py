@@ -1,7 +1,6 @@
-"""The shape of a model's parts, read from their tensors; what a config says beside it must agree.
+"""Infer the shape of a model's parts from their tensors; a config must agree with them.
 
-What is built never exceeds what the files hold, and what the files hold is told from its relatives
-by its shapes.
+A model is never built larger than its files. Shapes also tell the model from its relatives.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from wanflow.presets import T2V_A14B
 
 ONLY = "wanflow runs Wan2.2-T2V-A14B (text to video)"
 SHEET = "wanflow.json"
-HEAD_DIM = 128  # of every published Wan model: how many heads there are, the tensors do not show
+HEAD_DIM = 128  # of every published Wan model; tensors do not show the number of heads
 
-# Relatives of the model, by the first thing that gives them away.
+# Relatives of the model, by the first thing that identifies them.
 BY_TYPE = {
     "i2v": "Wan I2V (image to video)",
     "ti2v": "Wan2.2-TI2V-5B",
@@ -43,30 +42,23 @@ C = TypeVar("C", DiTConfig, TextConfig, VAEConfig)
 
 
 def relative(source: TensorSource, config: Mapping[str, Any]) -> str | None:
-    """The name of the model that a DiT belongs to, where that is a relative of ours."""
+    """Return the name of the relative that a DiT belongs to; None for text to video."""
     kind, patches = config.get("model_type", "t2v"), source.tensors.get("patch_embedding.weight")
-    channels = (
-        patches.shape[1]
-        if patches is not None and len(patches.shape) == 5
-        else config.get("in_dim")
-    )
-    names = [
-        name
-        for mark, name in BY_TENSOR.items()
-        if any(key.startswith(mark) for key in source.tensors)
-    ]
+    known = patches is not None and len(patches.shape) == 5
+    channels = patches.shape[1] if patches is not None and known else config.get("in_dim")
     name = BY_CHANNELS.get(channels) if isinstance(channels, int) else None
     if channels == T2V_A14B.dit.in_dim and patches is not None:
         name = BY_WIDTH.get(patches.shape[0])
-    return (
-        name
-        or next(iter(names), None)
-        or (None if kind == "t2v" else BY_TYPE.get(str(kind), f"a model of type {kind!r}"))
-    )
+    if name:
+        return name
+    for mark, name in BY_TENSOR.items():
+        if any(key.startswith(mark) for key in source.tensors):
+            return name
+    return None if kind == "t2v" else BY_TYPE.get(str(kind), f"a model of type {kind!r}")
 
 
 def refuse_relatives(source: TensorSource, config: Mapping[str, Any]) -> None:
-    """RequestError, by name, for the DiT of a model that is not text to video."""
+    """Raise a RequestError that names the model, for a DiT that is not text to video."""
     name = relative(source, config)
     if name:
         raise RequestError(f"{source.path} holds {name}; {ONLY}")
@@ -76,10 +68,10 @@ def _shape_of(source: TensorSource, what: str) -> Callable[[str, int], tuple[int
     def shape(name: str, rank: int) -> tuple[int, ...]:
         info = source.tensors.get(name)
         if info is None or len(info.shape) != rank or not all(info.shape):
-            has = "has none" if info is None else f"has {list(info.shape)}"
+            has = "is missing" if info is None else f"is {list(info.shape)}"
             raise RequestError(
-                f"{source.path} is not {what} in the official names: {name} should have {rank}"
-                f" dimensions, and it {has}"
+                f"{source.path} is not {what} in the official names: {name} {has}, and should have"
+                f" {rank} dimensions"
             )
         return info.shape
 
@@ -87,7 +79,7 @@ def _shape_of(source: TensorSource, what: str) -> Callable[[str, int], tuple[int
 
 
 def _numbered(source: TensorSource, prefix: str) -> dict[int, list[str]]:
-    """Tensor names below `prefix`, by the number that follows it."""
+    """Return the tensor names below `prefix`, by the number that follows it."""
     groups: dict[int, list[str]] = {}
     for name in source.tensors:
         number, _, rest = name.removeprefix(prefix).partition(".")
@@ -95,37 +87,31 @@ def _numbered(source: TensorSource, prefix: str) -> dict[int, list[str]]:
             groups.setdefault(int(number), []).append(rest)
             if len(groups) > MOST_BLOCKS:  # building them takes time even without memory
                 raise RequestError(
-                    f"{source.path} has more than {MOST_BLOCKS} {prefix[:-1]}: no model of this"
-                    " kind"
+                    f"{source.path} has too many {prefix[:-1]}; at most {MOST_BLOCKS} are read"
                 )
     return dict(sorted(groups.items()))
 
 
-def dit_shapes(source: TensorSource, said: Mapping[str, Any]) -> Shapes:
-    """What an expert's tensors say of its `DiTConfig`; the number of heads, which they do not, by
-    what every published model has.
+def dit_shapes(source: TensorSource, declared: Mapping[str, Any]) -> Shapes:
+    """Return the fields of a `DiTConfig` that an expert's tensors show, and the number of heads.
 
     Raises:
-        RequestError: when the tensors are no expert's, or nothing says how many heads there are.
+        RequestError: when these are not an expert's tensors, or nothing gives the number of heads.
     """
     shape = _shape_of(source, "an expert")
-    patch, text, head = (
-        shape("patch_embedding.weight", 5),
-        shape("text_embedding.0.weight", 2),
-        shape("head.head.weight", 2),
-    )
-    if "num_heads" not in said and patch[0] % HEAD_DIM:
+    patch = shape("patch_embedding.weight", 5)
+    if "num_heads" not in declared and patch[0] % HEAD_DIM:
         raise RequestError(
             f"{source.path}: nothing says how many heads this expert of width {patch[0]} has; write"
-            f' it into {SHEET} beside it, as {{"dit": {{"num_heads": N}}}}'
+            f' it into {SHEET} in the model\'s folder, as {{"dit": {{"num_heads": N}}}}'
         )
     return {
-        "num_heads": said.get("num_heads", patch[0] // HEAD_DIM),
+        "num_heads": declared.get("num_heads", patch[0] // HEAD_DIM),
         "dim": patch[0],
         "in_dim": patch[1],
         "patch_size": patch[2:],
-        "text_dim": text[1],
-        "out_dim": head[0] // math.prod(patch[2:]),
+        "text_dim": shape("text_embedding.0.weight", 2)[1],
+        "out_dim": shape("head.head.weight", 2)[0] // math.prod(patch[2:]),
         "ffn_dim": shape("blocks.0.ffn.0.weight", 2)[0],
         "freq_dim": shape("time_embedding.0.weight", 2)[1],
         "num_layers": len(_numbered(source, "blocks.")),
@@ -133,12 +119,10 @@ def dit_shapes(source: TensorSource, said: Mapping[str, Any]) -> Shapes:
 
 
 def text_shapes(source: TensorSource) -> Shapes:
-    """What the encoder's tensors say of its `TextConfig`."""
+    """Return the fields of a `TextConfig` that the encoder's tensors show."""
     shape = _shape_of(source, "a UMT5 encoder")
-    (vocab, dim), (buckets, heads) = (
-        shape("token_embedding.weight", 2),
-        shape("blocks.0.pos_embedding.embedding.weight", 2),
-    )
+    vocab, dim = shape("token_embedding.weight", 2)
+    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight", 2)
     return {
         "vocab": vocab,
         "dim": dim,
@@ -151,8 +135,9 @@ def text_shapes(source: TensorSource) -> Shapes:
 
 
 def vae_shapes(source: TensorSource) -> Shapes:
-    """What the VAE's tensors say of its `VAEConfig`: levels of residual blocks, each but the last
-    ending in a resampling.
+    """Return the fields of a `VAEConfig` that the VAE's tensors show.
+
+    The encoder is a list of levels: residual blocks, then a resampling in all but the last.
     """
     shape = _shape_of(source, "the Wan2.1 VAE")
     dim, z_dim = shape("encoder.conv1.weight", 5)[0], shape("conv2.weight", 5)[0]
@@ -164,67 +149,68 @@ def vae_shapes(source: TensorSource) -> Shapes:
         else:
             temporal.append("time_conv.weight" in names)
             levels.append([])
-    if (
-        not all(levels)
-        or len({len(level) for level in levels}) > 1
-        or any(level[-1] % dim for level in levels)
-    ):
+    same_length = len({len(level) for level in levels}) == 1
+    if not all(levels) or not same_length or any(level[-1] % dim for level in levels):
         raise RequestError(
-            f"{source.path} is not the Wan2.1 VAE in the official names: its levels are not alike"
+            f"{source.path} is not the Wan2.1 VAE in the official names: its levels differ"
         )
-    mult = tuple(level[-1] // dim for level in levels)
     return {
         "dim": dim,
         "z_dim": z_dim,
-        "dim_mult": mult,
+        "dim_mult": tuple(level[-1] // dim for level in levels),
         "num_res_blocks": len(levels[0]),
         "temperal_downsample": tuple(temporal),
     }
 
 
-def statistics(found: Shapes, said: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
-    """Add the published latent statistics where nothing else is said: whatever its width, a VAE of
-    16 channels is one for this latent.
+def statistics(found: Shapes, declared: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
+    """Add the published latent statistics, unless others are declared.
+
+    A VAE of 16 channels encodes into the published latent, whatever its width.
     """
-    if "latent_mean" in said and "latent_std" in said:
-        return said
+    if "latent_mean" in declared and "latent_std" in declared:
+        return declared
     published = T2V_A14B.vae
     if found["z_dim"] != published.z_dim:
         raise RequestError(
-            f"{file} has {found['z_dim']} latent channels, and {SHEET} beside it gives no"
-            " latent_mean and latent_std for them"
+            f"{file} has {found['z_dim']} latent channels, and {SHEET} gives no latent_mean and"
+            " latent_std for them; add both to its section vae"
         )
-    return {"latent_mean": published.latent_mean, "latent_std": published.latent_std, **said}
+    return {"latent_mean": published.latent_mean, "latent_std": published.latent_std, **declared}
 
 
-def configure(cls: type[C], found: Shapes, said: Mapping[str, Any], file: Path) -> C:
-    """A config of what a file says and what its tensors show; RequestError where the two differ or
-    a value makes no sense.
+def configure(cls: type[C], found: Shapes, declared: Mapping[str, Any], file: Path) -> C:
+    """Return a config from a file's tensors and what a config file declares.
+
+    Raises:
+        RequestError: where the two differ, or a value is of the wrong type or below 1.
     """
-    said = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+    declared = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in declared.items()
+    }
     for key, value in found.items():
-        if said.get(key, value) != value:
+        if declared.get(key, value) != value:
             raise RequestError(
-                f"{file}: the config says {key} {said[key]}, the tensors say {value}"
+                f"{file}: the config says {key} {declared[key]}, the tensors say {value}"
             )
     for field in fields(cls):
-        value, kind = said.get(field.name, field.default), type(field.default)
+        value, kind = declared.get(field.name, field.default), type(field.default)
         good = isinstance(value, int | float) if kind is float else type(value) is kind
         if kind is tuple and good:
             good = all(isinstance(item, int | float) for item in value)
         if not good or (kind is int and value < 1):
             raise RequestError(
-                f"{file}: {field.name} {value!r} makes no sense; the published model has"
+                f"{file}: {field.name} {value!r} is not a valid value; the published model has"
                 f" {field.default!r}"
             )
-    return from_mapping(cls, {**said, **found}, str(file))
+    return from_mapping(cls, {**declared, **found}, str(file))
 
 
 def config_of(kind: Kind, source: TensorSource) -> DiTConfig | TextConfig | VAEConfig:
     """Return the shape of a part from its tensors alone; what they do not show has its default.
 
     Raises:
-        RequestError: when they are not such a part's.
+        RequestError: when these are not the tensors of such a part.
     """
     if kind == "dit":
         patches = source.tensors.get("patch_embedding.weight")

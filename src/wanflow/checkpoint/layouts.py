@@ -1,9 +1,8 @@
-"""Where the parts of a model lie: the official folder, Diffusers', or loose files of any kind, and
-each part by itself.
+"""Find the parts of a model: in the official folder, in Diffusers', among loose files, or named.
 
-Finding reads headers at most. High- and low-noise expert have the same tensors, so which is which
-is told by the layout, by words in file and folder names, by the name of a Hugging Face blob (its
-sha256), or by the user; where none of these says it, it is refused.
+Finding reads headers at most. All experts have the same tensors. Which file is which expert follows
+from the layout, from words in file and folder names, from the name of a Hugging Face blob (its
+sha256), or from the user; otherwise it is refused.
 """
 
 from __future__ import annotations
@@ -23,14 +22,21 @@ from wanflow.checkpoint.tokenizers import carries_tokenizer
 from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B, Expert
 
+# The parts, and what the layouts and messages call them.
 FOLDERS = dict(T2V_A14B.expert_folders)
-DIFFUSERS: dict[Part, str] = {
-    "high": "transformer",
-    "low": "transformer_2",
-    "t5": "text_encoder",
-    "vae": "vae",
+EXPERTS = T2V_A14B.expert_names
+WEIGHTS: tuple[Part, ...] = (*EXPERTS, "t5", "vae")
+PARTS: tuple[Part, ...] = (*WEIGHTS, "tokenizer")
+KINDS: dict[Part, Kind] = {**dict.fromkeys(EXPERTS, "dit"), "t5": "t5", "vae": "vae"}
+DIFFUSERS = {"high": "transformer", "low": "transformer_2", "t5": "text_encoder", "vae": "vae"}
+OFFICIAL_STEMS: dict[Part, str] = {"t5": "models_t5_umt5-xxl-enc-bf16", "vae": "Wan2.1_VAE"}
+WORDS: dict[Part, str] = {
+    **{expert: f"the {expert}-noise expert" for expert in EXPERTS},
+    "t5": "the text encoder",
+    "vae": "the VAE",
+    "tokenizer": "the tokenizer",
 }
-T5_STEM, VAE_STEM = "models_t5_umt5-xxl-enc-bf16", "Wan2.1_VAE"
+FLAGS = ", ".join(f"--{part}" for part in WEIGHTS)
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 TOKENIZERS = (
     TOKENIZER,
@@ -40,25 +46,12 @@ TOKENIZERS = (
     "tokenizer/spiece.model",
     "spiece.model",
 )
-# What Diffusers' and transformers' configs call the fields that tensors do not show.
-DIT_WORDS = {"num_attention_heads": "num_heads", "eps": "eps"}
-T5_WORDS = {"relative_attention_max_distance": "max_dist", "layer_norm_epsilon": "eps"}
-VAE_WORDS = {"latents_mean": "latent_mean", "latents_std": "latent_std"}
-EXPERTS = T2V_A14B.expert_names
-PARTS: tuple[Part, ...] = (*EXPERTS, "t5", "vae", "tokenizer")
-KINDS: dict[Part, Kind] = {**dict.fromkeys(EXPERTS, "dit"), "t5": "t5", "vae": "vae"}
-WORDS: dict[Part, str] = {
-    "high": "the high-noise expert",
-    "low": "the low-noise expert",
-    "t5": "the text encoder",
-    "vae": "the VAE",
-    "tokenizer": "the tokenizer",
-}
+# The fields that tensors do not show: their names in Diffusers' and transformers' configs -> ours.
+DIT_FIELDS = {"num_attention_heads": "num_heads", "eps": "eps"}
+T5_FIELDS = {"relative_attention_max_distance": "max_dist", "layer_norm_epsilon": "eps"}
+VAE_FIELDS = {"latents_mean": "latent_mean", "latents_std": "latent_std"}
 ENDINGS = {".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin"}
-DEPTH, MANY = (
-    4,
-    400,
-)  # how deep loose files are looked for, and how many files are too many to be a model's folder
+DEPTH, MANY = 4, 400  # of folders that are searched for loose files; files of one model at most
 
 
 def kind_of(part: Part) -> Kind:
@@ -66,22 +59,20 @@ def kind_of(part: Part) -> Kind:
     return KINDS[part]
 
 
-ASK = "--high, --low, --t5, --vae"
-
-
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The parts of a model: files, or folders with an index."""
+    """The parts of a model: files, or folders with an index.
+
+    sheet: what the layout's own configs declare, with the keys of wanflow.json.
+    shift: what the scheduler's config declares.
+    own: the folder's own parts, even where the user named another file.
+    """
 
     layout: str
     parts: Mapping[Part, Path]
-    sheet: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what configs of this layout say, in the words of wanflow.json
-    shift: float | None = None  # what a scheduler's config says
-    own: Mapping[Part, Path] = field(
-        default_factory=dict
-    )  # what the folder has itself, also where a part was named by hand
+    sheet: Mapping[str, Any] = field(default_factory=dict)
+    shift: float | None = None
+    own: Mapping[Part, Path] = field(default_factory=dict)
 
 
 def find(
@@ -93,15 +84,15 @@ def find(
         opened: opens a path, or returns the source that it opened before.
 
     Raises:
-        RequestError: listing all that is missing; or naming what is ambiguous, or of another model.
+        RequestError: listing all that is missing, or naming what is ambiguous or of another model.
     """
     for part, path in given.items():
         if not path.exists():
-            raise RequestError(f"{path} is missing; it was named as {WORDS[part]}")
+            raise RequestError(f"{path} is missing; it was named as {WORDS[part]} (--{part})")
     if folder.is_file():
         raise RequestError(
             f"{folder} is one file, and a model has two experts, a text encoder and a VAE; name its"
-            " folder, or the files with --high, --low, --t5, --vae"
+            f" folder, or the files with {FLAGS}"
         )
     if not folder.is_dir():
         raise RequestError(f"{folder} is missing; {_help(folder)}")
@@ -111,25 +102,22 @@ def find(
     else:
         found = _official(folder) if layout == "official" else _diffusers(folder)
     parts = {**found.parts, **given}
-    text = parts.get("t5")
-    if (
-        not _exists(parts.get("tokenizer"))
-        and text is not None
-        and text.is_file()
-        and carries_tokenizer(opened(text))
-    ):
+    text, tokenizer = parts.get("t5"), parts.get("tokenizer")
+    lacks_tokenizer = tokenizer is None or not tokenizer.exists()
+    if lacks_tokenizer and text and text.is_file() and carries_tokenizer(opened(text)):
         parts["tokenizer"] = text
     missing = sorted(
         {name for part, path in parts.items() for name in _missing(path, folder, part in given)}
     )
     missing += [WORDS[part] for part in PARTS if part not in parts]
     if missing:
+        flags = [f"--{part}" for part in PARTS if part not in parts]
+        by_hand = f", or name the files with {', '.join(flags)}" if flags else ""
         raise RequestError(
-            f"{folder} is incomplete, it lacks {', '.join(missing)}; {_help(folder)}{_flags(parts)}"
+            f"{folder} is incomplete, it lacks {', '.join(missing)}; {_help(folder)}{by_hand}"
         )
-    return CheckpointFiles(
-        found.layout, {part: parts[part] for part in PARTS}, found.sheet, found.shift, found.parts
-    )
+    ordered = {part: parts[part] for part in PARTS}
+    return CheckpointFiles(layout, ordered, found.sheet, found.shift, found.parts)
 
 
 def layout_of(folder: Path) -> str:
@@ -140,61 +128,32 @@ def layout_of(folder: Path) -> str:
 
 
 def _help(folder: Path) -> str:
-    """How to get what a folder lacks; a variant's own folder is filled with that variant."""
-    variant = next(
-        (
-            f" --variant {name}"
-            for name, one in VARIANTS.items()
-            if one.folder == folder.name and name != "official"
-        ),
-        "",
-    )
+    """Return the command that fills a folder; a variant's own folder gets that variant."""
+    variants = (f" --variant {name}" for name, one in VARIANTS.items() if one.folder == folder.name)
+    variant = next(variants, "").replace(" --variant official", "")
     return f"get the weights with `wanflow download{variant} --local_dir {folder}`"
 
 
-def _exists(path: Path | None) -> bool:
-    return path is not None and path.exists()
-
-
-def _flags(parts: Mapping[Part, Path]) -> str:
-    """How to name by hand what a folder of loose files lacks."""
-    absent = [f"--{part}" for part in PARTS if part not in parts]
-    return f", or name the files with {', '.join(absent)}" if absent else ""
-
-
 def _missing(path: Path, folder: Path, given: bool) -> Iterator[str]:
-    """Names of the files that a part needs and that are not there."""
-    wanted = weight_files(path) if path.is_dir() else [path]
-    if (
-        path.is_dir()
-        and not given
-        and path.parent == folder
-        and path.name in (*FOLDERS.values(), *DIFFUSERS.values())
-    ):
-        wanted = [path / "config.json", *wanted]
-    elif not path.suffix:
-        wanted = [path / "config.json", *weight_files(path)]
-    for file in wanted:
+    """Yield the names of the files that a part needs and that are missing."""
+    if path.is_file():
+        return
+    needed = weight_files(path) if path.is_dir() or not path.suffix else [path]
+    in_layout = path.parent == folder and path.name in (*FOLDERS.values(), *DIFFUSERS.values())
+    if not path.suffix or (path.is_dir() and not given and in_layout):
+        needed = [path / "config.json", *needed]
+    for file in needed:
         if not file.exists():
             yield file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
 
 
-# the official layout
-
-
 def _official(folder: Path) -> CheckpointFiles:
-    parts: dict[Part, Path] = {which: folder / name for which, name in FOLDERS.items()}
-    files: tuple[tuple[Part, str], ...] = (("t5", T5_STEM), ("vae", VAE_STEM))
-    for part, stem in files:
+    parts: dict[Part, Path] = {expert: folder / name for expert, name in FOLDERS.items()}
+    for part, stem in OFFICIAL_STEMS.items():
         safe = folder / f"{stem}.safetensors"
         parts[part] = safe if safe.exists() else folder / f"{stem}.pth"
-    parts["tokenizer"] = next(
-        (folder / name for name in TOKENIZERS if (folder / name).exists()), folder / TOKENIZER
-    )
+    parts["tokenizer"] = _tokenizer(folder) or folder / TOKENIZER
     return CheckpointFiles("official", parts)
-
-
-# Diffusers'
 
 
 def _diffusers(folder: Path) -> CheckpointFiles:
@@ -209,38 +168,45 @@ def _diffusers(folder: Path) -> CheckpointFiles:
             f" Wan2.2-TI2V-5B; {ONLY}"
         )
     parts: dict[Part, Path] = {part: folder / name for part, name in DIFFUSERS.items()}
-    parts["tokenizer"] = next(
-        (folder / name for name in TOKENIZERS if (folder / name).exists()),
-        folder / "tokenizer/tokenizer.json",
-    )
+    parts["tokenizer"] = _tokenizer(folder) or folder / "tokenizer/tokenizer.json"
     sheet = {
-        "dit": _said(parts["high"], DIT_WORDS),
-        "text": _said(parts["t5"], T5_WORDS),
-        "vae": _said(parts["vae"], VAE_WORDS),
+        "dit": _declared(parts["high"], DIT_FIELDS),
+        "text": _declared(parts["t5"], T5_FIELDS),
+        "vae": _declared(parts["vae"], VAE_FIELDS),
     }
     boundary = index.get("boundary_ratio")
     if isinstance(boundary, int | float):
         sheet["defaults"] = {"boundary": float(boundary)}
-    shift = (
-        read_json(scheduler).get("flow_shift")
-        if (scheduler := folder / "scheduler" / "scheduler_config.json").exists()
-        else None
-    )
-    return CheckpointFiles(
-        "diffusers", parts, sheet, float(shift) if isinstance(shift, int | float) else None
-    )
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    shift = read_json(scheduler).get("flow_shift") if scheduler.exists() else None
+    known = float(shift) if isinstance(shift, int | float) else None
+    return CheckpointFiles("diffusers", parts, sheet, known)
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    return next((folder / name for name in TOKENIZERS if (folder / name).exists()), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    file = folder / "config.json"
+    return read_json(file) if file.exists() else {}
 
 
-def _said(folder: Path, words: Mapping[str, str]) -> dict[str, Any]:
-    """What the config in a folder says under `words` (theirs -> ours)."""
+def _declared(folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the config in a folder declares under `names` (theirs -> ours)."""
     config = _config(folder)
     return {
-        ours: config[theirs] for theirs, ours in words.items() if config.get(theirs) is not None
+        ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None
     }
+
+
+def config_beside(path: Path) -> tuple[dict[str, Any], Path]:
+    """Return what an expert's `config.json` declares, with official keys, and that file."""
+    folder = path if path.is_dir() else path.parent
+    config, file = _config(folder), folder / "config.json"
+    if "num_attention_heads" in config:
+        return _declared(folder, DIT_FIELDS), file
+    return {key: value for key, value in config.items() if not key.startswith("_")}, file
 
 
 # loose files
@@ -249,15 +215,15 @@ def _said(folder: Path, words: Mapping[str, str]) -> dict[str, Any]:
 def _loose(
     folder: Path, given: Mapping[Part, Path], opened: Callable[[Path], TensorSource]
 ) -> CheckpointFiles:
-    """Files of any kind, told apart by what is in them."""
+    """Find the parts among files of any kind, by their content."""
     model_type = str(_config(folder).get("model_type"))
     named = {"t2v": "Wan2.1-T2V (one expert)"}.get(model_type) or BY_TYPE.get(model_type)
     if named:
         raise RequestError(f"{folder} holds {named}; {ONLY}; {_help(Path('FOLDER'))}")
     candidates: dict[Part, list[Path]] = {part: [] for part in PARTS}
-    doubtful: list[Path] = []
-    others: list[str] = []
-    for file in () if all(part in given for part in PARTS[:4]) else weight_groups(folder):
+    unnamed: list[Path] = []  # experts that nothing names
+    others: list[str] = []  # what else is there
+    for file in () if given.keys() >= set(WEIGHTS) else weight_groups(folder):
         try:
             source = opened(file)
             kinds = kinds_in(source)
@@ -266,33 +232,30 @@ def _loose(
         except RequestError as error:  # one of many files, and perhaps not needed
             others.append(str(error))
             continue
-        if "dit" in kinds:
-            which = which_expert(file, folder)
-            (candidates[which] if which else doubtful).append(file)
         for kind in kinds:
-            if kind != "dit":
-                candidates[kind].append(file)
+            expert = which_expert(file, folder) if kind == "dit" else None
+            part = expert if kind == "dit" else kind
+            (unnamed if part is None else candidates[part]).append(file)
         if not kinds and not is_lora(source):
             others.append(f"{file} holds {describe(source)}")
-    candidates["tokenizer"] = [folder / name for name in TOKENIZERS if (folder / name).exists()][:1]
-    parts = _choose(folder, candidates, doubtful, given)
-    lacking = [part for part in PARTS[:4] if part not in parts and part not in given]
+    tokenizer = _tokenizer(folder)
+    candidates["tokenizer"] = [] if tokenizer is None else [tokenizer]
+    parts = _choose(folder, candidates, unnamed, given)
+    lacking = [part for part in WEIGHTS if part not in parts and part not in given]
     if others and lacking:
         raise RequestError(
-            f"{folder} lacks {', '.join(WORDS[part] for part in lacking)}; what it holds beside:"
+            f"{folder} lacks {', '.join(WORDS[part] for part in lacking)}; its other files:"
             f" {'; '.join(others[:3])}"
         )
     return CheckpointFiles("files", parts)
 
 
 def weight_groups(folder: Path) -> Iterator[Path]:
-    """Loose files below a folder, and folders of shards that an index ties together, in order."""
+    """Yield the loose files below a folder, and the folders of shards with an index, in order."""
     count = 0
     for place, folders, files in os.walk(folder):
-        depth = len(Path(place).relative_to(folder).parts)
-        folders[:] = (
-            sorted(name for name in folders if not name.startswith(".")) if depth < DEPTH else []
-        )
+        deep = len(Path(place).relative_to(folder).parts) >= DEPTH
+        folders[:] = [] if deep else sorted(name for name in folders if not name.startswith("."))
         if any(name.endswith(".safetensors.index.json") for name in files):
             yield Path(place)
             continue
@@ -302,14 +265,16 @@ def weight_groups(folder: Path) -> Iterator[Path]:
                 if count > MANY:
                     raise RequestError(
                         f"{folder} holds more than {MANY} weight files; name the model's own"
-                        f" folder, or its files: {ASK}"
+                        f" folder, or its files with {FLAGS}"
                     )
                 yield Path(place) / name
 
 
 def which_expert(file: Path, folder: Path) -> Expert | None:
-    """The expert a loose file holds, by its known hash, or by words in its path below `folder`;
-    None where nothing says it.
+    """Return the expert in a loose file, by known hash, or by words in its path below `folder`.
+
+    Raises:
+        RequestError: when the name and the hash disagree.
     """
     path = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
     named, known = expert_in_name(path.as_posix()), expert_by_hash(file)
@@ -324,39 +289,29 @@ def which_expert(file: Path, folder: Path) -> Expert | None:
 def _choose(
     folder: Path,
     candidates: Mapping[Part, list[Path]],
-    doubtful: list[Path],
+    unnamed: list[Path],
     given: Mapping[Part, Path],
 ) -> dict[Part, Path]:
-    """One file a part; a RequestError where there are several, or where an expert's name does not
-    say which it is.
+    """Return one file for each part.
+
+    Raises:
+        RequestError: for several files of a part, or experts that nothing tells apart.
     """
-    chosen: dict[Part, Path] = {}
+
+    def listed(files: list[Path]) -> str:
+        return ", ".join(file.relative_to(folder).as_posix() for file in files)
+
     for part, files in candidates.items():
         if len(files) > 1 and part not in given:
-            names = ", ".join(file.relative_to(folder).as_posix() for file in files)
             raise RequestError(
-                f"{folder} holds several files for {WORDS[part]}: {names}; name the one to use with"
-                f" --{part}"
+                f"{folder} holds several files for {WORDS[part]}: {listed(files)}; name the one to"
+                f" use with --{part}"
             )
-        if files:
-            chosen[part] = files[0]
-    if doubtful and {"high", "low"} - chosen.keys() - given.keys():
-        names = ", ".join(file.relative_to(folder).as_posix() for file in doubtful)
+    chosen = {part: files[0] for part, files in candidates.items() if files}
+    if unnamed and set(EXPERTS) - chosen.keys() - given.keys():
+        flags = " ".join(f"--{expert} FILE" for expert in EXPERTS)
         raise RequestError(
-            f"{folder}: {names} may hold either expert, and the tensors do not say which; name them"
-            " with --high FILE --low FILE, or put high or low into their names"
+            f"{folder}: {listed(unnamed)} may hold any expert, and the tensors do not say which;"
+            f" name them with {flags}, or put {' or '.join(EXPERTS)} into their names"
         )
     return chosen
-
-
-def config_beside(path: Path) -> tuple[dict[str, Any], Path]:
-    """What the `config.json` beside an expert says in the official words, and the file that says
-    it.
-    """
-    folder = path if path.is_dir() else path.parent
-    config = _config(folder)
-    if "num_attention_heads" in config:
-        return _said(folder, DIT_WORDS), folder / "config.json"
-    return {
-        key: value for key, value in config.items() if not key.startswith("_")
-    }, folder / "config.json"

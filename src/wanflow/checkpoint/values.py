@@ -1,6 +1,4 @@
-"""What is odd about weights' values: NaN, infinity, tensors that are all the same; every byte is
-read, a piece at a time.
-"""
+"""Check the values of weights: NaN, infinity, constant tensors. Every byte is read, in pieces."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ def finite(piece: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is odd about a tensor's values. `bad`: no model can have them."""
+    """A remarkable tensor. `bad`: no model can have such values."""
 
     path: str
     tensor: str
@@ -49,11 +47,10 @@ class Finding:
 
 
 def check_values(path: Path, report: Report | None = None) -> Iterator[Finding]:
-    """Read every tensor, piece by piece, and tell of NaN, infinity, and tensors whose values are
-    all the same.
+    """Read every tensor and yield those with NaN, infinity, or a single value.
 
     Args:
-        report: told of bytes read, and bytes in all, file by file.
+        report: called with bytes read, and bytes in all, file by file.
     """
     for group in weight_groups(path) if path.is_dir() else [path]:
         name = group.name if group == path else group.relative_to(path).as_posix()
@@ -66,7 +63,7 @@ def check_values(path: Path, report: Report | None = None) -> Iterator[Finding]:
         for tensor, info in source.tensors.items():
             if info.dtype.is_floating_point:
                 try:
-                    finding = _values(source, tensor)
+                    finding = _finding(source, tensor)
                 except RequestError as error:
                     finding = str(error), True
                 if finding:
@@ -76,7 +73,7 @@ def check_values(path: Path, report: Report | None = None) -> Iterator[Finding]:
                 report(done, total)
 
 
-def _values(source: TensorSource, name: str) -> tuple[str, bool] | None:
+def _finding(source: TensorSource, name: str) -> tuple[str, bool] | None:
     nans = infinities = count = 0
     least, most = math.inf, -math.inf
     for piece in source.stream(name):
@@ -84,17 +81,12 @@ def _values(source: TensorSource, name: str) -> tuple[str, bool] | None:
         count += len(piece)
         least, most = min(least, low), max(most, high)
         if not math.isfinite(high - low):
-            nans, infinities = (
-                nans + int(piece.isnan().sum()),
-                infinities + int(piece.isinf().sum()),
-            )
-    if nans or infinities:
-        told = [
-            f"{number:,} {what}"
-            for number, what in ((nans, "NaN"), (infinities, "infinite"))
-            if number
-        ]
-        return f"{' and '.join(told)} of {count:,} values", True
+            nans += int(piece.isnan().sum())
+            infinities += int(piece.isinf().sum())
+    counts = {"NaN": nans, "infinite": infinities}
+    bad = [f"{number:,} {what}" for what, number in counts.items() if number]
+    if bad:
+        return f"{' and '.join(bad)} of {count:,} values", True
     if count > 1 and least == most:
-        return ("all zero" if not most else f"all {most:g}"), False
+        return f"all {most:g}" if most else "all zero", False
     return None

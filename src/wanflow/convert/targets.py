@@ -13,7 +13,7 @@ from typing import Any, Literal
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.infer_config import SHEET, configure, text_shapes
 from wanflow.checkpoint.key_maps import Dialect, Kind
-from wanflow.checkpoint.layouts import DIFFUSERS, EXPERTS, FOLDERS, T5_STEM, VAE_STEM, kind_of
+from wanflow.checkpoint.layouts import DIFFUSERS, EXPERTS, FOLDERS, OFFICIAL_STEMS, kind_of
 from wanflow.checkpoint.source import EMBEDDED, OfficialSource, Part
 from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.config import RequestError, TextConfig
@@ -289,7 +289,7 @@ def _arrange(
     several.
     """
     if wanted.target.layout == "official" and part not in EXPERTS:
-        return [Output(f"{T5_STEM if part == 't5' else VAE_STEM}.pth", tensors)], {}
+        return [Output(f"{OFFICIAL_STEMS[part]}.pth", tensors)], {}
     folder = (
         FOLDERS[part] if wanted.target.layout == "official" and part in EXPERTS else DIFFUSERS[part]
     )

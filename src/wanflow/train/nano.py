@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from wanflow.api import Pipeline
 from wanflow.assemble import make_engine
 from wanflow.config import RequestError
+from wanflow.convert.configs import as_json, official
 from wanflow.files import atomic_path
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
@@ -206,21 +207,8 @@ def export(work: Path, out: Path, say: Say) -> None:
             {k: v.bfloat16().contiguous() for k, v in state.items()},
             out / folder / "diffusion_pytorch_model.safetensors",
         )
-        config: dict[str, Any] = {"_class_name": "WanModel", "_diffusers_version": "0.33.0"}
-        keys = (
-            "dim",
-            "eps",
-            "ffn_dim",
-            "freq_dim",
-            "in_dim",
-            "model_type",
-            "num_heads",
-            "num_layers",
-            "out_dim",
-            "text_len",
-        )
-        config |= {key: getattr(made.dit, key) for key in keys}
-        (out / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config = dict(sorted(official(made.dit).items()))
+        (out / folder / "config.json").write_bytes(as_json(config))
     for source, target in (
         ("text.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"),
         ("vae.safetensors", "Wan2.1_VAE.pth"),
