@@ -769,7 +769,7 @@ def test_configs_must_agree_with_each_other_and_with_the_tensors(folder: Path) -
     assert "num_layers 1000000000, the tensors say 2" in told(num_layers=10**9)
     assert "num_heads 0 is not a valid value" in told(num_heads=0)
     assert "eps 'small' is not a valid" in told(eps="small")
-    assert "text_len 8.5 makes no sense" in told(text_len=8.5)
+    assert "text_len 8.5 is not a valid" in told(text_len=8.5)
     assert "does not split into 3 heads" in told(num_heads=3)
     assert "unknown keys colour" in told(colour="red")
 

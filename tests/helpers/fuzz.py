@@ -74,6 +74,7 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Run
 from wanflow.presets import T2V_A14B
+from wanflow.recipe import ModelRecord, Recipe
 from wanflow.request import Request
 from wanflow.sampling.solvers import SolverState
 from wanflow.transforms.deltas import changed
@@ -516,9 +517,16 @@ def write_good(root: Path) -> None:
         negative_prompt="",
     ).complete(T2V_A14B)
     x = torch.randn(4, 1, 16, 2, 6, 8)
-    Run(
-        request, {"wanflow": "1", "weights": "0" * 16}, SolverState(2, x[0], (x[1], x[2]), x[3])
-    ).save(root / "x.latent.safetensors")
+    recipe = Recipe(
+        request,
+        ModelRecord("model", "model", "0" * 16),
+        {"device": "cpu", "dtype": "float32"},
+        {"wanflow": "1"},
+        "cpu",
+        None,
+    )
+    state = SolverState(2, x[0], (x[1], x[2]), x[3])
+    Run(recipe, state).save(root / "x.latent.safetensors")
 
 
 def official_names() -> tuple[str, tuple[str, str]]:

@@ -1,16 +1,15 @@
-"""GGUF files: GGML's tensors, packed or plain, behind a list of keys and values.
+"""Read GGUF files: GGML's tensors, packed or plain, behind a list of keys and values.
 
 Layout, all little-endian: the bytes "GGUF", version (u32), counts of tensors and of keys (u64); for
 each key its name, the type of its value (u32) and the value; for each tensor its name, the number
-of its sides (u32), the sides (u64, innermost first), the type of its data (u32) and where they
-begin (u64, counted from the first multiple of the alignment after this list); then the data. A
-string is its length (u64) and its bytes, an array the type of its items (u32), their count (u64)
-and the items.
+of its sides (u32), the sides (u64, innermost first), the type of its data (u32) and its offset
+(u64, from the first multiple of the alignment after this list); then the data. A string is its
+length (u64) and its bytes. An array is the type of its items (u32), their count (u64) and the
+items.
 
-The reader of the `gguf` package is not used: it takes ten seconds for the tokenizer in a T5 file,
-and does not return from a file whose array claims to be long. Here a header is read piece by piece
-as far as it goes, no count in it is believed beyond what the file has room for, and arrays are
-stepped over until somebody asks for one.
+The reader of the `gguf` package takes ten seconds for the tokenizer in a T5 file, and hangs on an
+array that claims to be long. This reader takes a header in growing pieces, trusts no count beyond
+the file's size, and skips arrays until `array` asks for one.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from wanflow.checkpoint.containers import (
     AGAIN,
     TensorInfo,
     fill,
+    impossible,
     read_plain,
     reading,
     refuse_odd_names,
@@ -47,7 +47,7 @@ MOST = 1 << 16  # keys, tensors, bytes of a name
 MOST_SIDES = 8
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
-# Types of values, by number.
+# Types of metadata values, by number.
 SCALARS = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
@@ -85,28 +85,25 @@ PLAIN = {
 
 
 def ggml_bytes(kind: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor of a GGML type.
+    """Return the bytes of a tensor of a GGML type.
 
     Raises:
-        ValueError: for a type that is not read, or a last side that is not whole blocks.
+        ValueError: for an unknown type, or a last side that is not a multiple of the block.
     """
     if kind in PLAIN:
         return math.prod(shape) * PLAIN[kind].itemsize
     if kind not in LAYOUTS:
-        raise ValueError(f"type {kind} is not read; read are {', '.join((*PLAIN, *LAYOUTS))}")
+        raise ValueError(f"type {kind} is unknown; known are {', '.join((*PLAIN, *LAYOUTS))}")
     layout = LAYOUTS[kind]
     if not shape or shape[-1] % layout.values:
         raise ValueError(
-            f"rows of {list(shape)} are not whole blocks of {layout.values} values, as {kind} has"
-            " them"
+            f"rows of {list(shape)} are no multiple of {layout.values} values, {kind}'s block"
         )
     return math.prod(shape) // layout.values * layout.nbytes
 
 
 class Array(NamedTuple):
-    """Where an array lies in its file: the type of its items, how many they are, its first byte and
-    the first after it.
-    """
+    """The place of an array: type and number of its items, first byte, first byte after it."""
 
     kind: int
     length: int
@@ -116,16 +113,18 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """One `.gguf` file. Data is read, not mapped: a file that shrinks meanwhile is an error, not a
-    crash.
+    """One `.gguf` file.
+
+    Data is read, not mapped: a file that shrinks meanwhile is an error, not a crash.
+
+    metadata: numbers, booleans, strings; of an array only its place, which `array` reads.
+    starts: the first byte of each tensor in the file.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, Any] = field(
-        repr=False
-    )  # numbers, truths, strings; of an array only its place: `array` reads it
-    starts: Mapping[str, int] = field(repr=False)  # where each tensor's bytes begin in the file
+    metadata: Mapping[str, Any] = field(repr=False)
+    starts: Mapping[str, int] = field(repr=False)
 
     @property
     def container(self) -> str:
@@ -137,16 +136,13 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        """What the file says it is: "wan", "t5encoder"; "" where it says nothing."""
+        """The declared architecture: "wan", "t5encoder"; "" without one."""
         value = self.metadata.get("general.architecture")
         return plain(value) if isinstance(value, str) else ""
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
-        """The tensor, or some rows, in CPU memory of its own, unpacked, as stored or in `dtype`;
-        RequestError when the file breaks off.
-        """
         info = self.tensors[name]
         if not info.packing:
             return read_plain(self.path, info, self.starts[name], dtype, rows)
@@ -155,20 +151,15 @@ class GGUFFile:
         return self.packed(name, rows).dense(dtype or info.dtype)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
-        """A packed tensor as it lies in the file; KeyError for one that is not, RequestError when
-        the file breaks off.
-        """
         info = self.tensors[name]
         if not info.packing:
             raise KeyError(name)
         kind, layout, start = info.packing, LAYOUTS[info.packing], self.starts[name]
         if rows is not None:
             first, last, _ = rows.indices(info.shape[0])
-            blocks, odd = divmod(math.prod(info.shape[1:]), layout.values)
-            if odd:
-                raise ValueError(
-                    f"a row of {list(info.shape)} is not whole blocks of {info.packing}"
-                )
+            blocks, rest = divmod(math.prod(info.shape[1:]), layout.values)
+            if rest:
+                raise ValueError(f"a row of {list(info.shape)} is no multiple of {kind}'s block")
             start += first * blocks * layout.nbytes
             shape = (max(0, last - first), *info.shape[1:])
             info = replace(info, shape=shape, packed_bytes=shape[0] * blocks * layout.nbytes)
@@ -176,7 +167,7 @@ class GGUFFile:
         with reading(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(start)
             fill(data, file, self.path)
-        row = layout.nbytes  # one block, where the tensor is stored in another shape
+        row = layout.nbytes  # one block, for a tensor that is stored in another shape
         if info.shape[-1] and not info.shape[-1] % layout.values:
             row *= info.shape[-1] // layout.values
         return Packed(kind, info.shape, data.view(-1, row) if len(data) else data.view(0, row))
@@ -188,12 +179,10 @@ class GGUFFile:
         return stream_plain(self.path, info, self.starts[name])
 
     def array(self, key: str) -> list[Any]:
-        """The items of an array, numbers or strings; RequestError where there is none of that name,
-        or it is damaged.
-        """
+        """Return the items of an array; RequestError for one that is missing or damaged."""
         place = self.metadata.get(key)
         if not isinstance(place, Array):
-            raise RequestError(f"{self.path} has no list {key}")
+            raise RequestError(f"{self.path} has no list {key}; {AGAIN}")
         data = bytearray(place.stop - place.start)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(place.start)
@@ -219,11 +208,11 @@ def _strings(data: bytearray, count: int) -> list[str]:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Read and check the header of a GGUF file; no tensor and no array is read.
+    """Read and check the header of a GGUF file, without its tensors and arrays.
 
     Raises:
         RequestError: naming the file, for a truncated, inconsistent or foreign file, or tensors of
-            a type that is not read.
+            an unknown type.
     """
     size = refuse_unreadable(path)
     with reading(path), path.open("rb", buffering=0) as file:
@@ -243,23 +232,21 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 class _CutOff(ValueError):
-    """The header speaks of more than the file has."""
+    """The header describes more than the file has."""
 
 
 class _Header:
-    """The bytes from the start of a file on, read as far as needed: never more than it has, nor
-    twice what was asked for.
-    """
+    """The first bytes of a file, read on demand: at most twice what was asked for."""
 
     def __init__(self, file: FileIO, size: int) -> None:
         self.file, self.size = file, size
         self.data, self.at = b"", 0
 
     def need(self, count: int) -> None:
-        """Have the next `count` bytes at hand; ValueError where there are not so many."""
+        """Read until the next `count` bytes are in memory; ValueError for a shorter file."""
         end = self.at + count
         if end > self.size:
-            raise _CutOff(f"byte {min(end, 1 << 63):,} of {self.size:,} is asked for")
+            raise _CutOff(f"it needs byte {min(end, 1 << 63):,} of {self.size:,}")
         if end > LIMIT:
             raise ValueError(f"it is longer than {LIMIT:,} bytes")
         goal = min(max(end, 2 * len(self.data), 1 << 16), self.size, LIMIT)
@@ -282,7 +269,7 @@ class _Header:
         return int(self.take(SCALARS[10]))
 
     def count(self, what: str, most: int, each: int) -> int:
-        """A count of things of at least `each` bytes."""
+        """Read a count of things of at least `each` bytes."""
         count = self.u64()
         if count > most:
             raise ValueError(f"it claims {count:,} {what}")
@@ -299,7 +286,7 @@ class _Header:
             raise ValueError(f"{what} is no UTF-8 text") from None
 
     def array(self) -> Array:
-        """Step over an array."""
+        """Skip an array and return its place."""
         kind = self.u32()
         if kind != STRING and kind not in SCALARS:
             raise ValueError(
@@ -316,8 +303,7 @@ class _Header:
         return Array(kind, count, start, self.at)
 
     def _skip_strings(self, count: int) -> None:
-        # The one long loop of a header, 256,384 turns for UMT5's words, so it touches nothing but
-        # locals.
+        # The one long loop of a header: 256,384 turns for UMT5's words, hence only locals.
         length_at = SCALARS[10].unpack_from
         while count:
             self.need(8)
@@ -326,7 +312,7 @@ class _Header:
                 for turn in range(count):  # noqa: B007
                     at += 8 + length_at(data, at)[0]
                 turn = count
-            except (struct.error, OverflowError):  # past what is at hand, or past all there is
+            except (struct.error, OverflowError):  # beyond the bytes in memory, or the file
                 pass
             self.at, count = at, count - turn
         self.need(0)
@@ -340,13 +326,12 @@ def _open(path: Path, header: _Header) -> GGUFFile:
     version = header.u32()
     if version and not version & 0xFFFF:
         raise RequestError(
-            f"{path} is a big-endian GGUF file; only little-endian ones, which are the usual ones,"
-            " are read"
+            f"{path} is a big-endian GGUF file; take a little-endian one, which is the usual form"
         )
     if version not in VERSIONS:
         raise RequestError(
-            f"{path} is a GGUF file of version {version}; read are"
-            f" {' and '.join(map(str, VERSIONS))}"
+            f"{path} is a GGUF file of version {version}; versions"
+            f" {' and '.join(map(str, VERSIONS))} are supported"
         )
     # At least: a name's length, sides, type, place; a name's length, type, value.
     tensors, keys = header.count("tensors", MOST, 24), header.count("keys", MOST, 13)
@@ -362,9 +347,9 @@ def _open(path: Path, header: _Header) -> GGUFFile:
         if entry.kind not in PLAIN and entry.kind not in LAYOUTS
     }
     if unread:
-        told = ", ".join(f"{kind} ({name})" for kind, name in unread.items())
+        types = ", ".join(f"{kind} ({name})" for kind, name in unread.items())
         raise RequestError(
-            f"{path} has tensors of type {told}, not read here; read are"
+            f"{path} has tensors of the unsupported type {types}; supported are"
             f" {', '.join((*PLAIN, *LAYOUTS))}"
         )
     infos, spans = {}, []
@@ -401,7 +386,7 @@ def _metadata(header: _Header, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = header.string("a key", MOST)
         if key in metadata:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"the key {key!r} is given twice")
         kind = header.u32()
         if kind == ARRAY:
             metadata[key] = header.array()
@@ -425,26 +410,22 @@ def _entries(header: _Header, count: int) -> dict[str, _Entry]:
     for _ in range(count):
         name = header.string("a tensor's name", MOST)
         if name in entries:
-            raise ValueError(f"the tensor {name!r} stands there twice")
+            raise ValueError(f"the tensor {name!r} is given twice")
         rank = header.u32()
         if rank > MOST_SIDES:
             raise ValueError(f"{name} has {rank:,} sides")
         shape = tuple(header.u64() for _ in range(rank))[::-1]
-        if _impossible(shape):
+        if impossible(shape):
             raise ValueError(f"{name} has an impossible shape")
         kind = header.u32()
         entries[name] = _Entry(TYPES.get(kind, f"number {kind}"), shape, header.u64())
     return entries
 
 
-def _impossible(shape: Sequence[int]) -> bool:
-    # Bounded even where one side is 0: torch multiplies the sides up for the strides.
-    return math.prod(max(side, 1) for side in shape) >= 1 << 48
-
-
 def _original(header: _Header, place: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor that ComfyUI's converter stored in another, because it is 5-D or has no
-    rows of whole blocks.
+    """Return the original shape of a tensor that ComfyUI's converter reshaped.
+
+    It does so for 5-D tensors, and for rows that are not a multiple of the block.
     """
     if place is None:
         return shape
@@ -456,7 +437,7 @@ def _original(header: _Header, place: Any, name: str, shape: tuple[int, ...]) ->
     if (
         min(original, default=1) < 0
         or math.prod(original) != math.prod(shape)
-        or _impossible(original)
+        or impossible(original)
     ):
         raise ValueError(f"{name} is stored as {list(shape)} and was {list(original)}")
     return original

@@ -1,10 +1,9 @@
-"""What other projects call the official parameters: tables of names, and renaming in both
-directions.
+"""Tables of other projects' names for the official parameters, and renaming in both directions.
 
-A dialect is a table of paths, official -> foreign. A path matches a name that equals it or goes on
-after a dot, and the longest match counts, so one entry covers `.weight`, `.bias` and whatever a
-quantised or LoRA file hangs on the same module. Numbered paths are written out for as many blocks
-as the names show; nothing about a model's size is assumed.
+A dialect is a table of paths, official -> foreign. A path matches a name that equals it or
+continues after a dot, and the longest match counts. So one entry covers `.weight`, `.bias` and all
+that a quantised or LoRA file adds to the module. Numbered paths are written out for as many blocks
+as the names show, for a model of any size.
 
 Sources: the modules of diffusers and transformers (compared name by name and shape by shape in the
     tests), llama.cpp's list of tensor names for T5.
@@ -23,20 +22,19 @@ Kind = Literal["dit", "t5", "vae"]
 Dialect = Literal["official", "diffusers", "huggingface", "gguf"]
 Table = dict[str, str]
 
-# What repackaged files put before the names of one part, dropped wherever it stands.
+# Prefixes that repackaged files put before the names of a part.
 PREFIXES: dict[Kind, tuple[str, ...]] = {
     "dit": ("model.diffusion_model.", "diffusion_model.", "model."),
     "t5": ("text_encoders.umt5xxl.transformer.", "text_encoder.", "model."),
     "vae": ("first_stage_model.", "vae.", "model."),
 }
-# The first is what a file is taken for when its names fit several equally.
+# The first one counts for a file whose names fit several equally.
 DIALECTS: dict[Kind, tuple[Dialect, ...]] = {
     "dit": ("official", "diffusers"),
     "t5": ("official", "huggingface", "gguf"),
     "vae": ("official", "diffusers"),
 }
-# Blocks, levels and blocks in a level at most: several times what any model has, and no more than a
-# table bears whatever a name says.
+# Limits on blocks, and on levels and their blocks: several times what any model has.
 MOST_BLOCKS, MOST_LEVELS = 256, 32
 # A second name under which transformers lists the same tensor; files hold one of the two, or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
@@ -53,8 +51,8 @@ DIT = {
 }
 DIT_BLOCK = {
     "modulation": "scale_shift_table",
-    # Named by place in one project and by age in the other: the official norm3 stands second. Only
-    # it has parameters, but the other must move out of its way too.
+    # Diffusers numbers norms by position, the official code by age: its norm3 comes second. Only
+    # norm3 has parameters, but norm2 must get out of its way.
     "norm3": "norm2",
     "norm2": "norm3",
     "ffn.0": "ffn.net.0.proj",
@@ -118,7 +116,7 @@ VAE_RESAMPLE = {"resample.1": "resample.1", "time_conv": "time_conv"}
 
 
 def detect(kind: Kind, names: Iterable[str]) -> Dialect:
-    """The dialect that knows most of the names.
+    """Return the dialect that knows most of the names.
 
     Raises:
         RequestError: when none knows any.
@@ -131,25 +129,25 @@ def detect(kind: Kind, names: Iterable[str]) -> Dialect:
     best = max(DIALECTS[kind], key=lambda dialect: known[dialect])
     if not known[best]:
         raise RequestError(
-            f"these are no weights of a Wan {kind} in any known naming; they begin"
+            f"these are not the weights of a Wan {kind} in any known naming; they begin"
             f" {', '.join(bare[:3]) or '(nothing)'}"
         )
     return best
 
 
 def strip(kind: Kind, name: str) -> str:
-    """A name without what repackaged files put before it."""
+    """Return a name without the prefixes of repackaged files."""
     for prefix in PREFIXES[kind]:
         name = name.removeprefix(prefix)
     return name
 
 
 def to_official(kind: Kind, names: Iterable[str]) -> dict[str, str]:
-    """Official names for the names in a file, of whatever dialect they are.
+    """Return the official names for a file's names, of any dialect.
 
-    Give all names of a model at once, not those of one shard: how blocks are grouped is read from
-    them. Names that the dialect does not know stay as they are (a strict loader then lists them);
-    the second name of a tied tensor is left out where the first is there.
+    The grouping of blocks follows from the names, so pass all names of a model, not one shard's.
+    Unknown names stay unchanged, and a strict loader lists them. The second name of a tied tensor
+    is dropped if the first is present.
 
     Returns:
         {name in the file: official name}, one to one.
@@ -181,12 +179,10 @@ def to_official(kind: Kind, names: Iterable[str]) -> dict[str, str]:
 
 
 def from_official(kind: Kind, dialect: Dialect, names: Iterable[str]) -> dict[str, str]:
-    """The names another project expects for official names: {official name: foreign name}, one to
-    one.
+    """Return another project's names: {official name: foreign name}, one to one.
 
     Raises:
-        RequestError: for names that the dialect has no word for, or a dialect that this kind does
-            not have.
+        RequestError: for names that the dialect lacks, or a dialect that this kind does not have.
     """
     if dialect not in DIALECTS[kind]:
         raise RequestError(f"a {kind} has no {dialect} names, only {', '.join(DIALECTS[kind])}")
@@ -202,12 +198,11 @@ def from_official(kind: Kind, dialect: Dialect, names: Iterable[str]) -> dict[st
 
 
 def expert_in_name(path: str) -> Literal["high", "low"] | None:
-    """The expert that the last part of a path to speak of one speaks of: `HighNoise/x.gguf`,
-    `wan_low_noise.safetensors`, `X-HIGH_fp8`.
+    """Return the expert that a path names: `HighNoise/x.gguf`, `wan_low_noise.safetensors`.
 
-    A word counts only whole or before "noise" (not the "low" in "flow" or "lowvram"), and only
-    before "noise" where there is such a one; a part that speaks of both says nothing, and ends the
-    search.
+    The last part of the path with an expert's name counts. A name counts as a word of its own or
+    before "noise" (not the "low" in "flow" or "lowvram"). Names before "noise" come first. A part
+    with both names gives None.
     """
     for part in reversed(re.split(r"[/\\]", path)):
         words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
@@ -221,7 +216,7 @@ def expert_in_name(path: str) -> Literal["high", "low"] | None:
 
 
 def _split(name: str, paths: Collection[str]) -> tuple[str, str] | None:
-    """(path, rest) with the longest of `paths` that `name` lies on."""
+    """Return (path, rest) for the longest of `paths` that `name` begins with."""
     end = len(name)
     while end > 0:
         if name[:end] in paths:
@@ -236,9 +231,7 @@ def _rename(name: str, table: Table) -> str | None:
 
 
 def _table(kind: Kind, dialect: Dialect, names: Collection[str]) -> Table:
-    """Official -> foreign paths, with blocks enough for `names`, which are in either of the two
-    dialects.
-    """
+    """Return official -> foreign paths, with enough blocks for `names` in either dialect."""
     if kind == "dit":
         table = _dit(1 + _last(r"blocks\.(\d+)\.", names))
     elif kind == "t5":
@@ -254,9 +247,7 @@ def _table(kind: Kind, dialect: Dialect, names: Collection[str]) -> Table:
 
 
 def _last(pattern: str, names: Iterable[str], most: int = MOST_BLOCKS) -> int:
-    """The highest number below `most` that the pattern's group finds at a dot's edge; -1 for
-    none.
-    """
+    """Return the highest number below `most` in the pattern's group after a dot; -1 for none."""
     edged = re.compile(rf"(?:^|\.){pattern}")
     numbers = (int(found[1]) for found in map(edged.search, names) if found and len(found[1]) < 9)
     return max((number for number in numbers if number < most), default=-1)
@@ -289,10 +280,8 @@ def _vae(encoder_layers: int, levels: int, residuals: int) -> Table:
             table |= {
                 f"{side}.{official}.{a}": f"{side}.{foreign}.{b}" for a, b in VAE_RESIDUAL.items()
             }
-    for n in range(
-        encoder_layers
-    ):  # flat in both; whether n is a residual block or a resampling one, the names say
-        layer = VAE_RESIDUAL | VAE_RESAMPLE
+    layer = VAE_RESIDUAL | VAE_RESAMPLE  # the names say which of the two a layer is
+    for n in range(encoder_layers):  # flat in both
         table |= {
             f"encoder.downsamples.{n}.{a}": f"encoder.down_blocks.{n}.{b}" for a, b in layer.items()
         }
@@ -311,7 +300,7 @@ def _vae(encoder_layers: int, levels: int, residuals: int) -> Table:
 
 
 def _levels(names: Collection[str]) -> tuple[int, int]:
-    """How many levels the decoder has, and how many residual blocks are in each."""
+    """Return the number of the decoder's levels, and of residual blocks in each."""
     nested = _last(r"decoder\.up_blocks\.(\d+)\.", names, MOST_LEVELS)
     if nested >= 0:
         return nested + 1, 1 + _last(

@@ -1,8 +1,6 @@
-"""What can be downloaded: which files of which repository make up a variant, where each goes, how
-large it is, what it hashes to.
+"""Published files: repository, place, size and hash of each, and the variants they make up.
 
-Sizes stand here for help texts and for statements without a network; at run time the hub's own
-listing is the truth.
+The sizes are for help texts and for offline use. A download relies on the hub's own listing.
 """
 
 from __future__ import annotations
@@ -41,24 +39,19 @@ TOKENIZER, LIGHTNING = 21_454_081, 1_226_977_424
 
 @dataclass(frozen=True)
 class Part:
-    """Files of one repository that play one role."""
+    """The files of one repository for one role."""
 
     role: Role
     repo: str
     patterns: tuple[str, ...]  # paths in the repository; * also matches a slash
     bytes: int = 0
-    strip: str = ""  # the beginning of a path that is dropped on this side
-    optional: bool = False  # the variant is whole without it
+    strip: str = ""  # prefix of a path that the local path lacks
+    optional: bool = False  # the variant is complete without it
 
     def local(self, path: str) -> str | None:
-        """Where a file of the repository goes, relative to the folder; None when it is not of this
-        part.
-        """
-        return (
-            path.removeprefix(self.strip)
-            if any(fnmatchcase(path, pattern) for pattern in self.patterns)
-            else None
-        )
+        """Return the local path of a repository's file; None for a file of another part."""
+        known = any(fnmatchcase(path, pattern) for pattern in self.patterns)
+        return path.removeprefix(self.strip) if known else None
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,7 @@ class Variant:
     about: str
     parts: tuple[Part, ...]
     sources: tuple[Source, ...] = ("huggingface",)
-    revision: str | None = (
-        None  # of the first part's repository, where it is not the default branch
-    )
+    revision: str | None = None  # of the first part's repository; None: the default branch
 
     @property
     def bytes(self) -> int:
@@ -79,11 +70,11 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name of the folder that it goes to unless the user says otherwise."""
+        """The default folder."""
         return "T2V_A14B_weights" if self.name == "official" else f"T2V_A14B_{self.name}"
 
     def select(self, only: Sequence[str]) -> tuple[Part, ...]:
-        """The parts with one of these roles, or all; RequestError when there is none."""
+        """Return the parts with one of these roles; all without roles; RequestError for none."""
         parts = tuple(part for part in self.parts if not only or part.role in only)
         if not parts:
             have = ", ".join(dict.fromkeys(part.role for part in self.parts))
@@ -244,33 +235,28 @@ KNOWN: dict[str, str] = {
 
 
 def known_sha256(name: str) -> str | None:
-    """The published sha256 of a file, by the end of its path; None for a file that is not in the
-    table.
-    """
+    """Return the published sha256 of a file, by the end of its path; None for other files."""
     path = f"/{name}"
     return next((sha256 for end, sha256 in KNOWN.items() if path.endswith(f"/{end}")), None)
 
 
 def expert_by_hash(file: Path, compute: bool = False) -> Literal["high", "low"] | None:
-    """The expert that a file is known to be by its sha256: the one that names it (a link into
-    Hugging Face's cache), or a computed one.
+    """Return the expert in a published file, by the sha256 that names it in Hugging Face's cache.
 
     Args:
-        compute: hash the file itself if it has the size of a published expert; half a minute for 14
-            GB.
+        compute: hash the file if it has the size of a published expert (14 GB in half a minute).
     """
     sha256 = Path(os.path.realpath(file)).name
     if compute and file.stat().st_size in EXPERT_SIZES:
         with file.open("rb") as data:
             sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-    known = (
-        next((end for end, value in KNOWN.items() if value == sha256), "").lower().replace("_", "")
-    )
+    published = next((end for end, value in KNOWN.items() if value == sha256), "")
+    known = published.lower().replace("_", "")
     return "high" if "highnoise" in known else "low" if "lownoise" in known else None
 
 
 def whole_repository(repo: str) -> Variant:
-    """Everything in a repository, for `--repo`."""
+    """Return a variant of all files in a repository, for `--repo`."""
     return Variant(
         repo.rpartition("/")[2],
         f"everything in {repo}",
@@ -280,7 +266,7 @@ def whole_repository(repo: str) -> Variant:
 
 
 def find(name: str) -> Variant:
-    """A variant by its name; RequestError that lists them."""
+    """Return a variant by its name; RequestError that lists them all."""
     if name not in VARIANTS:
         raise RequestError(f"there is no variant {name!r}; there are {', '.join(VARIANTS)}")
     return VARIANTS[name]

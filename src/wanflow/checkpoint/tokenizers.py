@@ -1,9 +1,8 @@
-"""The tokenizer of UMT5, wherever it stands: `tokenizer.json`, a sentencepiece model, or inside a
-T5 file (ComfyUI's, GGUF).
+"""Read UMT5's tokenizer: `tokenizer.json`, a sentencepiece model, or inside a T5 file.
 
-All become the same engine of the `tokenizers` library: a unigram model over pieces with scores,
-behind sentencepiece's own normalisation. Source of the format: sentencepiece's
-`sentencepiece_model.proto`.
+T5 files of ComfyUI and GGUF carry it. All forms become the same engine of the `tokenizers` library:
+a unigram model over pieces with scores, behind sentencepiece's own normalisation. Source of the
+format: sentencepiece's `sentencepiece_model.proto`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -33,7 +33,7 @@ UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces, in sentenc
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a sentencepiece unigram model consists of."""
+    """The contents of a sentencepiece unigram model."""
 
     pieces: list[tuple[str, float]]
     types: list[int]
@@ -43,24 +43,23 @@ class Pieces:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file, told by its content.
+    """Read the tokenizer in a file of any form.
 
     Raises:
-        RequestError: naming the file, when it is missing, damaged, or holds none, or not T5's.
+        RequestError: naming the file, when it is missing or damaged, or holds no T5 tokenizer.
     """
     engine = _open(path)
     try:
         engine.encode(TRIAL, add_special_tokens=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # the library finds some faults only here; a panic in it is no Exception
+    except BaseException as error:  # faults that loading misses; a panic there is no Exception
         raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
     lacking = [word for word in ("<pad>", "</s>") if engine.token_to_id(word) is None]
     if lacking:
         raise RequestError(
-            f"{path}: the tokenizer has no {' and no '.join(lacking)}: it is not T5's"
+            f"{path}: the tokenizer has no {' and no '.join(lacking)}, so it is not T5's; name"
+            " another with --tokenizer"
         )
     return engine
 
@@ -74,9 +73,8 @@ def _open(path: Path) -> Tokenizer:
                 raise RequestError(f"{path} is too large for a tokenizer; {AGAIN}")
             _check_json(start + file.read(), path)
             return read(path)
-        if (
-            start[:1] == b"\n" and size <= LIMIT
-        ):  # the first field of a sentencepiece model: a piece
+        # The first field of a sentencepiece model is a piece.
+        if start[:1] == b"\n" and size <= LIMIT:
             return build(_parse(start + file.read(), path), path)
     source = open_source(path)
     if isinstance(source, GGUFFile):
@@ -100,49 +98,36 @@ def carries_tokenizer(source: TensorSource) -> bool:
 
 
 def _embedded(source: TensorSource) -> str | None:
-    """The tensor that holds a tokenizer's bytes."""
+    """Return the tensor that holds a tokenizer's bytes."""
     return next((name for name in source.tensors if name.split(".")[-1] == EMBEDDED), None)
 
 
 def build(model: Pieces, path: Path) -> Tokenizer:
-    """The engine for a sentencepiece unigram model: the same ids that sentencepiece gives."""
+    """Return the engine for a sentencepiece unigram model, with sentencepiece's own ids."""
     check_charsmap(model.charsmap, path)
     unknown = next((index for index, kind in enumerate(model.types) if kind == UNKNOWN), None)
     if unknown is None:
-        raise RequestError(f"{path}: its tokenizer has no piece for the unknown; {AGAIN}")
+        raise RequestError(f"{path}: its tokenizer has no unknown piece; {AGAIN}")
     try:
-        # Every byte has its piece where a model falls back to bytes.
-        engine = Tokenizer(
-            Unigram(model.pieces, unk_id=unknown, byte_fallback=model.types.count(BYTE) == 256)
-        )
-        steps: list[normalizers.Normalizer] = (
-            [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
-        )
+        # A model that falls back to bytes has a piece for every byte.
+        bytewise = model.types.count(BYTE) == 256
+        engine = Tokenizer(Unigram(model.pieces, unk_id=unknown, byte_fallback=bytewise))
+        steps: list[normalizers.Normalizer] = []
+        if model.charsmap:
+            steps.append(normalizers.Precompiled(model.charsmap))
         if model.fold_spaces:
-            steps += [
-                normalizers.Strip(left=True, right=True),
-                normalizers.Replace(Regex(" {2,}"), " "),
-            ]
+            steps.append(normalizers.Strip(left=True, right=True))
+            steps.append(normalizers.Replace(Regex(" {2,}"), " "))
         engine.normalizer = normalizers.Sequence(steps)
-        engine.pre_tokenizer = pre_tokenizers.Metaspace(
-            prepend_scheme="always" if model.add_prefix else "never"
-        )
-        engine.decoder = decoders.Metaspace(
-            prepend_scheme="always" if model.add_prefix else "never"
-        )
-        marks = [
-            piece
-            for (piece, _), kind in zip(model.pieces, model.types, strict=True)
-            if kind == CONTROL
-        ]
+        prepend: Literal["always", "never"] = "always" if model.add_prefix else "never"
+        engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+        engine.decoder = decoders.Metaspace(prepend_scheme=prepend)
+        typed = [(piece, kind) for (piece, _), kind in zip(model.pieces, model.types, strict=True)]
+        marks = [piece for piece, kind in typed if kind == CONTROL]
+        own = [piece for piece, kind in typed if kind == USER_DEFINED]
         engine.add_special_tokens(
             [AddedToken(piece, special=True, normalized=False) for piece in marks]
         )
-        own = [
-            piece
-            for (piece, _), kind in zip(model.pieces, model.types, strict=True)
-            if kind == USER_DEFINED
-        ]
         engine.add_tokens([AddedToken(piece, normalized=False) for piece in own])
     except Exception as error:  # the library raises bare Exception for a malformed model
         raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
@@ -150,41 +135,39 @@ def build(model: Pieces, path: Path) -> Tokenizer:
 
 
 def check_charsmap(data: bytes, path: Path) -> None:
-    """RequestError unless a table of sentencepiece's normaliser leads nowhere outside itself: the
-    library believes whatever it says.
+    """Raise a RequestError for a table of sentencepiece's normaliser that leads outside itself.
 
-    It is the size of a trie, the trie (darts-clone's units of 32 bits), and what it leads to, UTF-8
-    strings that each end in a zero.
+    The library trusts it. It is the size of a trie, the trie (darts-clone's units of 32 bits), and
+    the UTF-8 strings that the trie leads to, each with a zero at its end.
     """
-    size = int.from_bytes(data[:4], "little")
-    whole = (
-        len(data) >= 4 and size <= len(data) - 4 and size and size % 1024 == 0
-    )  # blocks of 256 units
-    if not data:
-        return
-    units = np.frombuffer(data[4 : 4 + size] if whole else b"", "<u4").astype(np.int64)
-    inner = np.flatnonzero(units >> 31 == 0)  # the others are leaves
-    steps = (units[inner] >> 10) << ((units[inner] & 512) >> 6)
-    children = inner ^ steps
-    whole = whole and bool((children < len(units)).all())
-    texts = data[4 + size :]
-    if whole:
-        found = np.unique(units[children[units[inner] & 256 != 0]] & 0x7FFFFFFF)
-        # No string begins after the end, nor within a character.
-        whole = all(place < len(texts) and texts[place] & 0xC0 != 0x80 for place in found.tolist())
-    try:
-        texts.decode()
-    except UnicodeDecodeError:
-        whole = False
-    if not whole:
+    if data and not _closed(data):
         raise RequestError(
             f"{path}: its tokenizer is damaged (the table of its normaliser leads outside itself);"
             f" {AGAIN}"
         )
 
 
+def _closed(data: bytes) -> bool:
+    size = int.from_bytes(data[:4], "little")
+    if len(data) < 4 or not 0 < size <= len(data) - 4 or size % 1024:  # blocks of 256 units
+        return False
+    units = np.frombuffer(data[4 : 4 + size], "<u4").astype(np.int64)
+    texts = data[4 + size :]
+    inner = np.flatnonzero(units >> 31 == 0)  # the others are leaves
+    children = inner ^ ((units[inner] >> 10) << ((units[inner] & 512) >> 6))
+    if not (children < len(units)).all():
+        return False
+    try:
+        texts.decode()
+    except UnicodeDecodeError:
+        return False
+    # No string begins after the end, or within a character.
+    starts = np.unique(units[children[units[inner] & 256 != 0]] & 0x7FFFFFFF).tolist()
+    return all(start < len(texts) and texts[start] & 0xC0 != 0x80 for start in starts)
+
+
 def _check_json(data: bytes, path: Path) -> None:
-    """The same for a `tokenizer.json`, before the library reads it."""
+    """Check the tables in a `tokenizer.json` before the library reads it."""
     try:
         if re.search(rb"\\u00[2-7]", data):  # a key that is spelled in escapes
             data = json.dumps(json.loads(data)).encode()
@@ -213,10 +196,8 @@ def _from_gguf(source: GGUFFile) -> Pieces:
         )
     charsmap = "tokenizer.ggml.precompiled_charsmap"
     raw = bytes(value & 255 for value in source.array(charsmap)) if charsmap in meta else b""
-    prefix, fold = (
-        meta.get("tokenizer.ggml.add_space_prefix", True),
-        meta.get("tokenizer.ggml.remove_extra_whitespaces", True),
-    )
+    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    fold = meta.get("tokenizer.ggml.remove_extra_whitespaces", True)
     return Pieces(list(zip(tokens, scores, strict=True)), types, raw, bool(prefix), bool(fold))
 
 
@@ -224,7 +205,7 @@ def _from_gguf(source: GGUFFile) -> Pieces:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a protobuf message; ValueError for what is none."""
+    """Yield (number, value) of each field of a protobuf message; ValueError for other bytes."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
@@ -258,8 +239,10 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _parse(data: bytes, path: Path) -> Pieces:
-    """ModelProto: field 1 the pieces (1 text, 2 score, 3 type), field 3 the normaliser (2 table, 3
-    dummy prefix, 4 extra spaces).
+    """Parse a ModelProto.
+
+    Field 1: the pieces (1 text, 2 score, 3 type). Field 3: the normaliser (2 table, 3 dummy prefix,
+    4 extra spaces).
     """
     pieces: list[tuple[str, float]] = []
     types: list[int] = []
@@ -272,7 +255,7 @@ def _parse(data: bytes, path: Path) -> Pieces:
                 if not (
                     isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int)
                 ):
-                    raise ValueError("a piece is none")
+                    raise ValueError("a piece is malformed")
                 pieces.append((text.decode(), struct.unpack("<f", score)[0]))
                 types.append(kind)
             elif number == 3 and isinstance(value, bytes):
