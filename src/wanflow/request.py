@@ -274,8 +274,8 @@ class CompleteRequest:
         for lora in self.loras:
             if (lora.first or 1) > self.sample_steps:
                 raise RequestError(
-                    f"lora {lora}: its first step must be at most sample_steps,"
-                    f" {self.sample_steps} (got {lora.first})"
+                    f"lora {lora}: it begins at step {lora.first}, but sample_steps is"
+                    f" {self.sample_steps}"
                 )
 
     @property
