@@ -84,7 +84,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     checkpoint = open_checkpoint(args.folder)
     dist.init_process_group("fake", rank=args.rank, world_size=args.processes)
-    team = make_groups(Layout(ulysses=args.processes), DistInfo(args.rank, args.processes, CPU))
+    ctx = make_groups(Layout(ulysses=args.processes), DistInfo(args.rank, args.processes, CPU))
     runtime = Runtime(
         device="cpu",
         dit_fsdp=True,
@@ -94,7 +94,7 @@ def main() -> None:
     import_module("torch.distributed.fsdp")  # whose modules are no weights
 
     peak, read, began = Peak(), number("io", "rchar"), time.monotonic()
-    model = open_expert(checkpoint, "high", Placement(dtype, CPU, runtime, team))
+    model = open_expert(checkpoint, "high", Placement(dtype, CPU, runtime, ctx))
     seconds, read = time.monotonic() - began, number("io", "rchar") - read
     own = sum(
         value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes

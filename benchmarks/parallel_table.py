@@ -15,19 +15,24 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from dataclasses import replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from wanflow.parallel.groups import expected_bytes, sizes
+from wanflow.parallel.groups import sizes
 from wanflow.plan import Plan, described, published, solve
 from wanflow.plan.estimate import Estimate, estimate
 from wanflow.plan.gpus import PCIE, rates
 from wanflow.presets import T2V_A14B
 from wanflow.request import Request
 from wanflow.runtime import Runtime
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.expected_bytes import forward_bytes
 
 SIZES, COUNTS = ("1280*720", "832*480"), (1, 2, 3, 4, 6, 8)
 CARDS = ("a100-80gb", "h100-80gb", "h20")
@@ -87,7 +92,7 @@ def row_of(size: str, count: int, name: str, plan: Plan) -> dict[str, Any]:
     # One velocity a step; the rest in each pass.
     told = {
         what: amount * (1 if what == "velocity" else passes)
-        for what, amount in expected_bytes(layout, T2V_A14B.dit, tokens, count - 1).items()
+        for what, amount in forward_bytes(layout, T2V_A14B.dit, tokens, count - 1).items()
     }
     heads, shares = sizes(T2V_A14B.dit.num_heads, layout.ulysses), sizes(tokens, layout.sequence)
     return {

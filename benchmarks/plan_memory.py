@@ -49,7 +49,7 @@ from wanflow.parallel.fsdp import shard_blocks
 from wanflow.parallel.groups import Layout, ParallelContext, make_groups, simulated_groups
 from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect, sharded
-from wanflow.parallel.sharding import is_shared
+from wanflow.parallel.sharding import is_sharded
 from wanflow.pipeline import to_frames
 from wanflow.plan import published
 from wanflow.plan.need import READING, Phase, decode_phase, expert_phases, text_phase
@@ -325,7 +325,7 @@ def load(module: nn.Module, but: set[str] = set()) -> None:  # noqa: B006
     for name, parameter in list(module.named_parameters()):
         if any(name.endswith(f".{end}") for end in but):
             continue
-        if is_shared(parameter):
+        if is_sharded(parameter):
             local = cast(Any, parameter).to_local()
             local.fill_(0.01) if name.endswith("scale") else fill(local)
             continue
@@ -341,7 +341,7 @@ def load(module: nn.Module, but: set[str] = set()) -> None:  # noqa: B006
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def denoise(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None:
+def denoise(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
     """One step of the middle, where all there is of the solver's state is there; several processes
     make two and count the second.
     """
@@ -360,9 +360,9 @@ def denoise(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None
         model = Streaming(plain, fetch, resident, torch.device("cpu"))
     else:
         if runtime.dit_fsdp:
-            shard_blocks(plain, team)
+            shard_blocks(plain, ctx)
         load(plain)
-    connect(plain, team, KERNEL.attend, KERNEL.with_lse)
+    connect(plain, ctx, KERNEL.attend, KERNEL.with_lse)
     if case.rank:
         Adapters(plain).attach(
             "lora",
@@ -375,7 +375,7 @@ def denoise(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None
     parts = FakeParts(preset, model, torch.bfloat16)
     schedule = schedule_of(request)
     velocity = make_velocity(
-        parts, request, 2, runtime.cfg_batch, sharded(team), split_guidance(team)
+        parts, request, 2, runtime.cfg_batch, sharded(ctx), split_guidance(ctx)
     )
     conditioning = conditioning_of(preset, request)
     first, second, x, origin = (conditioning.start(request.seed, "cpu") for _ in range(4))
@@ -385,11 +385,11 @@ def denoise(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None
     for _ in range(2 if len(resident) < case.layers or case.layout.size > 1 else 1):
         # the first step also makes keys and values of the text, for which shares are put together
         # once more
-        team.traffic.reset()
+        ctx.stats.reset()
         advance(schedule, state, velocity)
 
 
-def text(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None:
+def text(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
     encoder = build(UMT5Encoder, preset_of(case).text).to(torch.bfloat16)
     load(encoder)
     peak.reset()
@@ -397,14 +397,14 @@ def text(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None:
     encoder(ids, torch.ones_like(ids))
 
 
-def decode(case: Case, folder: Path, peak: Peak, team: ParallelContext) -> None:
+def decode(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
     vae = build(WanVAE, T2V_A14B.vae)
     load(vae)
     peak.reset()
     request, runtime = request_of(case, folder), runtime_of(case)
     latent = conditioning_of(preset_of(case), request).start(request.seed, "cpu")
-    if team.layout.size > 1:
-        frames = strips.decode_frames(vae, latent, team, to_frames)
+    if ctx.layout.size > 1:
+        frames = strips.decode_frames(vae, latent, ctx, to_frames)
     elif runtime.vae_tile:
         frames = tiling.decode_frames(vae, latent, runtime.vae_tile, to_frames)
     else:
@@ -437,7 +437,7 @@ def write_lora(case: Case, file: Path) -> None:
 
 
 def joined(layout: Layout, number: int, folder: Path) -> ParallelContext:
-    """This process' team, which meets in the folder."""
+    """This process' ctx, which meets in the folder."""
     if layout.size == 1:
         return simulated_groups(layout)
     # Where the benchmark's processes meet is no description by torchrun, so `mesh.start` cannot be
@@ -448,25 +448,25 @@ def joined(layout: Layout, number: int, folder: Path) -> ParallelContext:
         rank=number,
         world_size=layout.size,
     )
-    team = make_groups(layout, DistInfo(number, layout.size, torch.device("cpu")))
-    team.world.all_gather("first", torch.zeros(1))  # what talking takes at all
-    return team
+    ctx = make_groups(layout, DistInfo(number, layout.size, torch.device("cpu")))
+    ctx.world.all_gather("first", torch.zeros(1))  # what talking takes at all
+    return ctx
 
 
 def child(case: Case, folder: Path, number: int) -> None:
     """Run the case in this process and print what it took."""
     if case.rank:
         write_lora(case, folder / "lora.safetensors")
-    team = joined(case.layout, number, folder)
+    ctx = joined(case.layout, number, folder)
     with torch.no_grad():
         torch.randn(64, 64) @ torch.randn(64, 64)
         gc.collect()
         before = anonymous()
         peak = Peak()
         began = time.monotonic()
-        {"denoise": denoise, "text": text, "decode": decode}[case.stage](case, folder, peak, team)
+        {"denoise": denoise, "text": text, "decode": decode}[case.stage](case, folder, peak, ctx)
         most = peak.stop()
-    sent = {what: count for what, count in team.traffic.sent.items() if count}
+    sent = {what: count for what, count in ctx.stats.sent.items() if count}
     print(
         json.dumps(
             {

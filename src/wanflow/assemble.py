@@ -42,7 +42,7 @@ def assemble(
     checkpoint: Checkpoint,
     runtime: Runtime,
     report: Report | None = None,
-    ranks: DistInfo | None = None,
+    info: DistInfo | None = None,
 ) -> Pipeline:
     """Return the pipeline of a model; weights are read when they are first needed.
 
@@ -50,42 +50,42 @@ def assemble(
         checkpoint: the model's files.
         runtime: how to run; what is open takes its default.
         report: called while weights are read.
-        ranks: this process among those of the run, each of which calls this with the same runtime;
+        info: this process among those of the run, each of which calls this with the same runtime;
             None: it is alone.
 
     Raises:
         RequestError: for a runtime that this machine, this model or this layout cannot follow.
     """
-    team = simulated_groups(Layout())
-    if ranks is not None and ranks.size > 1:
-        runtime = replace(runtime, device=str(ranks.device))
-        team = make_groups(layout_of(runtime), ranks)
+    ctx = simulated_groups(Layout())
+    if info is not None and info.world_size > 1:
+        runtime = replace(runtime, device=str(info.device))
+        ctx = make_groups(layout_of(runtime), info)
     spec = checkpoint.spec
     _refuse(runtime, spec.dit.num_layers)
-    refuse_together(runtime, spec.dit.num_layers, team.layout.size)
+    refuse_together(runtime, spec.dit.num_layers, ctx.layout.size)
     device = choose_device(runtime.device)
     float32_bytes = expert_bytes(checkpoint, torch.float32)
     dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes)
     head_dim = spec.dit.dim // spec.dit.num_heads
     kernel = attention.choose_kernel(runtime.attention, device, dtype, head_dim)
-    if team.layout.ring > 1 and kernel.with_lse is None:
+    if ctx.layout.ring > 1 and kernel.with_lse is None:
         raise RequestError(
             f"ring attention needs the log-sum-exp, which {kernel.name!r} does not return;"
             " use --attention flash or --ring_size 1"
         )
     for warning in attention.warnings_for(kernel, runtime.quantize):
         logger.warning(warning)
-    placement = Placement(dtype, device, runtime, team)
+    placement = Placement(dtype, device, runtime, ctx)
     if runtime.quantize:
         refuse_packed(checkpoint, placement)
-    parts = LoadedParts(checkpoint, placement, kernel, team, report)
+    parts = LoadedParts(checkpoint, placement, kernel, ctx, report)
     logger.debug("assembled %s", asdict(runtime))
     return Pipeline(make_engine(parts), parts)
 
 
 def make_engine(parts: LoadedParts) -> Engine:
     """Return what the core calls, made of loaded parts."""
-    spec, team, runtime = parts.spec, parts.team, parts.runtime
+    spec, ctx, runtime = parts.spec, parts.ctx, parts.runtime
     model, settings = (
         model_record(parts.checkpoint),
         recorded(
@@ -97,7 +97,7 @@ def make_engine(parts: LoadedParts) -> Engine:
         loras = find_loras(request.loras()) if request.lora else ()
         found = replace(request, lora=tuple(str(lora) for lora in loras), lora_from=None)
         complete = found.complete(spec)
-        complete = replace(complete, seed=team.first(complete.seed))
+        complete = replace(complete, seed=ctx.from_rank0(complete.seed))
         return Recipe(
             complete,
             model,
@@ -113,7 +113,7 @@ def make_engine(parts: LoadedParts) -> Engine:
 
     def share(state: SolverState) -> SolverState:
         tensors = {name: value.to(parts.device) for name, value in state.tensors().items()}
-        shared = {name: team.world.from_first("state", value) for name, value in tensors.items()}
+        shared = {name: ctx.world.broadcast("state", value) for name, value in tensors.items()}
         return SolverState.from_tensors(state.index, shared)
 
     def velocity(run: Run) -> Velocity:
@@ -122,20 +122,20 @@ def make_engine(parts: LoadedParts) -> Engine:
             run.request,
             run.state.index,
             runtime.cfg_batch,
-            sharded(team),
-            split_guidance(team),
+            sharded(ctx),
+            split_guidance(ctx),
         )
 
     def decode(latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
         vae = parts.vae()
-        if team.layout.size > 1:
-            return vae_parallel.decode_frames(vae, latent, team, to_frames, on_part)
+        if ctx.layout.size > 1:
+            return vae_parallel.decode_frames(vae, latent, ctx, to_frames, on_part)
         if runtime.vae_tile:
             return vae_tiling.decode_frames(vae, latent, runtime.vae_tile, to_frames, on_part)
         return frame_by_frame(vae, latent, on_part)
 
     def agree(stop: bool) -> bool:
-        return bool(team.first(int(stop)))
+        return bool(ctx.from_rank0(int(stop)))
 
     return Engine(spec, parts.device, record, check, share, velocity, decode, agree)
 

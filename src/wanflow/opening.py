@@ -16,7 +16,7 @@ from wanflow.checkpoint.layouts import PARTS
 from wanflow.checkpoint.source import Part
 from wanflow.config import RequestError
 from wanflow.loaders.parts import Report
-from wanflow.parallel import ranks as mesh
+from wanflow.parallel import ranks
 from wanflow.plan.starting import make_plan, plan_or_raise
 from wanflow.request import Request
 from wanflow.runtime import Runtime, choose_device
@@ -94,18 +94,21 @@ def load(
     if unknown:
         known = ", ".join([*(f.name for f in fields(Runtime)), *PARTS])
         raise RequestError(f"load does not know {', '.join(unknown)}; it knows {known}")
-    runtime, ranks = Runtime(**options), None
-    if mesh.rank_and_world_size()[1] > 1:
-        ranks = mesh.join_group(choose_device(runtime.device))
-        runtime = replace(runtime, device=str(ranks.device))
+    runtime, info = Runtime(**options), None
+    if ranks.rank_and_world_size()[1] > 1:
+        info = ranks.join_group(choose_device(runtime.device))
+        runtime = replace(runtime, device=str(info.device))
     checkpoint = resolve(model, given)
-    if ranks is None or ranks.rank == 0:
+    if info is None or info.rank == 0:
         for note in checkpoint.notes:
             logger.warning(note)
     decide = make_plan if force else plan_or_raise
-    if ranks is None:
+    if info is None:
         return assemble(checkpoint, decide(checkpoint, runtime, plan_for).runtime, report)
-    settled = mesh.broadcast_from_rank0(
-        ranks, lambda: decide(checkpoint, runtime, plan_for, ranks.size, mesh.per_machine()).runtime
+    settled = ranks.broadcast_from_rank0(
+        info,
+        lambda: (
+            decide(checkpoint, runtime, plan_for, info.world_size, ranks.local_world_size()).runtime
+        ),
     )
-    return assemble(checkpoint, settled, report if ranks.rank == 0 else None, ranks)
+    return assemble(checkpoint, settled, report if info.rank == 0 else None, info)

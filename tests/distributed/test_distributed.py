@@ -14,25 +14,25 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from helpers.expected_bytes import forward_bytes
 from helpers.processes import CPU, Processes, played
 from torch import Tensor, nn
 
 from wanflow.config import DiTConfig, RequestError
 from wanflow.models.dit import Conditioning, SelfAttention, WanDiT, run_blocks, sdpa
-from wanflow.parallel import cfg
-from wanflow.parallel import ranks as mesh
+from wanflow.parallel import ranks
+from wanflow.parallel.cfg import split_guidance
 from wanflow.parallel.groups import (
     Layout,
     ParallelContext,
     bounds,
     choose_layout,
-    expected_bytes,
     layouts,
     make_groups,
     sizes,
@@ -150,60 +150,60 @@ def alone(name: str) -> Tensor:
 # what the processes do
 
 
-def work(ranks: mesh.DistInfo) -> dict[str, Any]:
+def work(info: ranks.DistInfo) -> dict[str, Any]:
     """What came out on every layout."""
     return {
-        str(layout): on_layout(make_groups(layout, ranks, 60)) for layout in layouts(ranks.size)
+        str(layout): on_layout(make_groups(layout, info, 60)) for layout in layouts(info.world_size)
     }
 
 
-def on_layout(team: ParallelContext) -> dict[str, Any]:
+def on_layout(ctx: ParallelContext) -> dict[str, Any]:
     """{case: output}, what was sent for each, both branches of guidance, and a number that all
     agree on.
     """
-    found: dict[str, Any] = {"sent": {}, "first": team.first(40 + team.ranks.rank)}
+    found: dict[str, Any] = {"sent": {}, "first": ctx.from_rank0(40 + ctx.info.rank)}
     for name, case in CASES.items():
         model = model_of(case)
-        connect(model, team, KERNEL.attend, KERNEL.with_lse)
+        connect(model, ctx, KERNEL.attend, KERNEL.with_lse)
         latent, timestep, text = inputs(case)
         states = model.text_states(text)
-        team.traffic.reset()
-        found[name] = model(latent, timestep, states, sharded(team))
-        found["sent"][name] = dict(team.traffic.sent)
+        ctx.stats.reset()
+        found[name] = model(latent, timestep, states, sharded(ctx))
+        found["sent"][name] = dict(ctx.stats.sent)
         if case.batch == 2:
             first, row = latent[:1], timestep[:1]
-            if team.layout.cfg == 2:
-                own = model(
-                    first, row, model.text_states(cfg.local_branch(team, text)), sharded(team)
-                )
-                found[f"branches of {name}"] = cfg.gather_branches(team, own)
+            guidance = split_guidance(ctx)
+            assert (guidance is None) == (ctx.layout.cfg == 1)
+            if guidance is not None:
+                states = model.text_states(guidance.select(text))
+                predict = partial(model, trunk=sharded(ctx))
+                found[f"branches of {name}"] = guidance.branches(predict, first, row, states)
             else:
-                assert cfg.local_branch(team, text) is text
                 found[f"branches of {name}"] = tuple(
                     model(
                         first,
                         row,
                         tuple((k[i : i + 1], v[i : i + 1]) for k, v in states),
-                        sharded(team),
+                        sharded(ctx),
                     )
                     for i in range(2)
                 )
     return found
 
 
-def left_alone(ranks: mesh.DistInfo) -> tuple[str, float]:
+def left_alone(info: ranks.DistInfo) -> tuple[str, float]:
     """What a process is told, and when, that waits for one which does not come."""
-    team = make_groups(Layout(ulysses=2), ranks, timeout_s=2)
+    ctx = make_groups(Layout(ulysses=2), info, timeout_s=2)
     case = CASES["plain"]
     model = model_of(case)
-    connect(model, team, KERNEL.attend)
-    team.first(0)
+    connect(model, ctx, KERNEL.attend)
+    ctx.from_rank0(0)
     began = time.monotonic()
-    if ranks.rank == 1:
+    if info.rank == 1:
         time.sleep(5)
         return "", 0
     with pytest.raises(RuntimeError) as error:
-        model(*inputs(case), sharded(team))
+        model(*inputs(case), sharded(ctx))
     return str(error.value), time.monotonic() - began
 
 
@@ -301,7 +301,7 @@ def test_what_is_sent_is_what_the_plan_says(size: int, worked: Worked) -> None:
     for rank, found in enumerate(worked(size)):
         for layout in layouts(size):
             for name, case in CASES.items():
-                wanted = expected_bytes(
+                wanted = forward_bytes(
                     layout,
                     case.config,
                     case.tokens,
@@ -329,24 +329,22 @@ def test_shapes_and_bytes_of_sizes_that_are_not_run(size: int) -> None:
     which the fake group cannot play.)
     """
     for rank in (0, 1, size - 1):
-        with played(rank, size) as ranks, torch.no_grad():
+        with played(rank, size) as info, torch.no_grad():
             for layout in layouts(size):
-                team = make_groups(layout, ranks, 60)
+                ctx = make_groups(layout, info, 60)
                 for case in (Case(WIDE), Case(WIDE, 2, (3, 1, 7), per_token=True, chunk=4)):
                     model = model_of(case)
-                    connect(model, team, KERNEL.attend, KERNEL.with_lse)
-                    team.traffic.reset()
+                    connect(model, ctx, KERNEL.attend, KERNEL.with_lse)
+                    ctx.stats.reset()
                     latent, timestep, text = inputs(case)
-                    velocity = model(latent, timestep, text, sharded(team))
+                    velocity = model(latent, timestep, text, sharded(ctx))
                     assert velocity.shape == latent.shape
-                    if layout.cfg == 2:
-                        assert [branch.shape for branch in cfg.gather_branches(team, velocity)] == [
-                            latent.shape
-                        ] * 2
-                    wanted = expected_bytes(layout, case.config, case.tokens, rank, case.batch, 4)
-                    assert {
-                        key: value for key, value in team.traffic.sent.items() if value
-                    } == wanted
+                    guidance = split_guidance(ctx)
+                    if guidance is not None:
+                        branches = guidance.branches(lambda *_: velocity, latent, timestep, ())  # noqa: B023
+                        assert [branch.shape for branch in branches] == [latent.shape] * 2
+                    wanted = forward_bytes(layout, case.config, case.tokens, rank, case.batch, 4)
+                    assert {key: value for key, value in ctx.stats.sent.items() if value} == wanted
                     layers = case.config.num_layers
                     calls = {
                         "ring": layers * (layout.ring - 1),
@@ -354,7 +352,7 @@ def test_shapes_and_bytes_of_sizes_that_are_not_run(size: int) -> None:
                         "velocity": layout.cfg - 1,
                     }
                     calls |= dict.fromkeys(("qkv", "out"), layers * (layout.ulysses > 1))
-                    assert dict(team.traffic.calls) == {
+                    assert dict(ctx.stats.calls) == {
                         key: value for key, value in calls.items() if value
                     }
 
@@ -365,14 +363,14 @@ def test_a_14b_video_on_eight_sends_what_is_known() -> None:
     """
     tokens = 21 * 45 * 80
     for size in (2, 4, 8):
-        found = expected_bytes(Layout(ulysses=size), T2V_A14B.dit, tokens)
+        found = forward_bytes(Layout(ulysses=size), T2V_A14B.dit, tokens)
         moved = 40 * 4 * tokens * 5120 * 2 * (size - 1) // size**2
         assert found["qkv"] + found["out"] == moved
         assert found["patches"] == (size - 1) * tokens // size * 64 * 4
-    assert expected_bytes(Layout(cfg=2), T2V_A14B.dit, tokens) == {
+    assert forward_bytes(Layout(cfg=2), T2V_A14B.dit, tokens) == {
         "velocity": 16 * 21 * 90 * 160 * 4
     }
-    assert expected_bytes(Layout(cfg=2), T2V_A14B.dit, tokens, guided=False) == {}
+    assert forward_bytes(Layout(cfg=2), T2V_A14B.dit, tokens, guided=False) == {}
 
 
 # layouts
@@ -426,16 +424,15 @@ def test_the_layout_that_is_chosen(size: int, options: dict[str, Any], expected:
 
 def test_what_is_no_layout() -> None:
     with pytest.raises(
-        RequestError,
-        match=r"cfg 2 x ulysses 3 does not make 4 processes; these do: cfg 2 x ulysses 2,",
+        RequestError, match=r"cfg 2 x ulysses 3 does not make 4 ranks; these do: cfg 2 x ulysses 2,"
     ):
         choose_layout(4, 40, cfg=2, ulysses=3)
-    with pytest.raises(RequestError, match="ring 0 is not a number of processes"):
+    with pytest.raises(RequestError, match="ring must be at least 1"):
         choose_layout(4, 40, ring=0)
-    with pytest.raises(RequestError, match="cfg 3: guidance has two branches"):
+    with pytest.raises(RequestError, match="cfg must be 1 or 2"):
         Layout(cfg=3)
-    with pytest.raises(RequestError, match=r"cfg 2 x ring 1 x ulysses 2 = 4 needs .* there are 3"):
-        make_groups(Layout(2, 1, 2), mesh.DistInfo(0, 3, CPU))
+    with pytest.raises(RequestError, match=r"cfg 2 x ring 1 x ulysses 2 = 4 needs .* 3"):
+        make_groups(Layout(2, 1, 2), ranks.DistInfo(0, 3, CPU))
 
 
 def test_even_parts_join() -> None:
@@ -448,25 +445,23 @@ def test_even_parts_join() -> None:
 
 
 def test_one_process_is_left_as_it_is() -> None:
-    team = make_groups(Layout(), mesh.DistInfo(0, 1, CPU))
+    ctx = make_groups(Layout(), ranks.DistInfo(0, 1, CPU))
     model = WanDiT(GOLDEN)
-    connect(model, team, sdpa)
-    assert sharded(team) is run_blocks
+    connect(model, ctx, sdpa)
+    assert sharded(ctx) is run_blocks
     assert all(
         module.attend is sdpa for module in model.modules() if isinstance(module, SelfAttention)
     )
-    assert team.first(3) == 3
+    assert ctx.from_rank0(3) == 3
 
 
 # attention
 
 
-def test_only_attention_among_tokens_is_shared() -> None:
-    with played(0, 4) as ranks:
+def test_only_attention_among_tokens_is_sharded() -> None:
+    with played(0, 4) as info:
         model = WanDiT(GOLDEN)
-        connect(
-            model, make_groups(Layout(ring=2, ulysses=2), ranks), KERNEL.attend, KERNEL.with_lse
-        )
+        connect(model, make_groups(Layout(ring=2, ulysses=2), info), KERNEL.attend, KERNEL.with_lse)
         assert all(
             block.self_attn.attend is not sdpa and block.cross_attn.attend is sdpa
             for block in model.blocks
@@ -474,28 +469,24 @@ def test_only_attention_among_tokens_is_shared() -> None:
 
 
 def test_a_ring_needs_the_log_sum_exp() -> None:
-    with played(0, 2) as ranks:
-        with pytest.raises(
-            RequestError, match="ring 2: this attention kernel does not say the log-sum-exp"
-        ):
+    with played(0, 2) as info:
+        with pytest.raises(RequestError, match="ring 2: ring attention needs the log-sum-exp"):
             connect(
                 WanDiT(GOLDEN),
-                make_groups(Layout(ring=2), ranks),
+                make_groups(Layout(ring=2), info),
                 BACKENDS["sage"].attend,
                 BACKENDS["sage"].with_lse,
             )
-        connect(WanDiT(GOLDEN), make_groups(Layout(ulysses=2), ranks), BACKENDS["sage"].attend)
+        connect(WanDiT(GOLDEN), make_groups(Layout(ulysses=2), info), BACKENDS["sage"].attend)
 
 
 @pytest.mark.parametrize("layout", [Layout(ring=2), Layout(ulysses=2)])
 def test_a_model_called_without_its_trunk_says_so(layout: Layout) -> None:
-    with played(0, 2) as ranks:
-        case, team = CASES["plain"], make_groups(layout, ranks)
+    with played(0, 2) as info:
+        case, ctx = CASES["plain"], make_groups(layout, info)
         model = model_of(case)
-        connect(model, team, KERNEL.attend, KERNEL.with_lse)
-        with pytest.raises(
-            ValueError, match=r"attention was given 45 tokens, .* trunk=sharded\(team\)"
-        ):
+        connect(model, ctx, KERNEL.attend, KERNEL.with_lse)
+        with pytest.raises(ValueError, match=r"attention got 45 tokens, .* trunk=sharded\(ctx\)"):
             model(*inputs(case))
 
 
@@ -524,9 +515,9 @@ def test_the_whole_tokens_are_let_go() -> None:
         held.append(whole() is None)
         return torch.zeros(len(tokens), tokens.shape[1], 64)
 
-    with played(1, 2) as ranks:
+    with played(1, 2) as info:
         model = made(GOLDEN)
-        shared = sharded(make_groups(Layout(ulysses=2), ranks), trunk)
+        shared = sharded(make_groups(Layout(ulysses=2), info), trunk)
         tokens = torch.zeros(1, 45, 48)
         whole = weakref.ref(tokens)
         arguments = [tokens]

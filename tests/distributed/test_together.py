@@ -25,7 +25,7 @@ from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import DiTConfig, RequestError, from_mapping
 from wanflow.loaders.velocity import make_velocity
 from wanflow.opening import resolve
-from wanflow.parallel import ranks as mesh
+from wanflow.parallel import ranks
 from wanflow.parallel.cfg import split_guidance
 from wanflow.parallel.groups import Layout, layouts, make_groups
 from wanflow.parallel.sequence import connect, sharded
@@ -56,30 +56,30 @@ def checkpoint(model: str) -> Checkpoint:
     return resolve("nano" if model == "nano" else made() / model)
 
 
-def opened(ranks: mesh.DistInfo, layout: Layout, model: str = "nano", **runtime: Any) -> Pipeline:
+def opened(info: ranks.DistInfo, layout: Layout, model: str = "nano", **runtime: Any) -> Pipeline:
     return assemble(
-        checkpoint(model), Runtime(device="cpu", **fields(layout), **runtime), None, ranks
+        checkpoint(model), Runtime(device="cpu", **fields(layout), **runtime), None, info
     )
 
 
 # every layout
 
 
-def on_layouts(ranks: mesh.DistInfo) -> dict[str, Any]:
+def on_layouts(info: ranks.DistInfo) -> dict[str, Any]:
     """nano's latent and frames, and golden's latents, on every layout; and the latent with the
     weights shared out.
     """
-    return {str(layout): on_layout(ranks, layout) for layout in layouts(ranks.size)}
+    return {str(layout): on_layout(info, layout) for layout in layouts(info.world_size)}
 
 
-def on_layout(ranks: mesh.DistInfo, layout: Layout) -> dict[str, Any]:
-    pipe = opened(ranks, layout)
+def on_layout(info: ranks.DistInfo, layout: Layout) -> dict[str, Any]:
+    pipe = opened(info, layout)
     run = pipe.resume(pipe.begin(WANTED))
     video = pipe.finish(run)
     drawn = pipe.begin(replace(WANTED, seed=-1)).request.seed
     with pytest.raises(Cancelled) as cancelled:  # what the first says holds for all
-        pipe.resume(pipe.begin(WANTED), lambda told: told.step < 2 if ranks.rank == 0 else None)
-    shared = opened(ranks, layout, **SHARED)
+        pipe.resume(pipe.begin(WANTED), lambda told: told.step < 2 if info.rank == 0 else None)
+    shared = opened(info, layout, **SHARED)
     found = {
         "latent": run.state.x,
         "frames": torch.from_numpy(video.frames),
@@ -87,8 +87,8 @@ def on_layout(ranks: mesh.DistInfo, layout: Layout) -> dict[str, Any]:
         "half": cancelled.value.run.state.tensors(),
     }
     found |= {"shared out": shared.resume(shared.begin(WANTED)).state.x, "shares": shares(shared)}
-    for case in PIPELINE["runs"] if ranks.size == 2 else PIPELINE["runs"][:1]:
-        found[case["name"]] = golden(ranks, layout, case)
+    for case in PIPELINE["runs"] if info.world_size == 2 else PIPELINE["runs"][:1]:
+        found[case["name"]] = golden(info, layout, case)
     return found
 
 
@@ -106,10 +106,10 @@ def shares(pipe: Pipeline) -> list[tuple[int, int]]:
 class GoldenParts:
     """Golden's experts and texts, as a pipeline asks for them."""
 
-    def __init__(self, team: Any) -> None:
+    def __init__(self, ctx: Any) -> None:
         config = from_mapping(DiTConfig, PIPELINE["config"], "pipeline.json")
         self.spec = replace(T2V_A14B, dit=config)
-        self.team = team
+        self.ctx = ctx
 
     def text(self, prompts: list[str]) -> Tensor:
         states = torch.zeros(len(prompts), self.spec.dit.text_len, self.spec.dit.text_dim)
@@ -120,15 +120,15 @@ class GoldenParts:
 
     def expert(self, which: str, strengths: tuple[float, ...] = ()) -> Any:
         model = expert(which)
-        connect(model, self.team, BACKENDS["sdpa"].attend, BACKENDS["sdpa"].with_lse)
+        connect(model, self.ctx, BACKENDS["sdpa"].attend, BACKENDS["sdpa"].with_lse)
         return model
 
     def prepare(self, which: str, strengths: tuple[float, ...] = ()) -> None: ...
 
 
-def golden(ranks: mesh.DistInfo, layout: Layout, case: dict[str, Any]) -> list[Tensor]:
+def golden(info: ranks.DistInfo, layout: Layout, case: dict[str, Any]) -> list[Tensor]:
     """The latent after each step of one of golden's runs."""
-    team = make_groups(layout, ranks, 60)
+    ctx = make_groups(layout, info, 60)
     request = CompleteRequest(
         "context",
         "context_null",
@@ -146,7 +146,7 @@ def golden(ranks: mesh.DistInfo, layout: Layout, case: dict[str, Any]) -> list[T
     schedule = schedule_of(case)
     state, latents = SolverState(0, case_tensors(PIPELINE["cases_file"], case)["noise"][None]), []
     velocity = make_velocity(
-        GoldenParts(team), request, trunk=sharded(team), guidance=split_guidance(team)
+        GoldenParts(ctx), request, trunk=sharded(ctx), guidance=split_guidance(ctx)
     )
     while state.index < len(schedule):
         state = advance(schedule, state, velocity)
@@ -276,22 +276,22 @@ OF_ATTENTION = (
 PAIRS = [(way, name) for way in WAYS for name in FEATURES if way != "ring" or name in OF_ATTENTION]
 
 
-def with_features(ranks: mesh.DistInfo) -> dict[str, Any]:
+def with_features(info: ranks.DistInfo) -> dict[str, Any]:
     """Each way with each feature: the latent, or the words of the refusal."""
-    return {f"{way} + {name}": with_feature(ranks, *WAYS[way], name) for way, name in PAIRS}
+    return {f"{way} + {name}": with_feature(info, *WAYS[way], name) for way, name in PAIRS}
 
 
-def with_feature(ranks: mesh.DistInfo, layout: Layout, runtime: dict[str, Any], name: str) -> Any:
+def with_feature(info: ranks.DistInfo, layout: Layout, runtime: dict[str, Any], name: str) -> Any:
     more, request, _ = FEATURES[name]
     request = {"frame_num": 5, "sample_steps": 3, "seed": 3, **request}
     stop, model = request.pop("stop", None), request.pop("model", "nano")
     request["lora"] = tuple(str(made() / lora) for lora in request.get("lora", ()))
     try:
-        pipe = opened(ranks, layout, model, **runtime, **more)
+        pipe = opened(info, layout, model, **runtime, **more)
         run = pipe.begin(Request(PROMPT, **request))
         if stop is not None:
             with pytest.raises(Cancelled) as cancelled:
-                pipe.resume(run, lambda told: told.step < stop if ranks.rank == 0 else None)
+                pipe.resume(run, lambda told: told.step < stop if info.rank == 0 else None)
             run = cancelled.value.run
             assert run.state.index == stop
         return pipe.resume(run).state.x
@@ -333,8 +333,8 @@ def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
 def test_what_cannot_go_together_is_refused_before_anything_is_read(
     runtime: dict[str, Any], words: str
 ) -> None:
-    with played(0, 2) as ranks, pytest.raises(RequestError, match=words):
-        assemble(resolve("nano"), Runtime(device="cpu", **runtime), None, ranks)
+    with played(0, 2) as info, pytest.raises(RequestError, match=words):
+        assemble(resolve("nano"), Runtime(device="cpu", **runtime), None, info)
 
 
 def test_a_share_of_one_is_refused() -> None:

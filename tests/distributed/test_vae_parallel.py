@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.expected_bytes import decode_bytes
 from helpers.processes import CPU, Processes
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,10 +29,9 @@ from torch import Tensor, nn
 from wanflow.config import VAEConfig, from_mapping
 from wanflow.media import to_uint8
 from wanflow.models.vae import Upsample, WanVAE, receptive_margin
-from wanflow.parallel import ranks as mesh
-from wanflow.parallel import vae_parallel as strips
+from wanflow.parallel import ranks, vae_parallel
 from wanflow.parallel.groups import Group, Layout, ParallelContext, make_groups, simulated_groups
-from wanflow.parallel.vae_parallel import NARROWEST, Frames, Strips, connected, decode_frames, sent
+from wanflow.parallel.vae_parallel import NARROWEST, Frames, Strips, connected, decode_frames
 from wanflow.plan.trace import fake, materialise
 from wanflow.presets import T2V_A14B
 
@@ -116,7 +116,7 @@ class Found:
 
 
 def decoded(
-    team: ParallelContext,
+    ctx: ParallelContext,
     vae: WanVAE,
     latent: Tensor,
     on_part: Callable[[int, int], None] | None = None,
@@ -133,9 +133,9 @@ def decoded(
         if on_part is not None:
             on_part(done, count)
 
-    team.traffic.reset()
-    frames = list(decode_frames(vae, latent, team, convert, note))
-    traffic = {key: value for key, value in team.traffic.sent.items() if value}
+    ctx.stats.reset()
+    frames = list(decode_frames(vae, latent, ctx, convert, note))
+    traffic = {key: value for key, value in ctx.stats.sent.items() if value}
     return Found(torch.cat(parts, dim=2) if parts else None, frames, told, traffic)
 
 
@@ -163,8 +163,8 @@ class Arriving:
 class Threads(Group):
     """The place of one thread among those that play a run."""
 
-    def __init__(self, team: ParallelContext, queues: dict[tuple[int, int], Queue[Tensor]]) -> None:
-        super().__init__(team.traffic, rank=team.ranks.rank, size=team.layout.size)
+    def __init__(self, ctx: ParallelContext, queues: dict[tuple[int, int], Queue[Tensor]]) -> None:
+        super().__init__(ctx.stats, rank=ctx.info.rank, size=ctx.layout.size)
         self.queues = queues
 
     def exchange(
@@ -173,7 +173,7 @@ class Threads(Group):
         leaving: Sequence[tuple[int, Tensor]],
         arriving: Sequence[tuple[int, Tensor]],
     ) -> list[Any]:
-        self.traffic.add(what, sum(values.nbytes for _, values in leaving))
+        self.stats.add(what, sum(values.nbytes for _, values in leaving))
         for peer, values in leaving:
             assert values.is_contiguous() and peer != self.rank
             self.queues[self.rank, peer].put(values.clone())
@@ -189,9 +189,9 @@ def played(size: int, vae: WanVAE, latent: Tensor) -> list[Found]:
     found: dict[int, Found] = {}
 
     def work(rank: int) -> None:
-        team = simulated_groups(Layout(ulysses=size), rank)
-        team.world = Threads(team, queues)
-        found[rank] = decoded(team, vae, latent)
+        ctx = simulated_groups(Layout(ulysses=size), rank)
+        ctx.world = Threads(ctx, queues)
+        found[rank] = decoded(ctx, vae, latent)
 
     threads = [Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -223,7 +223,9 @@ def test_a_smaller_halo_shows(monkeypatch: pytest.MonkeyPatch, number: int) -> N
     reaching = [layer for layer in vae.decoder.layers() if receptive_margin(layer)]
     assert len(reaching) == 19
     monkeypatch.setattr(
-        strips, "needed", lambda layer: receptive_margin(layer) - (layer is reaching[number])
+        vae_parallel,
+        "receptive_margin",
+        lambda layer: receptive_margin(layer) - (layer is reaching[number]),
     )
     assert (
         together(played(3, vae, latent), Strips(3, 9, 3)) - vae.decode(latent)
@@ -231,7 +233,7 @@ def test_a_smaller_halo_shows(monkeypatch: pytest.MonkeyPatch, number: int) -> N
 
 
 def test_attention_needs_all_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strips.Attention, "forward", lambda self, x: self.block(x, {}))
+    monkeypatch.setattr(vae_parallel.Attention, "forward", lambda self, x: self.block(x, {}))
     vae, latent = made(PUBLISHED, torch.float64), latent_of(Case((1, 3, 9)))
     assert (
         together(played(3, vae, latent), Strips(3, 9, 3)) - vae.decode(latent)
@@ -241,12 +243,12 @@ def test_attention_needs_all_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 # processes
 
 
-def gone_through(ranks: mesh.DistInfo) -> dict[str, dict[str, Any]]:
+def gone_through(info: ranks.DistInfo) -> dict[str, dict[str, Any]]:
     """Every case, on one of several processes."""
-    size = ranks.size
-    team, found = (
+    size = info.world_size
+    ctx, found = (
         make_groups(
-            Layout(cfg=2, ulysses=size // 2) if size % 2 == 0 else Layout(ring=size), ranks, 60
+            Layout(cfg=2, ulysses=size // 2) if size % 2 == 0 else Layout(ring=size), info, 60
         ),
         {},
     )
@@ -254,10 +256,10 @@ def gone_through(ranks: mesh.DistInfo) -> dict[str, dict[str, Any]]:
     def agree(done: int, _: int) -> None:
         # As in a run that any process may be told to stop: all must say how far they are equally
         # often.
-        assert team.first(done) == done
+        assert ctx.from_rank0(done) == done
 
     for name, case in CASES.items():
-        one = decoded(team, made(case.config, case.dtype), latent_of(case), agree)
+        one = decoded(ctx, made(case.config, case.dtype), latent_of(case), agree)
         found[name] = vars(one) | {"frames": [torch.from_numpy(frames) for frames in one.frames]}
     return found
 
@@ -333,11 +335,11 @@ def test_bfloat16_differs_by_its_rounding(size: int, worked: Worked) -> None:
 def test_what_is_sent_is_what_is_said(size: int, worked: Worked) -> None:
     for rank, found in enumerate(worked(size)):
         for name, case in CASES.items():
-            wanted = sent(
+            expected = decode_bytes(
                 made(case.config, case.dtype), case.shape[0], Strips(*case.shape[1:], size), rank
             )
             told = {"first": 8 * (size - 1) * case.shape[0]} if rank == 0 else {}
-            assert found[name].sent == wanted | told, (rank, name)
+            assert found[name].sent == expected | told, (rank, name)
 
 
 # one process
@@ -346,19 +348,19 @@ def test_what_is_sent_is_what_is_said(size: int, worked: Worked) -> None:
 @pytest.mark.parametrize("name", EXACT)
 def test_one_process_is_a_plain_decode(name: str) -> None:
     case = CASES[name]
-    vae, latent, team = (
+    vae, latent, ctx = (
         made(case.config),
         latent_of(case),
-        make_groups(Layout(), mesh.DistInfo(0, 1, CPU)),
+        make_groups(Layout(), ranks.DistInfo(0, 1, CPU)),
     )
-    found = decoded(team, vae, latent)
+    found = decoded(ctx, vae, latent)
     assert found.part is not None and torch.equal(found.part, alone(name)) and not found.sent
     assert all(
         np.array_equal(a, to_uint8(b))
         for a, b in zip(found.frames, vae.decode_frames(latent), strict=True)
     )
     layers = vae.decoder.layers()
-    assert connected(layers, Strips(9, 9, 1), team.world) == layers
+    assert connected(layers, Strips(9, 9, 1), ctx.world) == layers
 
 
 @pytest.mark.parametrize("name", ["one strip", "one pixel"])
@@ -432,10 +434,10 @@ def test_convert_and_on_part_can_end_it(rank: int) -> None:
     def refuse(*_: Any) -> Frames:
         raise Enough
 
-    team, latent = simulated_groups(Layout(ulysses=3), rank), latent_of(CASES["wide"])
+    ctx, latent = simulated_groups(Layout(ulysses=3), rank), latent_of(CASES["wide"])
     for ways in ((refuse,), (to_uint8, refuse)):
         with pytest.raises(Enough):
-            list(decode_frames(made(PUBLISHED), latent, team, *ways))
+            list(decode_frames(made(PUBLISHED), latent, ctx, *ways))
 
 
 @pytest.mark.parametrize(
@@ -460,17 +462,17 @@ def traced(size: int, rank: int, latent: tuple[int, int, int]) -> tuple[int, int
     with torch.device("meta"):
         vae = WanVAE(T2V_A14B.vae)
     with fake() as trace:
-        weights, x, team = (
+        weights, x, ctx = (
             materialise(vae),
             torch.empty(1, 16, *latent),
             simulated_groups(Layout(ulysses=size), rank),
         )
         trace.mark()
         for frames in decode_frames(
-            vae, x, team, lambda part: np.empty((part.shape[2], *part.shape[3:], 3), dtype=np.uint8)
+            vae, x, ctx, lambda part: np.empty((part.shape[2], *part.shape[3:], 3), dtype=np.uint8)
         ):
             assert frames.shape[1:] == (latent[1] * 8, latent[2] * 8, 3)
-    assert {key: value for key, value in team.traffic.sent.items() if value} == sent(
+    assert {key: value for key, value in ctx.stats.sent.items() if value} == decode_bytes(
         vae, latent[0], Strips(*latent[1:], size), rank
     )
     return trace.peak - weights, trace.work.total()
@@ -496,7 +498,7 @@ def test_a_14b_decode_on_eight_sends_what_is_known() -> None:
     """
     with torch.device("meta"):
         vae = WanVAE(T2V_A14B.vae)
-    found = sent(vae, 21, Strips(90, 160, 8), 3)
+    found = decode_bytes(vae, 21, Strips(90, 160, 8), 3)
     assert found["kv"] == 7 * 20 * 90 * 2 * 384 * 21 * 4
     assert found["frames"] == 81 * 720 * 160 * 3
     levels = [
@@ -506,4 +508,6 @@ def test_a_14b_decode_on_eight_sends_what_is_known() -> None:
         (720, 81, 3 * 2 * 96 + 96),
     ]
     assert found["halo"] == 2 * 4 * sum(high * frames * numbers for high, frames, numbers in levels)
-    assert sent(vae, 21, Strips(90, 160, 1)) == sent(vae, 1, Strips(2, 6, 8), 3) == {}
+    assert (
+        decode_bytes(vae, 21, Strips(90, 160, 1)) == decode_bytes(vae, 1, Strips(2, 6, 8), 3) == {}
+    )

@@ -141,12 +141,12 @@ def test_a_lora_changes_the_video_and_its_strength_matters(pipe: Pipeline, lora:
 
 
 def test_nothing_is_reloaded(lora: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wanflow.loaders import parts
+    import wanflow.assemble
 
     read: list[str] = []
-    before = parts.open_expert
+    before = wanflow.assemble.open_expert
     monkeypatch.setattr(
-        parts,
+        wanflow.assemble,
         "open_expert",
         lambda checkpoint, which, *rest: read.append(which) or before(checkpoint, which, *rest),
     )

@@ -18,41 +18,41 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from filelock import FileLock
 
-from wanflow.parallel import ranks as mesh
+from wanflow.parallel import ranks
 
 CPU = torch.device("cpu")
-Work = Callable[[mesh.DistInfo], Any]  # what one process does in a group, and has found
+Work = Callable[[ranks.DistInfo], Any]  # what one process does in a group, and has found
 
 
 @contextmanager
-def joined(rank: int, size: int, folder: Path, name: str) -> Iterator[mesh.DistInfo]:
+def joined(rank: int, size: int, folder: Path, name: str) -> Iterator[ranks.DistInfo]:
     """In a group of its own, found by a file."""
     store = dist.FileStore(str(folder / f"{name}.store"), size)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
     try:
-        yield mesh.DistInfo(rank, size, CPU)
+        yield ranks.DistInfo(rank, size, CPU)
     finally:
-        mesh.leave_group()
+        ranks.leave_group()
 
 
 @contextmanager
-def played(rank: int, size: int) -> Iterator[mesh.DistInfo]:
+def played(rank: int, size: int) -> Iterator[ranks.DistInfo]:
     """One process of many, by PyTorch's fake group, which sends nothing."""
     dist.init_process_group("fake", rank=rank, world_size=size)
     try:
-        yield mesh.DistInfo(rank, size, CPU)
+        yield ranks.DistInfo(rank, size, CPU)
     finally:
-        mesh.leave_group()
+        ranks.leave_group()
 
 
 def _process(rank: int, work: Work, sizes: tuple[int, ...], folder: Path) -> None:
     torch.set_num_threads(1)
     for size in sizes:
         if rank < size:
-            with joined(rank, size, folder, str(size)) as ranks, torch.no_grad():
-                found = work(ranks)
+            with joined(rank, size, folder, str(size)) as info, torch.no_grad():
+                found = work(info)
             torch.save(found, folder / f"{size}-{rank}.pt")
 
 

@@ -27,7 +27,7 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.parallel.sharding import own_rows, place
+from wanflow.parallel.sharding import own_rows, write_param
 from wanflow.presets import Expert
 from wanflow.runtime import Runtime
 from wanflow.transforms.packed import PackedLeaf
@@ -66,7 +66,7 @@ def load_module(
         rows = own_rows(holder, key)
         values = materialize_param(holder, key, name, source, changes or {}, rows)
         for parameter, value in values.items():
-            place(holder, parameter, value, device)
+            write_param(holder, parameter, value, device)
         done += source.tensors[name].nbytes
         if report is not None:
             report(done, total)

@@ -206,19 +206,19 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     from wanflow.assemble import assemble, model_record
     from wanflow.parallel.ranks import broadcast_from_rank0
 
-    ranks, screen = _join(args)
-    job = broadcast_from_rank0(ranks, read)
-    if job.target is not None and ranks.rank == 0:
+    info, screen = _join(args)
+    job = broadcast_from_rank0(info, read)
+    if job.target is not None and info.rank == 0:
         check_target_name(job.target, args.overwrite)
     checkpoint = _open(job)
-    if ranks.size > 1:
-        job = replace(job, runtime=replace(job.runtime, device=str(ranks.device)))
+    if info.world_size > 1:
+        job = replace(job, runtime=replace(job.runtime, device=str(info.device)))
     if job.recipe is not None:
         job = replace(job, runtime=_possible_here(job.runtime, checkpoint))
     request, runtime = broadcast_from_rank0(
-        ranks, lambda: _decide(args, job, checkpoint, screen, ranks.size)
+        info, lambda: _decide(args, job, checkpoint, screen, info.world_size)
     )
-    pipe = assemble(checkpoint, runtime, screen.loading, ranks)
+    pipe = assemble(checkpoint, runtime, screen.loading, info)
     if job.recipe is not None:
         _same_weights(job.recipe, model_record(checkpoint), args.force)
     run = job.run or pipe.begin(request)
@@ -229,17 +229,17 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
 
 def _join(args: argparse.Namespace) -> tuple[DistInfo, Screen]:
     """Join the ranks of torchrun or `--gpus`; only rank 0 shows progress."""
-    from wanflow.parallel import ranks as mesh
+    from wanflow.parallel import ranks
     from wanflow.parallel.watchdog import GROUP_MARGIN_S
     from wanflow.runtime import choose_device
     from wanflow.screen import Screen
 
-    alone = mesh.rank_and_world_size()[1] == 1
+    alone = ranks.rank_and_world_size()[1] == 1
     device = choose_device("cpu" if alone else getattr(args, "device", "auto"))
-    ranks = mesh.join_group(device, args.timeout + GROUP_MARGIN_S)
-    if ranks.rank > 0:
+    info = ranks.join_group(device, args.timeout + GROUP_MARGIN_S)
+    if info.rank > 0:
         logger.setLevel(logging.ERROR)
-    return ranks, Screen(quiet=ranks.rank > 0)
+    return info, Screen(quiet=info.rank > 0)
 
 
 def _open(job: Job) -> Checkpoint:
@@ -256,14 +256,14 @@ def _decide(
     args: argparse.Namespace, job: Job, checkpoint: Checkpoint, screen: Screen, processes: int
 ) -> tuple[Request, Runtime]:
     """Return the request and a runtime that leaves nothing open; rank 0 decides for all."""
-    from wanflow.parallel.ranks import per_machine
+    from wanflow.parallel.ranks import local_world_size
     from wanflow.plan import make_plan, plan_or_raise
 
     request = job.request if job.recipe is not None else _prepared(args, job.request, checkpoint)
     # A finished latent can be decoded where a denoising step would not run.
     force = args.force or (job.run is not None and job.run.finished)
     plan = (make_plan if force else plan_or_raise)(
-        checkpoint, job.runtime, request, processes, per_machine()
+        checkpoint, job.runtime, request, processes, local_world_size()
     )
     for reason in plan.reasons if plan.need or processes > 1 else ():
         screen.say(f"plan: {reason}")
@@ -333,8 +333,8 @@ def _same_loras(made: Recipe, here: Recipe) -> None:
     for path, fingerprint in made.loras.items():
         if here.loras.get(path, fingerprint) != fingerprint:
             raise RequestError(
-                f"the recipe was made with another LoRA at {path}; restore that file, or accept"
-                " this one with --force"
+                f"the recipe was made with another version of the LoRA {path}; restore that file,"
+                " or accept this one with --force"
             )
 
 

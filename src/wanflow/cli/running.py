@@ -56,9 +56,9 @@ def run_and_save(
     from wanflow.api import save_frames
     from wanflow.sanity import OutputError
 
-    args.watchdog.progress = lambda: pipe.parts.team.traffic.entered
+    args.watchdog.progress = lambda: pipe.parts.ctx.stats.entered
     pipe.check(run)
-    if pipe.parts.team.ranks.rank > 0:
+    if pipe.parts.ctx.info.rank > 0:
         for _ in pipe.frames(pipe.resume(run)):
             pass
         return

@@ -41,12 +41,12 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     runtime: Runtime
-    team: ParallelContext | None = None
+    ctx: ParallelContext | None = None
 
     @property
     def shared_out(self) -> bool:
         """Whether each process keeps a share of the weights."""
-        return bool(self.runtime.dit_fsdp) and self.team is not None and self.team.layout.size > 1
+        return bool(self.runtime.dit_fsdp) and self.ctx is not None and self.ctx.layout.size > 1
 
     def resident(self, layers: int) -> set[int]:
         """The blocks that stay on the device."""
@@ -96,14 +96,14 @@ def open_expert(
     """Read an expert to where it works: whole, streamed, or of every weight the rows that are this
     process'.
     """
-    if where.shared_out and where.team is not None:
+    if where.shared_out and where.ctx is not None:
         from wanflow.parallel.fsdp import shard_blocks
 
         source = checkpoint.source(which)
         model = expert_structure(
             checkpoint.spec.dit, source, where.runtime, where.dtype, where.device, changes or {}
         )
-        shard_blocks(model, where.team)
+        shard_blocks(model, where.ctx)
         load_module(model, source, where.device, report, changes)
         return model
     resident = where.resident(checkpoint.spec.dit.num_layers)

@@ -39,7 +39,7 @@ class LoadedParts:
         checkpoint: where parts are read from.
         placement: dtype, device and settings.
         kernel: the attention kernel.
-        team: this process among those of the run.
+        ctx: this process among those of the run.
         report: called while weights are read.
     """
 
@@ -48,11 +48,11 @@ class LoadedParts:
         checkpoint: Checkpoint,
         placement: Placement,
         kernel: Backend,
-        team: ParallelContext,
+        ctx: ParallelContext,
         report: Report | None = None,
     ) -> None:
         self.checkpoint, self.placement, self.kernel = checkpoint, placement, kernel
-        self.team, self.report = team, report
+        self.ctx, self.report = ctx, report
         self.spec, self.device, self.runtime = checkpoint.spec, placement.device, placement.runtime
         small = is_small(expert_bytes(checkpoint, placement.dtype))
         keep = self.runtime.keep_experts
@@ -77,13 +77,13 @@ class LoadedParts:
 
         The first process of a run encodes, and broadcasts the result.
         """
-        if self.team.ranks.rank == 0:
+        if self.ctx.info.rank == 0:
             encoded = self.texts(prompts, self._free)
             states = torch.stack([one.to(self.device) for one in encoded])
         else:
             shape = len(prompts), self.spec.dit.text_len, self.spec.text.dim
             states = torch.empty(shape, dtype=self.texts.dtype, device=self.device)
-        return self.team.world.from_first("text", states) if self.team.layout.size > 1 else states
+        return self.ctx.world.broadcast("text", states) if self.ctx.layout.size > 1 else states
 
     def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
         """Return an expert, reading it if it is not in memory.
@@ -145,7 +145,7 @@ class LoadedParts:
             model = open_expert(self.checkpoint, which, self.placement, report, changes)
         self._experts[which], self._merged[which] = model, merged
         set_attention(model, self.kernel)
-        connect(model, self.team, self.kernel.attend, self.kernel.with_lse)
+        connect(model, self.ctx, self.kernel.attend, self.kernel.with_lse)
 
     def _reporter(self, what: str) -> Bytes | None:
         report = self.report

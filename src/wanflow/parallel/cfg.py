@@ -8,21 +8,21 @@ from wanflow.parallel.groups import ParallelContext
 from wanflow.sampling.guidance import Guidance, Predict, States
 
 
-def split_guidance(team: ParallelContext) -> Guidance | None:
+def split_guidance(ctx: ParallelContext) -> Guidance | None:
     """Return guidance whose branches go to two groups of ranks; None for a layout of one group.
 
     Every rank must use it. Velocities have the same bits as two passes on one group.
     """
-    if team.layout.cfg == 1:
+    if ctx.layout.cfg == 1:
         return None
 
     def select(texts: Tensor) -> Tensor:
-        return texts[team.cfg.rank : team.cfg.rank + 1]
+        return texts[ctx.cfg.rank : ctx.cfg.rank + 1]
 
     def branches(
         predict: Predict, latent: Tensor, time: Tensor, states: States
     ) -> tuple[Tensor, Tensor]:
-        conditional, unconditional = team.cfg.all_gather("velocity", predict(latent, time, states))
+        conditional, unconditional = ctx.cfg.all_gather("velocity", predict(latent, time, states))
         return conditional, unconditional
 
     return Guidance(select, branches)

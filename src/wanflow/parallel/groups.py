@@ -1,19 +1,16 @@
-"""How the processes of one video share its work: the layouts there are, what each sends, and the
-groups that talk to each other.
+"""The layouts in which ranks share one video, and the process groups that communicate.
 
-A layout is cfg x ring x ulysses processes. cfg: two groups take one branch of guidance each. Within
-a group every process holds a contiguous range of the tokens; in self-attention, the only place
-where tokens meet, Ulysses trades tokens for heads, and the ring passes keys and values on. Process
-number = (cfg * rings + ring) * ulysses + place, so that Ulysses, which sends the most and waits for
-it, stays among neighbours.
+A layout is cfg x ring x ulysses ranks. Each of two cfg groups computes one branch of guidance.
+Within a cfg group each rank holds a contiguous range of the tokens. Tokens meet in self-attention
+only: there Ulysses trades tokens for heads, and the ring passes keys and values on. The rank is
+(cfg * rings + ring) * ulysses + place, so that Ulysses, which sends the most, stays among
+neighbours.
 
-Nothing has to divide: what is cut comes in sizes that differ by at most one, some of which may be
-zero.
+Sizes need not divide: shards differ by at most one, and some may be empty.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,29 +23,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from wanflow.config import DiTConfig, RequestError
+from wanflow.config import RequestError
 from wanflow.parallel.ranks import DistInfo
-
-FLOAT32 = 4  # bytes
 
 
 def bounds(length: int, parts: int) -> list[int]:
-    """Where the parts of something cut evenly begin, and its end. Joining neighbours gives the
-    bounds of fewer parts.
-    """
+    """Return where evenly cut parts begin, and the end; neighbours join to fewer even parts."""
     return [part * length // parts for part in range(parts + 1)]
 
 
 def sizes(length: int, parts: int) -> list[int]:
-    """How large the parts of something cut evenly are."""
+    """Return the sizes of evenly cut parts."""
     return [end - start for start, end in pairwise(bounds(length, parts))]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many processes share the branches of guidance (1 or 2), the keys and values (ring) and
-    the heads (ulysses).
-    """
+    """How many ranks share the branches of guidance (1 or 2), keys and values (ring), and heads."""
 
     cfg: int = 1
     ring: int = 1
@@ -58,42 +49,38 @@ class Layout:
         for name in ("cfg", "ring", "ulysses"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise RequestError(
-                    f"{name} {value!r} is not a number of processes; 1 means not to split"
-                )
+                raise RequestError(f"{name} must be at least 1 (got {value!r})")
         if self.cfg > 2:
-            raise RequestError(f"cfg {self.cfg}: guidance has two branches, so it is 1 or 2")
+            raise RequestError(f"cfg must be 1 or 2, the branches of guidance (got {self.cfg})")
 
     def __str__(self) -> str:
-        named = [
-            f"{name} {value}"
-            for name, value in (("cfg", self.cfg), ("ring", self.ring), ("ulysses", self.ulysses))
-            if value > 1
-        ]
-        return " x ".join(named) or "one process"
+        counts = {"cfg": self.cfg, "ring": self.ring, "ulysses": self.ulysses}
+        names = [f"{name} {count}" for name, count in counts.items() if count > 1]
+        return " x ".join(names) or "one process"
 
     @property
     def size(self) -> int:
+        """All ranks."""
         return self.cfg * self.sequence
 
     @property
     def sequence(self) -> int:
-        """How many processes share the tokens of one forward."""
+        """The ranks that share the tokens of one forward."""
         return self.ring * self.ulysses
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """(cfg, ring, ulysses) of a process."""
+        """Return (cfg, ring, ulysses) of a rank."""
         return rank // self.sequence, rank // self.ulysses % self.ring, rank % self.ulysses
 
 
 def layouts(size: int, guided: bool = True) -> list[Layout]:
-    """All layouts of so many processes; without guidance there is nothing for two groups to
-    split.
-    """
+    """Return all layouts of `size` ranks; without guidance there are no branches to split."""
     counts = [count for count in range(1, size + 1) if size % count == 0]
-    wanted = product((2, 1) if guided else (1,), counts, counts)
+    candidates = product((2, 1) if guided else (1,), counts, counts)
     return [
-        Layout(cfg, ring, ulysses) for cfg, ring, ulysses in wanted if cfg * ring * ulysses == size
+        Layout(cfg, ring, ulysses)
+        for cfg, ring, ulysses in candidates
+        if cfg * ring * ulysses == size
     ]
 
 
@@ -107,89 +94,46 @@ def choose_layout(
     ring: int | None = None,
     ulysses: int | None = None,
 ) -> Layout:
-    """The layout that sends the least and leaves no process idle, among those that have the given
-    numbers.
+    """Return the layout that sends the least and leaves no rank idle.
 
-    Two groups for guidance come first, which exchange one velocity a step. Ulysses comes next:
-    beyond two processes it sends less than a ring and works with every kernel. The ring takes what
-    is left: between machines, and where there are fewer heads than processes.
+    Two cfg groups come first, which exchange one velocity a step. Ulysses comes next: beyond two
+    ranks it sends less than a ring, and it works with every kernel. The ring takes the rest:
+    between machines, and where there are fewer heads than ranks.
 
     Args:
-        size: how many processes.
+        size: how many ranks.
         heads: of the model's attention.
-        guided: whether there is guidance to split; a step without it is computed twice by two
-            groups.
-        lse: whether the attention kernel says the log-sum-exp; without it a ring is taken only
-            where it is asked for.
-        machine: how many processes one machine has.
+        guided: whether there is guidance; steps without it are computed twice by two cfg groups.
+        lse: whether the kernel returns the log-sum-exp; without it a ring must be requested.
+        machine: how many ranks one machine has.
+        cfg, ring, ulysses: requested numbers.
 
     Raises:
-        RequestError: when the given numbers do not multiply to `size`.
+        RequestError: when the requested numbers do not multiply to `size`.
     """
-    given = {
-        name: value
-        for name, value in (("cfg", cfg), ("ring", ring), ("ulysses", ulysses))
-        if value is not None
-    }
-    Layout(**given)
+    numbers = {"cfg": cfg, "ring": ring, "ulysses": ulysses}
+    requested = {name: value for name, value in numbers.items() if value is not None}
+    Layout(**requested)
     options = [
-        one
-        for one in layouts(size, guided or cfg == 2)
-        if all(getattr(one, name) == value for name, value in given.items())
+        layout
+        for layout in layouts(size, guided or cfg == 2)
+        if all(getattr(layout, name) == value for name, value in requested.items())
     ]
     if not options:
-        said = " x ".join(f"{name} {value}" for name, value in given.items())
-        known = ", ".join(str(one) for one in layouts(size, guided))
-        raise RequestError(f"{said} does not make {size} processes; these do: {known}")
+        product_ = " x ".join(f"{name} {value}" for name, value in requested.items())
+        known = ", ".join(str(layout) for layout in layouts(size, guided))
+        raise RequestError(f"{product_} does not make {size} ranks; these do: {known}")
 
-    def rank(one: Layout) -> tuple[bool, int, bool, bool, int]:
+    def cost(layout: Layout) -> tuple[bool, int, bool, bool, int]:
         return (
-            one.ring > 1 and not lse,
-            -one.cfg,
-            one.ulysses > heads,
-            one.ulysses > machine,
-            one.ring,
+            layout.ring > 1 and not lse,
+            -layout.cfg,
+            layout.ulysses > heads,
+            layout.ulysses > machine,
+            layout.ring,
         )
 
-    return min(options, key=rank)
-
-
-def expected_bytes(
-    layout: Layout,
-    config: DiTConfig,
-    tokens: int,
-    rank: int = 0,
-    batch: int = 1,
-    itemsize: int = 2,
-    guided: bool = True,
-) -> dict[str, int]:
-    """Bytes that one process sends to others in one forward, by what they are: the keys are those
-    of `Traffic`.
-
-    Args:
-        tokens: of the whole video.
-        rank: the process.
-        batch: samples in the forward; two where one process group computes both branches at once.
-        itemsize: bytes of a number of queries, keys and values.
-        guided: whether the branches are exchanged after it.
-    """
-    _, ring, place = layout.place(rank)
-    lengths, blocks = sizes(tokens, layout.sequence), sizes(tokens, layout.ring)
-    own, heads = (
-        lengths[ring * layout.ulysses + place],
-        sizes(config.num_heads, layout.ulysses)[place],
-    )
-    row = batch * config.dim // config.num_heads * itemsize  # one head of one token
-    passed = sum(blocks[(ring - step) % layout.ring] for step in range(layout.ring - 1))
-    patch = batch * math.prod(config.patch_size) * config.out_dim * FLOAT32
-    found = {
-        "qkv": config.num_layers * 3 * own * (config.num_heads - heads) * row,
-        "out": config.num_layers * (blocks[ring] - own) * heads * row,
-        "ring": config.num_layers * 2 * passed * heads * row,
-        "patches": (layout.sequence - 1) * max(lengths) * patch,
-        "velocity": (layout.cfg - 1) * tokens * patch if guided else 0,
-    }
-    return {key: value for key, value in found.items() if value}
+    return min(options, key=cost)
 
 
 @dataclass
@@ -203,9 +147,9 @@ class CommStats:
     calls: Counter[str] = field(default_factory=Counter)
     entered: int = 0
 
-    def add(self, what: str, nbytes: int) -> None:
-        self.sent[what] += nbytes
-        self.calls[what] += 1
+    def add(self, purpose: str, nbytes: int) -> None:
+        self.sent[purpose] += nbytes
+        self.calls[purpose] += 1
         self.entered += 1
 
     def reset(self) -> None:
@@ -214,77 +158,70 @@ class CommStats:
 
 
 class Group:
-    """Some of the processes. All that they send each other goes through here, and is counted;
-    `what` is what it is counted as.
+    """Some of the ranks. All that they send each other goes through here and is counted.
 
-    Without a handle and with a size above one it is imagined: nothing is sent, and what would
-    arrive is of the right shape and holds anything. The plan runs the same code with such groups.
+    A group without a handle and with more than one rank is simulated: it sends nothing, and
+    returns uninitialised tensors of the right shape. The plan runs the same code with such groups.
     """
 
     def __init__(
         self,
-        traffic: CommStats,
+        stats: CommStats,
         handle: dist.ProcessGroup | None = None,
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        self.handle, self.traffic = handle, traffic
+        self.handle, self.stats = handle, stats
         self.rank = rank if handle is None else dist.get_rank(handle)
         self.size = size if handle is None else dist.get_world_size(handle)
 
     def all_to_all(
-        self, what: str, values: Tensor, sent: Sequence[int], received: Sequence[int]
+        self, purpose: str, values: Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> Tensor:
-        """Flat and contiguous, [sum of sent] -> [sum of received]: so many numbers to each, and
-        from each, in order of rank.
-        """
-        self.traffic.add(what, (sum(sent) - sent[self.rank]) * values.itemsize)
-        got = values.new_empty(sum(received))
-        if self.handle is not None:
-            dist.all_to_all_single(got, values, list(received), list(sent), group=self.handle)
-        return got
+        """Trade flat, contiguous values: [sum of sent] -> [sum of received].
 
-    def all_gather(self, what: str, values: Tensor) -> list[Tensor]:
-        """Everybody's, in order of rank; of one shape."""
-        self.traffic.add(what, (self.size - 1) * values.nbytes)
-        got = list(values.new_empty(self.size, *values.shape))
-        if self.handle is not None:
-            dist.all_gather(got, values.contiguous(), group=self.handle)
-        return got
-
-    def pass_on(self, what: str, values: Tensor, arriving: Tensor) -> list[dist.Work]:
-        """Begin to send to the next process and to receive from the one before; both are done when
-        the works are waited for.
+        Args:
+            sent, received: how many numbers go to and come from each rank, in order.
         """
-        return self.exchange(
-            what, [((self.rank + 1) % self.size, values)], [((self.rank - 1) % self.size, arriving)]
-        )
+        self.stats.add(purpose, (sum(sent) - sent[self.rank]) * values.itemsize)
+        arrived = values.new_empty(sum(received))
+        if self.handle is not None:
+            dist.all_to_all_single(arrived, values, list(received), list(sent), group=self.handle)
+        return arrived
+
+    def all_gather(self, purpose: str, values: Tensor) -> list[Tensor]:
+        """Return the values of all ranks, in order; they have one shape."""
+        self.stats.add(purpose, (self.size - 1) * values.nbytes)
+        arrived = list(values.new_empty(self.size, *values.shape))
+        if self.handle is not None:
+            dist.all_gather(arrived, values.contiguous(), group=self.handle)
+        return arrived
+
+    def shift(self, purpose: str, values: Tensor, arriving: Tensor) -> list[dist.Work]:
+        """Begin to send to the next rank and receive from the one before; wait for the works."""
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        return self.exchange(purpose, [(after, values)], [(before, arriving)])
 
     def exchange(
         self,
-        what: str,
+        purpose: str,
         leaving: Sequence[tuple[int, Tensor]],
         arriving: Sequence[tuple[int, Tensor]],
     ) -> list[dist.Work]:
-        """Begin to send contiguous tensors to some processes and to fill others from some; done
-        when the works are waited for.
-        """
-        self.traffic.add(what, sum(values.nbytes for _, values in leaving))
+        """Begin to send contiguous tensors to ranks and fill others; wait for the works."""
+        self.stats.add(purpose, sum(values.nbytes for _, values in leaving))
         if self.handle is None:
             return []
         operations = [
-            dist.P2POp(dist.isend, values, group=self.handle, group_peer=rank)
-            for rank, values in leaving
-        ]
-        operations += [
-            dist.P2POp(dist.irecv, values, group=self.handle, group_peer=rank)
-            for rank, values in arriving
+            dist.P2POp(start, values, group=self.handle, group_peer=rank)
+            for start, pairs in ((dist.isend, leaving), (dist.irecv, arriving))
+            for rank, values in pairs
         ]
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def from_first(self, what: str, values: Tensor) -> Tensor:
-        """What the first process has; the others' is overwritten."""
-        self.traffic.add(what, (self.size - 1) * values.nbytes if self.rank == 0 else 0)
+    def broadcast(self, purpose: str, values: Tensor) -> Tensor:
+        """Return the values of the first rank; those of the others are overwritten."""
+        self.stats.add(purpose, (self.size - 1) * values.nbytes if self.rank == 0 else 0)
         if self.handle is not None:
             dist.broadcast(values, group=self.handle, group_src=0)
         return values
@@ -292,108 +229,102 @@ class Group:
 
 @dataclass
 class ParallelContext:
-    """This process in a layout, and its groups: all processes, those of its tokens, its ring, its
-    heads, and its partner in guidance.
+    """This rank in a layout, and its groups: all ranks, those of its tokens, ring, heads and cfg.
+
+    `tokens` is the number of tokens of the running forward. The trunk sets it, and attention, whose
+    slot takes nothing but q, k and v, reads it.
     """
 
     layout: Layout
-    ranks: DistInfo
-    traffic: CommStats
+    info: DistInfo
+    stats: CommStats
     world: Group
     sequence: Group
     ring: Group
     ulysses: Group
     cfg: Group
-    # How many tokens the forward at work has. The trunk says so, and attention, whose slot is given
-    # nothing but q, k and v, asks.
     tokens: int = 0
 
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """All processes in a row, for FSDP. Every process must ask for it."""
-        return init_device_mesh(self.ranks.device.type, (self.layout.size,))
+        """All ranks in a row, for FSDP. Every rank must ask for it."""
+        return init_device_mesh(self.info.device.type, (self.layout.size,))
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens each process of `sequence` holds."""
+        """How many tokens each rank of `sequence` holds."""
         return sizes(self.tokens, self.layout.sequence)
 
     @property
-    def part(self) -> slice:
-        """This process' tokens."""
+    def shard(self) -> slice:
+        """This rank's tokens."""
         return slice(*bounds(self.tokens, self.layout.sequence)[self.sequence.rank :][:2])
 
-    def first(self, number: int) -> int:
-        """The number that process 0 has, for all: a seed that it drew, or whether it was told to
-        stop. Every process must call it.
-        """
+    def from_rank0(self, number: int) -> int:
+        """Return rank 0's number, such as a seed that it drew. Every rank must call it."""
         if self.layout.size == 1:
             return number
-        return int(
-            self.world.from_first(
-                "first", torch.tensor([number], dtype=torch.int64, device=self.ranks.device)
-            )
-        )
+        values = torch.tensor([number], dtype=torch.int64, device=self.info.device)
+        return int(self.world.broadcast("first", values))
 
 
-def make_groups(layout: Layout, ranks: DistInfo, timeout_s: float | None = None) -> ParallelContext:
-    """Make the groups. Every process must call it, with the same layout.
+def make_groups(layout: Layout, info: DistInfo, timeout_s: float | None = None) -> ParallelContext:
+    """Make the groups. Every rank must call it, with the same layout.
 
     Args:
-        ranks: what `mesh.start` returned.
-        timeout_s: a collective that one of a group does not join fails in the others after this
-            time; without it that of `ranks`.
+        layout: of as many ranks as there are.
+        info: from `ranks.join_group`.
+        timeout_s: of each group's collectives; by default that of `info`.
 
     Raises:
-        RequestError: when the layout is of another number of processes than there are.
+        RequestError: when the layout has another number of ranks.
     """
-    if layout.size != ranks.size:
+    if layout.size != info.world_size:
         parts = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses} = {layout.size}"
         raise RequestError(
-            f"the layout {parts} needs as many processes, and there are {ranks.size}: change it, or"
-            f" start {layout.size}"
+            f"the layout {parts} needs {layout.size} ranks (there are {info.world_size}): change"
+            f" it, or start {layout.size}"
         )
-    traffic = CommStats()
+    stats = CommStats()
     numbers = torch.arange(layout.size).view(layout.cfg, layout.ring, layout.ulysses)
+    timeout = timedelta(seconds=info.timeout_s if timeout_s is None else timeout_s)
 
-    def group(*rows: list[int]) -> Group:
+    def group(numbers: Tensor) -> Group:
+        rows = numbers.flatten(0, -2).tolist()
         if len(rows[0]) == 1:
-            return Group(traffic)
-        handle, _ = dist.new_subgroups_by_enumeration(
-            [list(row) for row in rows],
-            timeout=timedelta(seconds=ranks.timeout_s if timeout_s is None else timeout_s),
-        )
-        return Group(traffic, handle)
+            return Group(stats)
+        return Group(stats, dist.new_subgroups_by_enumeration(rows, timeout=timeout)[0])
 
-    ring = group(*numbers.movedim(1, 2).flatten(0, 1).tolist())
-    ulysses = group(*numbers.flatten(0, 1).tolist())
-    # A communicator takes a GPU's memory: no second one where it would be the same.
-    sequence = (
-        ring
-        if layout.ulysses == 1
-        else ulysses
-        if layout.ring == 1
-        else group(*numbers.flatten(1).tolist())
-    )
-    cfg = group(*numbers.movedim(0, 2).flatten(0, 1).tolist())
-    world = Group(traffic) if layout.size == 1 else Group(traffic, dist.group.WORLD)
-    return ParallelContext(layout, ranks, traffic, world, sequence, ring, ulysses, cfg)
+    ring = group(numbers.movedim(1, 2))
+    ulysses = group(numbers)
+    # A communicator takes a GPU's memory, so there is no second one for the same ranks.
+    if layout.ulysses == 1:
+        sequence = ring
+    else:
+        sequence = ulysses if layout.ring == 1 else group(numbers.flatten(1))
+    cfg = group(numbers.movedim(0, 2))
+    world = Group(stats) if layout.size == 1 else Group(stats, dist.group.WORLD)
+    return ParallelContext(layout, info, stats, world, sequence, ring, ulysses, cfg)
 
 
 def simulated_groups(
     layout: Layout, rank: int = 0, device: torch.device | str = "cpu"
 ) -> ParallelContext:
-    """The team that a process would be part of, without the others: it works on its share, and what
-    they would send holds anything.
+    """Return the context of a rank without the others: it computes its shard, and what they would
+    send is uninitialised.
     """
-    traffic, (cfg, ring, place) = CommStats(), layout.place(rank)
+    stats, (cfg, ring, place) = CommStats(), layout.place(rank)
 
-    def group(own: int, size: int) -> Group:
-        return Group(traffic, rank=own, size=size)
+    def group(rank: int, size: int) -> Group:
+        return Group(stats, rank=rank, size=size)
 
-    ranks, sequence = (
+    return ParallelContext(
+        layout,
         DistInfo(rank, layout.size, torch.device(device)),
+        stats,
+        group(rank, layout.size),
         group(ring * layout.ulysses + place, layout.sequence),
+        group(ring, layout.ring),
+        group(place, layout.ulysses),
+        group(cfg, layout.cfg),
     )
-    parts = group(ring, layout.ring), group(place, layout.ulysses), group(cfg, layout.cfg)
-    return ParallelContext(layout, ranks, traffic, group(rank, layout.size), sequence, *parts)

@@ -1,12 +1,10 @@
-"""One forward on several processes, each with some of the tokens: exact, with no change to the
-model.
+"""One forward on several ranks, each with some of the tokens: exact, without a change to the model.
 
-The trunk is given a process' tokens and what belongs to them, and its patches are gathered. All but
-self-attention works token by token; there the processes meet, in the `attend` slot. This is for
-sampling: no gradient goes through it.
+The trunk gets a rank's tokens and the data that belongs to them, and its patches are gathered. All
+but self-attention computes token by token; there the ranks communicate, in the `attend` slot. This
+is for sampling: no gradient goes through it.
 
-Shapes: B batch, L tokens of the whole video, l of this process, N heads of size K; C numbers of a
-    patch.
+Shapes: B batch, L tokens of the video, l of this rank, N heads of size K; C numbers of a patch.
 """
 
 from __future__ import annotations
@@ -24,151 +22,138 @@ from wanflow.parallel.groups import ParallelContext, sizes
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def sharded(team: ParallelContext, trunk: Trunk = run_blocks) -> Trunk:
-    """A trunk in which each process runs `trunk` on its tokens, and has the patches of all of them
-    in the end.
-    """
-    if team.layout.sequence == 1:
+def sharded(ctx: ParallelContext, trunk: Trunk = run_blocks) -> Trunk:
+    """Return a trunk in which each rank runs `trunk` on its tokens and gets all patches."""
+    if ctx.layout.sequence == 1:
         return trunk
 
-    # A function and no object: a call of an object would keep the whole video's tokens in memory
+    # A function and no object: a call of an object would hold the tokens of the video in memory
     # until it returns.
-    def shared(
+    def run(
         blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        team.tokens = tokens.shape[1]
-        own = [tokens[:, team.part].clone()]
-        del (
-            tokens
-        )  # and out of the list below: what this names stays in memory until the last block is done
-        return _gathered(trunk(blocks, head, own.pop(), conditioning.part(team.part)), team)
+        ctx.tokens = tokens.shape[1]
+        own = [tokens[:, ctx.shard].clone()]
+        # Out of the list below, too: a name keeps its tensor in memory until the last block.
+        del tokens
+        return _gather(trunk(blocks, head, own.pop(), conditioning.part(ctx.shard)), ctx)
 
-    return shared
+    return run
 
 
-def _gathered(patches: Tensor, team: ParallelContext) -> Tensor:
-    """[B, l, C] of each process -> [B, L, C]. What is gathered is of one length: a last token that
-    is missing is sent as anything.
+def _gather(patches: Tensor, ctx: ParallelContext) -> Tensor:
+    """Gather [B, l, C] of each rank to [B, L, C].
+
+    all_gather needs equal lengths, so shorter ranks pad; the padding is dropped afterwards.
     """
     batch, own, width = patches.shape
-    padded = patches.new_zeros(batch, max(team.lengths), width)
+    padded = patches.new_zeros(batch, max(ctx.lengths), width)
     padded[:, :own] = patches
-    return torch.cat(
-        [
-            got[:, :length]
-            for got, length in zip(
-                team.sequence.all_gather("patches", padded), team.lengths, strict=True
-            )
-        ],
-        1,
-    )
+    gathered = ctx.sequence.all_gather("patches", padded)
+    shards = [shard[:, :own] for shard, own in zip(gathered, ctx.lengths, strict=True)]
+    return torch.cat(shards, 1)
 
 
 def connect(
-    model: nn.Module, team: ParallelContext, attend: Attend, with_lse: AttendWithLse | None = None
+    model: nn.Module, ctx: ParallelContext, attend: Attend, with_lse: AttendWithLse | None = None
 ) -> None:
-    """Let the self-attentions of a model reach all processes' tokens. Attention to the text stays
-    as it is.
+    """Let the self-attentions of a model reach all ranks' tokens; cross-attention stays as it is.
 
     Args:
-        model: a `WanDiT`, or what has one inside; to be called with `trunk=sharded(team)` from now
-            on.
-        attend: the kernel that works on whole sequences.
-        with_lse: the same, that says the log-sum-exp too.
+        model: a `WanDiT`, or a module with one inside; call it with `trunk=sharded(ctx)`.
+        ctx: this rank.
+        attend: the kernel for complete sequences.
+        with_lse: the same, returning the log-sum-exp too.
 
     Raises:
         RequestError: for a ring without `with_lse`.
     """
-    if team.layout.ring > 1:
+    if ctx.layout.ring > 1:
         if with_lse is None:
             raise RequestError(
-                f"ring {team.layout.ring}: this attention kernel does not say the log-sum-exp,"
-                " which a ring needs",
-                "  share the heads instead (ulysses), or take another kernel; `wanflow doctor`"
-                " lists them",
+                f"ring {ctx.layout.ring}: ring attention needs the log-sum-exp, which this kernel"
+                " does not return; use --attention flash or --ring_size 1"
             )
-        attend = Ring(with_lse, team)
-    if team.layout.ulysses > 1:
-        attend = Ulysses(attend, team)
+        attend = Ring(with_lse, ctx)
+    if ctx.layout.ulysses > 1:
+        attend = Ulysses(attend, ctx)
     for module in model.modules():
         if isinstance(module, SelfAttention):
             module.attend = attend
 
 
 class Ulysses:
-    """Attention in which each process computes some heads, for the tokens of all. [B, l, N, K] each
-    -> [B, l, N, K].
+    """Attention in which each rank computes some heads for all tokens: [B, l, N, K] on each.
 
-    Source: DeepSpeed-Ulysses (arXiv:2309.14509). Queries, keys and values travel together. A
-        process may have no head; it takes part all the same.
+    Queries, keys and values travel together. A rank may have no head; it takes part all the same.
+
+    Source: DeepSpeed-Ulysses (arXiv:2309.14509).
     """
 
-    def __init__(self, attend: Attend, team: ParallelContext) -> None:
-        self.attend, self.team = attend, team
+    def __init__(self, attend: Attend, ctx: ParallelContext) -> None:
+        self.attend, self.ctx = attend, ctx
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        group = self.team.ulysses
-        lengths = self.team.lengths[self.team.ring.rank * group.size :][: group.size]
+        group = self.ctx.ulysses
+        lengths = self.ctx.lengths[self.ctx.ring.rank * group.size :][: group.size]
         _check(q, lengths[group.rank])
-        shares = sizes(q.shape[2], group.size)
-        mixed = self._apply(*self._to_heads(q, k, v, shares, lengths))
-        return self._to_tokens(mixed, shares, lengths)
+        heads = sizes(q.shape[2], group.size)
+        attended = self._attend(*self._to_heads(q, k, v, heads, lengths))
+        return self._to_tokens(attended, heads, lengths)
 
-    def _apply(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Asks for heads and not for tokens: where there are none in this place of a ring, the
-        # others still wait for it.
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Asks for heads and not for tokens: without tokens here, the rest of the ring still waits.
         return self.attend(q, k, v) if q.shape[2] else torch.empty_like(q)
 
     def _to_heads(
-        self, q: Tensor, k: Tensor, v: Tensor, shares: list[int], lengths: list[int]
+        self, q: Tensor, k: Tensor, v: Tensor, heads: list[int], lengths: list[int]
     ) -> list[Tensor]:
-        """q, k, v [B, l, N, K] -> [B, tokens of the group, this process' heads, K] each."""
+        """Trade q, k, v [B, l, N, K] for [B, tokens of the group, heads of this rank, K]."""
         batch, own, _, width = q.shape
-        counts = [own * batch * 3 * share * width for share in shares]
+        counts = [own * batch * 3 * count * width for count in heads]
         packed = q.new_empty(sum(counts))
-        for chunk, share, end in zip(packed.split(counts), shares, accumulate(shares), strict=True):
-            place = chunk.view(
-                own, batch, 3, share, width
-            )  # tokens first: what arrives is then in order, without another copy
+        for chunk, count, end in zip(packed.split(counts), heads, accumulate(heads), strict=True):
+            # Tokens come first, so what arrives is in order without another copy.
+            target = chunk.view(own, batch, 3, count, width)
             for index, x in enumerate((q, k, v)):
-                place[:, :, index] = x[:, :, end - share : end].transpose(0, 1)
-        mine, group = shares[self.team.ulysses.rank], self.team.ulysses
-        got = group.all_to_all(
-            "qkv", packed, counts, [length * batch * 3 * mine * width for length in lengths]
-        )
-        return [x.transpose(0, 1) for x in got.view(sum(lengths), batch, 3, mine, width).unbind(2)]
+                target[:, :, index] = x[:, :, end - count : end].transpose(0, 1)
+        group = self.ctx.ulysses
+        local = heads[group.rank]
+        received = [length * batch * 3 * local * width for length in lengths]
+        arrived = group.all_to_all("qkv", packed, counts, received)
+        stacked = arrived.view(sum(lengths), batch, 3, local, width)
+        return [x.transpose(0, 1) for x in stacked.unbind(2)]
 
-    def _to_tokens(self, mixed: Tensor, shares: list[int], lengths: list[int]) -> Tensor:
-        """[B, tokens of the group, this process' heads, K] -> [B, l, N, K]."""
-        batch, _, mine, width = mixed.shape
-        group = self.team.ulysses
+    def _to_tokens(self, attended: Tensor, heads: list[int], lengths: list[int]) -> Tensor:
+        """Trade [B, tokens of the group, heads of this rank, K] for [B, l, N, K]."""
+        batch, _, local, width = attended.shape
+        group = self.ctx.ulysses
         own = lengths[group.rank]
-        counts = [own * batch * share * width for share in shares]
-        packed = mixed.transpose(0, 1).contiguous().flatten()
-        got = group.all_to_all(
-            "out", packed, [length * batch * mine * width for length in lengths], counts
-        )
-        out = mixed.new_empty(batch, own, sum(shares), width)
-        for chunk, share, end in zip(got.split(counts), shares, accumulate(shares), strict=True):
-            out[:, :, end - share : end] = chunk.view(own, batch, share, width).transpose(0, 1)
+        counts = [own * batch * count * width for count in heads]
+        packed = attended.transpose(0, 1).contiguous().flatten()
+        sent = [length * batch * local * width for length in lengths]
+        arrived = group.all_to_all("out", packed, sent, counts)
+        out = attended.new_empty(batch, own, sum(heads), width)
+        for chunk, count, end in zip(arrived.split(counts), heads, accumulate(heads), strict=True):
+            out[:, :, end - count : end] = chunk.view(own, batch, count, width).transpose(0, 1)
         return out
 
 
 class Ring:
-    """Attention to keys and values that go round: each process holds those of its tokens, and
-    passes on what it has used.
+    """Attention in which keys and values go round: q, k, v [B, l, N, K] of this place in the ring.
 
-    Source: ring attention (arXiv:2310.01889). q, k, v [B, l, N, K] -> [B, l, N, K], where l are the
-        tokens of this place in the ring. What each block gives is joined exactly, by its
-        log-sum-exp, in float32. The next block travels while the current one is used.
+    Each rank passes on the block that it has used. The outputs of the blocks are joined exactly, by
+    their log-sum-exp, in float32. The next block travels while the current one is used.
+
+    Source: ring attention (arXiv:2310.01889).
     """
 
-    def __init__(self, with_lse: AttendWithLse, team: ParallelContext) -> None:
-        self.with_lse, self.team = with_lse, team
+    def __init__(self, with_lse: AttendWithLse, ctx: ParallelContext) -> None:
+        self.with_lse, self.ctx = with_lse, ctx
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        group = self.team.ring
-        lengths = sizes(self.team.tokens, group.size)
+        group = self.ctx.ring
+        lengths = sizes(self.ctx.tokens, group.size)
         _check(q, lengths[group.rank])
         block = torch.stack((k, v))
         batch, _, heads, width = k.shape
@@ -176,10 +161,9 @@ class Ring:
         for step in range(group.size):
             works, arriving = [], block
             if step + 1 < group.size:
-                arriving = block.new_empty(
-                    2, batch, lengths[(group.rank - step - 1) % group.size], heads, width
-                )
-                works = group.pass_on("ring", block, arriving)
+                length = lengths[(group.rank - step - 1) % group.size]
+                arriving = block.new_empty(2, batch, length, heads, width)
+                works = group.shift("ring", block, arriving)
             if q.numel() and block.numel():
                 joined = join(joined, *self.with_lse(q, block[0], block[1]))
             for work in works:
@@ -189,11 +173,12 @@ class Ring:
 
 
 def join(before: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to more keys, from attention to two parts of them.
+    """Join attention to two parts of the keys into attention to both.
 
     Args:
         before: output and log-sum-exp as this returns them; None at first. Overwritten.
-        out: [B, L, N, K]; lse: [B, N, L] float32.
+        out: [B, L, N, K].
+        lse: [B, N, L] float32.
 
     Returns:
         Output [B, L, N, K] and log-sum-exp [B, L, N, 1], float32.
@@ -207,6 +192,6 @@ def join(before: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tupl
 def _check(q: Tensor, length: int) -> None:
     if q.shape[1] != length:
         raise ValueError(
-            f"attention was given {q.shape[1]} tokens, and this process holds {length}: call the"
-            " model with trunk=sharded(team)"
+            f"attention got {q.shape[1]} tokens, expected this rank's {length}: call the model with"
+            " trunk=sharded(ctx)"
         )

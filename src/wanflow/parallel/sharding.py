@@ -1,8 +1,6 @@
-"""A process' rows of a weight that is shared out over several (`fsdp.share_out`): which they are,
-and how they are put in place.
+"""The rows of a sharded weight (`fsdp.shard_blocks`): which are this rank's, and writing them.
 
-Apart from `fsdp`, whose imports take half a second, because every run asks and few have such
-weights.
+Apart from `fsdp`, whose imports take half a second: every run asks, and few runs shard weights.
 """
 
 from __future__ import annotations
@@ -14,56 +12,51 @@ from torch import Tensor, nn
 
 
 def rows_of(leaf: nn.Module) -> list[nn.Parameter]:
-    """What a matmul has for each of its output features, but for the bias: its weight, or packed
-    data and their scales.
+    """Return a matmul's parameters with a row per output feature: weight, or data and scales.
 
-    Of these each process keeps some rows; everything else is whole on all.
+    Each rank holds some of these rows. Everything else, the bias too, is complete on all ranks.
     """
     if not hasattr(leaf, "in_features"):
         return []
-    own = leaf.named_parameters(recurse=False)
     return [
         value
-        for name, value in own
+        for name, value in leaf.named_parameters(recurse=False)
         if name != "bias" and value.ndim and len(value) == leaf.out_features
     ]
 
 
-def share(value: Tensor, size: int) -> int:
-    """Bytes of a tensor that one of `size` processes keeps, as FSDP cuts it: as many rows on all,
-    the last ones filled up.
-    """
+def shard_bytes(value: Tensor, size: int) -> int:
+    """Return the bytes of one of `size` shards; FSDP pads the last ones to an equal length."""
     return -(-len(value) // size) * value[0].nbytes
 
 
 def own_rows(holder: nn.Module, key: str) -> slice | None:
-    """The rows of a tensor that this process keeps, as FSDP cuts them; None where all of it is
-    kept.
+    """Return the rows of a tensor that this rank holds; None where it holds all.
 
     Args:
-        holder, key: the module and the tensor's name there; a packed or rounded weight goes by the
+        holder, key: the module and the tensor's name in it. A packed or rounded weight has the
             rows of its data.
     """
     parameter: Any = getattr(holder, key, None)
     if parameter is None:
         parameter = getattr(holder, "data", None)
-    if not is_shared(parameter):
+    if not is_sharded(parameter):
         return None
     mesh, rows = parameter.device_mesh, len(parameter)
-    share = -(-rows // mesh.size())
-    start = min(rows, share * mesh.get_local_rank())
-    return slice(start, min(rows, start + share))
+    length = -(-rows // mesh.size())
+    start = min(rows, length * mesh.get_local_rank())
+    return slice(start, min(rows, start + length))
 
 
-def place(holder: nn.Module, key: str, value: Tensor, device: torch.device | str) -> None:
-    """Put a value, or this process' rows of it, in its place in a module."""
+def write_param(holder: nn.Module, key: str, value: Tensor, device: torch.device | str) -> None:
+    """Write a value, or this rank's rows of it, into a module's parameter."""
     parameter: Any = getattr(holder, key)
-    if is_shared(parameter):
+    if is_sharded(parameter):
         parameter.to_local().copy_(value)
     else:
         setattr(holder, key, nn.Parameter(value.to(device), requires_grad=False))
 
 
-def is_shared(parameter: object) -> bool:
-    """Whether it is a DTensor."""
+def is_sharded(parameter: object) -> bool:
+    """Return whether it is a DTensor."""
     return hasattr(parameter, "device_mesh")

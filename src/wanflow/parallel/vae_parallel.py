@@ -1,20 +1,17 @@
-"""A VAE decode on all processes of a run: each decodes a strip of every frame, and process 0 puts
-the frames together.
+"""A VAE decode on all ranks of a run: each decodes a strip of every frame, rank 0 joins the frames.
 
-A frame is cut across its longer side. Before a layer that sees beyond a pixel, neighbours give each
-other the columns (or rows) at their border that it reaches, a halo; it runs on the strip with them,
-and they are taken off again. What a convolution remembers of the past is then of the strip with its
-halo. At the image's own border there is none, and convolutions pad it with zeros as they pad the
-image. The attention of the middle sees a whole frame: there every process gets the keys and values
-of all pixels.
+A frame is cut across its longer side. Before a layer that sees beyond a pixel, neighbours exchange
+a halo: the columns (or rows) at their border that the layer reaches. The layer runs on the strip
+with its halo, which is trimmed afterwards. A convolution's memory of past frames has the halo too.
+At the border of the image there is no halo, and convolutions pad with zeros. The middle attention
+sees a complete frame: there every rank gets the keys and values of all pixels.
 
-So the frames are those of one process to rounding, and each has a share of the memory and the work
-that one would need. Strips are of all processes, whatever the layout: guidance and tokens are
-behind when a latent is decoded.
+So the frames equal those of one process to rounding, and each rank has a share of its memory and
+work. All ranks take a strip, whatever the layout: guidance and tokens are done before the decode.
 
-Shapes: B batch, C channels, T frames; H, W of the whole image, h, w of a strip, in pixels of the
-    layer at hand. What is sent is in the order [B, T, h, w, C], in which activations lie in memory;
-    frames come as [n, H, W, 3]. An axis counts from the end of that order.
+Shapes: B batch, C channels, T frames; H, W of the image, h, w of a strip, in pixels of the layer.
+    What is sent is in the order [B, T, h, w, C], in which activations are in memory; frames are
+    [n, H, W, 3]. An axis counts from the end of that order.
 """
 
 from __future__ import annotations
@@ -32,20 +29,17 @@ from wanflow.models.vae import AttentionBlock, State, Upsample, WanVAE, receptiv
 from wanflow.parallel.groups import Group, ParallelContext, sizes
 
 Frames = npt.NDArray[np.uint8]
-# Latent pixels. A residual block, which reaches farthest, sees two; so a halo comes from the
-# nearest neighbour alone.
+# Latent pixels. A residual block, which reaches farthest, sees two, so one neighbour is enough.
 NARROWEST = 2
 
 
 @dataclass(frozen=True)
 class Strips:
-    """How the processes share a frame of `height` * `width` latent pixels: the first ones hold a
-    strip each, the others none.
-    """
+    """The strips of a frame of height x width latent pixels: one for each of the first ranks."""
 
     height: int
     width: int
-    processes: int
+    ranks: int
 
     @property
     def axis(self) -> int:
@@ -54,69 +48,27 @@ class Strips:
 
     @property
     def across(self) -> int:
-        """The other side, which every strip has whole."""
+        """The length of the other side, which every strip has in full."""
         return min(self.height, self.width)
 
     @property
     def sizes(self) -> list[int]:
-        """How wide each strip is, from left to right or from top to bottom; as many as there are
-        strips.
-        """
+        """The width of each strip, from left to right or from top to bottom."""
         longer = max(self.height, self.width)
-        return sizes(longer, max(1, min(self.processes, longer // NARROWEST)))
+        return sizes(longer, max(1, min(self.ranks, longer // NARROWEST)))
 
     def around(self, rank: int) -> tuple[int, int]:
-        """How much of the frame lies before and after a process' strip."""
+        """Return how much of the frame is before and after a rank's strip."""
         before = sum(self.sizes[:rank])
         return before, max(self.height, self.width) - before - self.sizes[rank]
 
     def neighbours(self, rank: int) -> list[int]:
-        """The processes whose strips lie next to a process' own."""
+        """Return the ranks with the strips next to a rank's."""
         return [other for other in (rank - 1, rank + 1) if 0 <= other < len(self.sizes)]
 
 
-def sent(vae: WanVAE, frames: int, strips: Strips, rank: int = 0) -> dict[str, int]:
-    """Bytes that one process sends to others in a decode, by what they are: the keys are those of
-    `Traffic`.
-
-    Args:
-        vae: its weights may have no memory (meta).
-        frames: of the latent.
-        strips: how its frames are cut.
-        rank: the process.
-    """
-    if rank >= len(strips.sizes) or len(strips.sizes) == 1:
-        return {}
-    own, scale, halo, keys_values = strips.sizes[rank], 1, 0, 0
-    for layer in vae.decoder.layers():
-        channels = next(
-            (
-                part.in_channels
-                for part in layer.modules()
-                if isinstance(part, nn.Conv2d | nn.Conv3d)
-            ),
-            0,
-        )
-        column = channels * frames * strips.across * scale * vae.dtype.itemsize
-        if isinstance(layer, AttentionBlock):
-            keys_values += 2 * (len(strips.sizes) - 1) * own * column
-        else:
-            halo += len(strips.neighbours(rank)) * receptive_margin(layer) * column
-        if isinstance(layer, Upsample):
-            scale *= 2
-            frames = frames if layer.time_conv is None else 2 * frames - 1
-    shown = 3 * frames * own * strips.across * scale**2 if rank else 0  # process 0 keeps its own
-    return {
-        key: value
-        for key, value in {"halo": halo, "kv": keys_values, "frames": shown}.items()
-        if value
-    }
-
-
 class Halo(nn.Module):
-    """x [B, C, T, h, w] of this process, with so many pixels of each neighbour's beside it; every
-    process that has a strip must call it.
-    """
+    """x [B, C, T, h, w] with the neighbours' border pixels. Every rank with a strip calls it."""
 
     def __init__(self, strips: Strips, group: Group, reach: int) -> None:
         super().__init__()
@@ -131,18 +83,16 @@ class Halo(nn.Module):
         ]
         leaving = [(peer, border.contiguous()) for peer, border in borders]
         arriving = [(peer, torch.empty_like(border)) for peer, border in leaving]
-        _trade(self.group, "halo", leaving, arriving)
-        before, after = (
-            [border for peer, border in arriving if (peer < rank) is first]
-            for first in (True, False)
-        )
+        _exchange(self.group, "halo", leaving, arriving)
+        before = [border for peer, border in arriving if peer < rank]
+        after = [border for peer, border in arriving if peer > rank]
         return torch.cat([*before, own, *after], dim=axis).permute(0, 4, 1, 2, 3)
 
 
 class Attention(nn.Module):
-    """The middle's attention, in which the pixels x [B, C, T, h, w] of this process see those of
-    all; every process that has a strip
-    must call it. Only where a pixel is a latent pixel, before the first doubling.
+    """The middle attention, in which pixels x [B, C, T, h, w] of this rank see those of all ranks.
+
+    Every rank with a strip must call it. A pixel must be a latent pixel: before the first doubling.
     """
 
     def __init__(self, block: AttentionBlock, strips: Strips, group: Group) -> None:
@@ -153,25 +103,18 @@ class Attention(nn.Module):
         return self.block.attend(x, self._complete)
 
     def _complete(self, own: Tensor) -> Tensor:
-        """Keys and values of this process' pixels -> of all, strip by strip."""
-        own = own.contiguous()
-        parts = [
-            own.new_empty(_resized(own, -2, size * self.strips.across))
-            for size in self.strips.sizes
-        ]
-        parts[self.group.rank] = own
-        others = [peer for peer in range(len(parts)) if peer != self.group.rank]
-        _trade(
-            self.group,
-            "kv",
-            [(peer, own) for peer in others],
-            [(peer, parts[peer]) for peer in others],
-        )
+        """Return keys and values of all ranks' pixels, strip by strip."""
+        own, rank = own.contiguous(), self.group.rank
+        shapes = [_resized(own, -2, size * self.strips.across) for size in self.strips.sizes]
+        parts = [own.new_empty(shape) for shape in shapes]
+        parts[rank] = own
+        others = [(peer, part) for peer, part in enumerate(parts) if peer != rank]
+        _exchange(self.group, "kv", [(peer, own) for peer, _ in others], others)
         return torch.cat(parts, dim=-2)
 
 
 class Trim(nn.Module):
-    """x [B, C, T, h, w] without so many pixels at the beginning and the end of an axis; a view."""
+    """x [B, C, T, h, w] without some pixels at both ends of an axis; a view."""
 
     def __init__(self, axis: int, before: int, after: int) -> None:
         super().__init__()
@@ -182,9 +125,7 @@ class Trim(nn.Module):
 
 
 def connected(layers: list[nn.Module], strips: Strips, group: Group) -> list[nn.Module]:
-    """The layers, each between what brings it the pixels of others that it sees and what takes them
-    off again.
-    """
+    """Return the layers, each between what adds other ranks' pixels and what trims them."""
     if len(strips.sizes) == 1:
         return layers
     rank = group.rank
@@ -194,10 +135,9 @@ def connected(layers: list[nn.Module], strips: Strips, group: Group) -> list[nn.
         if isinstance(layer, AttentionBlock):
             out.append(Attention(layer, strips, group))
         elif reach:
-            beside = reach * (2 if isinstance(layer, Upsample) else 1)
-            before, after = (
-                beside * (peer in strips.neighbours(rank)) for peer in (rank - 1, rank + 1)
-            )
+            margin = reach * (2 if isinstance(layer, Upsample) else 1)
+            neighbours = strips.neighbours(rank)
+            before, after = (margin * (peer in neighbours) for peer in (rank - 1, rank + 1))
             out += [Halo(strips, group, reach), layer, Trim(strips.axis, before, after)]
         else:
             out.append(layer)
@@ -208,46 +148,44 @@ def connected(layers: list[nn.Module], strips: Strips, group: Group) -> list[nn.
 def decode_frames(
     vae: WanVAE,
     latent: Tensor,
-    team: ParallelContext,
+    ctx: ParallelContext,
     convert: Callable[[Tensor], Frames],
     on_part: Callable[[int, int], None] | None = None,
 ) -> Iterator[Frames]:
-    """Decode on all processes: on process 0 uint8 [n, H, W, 3], the first frame alone, then four at
-    a time; on the others nothing.
+    """Decode on all ranks: yield frames uint8 [n, H, W, 3] on rank 0 and nothing on the others.
 
-    Every process must iterate to the end, with the same latent. One process gives what
-    `vae.decode_frames` gives, bit by bit.
+    The first frame comes alone, then four at a time. Every rank must iterate to the end, with the
+    same latent. One rank gives the bits of `vae.decode_frames`.
 
     Args:
+        vae: on every rank.
         latent: [1, z, t, h, w], normalised, on the VAE's device.
-        convert: turns this process' strip of the video, [1, 3, n, height, width] in -1..1, not
-            clamped, into uint8 [n, height, width, 3]. It may raise, where a value is NaN; the other
-            processes then wait for this one in vain.
-        on_part: told (done, in all) after each latent frame, on every process, those without a
-            strip too. What it raises ends the decode.
+        ctx: this rank.
+        convert: turns this rank's strip of the video, [1, 3, n, height, width] in -1..1, not
+            clamped, into uint8 [n, height, width, 3]. It may raise, where a value is NaN; the
+            other ranks then wait until the watchdog ends them.
+        on_part: gets (done, total) after each latent frame, on every rank. What it raises ends
+            the decode.
 
     Raises:
         ValueError: for a latent of another shape.
     """
     if latent.ndim != 5 or latent.shape[0] != 1:
-        raise ValueError(f"latent is {list(latent.shape)}, not [1, z, t, h, w]")
+        raise ValueError(f"latent is {list(latent.shape)}, expected [1, z, t, h, w]")
     steps, height, width = latent.shape[2:]
-    strips, rank = Strips(height, width, team.world.size), team.world.rank
-    parts = (
-        _parts(vae, latent, strips, team.world)
-        if rank < len(strips.sizes)
-        else iter([None] * steps)
-    )
+    strips, rank = Strips(height, width, ctx.world.size), ctx.world.rank
+    has_strip = rank < len(strips.sizes)
+    parts = _decode_strip(vae, latent, strips, ctx.world) if has_strip else iter([None] * steps)
     for done, part in enumerate(parts, 1):
-        frames = None if part is None else _collected(convert(part), strips, team)
+        frames = None if part is None else _collect(convert(part), strips, ctx)
         if on_part is not None:
             on_part(done, steps)
         if frames is not None:
             yield frames
 
 
-def _parts(vae: WanVAE, latent: Tensor, strips: Strips, group: Group) -> Iterator[Tensor]:
-    """This process' strip of the video, [1, 3, n, h, w] for each latent frame."""
+def _decode_strip(vae: WanVAE, latent: Tensor, strips: Strips, group: Group) -> Iterator[Tensor]:
+    """Yield this rank's strip of the video, [1, 3, n, h, w] for each latent frame."""
     layers = connected(vae.decoder.layers(), strips, group)
     own = Trim(strips.axis, *strips.around(group.rank))
     state: State = {}
@@ -255,27 +193,24 @@ def _parts(vae: WanVAE, latent: Tensor, strips: Strips, group: Group) -> Iterato
         yield torch.cat(list(stream(layers, own(chunk), state)), dim=2)
 
 
-def _collected(frames: Frames, strips: Strips, team: ParallelContext) -> Frames | None:
-    """The whole frames [n, H, W, 3] on process 0, from everybody's [n, h, w, 3]."""
+def _collect(frames: Frames, strips: Strips, ctx: ParallelContext) -> Frames | None:
+    """Join the strips [n, h, w, 3] of all ranks to frames [n, H, W, 3] on rank 0."""
     if len(strips.sizes) == 1:
         return frames
-    group, axis = team.world, strips.axis
-    own = torch.from_numpy(np.ascontiguousarray(frames)).to(team.ranks.device)
+    group, axis = ctx.world, strips.axis
+    own = torch.from_numpy(np.ascontiguousarray(frames)).to(ctx.info.device)
     if group.rank:
-        _trade(group, "frames", [(0, own)], [])
+        _exchange(group, "frames", [(0, own)], [])
         return None
     scale = frames.shape[axis] // strips.sizes[0]
-    arriving = [
-        (peer, own.new_empty(_resized(own, axis, size * scale)))
-        for peer, size in enumerate(strips.sizes)
-        if peer
-    ]
-    _trade(group, "frames", [], arriving)
-    whole = np.empty(_resized(own, axis, sum(strips.sizes) * scale), dtype=np.uint8)
+    shapes = [_resized(own, axis, size * scale) for size in strips.sizes]
+    arriving = [(peer, own.new_empty(shape)) for peer, shape in enumerate(shapes) if peer]
+    _exchange(group, "frames", [], arriving)
+    joined = np.empty(_resized(own, axis, sum(strips.sizes) * scale), dtype=np.uint8)
     ends = accumulate(strips.sizes)
     for (_, strip), size, end in zip([(0, own), *arriving], strips.sizes, ends, strict=True):
-        torch.from_numpy(whole).narrow(axis, (end - size) * scale, size * scale).copy_(strip)
-    return whole
+        torch.from_numpy(joined).narrow(axis, (end - size) * scale, size * scale).copy_(strip)
+    return joined
 
 
 def _resized(like: Tensor, axis: int, size: int) -> list[int]:
@@ -284,8 +219,11 @@ def _resized(like: Tensor, axis: int, size: int) -> list[int]:
     return shape
 
 
-def _trade(
-    group: Group, what: str, leaving: list[tuple[int, Tensor]], arriving: list[tuple[int, Tensor]]
+def _exchange(
+    group: Group,
+    purpose: str,
+    leaving: list[tuple[int, Tensor]],
+    arriving: list[tuple[int, Tensor]],
 ) -> None:
-    for work in group.exchange(what, leaving, arriving):
+    for work in group.exchange(purpose, leaving, arriving):
         work.wait()

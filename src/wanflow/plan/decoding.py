@@ -77,13 +77,13 @@ def in_strips(config: VAEConfig, shape: Shape, layout: Layout) -> Traced:
         range(len(cut.sizes)),
         key=lambda rank: cut.sizes[rank] + NARROWEST * len(cut.neighbours(rank)),
     )
-    team = simulated_groups(layout, rank)
+    ctx = simulated_groups(layout, rank)
     with fake() as trace:
         weights = materialise(vae)
-        latent, told = torch.empty(shape), Parts(trace, shape[2], team.traffic)
+        latent, told = torch.empty(shape), Parts(trace, shape[2], ctx.stats)
         trace.mark()
         with suppress(StopTrace):
-            for _ in decode_in_strips(vae, latent, team, as_numpy, told):
+            for _ in decode_in_strips(vae, latent, ctx, as_numpy, told):
                 pass
     return Traced(trace.peak - weights, told.work, tuple(trace.top()), told.sent, told.messages)
 

@@ -26,7 +26,7 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.parallel.cfg import split_guidance
 from wanflow.parallel.groups import CommStats, Layout, simulated_groups, sizes
 from wanflow.parallel.sequence import connect, sharded
-from wanflow.parallel.sharding import rows_of, share
+from wanflow.parallel.sharding import rows_of, shard_bytes
 from wanflow.plan import decoding
 from wanflow.plan.model import FirstBlocks, small
 from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
@@ -182,7 +182,9 @@ class Traces:
                 [value for leaf in block.modules() for value in rows_of(leaf)]
                 for block in model.blocks
             ]
-            shares = [sum(share(value, self.layout.size) for value in block) for block in blocks]
+            shares = [
+                sum(shard_bytes(value, self.layout.size) for value in block) for block in blocks
+            ]
             self._done[key] = Weights(
                 sum(sizes),
                 tuple(BlockBuffers(block).layout.nbytes for block in model.blocks),
@@ -277,15 +279,15 @@ class Traces:
             if loras:
                 _attach(plain, loras)
             parts = FakeParts(preset, model, self.text_dtype)
-            team = simulated_groups(self.layout, self.layout.size - 1)
-            connect(plain, team, KERNEL.attend, KERNEL.with_lse)
+            ctx = simulated_groups(self.layout, self.layout.size - 1)
+            connect(plain, ctx, KERNEL.attend, KERNEL.with_lse)
             weights = trace.live
             trace.mark()
             branches = 2 if self.guided(index) and self.layout.cfg == 1 else 1
             text = _text_bytes(model.text_states(parts.text([""] * branches)))
             before = trace.work
             velocity = make_velocity(
-                parts, self.request, index, runtime.cfg_batch, sharded(team), split_guidance(team)
+                parts, self.request, index, runtime.cfg_batch, sharded(ctx), split_guidance(ctx)
             )
             x = torch.empty(self.latent_shape())
             past = min(2, index)
@@ -295,7 +297,7 @@ class Traces:
                 tuple(torch.empty_like(x) for _ in range(past)),
                 torch.empty_like(x) if past else None,
             )
-            inside = ModuleCounter(trace, next(iter(plain.blocks)), team.traffic)
+            inside = ModuleCounter(trace, next(iter(plain.blocks)), ctx.stats)
             if together[0]:
                 hold_gathered(plain, together[0], self.model.spec.dit.num_layers > 1, together[1])
             trace.mark()
@@ -305,9 +307,9 @@ class Traces:
         others = layers - self.TRACED_BLOCKS
         excess, more = self._leaves(which, runtime, inside.calls)
         work = trace.work + before.scaled(-1) + inside.work.scaled(others) + more.scaled(layers)
-        sent = Counter({what: count for what, count in team.traffic.sent.items() if count})
+        sent = Counter({what: count for what, count in ctx.stats.sent.items() if count})
         sent.update({what: count * others for what, count in inside.sent.items()})
-        messages = sum(team.traffic.calls.values()) + inside.messages * others
+        messages = sum(ctx.stats.calls.values()) + inside.messages * others
         return Traced(
             beside + excess + text // self.TRACED_BLOCKS * others,
             work,

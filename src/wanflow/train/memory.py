@@ -1,4 +1,6 @@
-"""Estimate the memory of a training, on the real model with fake tensors and without weights."""
+"""What a training would take, measured on the real model with tensors that have no memory, before a
+weight is read.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from wanflow.plan import Machine
 from wanflow.train.finetune import TARGETS, FineTune, attach
 
 GB = 10**9
-COPIES = 4  # of a trained parameter, float32: its gradient, two moments of AdamW, the average
+# AdamW keeps two moments and `fit` an average beside each trained parameter and its gradient, all
+# float32.
+COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Need:
     """Bytes for one expert in training."""
 
     weights: int
-    training: int  # gradients, the optimizer's moments, averaged weights
+    training: int  # gradients, the optimiser's moments, averaged weights
     activations: int
     trained: int  # parameters, a count
 
@@ -38,50 +42,55 @@ class Need:
     def words(self) -> str:
         parts = {
             "weights": self.weights,
-            "gradients and optimizer": self.training,
+            "gradients and optimiser": self.training,
             "activations": self.activations,
         }
-        words = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
-        return f"{self.total / GB:.0f} GB ({words})"
+        return (
+            f"{self.total / GB:.0f} GB"
+            f" ({', '.join(f'{name} {size / GB:.1f}' for name, size in parts.items())})"
+        )
 
 
 def need(checkpoint: Checkpoint, settings: FineTune) -> Need:
-    """Return what training one expert takes.
-
-    Parameters are counted on meta; activations on fake tensors through one and two blocks.
+    """What training one expert takes: parameters are counted on meta, activations on fake tensors
+    through one and two blocks.
     """
-    full, spec = settings.method == "full", checkpoint.spec
+    full = settings.method == "full"
+    config = checkpoint.spec.dit
     with torch.device("meta"):
-        model = WanDiT(spec.dit)
+        model = WanDiT(config)
     dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
-    dtypes = expert_dtypes(model, dtype)
-    weights = sum(
-        value.numel() * dtypes(name, _info(value)).itemsize
-        for name, value in model.named_parameters()
+    place = expert_dtypes(model, dtype)
+    weights: int = sum(
+        p.numel() * place(name, _info(p)).itemsize for name, p in model.named_parameters()
     )
-    if full:
-        trained = sum(value.numel() for value in model.parameters())
-    else:
-        trained = _lora_parameters(model, settings)
-        weights += trained * torch.float32.itemsize
+    trained = (
+        sum(p.numel() for p in model.parameters()) if full else _lora_parameters(model, settings)
+    )
+    weights += 0 if full else trained * 4
     one, two = (_saved(checkpoint, settings, layers, dtype) for layers in (1, 2))
     block, rest = two - one, 2 * one - two
-    if settings.checkpointing:  # of each block its input, and one block that is computed again
-        form = settings.form
-        tokens = geometry_of(spec).tokens(form.size, form.frame_num)
-        each = _micro_batch(settings) * tokens * spec.dit.dim * torch.float32.itemsize
-        rest += block
-    else:
-        each = block
-    activations = rest + each * spec.dit.num_layers
+    tokens = block if not settings.checkpointing else _saved_by_checkpoint(checkpoint, settings)
+    activations = rest + (
+        tokens * config.num_layers
+        if not settings.checkpointing
+        else tokens * config.num_layers + block
+    )
     return Need(weights, trained * 4 * COPIES, activations, trained)
 
 
 def _lora_parameters(model: WanDiT, settings: FineTune) -> int:
-    names = [leaf for target in settings.targets for leaf in TARGETS[target]]
-    leaves = [model.get_submodule(f"blocks.0.{name}") for name in names]
-    sides = [leaf.in_features + leaf.out_features for leaf in leaves if isinstance(leaf, nn.Linear)]
-    return model.config.num_layers * settings.rank * sum(sides)
+    leaves = [
+        model.get_submodule(f"blocks.0.{leaf}")
+        for target in settings.targets
+        for leaf in TARGETS[target]
+    ]
+    per_block = sum(
+        settings.rank * (leaf.in_features + leaf.out_features)
+        for leaf in leaves
+        if isinstance(leaf, nn.Linear)
+    )
+    return model.config.num_layers * per_block
 
 
 def _info(value: Tensor) -> TensorInfo:
@@ -92,18 +101,33 @@ def _micro_batch(settings: FineTune) -> int:
     return settings.batch // settings.accumulate
 
 
+def _latent_shape(checkpoint: Checkpoint, settings: FineTune) -> tuple[int, ...]:
+    form = settings.form
+    shape = geometry_of(checkpoint.spec).latent_shape(form.size, form.frame_num)
+    return _micro_batch(settings), *shape
+
+
+def _saved_by_checkpoint(checkpoint: Checkpoint, settings: FineTune) -> int:
+    """A block's input, which is all that is kept of it."""
+    form, spec = settings.form, checkpoint.spec
+    tokens = geometry_of(spec).tokens(form.size, form.frame_num)
+    return _micro_batch(settings) * tokens * spec.dit.dim * torch.float32.itemsize
+
+
 def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch.dtype) -> int:
-    """Return the bytes that autograd stores for a model of `layers` blocks, without parameters."""
-    held: dict[int, int] = {}  # by storage, so that each counts once
-    alive: list[Tensor] = []  # the address of a freed storage would be used again
-    spec, form = checkpoint.spec, settings.form
+    """Bytes that autograd keeps for a model of so many blocks, its parameters aside; each storage
+    counted once.
+    """
+    held: dict[int, int] = {}
+    keep: list[Tensor] = []  # a freed storage's place would be counted as another's
+
     with FakeTensorMode():
-        model = WanDiT(replace(spec.dit, num_layers=layers))
-        dtypes = expert_dtypes(model, dtype)
+        model = WanDiT(replace(checkpoint.spec.dit, num_layers=layers))
+        place = expert_dtypes(model, dtype)
         for name, parameter in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
-            stored = nn.Parameter(parameter.detach().to(dtypes(name, _info(parameter))))
-            setattr(model.get_submodule(owner), leaf, stored)
+            kept = nn.Parameter(parameter.detach().to(place(name, _info(parameter))))
+            setattr(model.get_submodule(owner), leaf, kept)
         if settings.method == "lora":
             model.requires_grad_(False)
             attach(model, settings)
@@ -113,13 +137,14 @@ def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch
             storage = value.untyped_storage()
             if storage._cdata not in own:
                 held[storage._cdata] = storage.nbytes()
-                alive.append(value)
+                keep.append(value)
             return value
 
-        shape = geometry_of(spec).latent_shape(form.size, form.frame_num)
-        latent = torch.randn(_micro_batch(settings), *shape)
-        text = torch.randn(len(latent), spec.dit.text_len, spec.dit.text_dim)
-        autocast = torch.autocast("cpu", settings.dtype, enabled=settings.dtype != torch.float32)
+        latent = torch.randn(_latent_shape(checkpoint, settings))
+        text = torch.randn(len(latent), checkpoint.spec.dit.text_len, checkpoint.spec.dit.text_dim)
+        autocast = torch.autocast(
+            "cpu", dtype=settings.dtype, enabled=settings.dtype != torch.float32
+        )
         with saved_tensors_hooks(pack, lambda value: value), autocast:
             model(latent, torch.full((len(latent),), 500.0), text, run_blocks).square().mean()
     return sum(held.values())
@@ -131,16 +156,18 @@ def refuse(
     """Refuse a training that cannot fit.
 
     Raises:
-        RequestError: in three lines: the need, the machine, the remedies.
+        RequestError: in three lines: what is needed, what is here, what to do.
     """
-    needed = need(checkpoint, settings)
+    wanted = need(checkpoint, settings)
     on_gpu = settings.device.startswith("cuda")
     have = machine.gpu if on_gpu else machine.ram_free
     # Sharding divides what belongs to parameters; every process has its own activations.
-    each = needed.activations + (needed.weights + needed.training) // processes
+    each = wanted.activations + (wanted.weights + wanted.training) // processes
     if not have or each <= have:
         return
-    what = f"a LoRA of rank {settings.rank}" if settings.method == "lora" else "the full model"
+    what = (
+        "a LoRA of rank " + str(settings.rank) if settings.method == "lora" else "the whole model"
+    )
     ways = []
     if not settings.checkpointing:
         ways.append("--activation_checkpointing")
@@ -149,13 +176,13 @@ def refuse(
     if settings.method == "full":
         ways.append("--method lora")
     ways.append(
-        f"torchrun --nproc_per_node={max(2, -(-needed.total // (70 * GB)))} and --fsdp on GPUs of"
+        f"torchrun --nproc_per_node={max(2, -(-wanted.total // (70 * GB)))} and --fsdp on GPUs of"
         " 80 GB"
     )
     raise RequestError(
-        f"training {what} on one expert of {checkpoint.spec.name} needs {needed.words()}"
+        f"training {what} on one expert of {checkpoint.spec.name} needs {wanted.words()}"
         + (f", {each / GB:.0f} GB in each of {processes} processes" if processes > 1 else ""),
         f"  here: {have / GB:.0f} GB of {'GPU memory' if on_gpu else 'free RAM'}"
         f" ({machine.words()})",
-        f"  do: {', '.join(ways)} (--force starts it here anyway)",
+        f"  do: {', '.join(ways)} (--force starts it here all the same)",
     )
