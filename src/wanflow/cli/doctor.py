@@ -78,16 +78,15 @@ def doctor(args: argparse.Namespace) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows on standard error what is tried next."""
-    try:
-        from rich.text import Text
+    from wanflow.screen import Screen
 
-        from wanflow.screen import Screen
-    except ImportError:  # the report names it
+    try:
+        screen = Screen()
+    except ImportError:  # rich is missing or broken; the report names it
         yield lambda _: None
         return
-    console = Screen().console
-    with console.status("") as status:  # shows nothing where there is no terminal
-        yield lambda text: status.update(Text(f"trying: {text}"))
+    with screen:
+        yield lambda text: screen.stage(f"trying: {text}")
 
 
 def show(text: Sequence[Line]) -> None:
@@ -165,6 +164,7 @@ def _disk(disk: Disk) -> Iterator[Line]:
 def _table(what: str, report: Report) -> Iterator[Line]:
     """Yield the results of one kind, aligned; a failure has its reason after empty numbers."""
     from wanflow.doctor.kernels import HEAD_DIM, SIZES
+    from wanflow.screen import table_lines
 
     results = [result for result in report.tries if result.what == what]
     sizes = {kind: SIZES[kind] for kind in SIZES if any(r.device.startswith(kind) for r in results)}
@@ -179,17 +179,14 @@ def _table(what: str, report: Report) -> Iterator[Line]:
         title, way = "matrix products", "way"
     yield "", ""
     yield "bold", f"{title} ({', '.join(titles)}; errors relative to the largest value)"
-    rows = [("device", "dtype", way, "error", "ms", "TFLOP/s"), *map(_cells, results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row, result in zip(rows, (None, *results), strict=True):
-        names = [f"{cell:<{width}}" for cell, width in zip(row[:3], widths, strict=False)]
-        numbers = [f"{cell:>{width}}" for cell, width in zip(row[3:], widths[3:], strict=True)]
-        style = "dim" if result is None else "yellow" if result.why else ""
-        remark = "" if result is None else result.why or _remark(result, report)
-        yield style, "  ".join(["", *names, *numbers, remark]).rstrip()
+    head = ("device", "dtype", way, "error", "ms", "TFLOP/s", "")
+    rows = [_cells(result, report) for result in results]
+    styles = ["dim", *("yellow" if result.why else "" for result in results)]
+    for style, line in zip(styles, table_lines(head, rows, "lllrrrl"), strict=True):
+        yield style, f"  {line}"
 
 
-def _cells(result: KernelResult) -> tuple[str, ...]:
+def _cells(result: KernelResult, report: Report) -> tuple[str, ...]:
     return (
         result.device,
         result.dtype,
@@ -197,6 +194,7 @@ def _cells(result: KernelResult) -> tuple[str, ...]:
         "" if result.error is None else f"{result.error:.1e}",
         "" if result.seconds is None else f"{result.seconds * 1e3:.2f}",
         "" if result.tflops is None else f"{result.tflops:.3g}",
+        result.why or _remark(result, report),
     )
 
 
