@@ -47,7 +47,7 @@ format: install  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 
 reference: install  ## docs/reference/cli.md, from the declarations of flags and settings
-	$(BIN)/python -m wanflow.cli.reference > docs/reference/cli.md
+	$(BIN)/python docs/reference/make_cli.py > docs/reference/cli.md
 
 bench: install   ## beside diffusers, on this CPU; the last line of output is JSON
 	$(BIN)/python benchmarks/diffusers_cpu.py

@@ -14,23 +14,20 @@ SOLVERS: tuple[Solver, ...] = ("unipc", "dpm++", "euler")
 TRAIN_STEPS = 1000  # timesteps run from 1000 (noise) to 0 (data); sigma = timestep / 1000
 
 
-# What a terminal obeys or cannot show: control characters, those that turn the direction of
-# writing, halves of characters.
+# Characters that a terminal obeys or cannot show: controls, changes of direction, surrogates.
 UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_LINE = 3000  # characters
 
 
 def plain(text: str) -> str:
-    """Text of a stranger as one line that can be shown, with what cannot be as escapes."""
+    """Return untrusted text as one printable line; other characters become escapes."""
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class RequestError(ValueError):
-    """Bad input or a refusal: one clear line for the user (or several, one an argument), exit code
-    2, HTTP 4xx.
+    """Bad input or a refusal: exit code 2, HTTP 4xx. Each argument is a line for the user.
 
-    Names and values in it come from files of strangers, so each line is shown as `plain` and
-    without the middle of what is endless.
+    A line may quote untrusted files, so it is shown as `plain` text and shortened.
     """
 
     def __str__(self) -> str:

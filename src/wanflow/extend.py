@@ -1,14 +1,12 @@
-"""Rewrite a short prompt into a detailed one, by any server that speaks OpenAI's chat completions
-(DashScope among them).
+"""Rewrite a short prompt into a detailed one through a server of OpenAI's chat completions API.
 
-Written, not run against the real service.
+DashScope is one. Written, not run against the real service.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import urllib.error
 import urllib.request
 
 from wanflow.config import RequestError
@@ -39,8 +37,9 @@ def extend(
     key: str | None,
     timeout: float = 60.0,
 ) -> str:
-    """The rewritten prompt, or the prompt itself with a warning when the server fails (as the
-    official code does).
+    """Return the rewritten prompt, or the prompt itself with a warning when the server fails.
+
+    The official code does the same.
 
     Args:
         language: "zh" or "en", the language of the answer.
@@ -48,17 +47,16 @@ def extend(
         key: sent as a bearer token; DashScope needs one.
 
     Raises:
-        RequestError: when DashScope is to be asked and there is no key, or the address is not
-            http(s).
+        RequestError: for DashScope without a key, or an address that is not http(s).
     """
     if url is None and not key:
         raise RequestError(
-            "--use_prompt_extend asks DashScope, which needs a key: set DASH_API_KEY (or"
-            " DASH_API_URL for another server)"
+            "--use_prompt_extend needs a key for DashScope: set DASH_API_KEY, or DASH_API_URL for"
+            " another server"
         )
     base = (url or DASHSCOPE).rstrip("/")
     if not base.startswith(("http://", "https://")):
-        raise RequestError(f"DASH_API_URL {base!r} is not an http address")
+        raise RequestError(f"DASH_API_URL must be an http address (got {base!r})")
     messages = [
         {"role": "system", "content": INSTRUCTIONS[language]},
         {"role": "user", "content": prompt},
@@ -67,22 +65,13 @@ def extend(
     headers = {"Content-Type": "application/json"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
+    request = urllib.request.Request(f"{base}/chat/completions", body, headers)
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{base}/chat/completions", body, headers), timeout=timeout
-        ) as answer:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
             text = json.load(answer)["choices"][0]["message"]["content"].strip()
         if not isinstance(text, str) or not text:
             raise ValueError("the answer is empty")
-        return text
-    except (
-        urllib.error.URLError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         logger.warning("the prompt was not extended (%s); the original one is used", error)
         return prompt
+    return text

@@ -29,7 +29,7 @@ from wanflow.request import CompleteRequest, Request
 from wanflow.sampling.schedule import snr
 from wanflow.sampling.solvers import SolverState, Velocity, advance
 from wanflow.sampling.timeline import schedule_of, timeline
-from wanflow.sanity import Facts, OutputError, check_latent, check_step
+from wanflow.sanity import OutputError, check_latent, check_step, facts_of
 
 logger = logging.getLogger("wanflow")
 
@@ -167,7 +167,7 @@ def denoise(engine: Engine, run: Run, on_step: OnStep | None = None) -> Run:
     schedule, steps = schedule_of(run.request), timeline(run.request, engine.spec)
     state = engine.share(run.state)
     engine.check(run)
-    facts = facts_of(run)
+    facts = facts_of(run.recipe)
     velocity = engine.velocity(run)
     while state.index < len(schedule):
         step = steps[state.index]
@@ -205,21 +205,9 @@ def decode(engine: Engine, run: Run, on_part: OnPart | None = None) -> Iterator[
     if not run.finished:
         steps = f"{run.state.index} of {run.request.sample_steps}"
         raise RequestError(f"this run stands at step {steps}: finish it first (generate --resume)")
-    for suspicion in check_latent(run.state.x, facts_of(run)):
+    for suspicion in check_latent(run.state.x, facts_of(run.recipe)):
         logger.warning(suspicion)
     yield from engine.decode(run.state.x.to(engine.device), on_part)
-
-
-def facts_of(run: Run) -> Facts:
-    """What a report on a broken output may name as its cause."""
-    runtime, request = run.recipe.runtime, run.request
-    named = {name: runtime[name] for name in ("dtype", "quantize", "attention") if name in runtime}
-    return Facts(
-        **named,
-        loras=request.lora,
-        guidance=max(request.cfg_high, request.cfg_low),
-        steps=request.sample_steps,
-    )
 
 
 def to_frames(chunk: Tensor) -> Frames:

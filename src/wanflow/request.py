@@ -1,4 +1,4 @@
-"""Say what to make: a request, its LoRAs, and the request with every value settled.
+"""Describe what to make: a request, its LoRAs, and the request with every value filled in.
 
 Field names are the official flags where those exist. Standard library only.
 """
@@ -19,12 +19,11 @@ from wanflow.settings import check, setting
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file and where it works: at which strength on each expert, in which steps (1-based,
-    both ends included).
+    """A LoRA file, its strength on each expert and its steps (1-based, both ends included).
 
     Written `FILE`, `FILE@0.8`, `FILE@high=1,low=0.6`, `FILE@1,steps=3-8` (`3-` to the end, `-4`
-    from the start). An expert that is not named where the other one is gets none. A strength of
-    None is settled by the file's name (`resolved`).
+    from the start). Where one expert is named, the other gets strength 0. `resolved` replaces a
+    strength of None by what the file's name says.
     """
 
     path: str
@@ -35,56 +34,48 @@ class Lora:
     last: int | None = None
 
     def __str__(self) -> str:
-        """The same in words that `parse_lora` reads."""
-        named = [
-            f"{name}={value!r}"
-            for name, value in (("high", self.high), ("low", self.low))
-            if value is not None
-        ]
-        steps = (
-            []
-            if self.first is None and self.last is None
-            else [f"steps={self.first or ''}-{self.last or ''}"]
-        )
-        return f"{self.path}@{','.join([*(named or [repr(self.both)]), *steps])}"
+        """Return the text that `parse_lora` reads."""
+        strengths = {"high": self.high, "low": self.low}
+        items = [f"{name}={value!r}" for name, value in strengths.items() if value is not None]
+        items = items or [repr(self.both)]
+        if self.first is not None or self.last is not None:
+            items.append(f"steps={self.first or ''}-{self.last or ''}")
+        return f"{self.path}@{','.join(items)}"
 
     def resolved(self, named: Literal["high", "low"] | None, first: int | None = None) -> Lora:
-        """Every strength settled: a file that is named for one expert works on that one only.
-        `first` is its first step, if none is set.
+        """Return it with a strength for each expert.
+
+        Args:
+            named: the expert that the file is named for, which alone gets it.
+            first: its first step, if it has no steps.
         """
         high, low = self.high, self.low
         if high is None and low is None:
-            high, low = (
-                (0.0 if named == "low" else self.both),
-                (0.0 if named == "high" else self.both),
-            )
+            high = 0.0 if named == "low" else self.both
+            low = 0.0 if named == "high" else self.both
         begin = first if self.first is None and self.last is None else self.first
         return Lora(self.path, self.both, high or 0.0, low or 0.0, begin, self.last)
 
     def strength(self, expert: Expert, step: int) -> float:
-        """Of a resolved LoRA, at a step (1-based)."""
+        """Return the strength of a resolved LoRA at a step (1-based)."""
         if step < (self.first or 1) or (self.last is not None and step > self.last):
             return 0.0
         return (self.high if expert == "high" else self.low) or 0.0
 
 
 def parse_lora(text: str) -> Lora:
-    """Read what `Lora` describes.
+    """Read the text that `Lora` describes.
 
     Raises:
         RequestError: for strengths or steps that cannot be read, or are out of range.
     """
-    wrong = (
-        f"lora {text!r}: after the last @ comes a strength, or high=1,low=0.6, and steps=2-8 if it"
-        " is not for all steps"
+    wrong = RequestError(
+        f"lora {text!r}: after the last @ comes a strength, or high=1,low=0.6, then steps=2-8"
+        " unless it applies to all steps"
     )
     path, mark, tail = text.rpartition("@")
-    if (
-        not mark
-        or "/" in tail
-        or "\\" in tail
-        or tail.lower().endswith((".safetensors", ".pt", ".pth", ".bin"))
-    ):
+    in_path = re.search(r"[/\\]|\.(safetensors|pt|pth|bin)\Z", tail, re.IGNORECASE)
+    if not mark or in_path:
         return Lora(text)
     values: dict[str, float] = {}
     first = last = None
@@ -102,7 +93,7 @@ def parse_lora(text: str) -> Lora:
             else:
                 raise ValueError
         except ValueError:
-            raise RequestError(wrong) from None
+            raise wrong from None
     for name, strength in values.items():
         if not -100 <= strength <= 100:  # also true for NaN
             raise RequestError(f"lora {path}: strength {name} {strength} is not from -100 to 100")
@@ -112,7 +103,7 @@ def parse_lora(text: str) -> Lora:
         or first == 0
         or (last is not None and last < (first or 1))
     ):
-        raise RequestError(wrong)
+        raise wrong
     return Lora(path, values.get("both", 1.0), values.get("high"), values.get("low"), first, last)
 
 
@@ -204,8 +195,7 @@ class Request:
         """Fill in the model's defaults and check every value.
 
         Raises:
-            RequestError: naming the field, what it may be, and the nearest good value where there
-                is one.
+            RequestError: naming the field, its value, and what it may be.
         """
         values: dict[str, Any] = {}
         for field in fields(CompleteRequest):
@@ -249,7 +239,7 @@ def with_settings(request: Request, name: str) -> Request:
 
 @dataclass(frozen=True)
 class CompleteRequest:
-    """A request with nothing left open: this is what a recipe stores."""
+    """A request with every value filled in, which a recipe stores."""
 
     prompt: str
     negative_prompt: str
@@ -284,7 +274,7 @@ class CompleteRequest:
         for lora in self.loras:
             if (lora.first or 1) > self.sample_steps:
                 raise RequestError(
-                    f"lora {lora}: it begins at step {lora.first}, and there are"
+                    f"lora {lora}: it begins at step {lora.first}, but sample_steps is"
                     f" {self.sample_steps}"
                 )
 
@@ -293,7 +283,7 @@ class CompleteRequest:
         return tuple(parse_lora(text) for text in self.lora)
 
     def guidance(self, expert: Expert, step: int) -> float:
-        """The guidance scale at a step (1-based)."""
+        """Return the guidance scale at a step (1-based)."""
         if step <= self.cfg_start_steps:
             return self.cfg_start
         return self.cfg_high if expert == "high" else self.cfg_low

@@ -1,4 +1,4 @@
-"""Say how to run: `Runtime`, and the one home of device, dtype, "small" and the batch rule.
+"""Describe how to run: `Runtime`, and the rules for device, dtype, small models and batches.
 
 Standard library only; torch is imported where a value of it is made.
 """
@@ -185,7 +185,7 @@ def choose_device(requested: str) -> torch.device:
 
 
 def is_small(expert_bytes: int) -> bool:
-    """Return whether a model, by the bytes of one expert, stays resident as a matter of course."""
+    """Return whether a model, by the bytes of one expert, always stays resident."""
     return expert_bytes < SMALL
 
 

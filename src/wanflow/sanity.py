@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanflow.recipe import Recipe
+
 # the standard deviation within the liveliest channel: 0.15 for nano's plainest picture, one colour
 # and nothing else
 FLAT = 1e-3
@@ -50,6 +52,17 @@ class Facts:
     loras: tuple[str, ...] = ()
     guidance: float = 1.0
     steps: int = 40
+
+
+def facts_of(recipe: Recipe) -> Facts:
+    """Return what a report on a broken output of this recipe may name as its cause."""
+    request, names = recipe.request, ("dtype", "quantize", "attention")
+    return Facts(
+        **{name: recipe.runtime[name] for name in names if name in recipe.runtime},
+        loras=request.lora,
+        guidance=max(request.cfg_high, request.cfg_low),
+        steps=request.sample_steps,
+    )
 
 
 def check_step(x: Tensor, step: int, facts: Facts) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wanflow.presets import ModelSpec
 
 EVERY = 2.0  # seconds between two lines of progress where there is no terminal
+MANY = 100  # of a long task: a line for each percent of the time it has taken
 DRAW = 0.1  # seconds between two updates of a bar
 
 
@@ -158,7 +159,9 @@ class Screen:
                 text = task.text(done, total, note) if total else note
                 self._bars.update(task.bar, completed=done, total=total or None, text=text)
                 task.shown = now
-        elif now - task.shown > EVERY or (ends and (last_line or task.shown > task.began)):
+        elif now - task.shown > max(EVERY, (now - task.began) / MANY) or (
+            ends and (last_line or task.shown > task.began)
+        ):
             self.say(f"{what}: {task.text(done, total, note)}" if total else what)
             task.shown = now
         if ends:

@@ -141,12 +141,12 @@ def test_a_lora_changes_the_video_and_its_strength_matters(pipe: Pipeline, lora:
 
 
 def test_nothing_is_reloaded(lora: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wanflow.assemble
+    from wanflow.loaders import parts
 
     read: list[str] = []
-    before = wanflow.assemble.open_expert
+    before = parts.open_expert
     monkeypatch.setattr(
-        wanflow.assemble,
+        parts,
         "open_expert",
         lambda checkpoint, which, *rest: read.append(which) or before(checkpoint, which, *rest),
     )

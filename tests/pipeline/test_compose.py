@@ -65,13 +65,17 @@ def test_pair(one: str, two: str) -> None:
 def test_what_cannot_be_is_refused_before_anything_is_read(
     runtime: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wanflow.assemble as assemble
+    from wanflow.loaders import parts, prompts
 
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    for name in ("open_expert", "load_text_encoder", "load_vae"):
-        monkeypatch.setattr(assemble, name, read)
+    for module, name in (
+        (parts, "open_expert"),
+        (prompts, "load_text_encoder"),
+        (parts, "load_vae"),
+    ):
+        monkeypatch.setattr(module, name, read)
     with pytest.raises(RequestError, match=words):
         wanflow.load("nano", **runtime)
 

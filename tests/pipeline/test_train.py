@@ -15,9 +15,11 @@ from torch import nn
 
 import wanflow
 from wanflow.api import Pipeline
+from wanflow.checkpoint.load import load_text_encoder, load_tokenizer
 from wanflow.config import RequestError
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.presets import NANO
+from wanflow.screen import Screen
 from wanflow.train import adherence, experts, nano, text, toy
 from wanflow.train.loop import Train, fit, rate
 
@@ -40,7 +42,7 @@ def fitted(settings: Train, file: Path, stop: int | None = None) -> dict[str, to
         x = torch.randn(8, 4, generator=generator) * rng.uniform(0.5, 1.5)
         return (model.out(model.blocks[0](x)) - x.sum(1, keepdim=True)).square().mean()
 
-    return fit(model, loss, settings, file, lambda line: None).state_dict()
+    return fit(model, loss, settings, file, Screen(quiet=True)).state_dict()
 
 
 @pytest.mark.parametrize("muon", [0.0, 1e-3])
@@ -114,14 +116,15 @@ def test_sigmas_stay_in_the_experts_own_range() -> None:
     assert drawn.median() > 0.5  # crowded upwards
 
 
-def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
+def test_the_recipe_runs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every stage for two steps, resumed once, to a folder that loads and generates."""
-    said: list[str] = []
-    nano.train(tmp_path, tmp_path / "model", 0.0005, None, said.append)
-    nano.train(tmp_path, tmp_path / "model", 0.0005, "low", said.append)
-    assert [line.split(":")[0] for line in said if line.endswith("begins")] == [*nano.STAGES, "low"]
+    nano.train(tmp_path, tmp_path / "model", 0.0005, None, Screen())
+    nano.train(tmp_path, tmp_path / "model", 0.0005, "low", Screen())
+    lines = capsys.readouterr().err.splitlines()
+    begun = [line.split(":")[0] for line in lines if line.endswith("begins")]
+    assert begun == [*nano.STAGES, "low"]
     pipe = wanflow.load(tmp_path / "model", device="cpu")
-    assert pipe.parts.preset.dit == NANO.dit
+    assert pipe.parts.spec.dit == NANO.dit
     video = pipe.generate(
         "a red circle moves left on a blue background", frame_num=5, sample_steps=2, seed=0
     )
@@ -131,7 +134,7 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path) -> None:
 
 def test_a_stage_without_its_input_says_which_is_missing(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="run stage vae first"):
-        nano.train(tmp_path, tmp_path / "model", 0.001, "export", lambda line: None)
+        nano.train(tmp_path, tmp_path / "model", 0.001, "export", Screen(quiet=True))
 
 
 def test_the_embedded_model_is_small_and_in_the_official_layout() -> None:
@@ -159,7 +162,7 @@ def test_nano_draws_what_the_prompt_says() -> None:
     """A floor, well below what is measured on 200 prompts (README): it catches a broken model, not
     a percent.
     """
-    report = json.loads(nano.evaluate("nano", 20, "both", False, False, lambda line: None))
+    report = json.loads(nano.evaluate("nano", 20, "both", False, False, Screen(quiet=True)))
     slots = {name: cell["share"] for name, cell in report["slots"].items()}
     assert slots["background"] >= 0.9
     assert slots["colour"] >= 0.9
@@ -191,10 +194,10 @@ def test_the_two_experts_are_two(nano: Pipeline) -> None:
 
 def _rendered(pipe: Pipeline, count: int) -> experts.Cache:
     parts = pipe.parts
-    parts.text(["warm"])
-    encoder, tokenizer = parts._encoder, parts._tokenizer  # type: ignore[attr-defined]
+    encoder = load_text_encoder(parts.checkpoint, torch.float32, "cpu")
+    tokenizer = load_tokenizer(parts.checkpoint)
     return experts.precompute(
-        parts.vae(), encoder, tokenizer, 99, count, NANO.frame_num, NANO.size[0], lambda line: None
+        parts.vae(), encoder, tokenizer, 99, count, NANO.frame_num, NANO.size[0], Screen(quiet=True)
     )
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanflow.screen import Screen
 from wanflow.train import adherence, toy
 from wanflow.train.adherence import Frames, Reading, Tally
 from wanflow.train.toy import Scene
@@ -24,11 +25,7 @@ def frames_of(clip: Tensor) -> Frames:
 
 
 def painted(cover: Tensor, scene: Scene) -> Frames:
-    colours = (
-        torch.tensor(rgb, dtype=torch.float32)
-        for rgb in (toy.COLOURS[scene.colour], toy.BACKGROUNDS[scene.background])
-    )
-    return frames_of(toy.paint(cover, *colours))
+    return frames_of(toy.paint(cover, toy.COLOURS[scene.colour], toy.BACKGROUNDS[scene.background]))
 
 
 def blurred(clip: Tensor, sigma: float) -> Tensor:
@@ -291,11 +288,12 @@ def test_rate_is_wilsons_interval() -> None:
     assert (adherence.rate(0, 0)["low"], adherence.rate(0, 0)["high"]) == (0.0, 1.0)
 
 
-def test_evaluate_asks_with_captions_and_counts_confusions() -> None:
+def test_evaluate_asks_with_captions_and_counts_confusions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     rng = random.Random(11)
     scenes = [toy.sample_scene(rng, unseen) for unseen in (False, True) for _ in range(16)]
     asked: list[tuple[str, int]] = []
-    lines: list[str] = []
 
     def generate(caption: str, seed: int) -> Frames:
         scene = scenes[len(asked)]
@@ -307,7 +305,7 @@ def test_evaluate_asks_with_captions_and_counts_confusions() -> None:
         )
         return frames_of(toy.render(shown, random.Random(seed)))
 
-    tally = adherence.evaluate(generate, scenes, range(32), None, lines.append)
+    tally = adherence.evaluate(generate, scenes, range(32), Screen())
     assert asked == [(toy.caption(scene), seed) for seed, scene in enumerate(scenes)]
     stars = sum(scene.shape == "star" for scene in scenes)
     table = json.loads(json.dumps(tally.as_dict()))
@@ -324,17 +322,16 @@ def test_evaluate_asks_with_captions_and_counts_confusions() -> None:
         == 16
         == sum(cell["all"]["of"] for kind, cell in table["kinds"].items() if kind != "seen")
     )
-    assert (
-        lines[0].startswith("32/32")
-        and f"taken for circle {stars}" in lines[-1]
-        and lines[-1] == str(tally)
-    )
+    shown = capsys.readouterr().err
+    assert "clip 32/32" in shown and shown.endswith(f"{tally}\n")
+    (line,) = (line for line in str(tally).splitlines() if line.startswith("star "))
+    assert line.endswith(f"circle {stars}")
 
     asked.clear()
-    worded = adherence.evaluate(generate, scenes, range(32), random.Random(0), lines.append)
+    worded = adherence.evaluate(generate, scenes, range(32), Screen(quiet=True), random.Random(0))
     assert worded.as_dict() == tally.as_dict() and asked != [
         (toy.caption(scene), seed) for seed, scene in enumerate(scenes)
     ]
     asked.clear()
     with pytest.raises(ValueError, match="argument 2"):
-        adherence.evaluate(generate, scenes, [0], None, lines.append)
+        adherence.evaluate(generate, scenes, [0], Screen(quiet=True))

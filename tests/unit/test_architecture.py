@@ -36,8 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parallel",),
     ("api",),
     ("pipeline",),
-    ("recipe",),
     ("conditioning", "media", "sanity"),
+    ("recipe",),
     ("models", "sampling"),
     ("request", "runtime"),
     ("geometry",),
@@ -388,3 +388,32 @@ def test_levels() -> None:
         and unit("wanflow") == "__init__"
     )
     assert ours("wanflow.load") == "wanflow" and ours("torch.nn") is None
+
+
+# --- the core ---
+
+CORE = ("api", "conditioning", "config", "files", "geometry", "media", "models", "pipeline")
+CORE += ("presets", "recipe", "request", "runtime", "sampling", "sanity", "settings")
+CORE_LINES = 4000  # readable in an evening
+
+
+def test_the_core_imports_nothing_of_the_rest() -> None:
+    places(
+        [
+            f"{source} imports {target}, which is not of the core"
+            for source, target in edges()
+            if unit(source) in CORE and unit(target) not in CORE
+        ]
+    )
+
+
+def test_the_core_is_small() -> None:
+    files = [path for file, path in FILES.items() if unit(module_name(file)) in CORE]
+    assert {unit(module_name(file)) for file in FILES} >= set(CORE)
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < CORE_LINES
+
+
+def test_the_loop_knows_nothing_of_the_machine() -> None:
+    words = re.compile(r"\b(ranks?|tiles?|strips?|loras?|caches?)\b", re.IGNORECASE)
+    text = FILES["pipeline.py"].read_text(encoding="utf-8")
+    places([line for line in text.splitlines() if words.search(line)])

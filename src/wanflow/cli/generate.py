@@ -333,8 +333,8 @@ def _same_loras(made: Recipe, here: Recipe) -> None:
     for path, fingerprint in made.loras.items():
         if here.loras.get(path, fingerprint) != fingerprint:
             raise RequestError(
-                f"the recipe was made with another version of the LoRA {path}; restore that file,"
-                " or accept this one with --force"
+                f"the recipe was made with another LoRA at {path}; restore that file, or accept"
+                " this one with --force"
             )
 
 

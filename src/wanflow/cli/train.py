@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from wanflow.geometry import parse_size
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.checkpoint import Checkpoint
-    from wanflow.presets import Expert
     from wanflow.train.finetune import FineTune
 
 
@@ -149,28 +147,19 @@ def train(args: argparse.Namespace) -> None:
     """Train or measure, whichever the flags ask for."""
     if args.data is not None:
         return _finetune(args)
+    from wanflow.screen import Screen
     from wanflow.train import nano
 
     if args.evaluate:
         print(
             nano.evaluate(
-                args.evaluate,
-                args.prompts,
-                args.experts,
-                args.seen,
-                args.wording,
-                lambda line: print(line, file=sys.stderr),
+                args.evaluate, args.prompts, args.experts, args.seen, args.wording, Screen()
             )
         )
     elif args.nano:
         work = args.work_dir or Path("build/nano")
-        nano.train(
-            work,
-            args.out or work / "model",
-            args.scale,
-            args.stage,
-            lambda line: print(line, flush=True),
-        )
+        with Screen() as screen:
+            nano.train(work, args.out or work / "model", args.scale, args.stage, screen)
     else:
         raise RequestError(
             "train needs --data DIR (fine-tune on clips), --nano (train the miniature) or"
@@ -182,6 +171,7 @@ def _finetune(args: argparse.Namespace) -> None:
     from wanflow.opening import resolve
     from wanflow.parallel.ranks import rank_and_world_size
     from wanflow.plan import this_machine
+    from wanflow.screen import Screen
     from wanflow.train.finetune import finetune
     from wanflow.train.memory import refuse
 
@@ -194,16 +184,12 @@ def _finetune(args: argparse.Namespace) -> None:
     settings = _settings(args, checkpoint)
     if not args.force:
         refuse(checkpoint, settings, this_machine(checkpoint.folder), rank_and_world_size()[1])
-    speaks = rank_and_world_size()[0] == 0
-    finetune(
-        checkpoint,
-        settings,
-        lambda line: print(line, file=sys.stderr, flush=True) if speaks else None,
-    )
+    with Screen(quiet=rank_and_world_size()[0] > 0) as screen:
+        finetune(checkpoint, settings, screen)
 
 
 def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
-    """The flags, and where they are silent what suits the model."""
+    """Return the settings: the flags, and defaults for the size of the model."""
     import torch
 
     from wanflow.checkpoint.load import expert_bytes
@@ -219,18 +205,13 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
         preset
     )  # checks them
     rate = args.learning_rate or (1e-3 if small else 1e-4) / (1 if args.method == "lora" else 10)
-    experts: dict[str, tuple[Expert, ...]] = {
-        "both": ("high", "low"),
-        "high": ("high",),
-        "low": ("low",),
-    }
     return FineTune(
         data=args.data,
         out=args.out,
         work=args.work_dir or Path("build/train"),
         form=Form(asked.size, asked.frame_num, asked.fps),
         method=args.method,
-        experts=experts[args.train_experts],
+        experts=preset.expert_names if args.train_experts == "both" else (args.train_experts,),
         rank=args.rank,
         alpha=args.alpha or float(args.rank),
         targets=tuple(part.strip() for part in args.targets.split(",") if part.strip()),

@@ -1,15 +1,15 @@
-"""The diffusion transformer of Wan2.2 (one expert): noisy latent, timestep and text -> velocity.
+"""Define the diffusion transformer of Wan2.2 (one expert): latent, time, text -> velocity.
 
 Shapes: B batch, C latent channels, T/H/W latent frames, rows, columns; L = T * H/2 * W/2 tokens,
     ordered frame, row, column; d model width, N heads of size K (d = N K), S text tokens, D text
     width; U distinct timesteps (1 unless they differ per token).
 
-Precision: matmuls run in the dtype of their weight. Everything else is float32 and says so: the
-    residual stream, the norms, modulation, rotary embedding, the time embedding and the head. There
-    is no autocast.
+Precision: matmuls run in the dtype of their weight. Everything else is float32, by a written cast:
+    the residual stream, the norms, modulation, rotary embedding, the time embedding and the head.
+    There is no autocast.
 
-What sampling, parallelism and offloading need is handed in, not built in: `attend` is a slot on
-every attention, `trunk` replaces the loop over the blocks, and all that depends on the request
+Sampling, parallelism and offloading attach from outside: `attend` is a slot on every attention,
+`trunk` replaces the loop over the blocks, and everything that depends on the request
 (`Conditioning`) is an argument.
 """
 
@@ -27,17 +27,13 @@ from torch import Tensor, nn
 from wanflow.config import DiTConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-TextStates = tuple[
-    tuple[Tensor, Tensor], ...
-]  # for each block, keys and values of the text: [B, S, N, K] each
-Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate: [B, 1 or L, d] each, float32
+# For each block, keys and values of the text: [B, S, N, K] each.
+TextStates = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """All that the blocks and the head are told beside the tokens; data, so that sharding tokens is
-    slicing it.
-    """
+    """The inputs of blocks and head next to the tokens; sharding tokens slices them."""
 
     time: Tensor  # [B, U, d] float32
     modulation: Tensor  # [B, U, 6, d] float32
@@ -46,15 +42,13 @@ class Conditioning:
     text: TextStates
 
     def rows(self, table: Tensor) -> Tensor:
-        """Rows of a table [B, U, d] as the tokens need them: [B, 1, d], or [B, L, d] with timesteps
-        per token.
-        """
+        """Return the rows of a table [B, U, d] by token: [B, L, d], or [B, 1, d] where U = 1."""
         if self.index is None:
             return table
         return table.gather(1, self.index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
     def part(self, tokens: slice) -> Conditioning:
-        """The same for some of the tokens."""
+        """Return the conditioning of some of the tokens."""
         return replace(
             self,
             index=None if self.index is None else self.index[:, tokens],
@@ -66,15 +60,16 @@ Trunk = Callable[[Iterable["Block"], "Head", Tensor, Conditioning], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention, [B, L, N, K] each -> [B, L, N, K]: PyTorch's own, on any device."""
+    """Compute full attention with PyTorch's own kernel: [B, L, N, K] each -> [B, L, N, K]."""
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     ).transpose(1, 2)
 
 
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Rotations of neighbouring pairs by frame, row and column: complex64 [L, K/2]; angles are
-    float64.
+    """Return rotations of neighbouring pairs by frame, row and column: complex64 [L, K/2].
+
+    Angles are float64.
     """
     pairs = head_dim // 2
     side = pairs // 3
@@ -100,8 +95,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def time_features(timestep: Tensor, size: int) -> Tensor:
-    """Cosines, then sines, of t * 10000^(-k / half): [*t.shape, size] float32; angles are float64
-    (float32 is seen in the output).
+    """Return cosines, then sines, of t * 10000^(-k / half): [*t.shape, size] float32.
+
+    Angles are float64, since float32 changes the output.
     """
     half = size // 2
     frequency = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64) / half)
@@ -110,9 +106,7 @@ def time_features(timestep: Tensor, size: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matmul in the weight's dtype. Leaves that stand in for it (quantised, say) set
-    `compute_dtype` likewise.
-    """
+    """A matmul in the weight's dtype; a quantised replacement has `compute_dtype` too."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -124,9 +118,7 @@ class Linear(nn.Linear):
 
 
 class Linear32(nn.Linear):
-    """A matmul in float32 whatever the weight is stored in: the time embedding and the head are
-    float32 islands.
-    """
+    """A matmul in float32, whatever the weight's dtype: for the time embedding and the head."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(
@@ -151,8 +143,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """Over the full width, before the split into heads; float32 inside, rounded to x's dtype before
-    the weight.
+    """RMS norm over the full width, before the split into heads.
+
+    It computes in float32, and rounds to x's dtype before it multiplies by the weight.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -183,8 +176,9 @@ class SelfAttention(Attention):
     def forward(
         self, x: Tensor, rope: Tensor, modulated_input: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
-        """x [B, L, d], rope [L, K/2] -> [B, L, d]; `ready` makes of some tokens of x, and where
-        they stand, what is projected.
+        """x [B, L, d], rope [L, K/2] -> [B, L, d].
+
+        `modulated_input` takes some tokens of x and their range, and returns what is projected.
         """
         q, k, v = by_chunks(
             lambda part: self.qkv(modulated_input(x[:, part], part), rope[part]),
@@ -205,9 +199,7 @@ class SelfAttention(Attention):
 
 class CrossAttention(Attention):
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded text [B, S, d] -> keys and values [B, S, N, K]; the same at every step of a
-        run.
-        """
+        """Embedded text [B, S, d] -> keys and values [B, S, N, K], the same at every step."""
         v = self.split(self.v(text))
         return self.split(self.norm_k(self.k(text))).to(v.dtype), v
 
@@ -219,16 +211,14 @@ class CrossAttention(Attention):
 
 
 def modulated(norm: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm * (1 + scale) + shift, float32."""
+    """Return norm * (1 + scale) + shift, float32."""
     return torch.addcmul(shift, norm, 1 + scale)
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, each modulated by time, around an unmodulated
-    cross-attention to the text.
+    """Self-attention, cross-attention to the text, feed-forward; time modulates first and last.
 
-    All but self-attention works token by token; `chunk` bounds how many tokens go through it at a
-    time (0: all).
+    Only self-attention mixes tokens. The rest runs in chunks of `chunk` tokens (0: all at once).
     """
 
     chunk = 0
@@ -253,44 +243,72 @@ class Block(nn.Module):
         """x [B, L, d] float32 -> [B, L, d] float32."""
         table = conditioning.modulation + self.modulation.float()
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
+        mixed = self.self_attn(
+            x,
+            conditioning.rope,
+            lambda tokens, part: self.attention_input(
+                tokens, conditioning.part(part), shift1, scale1
+            ),
+        )
+        rest = (gate1, shift2, scale2, gate2)
+        (y,) = by_chunks(
+            lambda part: (
+                self.cross_attn_and_ffn(
+                    x[:, part], mixed[:, part], conditioning.part(part), text, rest
+                ),
+            ),
+            x.shape[1],
+            self.chunk,
+        )
+        return y
 
-        def modulated_input(x: Tensor, part: slice) -> Tensor:
-            rows = conditioning.part(part).rows
-            return modulated(self.norm1(x), rows(shift1), rows(scale1)).to(
-                self.self_attn.q.compute_dtype
-            )
+    def attention_input(
+        self, x: Tensor, conditioning: Conditioning, shift: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Tokens [B, n, d] -> what self-attention projects, in the dtype of its weights."""
+        rows = conditioning.rows
+        h = modulated(self.norm1(x), rows(shift), rows(scale))
+        return h.to(self.self_attn.q.compute_dtype)
 
-        mixed = self.self_attn(x, conditioning.rope, modulated_input)
-
-        def cross_attn_and_ffn(part: slice) -> tuple[Tensor]:
-            rows = conditioning.part(part).rows
-            y = torch.addcmul(x[:, part], mixed[:, part].float(), rows(gate1))
-            y = y + self.cross_attn(self.norm3(y), text).float()
-            h = modulated(self.norm2(y), rows(shift2), rows(scale2))
-            return (torch.addcmul(y, self.ffn(h).float(), rows(gate2)),)
-
-        return by_chunks(cross_attn_and_ffn, x.shape[1], self.chunk)[0]
+    def cross_attn_and_ffn(
+        self,
+        x: Tensor,
+        mixed: Tensor,
+        conditioning: Conditioning,
+        text: tuple[Tensor, Tensor],
+        modulation: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        """Tokens [B, n, d] and what self-attention made of them -> the block's output [B, n, d]."""
+        rows, (gate1, shift2, scale2, gate2) = conditioning.rows, modulation
+        y = torch.addcmul(x, mixed.float(), rows(gate1))
+        y = y + self.cross_attn(self.norm3(y), text).float()
+        h = modulated(self.norm2(y), rows(shift2), rows(scale2))
+        return torch.addcmul(y, self.ffn(h).float(), rows(gate2))
 
 
 def by_chunks(
     work: Callable[[slice], tuple[Tensor, ...]], length: int, chunk: int
 ) -> tuple[Tensor, ...]:
-    """What `work` makes of a range of tokens, [B, n, ...] each, for all `length` of them, `chunk`
-    at a time (0: at once).
+    """Return the results of `work` for `length` tokens, `chunk` at a time (0: all at once).
+
+    Args:
+        work: takes a range of tokens, and returns tensors [B, n, ...].
+        length: the number of tokens.
+        chunk: how many of them form a range.
     """
     if not chunk or chunk >= length:
         return work(slice(None))
-    whole: tuple[Tensor, ...] = ()
+    results: tuple[Tensor, ...] = ()
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)
         values = work(part)
-        # Written into place: parts that wait to be joined would take as much again.
-        whole = whole or tuple(
+        # Written into place: joining parts at the end would take as much memory again.
+        results = results or tuple(
             value.new_empty(value.shape[0], length, *value.shape[2:]) for value in values
         )
-        for target, value in zip(whole, values, strict=True):
+        for target, value in zip(results, values, strict=True):
             target[:, part] = value
-    return whole
+    return results
 
 
 class Head(nn.Module):
@@ -304,21 +322,26 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """x [B, L, d] -> patches [B, L, 4 C] float32."""
-        table = tuple(conditioning.time + row.float() for row in self.modulation.unbind(1))
+        shift, scale = (conditioning.time + row.float() for row in self.modulation.unbind(1))
+        (patches,) = by_chunks(
+            lambda part: (self.patches(x[:, part], conditioning.part(part), shift, scale),),
+            x.shape[1],
+            self.chunk,
+        )
+        return patches
 
-        def patches(part: slice) -> tuple[Tensor]:
-            shift, scale = (conditioning.part(part).rows(row) for row in table)
-            return (self.head(modulated(self.norm(x[:, part]), shift, scale)),)
-
-        return by_chunks(patches, x.shape[1], self.chunk)[0]
+    def patches(
+        self, x: Tensor, conditioning: Conditioning, shift: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Tokens [B, n, d] -> their patches [B, n, 4 C] float32."""
+        rows = conditioning.rows
+        return cast(Tensor, self.head(modulated(self.norm(x), rows(shift), rows(scale))))
 
 
 def run_blocks(
     blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning
 ) -> Tensor:
-    """The plain trunk: every block in turn, then the head. Tokens [B, L, d] -> patches [B, L, 4
-    C].
-    """
+    """Run every block in turn, then the head: tokens [B, L, d] -> patches [B, L, 4 C]."""
     for block, text in zip(blocks, conditioning.text, strict=True):
         tokens = block(tokens, conditioning, text)
     return cast(Tensor, head(tokens, conditioning))
@@ -356,17 +379,15 @@ class WanDiT(nn.Module):
         Args:
             latent: [B, C, T, H, W]; H and W even.
             timestep: [B] in 0..1000, integers or floats; or [B, L], one per token.
-            text: [B, S, D], zero past each prompt's end (rows missing up to `text_len` count as
-                zero; they are attended to, as the model was trained); or what `text_states` made of
-                it.
-            trunk: runs the blocks and the head; replaced by sequence sharding, block streaming,
-                step caches.
+            text: [B, S, D], zero past each prompt's end; or its `text_states`. Rows that are
+                missing up to `text_len` count as zero; attention sees them, as in training.
+            trunk: runs the blocks and the head; sequence sharding replaces it.
 
         Returns:
             [B, C, T, H, W] float32.
 
         Raises:
-            ValueError: for shapes that do not fit.
+            ValueError: for shapes that do not match.
         """
         if (
             latent.ndim != 5
@@ -397,8 +418,7 @@ class WanDiT(nn.Module):
         conditioning = Conditioning(
             time, modulation, index, rope_table(grid, head_dim, latent.device), states
         )
-        # The tokens are handed over and not kept: a name for them here would hold 1.5 GB at 720p
-        # until the last block is done.
+        # No name for the tokens here: it would hold 1.5 GB at 720p until the last block is done.
         return self._unpatch(
             trunk(self.blocks, self.head, self._tokens(latent), conditioning), grid
         )
@@ -407,10 +427,11 @@ class WanDiT(nn.Module):
         return cast(Tensor, self.patch_embedding(latent).flatten(2).transpose(1, 2).float())
 
     def text_states(self, text: Tensor, blocks: Iterable[Block] | None = None) -> TextStates:
-        """Every block's keys and values of a text [B, S, d]: once per prompt and expert, not once
-        per step.
+        """Return every block's keys and values of a text [B, S, D], which all steps share.
 
-        `blocks` stand in for the model's own where these are not in memory.
+        Args:
+            text: as `forward` takes it.
+            blocks: replace the model's own, where these are not in memory.
         """
         missing = self.config.text_len - text.shape[1]
         if missing < 0 or text.shape[2] != self.config.text_dim:

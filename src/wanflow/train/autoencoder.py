@@ -1,7 +1,7 @@
-"""Training the miniature's VAE: images first, then clips.
+"""Train the VAE of the miniature: images first, then clips.
 
 The latent is mean + fixed noise, with a small pull of the mean towards zero: every channel then
-carries about the same signal-to-noise ratio, and the decoder shrugs off errors of the size that a
+carries about the same signal-to-noise ratio, and the decoder tolerates errors of the size that a
 diffusion model makes.
 """
 
@@ -22,9 +22,7 @@ PULL = 5e-4
 
 @torch.no_grad()
 def initialise(vae: WanVAE) -> None:
-    """Start as an image autoencoder: only the newest frame's taps are non-zero, time resampling
-    copies frames.
-    """
+    """Start as an image autoencoder: only the newest frame's taps are non-zero."""
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv3d):
             newest = torch.zeros_like(module.weight)
@@ -49,10 +47,10 @@ def initialise(vae: WanVAE) -> None:
 def clips(
     rng: random.Random, count: int, frames: int, side: int, crop: int
 ) -> tuple[Tensor, Tensor]:
-    """Random clips [count, 3, frames, crop, crop] and the weight of each pixel's error, larger at
-    and around the object.
+    """Return random clips [count, 3, frames, crop, crop] and the weight of each pixel's error.
 
-    A crop smaller than `side` is cut around the object, where there is something to learn.
+    The weight is larger at and around the object. A crop smaller than `side` is cut around the
+    object, where there is something to learn.
     """
     videos, covers = [], []
     for _ in range(count):
@@ -72,33 +70,24 @@ def clips(
             colour, background = (
                 (rng.randrange(256), rng.randrange(256), rng.randrange(256)) for _ in range(2)
             )
-        videos.append(
-            toy.paint(
-                cover,
-                torch.tensor(colour, dtype=torch.float32),
-                torch.tensor(background, dtype=torch.float32),
-            )
-        )
+        videos.append(toy.paint(cover, colour, background))
         covers.append(cover)
     cover = torch.stack(covers)
     near = F.max_pool2d(cover, 7, stride=1, padding=3)
-    edge = near + F.max_pool2d(
-        -cover, 7, stride=1, padding=3
-    )  # 1 where inside and outside are both near
+    # 1 where inside and outside are both near
+    edge = near + F.max_pool2d(-cover, 7, stride=1, padding=3)
     return torch.stack(videos), (1 + 2 * near + 4 * edge).unsqueeze(1)
 
 
 def curriculum(step: int, steps: int) -> tuple[int, int, int]:
-    """(clips, frames, crop) at a step: crops of images, crops of short clips, then whole clips."""
+    """Return (clips, frames, crop) of a step: cropped images, cropped short clips, full clips."""
     if step < 0.505 * steps:
         return 48, 1, 32
     return (12, 9, 32) if step < 0.876 * steps else (4, 17, 64)
 
 
 def loss(vae: WanVAE, videos: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Weighted L1 between a clip and its decoded noisy latent, plus the pull on the latent's mean;
-    a scalar.
-    """
+    """Return the weighted L1 of a clip decoded from a noisy latent, plus the pull; a scalar."""
     groups = max(1, (videos.shape[2] - 1) // vae.config.temporal_stride)
     mean, _ = vae.moments(videos, groups)
     noisy = mean + NOISE * torch.randn(mean.shape, generator=generator)
@@ -111,14 +100,8 @@ def loss(vae: WanVAE, videos: Tensor, weight: Tensor, generator: torch.Generator
 def statistics(
     vae: WanVAE, rng: random.Random, side: int, count: int = 96
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each latent channel over palette clips: what the config
-    stores.
-    """
+    """Return mean and standard deviation of each latent channel, which the config stores."""
     videos = torch.stack([toy.render(toy.sample_scene(rng), rng, 17, side) for _ in range(count)])
-    means = (
-        torch.cat([vae.moments(part, 4)[0] for part in videos.split(16)])
-        .float()
-        .transpose(0, 1)
-        .flatten(1)
-    )
+    latents = torch.cat([vae.moments(part, 4)[0] for part in videos.split(16)])
+    means = latents.float().transpose(0, 1).flatten(1)
     return tuple(means.mean(1).tolist()), tuple(means.std(1).tolist())

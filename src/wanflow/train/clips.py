@@ -1,7 +1,6 @@
-"""A folder of videos with captions, as people keep them, and what training needs of it: latents and
-text states, made once.
+"""Read a folder of captioned videos, and encode it once into latents and text states.
 
-Captions stand in `clip.txt` beside `clip.mp4`, or in one list for all: `metadata.jsonl`,
+Captions are in `clip.txt` next to `clip.mp4`, or in one list for all: `metadata.jsonl`,
 `metadata.csv` or `captions.jsonl`, with the columns `file_name` and `text` (or `caption`). Pictures
 are clips of one frame.
 """
@@ -12,8 +11,7 @@ import csv
 import hashlib
 import io
 import json
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,12 +25,12 @@ from wanflow.config import RequestError
 from wanflow.files import atomic_path
 from wanflow.geometry import COMMON
 from wanflow.media import stream_frames
+from wanflow.screen import Screen
 
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 LISTS = ("metadata.jsonl", "captions.jsonl", "metadata.csv")
 EPSILON = 1e-4  # seconds by which the times in a file may be off
-Say = Callable[[str], None]
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -45,7 +43,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Form:
-    """What every clip is brought to: width and height in pixels, frames, frames per second."""
+    """The form of every clip in training: (width, height), frames, frames per second."""
 
     size: tuple[int, int]
     frame_num: int
@@ -53,7 +51,7 @@ class Form:
 
 
 def find_clips(folder: Path) -> list[Clip]:
-    """Every clip of a folder with its caption, by name.
+    """Return every clip of a folder with its caption, sorted by name.
 
     Raises:
         RequestError: for a folder that is missing or empty, clips without captions, captions
@@ -61,7 +59,7 @@ def find_clips(folder: Path) -> list[Clip]:
     """
     if not folder.is_dir():
         raise RequestError(
-            f"{folder}: there is no such folder; --data wants one with clips and their captions"
+            f"{folder}: there is no such folder; give one with clips and captions to --data"
         )
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEOS | PICTURES)
     if not files:
@@ -72,8 +70,8 @@ def find_clips(folder: Path) -> list[Clip]:
         missing = sorted(name for name in captions if not (folder / name).is_file())
         if missing:
             raise RequestError(
-                f"{table} names {missing[0]}, which is not there ({len(missing)} of {len(captions)}"
-                " are missing)"
+                f"{table} names {missing[0]}, which does not exist ({len(missing)} of"
+                f" {len(captions)} are missing)"
             )
         clips = [Clip(folder / name, captions[name]) for name in sorted(captions)]
     else:
@@ -106,7 +104,7 @@ def _text(file: Path) -> str:
 
 
 def _listed(table: Path) -> dict[str, str]:
-    """{file name: caption} of a list."""
+    """Return {file name: caption} of a list."""
     text = _text(table)
     try:
         rows = (
@@ -125,8 +123,9 @@ def _listed(table: Path) -> dict[str, str]:
 
 
 def read_clip(path: Path, form: Form) -> Tensor:
-    """The beginning of a clip at the wanted rate, scaled to cover the wanted size and cut from the
-    middle: [3, T, H, W] in -1..1.
+    """Return the beginning of a clip in a form, [3, T, H, W] in -1..1.
+
+    Frames are the nearest in time. Pictures are scaled to cover the size and cut from the middle.
 
     Raises:
         RequestError: for a file that is no video, or too short.
@@ -136,13 +135,11 @@ def read_clip(path: Path, form: Form) -> Tensor:
     before: tuple[float, Tensor] | None = None
     for at, picture in stream_frames(path):
         image = _fitted(torch.from_numpy(picture), width, height)
-        while len(frames) < form.frame_num and at >= (wanted := len(frames) / form.fps) - EPSILON:
-            # the nearest in time; of two as near, the earlier
-            frames.append(
-                before[1]
-                if before is not None and wanted - before[0] <= at - wanted + EPSILON
-                else image
-            )
+        while len(frames) < form.frame_num and at >= len(frames) / form.fps - EPSILON:
+            due = len(frames) / form.fps
+            # of two frames that are equally near, the earlier
+            take_before = before is not None and due - before[0] <= at - due + EPSILON
+            frames.append(before[1] if before is not None and take_before else image)
         if len(frames) == form.frame_num:
             return torch.stack(frames, 1)
         before = at, image
@@ -169,22 +166,22 @@ def _fitted(picture: Tensor, width: int, height: int) -> Tensor:
     return (image[0, :, top : top + height, left : left + width] / 127.5 - 1).clamp(-1, 1)
 
 
-# what is made once
+# latents and text states, encoded once
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip as an expert sees it; read from disk when it is drawn."""
+    """One clip as an expert sees it, read from disk when it is drawn."""
 
     latent_file: Path
     text_file: Path
 
     def latent(self) -> Tensor:
-        """[z, t, h, w] float32, normalised."""
+        """Return the latent, [z, t, h, w] float32, normalised."""
         return load_file(self.latent_file)["latent"].float()
 
     def text(self, length: int) -> Tensor:
-        """[length, D], zero past the caption's end."""
+        """Return the text states, [length, D], zero past the caption's end."""
         states = load_file(self.text_file)["text"]
         return F.pad(states, (0, 0, 0, length - len(states)))
 
@@ -205,19 +202,21 @@ def prepare(
     model: str,
     encode_clips: Callable[[], Callable[[Tensor], Tensor]],
     encode_texts: Callable[[], Callable[[str], Tensor]],
-    say: Say,
-    wait: bool = False,
+    screen: Screen,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[list[Sample], Path]:
-    """Latents and text states of every clip in `cache`, and the file of the empty caption's; what
-    is there already is not made again.
+    """Encode every clip into `cache`, unless it is there; return the samples.
 
     Args:
-        model: what tells the VAE and the text encoder from others.
+        model: a fingerprint of the VAE and the text encoder.
         encode_clips: loads the VAE and returns [3, T, H, W] -> latent [z, t, h, w]; called if
-            anything is missing.
+            a latent is missing.
         encode_texts: loads the text encoder and returns caption -> states [S, D] without padding;
-            likewise.
-        wait: make nothing, and wait until another process has.
+            called if a caption is missing.
+        share: this process and how many there are; each encodes its share of the files.
+
+    Returns:
+        The samples, and the file of the empty caption's states.
     """
     cache.mkdir(parents=True, exist_ok=True)
     shape = f"{form.size} {form.frame_num} {form.fps:g}"
@@ -227,38 +226,29 @@ def prepare(
     }
     captions = dict.fromkeys(["", *(clip.caption for clip in clips)])
     texts = {caption: cache / f"text-{_key(caption, model)}.safetensors" for caption in captions}
-    _make("captions", list(texts.items()), encode_texts, lambda text: text, "text", say)
-    _make(
-        "clips",
-        list(latents.items()),
-        encode_clips,
-        lambda path: read_clip(path, form),
-        "latent",
-        say,
-    )
+    rank, size = share
+    own_texts = dict(list(texts.items())[rank::size])
+    own_latents = dict(list(latents.items())[rank::size])
+    _encode("captions", own_texts, encode_texts, lambda text: text, "text", screen)
+    _encode("clips", own_latents, encode_clips, lambda at: read_clip(at, form), "latent", screen)
     return [Sample(latents[clip.path], texts[clip.caption]) for clip in clips], texts[""]
 
 
-def _make(
+def _encode(
     what: str,
-    wanted: Iterable[tuple[T, Path]],
+    files: Mapping[T, Path],
     load: Callable[[], Callable[[U], Tensor]],
     read: Callable[[T], U],
     name: str,
-    say: Say,
+    screen: Screen,
 ) -> None:
-    missing = [(item, file) for item, file in wanted if not file.exists()]
+    """Write the missing files, each with one tensor of this name."""
+    missing = [(item, file) for item, file in files.items() if not file.exists()]
     if not missing:
         return
-    encode, began = load(), time.monotonic()
-    told = began
-    for number, (item, file) in enumerate(missing, 1):
+    encode = load()
+    for number, (item, file) in enumerate(missing):
+        screen.progress(f"encoding {what}", number, len(missing))
         with atomic_path(file, overwrite=True) as part:
             save_file({name: encode(read(item)).contiguous().cpu()}, part)
-        now = time.monotonic()
-        if now - told > 2 or number == len(missing):
-            say(
-                f"{what}: {number} of {len(missing)} encoded,"
-                f" {(now - began) / number * (len(missing) - number):.0f} s left"
-            )
-            told = now
+    screen.progress(f"encoding {what}", len(missing), len(missing))

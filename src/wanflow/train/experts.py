@@ -1,9 +1,8 @@
-"""Training the two experts: rectified flow, each on its own range of sigma."""
+"""Train the two experts of the miniature: rectified flow, each on its own range of sigma."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +14,11 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
+from wanflow.presets import Expert, ModelSpec
+from wanflow.screen import Screen
 from wanflow.train import toy
 
-WORDINGS = 3  # captions kept for each clip; the first is the plain form
+WORDINGS = 3  # captions of each clip; the first is the plain form
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cache:
 
 @torch.no_grad()
 def encode_texts(encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
-    """Text states [B, S, D] as the experts take them: zero past each prompt's end."""
+    """Return text states [B, S, D] as the experts take them: zero past each prompt's end."""
     ids, mask = tokenizer(prompts)
     return encoder(ids, mask) * mask.unsqueeze(-1).to(encoder.norm.weight.dtype)
 
@@ -45,11 +46,9 @@ def precompute(
     count: int,
     frames: int,
     side: int,
-    say: Callable[[str], None],
+    screen: Screen,
 ) -> Cache:
-    """Render, caption and encode `count` clips that training may see; clip n depends on (seed, n)
-    alone.
-    """
+    """Render, caption and encode `count` clips that training may see; clip n is of (seed, n)."""
     latents, texts = [], []
     for start in range(0, count, 16):
         videos, captions = [], []
@@ -66,8 +65,7 @@ def precompute(
         texts.append(
             encode_texts(encoder, tokenizer, captions).bfloat16().unflatten(0, (-1, WORDINGS))
         )
-        if start % 1024 == 0:
-            say(f"{start} of {count} clips encoded")
+        screen.progress("encoding", min(start + 16, count), count, "clip")
     return Cache(
         torch.cat(latents),
         torch.cat(texts).contiguous(),
@@ -76,8 +74,9 @@ def precompute(
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by two matmuls, [B, L, N, K] each -> [B, L, N, K]: at under a hundred tokens faster
-    to train than fused kernels.
+    """Attend by two matmuls, [B, L, N, K] each -> [B, L, N, K].
+
+    On under a hundred tokens this trains faster than fused kernels.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -86,9 +85,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: WanDiT) -> None:
-    """Blocks that pass on a third of what they compute, a head that says nothing, time that
-    modulates nothing yet.
-    """
+    """Start with quiet blocks, a head that gives zero, and time that modulates nothing yet."""
     layers = model.config.num_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -104,9 +101,17 @@ def initialise(model: WanDiT) -> None:
         block.modulation[:, [2, 5]] = 1.0  # the gates
 
 
+def sigma_range(spec: ModelSpec, which: Expert) -> tuple[float, float]:
+    """Return the lowest and the highest sigma that an expert denoises."""
+    bounds = [1.0, *(expert.from_timestep / TRAIN_STEPS for expert in spec.experts)]
+    place = spec.expert_names.index(which)
+    return bounds[place + 1], bounds[place]
+
+
 def sigmas(count: int, low: float, high: float, shift: float, generator: torch.Generator) -> Tensor:
-    """[count] sigmas in [low, high], one from each of `count` equal shares of the range, crowded
-    upwards by `shift`.
+    """Return [count] sigmas in [low, high], one from each of `count` equal shares of the range.
+
+    `shift` crowds them upwards, as sampling does.
     """
 
     def unshift(s: float) -> float:
@@ -120,8 +125,9 @@ def sigmas(count: int, low: float, high: float, shift: float, generator: torch.G
 def flow_loss(
     model: WanDiT, latents: Tensor, texts: Tensor, sigma: Tensor, noise: Tensor
 ) -> Tensor:
-    """Mean squared error of the velocity, noise minus data; a scalar. latents, noise [B, z, t, h,
-    w], sigma [B].
+    """Return the mean squared error of the velocity, noise minus data; a scalar.
+
+    latents, noise: [B, z, t, h, w]. sigma: [B].
     """
     s = sigma.view(-1, 1, 1, 1, 1)
     predicted = model((1 - s) * latents + s * noise, sigma * TRAIN_STEPS, texts)
@@ -131,7 +137,7 @@ def flow_loss(
 def batch(
     cache: Cache, size: int, dropout: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random latents, one wording of each (or the empty prompt, for guidance), and noise."""
+    """Draw latents, one wording of each (or the empty prompt, for guidance), and noise."""
     rows = torch.randint(len(cache.latents), (size,), generator=generator)
     wording = torch.randint(WORDINGS, (size,), generator=generator)
     texts = cache.texts[rows, wording].float()

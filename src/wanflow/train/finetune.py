@@ -1,8 +1,8 @@
-"""Fine-tuning: a folder of captioned clips becomes a LoRA for each expert, or two new experts.
+"""Fine-tune on a folder of captioned clips: a LoRA for each expert, or two new experts.
 
-Clips and captions are encoded once. Then each expert is trained by itself, on the part of sigma
-that it works on, with rectified flow's objective; one is in memory at a time. A killed training
-goes on where it stopped, with the same result.
+Clips and captions are encoded once. Then each expert is trained on its own range of sigma, with
+rectified flow's objective; one expert is in memory at a time. A killed training resumes with the
+same result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,11 +37,18 @@ from wanflow.files import atomic_path
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
 from wanflow.parallel.fsdp import gather, shard
-from wanflow.parallel.ranks import DistInfo, join_group, leave_group, rank_and_world_size
+from wanflow.parallel.ranks import (
+    DistInfo,
+    broadcast_from_rank0,
+    join_group,
+    leave_group,
+    rank_and_world_size,
+)
 from wanflow.presets import Expert
-from wanflow.runtime import choose_text_dtype, is_small
-from wanflow.train.clips import Form, Sample, Say, find_clips, prepare
-from wanflow.train.experts import plain_attention, sigmas
+from wanflow.runtime import choose_text_dtype, dtype_name, is_small
+from wanflow.screen import Screen
+from wanflow.train.clips import Form, Sample, find_clips, prepare
+from wanflow.train.experts import plain_attention, sigma_range, sigmas
 from wanflow.train.loop import Train, fit
 from wanflow.transforms.deltas import LowRank
 from wanflow.transforms.lora import Adapters
@@ -53,8 +59,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "cross_attn": ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
     "ffn": ("ffn.0", "ffn.2"),
 }
-NAME = "finetune"  # of the adapter that is trained
-FEW_TOKENS = 256  # up to here two matmuls are faster to train on a CPU than fused attention
+NAME = "finetune"  # of the trained adapter
+FEW_TOKENS = 256  # up to here two matmuls train faster on a CPU than fused attention
 FILES: dict[Expert, str] = {
     "high": "high_noise_lora.safetensors",
     "low": "low_noise_lora.safetensors",
@@ -65,10 +71,10 @@ FILES: dict[Expert, str] = {
 class FineTune:
     """How to fine-tune.
 
-    batch: clips for each update, drawn anew each time; accumulate: in how many parts they go
-        through the model (memory against time).
-    alpha: the LoRA's output is multiplied by alpha / rank. shift: crowds the training sigmas
-        towards noise, as sampling does.
+    batch: clips for each update.
+    accumulate: in how many parts a batch goes through the model (memory against time).
+    alpha: the LoRA's output is multiplied by alpha / rank.
+    shift: crowds the training sigmas towards noise, as sampling does.
     dropout: share of captions replaced by the empty one, which guidance needs.
     """
 
@@ -97,7 +103,7 @@ class FineTune:
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch", "accumulate"):
             if getattr(self, name) < 1:
-                raise RequestError(f"{name} {getattr(self, name)} is less than 1")
+                raise RequestError(f"{name} must be at least 1 (got {getattr(self, name)})")
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
             raise RequestError(
@@ -119,37 +125,37 @@ class FineTune:
             )
 
 
-def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]:
-    """Train and write what was asked for; the files (LoRA) or the folder (full).
+def finetune(checkpoint: Checkpoint, settings: FineTune, screen: Screen) -> list[Path]:
+    """Train, and return the files (LoRA) or the folder (full) written.
 
-    Under torchrun with `fsdp`, the model in training is split over the processes; the first one
-    encodes, saves and writes.
+    Under torchrun with `fsdp` the model in training is sharded over the ranks. Each rank encodes
+    its share of the clips; rank 0 saves and writes.
 
     Raises:
-        RequestError: for clips that cannot be used, or an output that is there already.
+        RequestError: for clips that cannot be used, or an output that exists.
     """
-    _refuse_taken(settings)
+    _refuse_existing(settings)
     clips = find_clips(settings.data)
-    say(
-        f"{len(clips)} clips, {settings.form.frame_num} frames of"
-        f" {settings.form.size[0]}*{settings.form.size[1]} each"
-    )
-    rank, size = rank_and_world_size()
+    form, (rank, size) = settings.form, rank_and_world_size()
+    width, height = form.size
+    screen.say(f"{len(clips)} clips, {form.frame_num} frames of {width}*{height} each")
     _refuse_processes(settings, size)
-    make = partial(
-        prepare,
-        clips,
-        settings.form,
-        settings.work / "cache",
-        fingerprint(checkpoint),
-        lambda: _clip_encoder(checkpoint, settings),
-        lambda: _text_encoder(checkpoint, settings),
-    )
-    samples, empty = make(say) if rank == 0 else make(say, wait=True)
     info = join_group(torch.device(settings.device)) if size > 1 else None
     try:
+        samples, empty = prepare(
+            clips,
+            form,
+            settings.work / "cache",
+            fingerprint(checkpoint),
+            lambda: _clip_encoder(checkpoint, settings),
+            lambda: _text_encoder(checkpoint, settings),
+            screen,
+            (rank, size),
+        )
+        if info is not None:
+            broadcast_from_rank0(info, lambda: None)  # until every rank has encoded its share
         trained = {
-            which: _train(checkpoint, which, settings, samples, empty, say, info)
+            which: _train(checkpoint, which, settings, samples, empty, screen, info)
             for which in settings.experts
         }
     finally:
@@ -157,19 +163,16 @@ def finetune(checkpoint: Checkpoint, settings: FineTune, say: Say) -> list[Path]
     if settings.method == "lora":
         files = [settings.out / FILES[which] for which in trained]
         for source, file in zip(trained.values(), files, strict=True):
-            if rank == 0:
-                _publish(source, file)
-            say(f"saved {file}")
+            if rank == 0:  # a copy: a training of one expert can still go on with the other
+                with atomic_path(file, overwrite=False) as part:
+                    shutil.copyfile(source, part)
+            screen.say(f"saved {file}")
         return files
     if rank == 0:
-        say(f"writing {settings.out}")
-        dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[settings.dtype]
-        convert(
-            open_model(checkpoint.folder, dict(trained.items())),
-            settings.out,
-            options("official", dtype),
-            say,
-        )
+        screen.say(f"writing {settings.out}")
+        model = open_model(checkpoint.folder, dict(trained.items()))
+        wanted = options("official", dtype_name(settings.dtype))
+        convert(model, settings.out, wanted, screen.say, screen.count_bytes("converting"))
     return [settings.out]
 
 
@@ -191,23 +194,13 @@ def _refuse_processes(settings: FineTune, size: int) -> None:
         )
 
 
-def _refuse_taken(settings: FineTune) -> None:
-    taken = (
-        [settings.out / FILES[which] for which in settings.experts]
-        if settings.method == "lora"
-        else [settings.out]
-    )
-    for path in taken:
+def _refuse_existing(settings: FineTune) -> None:
+    outputs = [settings.out]
+    if settings.method == "lora":
+        outputs = [settings.out / FILES[which] for which in settings.experts]
+    for path in outputs:
         if path.exists():
-            raise RequestError(f"{path} is there already; name another --out, or remove it")
-
-
-def _publish(source: Path, file: Path) -> None:
-    """A copy: what was trained stays in the work folder, so that a training of which one expert is
-    done goes on with the other.
-    """
-    with atomic_path(file, overwrite=False) as part:
-        shutil.copyfile(source, part)
+            raise RequestError(f"{path} exists; name another --out, or remove it")
 
 
 @torch.no_grad()
@@ -241,23 +234,22 @@ def _train(
     settings: FineTune,
     samples: list[Sample],
     empty: Path,
-    say: Say,
+    screen: Screen,
     info: DistInfo | None,
 ) -> Path:
-    """Train one expert and write its file into the work folder, unless this very training has done
-    so before.
-    """
+    """Train one expert and return its file in the work folder, unless this training wrote it."""
     state = settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt"
     file = state.with_suffix(".safetensors")
     if file.exists():
-        say(f"{which}-noise expert: trained already ({file})")
+        screen.say(f"{which}-noise expert: trained already ({file})")
         return file
-    say(f"{which}-noise expert: begins")
-    full = settings.method == "full"
+    screen.say(f"{which}-noise expert: begins")
+    full, spec = settings.method == "full", checkpoint.spec
     dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
-    # What is split goes over block by block: no GPU holds it whole.
+    # A model to shard goes to the GPU block by block: no GPU holds all of it.
     model = load_expert(checkpoint, which, dtype, settings.device if info is None else "cpu")
-    if _tokens(checkpoint, settings) <= FEW_TOKENS and settings.device == "cpu":
+    tokens = geometry_of(spec).tokens(settings.form.size, settings.form.frame_num)
+    if tokens <= FEW_TOKENS and settings.device == "cpu":
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = plain_attention
@@ -267,17 +259,8 @@ def _train(
     if info is not None:
         settings = replace(settings, device=str(info.device))
         shard(model, info)
-    low, high = (
-        (checkpoint.spec.boundary, 1.0) if which == "high" else (0.0, checkpoint.spec.boundary)
-    )
-    objective = Objective(
-        model,
-        samples,
-        empty,
-        (low, high),
-        settings,
-        (0, 1) if info is None else (info.rank, info.world_size),
-    )
+    share = (0, 1) if info is None else (info.rank, info.world_size)
+    objective = Objective(model, samples, empty, sigma_range(spec, which), settings, share)
     training = Train(
         steps=settings.steps,
         batch=settings.batch,
@@ -290,31 +273,23 @@ def _train(
         save_seconds=settings.save_seconds,
         dtype=settings.dtype,
     )
-    fit(model, objective, training, state, lambda line: say(f"  {line}"), info)
+    fit(model, objective, training, state, screen, info)
     if adapters is None:
-        tensors = gather(
-            {name: value.detach().to(settings.dtype) for name, value in model.named_parameters()}
-        )
+        about = {"format": "pt"}
+        named = {name: value.detach() for name, value in model.named_parameters()}
+        tensors = gather({name: value.to(settings.dtype) for name, value in named.items()})
     else:
+        about = _about(checkpoint, which, settings)
         tensors = gather(lora_tensors(adapters, settings.alpha))
     if tensors is not None:
-        _write(
-            file,
-            tensors,
-            {"format": "pt"} if adapters is None else _about(checkpoint, which, settings),
-        )
+        with atomic_path(file, overwrite=True) as part:
+            values = {name: value.contiguous() for name, value in tensors.items()}
+            save_file(values, part, metadata=about)
     return file
 
 
-def _tokens(checkpoint: Checkpoint, settings: FineTune) -> int:
-    """Of one clip, as an expert sees it."""
-    return geometry_of(checkpoint.spec).tokens(settings.form.size, settings.form.frame_num)
-
-
 def _name(checkpoint: Checkpoint, settings: FineTune, samples: list[Sample]) -> str:
-    """A name for the saved state that only the same training has, whatever the interval of saving
-    or the memory it is given.
-    """
+    """Return a name for the saved state, the same for every training with the same result."""
     same = replace(
         settings,
         save_seconds=0,
@@ -326,32 +301,27 @@ def _name(checkpoint: Checkpoint, settings: FineTune, samples: list[Sample]) -> 
         device="cpu",
         fsdp=False,
     )
-    about = (
-        f"{same} {fingerprint(checkpoint)}"
-        f" {[(sample.latent_file.name, sample.text_file.name) for sample in samples]}"
-    )
+    files = [(sample.latent_file.name, sample.text_file.name) for sample in samples]
+    about = f"{same} {fingerprint(checkpoint)} {files}"
     return hashlib.sha256(about.encode()).hexdigest()[:12]
 
 
 def attach(model: WanDiT, settings: FineTune) -> Adapters:
-    """A LoRA on every target of every block that changes nothing yet: its second matrix is zero."""
+    """Add a LoRA to every target of every block; its second matrix starts at zero."""
     generator = torch.Generator().manual_seed(settings.seed)
     changes = {}
     for number in range(model.config.num_layers):
         for target in settings.targets:
             for leaf in TARGETS[target]:
                 layer = cast(Any, model.get_submodule(f"blocks.{number}.{leaf}"))
-                down = (
-                    torch.randn(settings.rank, layer.in_features, generator=generator)
-                    * layer.in_features**-0.5
-                )
-                changes[f"blocks.{number}.{leaf}.weight"] = LowRank(
-                    torch.zeros(layer.out_features, settings.rank), down
-                )
+                noise = torch.randn(settings.rank, layer.in_features, generator=generator)
+                up, down = torch.zeros(layer.out_features, settings.rank), noise
+                change = LowRank(up, down * layer.in_features**-0.5)
+                changes[f"blocks.{number}.{leaf}.weight"] = change
     adapters = Adapters(model)
     adapters.attach(NAME, changes, settings.alpha / settings.rank)
     for slot in adapters.slots(NAME).values():
-        # float32, whatever the leaf computes in: updates are far smaller than bfloat16 can add
+        # float32: updates are far smaller than bfloat16 can add
         slot.up, slot.down = (
             nn.Parameter(value.detach().float()) for value in (slot.up, slot.down)
         )
@@ -359,7 +329,8 @@ def attach(model: WanDiT, settings: FineTune) -> Adapters:
 
 
 def lora_tensors(adapters: Adapters, alpha: float) -> dict[str, Tensor]:
-    """The trained LoRA in the naming that most programs read:
+    """Return the trained LoRA under the names that most programs read.
+
     `diffusion_model.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha`.
     """
     tensors: dict[str, Tensor] = {}
@@ -372,33 +343,22 @@ def lora_tensors(adapters: Adapters, alpha: float) -> dict[str, Tensor]:
 
 
 def _about(checkpoint: Checkpoint, which: Expert, settings: FineTune) -> dict[str, str]:
-    told = {
+    about = {
         "model": checkpoint.spec.name,
         "expert": which,
         "rank": settings.rank,
         "alpha": settings.alpha,
         "steps": settings.steps,
+        "batch": settings.batch,
+        "learning_rate": settings.learning_rate,
     }
-    return {
-        "format": "pt",
-        "wanflow": json.dumps(
-            told | {"batch": settings.batch, "learning_rate": settings.learning_rate}
-        ),
-    }
-
-
-def _write(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    with atomic_path(file, overwrite=True) as part:
-        values = {name: value.contiguous() for name, value in tensors.items()}
-        save_file(values, part, metadata=about)
+    return {"format": "pt", "wanflow": json.dumps(about)}
 
 
 def checkpointed(
     blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning
 ) -> Tensor:
-    """The trunk that keeps a block's input and computes the block again for its gradients: a
-    block's memory instead of all blocks'.
-    """
+    """Run the trunk with activation checkpointing: each block is computed again for gradients."""
     for block, text in zip(blocks, conditioning.text, strict=True):
         tokens = cast(Tensor, checkpoint(block, tokens, conditioning, text, use_reentrant=False))
     return cast(Tensor, head(tokens, conditioning))
@@ -406,11 +366,9 @@ def checkpointed(
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a step: rectified flow on clips drawn for it, in `accumulate` parts that add up
-    to the mean over the batch.
+    """The loss of a step, in `accumulate` parts that add up to the mean over the batch.
 
-    What is drawn depends on the step alone, not on the parts it is computed in. With several
-    processes each computes its share.
+    The clips drawn depend on the step alone, not on the parts or on the number of processes.
     """
 
     model: nn.Module
@@ -418,7 +376,7 @@ class Objective:
     empty: Path
     range: tuple[float, float]  # of sigma
     settings: FineTune
-    share: tuple[int, int] = (0, 1)  # this process and how many there are
+    share: tuple[int, int] = (0, 1)  # rank and number of ranks
 
     def __call__(
         self, step: int, rng: random.Random, generator: torch.Generator
@@ -429,32 +387,24 @@ class Objective:
         silent = (torch.rand(settings.batch, generator=generator) < settings.dropout).tolist()
         seeds = torch.randint(2**62, (settings.batch,), generator=generator).tolist()
         length = cast(WanDiT, self.model).config.text_len
+        trunk = checkpointed if settings.checkpointing else run_blocks
+
+        def noise_of(n: int, like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=torch.Generator().manual_seed(seeds[n]))
+
+        def text_of(n: int) -> Tensor:
+            sample = self.samples[rows[n]]
+            return (replace(sample, text_file=self.empty) if silent[n] else sample).text(length)
+
         rank, size = self.share
         own = range(rank, settings.batch, size)
         part = len(own) // settings.accumulate
         for first in range(0, len(own), part):
             chosen = own[first : first + part]
             latents = torch.stack([self.samples[rows[n]].latent() for n in chosen]).to(device)
-            noise = torch.stack(
-                [
-                    torch.randn(
-                        latents.shape[1:], generator=torch.Generator().manual_seed(seeds[n])
-                    )
-                    for n in chosen
-                ]
-            ).to(device)
-            texts = torch.stack(
-                [
-                    (
-                        replace(self.samples[rows[n]], text_file=self.empty)
-                        if silent[n]
-                        else self.samples[rows[n]]
-                    ).text(length)
-                    for n in chosen
-                ]
-            )
+            noise = torch.stack([noise_of(n, latents[0]) for n in chosen]).to(device)
+            texts = torch.stack([text_of(n) for n in chosen]).to(device, torch.float32)
             s = sigma[list(chosen)].to(device)
             mixed = torch.lerp(latents, noise, s.view(-1, 1, 1, 1, 1))
-            trunk = checkpointed if settings.checkpointing else run_blocks
-            predicted = self.model(mixed, s * TRAIN_STEPS, texts.to(device, torch.float32), trunk)
+            predicted = self.model(mixed, s * TRAIN_STEPS, texts, trunk)
             yield F.mse_loss(predicted, noise - latents) * (len(chosen) / len(own))

@@ -1,6 +1,6 @@
-"""The one training loop: schedule, averaged weights, saved state; knows nothing of what is trained.
+"""The training loop: schedule, averaged weights, saved state; the loss is handed in.
 
-Step n draws its data from (seed, n) alone, and the state on disk holds everything else, so a run
+Step n draws its data from (seed, n) alone, and the state on disk holds everything else. So a run
 that was killed and started again gives the same weights as one that was not.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from wanflow.config import RequestError
 from wanflow.files import atomic_path
 from wanflow.parallel import fsdp
 from wanflow.parallel.ranks import DistInfo
+from wanflow.screen import Screen
 
 
 @dataclass(frozen=True)
 class Train:
-    """How to train. The learning rate warms up, stays, and falls linearly to zero over the last
-    `decay` of the steps.
+    """How to train.
+
+    The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the
+    steps.
     """
 
     steps: int
@@ -42,41 +45,32 @@ class Train:
     dtype: torch.dtype = torch.bfloat16
 
 
-# (step, rng, generator) -> the loss, or its parts one after the other, of which each is let go
-# before the next is made.
+# (step, rng, generator) -> the loss, or its parts one by one; each part is freed before the next.
 Loss = Callable[[int, random.Random, torch.Generator], Tensor | Iterator[Tensor]]
 
 
 def rate(step: int, train: Train) -> float:
-    """Share of the full learning rate at a step."""
+    """Return the share of the full learning rate at a step."""
     falling = max(1, int(train.steps * train.decay))
     return min(1.0, (step + 1) / train.warmup, (train.steps - step) / falling)
 
 
 def optimizers(module: nn.Module, train: Train) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside `blocks.` where asked for, AdamW for the rest."""
+    """Return AdamW, and Muon for the matrices inside `blocks.` if `muon_rate` is set."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (
-                matrices if train.muon_rate and "blocks." in name and parameter.ndim == 2 else rest
-            ).append(parameter)
-    built: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            rest, lr=train.learning_rate, betas=(0.9, 0.98), weight_decay=train.weight_decay
-        )
-    ]
-    if matrices:
-        built.append(
-            torch.optim.Muon(
-                matrices,
-                lr=train.muon_rate,
-                weight_decay=train.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    return built
+            is_matrix = "blocks." in name and parameter.ndim == 2
+            (matrices if train.muon_rate and is_matrix else rest).append(parameter)
+    decay = train.weight_decay
+    adam = torch.optim.AdamW(rest, train.learning_rate, betas=(0.9, 0.98), weight_decay=decay)
+    if not matrices:
+        return [adam]
+    muon = torch.optim.Muon(
+        matrices, train.muon_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adam, muon]
 
 
 def fit(
@@ -84,18 +78,17 @@ def fit(
     loss_of: Loss,
     train: Train,
     state_file: Path,
-    report: Callable[[str], None],
+    screen: Screen,
     info: DistInfo | None = None,
 ) -> nn.Module:
-    """Train `module` in place to the end of the schedule, resuming from `state_file` where it
-    exists.
+    """Train `module` in place to the end of the schedule, resuming from `state_file` if it exists.
+
+    Parameters that do not require gradients stay as they are and are not saved.
 
     Args:
         loss_of: (step, rng, generator) -> scalar loss, or parts of it that add up to it (gradient
-            accumulation); must draw all randomness from its two generators. What of the module does
-            not require gradients stays as it is, and is not saved.
-        report: receives a line of progress now and then.
-        info: the processes over which the module is split (`parallel.fsdp.shard`); each computes
+            accumulation); must draw all randomness from its two generators.
+        info: the processes over which the module is sharded (`parallel.fsdp.shard`); each computes
             the loss of its own share.
 
     Returns:
@@ -107,62 +100,40 @@ def fit(
     }
     device = next(iter(trained.values())).device.type
     optims = optimizers(module, train)
-    base = [[group["lr"] for group in optim.param_groups] for optim in optims]
+    full_rates = [[group["lr"] for group in optim.param_groups] for optim in optims]
     average = {name: value.detach().clone() for name, value in trained.items()}
     first, seen = 0, 0.0
     if state_file.exists():
-        saved = torch.load(state_file, weights_only=True, map_location=device)
-        if info is not None:
-            saved = _shared_out(saved, trained, optims)
-        if saved["seed"] != train.seed:
-            raise RequestError(
-                f"{state_file} was begun with seed {saved['seed']}, not {train.seed}; remove it to"
-                " start over"
-            )
-        _assign(trained, saved["module"])
-        for optim, state in zip(optims, saved["optims"], strict=True):
-            optim.load_state_dict(state)
+        saved = _load(state_file, device, train.seed, trained, optims, info)
         average, first, seen = saved["average"], saved["step"], saved["loss"]
-    began = last_save = last_report = time.monotonic()
+    screen.progress("training", first, train.steps, "step")
+    last_save = time.monotonic()
     for step in range(first, train.steps):
         share = rate(step, train)
-        for optim, rates in zip(optims, base, strict=True):
+        for optim, rates in zip(optims, full_rates, strict=True):
             for group, full in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = full * share
-        rng, generator = (
-            random.Random(f"{train.seed}/{step}"),
-            torch.Generator().manual_seed(train.seed * 1_000_003 + step),
-        )
-        value = _backward(
-            loss_of,
-            step,
-            rng,
-            generator,
-            torch.autocast(device, dtype=train.dtype, enabled=train.dtype != torch.float32),
-        )
+        rng = random.Random(f"{train.seed}/{step}")
+        generator = torch.Generator().manual_seed(train.seed * 1_000_003 + step)
+        autocast = torch.autocast(device, train.dtype, enabled=train.dtype != torch.float32)
+        value = _backward(loss_of, step, rng, generator, autocast)
         nn.utils.clip_grad_norm_(trained.values(), train.clip)
         for optim in optims:
             optim.step()
             optim.zero_grad(set_to_none=True)
         _update(average, trained, min(train.ema, (step + 1) / (step + 10)))
-        now = time.monotonic()
-        due = now - last_save > train.save_seconds or step + 1 == train.steps
-        if info is not None:  # the clocks differ, and all save or none
+        due = time.monotonic() - last_save > train.save_seconds or step + 1 == train.steps
+        if info is not None:  # the ranks' clocks differ, and all save or none
             value, saving = fsdp.mean(torch.tensor([value, float(due)]), info).tolist()
             due = saving > 0
         seen = value if step == 0 else 0.98 * seen + 0.02 * value
-        if now - last_report > 15 or step + 1 == train.steps:
-            pace = (now - began) / (step + 1 - first)
-            report(
-                f"step {step + 1}/{train.steps}  loss {seen:.4f}  {pace:.2f} s/step "
-                f" {pace * (train.steps - step - 1) / 60:.1f} min left"
-            )
-            last_report = now
+        note = f"loss {seen:.4f}"
+        screen.progress("training", step + 1, train.steps, "step", note, last_line=True)
         if due:
-            _save(
-                state_file, trained, optims, average, step + 1, seen, train.seed, info is not None
-            )
-            last_save = now
+            state = _state(trained, optims, average)
+            state |= {"step": step + 1, "loss": seen, "seed": train.seed}
+            _save(state_file, state, info)
+            last_save = time.monotonic()
     _assign(trained, average)
     return module.eval()
 
@@ -174,7 +145,7 @@ def _backward(
     generator: torch.Generator,
     autocast: torch.autocast,
 ) -> float:
-    """The loss of one step, with its gradients left in the parameters."""
+    """Return the loss of one step; its gradients are in the parameters."""
     with autocast:
         loss = loss_of(step, rng, generator)
     if isinstance(loss, Tensor):
@@ -206,47 +177,47 @@ def _update(average: dict[str, Tensor], trained: dict[str, nn.Parameter], keep: 
         average[name].lerp_(value.to(average[name].dtype), 1 - keep)
 
 
-def _save(
-    file: Path,
+def _state(
     trained: dict[str, nn.Parameter],
-    optims: Iterable[torch.optim.Optimizer],
+    optims: Sequence[torch.optim.Optimizer],
     average: dict[str, Tensor],
-    step: int,
-    loss: float,
-    seed: int,
-    split: bool,
-) -> None:
+) -> dict[str, Any]:
     values = {name: value.detach() for name, value in trained.items()}
     states = [optim.state_dict() for optim in optims]
-    state: Any = {
-        "module": values,
-        "optims": states,
-        "average": average,
-        "step": step,
-        "loss": loss,
-        "seed": seed,
-    }
-    if split:
-        state = fsdp.gather(state)
-    if state is None:
-        return  # rank 0 writes
-    with atomic_path(file, overwrite=True) as part:
-        torch.save(state, part)
+    return {"module": values, "optims": states, "average": average}
 
 
-def _shared_out(
-    saved: dict[str, Any], trained: dict[str, nn.Parameter], optims: Sequence[torch.optim.Optimizer]
+def _save(file: Path, state: dict[str, Any], info: DistInfo | None) -> None:
+    gathered = state if info is None else fsdp.gather(state)
+    if gathered is not None:  # rank 0 has it
+        with atomic_path(file, overwrite=True) as part:
+            torch.save(gathered, part)
+
+
+def _load(
+    file: Path,
+    device: str,
+    seed: int,
+    trained: dict[str, nn.Parameter],
+    optims: Sequence[torch.optim.Optimizer],
+    info: DistInfo | None,
 ) -> dict[str, Any]:
-    """This process' share of a saved state."""
-    shares = {
-        part: {name: fsdp.scatter(value, trained[name]) for name, value in saved[part].items()}
-        for part in ("module", "average")
-    }
-    return {
-        **saved,
-        **shares,
-        "optims": [
+    """Read a saved state into the module and its optimizers; return it, or this rank's shard."""
+    saved: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
+    if saved["seed"] != seed:
+        raise RequestError(
+            f"{file} was begun with seed {saved['seed']}, not {seed}; remove it to start over"
+        )
+    if info is not None:
+        for part in ("module", "average"):
+            saved[part] = {
+                name: fsdp.scatter(value, trained[name]) for name, value in saved[part].items()
+            }
+        saved["optims"] = [
             fsdp.scatter_optimizer(state, optim)
             for state, optim in zip(saved["optims"], optims, strict=True)
-        ],
-    }
+        ]
+    _assign(trained, saved["module"])
+    for optim, state in zip(optims, saved["optims"], strict=True):
+        optim.load_state_dict(state)
+    return saved

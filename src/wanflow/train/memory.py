@@ -1,6 +1,4 @@
-"""What a training would take, measured on the real model with tensors that have no memory, before a
-weight is read.
-"""
+"""Estimate the memory of a training, on the real model with fake tensors and without weights."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ from wanflow.plan import Machine
 from wanflow.train.finetune import TARGETS, FineTune, attach
 
 GB = 10**9
-# AdamW keeps two moments and `fit` an average beside each trained parameter and its gradient, all
-# float32.
-COPIES = 4
+COPIES = 4  # of a trained parameter, float32: its gradient, two moments of AdamW, the average
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Need:
     """Bytes for one expert in training."""
 
     weights: int
-    training: int  # gradients, the optimiser's moments, averaged weights
+    training: int  # gradients, the optimizer's moments, averaged weights
     activations: int
     trained: int  # parameters, a count
 
@@ -42,55 +38,50 @@ class Need:
     def words(self) -> str:
         parts = {
             "weights": self.weights,
-            "gradients and optimiser": self.training,
+            "gradients and optimizer": self.training,
             "activations": self.activations,
         }
-        return (
-            f"{self.total / GB:.0f} GB"
-            f" ({', '.join(f'{name} {size / GB:.1f}' for name, size in parts.items())})"
-        )
+        words = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
+        return f"{self.total / GB:.0f} GB ({words})"
 
 
 def need(checkpoint: Checkpoint, settings: FineTune) -> Need:
-    """What training one expert takes: parameters are counted on meta, activations on fake tensors
-    through one and two blocks.
+    """Return what training one expert takes.
+
+    Parameters are counted on meta; activations on fake tensors through one and two blocks.
     """
-    full = settings.method == "full"
-    config = checkpoint.spec.dit
+    full, spec = settings.method == "full", checkpoint.spec
     with torch.device("meta"):
-        model = WanDiT(config)
+        model = WanDiT(spec.dit)
     dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
-    place = expert_dtypes(model, dtype)
-    weights: int = sum(
-        p.numel() * place(name, _info(p)).itemsize for name, p in model.named_parameters()
+    dtypes = expert_dtypes(model, dtype)
+    weights = sum(
+        value.numel() * dtypes(name, _info(value)).itemsize
+        for name, value in model.named_parameters()
     )
-    trained = (
-        sum(p.numel() for p in model.parameters()) if full else _lora_parameters(model, settings)
-    )
-    weights += 0 if full else trained * 4
+    if full:
+        trained = sum(value.numel() for value in model.parameters())
+    else:
+        trained = _lora_parameters(model, settings)
+        weights += trained * torch.float32.itemsize
     one, two = (_saved(checkpoint, settings, layers, dtype) for layers in (1, 2))
     block, rest = two - one, 2 * one - two
-    tokens = block if not settings.checkpointing else _saved_by_checkpoint(checkpoint, settings)
-    activations = rest + (
-        tokens * config.num_layers
-        if not settings.checkpointing
-        else tokens * config.num_layers + block
-    )
+    if settings.checkpointing:  # of each block its input, and one block that is computed again
+        form = settings.form
+        tokens = geometry_of(spec).tokens(form.size, form.frame_num)
+        each = _micro_batch(settings) * tokens * spec.dit.dim * torch.float32.itemsize
+        rest += block
+    else:
+        each = block
+    activations = rest + each * spec.dit.num_layers
     return Need(weights, trained * 4 * COPIES, activations, trained)
 
 
 def _lora_parameters(model: WanDiT, settings: FineTune) -> int:
-    leaves = [
-        model.get_submodule(f"blocks.0.{leaf}")
-        for target in settings.targets
-        for leaf in TARGETS[target]
-    ]
-    per_block = sum(
-        settings.rank * (leaf.in_features + leaf.out_features)
-        for leaf in leaves
-        if isinstance(leaf, nn.Linear)
-    )
-    return model.config.num_layers * per_block
+    names = [leaf for target in settings.targets for leaf in TARGETS[target]]
+    leaves = [model.get_submodule(f"blocks.0.{name}") for name in names]
+    sides = [leaf.in_features + leaf.out_features for leaf in leaves if isinstance(leaf, nn.Linear)]
+    return model.config.num_layers * settings.rank * sum(sides)
 
 
 def _info(value: Tensor) -> TensorInfo:
@@ -101,33 +92,18 @@ def _micro_batch(settings: FineTune) -> int:
     return settings.batch // settings.accumulate
 
 
-def _latent_shape(checkpoint: Checkpoint, settings: FineTune) -> tuple[int, ...]:
-    form = settings.form
-    shape = geometry_of(checkpoint.spec).latent_shape(form.size, form.frame_num)
-    return _micro_batch(settings), *shape
-
-
-def _saved_by_checkpoint(checkpoint: Checkpoint, settings: FineTune) -> int:
-    """A block's input, which is all that is kept of it."""
-    form, spec = settings.form, checkpoint.spec
-    tokens = geometry_of(spec).tokens(form.size, form.frame_num)
-    return _micro_batch(settings) * tokens * spec.dit.dim * torch.float32.itemsize
-
-
 def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps for a model of so many blocks, its parameters aside; each storage
-    counted once.
-    """
-    held: dict[int, int] = {}
-    keep: list[Tensor] = []  # a freed storage's place would be counted as another's
-
+    """Return the bytes that autograd stores for a model of `layers` blocks, without parameters."""
+    held: dict[int, int] = {}  # by storage, so that each counts once
+    alive: list[Tensor] = []  # the address of a freed storage would be used again
+    spec, form = checkpoint.spec, settings.form
     with FakeTensorMode():
-        model = WanDiT(replace(checkpoint.spec.dit, num_layers=layers))
-        place = expert_dtypes(model, dtype)
+        model = WanDiT(replace(spec.dit, num_layers=layers))
+        dtypes = expert_dtypes(model, dtype)
         for name, parameter in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
-            kept = nn.Parameter(parameter.detach().to(place(name, _info(parameter))))
-            setattr(model.get_submodule(owner), leaf, kept)
+            stored = nn.Parameter(parameter.detach().to(dtypes(name, _info(parameter))))
+            setattr(model.get_submodule(owner), leaf, stored)
         if settings.method == "lora":
             model.requires_grad_(False)
             attach(model, settings)
@@ -137,14 +113,13 @@ def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch
             storage = value.untyped_storage()
             if storage._cdata not in own:
                 held[storage._cdata] = storage.nbytes()
-                keep.append(value)
+                alive.append(value)
             return value
 
-        latent = torch.randn(_latent_shape(checkpoint, settings))
-        text = torch.randn(len(latent), checkpoint.spec.dit.text_len, checkpoint.spec.dit.text_dim)
-        autocast = torch.autocast(
-            "cpu", dtype=settings.dtype, enabled=settings.dtype != torch.float32
-        )
+        shape = geometry_of(spec).latent_shape(form.size, form.frame_num)
+        latent = torch.randn(_micro_batch(settings), *shape)
+        text = torch.randn(len(latent), spec.dit.text_len, spec.dit.text_dim)
+        autocast = torch.autocast("cpu", settings.dtype, enabled=settings.dtype != torch.float32)
         with saved_tensors_hooks(pack, lambda value: value), autocast:
             model(latent, torch.full((len(latent),), 500.0), text, run_blocks).square().mean()
     return sum(held.values())
@@ -156,18 +131,16 @@ def refuse(
     """Refuse a training that cannot fit.
 
     Raises:
-        RequestError: in three lines: what is needed, what is here, what to do.
+        RequestError: in three lines: the need, the machine, the remedies.
     """
-    wanted = need(checkpoint, settings)
+    needed = need(checkpoint, settings)
     on_gpu = settings.device.startswith("cuda")
     have = machine.gpu if on_gpu else machine.ram_free
     # Sharding divides what belongs to parameters; every process has its own activations.
-    each = wanted.activations + (wanted.weights + wanted.training) // processes
+    each = needed.activations + (needed.weights + needed.training) // processes
     if not have or each <= have:
         return
-    what = (
-        "a LoRA of rank " + str(settings.rank) if settings.method == "lora" else "the whole model"
-    )
+    what = f"a LoRA of rank {settings.rank}" if settings.method == "lora" else "the full model"
     ways = []
     if not settings.checkpointing:
         ways.append("--activation_checkpointing")
@@ -176,13 +149,13 @@ def refuse(
     if settings.method == "full":
         ways.append("--method lora")
     ways.append(
-        f"torchrun --nproc_per_node={max(2, -(-wanted.total // (70 * GB)))} and --fsdp on GPUs of"
+        f"torchrun --nproc_per_node={max(2, -(-needed.total // (70 * GB)))} and --fsdp on GPUs of"
         " 80 GB"
     )
     raise RequestError(
-        f"training {what} on one expert of {checkpoint.spec.name} needs {wanted.words()}"
+        f"training {what} on one expert of {checkpoint.spec.name} needs {needed.words()}"
         + (f", {each / GB:.0f} GB in each of {processes} processes" if processes > 1 else ""),
         f"  here: {have / GB:.0f} GB of {'GPU memory' if on_gpu else 'free RAM'}"
         f" ({machine.words()})",
-        f"  do: {', '.join(ways)} (--force starts it here all the same)",
+        f"  do: {', '.join(ways)} (--force starts it here anyway)",
     )

@@ -1,9 +1,8 @@
-"""The recipe of `nano`, from nothing to a folder in the official layout, and the measurement of
-what it understands.
+"""Train `nano` from nothing to a folder in the official layout, and measure what it understands.
 
-Stages, each resumable: text encoder, VAE, cache of latents, the high- and the low-noise expert,
-export. The experts do not depend on each other and may be trained side by side (`--stage high` and
-`--stage low` in two processes of one thread each).
+Stages, each resumable: text encoder, VAE, cache of latents, each expert, export. The experts do not
+depend on each other and may be trained side by side (`--stage high` and `--stage low` in two
+processes of one thread each).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,9 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.opening import NANO_FOLDER, load, resolve
 from wanflow.presets import NANO, Expert, ModelSpec
+from wanflow.screen import Screen
 from wanflow.train import adherence, autoencoder, experts, text, toy
 from wanflow.train.loop import Train, fit
-
-Say = Callable[[str], None]
 
 CLIPS = 9000  # cached for the experts
 DROPOUT = 0.1  # share of captions replaced by the empty prompt, for guidance
@@ -48,23 +45,28 @@ EXPERT: dict[Expert, Train] = {
     ),
 }
 SHIFT = 3.0  # crowds the training sigmas upwards, as sampling does
-STAGES = ("text", "vae", "cache", "high", "low", "export")
+STAGES = ("text", "vae", "cache", *NANO.expert_names, "export")
+
+# Keys of the defaults in wanflow.json.
+DEFAULT_KEYS = (
+    "size frame_num fps sample_shift sample_steps cfg_high cfg_low boundary negative_prompt"
+    " sample_solver"
+)
 
 
-def train(work: Path, out: Path, scale: float, only: str | None, say: Say) -> None:
-    """Run all stages, or one. `scale` shortens every stage, for a try-out."""
+def train(work: Path, out: Path, scale: float, only: str | None, screen: Screen) -> None:
+    """Run all stages, or one. `scale` shortens every stage, for a trial."""
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    stages = {"text": _text, "vae": _vae, "cache": _cache}
     for stage in STAGES if only is None else (only,):
-        say(f"{stage}: begins")
+        screen.say(f"{stage}: begins")
         if stage == "export":
-            export(work, out, say)
-        elif stage == "cache":
-            _cache(work, scale, say)
-        elif stage in ("high", "low"):
-            _expert(work, "high" if stage == "high" else "low", scale, say)
+            export(work, out, screen)
+        elif stage in NANO.expert_names:
+            _expert(work, stage, scale, screen)
         else:
-            (_text if stage == "text" else _vae)(work, scale, say)
+            stages[stage](work, scale, screen)
 
 
 def _short(settings: Train, scale: float) -> Train:
@@ -83,7 +85,7 @@ def _tokenizer(work: Path) -> Tokenizer:
     return Tokenizer(_needs(work / "tokenizer.json", "text"), NANO.dit.text_len)
 
 
-def _text(work: Path, scale: float, say: Say) -> None:
+def _text(work: Path, scale: float, screen: Screen) -> None:
     text.build_tokenizer(work / "tokenizer.json")
     tokenizer = _tokenizer(work)
     tagger = text.Tagger(NANO.text)
@@ -91,27 +93,24 @@ def _text(work: Path, scale: float, say: Say) -> None:
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         return tagger.loss(*text.tagged(tokenizer, rng, TEXT.batch))
 
-    fit(tagger, loss, _short(TEXT, scale), work / "text.pt", say)
+    fit(tagger, loss, _short(TEXT, scale), work / "text.pt", screen)
     save_file(tagger.encoder.state_dict(), work / "text.safetensors")
-    say(
-        "captions with every word tagged right:"
-        f" {tagger.accuracy(*text.tagged(tokenizer, random.Random(-1), 1000)):.3f}"
-    )
+    accuracy = tagger.accuracy(*text.tagged(tokenizer, random.Random(-1), 1000))
+    screen.say(f"captions with every word tagged right: {accuracy:.3f}")
 
 
-def _vae(work: Path, scale: float, say: Say) -> None:
+def _vae(work: Path, scale: float, screen: Screen) -> None:
     vae = WanVAE(NANO.vae)
     autoencoder.initialise(vae)
     settings = _short(VAE, scale)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         count, frames, crop = autoencoder.curriculum(step, settings.steps)
-        return autoencoder.loss(
-            vae, *autoencoder.clips(rng, count, frames, NANO.size[0], crop), generator
-        )
+        videos, weight = autoencoder.clips(rng, count, frames, NANO.size[0], crop)
+        return autoencoder.loss(vae, videos, weight, generator)
 
-    fit(vae, loss, settings, work / "vae.pt", say)
-    # The log variance is not learnt: it is the noise that training added.
+    fit(vae, loss, settings, work / "vae.pt", screen)
+    # The log variance is not learned: it is the noise that training added.
     with torch.no_grad():
         half = NANO.vae.z_dim
         vae.conv1.weight[half:].zero_()
@@ -120,17 +119,12 @@ def _vae(work: Path, scale: float, say: Say) -> None:
     save_file(vae.state_dict(), work / "vae.safetensors")
     mean, std = autoencoder.statistics(vae, random.Random(0), NANO.size[0])
     (work / "latent.json").write_text(json.dumps({"latent_mean": mean, "latent_std": std}))
-    scenes = [
-        toy.sample_scene(random.Random(f"vae/{n}"), None) for n in range(max(2, round(200 * scale)))
-    ]
+    count = max(2, round(200 * scale))
+    scenes = [toy.sample_scene(random.Random(f"vae/{n}"), None) for n in range(count)]
     with torch.no_grad():
-        tally = adherence.evaluate(
-            lambda _, n: _reconstruct(vae, scenes[n], n), scenes, range(len(scenes)), report=say
+        adherence.evaluate(
+            lambda _, n: _reconstruct(vae, scenes[n], n), scenes, range(count), screen
         )
-    say(
-        "read from reconstructions:"
-        f" {json.dumps({k: round(v['share'], 3) for k, v in tally.as_dict()['slots'].items()})}"
-    )
 
 
 def _reconstruct(vae: WanVAE, scene: toy.Scene, seed: int) -> adherence.Frames:
@@ -141,10 +135,9 @@ def _reconstruct(vae: WanVAE, scene: toy.Scene, seed: int) -> adherence.Frames:
 
 
 def preset(work: Path) -> ModelSpec:
-    """NANO with the latent statistics that training measured."""
-    return replace(
-        NANO, vae=replace(NANO.vae, **json.loads(_needs(work / "latent.json", "vae").read_text()))
-    )
+    """Return NANO with the latent statistics that training measured."""
+    statistics = json.loads(_needs(work / "latent.json", "vae").read_text())
+    return replace(NANO, vae=replace(NANO.vae, **statistics))
 
 
 def _vae_of(work: Path) -> WanVAE:
@@ -153,25 +146,26 @@ def _vae_of(work: Path) -> WanVAE:
     return vae.eval()
 
 
-def _cache(work: Path, scale: float, say: Say) -> None:
+def _cache(work: Path, scale: float, screen: Screen) -> None:
     encoder = UMT5Encoder(NANO.text)
     encoder.load_state_dict(load_file(_needs(work / "text.safetensors", "text")))
     count = max(64, round(CLIPS * scale))
+    vae, tokenizer, side = _vae_of(work), _tokenizer(work), NANO.size[0]
     cache = experts.precompute(
-        _vae_of(work), encoder.eval(), _tokenizer(work), 0, count, NANO.frame_num, NANO.size[0], say
+        vae, encoder.eval(), tokenizer, 0, count, NANO.frame_num, side, screen
     )
     with atomic_path(work / "cache.safetensors", overwrite=True) as part:
         save_file(
             {"latents": cache.latents, "texts": cache.texts, "empty": cache.empty.contiguous()},
             part,
         )
-    say(f"{count} clips cached; latent standard deviation {cache.latents.float().std():.3f}")
+    screen.say(f"{count} clips cached; latent standard deviation {cache.latents.float().std():.3f}")
 
 
-def _expert(work: Path, which: Expert, scale: float, say: Say) -> None:
+def _expert(work: Path, which: Expert, scale: float, screen: Screen) -> None:
     cache = experts.Cache(**load_file(_needs(work / "cache.safetensors", "cache")))
     settings = _short(EXPERT[which], scale)
-    low, high = (NANO.boundary, 1.0) if which == "high" else (0.0, NANO.boundary)
+    low, high = experts.sigma_range(NANO, which)
     model = WanDiT(NANO.dit)
     experts.initialise(model)
     if settings.steps > 500 and shutil.which("g++"):
@@ -183,24 +177,22 @@ def _expert(work: Path, which: Expert, scale: float, say: Say) -> None:
         sigma = experts.sigmas(settings.batch, low, high, SHIFT, generator)
         return experts.flow_loss(model, latents, texts, sigma, noise)
 
-    fit(model, loss, settings, work / f"{which}.pt", say)
+    fit(model, loss, settings, work / f"{which}.pt", screen)
     save_file(model.state_dict(), work / f"{which}.safetensors")
 
 
-def export(work: Path, out: Path, say: Say) -> None:
+def export(work: Path, out: Path, screen: Screen) -> None:
     """Write the trained parts as a folder in the official layout, weights in bfloat16.
 
-    An expert that is still in training is taken from its saved state, with its averaged weights.
+    An expert still in training is taken from its saved state, with its averaged weights.
     """
     made = preset(work)
     shutil.rmtree(out, ignore_errors=True)
     for which, folder in made.expert_folders:
-        state = (
-            load_file(work / f"{which}.safetensors")
-            if (work / f"{which}.safetensors").exists()
-            else None
-        )
-        if state is None:
+        trained = work / f"{which}.safetensors"
+        if trained.exists():
+            state = load_file(trained)
+        else:
             state = torch.load(_needs(work / f"{which}.pt", which), weights_only=True)["average"]
         (out / folder).mkdir(parents=True)
         save_file(
@@ -213,71 +205,49 @@ def export(work: Path, out: Path, say: Say) -> None:
         ("text.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"),
         ("vae.safetensors", "Wan2.1_VAE.pth"),
     ):
-        torch.save(
-            {k: v.bfloat16().clone() for k, v in load_file(work / source).items()}, out / target
-        )
+        values = load_file(work / source)
+        torch.save({k: v.bfloat16().clone() for k, v in values.items()}, out / target)
     (out / "google" / "umt5-xxl").mkdir(parents=True)
     shutil.copy(work / "tokenizer.json", out / "google" / "umt5-xxl" / "tokenizer.json")
-    defaults = (
-        "size",
-        "frame_num",
-        "fps",
-        "sample_shift",
-        "sample_steps",
-        "cfg_high",
-        "cfg_low",
-        "boundary",
-        "negative_prompt",
-        "sample_solver",
-    )
-    sheet = {
+    words = [part for word in (*toy.vocabulary(), *text.FILLERS) for part in word.split("-")]
+    card = {
         "name": made.name,
         "dit": {"text_dim": made.dit.text_dim},
         "text": asdict(made.text),
         "vae": asdict(made.vae),
-        "defaults": {key: getattr(made, key) for key in defaults},
-        "vocabulary": sorted(
-            {
-                part
-                for word in (*toy.vocabulary(), *text.FILLERS)
-                for part in word.split("-")
-                if part
-            }
-        ),
+        "defaults": {key: getattr(made, key) for key in DEFAULT_KEYS.split()},
+        "vocabulary": sorted({word for word in words if word}),
     }
-    (out / "wanflow.json").write_text(json.dumps(sheet, indent=1) + "\n")
+    (out / "wanflow.json").write_text(json.dumps(card, indent=1) + "\n")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    say(f"exported to {out}: {total / 1e6:.1f} MB (copy it over {NANO_FOLDER} to embed it)")
+    screen.say(f"exported to {out}: {total / 1e6:.1f} MB (copy it over {NANO_FOLDER} to embed it)")
 
 
-def evaluate(model: str, prompts: int, roles: str, seen: bool, wording: bool, say: Say) -> str:
-    """Prompt adherence of a model on scenes that training never saw (or saw, with `seen`); one line
-    of JSON.
+def evaluate(
+    model: str, prompts: int, roles: str, seen: bool, wording: bool, screen: Screen
+) -> str:
+    """Measure prompt adherence of a model on scenes that training never saw, as a line of JSON.
 
     Args:
-        roles: "both" as it should be; "swapped", "high" or "low": each expert in the other's place,
-            or one for all steps.
+        roles: "both"; "swapped": the experts in each other's place; or the one for all steps.
+        seen: measure on scenes that training saw instead.
+        wording: use free wordings instead of the plain form.
     """
     resolve(model)
     pipe = load(model, keep_experts=True)
-    names: dict[str, dict[Expert, Expert]] = {
-        "both": {"high": "high", "low": "low"},
-        "swapped": {"high": "low", "low": "high"},
-        "high": {"high": "high", "low": "high"},
-        "low": {"high": "low", "low": "low"},
-    }
-    recast: Any = _Recast(pipe.parts, names[roles])
+    names = pipe.parts.spec.expert_names
+    cast = {"both": names, "swapped": names[::-1]}.get(roles, (roles,) * len(names))
+    recast: Any = _Recast(pipe.parts, dict(zip(names, cast, strict=True)))
     pipe = Pipeline(make_engine(recast), recast)
     scenes = [
         toy.sample_scene(random.Random(f"evaluate/{n}"), unseen=not seen) for n in range(prompts)
     ]
-    words = random.Random("wording") if wording else None
     tally = adherence.evaluate(
         lambda prompt, seed: pipe.generate(prompt, seed=seed).frames,
         scenes,
         range(prompts),
-        words,
-        say,
+        screen,
+        random.Random("wording") if wording else None,
     )
     about = {
         "model": str(model),
@@ -290,7 +260,7 @@ def evaluate(model: str, prompts: int, roles: str, seen: bool, wording: bool, sa
 
 
 class _Recast:
-    """Parts whose experts play other roles."""
+    """Loaded parts whose experts play other roles."""
 
     def __init__(self, parts: Any, roles: dict[Expert, Expert]) -> None:
         self._parts, self._roles = parts, roles

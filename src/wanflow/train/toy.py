@@ -1,10 +1,10 @@
-"""Procedural, captioned clips: the world that `nano` learns.
+"""Draw procedural, captioned clips: the world that `nano` learns.
 
-A `Scene` is what a caption can say. `draw` adds what it does not say (where exactly, how tilted:
-the seed's part), `render` turns that into frames with anti-aliased edges. Lengths are fractions of
-the frame's side unless they are called pixels, so every function works at any size.
+A `Scene` holds the content of a caption. `draw` adds what depends on the seed (exact place, tilt),
+`render` turns that into frames with anti-aliased edges. Lengths are fractions of the frame's side
+unless they are called pixels.
 
-Some combinations are never shown in training (`held_out`), so that composing can be told from
+Some combinations are never shown in training (`held_out`), so that a test can tell composing from
 remembering.
 """
 
@@ -19,12 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COLOURS = {
+RGB = tuple[int, int, int]  # 0..255
+
+COLOURS: dict[str, RGB] = {
     "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
     "purple": (150, 50, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220),
     "white": (245, 245, 245),
 }  # fmt: skip
-BACKGROUNDS = {"black": (15, 15, 18), "gray": (128, 128, 128)} | {
+BACKGROUNDS: dict[str, RGB] = {"black": (15, 15, 18), "gray": (128, 128, 128)} | {
     name: COLOURS[name] for name in ("white", "red", "green", "blue", "yellow", "purple")
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -36,91 +38,83 @@ TRAVEL = 0.33  # of the side, at normal speed
 GROWTH = 1.5  # from first frame to last, at normal speed
 TURN = math.radians(120)
 
+# The words for a value, the plain one first; an empty word is left out.
 NAMES = {
-    "red": ("red",),
-    "green": ("green",),
-    "blue": ("blue",),
-    "yellow": ("yellow",),
-    "purple": ("purple", "violet"),
-    "orange": ("orange",),
-    "cyan": ("cyan", "turquoise"),
-    "white": ("white",),
-    "black": ("black",),
-    "gray": ("gray", "grey"),
-    "circle": ("circle", "disc", "ball"),
-    "square": ("square", "box"),
-    "triangle": ("triangle",),
-    "star": ("star", "five-pointed star"),
-    "cross": ("cross", "plus sign"),
-    "small": ("small", "tiny", "little"),
-    "medium": ("",),
-    "large": ("large", "big", "huge"),
-    "slow": ("slowly", "gently"),
-    "normal": ("",),
-    "fast": ("quickly", "fast", "rapidly"),
+    value: tuple(words.split(", "))
+    for value, words in {
+        "red": "red",
+        "green": "green",
+        "blue": "blue",
+        "yellow": "yellow",
+        "purple": "purple, violet",
+        "orange": "orange",
+        "cyan": "cyan, turquoise",
+        "white": "white",
+        "black": "black",
+        "gray": "gray, grey",
+        "circle": "circle, disc, ball",
+        "square": "square, box",
+        "triangle": "triangle",
+        "star": "star, five-pointed star",
+        "cross": "cross, plus sign",
+        "small": "small, tiny, little",
+        "medium": "",
+        "large": "large, big, huge",
+        "slow": "slowly, gently",
+        "normal": "",
+        "fast": "quickly, fast, rapidly",
+    }.items()
 }
 # Each verb as a finite form and a continuous one.
 VERBS = {
-    "left": (
-        ("moves left", "moving left"),
-        ("slides left", "sliding left"),
-        ("moves to the left", "moving to the left"),
-        ("goes left", "going left"),
-        ("drifts left", "drifting left"),
-    ),
-    "right": (
-        ("moves right", "moving right"),
-        ("slides right", "sliding right"),
-        ("moves to the right", "moving to the right"),
-        ("goes right", "going right"),
-        ("drifts right", "drifting right"),
-    ),
-    "up": (
-        ("moves up", "moving up"),
-        ("rises", "rising"),
-        ("slides up", "sliding up"),
-        ("goes up", "going up"),
-        ("floats upwards", "floating upwards"),
-        ("moves upward", "moving upward"),
-    ),
-    "down": (
-        ("moves down", "moving down"),
-        ("falls", "falling"),
-        ("slides down", "sliding down"),
-        ("drops", "dropping"),
-        ("sinks downwards", "sinking downwards"),
-        ("goes down", "going down"),
-    ),
-    "grows": (
-        ("grows", "growing"),
-        ("gets bigger", "getting bigger"),
-        ("expands", "expanding"),
-        ("gets larger", "getting larger"),
-    ),
-    "shrinks": (
-        ("shrinks", "shrinking"),
-        ("gets smaller", "getting smaller"),
-        ("contracts", "contracting"),
-    ),
-    "still": (
-        ("stays still", "staying still"),
-        ("does not move", "not moving"),
-        ("stands still", "standing still"),
-        ("is static", "resting"),
-        ("stays in place", "staying in place"),
-    ),
-    "spins": (
-        ("spins", "spinning"),
-        ("rotates", "rotating"),
-        ("turns around", "turning around"),
-        ("spins around", "spinning around"),
-    ),
+    motion: tuple(tuple(verb.split("/")) for verb in verbs.split(", "))
+    for motion, verbs in {
+        "left": (
+            "moves left/moving left, slides left/sliding left, moves to the left/moving to "
+            "the left, goes left/going left, drifts left/drifting left"
+        ),
+        "right": (
+            "moves right/moving right, slides right/sliding right, moves to the right/moving "
+            "to the right, goes right/going right, drifts right/drifting right"
+        ),
+        "up": (
+            "moves up/moving up, rises/rising, slides up/sliding up, goes up/going up, floats "
+            "upwards/floating upwards, moves upward/moving upward"
+        ),
+        "down": (
+            "moves down/moving down, falls/falling, slides down/sliding down, drops/dropping, "
+            "sinks downwards/sinking downwards, goes down/going down"
+        ),
+        "grows": (
+            "grows/growing, gets bigger/getting bigger, expands/expanding, gets "
+            "larger/getting larger"
+        ),
+        "shrinks": "shrinks/shrinking, gets smaller/getting smaller, contracts/contracting",
+        "still": (
+            "stays still/staying still, does not move/not moving, stands still/standing "
+            "still, is static/resting, stays in place/staying in place"
+        ),
+        "spins": (
+            "spins/spinning, rotates/rotating, turns around/turning around, spins "
+            "around/spinning around"
+        ),
+    }.items()
 }
+
+
+OPENINGS = (
+    *("", "", "", "a video of", "a clip of", "an animation of"),
+    *("there is", "we see", "simple animation of"),
+)
+ADJECTIVES = (
+    *("", "", "", "", "bright", "beautiful", "nice", "single"),
+    *("solid", "plain", "shiny", "smooth"),
+)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says."""
+    """The content of a caption."""
 
     colour: str
     background: str
@@ -130,25 +124,27 @@ class Scene:
     speed: str = "normal"
 
 
-HELD_OUT_COLOUR_SHAPE = {
-    ("red", "star"),
-    ("blue", "triangle"),
-    ("yellow", "cross"),
-    ("green", "circle"),
-    ("purple", "square"),
-}
-HELD_OUT_SHAPE_MOTION = {
-    ("star", "left"),
-    ("circle", "grows"),
-    ("triangle", "up"),
-    ("cross", "right"),
-    ("square", "shrinks"),
-}
+# Colour with shape, and shape with motion.
+HELD_OUT_COLOUR_SHAPE = set(
+    zip(
+        ("red", "blue", "yellow", "green", "purple"),
+        ("star", "triangle", "cross", "circle", "square"),
+        strict=True,
+    )
+)
+HELD_OUT_SHAPE_MOTION = set(
+    zip(
+        ("star", "circle", "triangle", "cross", "square"),
+        ("left", "grows", "up", "right", "shrinks"),
+        strict=True,
+    )
+)
 
 
 def held_out(scene: Scene) -> str | None:
-    """Why training never sees this scene (`colour-shape`, `shape-motion`, `triple`), or None if it
-    may.
+    """Return why training never sees a scene, or None if it may.
+
+    The reasons are `colour-shape`, `shape-motion` and `triple`.
     """
     if (scene.colour, scene.shape) in HELD_OUT_COLOUR_SHAPE:
         return "colour-shape"
@@ -159,7 +155,7 @@ def held_out(scene: Scene) -> str | None:
 
 
 def sample_scene(rng: random.Random, unseen: bool | None = False) -> Scene:
-    """A random scene that training may see (`unseen=False`), never sees (True), or any (None)."""
+    """Draw a scene that training may see (`unseen=False`), never sees (True), or any (None)."""
     while True:
         scene = Scene(
             rng.choice(list(COLOURS)),
@@ -187,31 +183,30 @@ class Word:
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """A caption; the plain form without `rng`, a random wording with it."""
+    """Return a caption: the plain form without `rng`, a random wording with it."""
     return join(caption_words(scene, rng))
 
 
 def join(words: Sequence[Word]) -> str:
-    """Words to text, with "an" before vowels."""
+    """Return words as text, with "an" before vowels."""
     return spans(words)[0]
 
 
 def spans(words: Sequence[Word]) -> tuple[str, list[tuple[int, Word]]]:
-    """Words to text, and for each word the place where it ends in it."""
+    """Return words as text, and the offset at which each word ends in it."""
     shown = [word for word in words if word.text]
     text, ends = "", []
     for i, word in enumerate(shown):
         following = shown[i + 1].text[0] if i + 1 < len(shown) else ""
         article = word.text in ("a", "A") and following in tuple("aeiou")
-        text += (
-            ("" if not text or word.text in ",." else " ") + word.text + ("n" if article else "")
-        )
+        space = "" if not text or word.text in ",." else " "
+        text += space + word.text + ("n" if article else "")
         ends.append((len(text), word))
     return text, ends
 
 
 def caption_words(scene: Scene, rng: random.Random | None = None) -> list[Word]:
-    """The caption as tagged words (training the text encoder needs the tags)."""
+    """Return the caption as tagged words; training the text encoder needs the tags."""
     pick = (lambda options: options[0]) if rng is None else rng.choice
 
     def name(slot: str, value: str) -> Word:
@@ -229,45 +224,10 @@ def caption_words(scene: Scene, rng: random.Random | None = None) -> list[Word]:
     if rng is None:
         return [Word("a"), *subject, verb, speed, Word("on a"), *background]
     action = [*is_or_not, verb, speed] if rng.random() < 0.7 else [*is_or_not, speed, verb]
-    article, place = (
-        Word(rng.choice(("a", "a", "the", ""))),
-        Word(rng.choice(("on", "on", "over", "against", "in front of"))),
-    )
-    opening = [
-        Word(
-            rng.choice(
-                (
-                    "",
-                    "",
-                    "",
-                    "a video of",
-                    "a clip of",
-                    "an animation of",
-                    "there is",
-                    "we see",
-                    "simple animation of",
-                )
-            )
-        )
-    ]
-    adjective = Word(
-        rng.choice(
-            (
-                "",
-                "",
-                "",
-                "",
-                "bright",
-                "beautiful",
-                "nice",
-                "single",
-                "solid",
-                "plain",
-                "shiny",
-                "smooth",
-            )
-        )
-    )
+    article = Word(rng.choice(("a", "a", "the", "")))
+    place = Word(rng.choice(("on", "on", "over", "against", "in front of")))
+    opening = [Word(rng.choice(OPENINGS))]
+    adjective = Word(rng.choice(ADJECTIVES))
     subject = [article, adjective, *subject] if article.text else [*opening, adjective, *subject]
     wall = [Word(rng.choice(("a", "a", "the", "a plain"))), *background]
     form = rng.randrange(6)
@@ -288,8 +248,9 @@ def caption_words(scene: Scene, rng: random.Random | None = None) -> list[Word]:
 
 
 def draw(scene: Scene, rng: random.Random, frames: int) -> Tensor:
-    """The scene's course over time, [frames, 4]: centre x, centre y, radius (fractions of the
-    side), angle (radians).
+    """Return the scene's course over time, [frames, 4].
+
+    Centre x, centre y and radius are fractions of the side, the angle is in radians.
     """
     speed = SPEEDS[scene.speed] * rng.uniform(0.95, 1.05)
     radius = SIZES[scene.size] * rng.uniform(0.95, 1.05)
@@ -309,9 +270,7 @@ def draw(scene: Scene, rng: random.Random, frames: int) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Tensor:
-    """Signed distance to a convex polygon given clockwise (y down): the farthest of its edges' half
-    planes.
-    """
+    """Return the signed distance to a convex polygon given clockwise (y down)."""
     edges = []
     for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):
         length = math.hypot(bx - ax, by - ay)
@@ -320,9 +279,7 @@ def _polygon(x: Tensor, y: Tensor, corners: Sequence[tuple[float, float]]) -> Te
 
 
 def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance (negative inside) to a shape of radius about 1 around the origin; y points
-    down.
-    """
+    """Return the signed distance (negative inside) to a shape of radius about 1; y points down."""
     if shape == "circle":
         return torch.hypot(x, y) - 0.95
     if shape == "square":
@@ -350,7 +307,7 @@ def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def coverage(shape: str, course: Tensor, side: int) -> Tensor:
-    """How much of each pixel the shape covers, [frames, side, side] in 0..1."""
+    """Return how much of each pixel the shape covers, [frames, side, side] in 0..1."""
     centres = (torch.arange(side, dtype=torch.float32) + 0.5) / side
     x0, y0, radius, angle = (course[:, i, None, None] for i in range(4))
     dx, dy = centres[None, None, :] - x0, centres[None, :, None] - y0
@@ -359,37 +316,24 @@ def coverage(shape: str, course: Tensor, side: int) -> Tensor:
     return (0.5 - distance(shape, x, y) * radius * side).clamp(0, 1)
 
 
-def paint(cover: Tensor, colour: Tensor, background: Tensor) -> Tensor:
-    """Coverage [..., H, W] and two colours [3] in 0..255 -> frames [3, ..., H, W] in -1..1."""
-    extra = (1,) * cover.ndim
-    mixed = colour.view(3, *extra) * cover + background.view(3, *extra) * (1 - cover)
-    return mixed / 127.5 - 1
+def paint(cover: Tensor, colour: RGB, background: RGB) -> Tensor:
+    """Paint coverage [..., H, W] in two colours -> frames [3, ..., H, W] in -1..1."""
+    shape = 3, *(1,) * cover.ndim
+    front, back = (torch.tensor(rgb).float().view(shape) for rgb in (colour, background))
+    return (front * cover + back * (1 - cover)) / 127.5 - 1
 
 
 def render(scene: Scene, rng: random.Random, frames: int = 17, side: int = 64) -> Tensor:
-    """A clip of the scene, [3, frames, side, side] in -1..1."""
+    """Return a clip of the scene, [3, frames, side, side] in -1..1."""
     cover = coverage(scene.shape, draw(scene, rng, frames), side)
-    colour, background = COLOURS[scene.colour], BACKGROUNDS[scene.background]
-    return paint(
-        cover,
-        torch.tensor(colour, dtype=torch.float32),
-        torch.tensor(background, dtype=torch.float32),
-    )
+    return paint(cover, COLOURS[scene.colour], BACKGROUNDS[scene.background])
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can contain, lower case, sorted."""
-    words = {word for phrases in NAMES.values() for phrase in phrases for word in phrase.split()}
-    words |= {
-        word
-        for forms in VERBS.values()
-        for pair in forms
-        for phrase in pair
-        for word in phrase.split()
-    }
+    """Return every word that a caption can contain, lower case, sorted."""
+    phrases = [phrase for names in NAMES.values() for phrase in names]
+    phrases += [phrase for verbs in VERBS.values() for pair in verbs for phrase in pair]
     rng = random.Random(0)
-    for _ in range(3000):
-        words |= {
-            word.strip(",.").lower() for word in caption(sample_scene(rng, None), rng).split()
-        }
+    phrases += [caption(sample_scene(rng, None), rng) for _ in range(3000)]
+    words = {word.strip(",.").lower() for phrase in phrases for word in phrase.split()}
     return sorted(words - {""})

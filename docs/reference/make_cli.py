@@ -1,6 +1,6 @@
 """Print docs/reference/cli.md: every command, flag and setting, from their declarations.
 
-python -m wanflow.cli.reference > docs/reference/cli.md
+python docs/reference/make_cli.py > docs/reference/cli.md
 """
 
 from __future__ import annotations
