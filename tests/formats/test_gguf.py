@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.gguf_blocks import blocks
+from helpers.packed_leaves import fill_packed
 from torch import Tensor, nn
 
 from wanflow.checkpoint import containers as formats
@@ -176,7 +177,7 @@ def test_what_does_not_fit_is_refused(
 
 def linear(packed: Packed, dtype: torch.dtype, bias: bool = True) -> PackedLinear:
     leaf = PackedLinear(packed.shape[1], packed.shape[0], bias, packed.kind, dtype)
-    leaf.load(packed, "cpu")
+    fill_packed(leaf, packed)
     if leaf.bias is not None:
         leaf.bias.data = torch.randn(packed.shape[0], generator=torch.Generator().manual_seed(1))
     return leaf
@@ -213,20 +214,19 @@ def test_linear(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_linear_has_no_weight() -> None:
-    leaf = linear(random_packed("Q8_0", 4, 32), torch.float32)
+    packed = random_packed("Q8_0", 4, 32)
+    leaf = linear(packed, torch.float32)
     assert not hasattr(leaf, "weight") and {name for name, _ in leaf.named_parameters()} == {
         "data",
         "bias",
     }
-    assert (
-        same_bits(leaf.packed().dense(), leaf.dense())
-        and leaf.packed().data.data_ptr() == leaf.data.data_ptr()
-    )
+    assert same_bits(packed.dense(), leaf.dense())
+    assert leaf.parts(packed)["data"].data_ptr() == packed.data.data_ptr()  # nothing is copied
     assert "Q8_0" in repr(leaf)
     with pytest.raises(ValueError, match="Q4_0"):
-        leaf.load(random_packed("Q4_0", 4, 32), "cpu")
+        leaf.parts(random_packed("Q4_0", 4, 32))
     with pytest.raises(ValueError, match="64"):
-        leaf.load(random_packed("Q8_0", 4, 64), "cpu")
+        leaf.parts(random_packed("Q8_0", 4, 64))
     with pytest.raises(ValueError, match="blocks"):
         PackedLinear(100, 4, True, "Q4_K", torch.float32)
     with pytest.raises(RequestError, match="IQ1_S"):
@@ -237,7 +237,7 @@ def test_linear_has_no_weight() -> None:
 def test_embedding(kind: str) -> None:
     packed = random_packed(kind, 40, 256, (40, 1))
     leaf = PackedEmbedding(40, 256, kind, torch.bfloat16)
-    leaf.load(packed, "cpu")
+    fill_packed(leaf, packed)
     ids = torch.tensor([[3, 39, 0], [3, 3, 1]])
     assert same_bits(leaf(ids), F.embedding(ids, oracle(packed).bfloat16()))
     assert leaf(ids[:, :0]).shape == (2, 0, 256)
@@ -279,7 +279,7 @@ def test_compiled_in_one_graph(kind: str) -> None:
     packed = random_packed(kind, 24, 256, (24, 1))
     leaf, x = linear(packed, torch.bfloat16), torch.randn(2, 256)
     table = PackedEmbedding(24, 256, kind, torch.bfloat16)
-    table.load(packed, "cpu")
+    fill_packed(table, packed)
     whole = torch.compile(
         lambda x, ids: leaf(x) + table(ids) @ torch.ones(256, 24, dtype=torch.bfloat16),
         fullgraph=True,
@@ -335,7 +335,7 @@ def swapped(cls: Any, config: Any, dtype: torch.dtype) -> tuple[Any, Any]:
         value = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.05
         if name in kinds:
             weight = random_packed(kinds[name], *parameter.shape, seed=number)
-            packed.get_submodule(owner).load(weight, "cpu")
+            fill_packed(packed.get_submodule(owner), weight)
             value = weight.dense()
         else:
             setattr(packed.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

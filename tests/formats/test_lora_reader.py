@@ -17,7 +17,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.lora_base import _pack_dict_with_prefix
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
-from helpers.tiny import TINY, run
+from helpers.tiny import TINY, random_expert, run
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -56,11 +56,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 @pytest.fixture(scope="module")
 def plain() -> WanDiT:
-    torch.manual_seed(0)
-    model = WanDiT(TINY).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.1)
-    return model
+    return random_expert()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import wanflow
 from wanflow.api import Pipeline
 from wanflow.checkpoint import load
 from wanflow.cli import main
-from wanflow.config import RequestError
-from wanflow.loaders.parts import LoadedParts
+from wanflow.loaders import parts
+from wanflow.loaders.experts import open_expert
 from wanflow.lora import stack
 from wanflow.lora.reader import read_adapter
 from wanflow.media import read_recipe
@@ -141,14 +140,13 @@ def test_a_lora_changes_the_video_and_its_strength_matters(pipe: Pipeline, lora:
 
 
 def test_nothing_is_reloaded(lora: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wanflow.loaders import parts
-
     read: list[str] = []
-    before = parts.open_expert
     monkeypatch.setattr(
         parts,
         "open_expert",
-        lambda checkpoint, which, *rest: read.append(which) or before(checkpoint, which, *rest),
+        lambda checkpoint, which, *rest: (
+            read.append(which) or open_expert(checkpoint, which, *rest)
+        ),
     )
     pipe = wanflow.load("nano", device="cpu")
     for value in ((lora,), (f"{lora}@0.3",), (), (lora, f"{lora}@-0.5")):
@@ -199,7 +197,7 @@ def test_live_and_fused_give_w_plus_strength_alpha_over_rank_b_a(lora: str, tmp_
         plain = load.load_expert(pipe.parts.checkpoint, "low", torch.float32, "cpu").get_parameter(
             f"{name}.weight"
         )  # type: ignore[attr-defined]
-        pipe.parts.use_loras((parse_lora(f"{lora}@high=1,low=0.6"),))
+        pipe.parts.loras.use((parse_lora(f"{lora}@high=1,low=0.6"),))  # type: ignore[attr-defined]
         torch.testing.assert_close(
             effective(pipe, "low", name, (0.6,)),
             plain + 0.6 * (2.0 / 4) * product,
@@ -252,7 +250,7 @@ def test_steps_of_a_lora(pipe: Pipeline, lora: str) -> None:
     for text in ("@0", "@1", "@1,steps=3-"):
         run = states[text] = []
         request = Request(PROMPT, **RUN, lora=(f"{lora}{text}",), boundary=0.0)
-        pipe.resume(pipe.begin(request), lambda told, run=run: run.append(told.latents))  # type: ignore[misc]
+        pipe.resume(pipe.begin(request), lambda progress, run=run: run.append(progress.latents))  # type: ignore[misc]
     plain, late = states["@0"], states["@1,steps=3-"]
     assert all(torch.equal(plain[n], late[n]) for n in (0, 1)) and not torch.equal(
         plain[2], late[2]
@@ -260,7 +258,9 @@ def test_steps_of_a_lora(pipe: Pipeline, lora: str) -> None:
     # from there on it is the LoRA's own step: the same as a run with it that starts from that state
     run = pipe.begin(Request(PROMPT, **RUN, lora=(lora,), boundary=0.0))
     with pytest.raises(Cancelled) as stopped:
-        pipe.resume(pipe.begin(Request(PROMPT, **RUN, boundary=0.0)), lambda told: told.step < 2)
+        pipe.resume(
+            pipe.begin(Request(PROMPT, **RUN, boundary=0.0)), lambda progress: progress.step < 2
+        )
     again = pipe.resume(replace(run, state=stopped.value.run.state))
     assert torch.equal(again.state.x, late[3])
     assert "begins at step 5" in refusal(lambda: latent(pipe, lora=(f"{lora}@1,steps=5-",)))
@@ -329,7 +329,7 @@ def test_a_run_keeps_its_loras(pipe: Pipeline, lora: str, tmp_path: Path) -> Non
     request = Request(PROMPT, **RUN, lora=(f"{lora}@0.7,steps=2-",))
     whole = pipe.resume(pipe.begin(request))
     with pytest.raises(Cancelled) as cancelled:
-        pipe.resume(pipe.begin(request), lambda told: told.step < 2)
+        pipe.resume(pipe.begin(request), lambda progress: progress.step < 2)
     cancelled.value.run.save(tmp_path / "state.safetensors")
     loaded = Run.load(tmp_path / "state.safetensors")
     assert loaded.request.lora == (f"{lora}@high=0.7,low=0.7,steps=2-",)
@@ -387,7 +387,7 @@ def test_the_command_line_and_replay(
     try:
         write_lora(Path(lora), 77)
         assert main(["replay", str(target), "--save_file", str(tmp_path / "c.mp4")]) == 2
-        assert "another LoRA" in capsys.readouterr().err
+        assert f"the LoRA {lora}" in capsys.readouterr().err
     finally:
         Path(lora).write_bytes(kept)
     assert main([*base, "--lora", "nowhere.safetensors"]) == 2
@@ -397,7 +397,7 @@ def test_the_command_line_and_replay(
 # Settings presets
 
 
-def test_lightning_tells_the_model_the_published_timesteps() -> None:
+def test_lightning_gives_the_model_the_published_timesteps() -> None:
     request = with_settings(Request("x"), "lightning4").complete(T2V_A14B)
     steps = timeline(request, T2V_A14B)
     assert [round(step.timestep, 2) for step in steps] == [1000, 937.5, 833.33, 625]
@@ -418,11 +418,11 @@ def test_three_phases() -> None:
     high, low = (
         lora.resolved(which) for lora, which in zip(request.loras, ("high", "low"), strict=True)
     )  # type: ignore[arg-type]
-    told = [
+    phases = [
         (which, request.guidance(which, n), high.strength(which, n), low.strength(which, n))
         for n, which in enumerate(working, 1)
     ]
-    assert told == [("high", 3.5, 0, 0)] * 2 + [("high", 1, 1, 0)] * 2 + [("low", 1, 0, 1)] * 4
+    assert phases == [("high", 3.5, 0, 0)] * 2 + [("high", 1, 1, 0)] * 2 + [("low", 1, 0, 1)] * 4
 
 
 def test_what_the_user_sets_stays(pipe: Pipeline, lora: str) -> None:
@@ -465,9 +465,6 @@ def test_a_preset_without_a_lora_is_warned_of(
     assert "no --lora is given" in caplog.text
 
 
-def test_parts_know_only_what_they_are_asked_for(lora: str) -> None:
-    parts = wanflow.load("nano", device="cpu").parts
-    assert isinstance(parts, LoadedParts)
-    ask: Callable[[], object] = lambda: parts.find_loras((Lora(str(Path(lora).parent / "x")),))  # noqa: E731
-    with pytest.raises(RequestError):
-        ask()
+def test_a_missing_file_is_found_before_anything_is_read(lora: str) -> None:
+    missing = str(Path(lora).parent / "x")
+    assert missing in refusal(lambda: stack.find_loras((Lora(missing),)))

@@ -40,5 +40,5 @@ def same_bits(a: Tensor | None, b: Tensor) -> bool:
         a is not None
         and a.dtype == b.dtype
         and a.shape == b.shape
-        and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )

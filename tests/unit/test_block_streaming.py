@@ -1,6 +1,4 @@
-"""Streaming: the numbers of a model that is all in memory, whatever of it is not, and whatever goes
-wrong on the way.
-"""
+"""Streamed blocks give a resident model's numbers, also after errors and abandoned passes."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ CONFIG = DiTConfig(
 )
 
 
-def whole(seed: int = 0) -> WanDiT:
+def full_model(seed: int = 0) -> WanDiT:
     torch.manual_seed(seed)
     model = WanDiT(CONFIG).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -53,7 +51,7 @@ def whole(seed: int = 0) -> WanDiT:
 
 
 class File:
-    """Stands for a file of blocks: copies them out of a whole model, and notes which."""
+    """A file of blocks: copies them out of a model, and records which were read."""
 
     def __init__(self, model: WanDiT) -> None:
         self.blocks = [
@@ -78,8 +76,8 @@ def streaming(
 ) -> tuple[Streaming, File]:
     file = File(model)
     bare = copy.deepcopy(model)
-    homes = load_to_host(bare, file.fetch, False, skip=resident) if home == "ram" else None
-    return Streaming(bare, file.fetch, resident, CPU, homes, worker), file
+    host_buffers = load_to_host(bare, file.fetch, False, skip=resident) if home == "ram" else None
+    return Streaming(bare, file.fetch, resident, CPU, host_buffers, worker), file
 
 
 def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +93,7 @@ def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("resident", [set(), {2}, {0, 4}, {1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3, 4}])
 @torch.no_grad()
 def test_streamed_is_resident(home: str, resident: set[int]) -> None:
-    model = whole()
+    model = full_model()
     streamed, file = streaming(model, resident, home)
     for _ in range(3):  # what is sent ahead belongs to the next pass
         assert torch.equal(streamed(*inputs()), model(*inputs()))
@@ -107,15 +105,15 @@ def test_streamed_is_resident(home: str, resident: set[int]) -> None:
         for a, b in zip(one, two, strict=True)
     )
     assert torch.equal(streamed(*inputs()[:2], states), model(*inputs()))
-    if home == "ram":  # the file was read once, for what is not resident by `read_homes`
+    if home == "ram":  # the file was read once
         assert sorted(file.read) == [0, 1, 2, 3, 4]
     streamed.close()
 
 
 @torch.no_grad()
 def test_another_trunk_gets_the_blocks_one_by_one() -> None:
-    """What replaces the trunk sees whole blocks, and may stop in the middle of a pass."""
-    model = whole()
+    """Another trunk sees blocks with their weights, and may stop in the middle of a pass."""
+    model = full_model()
     streamed, _ = streaming(model, {1}, "disk")
 
     def first_two(blocks, head, tokens, conditioning):  # type: ignore[no-untyped-def]
@@ -129,8 +127,8 @@ def test_another_trunk_gets_the_blocks_one_by_one() -> None:
 
 
 @torch.no_grad()
-def test_a_pass_that_breaks_off_leaves_the_next_one_whole() -> None:
-    model = whole()
+def test_an_abandoned_pass_leaves_the_next_one_right() -> None:
+    model = full_model()
     streamed, file = streaming(model, set(), "disk")
 
     def breaks(blocks, head, tokens, conditioning):  # type: ignore[no-untyped-def]
@@ -152,7 +150,7 @@ def test_a_pass_that_breaks_off_leaves_the_next_one_whole() -> None:
 
 @torch.no_grad()
 def test_weights_that_wait_take_no_memory() -> None:
-    model = whole()
+    model = full_model()
     streamed, _ = streaming(model, {0}, "disk", SyncExecutor())
     streamed(*inputs())
     held = {
@@ -183,11 +181,11 @@ def test_weights_that_wait_take_no_memory() -> None:
 
 
 @torch.no_grad()
-def test_the_next_block_is_read_beside_the_work() -> None:
+def test_the_next_block_is_read_while_the_current_one_runs() -> None:
     """With reading and working as long as each other, a pass takes about one of the two and not
     their sum.
     """
-    model = whole()
+    model = full_model()
     streamed, file = streaming(model, set(), "disk")
     streamed(*inputs())
     file.seconds = 0.05
@@ -205,12 +203,12 @@ def test_the_next_block_is_read_beside_the_work() -> None:
     assert time.perf_counter() - start < 4 * 5 * 0.05 * 1.6  # in line it would be 2.0
 
 
-def test_spread_leaves_the_streamed_far_apart() -> None:
+def test_streamed_blocks_are_evenly_spaced() -> None:
     for layers in (1, 5, 40):
         for resident in range(layers + 3):
-            kept = evenly_spaced_resident(layers, resident)
-            streamed = sorted(set(range(layers)) - kept)
-            assert len(kept) == min(resident, layers)
+            staying = evenly_spaced_resident(layers, resident)
+            streamed = sorted(set(range(layers)) - staying)
+            assert len(staying) == min(resident, layers)
             gaps = [b - a for a, b in pairwise(streamed)]
             assert not gaps or max(gaps) - min(gaps) <= 1
 
@@ -235,8 +233,8 @@ def test_a_layout_gives_back_what_was_put_in() -> None:
 @pytest.mark.parametrize("home", ["ram", "disk"])
 @torch.no_grad()
 def test_loras_on_streamed_blocks(home: str) -> None:
-    """On weights that wait, and on the small tensors beside them."""
-    model = whole()
+    """On streamed weights, and on the small tensors that stay."""
+    model = full_model()
     streamed, _ = streaming(model, {1}, home)
     generator = torch.Generator().manual_seed(3)
     changes = {
@@ -273,7 +271,7 @@ def test_loras_on_streamed_blocks(home: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 11, 12, 13, 100])
 @torch.no_grad()
 def test_chunks_of_tokens(chunk: int) -> None:
-    model, latent = whole(), inputs(2)[0]
+    model, latent = full_model(), inputs(2)[0]
     timesteps = torch.arange(24.0).view(2, 12) * 40
     for timestep in (torch.full((2,), 700.0), timesteps):
         expected = model(latent, timestep, inputs(2)[2])
@@ -287,7 +285,7 @@ def test_chunks_of_tokens(chunk: int) -> None:
 # the parts of a pipeline
 
 
-def test_an_expert_read_ahead_is_the_one_read_at_once() -> None:
+def test_a_prefetched_expert_equals_the_one_read_at_once() -> None:
     checkpoint = resolve("nano")
     for runtime in (
         Runtime(),
@@ -310,7 +308,7 @@ def test_an_expert_read_ahead_is_the_one_read_at_once() -> None:
         assert not any("wanflow-ahead" in thread.name for thread in threading.enumerate())
 
 
-def test_an_expert_that_cannot_be_read_ahead_is_told_when_it_is_wanted(tmp_path: Path) -> None:
+def test_a_prefetch_that_failed_raises_when_the_expert_is_needed(tmp_path: Path) -> None:
     from dataclasses import replace
 
     checkpoint = resolve("nano")
@@ -325,16 +323,16 @@ def test_an_expert_that_cannot_be_read_ahead_is_told_when_it_is_wanted(tmp_path:
     assert not any("wanflow-ahead" in thread.name for thread in threading.enumerate())
 
 
-def test_a_text_encoder_that_is_never_whole_in_memory() -> None:
+def test_a_text_encoder_streamed_block_by_block() -> None:
     checkpoint = resolve("nano")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, checkpoint.spec.text.vocab, (3, 16), generator=generator)
     mask = (torch.arange(16) < torch.tensor([[16], [3], [9]])).long()
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     for dtype in (torch.float32, torch.bfloat16):
         encoder = load_text_encoder(checkpoint, dtype, "cpu")
         streamed = StreamedEncoder(
-            checkpoint, dtype, CPU, lambda done, total: told.append((done, total))
+            checkpoint, dtype, CPU, lambda done, total: reports.append((done, total))
         )
         with torch.no_grad():
             expected = torch.zeros(3, 16, checkpoint.spec.text.dim, dtype=dtype)
@@ -348,7 +346,7 @@ def test_a_text_encoder_that_is_never_whole_in_memory() -> None:
         assert (expected - padded).abs().max() <= (
             1e-5 if dtype == torch.float32 else 0.03
         ) * padded.abs().max()
-    first = told[: len(told) // 2]
+    first = reports[: len(reports) // 2]
     assert (
         first == sorted(first)
         and first[-1][0] == first[-1][1]
@@ -400,7 +398,7 @@ def test_quantised_blocks_stream_too(tmp_path: Path) -> None:
             streamed.close()  # type: ignore[union-attr]
 
 
-def test_a_file_that_is_cut_while_blocks_are_streamed_ends_in_words(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_while_blocks_are_streamed_is_named(tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(NANO_FOLDER, tmp_path / "model")

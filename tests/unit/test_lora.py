@@ -11,7 +11,8 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import TINY, run
+from helpers.packed_leaves import fill_packed
+from helpers.tiny import TINY, random_expert, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -34,11 +35,7 @@ from wanflow.transforms.packed import Packed, PackedLinear, replace_with_packed
 
 @pytest.fixture(scope="module")
 def plain() -> WanDiT:
-    torch.manual_seed(0)
-    model = WanDiT(TINY).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.1)
-    return model
+    return random_expert()
 
 
 @pytest.fixture
@@ -199,7 +196,7 @@ def test_strength_and_removal(plain: WanDiT, model: WanDiT) -> None:
     adapters.set_strength("a", 0.0)
     assert torch.equal(run(model), base)
     adapters.set_strength("a", 1.0)
-    assert torch.equal(run(model), full) and adapters.strengths == {"a": 1.0}
+    assert torch.equal(run(model), full)
     adapters.remove("a")
     assert torch.equal(run(model), base) and adapters.names == ()
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
@@ -340,7 +337,7 @@ def test_fp8_and_gguf_bases(model: WanDiT, kind: str, dtype: torch.dtype) -> Non
     for name, value in packed.items():
         leaf = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(leaf, PackedLinear)
-        leaf.load(value, "cpu")
+        fill_packed(leaf, value)
         leaf.bias = biases[name]
     base, adapters = run(model), Adapters(model)
     adapters.attach("a", everything(), 0.5)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.common import same_bits
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -65,14 +66,6 @@ def rounded(
     with torch.device("meta"):
         leaf = QuantLinear(weight.shape[1], weight.shape[0], bias is not None, mode, dtype, way)
     return fill(leaf, weight, bias)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-    )
 
 
 def snr(got: Tensor, want: Tensor) -> float:

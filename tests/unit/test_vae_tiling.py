@@ -1,6 +1,4 @@
-"""Decoding in tiles gives the whole decode's frames, whatever the sizes, and no layer of it sees
-more than a tile and its margin.
-"""
+"""A tiled decode gives the full one's frames, and no layer sees more than a tile and its margin."""
 
 from __future__ import annotations
 
@@ -35,9 +33,8 @@ def deep() -> WanVAE:
     torch.manual_seed(0)
     vae = WanVAE(DEEP).requires_grad_(False)
     for name, parameter in vae.named_parameters():
-        if (
-            parameter.ndim > 1 and "gamma" not in name
-        ):  # so that activations stay near one and every pixel is told by all in reach
+        # Activations stay near one, and every pixel depends on all in reach.
+        if parameter.ndim > 1 and "gamma" not in name:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
     return vae
 
@@ -54,7 +51,7 @@ def randn(*shape: int) -> Tensor:
 
 
 @torch.no_grad()
-def whole(vae: WanVAE, latent: Tensor) -> Tensor:
+def full(vae: WanVAE, latent: Tensor) -> Tensor:
     return vae.decode(latent)
 
 
@@ -72,8 +69,8 @@ def tiled(vae: WanVAE, latent: Tensor, tile: int) -> Tensor:
     frames = np.concatenate(list(decode_frames(vae, latent, tile, convert)))
     video = parts[0].new_empty(1, 3, len(frames), height * 8, width * 8)
     for number, box in enumerate(tiles(vae.config, height * 8, width * 8, tile)):
-        place = box.times(8)
-        video[..., place.top : place.bottom, place.left : place.right] = torch.cat(
+        target = box.times(8)
+        video[..., target.top : target.bottom, target.left : target.right] = torch.cat(
             parts[number * steps : (number + 1) * steps], dim=2
         )
     assert np.array_equal(frames, to_uint8(video))
@@ -88,7 +85,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("tile", [64, 72, 100, 136, 4096])
 def test_a_video_is_the_same_in_tiles(nano: Pipeline, finished: Run, tile: int) -> None:
     vae, latent = load_vae(resolve("nano")), finished.state.x
-    torch.testing.assert_close(tiled(vae, latent, tile), whole(vae, latent), **ROUNDING)
+    torch.testing.assert_close(tiled(vae, latent, tile), full(vae, latent), **ROUNDING)
     frames = np.concatenate(list(decode_frames(vae, latent, tile, to_uint8))).astype(int)
     apart = np.abs(frames - np.concatenate(list(nano.frames(finished))))
     assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
@@ -101,15 +98,15 @@ def test_the_published_layers_are_the_same_in_tiles(
 ) -> None:
     latent = randn(1, 16, *shape)
     before = latent.clone()
-    expected = whole(deep, latent)
+    expected = full(deep, latent)
     assert expected.std() > 0.1
     torch.testing.assert_close(tiled(deep, latent, tile), expected, **ROUNDING)
     assert torch.equal(latent, before)
 
 
-def test_one_tile_is_the_whole_decode(deep: WanVAE) -> None:
+def test_one_tile_is_the_full_decode(deep: WanVAE) -> None:
     latent = randn(1, 16, 3, 10, 8)
-    assert torch.equal(tiled(deep, latent, 80), whole(deep, latent))
+    assert torch.equal(tiled(deep, latent, 80), full(deep, latent))
 
 
 def test_bfloat16(deep: WanVAE) -> None:
@@ -117,21 +114,21 @@ def test_bfloat16(deep: WanVAE) -> None:
     low = WanVAE(DEEP).to(torch.bfloat16).requires_grad_(False)
     low.load_state_dict(deep.state_dict())
     latent = randn(1, 16, 2, 16, 20)
-    assert psnr(tiled(low, latent, 64), whole(low, latent)) > 50
+    assert psnr(tiled(low, latent, 64), full(low, latent)) > 50
 
 
 def test_frames_come_in_the_order_of_time(deep: WanVAE) -> None:
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     latent = randn(1, 16, 3, 16, 20)
-    chunks = list(decode_frames(deep, latent, 80, to_uint8, lambda *part: told.append(part)))
+    chunks = list(decode_frames(deep, latent, 80, to_uint8, lambda *part: reports.append(part)))
     assert [chunk.shape for chunk in chunks] == [
         (1, 128, 160, 3),
         (4, 128, 160, 3),
         (4, 128, 160, 3),
     ]
     assert all(chunk.dtype == np.uint8 for chunk in chunks)
-    assert told == [(done, 12) for done in range(1, 13)]
-    ours, theirs = np.concatenate(chunks), to_uint8(whole(deep, latent))
+    assert reports == [(done, 12) for done in range(1, 13)]
+    ours, theirs = np.concatenate(chunks), to_uint8(full(deep, latent))
     assert np.abs(ours.astype(int) - theirs).max() <= 1
     assert not np.array_equal(ours[1:5], ours[5:])
 
@@ -161,7 +158,7 @@ def exact(deep: WanVAE) -> tuple[WanVAE, Tensor, Tensor]:
     vae = WanVAE(DEEP).double().requires_grad_(False)
     vae.load_state_dict(deep.state_dict())
     latent = randn(1, 16, 1, 18, 18)
-    return vae, latent, whole(vae, latent)
+    return vae, latent, full(vae, latent)
 
 
 @pytest.mark.parametrize("number", range(15))
@@ -179,9 +176,9 @@ def test_margins_are_what_the_layers_see(deep: WanVAE) -> None:
     layers = halves(deep)[1]
     box = Box(10, 12, 11, 14)
     features = randn(1, 32, 1, 24, 24).requires_grad_(True)
-    place = box.times(8)
+    target = box.times(8)
     part = torch.cat(list(stream(layers, features, {})), dim=2)[
-        ..., place.top : place.bottom, place.left : place.right
+        ..., target.top : target.bottom, target.left : target.right
     ]
     (gradient,) = torch.autograd.grad(part.square().sum(), features)
     seen = gradient.abs().sum(dim=(0, 1, 2)) > 0
@@ -255,10 +252,10 @@ def test_convert_and_on_part_can_end_it(deep: WanVAE) -> None:
     def refuse(part: Tensor) -> Frames:
         raise Enough
 
-    told: list[int] = []
+    reports: list[int] = []
 
     def stop(done: int, _: int) -> None:
-        told.append(done)
+        reports.append(done)
         if done == 3:
             raise Enough
 
@@ -267,4 +264,4 @@ def test_convert_and_on_part_can_end_it(deep: WanVAE) -> None:
         list(decode_frames(deep, latent, 64, refuse))
     with pytest.raises(Enough):
         list(decode_frames(deep, latent, 64, to_uint8, stop))
-    assert told == [1, 2, 3]
+    assert reports == [1, 2, 3]

@@ -94,6 +94,7 @@ class LoRALinear(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """The dtype that the leaf computes in."""
         if isinstance(self.leaf, Linear32):
             return torch.float32
         return cast(torch.dtype, getattr(self.leaf, "compute_dtype", None) or self.weight.dtype)
@@ -105,6 +106,7 @@ class LoRALinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """The leaf's own."""
         return cast("Tensor | None", self.leaf.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,11 +171,8 @@ class Adapters:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the attached adapters, in order."""
         return tuple(self._attached)
-
-    @property
-    def strengths(self) -> dict[str, float]:
-        return {name: attached.strength for name, attached in self._attached.items()}
 
     def slots(self, name: str) -> Mapping[str, LoRAWeights]:
         """Return an adapter's slots by parameter name: what a trainer trains and saves."""

@@ -85,10 +85,6 @@ class Packed:
                 f" {list(self.shape)}"
             )
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
-
     def rows(self, rows: slice | Tensor) -> Packed:
         """Return rows of the first side, still packed: a slice (a view), or indices [n].
 
@@ -255,24 +251,6 @@ class PackedLeaf(nn.Module):
             **({} if scale is None else {"scale": scale}),
         }
 
-    def load(self, packed: Packed, device: torch.device | str) -> None:
-        """Set data and scale to a tensor's; ValueError for one of another kind or shape."""
-        if packed.shape != self.shape:
-            raise ValueError(
-                f"{packed.kind} {list(packed.shape)} is not {self.kind} {list(self.shape)}"
-            )
-        parts = {
-            name: nn.Parameter(value.to(device), requires_grad=False)
-            for name, value in self.parts(packed).items()
-        }
-        self.data, self.scale = parts["data"], parts.get("scale")
-
-    def packed(self) -> Packed:
-        """Return the weight as a value that shares its memory."""
-        return Packed(
-            self.kind, self.shape, self.data.data, None if self.scale is None else self.scale.data
-        )
-
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight [out, in], in `dtype` or `compute_dtype`."""
         return self._rows(slice(None), dtype or self.compute_dtype)
@@ -304,7 +282,7 @@ class PackedLinear(PackedLeaf):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] of any float dtype -> [..., out] of `compute_dtype`."""
+        """Return [..., out] of `compute_dtype` for x [..., in] of any float dtype."""
         return multiply(
             x,
             lambda rows: self._rows(rows, self.compute_dtype),
@@ -347,7 +325,7 @@ def multiply(
     dtype: torch.dtype,
     step: int,
 ) -> Tensor:
-    """x [..., in] -> [..., out] of `dtype`; `weight` unpacks some of its rows, `step` at a time."""
+    """Return [..., out] of `dtype` for x [..., in]; `weight` unpacks its rows, `step` at a time."""
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if step >= out_features:
@@ -363,7 +341,7 @@ class PackedEmbedding(PackedLeaf):
     """A packed table [count, size]; only the requested rows are unpacked."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., size] of `compute_dtype`."""
+        """Return [..., size] of `compute_dtype` for ids [...]."""
         return self._rows(ids.flatten(), self.compute_dtype).view(*ids.shape, self.shape[1])
 
 

@@ -236,9 +236,9 @@ class QuantLinear(nn.Module):
         return self._rows(slice(None), dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] of any float dtype -> [..., out] of `compute_dtype`.
+        """Return [..., out] of `compute_dtype` for x [..., in] of any float dtype.
 
-        A value of x that is not finite makes its token's results not finite.
+        Where x is not finite, its token's results are not finite.
         """
         needs_gradient = torch.is_grad_enabled() and x.requires_grad  # and rounding has none
         if self.way == "weight-only" or needs_gradient:
