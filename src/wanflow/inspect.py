@@ -24,20 +24,18 @@ from wanflow.checkpoint.key_maps import Kind, detect, strip
 from wanflow.checkpoint.layouts import (
     DIFFUSERS,
     ENDINGS,
-    EXPERTS,
     FOLDERS,
     TOKENIZERS,
-    WORDS,
     config_beside,
     layout_of,
     weight_groups,
     which_expert,
 )
 from wanflow.checkpoint.ledger import LEDGER, Ledger
+from wanflow.checkpoint.parts import EXPERTS, WORDS, Part
 from wanflow.checkpoint.published import KNOWN, known_sha256
 from wanflow.checkpoint.source import (
     OfficialSource,
-    Part,
     describe,
     is_lora,
     kinds_in,

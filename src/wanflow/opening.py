@@ -12,8 +12,7 @@ from typing import Any
 from wanflow.api import Pipeline
 from wanflow.assemble import assemble
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from wanflow.checkpoint.layouts import PARTS
-from wanflow.checkpoint.source import Part
+from wanflow.checkpoint.parts import PARTS, Part
 from wanflow.config import RequestError
 from wanflow.loaders.parts import Report
 from wanflow.parallel import ranks

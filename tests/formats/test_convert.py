@@ -31,18 +31,18 @@ from wanflow.checkpoint import tokenizers as tokens
 from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.checkpoint.containers import TensorInfo, stream_packed
 from wanflow.checkpoint.key_maps import Kind
-from wanflow.checkpoint.layouts import kind_of
 from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokenizer, load_vae
+from wanflow.checkpoint.parts import Part, kind_of
 from wanflow.checkpoint.published import EXPERT_FP8, T5_FP8
-from wanflow.checkpoint.source import OfficialSource, Part, open_part, open_source
+from wanflow.checkpoint.source import OfficialSource, open_part, open_source
 from wanflow.checkpoint.structure import build
 from wanflow.cli import command_parser
 from wanflow.cli import convert as command
 from wanflow.config import DiTConfig
 from wanflow.convert import configs, write, write_gguf
 from wanflow.convert.convert import convert, open_model
-from wanflow.convert.encode import entries, form
-from wanflow.convert.targets import TARGETS, Options, options
+from wanflow.convert.encode import entries, storage_dtype
+from wanflow.convert.formats import TARGETS, Options, options
 from wanflow.convert.write import TensorSpec, write_torch
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
@@ -279,16 +279,13 @@ def test_gguf_blocks_are_those_of_the_gguf_package(
 
 def test_rows_that_are_not_whole_blocks_stay_in_sixteen_bits() -> None:
     coding = TARGETS["gguf-q4_0"].coding
-    assert (
-        form("dit", "blocks.0.ffn.0.weight", TensorInfo((64, 64), torch.float32), coding) == "Q4_0"
-    )
-    assert (
-        form("dit", "blocks.0.ffn.0.weight", TensorInfo((64, 48), torch.float32), coding) == "F16"
-    )
-    assert (
-        form("dit", "patch_embedding.weight", TensorInfo((64, 16, 1, 2, 2), torch.float32), coding)
-        == "F16"
-    )
+
+    def chosen(name: str, *shape: int) -> str:
+        return storage_dtype("dit", name, TensorInfo(shape, torch.float32), coding)
+
+    assert chosen("blocks.0.ffn.0.weight", 64, 64) == "Q4_0"
+    assert chosen("blocks.0.ffn.0.weight", 64, 48) == "F16"
+    assert chosen("patch_embedding.weight", 64, 16, 1, 2, 2) == "F16"
 
 
 def test_what_is_packed_already_is_not_rounded_again(
@@ -545,7 +542,7 @@ def test_nanos_tokenizer_lies_beside_and_that_is_said(tmp_path: Path) -> None:
     assert write_gguf.pieces_in((NANO / "google/umt5-xxl/tokenizer.json").read_bytes()) is None
     told: list[str] = []
     run(NANO, tmp_path / "out", "gguf-q8_0", say=told.append)
-    assert any("beside the text encoder" in text for text in told)
+    assert any("GGUF" in text and "tokenizer" in text for text in told)
     assert (tmp_path / "out/google/umt5-xxl/tokenizer.json").read_bytes() == (
         NANO / "google/umt5-xxl/tokenizer.json"
     ).read_bytes()
@@ -622,17 +619,17 @@ def test_what_is_refused(
     out = tmp_path / "out"
     assert "is a LoRA" in refusal(lambda: run(lora, out, "bf16"))
     assert "is missing" in refusal(lambda: run(tmp_path / "none", out, "bf16"))
-    assert "inside one another" in refusal(lambda: run(exact, exact, "bf16", overwrite=True))
-    assert "inside one another" in refusal(lambda: run(exact, exact / "sub", "bf16"))
-    assert "inside one another" in refusal(lambda: run(exact, exact.parent, "bf16", overwrite=True))
-    assert "inside one another" in refusal(lambda: run(expert, expert, "bf16", overwrite=True))
-    assert "by any program" in refusal(lambda: run(exact / "Wan2.1_VAE.pth", out, "gguf-q8_0"))
+    assert "overlap" in refusal(lambda: run(exact, exact, "bf16", overwrite=True))
+    assert "overlap" in refusal(lambda: run(exact, exact / "sub", "bf16"))
+    assert "overlap" in refusal(lambda: run(exact, exact.parent, "bf16", overwrite=True))
+    assert "overlap" in refusal(lambda: run(expert, expert, "bf16", overwrite=True))
+    assert "VAE in GGUF" in refusal(lambda: run(exact / "Wan2.1_VAE.pth", out, "gguf-q8_0"))
     assert "writes .gguf" in refusal(lambda: run(expert, tmp_path / "x.safetensors", "gguf-q8_0"))
-    assert "says the dtype already" in refusal(lambda: options("bf16", "float16"))
-    assert "says the dtype already" in refusal(lambda: options("gguf-f16", "float32"))
+    assert "--dtype" in refusal(lambda: options("bf16", "float16"))
+    assert "--dtype" in refusal(lambda: options("gguf-f16", "float32"))
     assert "name its folder" in refusal(lambda: run(expert, out, "bf16", given={"low": expert}))
-    assert "there are official" in refusal(lambda: options("q9"))
-    assert "none of float32" in refusal(lambda: options("fp8", "int8"))
+    assert "official, diffusers" in refusal(lambda: options("q9"))
+    assert "choose of float32" in refusal(lambda: options("fp8", "int8"))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage(10, 9_000_000, 1_000_000))
     assert "needs 0.03 GB, and its disk has 0.00 GB free" in refusal(
@@ -765,7 +762,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "wanflow.json",
     ]
     assert "the VAE stays as it is" in capsys.readouterr().err
-    assert tuple(TARGETS) == command.TARGETS
+    assert TARGETS is command.TARGETS
     assert command.size("1.5GB") == 1_500_000_000 and command.size("2MiB") == 2 << 20
     assert "is no size" in refusal(lambda: command.size("ten"))
     assert "none of high, low" in refusal(
@@ -779,7 +776,7 @@ MEASURE = """
 import json, re, sys, threading, time
 from pathlib import Path
 import torch
-from wanflow.convert import targets as arrange, convert
+from wanflow.convert import convert, formats
 
 torch.set_num_threads(1)
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -787,7 +784,7 @@ status = Path("/proc/self/status")
 anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", status.read_text())[1]) * 1024
 
 for to in sys.argv[3:]:
-    model, options = convert.open_model(root / "x.safetensors", {}), arrange.options(to)
+    model, options = convert.open_model(root / "x.safetensors", {}), formats.options(to)
     base, peak, measuring = anonymous(), 0, True
 
     def watch():

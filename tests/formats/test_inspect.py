@@ -29,7 +29,7 @@ from wanflow.cli import command_parser
 from wanflow.cli import inspect as command
 from wanflow.config import RequestError
 from wanflow.convert.convert import convert, open_model
-from wanflow.convert.targets import options
+from wanflow.convert.formats import options
 from wanflow.inspect import EITHER, Findings, Row, inspect
 
 HERE = Path(__file__).parents[1]

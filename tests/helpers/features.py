@@ -17,7 +17,7 @@ import wanflow
 from helpers.common import PROMPT
 from wanflow.api import Pipeline
 from wanflow.convert.convert import convert, open_model
-from wanflow.convert.targets import options
+from wanflow.convert.formats import options
 from wanflow.opening import NANO_FOLDER
 from wanflow.pipeline import Cancelled
 from wanflow.request import Request

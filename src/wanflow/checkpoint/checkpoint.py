@@ -28,15 +28,9 @@ from wanflow.checkpoint.infer_config import (
     vae_shapes,
 )
 from wanflow.checkpoint.key_maps import Kind
-from wanflow.checkpoint.layouts import (
-    EXPERTS,
-    WEIGHTS,
-    CheckpointFiles,
-    config_beside,
-    find,
-    kind_of,
-)
-from wanflow.checkpoint.source import OfficialSource, Part, official, open_source
+from wanflow.checkpoint.layouts import CheckpointFiles, config_beside, find
+from wanflow.checkpoint.parts import EXPERTS, WEIGHTS, Part, kind_of
+from wanflow.checkpoint.source import OfficialSource, official, open_source
 from wanflow.checkpoint.structure import Config, check, module_of
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig, plain
 from wanflow.geometry import parse_size

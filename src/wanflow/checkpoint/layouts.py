@@ -15,28 +15,17 @@ from typing import Any
 
 from wanflow.checkpoint.containers import TensorSource, read_json, weight_files
 from wanflow.checkpoint.infer_config import BY_TYPE, ONLY, refuse_relatives
-from wanflow.checkpoint.key_maps import Kind, expert_in_name
+from wanflow.checkpoint.key_maps import expert_in_name
+from wanflow.checkpoint.parts import EXPERTS, FLAGS, PARTS, WEIGHTS, WORDS, Part
 from wanflow.checkpoint.published import VARIANTS, expert_by_hash
-from wanflow.checkpoint.source import Part, describe, is_lora, kinds_in, official
+from wanflow.checkpoint.source import describe, is_lora, kinds_in, official
 from wanflow.checkpoint.tokenizers import carries_tokenizer
 from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B, Expert
 
-# The parts, and what the layouts and messages call them.
 FOLDERS = dict(T2V_A14B.expert_folders)
-EXPERTS = T2V_A14B.expert_names
-WEIGHTS: tuple[Part, ...] = (*EXPERTS, "t5", "vae")
-PARTS: tuple[Part, ...] = (*WEIGHTS, "tokenizer")
-KINDS: dict[Part, Kind] = {**dict.fromkeys(EXPERTS, "dit"), "t5": "t5", "vae": "vae"}
 DIFFUSERS = {"high": "transformer", "low": "transformer_2", "t5": "text_encoder", "vae": "vae"}
 OFFICIAL_STEMS: dict[Part, str] = {"t5": "models_t5_umt5-xxl-enc-bf16", "vae": "Wan2.1_VAE"}
-WORDS: dict[Part, str] = {
-    **{expert: f"the {expert}-noise expert" for expert in EXPERTS},
-    "t5": "the text encoder",
-    "vae": "the VAE",
-    "tokenizer": "the tokenizer",
-}
-FLAGS = ", ".join(f"--{part}" for part in WEIGHTS)
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 TOKENIZERS = (
     TOKENIZER,
@@ -52,11 +41,6 @@ T5_FIELDS = {"relative_attention_max_distance": "max_dist", "layer_norm_epsilon"
 VAE_FIELDS = {"latents_mean": "latent_mean", "latents_std": "latent_std"}
 ENDINGS = {".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin"}
 DEPTH, MANY = 4, 400  # of folders that are searched for loose files; files of one model at most
-
-
-def kind_of(part: Part) -> Kind:
-    """Return the kind of model that a part is; KeyError for the tokenizer."""
-    return KINDS[part]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,6 @@ from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
 from wanflow.transforms.packed import Packed
 
-Part = str  # the name of an expert, "t5", "vae" or "tokenizer"
-
 # A name, without prefix, that every file of a kind has in one dialect, and no other kind has.
 MARKS: dict[str, Kind] = {
     "patch_embedding.weight": "dit",

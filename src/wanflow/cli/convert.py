@@ -5,24 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from wanflow.checkpoint.parts import WEIGHTS, Part
 from wanflow.cli.flags import given_parts, model_path, part_flags
 from wanflow.cli.parser import Parser
 from wanflow.config import RequestError
+from wanflow.convert.formats import TARGETS
 from wanflow.runtime import DTYPES
 
-if TYPE_CHECKING:
-    from wanflow.checkpoint.source import Part
-
-TARGETS = (
-    "official",
-    "diffusers",
-    "bf16",
-    "fp16",
-    "fp8",
-    *(f"gguf-{kind}" for kind in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f16", "bf16")),
-)
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -36,7 +26,7 @@ def convert_flags(p: Parser) -> None:
     )
     p.add_argument("--to", required=True, choices=TARGETS, metavar="FORM", help=", ".join(TARGETS))
     p.add_argument("--dtype", choices=DTYPES, help="of what is not quantised")
-    p.add_argument("--parts", default="high,low,t5,vae", metavar="LIST", help="parts to convert")
+    p.add_argument("--parts", default=",".join(WEIGHTS), metavar="LIST", help="parts to convert")
     p.add_argument(
         "--max_shard_size",
         default="10GB",
@@ -56,19 +46,18 @@ def size(text: str) -> int:
 
 
 def _parts(text: str) -> tuple[Part, ...]:
-    known: tuple[Part, ...] = ("high", "low", "t5", "vae")
     requested = [word.strip() for word in text.split(",")]
-    unknown = [word for word in requested if word not in known]
+    unknown = [word for word in requested if word not in WEIGHTS]
     if unknown or not requested:
-        raise RequestError(f"--parts {text}: {', '.join(unknown)} is none of {', '.join(known)}")
-    return tuple(part for part in known if part in requested)
+        raise RequestError(f"--parts {text}: {', '.join(unknown)} is none of {', '.join(WEIGHTS)}")
+    return tuple(part for part in WEIGHTS if part in requested)
 
 
 def convert(args: argparse.Namespace) -> None:
     """Write the weights in another form."""
     from wanflow.convert.convert import convert as write
     from wanflow.convert.convert import open_model
-    from wanflow.convert.targets import options
+    from wanflow.convert.formats import options
     from wanflow.screen import Screen
 
     target = options(

@@ -15,7 +15,7 @@ from wanflow.request import Request, with_settings
 from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
-    from wanflow.checkpoint.source import Part
+    from wanflow.checkpoint.parts import Part
 
 # Flags of the official script that belong to its other tasks: accepted, and reported as unused.
 OTHER_TASKS = (

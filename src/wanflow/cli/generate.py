@@ -30,7 +30,7 @@ from wanflow.settings import settings_of
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.checkpoint import Checkpoint
-    from wanflow.checkpoint.source import Part
+    from wanflow.checkpoint.parts import Part
     from wanflow.parallel.ranks import DistInfo
     from wanflow.pipeline import Run
     from wanflow.recipe import ModelRecord, Recipe

@@ -1,6 +1,4 @@
-"""The small files beside weights: what the official code, diffusers, transformers and wanflow read
-a model's shape from.
-"""
+"""Write the small files next to weights: configs for the official code, Diffusers, transformers."""
 
 from __future__ import annotations
 
@@ -34,18 +32,12 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def model_card(preset: ModelSpec, vocabulary: Sequence[str] = ()) -> dict[str, Any] | None:
-    """What `wanflow.json` has to say of a model; None for the published one, of which everything is
-    known.
-    """
+    """Return the contents of `wanflow.json`; None for the published model, which needs none."""
     if preset == T2V_A14B and not vocabulary:
         return None
-    hidden = (
-        "num_heads",
-        "text_dim",
-        "text_len",
-        "eps",
-    )  # what the tensors of an expert, or its official config.json, do not say
-    said: dict[str, Any] = {
+    # What an expert's tensors, or its official config.json, do not show.
+    hidden = ("num_heads", "text_dim", "text_len", "eps")
+    card: dict[str, Any] = {
         "name": preset.name,
         "task": preset.task,
         "dit": {name: getattr(preset.dit, name) for name in hidden},
@@ -57,11 +49,11 @@ def model_card(preset: ModelSpec, vocabulary: Sequence[str] = ()) -> dict[str, A
             if field.name in DEFAULTS
         },
     }
-    return {**said, "vocabulary": list(vocabulary)} if vocabulary else said
+    return {**card, "vocabulary": list(vocabulary)} if vocabulary else card
 
 
 def official(dit: DiTConfig) -> dict[str, Any]:
-    """`config.json` of an expert, for the official code."""
+    """Return `config.json` of an expert, for the official code."""
     return {
         "_class_name": "WanModel",
         "_diffusers_version": "0.33.0",
@@ -72,12 +64,12 @@ def official(dit: DiTConfig) -> dict[str, Any]:
 # diffusers and transformers
 
 
-def _class(name: str, **said: Any) -> dict[str, Any]:
-    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **said}
+def _class(name: str, **values: Any) -> dict[str, Any]:
+    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **values}
 
 
 def model_index(preset: ModelSpec, tokenizer: str) -> dict[str, Any]:
-    """`model_index.json`; `tokenizer` is transformers' name of its class."""
+    """Return `model_index.json`; `tokenizer` is the name of transformers' class."""
     parts = {
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -90,7 +82,7 @@ def model_index(preset: ModelSpec, tokenizer: str) -> dict[str, Any]:
 
 
 def transformer(dit: DiTConfig) -> dict[str, Any]:
-    """`config.json` of an expert, for diffusers."""
+    """Return `config.json` of an expert, for diffusers."""
     return _class(
         "WanTransformer3DModel",
         patch_size=dit.patch_size,
@@ -113,7 +105,7 @@ def transformer(dit: DiTConfig) -> dict[str, Any]:
 
 
 def autoencoder(vae: VAEConfig) -> dict[str, Any]:
-    """`config.json` of the VAE, for diffusers."""
+    """Return `config.json` of the VAE, for diffusers."""
     return _class(
         "AutoencoderKLWan",
         base_dim=vae.dim,
@@ -131,7 +123,7 @@ def autoencoder(vae: VAEConfig) -> dict[str, Any]:
 
 
 def text_encoder(text: TextConfig) -> dict[str, Any]:
-    """`config.json` of the text encoder, for transformers."""
+    """Return `config.json` of the text encoder, for transformers."""
     return {
         "architectures": ["UMT5EncoderModel"],
         "model_type": "umt5",
@@ -156,7 +148,7 @@ def text_encoder(text: TextConfig) -> dict[str, Any]:
 
 
 def scheduler(shift: float) -> dict[str, Any]:
-    """`scheduler_config.json`: UniPC of the second order over the flow's sigmas."""
+    """Return `scheduler_config.json`: UniPC of the second order over the flow's sigmas."""
     return _class(
         "UniPCMultistepScheduler",
         num_train_timesteps=TRAIN_STEPS,
@@ -172,17 +164,14 @@ def scheduler(shift: float) -> dict[str, Any]:
 
 
 def tokenizer(text: bytes) -> tuple[bytes, bytes]:
-    """A bare `tokenizer.json` as transformers needs it: itself, ending prompts in `</s>`, and a
-    `tokenizer_config.json`.
-    """
-    said = json.loads(text)
-    end = next(
-        (token["id"] for token in said.get("added_tokens", ()) if token["content"] == "</s>"), None
-    )
-    if said.get("post_processor") is None and end is not None:
+    """Return `tokenizer.json` with prompts that end in `</s>`, and `tokenizer_config.json`."""
+    parsed = json.loads(text)
+    ids = {token["content"]: token["id"] for token in parsed.get("added_tokens", ())}
+    end = ids.get("</s>")
+    if parsed.get("post_processor") is None and end is not None:
         ending = {"SpecialToken": {"id": "</s>", "type_id": 0}}
         first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
-        said["post_processor"] = {
+        parsed["post_processor"] = {
             "type": "TemplateProcessing",
             "single": [first, ending],
             "pair": [first, ending, second, ending],
@@ -194,4 +183,4 @@ def tokenizer(text: bytes) -> tuple[bytes, bytes]:
         "eos_token": "</s>",
         "unk_token": "<unk>",
     }
-    return json.dumps(said, ensure_ascii=False).encode(), as_json(config)
+    return json.dumps(parsed, ensure_ascii=False).encode(), as_json(config)

@@ -1,128 +1,35 @@
-"""What a conversion writes: the files of each layout, their tensors and the small files beside
-them, planned from headers alone.
-"""
+"""Plan a conversion from headers alone: the files of a layout, their tensors, their configs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.infer_config import SHEET, configure, text_shapes
-from wanflow.checkpoint.key_maps import Dialect, Kind
-from wanflow.checkpoint.layouts import DIFFUSERS, EXPERTS, FOLDERS, OFFICIAL_STEMS, kind_of
-from wanflow.checkpoint.source import EMBEDDED, OfficialSource, Part
+from wanflow.checkpoint.key_maps import Kind
+from wanflow.checkpoint.layouts import DIFFUSERS, FOLDERS, OFFICIAL_STEMS
+from wanflow.checkpoint.parts import EXPERTS, Part, kind_of
+from wanflow.checkpoint.source import EMBEDDED, OfficialSource
 from wanflow.checkpoint.tokenizers import open_tokenizer
-from wanflow.config import RequestError, TextConfig
+from wanflow.config import TextConfig
 from wanflow.convert import configs
-from wanflow.convert.encode import StorageFormat, bytes_entry, entries
+from wanflow.convert.encode import bytes_entry, entries
+from wanflow.convert.formats import DIALECTS, Options, StorageFormat
 from wanflow.convert.write import TensorSpec, shards, write_safetensors, write_torch
-from wanflow.convert.write_gguf import KINDS, Note, note_text, package, pieces_in, write_gguf
+from wanflow.convert.write_gguf import Note, note_text, pieces_in, write_gguf
 from wanflow.presets import T2V_A14B
 
-Layout = Literal["official", "diffusers", "comfy", "gguf"]
-SHARD = 10_000_000_000  # bytes, as the published experts have it
+SINGLE = "file"  # the layout of a checkpoint that is one part of a model
+ARCHITECTURE: dict[Kind, str] = {"dit": "wan", "t5": "t5encoder"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-SINGLE = "file"  # the layout of a checkpoint that is one part of a model
-ARCHITECTURE: dict[Kind, str] = {"dit": "wan", "t5": "t5encoder"}
-# The names of each layout; ComfyUI's single files have the official names, and transformers' for
-# the text encoder.
-DIALECT: dict[Layout, dict[Kind, Dialect]] = {
-    "official": {"dit": "official", "t5": "official", "vae": "official"},
-    "diffusers": {"dit": "diffusers", "t5": "huggingface", "vae": "diffusers"},
-    "comfy": {"dit": "official", "t5": "huggingface", "vae": "official"},
-    "gguf": {"dit": "official", "t5": "gguf", "vae": "official"},
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layout and how its tensors are stored; `word` is what its file names say of that."""
-
-    layout: Layout
-    coding: StorageFormat
-    word: str = ""
-
-    def of(self, kind: Kind, dtype: str | None, alone: bool) -> StorageFormat:
-        """The coding of one part.
-
-        Args:
-            dtype: what the user wants for all that is not quantised.
-            alone: nothing else is converted, so that this part was asked for by name.
-        """
-        if (
-            kind == "vae"
-        ):  # beside quantised weights it stays as it is: half a gigabyte, and rounding it shows
-            small = self.coding.quant is not None or self.coding.gguf
-            return StorageFormat(plain=dtype or (None if small else self.coding.plain))
-        coding = replace(self.coding, plain=dtype or self.coding.plain)
-        if kind == "t5" and coding.quant in KINDS and not alone:
-            return replace(coding, quant="Q8_0")  # it runs once a prompt, and decides what is drawn
-        return coding
-
-
-TARGETS: dict[str, Target] = {
-    "official": Target("official", StorageFormat()),
-    "diffusers": Target("diffusers", StorageFormat()),
-    "bf16": Target("comfy", StorageFormat(plain="BF16"), "bf16"),
-    "fp16": Target("comfy", StorageFormat(plain="F16"), "fp16"),
-    "fp8": Target("comfy", StorageFormat("F8_E4M3", "BF16"), "fp8_scaled"),
-    **{
-        f"gguf-{kind.lower()}": Target("gguf", StorageFormat(kind, "F16", True), kind)
-        for kind in KINDS
-    },
-    "gguf-f16": Target("gguf", StorageFormat(None, "F16", True), "F16"),
-    "gguf-bf16": Target("gguf", StorageFormat(None, "BF16", True), "BF16"),
-}
-WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to convert.
-
-    dtype: float32, bfloat16 or float16 for what is not quantised; None: what the target usually
-        has.
-    parts: of high, low, t5, vae; those to convert.
-    shard: most bytes of a file, in layouts that have several.
-    """
-
-    to: str
-    dtype: str | None = None
-    parts: tuple[Part, ...] = ("high", "low", "t5", "vae")
-    shard: int = SHARD
-    overwrite: bool = False
-
-    @property
-    def target(self) -> Target:
-        return TARGETS[self.to]
-
-    def coding(self, kind: Kind, alone: bool = False) -> StorageFormat:
-        return self.target.of(kind, WORDS[self.dtype] if self.dtype else None, alone)
-
-
-def options(to: str, dtype: str | None = None, **others: Any) -> Options:
-    """Checked options; RequestError for what does not exist or go together."""
-    if to not in TARGETS:
-        raise RequestError(
-            f"there is no format {to!r} to convert to; there are {', '.join(TARGETS)}"
-        )
-    if dtype is not None and dtype not in WORDS:
-        raise RequestError(f"dtype {dtype!r} is none of {', '.join(WORDS)}")
-    coding = TARGETS[to].coding
-    if dtype is not None and coding.quant is None and coding.plain not in (None, WORDS[dtype]):
-        raise RequestError(f"--to {to} says the dtype already; leave out --dtype {dtype}")
-    if coding.gguf:
-        package()
-    return Options(to, dtype, **others)
 
 
 def single_kind(model: Checkpoint) -> Kind | None:
@@ -135,37 +42,21 @@ def source_paths(model: Checkpoint) -> list[Path]:
     return [model.folder, *(part.path for part in model.sources.values()), *model.paths.values()]
 
 
-def _tokenizer_files(path: Path) -> dict[str, bytes]:
-    """The files of a tokenizer, `tokenizer.json` always among them, whatever it is read from."""
-    names = TOKENIZER_FILES if path.name in TOKENIZER_FILES else ()
-    files = {
-        name: (path.parent / name).read_bytes() for name in names if (path.parent / name).is_file()
-    }
-    if path.suffix == ".json":
-        files["tokenizer.json"] = path.read_bytes()
-    if "tokenizer.json" not in files:
-        files["tokenizer.json"] = open_tokenizer(path).to_str().encode()
-    return files
-
-
-# what comes out
-
-
 @dataclass(frozen=True)
 class Output:
-    """A file of tensors, by its path in the folder to be."""
+    """A file of tensors, by its path in the new folder."""
 
     path: str
     entries: list[TensorSpec]
-    note: Note | None = None  # of a GGUF file's header
-    arch: str = ""
-    kind: str = ""
+    note: Note | None = None  # writes metadata into a GGUF header
+    arch: str = ""  # of a GGUF file
+    kind: str = ""  # the format of most of its weights
 
     def write(self, path: Path, count: Callable[[int], None]) -> None:
+        """Write the file; `count` gets the bytes as they are written."""
         if self.arch:
-            write_gguf(
-                path, self.entries, count, self.arch, self.kind, self.note or (lambda writer: None)
-            )
+            note = self.note or (lambda writer: None)
+            write_gguf(path, self.entries, count, self.arch, self.kind, note)
         elif self.path.endswith(".pth"):
             write_torch(path, self.entries, count)
         else:
@@ -174,7 +65,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that will be written."""
+    """All that a conversion writes."""
 
     outputs: list[Output]
     files: dict[str, bytes]  # small ones
@@ -187,114 +78,97 @@ class Plan:
         )
 
 
-def plan(model: Checkpoint, wanted: Options, name: str) -> Plan:
-    """The files of a conversion; `name` is that of the only one, for a part that stands alone."""
-    if single_kind(model) is not None:
-        return _plan_part(model, wanted, name)
-    tokens = _tokenizer_files(model.paths["tokenizer"])
-    layout = wanted.target.layout
+def plan(model: Checkpoint, options: Options, name: str) -> Plan:
+    """Return the files of a conversion; `name` is that of the only one, for a single part."""
+    alone = single_kind(model)
+    if alone is not None:
+        return _plan_part(model, alone, options, name)
+    layout, tokens = options.target.layout, _tokenizer_files(model.paths["tokenizer"])
+    parts = {part: source for part, source in model.sources.items() if part in options.parts}
     outputs: list[Output] = []
     files: dict[str, bytes] = {}
-    parts = {part: source for part, source in model.sources.items() if part in wanted.parts}
-    made = {
-        part: entries(
-            kind_of(part), source, wanted.coding(kind_of(part)), DIALECT[layout][kind_of(part)]
-        )
-        for part, source in parts.items()
-    }
-    if layout in ("official", "diffusers"):
-        for part, tensors in made.items():
-            some, index = _arrange(part, tensors, wanted)
-            outputs += some
+    for part, source in parts.items():
+        kind = kind_of(part)
+        tensors = entries(kind, source, options.coding(kind), DIALECTS[layout][kind])
+        if layout in ("official", "diffusers"):
+            split, index = _split(part, tensors, options)
+            outputs += split
             files |= index
-    else:
-        outputs = [_single(part, tensors, model, wanted, tokens) for part, tensors in made.items()]
+        else:
+            outputs.append(_one_file(part, tensors, model, options, tokens))
     if layout == "official":
-        files |= {
-            f"{FOLDERS[part]}/config.json": configs.as_json(configs.official(model.spec.dit))
-            for part in EXPERTS
-            if part in made
-        }
+        config = configs.as_json(configs.official(model.spec.dit))
+        files |= {f"{FOLDERS[part]}/config.json": config for part in EXPERTS if part in parts}
     if layout == "diffusers":
-        files |= _diffusers_files(model, wanted, tokens)
+        files |= _diffusers_files(model, options, tokens)
     else:
         files |= {f"google/umt5-xxl/{file}": data for file, data in tokens.items()}
     sheet = configs.model_card(model.spec, model.vocabulary)
     if sheet is not None:
         files[SHEET] = configs.as_json(sheet)
-    return Plan(outputs, files, _notes(parts, wanted, tokens))
+    return Plan(outputs, files, _notes(parts, options, tokens))
+
+
+def _tokenizer_files(path: Path) -> dict[str, bytes]:
+    """Return the files of a tokenizer, always with a `tokenizer.json`."""
+    names = TOKENIZER_FILES if path.name in TOKENIZER_FILES else ()
+    found = [path.parent / name for name in names if (path.parent / name).is_file()]
+    files = {file.name: file.read_bytes() for file in found}
+    if path.suffix == ".json":
+        files["tokenizer.json"] = path.read_bytes()
+    if "tokenizer.json" not in files:
+        files["tokenizer.json"] = open_tokenizer(path).to_str().encode()
+    return files
 
 
 def _notes(
-    parts: Mapping[Part, OfficialSource], wanted: Options, tokens: Mapping[str, bytes]
+    parts: Mapping[Part, OfficialSource], options: Options, tokens: Mapping[str, bytes]
 ) -> tuple[str, ...]:
-    """What a user should know."""
-    notes = []
-    if "t5" in parts and wanted.coding("t5").quant != wanted.target.coding.quant:
+    """Return what a user might not expect."""
+    notes, target = [], options.target
+    if "t5" in parts and options.coding("t5").quant != target.coding.quant:
         notes.append(
             "the text encoder becomes Q8_0: it runs once a prompt, and decides what is drawn"
         )
-    if (
-        "vae" in parts
-        and wanted.target.coding != StorageFormat()
-        and wanted.coding("vae").plain is None
-    ):
+    if "vae" in parts and target.coding != StorageFormat() and options.coding("vae").plain is None:
         notes.append("the VAE stays as it is: it is small, and rounding it shows")
-    if (
-        "t5" in parts
-        and wanted.target.layout == "gguf"
-        and tokens
-        and pieces_in(tokens["tokenizer.json"]) is None
-    ):
+    if "t5" in parts and target.layout == "gguf" and pieces_in(tokens["tokenizer.json"]) is None:
         notes.append(
-            "GGUF cannot express this tokenizer; it lies beside the text encoder instead of in it"
+            "GGUF cannot express this tokenizer; it becomes a file of its own next to the text"
+            " encoder"
         )
     return tuple(notes)
 
 
-def _plan_part(model: Checkpoint, wanted: Options, name: str) -> Plan:
-    """One file with one part."""
-    kind, layout = single_kind(model) or "dit", wanted.target.layout
+def _plan_part(model: Checkpoint, kind: Kind, options: Options, name: str) -> Plan:
+    """Return the plan of one file with one part."""
     (source,) = model.sources.values()
-    coding = wanted.coding(kind, alone=True)
-    tensors = entries(kind, source, coding, DIALECT[layout][kind])
+    coding = options.coding(kind, alone=True)
+    tensors = entries(kind, source, coding, DIALECTS[options.target.layout][kind])
     if not coding.gguf:
         return Plan([Output(name, tensors)], {})
-    note = (
-        note_text(
-            configure(TextConfig, text_shapes(source), {}, source.path), T2V_A14B.dit.text_len, None
-        )
-        if kind == "t5"
-        else None
-    )
-    notes = (
-        ("the tokenizer is not in this file; convert the whole model to have it there",)
-        if kind == "t5"
-        else ()
-    )
-    return Plan(
-        [Output(name, tensors, note, ARCHITECTURE[kind], coding.quant or str(coding.plain))],
-        {},
-        notes,
-    )
+    note: Note | None = None
+    notes: tuple[str, ...] = ()
+    if kind == "t5":
+        config = configure(TextConfig, text_shapes(source), {}, source.path)
+        note = note_text(config, T2V_A14B.dit.text_len, None)
+        notes = ("the tokenizer is not in this file; convert the complete model to include it",)
+    return Plan([Output(name, tensors, note, ARCHITECTURE[kind], coding.name)], {}, notes)
 
 
 # layouts of folders
 
 
-def _arrange(
-    part: Part, tensors: list[TensorSpec], wanted: Options
+def _split(
+    part: Part, tensors: list[TensorSpec], options: Options
 ) -> tuple[list[Output], dict[str, bytes]]:
-    """The files of one part in the official or Diffusers' layout, and an index where there are
-    several.
-    """
-    if wanted.target.layout == "official" and part not in EXPERTS:
+    """Return the files of a part in the official or Diffusers' layout, and the index of several."""
+    official = options.target.layout == "official"
+    if official and part in OFFICIAL_STEMS:
         return [Output(f"{OFFICIAL_STEMS[part]}.pth", tensors)], {}
-    folder = (
-        FOLDERS[part] if wanted.target.layout == "official" and part in EXPERTS else DIFFUSERS[part]
-    )
+    folder = FOLDERS[part] if official else DIFFUSERS[part]
     stem = f"{folder}/model" if part == "t5" else f"{folder}/diffusion_pytorch_model"
-    groups = shards(tensors, wanted.shard)
+    groups = shards(tensors, options.shard)
     if len(groups) == 1:
         return [Output(f"{stem}.safetensors", tensors)], {}
     outputs = [
@@ -312,66 +186,57 @@ def _arrange(
 
 
 def _diffusers_files(
-    model: Checkpoint, wanted: Options, tokens: Mapping[str, bytes]
+    model: Checkpoint, options: Options, tokens: Mapping[str, bytes]
 ) -> dict[str, bytes]:
-    preset, tokens = model.spec, dict(tokens)
+    spec, tokens = model.spec, dict(tokens)
     name = "T5TokenizerFast"
-    if "tokenizer_config.json" not in tokens and tokens:
+    if "tokenizer_config.json" not in tokens:
         name = "PreTrainedTokenizerFast"
-        tokens["tokenizer.json"], tokens["tokenizer_config.json"] = configs.tokenizer(
-            tokens["tokenizer.json"]
-        )
+        bare = tokens["tokenizer.json"]
+        tokens["tokenizer.json"], tokens["tokenizer_config.json"] = configs.tokenizer(bare)
     shapes = {
-        "high": configs.transformer(preset.dit),
-        "low": configs.transformer(preset.dit),
-        "t5": configs.text_encoder(preset.text),
-        "vae": configs.autoencoder(preset.vae),
+        "dit": configs.transformer(spec.dit),
+        "t5": configs.text_encoder(spec.text),
+        "vae": configs.autoencoder(spec.vae),
     }
     return {
-        "model_index.json": configs.as_json(configs.model_index(preset, name)),
-        "scheduler/scheduler_config.json": configs.as_json(configs.scheduler(preset.sample_shift)),
+        "model_index.json": configs.as_json(configs.model_index(spec, name)),
+        "scheduler/scheduler_config.json": configs.as_json(configs.scheduler(spec.sample_shift)),
         **{
-            f"{DIFFUSERS[part]}/config.json": configs.as_json(shapes[part]) for part in wanted.parts
+            f"{DIFFUSERS[part]}/config.json": configs.as_json(shapes[kind_of(part)])
+            for part in options.parts
         },
         **{f"tokenizer/{file}": data for file, data in tokens.items()},
     }
 
 
-def _single(
+def _one_file(
     part: Part,
     tensors: list[TensorSpec],
     model: Checkpoint,
-    wanted: Options,
+    options: Options,
     tokens: Mapping[str, bytes],
 ) -> Output:
-    """One part as one file, where and as ComfyUI's users and GGUF's look for it."""
-    preset, word = model.spec, wanted.target.word
-    published, own = preset.dit == T2V_A14B.dit, re.sub(r"[^\w.-]+", "_", preset.name)
+    """Return one part as one file, with the path that users of ComfyUI and GGUF expect."""
+    spec, word, coding = model.spec, options.target.word, options.coding(kind_of(part))
+    published, own = spec.dit == T2V_A14B.dit, re.sub(r"[^\w.-]+", "_", spec.name)
     if part == "vae":
-        return Output(
-            "vae/wan_2.1_vae.safetensors" if published else f"vae/{own}_vae.safetensors", tensors
-        )
-    coding = wanted.coding(kind_of(part))
-    if not coding.gguf:
-        if part == "t5":
-            inside = (
-                [bytes_entry(EMBEDDED, tokens["spiece.model"])] if "spiece.model" in tokens else []
-            )
-            kind = "fp8_e4m3fn_scaled" if coding.quant else word
-            return Output(
-                f"text_encoders/{'umt5_xxl' if published else f'{own}_t5'}_{kind}.safetensors",
-                [*tensors, *inside],
-            )
-        stem = f"wan2.2_t2v_{part}_noise_14B" if published else f"{own}_{part}_noise"
-        return Output(f"diffusion_models/{stem}_{word}.safetensors", tensors)
-    kind = coding.quant or str(coding.plain)
-    if part == "t5":
-        note = note_text(
-            preset.text,
-            preset.dit.text_len,
-            pieces_in(tokens["tokenizer.json"]) if tokens else None,
-        )
+        stem = "wan_2.1_vae" if published else f"{own}_vae"
+        return Output(f"vae/{stem}.safetensors", tensors)
+    if part == "t5" and coding.gguf:
+        note = note_text(spec.text, spec.dit.text_len, pieces_in(tokens["tokenizer.json"]))
         stem = "umt5-xxl-encoder" if published else f"{own}-t5"
-        return Output(f"text_encoders/{stem}-{kind}.gguf", tensors, note, ARCHITECTURE["t5"], kind)
-    side = "HighNoise" if part == "high" else "LowNoise"
-    return Output(f"{side}/{own}-{side}-{kind}.gguf", tensors, None, ARCHITECTURE["dit"], kind)
+        path = f"text_encoders/{stem}-{coding.name}.gguf"
+        return Output(path, tensors, note, ARCHITECTURE["t5"], coding.name)
+    if part == "t5":
+        if "spiece.model" in tokens:
+            tensors = [*tensors, bytes_entry(EMBEDDED, tokens["spiece.model"])]
+        stem = "umt5_xxl" if published else f"{own}_t5"
+        kind = "fp8_e4m3fn_scaled" if coding.quant else word
+        return Output(f"text_encoders/{stem}_{kind}.safetensors", tensors)
+    if coding.gguf:
+        side = f"{part.capitalize()}Noise"
+        path = f"{side}/{own}-{side}-{coding.name}.gguf"
+        return Output(path, tensors, None, ARCHITECTURE["dit"], coding.name)
+    stem = f"wan2.2_t2v_{part}_noise_14B" if published else f"{own}_{part}_noise"
+    return Output(f"diffusion_models/{stem}_{word}.safetensors", tensors)

@@ -1,9 +1,7 @@
-"""Containers written as a stream: what each tensor will take is known before its values are, so no
-file is ever in memory.
+"""Write containers as a stream: sizes are known before values, so no file is ever in memory.
 
-An `Entry` describes a tensor and makes its bytes piece by piece; `write_safetensors`, `write_torch`
-and `write_gguf` (in `write_gguf.py`) put entries into a file. `new_folder` and `new_file` give the
-result its name only when it is whole.
+A `TensorSpec` describes a tensor and yields its bytes in chunks. `write_safetensors`,
+`write_torch` and `write_gguf` (in `write_gguf.py`) write them into a file.
 """
 
 from __future__ import annotations
@@ -26,23 +24,19 @@ from wanflow.checkpoint.containers import DTYPES
 from wanflow.config import RequestError
 from wanflow.transforms.ggml import LAYOUTS
 
-STORAGES = {
-    "F32": "FloatStorage",
-    "F16": "HalfStorage",
-    "BF16": "BFloat16Storage",
-}  # torch's words for what a `.pth` holds here
+STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}  # in a `.pth`
 ALIGNMENT = 64  # bytes, of a tensor in a torch zip, as torch.save has it
 
-Count = Callable[[int], None]  # told of bytes written
+Count = Callable[[int], None]  # gets the bytes just written
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written.
+    """A tensor to write.
 
     kind: a safetensors dtype ("F32", "BF16", "F8_E4M3", ...) or a GGML type ("Q8_0").
-    chunks: gives its bytes in order, as contiguous CPU tensors; called once, and only after those
-        of the entries before it.
+    chunks: yields its bytes in order, as contiguous CPU tensors. It is called once, after those of
+        the entries before it.
     """
 
     name: str
@@ -59,9 +53,7 @@ class TensorSpec:
 
 
 def write_tensor(entry: TensorSpec, file: IO[bytes], count: Count) -> None:
-    """Write an entry's bytes where the file stands; what a source gives too much or too little of
-    is an error.
-    """
+    """Write an entry's bytes at the file's position; RuntimeError for too many or too few."""
     written = 0
     for chunk in entry.chunks():
         data = chunk.reshape(-1).view(torch.uint8).numpy().data
@@ -70,7 +62,7 @@ def write_tensor(entry: TensorSpec, file: IO[bytes], count: Count) -> None:
         count(len(data))
     if written != entry.nbytes:
         raise RuntimeError(
-            f"{entry.name}: {written:,} bytes came where {entry.nbytes:,} were promised"
+            f"{entry.name}: the source gave {written:,} bytes; expected {entry.nbytes:,}"
         )
 
 
@@ -80,10 +72,10 @@ def write_tensor(entry: TensorSpec, file: IO[bytes], count: Count) -> None:
 def safetensors_header(
     entries: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the data, and where each tensor begins in the file.
+    """Return the bytes before the data, and the first byte of each tensor in the file.
 
-    Wider values lie first, as the library itself orders them: readers view the mapped bytes, which
-    takes alignment.
+    Wider values come first, as in the library: readers view the mapped bytes, which must be
+    aligned.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}
@@ -108,7 +100,7 @@ def write_safetensors(
     count: Count,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """A `.safetensors` file, header first."""
+    """Write a `.safetensors` file, header first."""
     header, starts = safetensors_header(entries, metadata)
     with path.open("wb") as file:
         file.write(header)
@@ -118,7 +110,7 @@ def write_safetensors(
 
 
 def shards(entries: Sequence[TensorSpec], largest: int) -> list[list[TensorSpec]]:
-    """Entries in their order, at most `largest` bytes together; one that is larger stands alone."""
+    """Group entries in order, at most `largest` bytes each; a larger entry gets its own group."""
     groups: list[list[TensorSpec]] = [[]]
     room = largest
     for entry in entries:
@@ -134,14 +126,14 @@ def shards(entries: Sequence[TensorSpec], largest: int) -> list[list[TensorSpec]
 
 
 class _Storage:
-    """What stands in the pickle for the bytes of one tensor."""
+    """The bytes of one tensor, in the pickle."""
 
     def __init__(self, key: int, entry: TensorSpec) -> None:
         self.key, self.entry = str(key), entry
 
 
 class _Shaped:
-    """A tensor in the pickle: torch's own function puts it together again from its storage."""
+    """A tensor in the pickle: torch's own function rebuilds it from its storage."""
 
     def __init__(self, storage: _Storage) -> None:
         self.storage = storage
@@ -166,9 +158,7 @@ class _Pickler(pickle.Pickler):
 
 
 def write_torch(path: Path, entries: Sequence[TensorSpec], count: Count) -> None:
-    """A `.pth` as torch.save writes it of a dict of tensors: what the official code reads its text
-    encoder and VAE from.
-    """
+    """Write a `.pth` as torch.save writes a dict of tensors; the official code reads these."""
     stored = [_Storage(key, entry) for key, entry in enumerate(entries)]
     root = path.name.partition(".")[0]
     with path.open("wb") as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
@@ -189,21 +179,17 @@ def write_torch(path: Path, entries: Sequence[TensorSpec], count: Count) -> None
 
 
 def _padding(place: int) -> bytes:
-    """An extra field of a zip entry, by which its data, otherwise at `place`, lie aligned; torch
-    calls its own `FB` too.
-    """
+    """Return an extra field of a zip entry that aligns its data; torch uses `FB` too."""
     size = -(place + 4) % ALIGNMENT
     return struct.pack("<2sH", b"FB", size) + b"Z" * size
 
 
-# names only for what is whole
-
-
 def refuse_full(folder: Path, needed: int) -> None:
-    """RequestError unless the disk of the folder to be has room for so many bytes."""
+    """Raise a RequestError unless the disk of a new folder has room for `needed` bytes."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
         raise RequestError(
-            f"{folder} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free"
+            f"{folder} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; free"
+            " some, or name a folder on another disk"
         )

@@ -1,10 +1,8 @@
-"""GGUF files: quantising into GGML's blocks, and the header by the `gguf` package (an extra), whose
-data is streamed here.
+"""Write GGUF files: the `gguf` package (an extra) quantises and writes the header.
 
-Experts are of the architecture `wan`, as city96's and QuantStack's files are: official names, and
-for the one tensor of five sides an array `comfy.gguf.orig_shape.<name>`. The text encoder is a
-`t5encoder` with llama.cpp's names, and with its tokenizer where `tokenizer.json` describes one that
-llama.cpp can express (the published one).
+Experts have the architecture `wan`, as city96's and QuantStack's files do: official names, and an
+array `comfy.gguf.orig_shape.<name>` for the one 5-D tensor. The text encoder is a `t5encoder` with
+llama.cpp's names, and with its tokenizer if llama.cpp can express it (as the published one).
 """
 
 from __future__ import annotations
@@ -21,53 +19,39 @@ import torch
 from torch import Tensor
 
 from wanflow.config import RequestError, TextConfig
+from wanflow.convert.formats import GGML_TYPES
 from wanflow.convert.write import Count, TensorSpec, write_tensor
 
-KINDS = (
-    "Q8_0",
-    "Q5_1",
-    "Q5_0",
-    "Q4_1",
-    "Q4_0",
-)  # what the package quantises to, of what is read here
-BLOCK = 32  # values, of all of them
-# values the package takes for a row: it works on 16 rows at a time, and short ones cost it its
-# speed
-ROW = 4096
-DIMENSIONS = 4  # the most that llama.cpp knows
+BLOCK = 32  # values, of each of these types
+ROW = 4096  # values to quantise as a row: the package takes 16 rows at a time, short ones slowly
+DIMENSIONS = 4  # llama.cpp's limit
 FILE_TYPES = {
     "F16": "MOSTLY_F16",
     "BF16": "MOSTLY_BF16",
-    **{kind: f"MOSTLY_{kind}" for kind in KINDS},
+    **{kind: f"MOSTLY_{kind}" for kind in GGML_TYPES},
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = (
-    1,
-    2,
-    3,
-    4,
-    6,
-)  # types of pieces, in sentencepiece's numbering
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # sentencepiece's types of pieces
 
 Note = Callable[[Any], None]  # writes key-value pairs into a gguf.GGUFWriter
 
 
 def package() -> Any:
-    """The gguf package; a RequestError where it is not installed."""
+    """Return the gguf package; RequestError if it is not installed."""
     try:
         return import_module("gguf")
     except ModuleNotFoundError:
         raise RequestError(
-            "writing GGUF needs the package gguf: pip install 'wanflow[gguf]', or pip install gguf"
+            "writing GGUF needs the package gguf; pip install 'wanflow[gguf]', or pip install gguf"
         ) from None
 
 
 def quantised(kind: str, values: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Float pieces of whole blocks -> their blocks, as bytes."""
+    """Yield the packed blocks, as bytes, of float pieces of complete blocks."""
     gguf = package()
     for piece in values:
         flat = piece.float().numpy()
-        whole = len(flat) // ROW * ROW
-        for part, width in ((flat[:whole], ROW), (flat[whole:], BLOCK)):
+        end = len(flat) // ROW * ROW
+        for part, width in ((flat[:end], ROW), (flat[end:], BLOCK)):
             if len(part):
                 blocks = gguf.quants.quantize(
                     part.reshape(-1, width), gguf.GGMLQuantizationType[kind]
@@ -78,11 +62,11 @@ def quantised(kind: str, values: Iterator[Tensor]) -> Iterator[Tensor]:
 def write_gguf(
     path: Path, entries: Sequence[TensorSpec], count: Count, arch: str, kind: str, note: Note
 ) -> None:
-    """A GGUF file, header first.
+    """Write a GGUF file, header first.
 
     Args:
-        kind: what most of its weights are.
-        note: adds to the header.
+        kind: the format of most weights.
+        note: writes further metadata.
     """
     gguf = package()
     writer = gguf.GGUFWriter(path, arch)
@@ -92,11 +76,8 @@ def write_gguf(
     place, starts = 0, {}
     for entry in entries:
         shape = entry.shape or (1,)
-        if (
-            len(shape) > DIMENSIONS
-            # ComfyUI goes by this note; diffusers and stable-diffusion.cpp by the five sides
-            # themselves
-        ):
+        if len(shape) > DIMENSIONS:
+            # ComfyUI reads this note; diffusers and stable-diffusion.cpp read the five sides.
             writer.add_array(f"comfy.gguf.orig_shape.{entry.name}", list(shape))
         writer.add_tensor_info(
             entry.name,
@@ -105,10 +86,8 @@ def write_gguf(
             entry.nbytes,
             gguf.GGMLQuantizationType[entry.kind],
         )
-        starts[entry.name], place = (
-            place,
-            writer.ggml_pad(place + entry.nbytes, writer.data_alignment),
-        )
+        starts[entry.name] = place
+        place = writer.ggml_pad(place + entry.nbytes, writer.data_alignment)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -118,18 +97,18 @@ def write_gguf(
         for entry in entries:
             file.seek(begin + starts[entry.name])
             write_tensor(entry, file, count)
-        file.truncate(begin + place)  # readers want the last tensor padded too
+        file.truncate(begin + place)  # the last tensor is padded too
 
 
 # the text encoder
 
 
 def note_text(config: TextConfig, length: int, tokenizer: Mapping[str, Any] | None) -> Note:
-    """What llama.cpp wants to know of a T5 encoder.
+    """Return a function that writes llama.cpp's metadata of a T5 encoder.
 
     Args:
         length: of a prompt, in tokens.
-        tokenizer: what `pieces_in` gives; None leaves it out.
+        tokenizer: from `pieces_in`; None leaves it out.
     """
 
     def note(writer: Any) -> None:
@@ -163,54 +142,38 @@ def note_text(config: TextConfig, length: int, tokenizer: Mapping[str, Any] | No
 
 
 def pieces_in(text: bytes) -> dict[str, Any] | None:
-    """The pieces of a `tokenizer.json` in sentencepiece's words; None for one that does more than
-    sentencepiece does (nano's).
+    """Return the pieces of a `tokenizer.json` as sentencepiece has them.
+
+    None for a tokenizer that does more than sentencepiece (nano's).
     """
-    said = json.loads(text)
-    model, steps = said["model"], _steps(said.get("normalizer"))
+    parsed = json.loads(text)
+    model, steps = parsed["model"], _steps(parsed.get("normalizer"))
     if model.get("type") != "Unigram" or steps is None:
         return None
-    added = {token["id"]: token for token in said.get("added_tokens", ())}
-    vocabulary = [
-        *model["vocab"],
-        *(
-            [added[index]["content"], 0.0]
-            for index in sorted(added)
-            if index >= len(model["vocab"])
-        ),
-    ]
+    added = {token["id"]: token for token in parsed.get("added_tokens", ())}
+    beyond = [index for index in sorted(added) if index >= len(model["vocab"])]
+    vocabulary = [*model["vocab"], *([added[index]["content"], 0.0] for index in beyond)]
 
     def kind(index: int, piece: str) -> int:
         if index == model["unk_id"]:
             return UNKNOWN
         if index in added:
             return CONTROL if added[index]["special"] else USER_DEFINED
-        return (
-            BYTE
-            if model.get("byte_fallback") and len(piece) == 6 and piece.startswith("<0x")
-            else NORMAL
-        )
+        hexadecimal = len(piece) == 6 and piece.startswith("<0x")
+        return BYTE if model.get("byte_fallback") and hexadecimal else NORMAL
 
+    charsmaps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
     return {
         "tokens": [piece for piece, _ in vocabulary],
         "scores": [float(score) for _, score in vocabulary],
         "types": [kind(index, piece) for index, (piece, _) in enumerate(vocabulary)],
-        "charsmap": next(
-            (
-                base64.b64decode(step["precompiled_charsmap"])
-                for step in steps
-                if step["type"] == "Precompiled"
-            ),
-            b"",
-        ),
+        "charsmap": base64.b64decode(charsmaps[0]) if charsmaps else b"",
         "fold_spaces": any(step["type"] == "Replace" for step in steps),
     }
 
 
 def _steps(normaliser: Mapping[str, Any] | None) -> list[Mapping[str, Any]] | None:
-    """A normaliser's steps, where each is one that sentencepiece has: its table of characters, and
-    folding of spaces.
-    """
+    """Return a normaliser's steps if sentencepiece has each: a character map, folded spaces."""
     if normaliser is None:
         return []
     steps = normaliser["normalizers"] if normaliser["type"] == "Sequence" else [normaliser]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report, TensorSource
-from wanflow.checkpoint.layouts import EXPERTS
 from wanflow.checkpoint.load import Change, load_expert, load_module, materialize_param
+from wanflow.checkpoint.parts import EXPERTS
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT

@@ -32,7 +32,7 @@ from wanflow.checkpoint.load import (
 )
 from wanflow.config import TRAIN_STEPS, RequestError
 from wanflow.convert.convert import convert, open_model
-from wanflow.convert.targets import options
+from wanflow.convert.formats import options
 from wanflow.files import atomic_path
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
