@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Literal
 
 from wanflow.checkpoint.key_maps import Dialect, Kind
@@ -117,7 +118,15 @@ def options(to: str, dtype: str | None = None, **others: Any) -> Options:
     if dtype is not None and fixed not in (None, SHORT_NAMES[dtype]):
         raise RequestError(f"--to {to} sets the dtype already; leave out --dtype {dtype}")
     if coding.gguf:
-        from wanflow.convert.write_gguf import package
-
         package()
     return Options(to, dtype, **others)
+
+
+def package() -> Any:
+    """Return the gguf package; RequestError if it is not installed."""
+    try:
+        return import_module("gguf")
+    except ModuleNotFoundError:
+        raise RequestError(
+            "writing GGUF needs the package gguf; pip install 'wanflow[gguf]', or pip install gguf"
+        ) from None

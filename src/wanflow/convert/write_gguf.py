@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanflow.config import RequestError, TextConfig
-from wanflow.convert.formats import GGML_TYPES
+from wanflow.config import TextConfig
+from wanflow.convert.formats import GGML_TYPES, package
 from wanflow.convert.write import Count, TensorSpec, write_tensor
 
 BLOCK = 32  # values, of each of these types
@@ -33,16 +32,6 @@ FILE_TYPES = {
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # sentencepiece's types of pieces
 
 Note = Callable[[Any], None]  # writes key-value pairs into a gguf.GGUFWriter
-
-
-def package() -> Any:
-    """Return the gguf package; RequestError if it is not installed."""
-    try:
-        return import_module("gguf")
-    except ModuleNotFoundError:
-        raise RequestError(
-            "writing GGUF needs the package gguf; pip install 'wanflow[gguf]', or pip install gguf"
-        ) from None
 
 
 def quantised(kind: str, values: Iterator[Tensor]) -> Iterator[Tensor]:
