@@ -10,6 +10,7 @@ import logging
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,18 +23,14 @@ from wanflow.config import RequestError
 from wanflow.loaders.experts import Placement, refuse_packed
 from wanflow.loaders.parts import LoadedParts, Report
 from wanflow.loaders.velocity import make_velocity
-from wanflow.lora.stack import find_loras, lora_fingerprints
-from wanflow.parallel import vae_parallel
-from wanflow.parallel.cfg import split_guidance
 from wanflow.parallel.groups import Layout, make_groups, simulated_groups
 from wanflow.parallel.ranks import DistInfo
-from wanflow.parallel.sequence import sharded
 from wanflow.pipeline import Engine, Frames, OnPart, Run, frame_by_frame, to_frames
 from wanflow.recipe import ModelRecord, Recipe
 from wanflow.request import Request
 from wanflow.runtime import Runtime, choose_device, choose_dtype, recorded
 from wanflow.sampling.solvers import SolverState, Velocity
-from wanflow.transforms import attention, vae_tiling
+from wanflow.transforms import attention
 
 logger = logging.getLogger("wanflow")
 
@@ -94,6 +91,8 @@ def make_engine(parts: LoadedParts) -> Engine:
     )
 
     def record(request: Request) -> Recipe:
+        from wanflow.lora.stack import find_loras, lora_fingerprints
+
         loras = find_loras(request.loras()) if request.lora else ()
         found = replace(request, lora=tuple(str(lora) for lora in loras), lora_from=None)
         complete = found.complete(spec)
@@ -117,20 +116,23 @@ def make_engine(parts: LoadedParts) -> Engine:
         return SolverState.from_tensors(state.index, shared)
 
     def velocity(run: Run) -> Velocity:
-        return make_velocity(
-            parts,
-            run.request,
-            run.state.index,
-            runtime.cfg_batch,
-            sharded(ctx),
-            split_guidance(ctx),
-        )
+        velocity = partial(make_velocity, parts, run.request, run.state.index, runtime.cfg_batch)
+        if ctx.layout.size == 1:
+            return velocity()
+        from wanflow.parallel.cfg import split_guidance
+        from wanflow.parallel.sequence import sharded
+
+        return velocity(sharded(ctx), split_guidance(ctx))
 
     def decode(latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
         vae = parts.vae()
         if ctx.layout.size > 1:
+            from wanflow.parallel import vae_parallel
+
             return vae_parallel.decode_frames(vae, latent, ctx, to_frames, on_part)
         if runtime.vae_tile:
+            from wanflow.transforms import vae_tiling
+
             return vae_tiling.decode_frames(vae, latent, runtime.vae_tile, to_frames, on_part)
         return frame_by_frame(vae, latent, on_part)
 
@@ -202,4 +204,6 @@ def _refuse(runtime: Runtime, layers: int) -> None:
             f" (got {runtime.resident_blocks})"
         )
     if runtime.vae_tile:
-        vae_tiling.check_tile(runtime.vae_tile)
+        from wanflow.transforms.vae_tiling import check_tile
+
+        check_tile(runtime.vae_tile)

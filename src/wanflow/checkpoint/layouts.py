@@ -17,9 +17,7 @@ from wanflow.checkpoint.containers import TensorSource, read_json, weight_files
 from wanflow.checkpoint.infer_config import BY_TYPE, ONLY, refuse_relatives
 from wanflow.checkpoint.key_maps import expert_in_name
 from wanflow.checkpoint.parts import EXPERTS, FLAGS, PARTS, WEIGHTS, WORDS, Part
-from wanflow.checkpoint.published import VARIANTS, expert_by_hash
 from wanflow.checkpoint.source import describe, is_lora, kinds_in, official
-from wanflow.checkpoint.tokenizers import carries_tokenizer
 from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B, Expert
 
@@ -88,8 +86,11 @@ def find(
     parts = {**found.parts, **given}
     text, tokenizer = parts.get("t5"), parts.get("tokenizer")
     lacks_tokenizer = tokenizer is None or not tokenizer.exists()
-    if lacks_tokenizer and text and text.is_file() and carries_tokenizer(opened(text)):
-        parts["tokenizer"] = text
+    if lacks_tokenizer and text and text.is_file():
+        from wanflow.checkpoint.tokenizers import carries_tokenizer
+
+        if carries_tokenizer(opened(text)):
+            parts["tokenizer"] = text
     missing = sorted(
         {name for part, path in parts.items() for name in _missing(path, folder, part in given)}
     )
@@ -113,6 +114,8 @@ def layout_of(folder: Path) -> str:
 
 def _help(folder: Path) -> str:
     """Return the command that fills a folder; a variant's own folder gets that variant."""
+    from wanflow.checkpoint.published import VARIANTS
+
     variants = (f" --variant {name}" for name, one in VARIANTS.items() if one.folder == folder.name)
     variant = next(variants, "").replace(" --variant official", "")
     return f"get the weights with `wanflow download{variant} --local_dir {folder}`"
@@ -260,6 +263,8 @@ def which_expert(file: Path, folder: Path) -> Expert | None:
     Raises:
         RequestError: when the name and the hash disagree.
     """
+    from wanflow.checkpoint.published import expert_by_hash
+
     path = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
     named, known = expert_in_name(path.as_posix()), expert_by_hash(file)
     if named and known and named != known:

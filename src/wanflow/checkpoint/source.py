@@ -23,7 +23,6 @@ from wanflow.checkpoint.containers import (
     refuse_unreadable,
 )
 from wanflow.checkpoint.fp8_scales import pair_scales
-from wanflow.checkpoint.gguf import open_gguf
 from wanflow.checkpoint.key_maps import PREFIXES, Kind, strip, to_official
 from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
@@ -82,6 +81,8 @@ def open_source(path: Path) -> TensorSource:
     with reading(path), path.open("rb") as file:
         start = file.read(24)
     if start[:4] == b"GGUF":
+        from wanflow.checkpoint.gguf import open_gguf
+
         return open_gguf(path)
     for mark, what in NOT_WEIGHTS.items():
         if start.lower().startswith(mark):

@@ -14,17 +14,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
 from wanflow.checkpoint.containers import AGAIN, TensorSource, reading, refuse_unreadable
-from wanflow.checkpoint.gguf import GGUFFile
 from wanflow.checkpoint.source import EMBEDDED, open_source
 from wanflow.config import RequestError
 from wanflow.models.tokenizer import read
+
+if TYPE_CHECKING:
+    from wanflow.checkpoint.gguf import GGUFFile
 
 LIMIT = 64 << 20  # bytes of a tokenizer; the published ones have 5 and 17 MB
 TRIAL = "a Ａ, 日\U0010ffff"
@@ -76,6 +78,8 @@ def _open(path: Path) -> Tokenizer:
         # The first field of a sentencepiece model is a piece.
         if start[:1] == b"\n" and size <= LIMIT:
             return build(_parse(start + file.read(), path), path)
+    from wanflow.checkpoint.gguf import GGUFFile
+
     source = open_source(path)
     if isinstance(source, GGUFFile):
         return build(_from_gguf(source), path)
@@ -90,11 +94,7 @@ def _open(path: Path) -> Tokenizer:
 
 def carries_tokenizer(source: TensorSource) -> bool:
     """Return whether a T5 file carries its tokenizer."""
-    return (
-        "tokenizer.ggml.tokens" in source.metadata
-        if isinstance(source, GGUFFile)
-        else _embedded(source) is not None
-    )
+    return "tokenizer.ggml.tokens" in source.metadata or _embedded(source) is not None
 
 
 def _embedded(source: TensorSource) -> str | None:

@@ -18,7 +18,6 @@ from wanflow.lora.stack import LoraStack, Merged, shapes_of
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.parallel.groups import ParallelContext
-from wanflow.parallel.sequence import connect
 from wanflow.presets import Expert
 from wanflow.runtime import choose_text_dtype, is_small
 from wanflow.transforms.attention import set_attention
@@ -145,7 +144,10 @@ class LoadedParts:
             model = open_expert(self.checkpoint, which, self.placement, report, changes)
         self._experts[which], self._merged[which] = model, merged
         set_attention(model, self.kernel)
-        connect(model, self.ctx, self.kernel.attend, self.kernel.with_lse)
+        if self.ctx.layout.size > 1:
+            from wanflow.parallel.sequence import connect
+
+            connect(model, self.ctx, self.kernel.attend, self.kernel.with_lse)
 
     def _reporter(self, what: str) -> Bytes | None:
         report = self.report
