@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
+from wanflow.checkpoint.checkpoint import published
 from wanflow.parallel.groups import sizes
-from wanflow.plan import Plan, described, published, solve
 from wanflow.plan.estimate import Estimate, estimate
-from wanflow.plan.gpus import PCIE, rates
+from wanflow.plan.gpus import GPUS, PCIE, described
+from wanflow.plan.plan import Plan
+from wanflow.plan.solve import solve
 from wanflow.presets import T2V_A14B
 from wanflow.request import Request
 from wanflow.runtime import Runtime
@@ -72,7 +74,7 @@ def without_loading(found: Estimate) -> float:
 
 
 def timed(plan: Plan, card: str, link: float | None = None) -> Estimate:
-    known = rates(card)
+    known = GPUS[card].rates()
     return estimate(
         replace(
             plan,
@@ -110,8 +112,8 @@ def row_of(size: str, count: int, name: str, plan: Plan) -> dict[str, Any]:
         "tokens": [min(shares), max(shares)],
         "gpu_gb": round(plan.need.device.device / 1e9, 1),
         "gpu_gb_at_work": round(step.device / 1e9, 1),
-        "beside_gb": round(step.beside / 1e9, 1),
-        "vae_beside_gb": round(plan.need.phases[-1].beside / 1e9, 1),
+        "activations_gb": round(step.activations / 1e9, 1),
+        "vae_activations_gb": round(plan.need.phases[-1].activations / 1e9, 1),
         "vae_sent_gb": round(sum(plan.need.phases[-1].sent.values()) / 1e9, 3),
         "step_s": {card: round(timed(plan, card).stages[1].step, 3) for card in CARDS},
         "step_pcie_s": {card: round(timed(plan, card, PCIE).stages[1].step, 3) for card in CARDS},
@@ -185,7 +187,7 @@ def main() -> None:
                 "date": str(date.today()),
                 "machine": {"system": platform.platform(), "torch": torch.__version__},
                 "command": "python benchmarks/parallel_table.py",
-                "links": {card: rates(card).link for card in CARDS} | {"pcie": PCIE},
+                "links": {card: GPUS[card].rates().link for card in CARDS} | {"pcie": PCIE},
                 "rows": rows,
                 "official": OFFICIAL,
                 "others": OTHERS,

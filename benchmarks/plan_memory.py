@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wanflow.checkpoint.checkpoint import published
 from wanflow.checkpoint.structure import build, expert_structure
 from wanflow.conditioning import conditioning_of
 from wanflow.loaders.velocity import make_velocity
@@ -51,10 +52,9 @@ from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect, sharded
 from wanflow.parallel.sharding import is_sharded
 from wanflow.pipeline import to_frames
-from wanflow.plan import published
-from wanflow.plan.need import READING, Phase, decode_phase, expert_phases, text_phase
-from wanflow.plan.phases import KERNEL, FakeParts, Traces
-from wanflow.plan.solve import filled
+from wanflow.plan.phases import READING, Phase, decode_phase, expert_phases, text_phase
+from wanflow.plan.plan import with_defaults
+from wanflow.plan.traces import KERNEL, FakeParts, Traces
 from wanflow.presets import T2V_A14B, ModelSpec
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
@@ -262,7 +262,7 @@ def request_of(case: Case, folder: Path) -> CompleteRequest:
 
 def runtime_of(case: Case) -> Runtime:
     runtime = Runtime(dtype=case.dtype, device="cpu", **case.runtime)
-    return filled(
+    return with_defaults(
         runtime,
         t5_cpu=True,
         keep_experts=False,

@@ -16,7 +16,7 @@ from wanflow.checkpoint.parts import PARTS, Part
 from wanflow.config import RequestError
 from wanflow.loaders.parts import Report
 from wanflow.parallel import ranks
-from wanflow.plan.starting import make_plan, plan_or_raise
+from wanflow.plan.start import make_plan
 from wanflow.request import Request
 from wanflow.runtime import Runtime, choose_device
 
@@ -101,13 +101,11 @@ def load(
     if info is None or info.rank == 0:
         for note in checkpoint.notes:
             logger.warning(note)
-    decide = make_plan if force else plan_or_raise
     if info is None:
-        return assemble(checkpoint, decide(checkpoint, runtime, plan_for).runtime, report)
+        plan = make_plan(checkpoint, runtime, plan_for, force=force)
+        return assemble(checkpoint, plan.runtime, report)
+    size, here = info.world_size, ranks.local_world_size()
     settled = ranks.broadcast_from_rank0(
-        info,
-        lambda: (
-            decide(checkpoint, runtime, plan_for, info.world_size, ranks.local_world_size()).runtime
-        ),
+        info, lambda: make_plan(checkpoint, runtime, plan_for, size, here, force).runtime
     )
     return assemble(checkpoint, settled, report if info.rank == 0 else None, info)

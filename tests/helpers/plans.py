@@ -6,7 +6,10 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from wanflow.plan import Machine, Plan, described, published, solve
+from wanflow.checkpoint.checkpoint import published
+from wanflow.plan.gpus import Machine, described
+from wanflow.plan.plan import Plan
+from wanflow.plan.solve import solve
 from wanflow.presets import NANO, T2V_A14B, ModelSpec
 from wanflow.request import Request
 from wanflow.runtime import Runtime

@@ -27,7 +27,7 @@ from wanflow.config import DiTConfig
 from wanflow.media import VideoWriter, save_picture, to_uint8
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.opening import resolve
-from wanflow.plan import Machine
+from wanflow.plan.gpus import Machine
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.screen import Screen
 from wanflow.train import memory, toy

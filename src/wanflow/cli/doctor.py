@@ -210,34 +210,30 @@ def _remark(result: KernelResult, report: Report) -> str:
 
 
 def advice(report: Report, folder: Path) -> list[str]:
-    """How the full-size model runs here, in words: what `wanflow generate` settles by itself, and
-    where it does not fit, what does.
-    """
+    """Return how the full-size model runs here: the settings that `wanflow generate` would pick."""
     from wanflow.checkpoint.checkpoint import published
     from wanflow.config import RequestError
-    from wanflow.plan import WHERE_ELSE, needed_words
     from wanflow.plan.gpus import this_machine
     from wanflow.plan.solve import solve
-    from wanflow.presets import T2V_A14B
+    from wanflow.plan.start import WHERE_ELSE, needed_words
     from wanflow.request import Request
     from wanflow.runtime import Runtime
 
     kernels = report.auto.get("cuda:0", {})
-    if not kernels:  # the CPU would take days, and MPS is not planned for
+    if not kernels:  # a CPU would take days, and there is no plan for MPS
         return [f"{needed_words()}; this machine has no GPU for it", f"do: {WHERE_ELSE}"]
-    said = []
+    checkpoint, found = published(), []
     for size in SIZES:
-        request = Request(prompt="-", size=size).complete(T2V_A14B)
+        request = Request(prompt="-", size=size).complete(checkpoint.spec)
+        title = f"{size}, {request.frame_num} frames"
         try:
-            plan = solve(published(), request, Runtime(), this_machine(folder))
+            plan = solve(checkpoint, request, Runtime(), this_machine(folder))
         except RequestError as refusal:
-            said.append(f"{size}, {request.frame_num} frames: {refusal}")
+            found.append(f"{title}: {refusal}")
             continue
-        said.append(
-            f"{size}, {request.frame_num} frames:"
-            f" {'fits' if plan.fits else 'does not fit: ' + '; '.join(plan.short)}"
-        )
-        said += [f"  {line}" for line in (*plan.reasons, *plan.offers)]
+        verdict = "fits" if plan.fits else f"does not fit: {'; '.join(plan.short)}"
+        found.append(f"{title}: {verdict}")
+        found += [f"  {line}" for line in (*plan.reasons, *plan.offers)]
         if plan.fits:
             break
-    return [*said, f"attention: {kernels.get('bfloat16', 'none works in bfloat16')}"]
+    return [*found, f"attention: {kernels.get('bfloat16', 'none works in bfloat16')}"]

@@ -257,14 +257,12 @@ def _decide(
 ) -> tuple[Request, Runtime]:
     """Return the request and a runtime that leaves nothing open; rank 0 decides for all."""
     from wanflow.parallel.ranks import local_world_size
-    from wanflow.plan import make_plan, plan_or_raise
+    from wanflow.plan.start import make_plan
 
     request = job.request if job.recipe is not None else _prepared(args, job.request, checkpoint)
     # A finished latent can be decoded where a denoising step would not run.
     force = args.force or (job.run is not None and job.run.finished)
-    plan = (make_plan if force else plan_or_raise)(
-        checkpoint, job.runtime, request, processes, local_world_size()
-    )
+    plan = make_plan(checkpoint, job.runtime, request, processes, local_world_size(), force)
     for reason in plan.reasons if plan.need or processes > 1 else ():
         screen.say(f"plan: {reason}")
     return request, plan.runtime
@@ -273,7 +271,7 @@ def _decide(
 def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint) -> Request:
     """Check a new request before a server extends its prompt; log what to know about it."""
     from wanflow.lora.stack import find_loras
-    from wanflow.plan import advice
+    from wanflow.plan.start import advice
 
     find_loras(request.loras())
     request.complete(checkpoint.spec)
@@ -363,7 +361,8 @@ def _missing(folder: str | None) -> list[str]:
     """Return lines on missing weights and a machine that is too small, for a refusal."""
     if folder is None or folder == "nano":
         return []
-    from wanflow.plan import WHERE_ELSE, enough_for_full_size, needed_words, this_machine
+    from wanflow.plan.gpus import this_machine
+    from wanflow.plan.start import WHERE_ELSE, enough_for_full_size, needed_words
 
     lines = [] if Path(folder).is_dir() else [f"  weights: there is no folder {folder}"]
     machine = this_machine(Path(folder))

@@ -170,7 +170,7 @@ def train(args: argparse.Namespace) -> None:
 def _finetune(args: argparse.Namespace) -> None:
     from wanflow.opening import resolve
     from wanflow.parallel.ranks import rank_and_world_size
-    from wanflow.plan import this_machine
+    from wanflow.plan.gpus import this_machine
     from wanflow.screen import Screen
     from wanflow.train.finetune import finetune
     from wanflow.train.memory import refuse

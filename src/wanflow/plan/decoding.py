@@ -1,13 +1,11 @@
-"""A decode traced until it repeats itself: of whole frames, of tiles, and of one process' strip.
+"""Trace a decode until it repeats itself: of full frames, of tiles, of one rank's strip.
 
 Shapes: a latent is [1, z, t, h, w].
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -16,151 +14,106 @@ from torch import Tensor
 from wanflow.checkpoint.structure import build
 from wanflow.config import VAEConfig
 from wanflow.models.vae import State, WanVAE, stream
+from wanflow.parallel import vae_parallel
 from wanflow.parallel.groups import CommStats, Layout, simulated_groups
-from wanflow.parallel.vae_parallel import NARROWEST, Strips
-from wanflow.parallel.vae_parallel import decode_frames as decode_in_strips
 from wanflow.pipeline import Frames
-from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
-from wanflow.transforms import vae_tiling as tiling
+from wanflow.plan.trace import Trace, Traced, fake, materialise
+from wanflow.transforms import vae_tiling
 
-STEADY = 3  # latent frames after which every further one takes what the one before did
-Shape = tuple[int, int, int, int, int]
-
-
-class StopTrace(Exception):
-    """Ends a traced decode when it repeats itself."""
+Shape = tuple[int, ...]
+STEADY = 3  # latent frames: each further one costs what the last of these does
 
 
-class Parts:
-    """The work of a decode and what it sends, told after each latent frame; ends it when it repeats
-    itself.
+def frames(config: VAEConfig, shape: Shape) -> Traced:
+    """Trace a decode of full frames; `shape` is the latent's."""
+
+    def run(vae: WanVAE, trace: Trace) -> None:
+        latent = torch.empty(shape)[:, :, :STEADY]
+        for done, _ in enumerate(vae.decode_frames(latent), start=1):
+            _count_frames(trace, done, shape)
+
+    return _traced(config, run)
+
+
+def strips(config: VAEConfig, shape: Shape, layout: Layout) -> Traced:
+    """Trace the strip of the rank with the most work: a widest one, with most neighbours."""
+    cut = vae_parallel.Strips(shape[3], shape[4], layout.size)
+
+    def width(rank: int) -> int:
+        return cut.sizes[rank] + vae_parallel.NARROWEST * len(cut.neighbours(rank))
+
+    group = simulated_groups(layout, max(range(len(cut.sizes)), key=width))
+
+    def run(vae: WanVAE, trace: Trace) -> None:
+        def on_part(done: int, _: int) -> None:
+            _count_frames(trace, done, shape)
+
+        latent = torch.empty(shape)[:, :, :STEADY]
+        for _ in vae_parallel.decode_frames(vae, latent, group, _as_numpy, on_part):
+            pass
+
+    return _traced(config, run, group.stats)
+
+
+def _count_frames(trace: Trace, done: int, shape: Shape) -> None:
+    if done == STEADY - 1:  # the last one that runs stands for all further ones
+        trace.count_as(shape[2] - done)
+
+
+def tiles(config: VAEConfig, shape: Shape, tile: int) -> Traced:
+    """Trace the layers that see full frames, then one tile of the others: the largest.
+
+    The features that stay in RAM between the two are not counted.
     """
+    stride, count = config.spatial_stride, min(STEADY, shape[2])
+    height, width = shape[3:]
+    boxes = vae_tiling.tiles(config, height * stride, width * stride, tile)
+    first_frames = (*shape[:2], count, height, width)
 
-    def __init__(self, trace: Trace, frames: int, traffic: CommStats | None = None) -> None:
-        self.trace, self.frames, self.traffic = trace, frames, traffic or CommStats()
-        self.work, self.sent, self.messages, self.done = Work(), Counter[str](), 0, 0
+    def full_frames(vae: WanVAE, trace: Trace) -> None:
+        layers, local = vae_tiling.halves(vae)
+        latent = torch.empty(first_frames)
+        features = list(vae_tiling.features(vae, layers, latent))
+        next(vae_tiling.decode_tile(local, features, boxes[0], height, width, latent.device))
 
-    def __call__(self, *_: int) -> None:
-        last = self.done == STEADY - 1
-        times = self.frames - STEADY + 1 if last else 1
-        new, self.trace.work = self.trace.work, Work()
-        self.work = self.work + new.scaled(times)
-        self.sent.update(
-            {what: count * times for what, count in self.traffic.sent.items() if count}
-        )
-        self.messages += sum(self.traffic.calls.values()) * times
-        self.traffic.reset()
-        self.done += 1
-        if last:
-            raise StopTrace
-
-
-def whole(config: VAEConfig, shape: Shape) -> Traced:
-    """Whole frames."""
-    vae = build(WanVAE, config)
-    with fake() as trace:
-        weights = materialise(vae)
-        latent, told = torch.empty(shape), Parts(trace, shape[2])
-        trace.mark()
-        with suppress(StopTrace):
-            for _ in vae.decode_frames(latent):
-                told()
-    return Traced(trace.peak - weights, told.work, tuple(trace.top()))
-
-
-def in_strips(config: VAEConfig, shape: Shape, layout: Layout) -> Traced:
-    """The strip of the process that has the most to do: a widest one, with a neighbour on each
-    side.
-    """
-    cut, vae = Strips(*shape[3:], layout.size), build(WanVAE, config)
-    rank = max(
-        range(len(cut.sizes)),
-        key=lambda rank: cut.sizes[rank] + NARROWEST * len(cut.neighbours(rank)),
-    )
-    ctx = simulated_groups(layout, rank)
-    with fake() as trace:
-        weights = materialise(vae)
-        latent, told = torch.empty(shape), Parts(trace, shape[2], ctx.stats)
-        trace.mark()
-        with suppress(StopTrace):
-            for _ in decode_in_strips(vae, latent, ctx, as_numpy, told):
-                pass
-    return Traced(trace.peak - weights, told.work, tuple(trace.top()), told.sent, told.messages)
-
-
-def tiled(config: VAEConfig, shape: Shape, tile: int) -> Traced:
-    """The layers that see whole frames, then those that do not, for the tile that sees the most
-    around it.
-
-    The features that are kept in RAM between the two are not counted.
-    """
-    stride, frames = config.spatial_stride, min(STEADY, shape[2])
-    boxes = tiling.tiles(config, shape[3] * stride, shape[4] * stride, tile)
-
-    def first_part(vae: WanVAE) -> None:
-        with suppress(StopTrace):
-            for _ in tiling.decode_frames(
-                vae, torch.empty(*shape[:2], frames, *shape[3:]), tile, as_numpy, _enough
-            ):
-                pass
-
-    def one_tile(vae: WanVAE) -> None:
-        _, local = tiling.halves(vae)
-        shown, layers = max(
-            (tiling.trimmed(local, box, *shape[3:]) for box in boxes),
-            key=lambda found: _area(found[0]),
-        )
-        part = torch.empty(
-            1,
-            vae.config.dim * vae.config.dim_mult[-1],
-            1,
-            shown.bottom - shown.top,
-            shown.right - shown.left,
-        )
+    def one_tile(vae: WanVAE, trace: Trace) -> None:
+        local = vae_tiling.halves(vae)[1]
+        cut = [vae_tiling.trimmed(local, box, height, width) for box in boxes]
+        box, layers = max(cut, key=lambda found: found[0].area)
+        channels = vae.config.dim * vae.config.dim_mult[-1]
+        part = torch.empty(1, channels, 1, box.bottom - box.top, box.right - box.left)
         state: State = {}
-        for _ in range(frames):
-            torch.cat(
-                list(stream(layers, part.contiguous(memory_format=torch.channels_last_3d), state)),
-                dim=2,
-            )
+        for _ in range(count):
+            # Not named: the first layer frees the copy.
+            copy = [part.contiguous(memory_format=torch.channels_last_3d)]
+            torch.cat(list(stream(layers, copy.pop(), state)), dim=2)
 
-    first, local = (_traced(config, run) for run in (first_part, one_tile))
-    # The first part keeps its features in RAM; its run here has gone one frame into a tile.
-    beside = first.beside - kept_features(config, (*shape[:2], frames, *shape[3:]))
-    work = first.work.scaled(shape[2] / frames) + local.work.scaled(len(boxes) * shape[2] / frames)
-    most = max(
-        (Traced(beside, work, first.top), Traced(local.beside, work, local.top)),
-        key=lambda traced: traced.beside,
-    )
-    return most
+    first, local = (_traced(config, run) for run in (full_frames, one_tile))
+    # `full_frames` keeps its features in memory here, and goes one frame into a tile.
+    activations = first.activations - kept_features(config, first_frames)
+    work = first.work.scaled(shape[2] / count) + local.work.scaled(len(boxes) * shape[2] / count)
+    larger = first if activations >= local.activations else local
+    return Traced(max(activations, local.activations), work, larger.top)
+
+
+def _traced(
+    config: VAEConfig, run: Callable[[WanVAE, Trace], None], stats: CommStats | None = None
+) -> Traced:
+    vae = build(WanVAE, config)
+    with fake(stats) as trace:
+        weights = materialise(vae)
+        trace.mark()
+        run(vae, trace)
+        return trace.result(weights)
 
 
 def kept_features(config: VAEConfig, shape: Shape) -> int:
-    """Bytes of what a tiled decode keeps in RAM between its two halves."""
-    frames, rows, columns = shape[2:]
-    return config.dim * config.dim_mult[-1] * 4 * frames * rows * columns
+    """Return the bytes that a tiled decode keeps in RAM between its two halves."""
+    count, rows, columns = shape[2:]
+    return config.dim * config.dim_mult[-1] * 4 * count * rows * columns
 
 
-def _traced(config: VAEConfig, run: Callable[[WanVAE], None]) -> Traced:
-    vae = build(WanVAE, config)
-    with fake() as trace:
-        weights = materialise(vae)
-        trace.mark()
-        run(vae)
-    return Traced(trace.peak - weights, trace.work, tuple(trace.top()))
-
-
-def _area(box: tiling.Box) -> int:
-    return (box.bottom - box.top) * (box.right - box.left)
-
-
-def as_numpy(part: Tensor) -> Frames:
-    """What stands for a fake tensor's frames; numpy's memory is the system's until it is written
-    to.
-    """
+def _as_numpy(part: Tensor) -> Frames:
+    """Stand in for a fake tensor's frames; the system gives numpy no memory until it is written."""
     _, _, count, rows, columns = part.shape
     return np.empty((count, rows, columns, 3), dtype=np.uint8)
-
-
-def _enough(*_: int) -> None:
-    raise StopTrace

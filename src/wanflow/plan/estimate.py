@@ -1,25 +1,39 @@
-"""How long a plan takes: what the traces counted, over what the machine achieves."""
+"""Estimate how long a plan takes: the traced work over the rates of the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from wanflow.checkpoint.checkpoint import Checkpoint
-from wanflow.config import RequestError
+from wanflow.config import DiTConfig, RequestError
 from wanflow.geometry import geometry_of
-from wanflow.plan.gpus import Rates, measured
-from wanflow.plan.need import Phase
-from wanflow.plan.solve import Plan, dtype_of
-from wanflow.plan.trace import Work
+from wanflow.models.dit import Block, Conditioning, rope_table
+from wanflow.plan.gpus import DISK_RATE, GB, PCIE, Rates
+from wanflow.plan.phases import Phase
+from wanflow.plan.plan import Plan, expert_parameters
+from wanflow.plan.trace import Trace, Work
 from wanflow.request import CompleteRequest
-from wanflow.runtime import choose_device
+from wanflow.runtime import choose_device, choose_dtype
+
+GLOO = GB  # bytes/s between processes on one machine's CPU, assumed
+COPY = {"cpu": 10 * GB, "cuda": 20 * GB}  # bytes/s from RAM to the device, assumed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run, in seconds. step: of each, where there are several; bound: what a step waits
-    for; sending: of a step, to others.
+    """A part of a run, in seconds.
+
+    Attributes:
+        step: of each step.
+        bound: what a step waits for.
+        sending: of a step, to other ranks.
     """
 
     name: str
@@ -33,7 +47,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole run, by the process that has the most to do. source: where its rates come from."""
+    """The time of a run, on the rank with the most to do; `source` of its rates."""
 
     stages: tuple[Stage, ...]
     source: str
@@ -44,193 +58,149 @@ class Estimate:
 
     @property
     def denoising(self) -> float:
-        """Of the steps alone."""
+        """Seconds of all steps, without loading."""
         return sum(stage.step * stage.steps for stage in self.stages if "expert" in stage.name)
 
 
-def rated(plan: Plan, model: Checkpoint, request: CompleteRequest) -> Plan:
-    """The plan with its machine's rates: measured, where it is the one that is here and not in the
-    table (under a second).
-    """
-    if plan.machine.rates is not None or plan.machine.described:
-        return plan
-    device = choose_device(plan.runtime.device)
-    shape = model.spec.dit
-    tokens = geometry_of(model.spec).tokens(request.size, request.frame_num)
-    rates = measured(
-        device, dtype_of(model, plan.runtime, plan.kind), shape.dim, shape.num_heads, tokens
-    )
-    return replace(plan, machine=replace(plan.machine, rates=rates))
-
-
 def estimate(plan: Plan) -> Estimate:
-    """Seconds by stage; the plan must have been traced, and its machine must have rates.
+    """Return seconds by stage, of a traced plan on a machine with rates.
 
     Raises:
         RequestError: where one of the two is missing.
     """
-    if plan.need is None or plan.machine.rates is None:
+    rates = plan.machine.rates
+    if plan.need is None or rates is None:
         raise RequestError(
-            "there is nothing to estimate a time from: neither a GPU with known rates nor a"
-            " measurement"
+            "no time can be estimated: neither a GPU with known rates nor a measurement is there"
         )
-    rates, stages = plan.machine.rates, list[Stage]()
-    meanwhile = 0.0
+    stages: list[Stage] = []
+    before = 0.0  # seconds of the steps during which the next expert is prefetched
     for phase in plan.need.phases:
-        stages.append(_stage(phase, rates, meanwhile))
-        # What is read ahead is read while the steps before it run.
-        meanwhile = (
-            stages[-1].step * stages[-1].steps
-            if plan.runtime.prefetch and "expert" in phase.name
-            else 0.0
-        )
+        stage = _stage(phase, rates, before)
+        stages.append(stage)
+        prefetches = plan.runtime.prefetch and phase.expert is not None
+        before = stage.step * stage.steps if prefetches else 0.0
     return Estimate(tuple(stages), rates.source)
 
 
-def _stage(phase: Phase, rates: Rates, meanwhile: float) -> Stage:
-    loading = max(0.0, phase.read / rates.disk - meanwhile)
-    if phase.kind == "gpu" and "expert" in phase.name:
-        loading += phase.weights / rates.copy if not phase.copied else 0.0
-    # Rates of a CPU are those of all its cores, which its processes share.
+def _stage(phase: Phase, rates: Rates, before: float) -> Stage:
+    loading = max(0.0, phase.read / rates.disk - before)
+    if phase.kind == "gpu" and phase.expert and not phase.copied:
+        loading += phase.weights / rates.copy
+    # Rates of a CPU are those of all its cores, which its ranks share.
     sharing = phase.here if phase.kind == "cpu" and not phase.alone else 1
     parts = {
         "computing": compute_seconds(phase.work, rates, phase.kind == "cpu") * sharing,
         "copying weights to the GPU": phase.copied / rates.copy,
         "reading weights from the disk": phase.read_in_step / rates.disk,
-        "the others' shares of the weights": phase.gathered / rates.link,
+        "gathering the other ranks' shards": phase.gathered / rates.link,
     }
     bound = max(parts, key=lambda name: parts[name])
-    # What attention waits for is sent while nothing else is done. Shares of weights come while the
-    # block before works.
+    # Attention waits for what it is sent. Shards are gathered while the block before runs.
     sending = sum(phase.sent.values()) / rates.link + phase.messages * rates.message
     step = parts[bound] + sending
-    return Stage(
-        phase.name, loading + step * phase.steps, loading, step, phase.steps, bound, sending
-    )
+    seconds = loading + step * phase.steps
+    return Stage(phase.name, seconds, loading, step, phase.steps, bound, sending)
 
 
 def compute_seconds(work: Work, rates: Rates, on_cpu: bool) -> float:
-    """Matmuls, attention and convolutions at their rates, then everything else at the memory's;
-    none of it overlaps.
-    """
+    """Return the seconds of work in which nothing overlaps."""
+    kinds = {
+        "matmul": rates.matmul,
+        "attention": rates.attention,
+        "convolution": rates.float32,
+        "quantised": rates.low or rates.matmul,
+    }
     seconds = work.traffic / rates.memory
     for (kind, in_float32), flops in work.flops.items():
-        rate = {
-            "attention": rates.attention,
-            "convolution": rates.float32,
-            "quantised": rates.low or rates.matmul,
-        }.get(kind, rates.matmul)
-        if in_float32 and kind == "matmul" and not on_cpu:
-            rate = rates.float32
-        seconds += flops / rate
-    # A GPU is handed operations while it works on earlier ones; a CPU does one after the other.
-    return (
-        seconds + work.kernels * rates.launch
-        if on_cpu
-        else max(seconds, work.kernels * rates.launch)
-    )
+        slow = in_float32 and kind == "matmul" and not on_cpu
+        seconds += flops / (rates.float32 if slow else kinds[kind])
+    # A GPU launches operations while earlier ones run; a CPU does not.
+    launches = work.kernels * rates.launch
+    return seconds + launches if on_cpu else max(seconds, launches)
 
 
-# the user's document
+# rates of this machine
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to make a video: steps, passes through an expert, and whether the result is the model's
-    own. fused: see FUSED.
-    """
-
-    name: str
-    steps: int
-    passes: int
-    exact: bool
-    fused: bool = False
-
-    @property
-    def guided(self) -> bool:
-        """Whether every step has guidance, so that two groups can split it."""
-        return self.passes == 2 * self.steps
+def rated(plan: Plan, checkpoint: Checkpoint, request: CompleteRequest) -> Plan:
+    """Return the plan with rates: measured in under a second if the machine here is unknown."""
+    if plan.machine.rates is not None or plan.machine.described:
+        return plan
+    spec = checkpoint.spec
+    tokens = geometry_of(spec).tokens(request.size, request.frame_num)
+    on_cpu = plan.kind == "cpu"
+    dtype = choose_dtype(plan.runtime.dtype, on_cpu, expert_parameters(checkpoint) * 4)
+    device = choose_device(plan.runtime.device)
+    rates = measured(device, dtype, spec.dit.dim, spec.dit.num_heads, tokens)
+    return replace(plan, machine=replace(plan.machine, rates=rates))
 
 
-# Of the bytes that elementwise operations move, so much is left where a compiler fuses those of a
-# block (1.2 of 4.2 TB a pass at 720p).
-FUSED = 0.29
-WAYS = (
-    Way("40 steps, as published", 40, 80, True),
-    Way("40 steps, elementwise work fused (not built)", 40, 80, True, True),
-    Way("8 steps, --preset lightning-motion", 8, 10, False),
-    Way("8 steps, --preset lightning8", 8, 8, False),
-    Way("4 steps, --preset lightning4", 4, 4, False),
-)
-CLAIMS = {
-    1: (8, 12),
-    2: (3, 6),
-    4: (3, 6),
-    8: (3, 6),
-}  # minutes for 1280*720 and 5 seconds on so many A100 of 80 GB
-CLAIMED_GB = (70, 75)
-PEAK = 312e12  # bf16 FLOP/s on an A100's data sheet
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Minutes on so many GPUs, by way; what the document claims; and the least that the data
-    sheet's FLOP/s allow for 40 steps.
-    """
-
-    gpus: int
-    minutes: dict[str, float]
-    claim: tuple[int, int]
-    at_peak: float
-
-    def reached_by(self, exact: bool) -> list[str]:
-        """Ways that are no slower than the claim, the slowest first."""
-        return [
-            way.name
-            for way in WAYS
-            if way.exact == exact and self.minutes[way.name] <= self.claim[1]
-        ]
-
-
-def figures(guided: Mapping[int, Plan], plain: Mapping[int, Plan]) -> list[Figure]:
-    """The document's figures against plans for so many GPUs each, with known rates, the weights
-    being loaded.
+def measured(device: torch.device, dtype: torch.dtype, dim: int, heads: int, tokens: int) -> Rates:
+    """Measure the rates of a device, at the widths of the model that is to run.
 
     Args:
-        guided: every step has guidance; one of a single GPU is among them.
-        plain: no step has. A way with few guided steps makes two passes of each on these layouts.
+        tokens: of a forward; up to 4096 of them are timed.
     """
+    rows = max(16, min(4096, tokens))
+    x = torch.randn(rows, dim, device=device, dtype=dtype)
+    weight = torch.randn(4 * dim, dim, device=device, dtype=dtype)
+    qkv = torch.randn(1, heads, rows, dim // heads, device=device, dtype=dtype)
+    image = torch.randn(1, 32, 64, 64, device=device)
+    kernel = torch.randn(32, 32, 3, 3, device=device)
+    large = torch.randn(rows, 4 * dim, device=device)
 
-    def of_steps(plan: Plan, fused: bool) -> tuple[float, float]:
-        """Seconds of a step, and of all that is no step."""
-        whole, rates = estimate(plan), plan.machine.rates
-        assert rates is not None and plan.need is not None
-        phases = [phase for phase in plan.need.phases if "expert" in phase.name]
-        steps = sum(phase.steps for phase in phases)
-        saved = (
-            (1 - FUSED)
-            * sum(phase.work.traffic * phase.steps for phase in phases)
-            / rates.memory
-            / steps
-            if fused
-            else 0.0
-        )
-        rest = whole.seconds - whole.denoising - sum(stage.loading for stage in whole.stages)
-        return whole.denoising / steps - saved, rest
+    def seconds(run: Callable[[], object]) -> float:
+        return _best_seconds(run, device)
 
-    def minutes(way: Way, gpus: int) -> float:
-        step, rest = of_steps(guided[gpus] if way.guided else plain[gpus], way.fused)
-        return (rest + (way.steps if way.guided else way.passes) * step) / 60
-
-    alone = guided[1].need
-    assert alone is not None
-    flops = sum(
-        phase.work.total() * phase.steps for phase in alone.phases if "expert" in phase.name
+    with torch.no_grad():
+        linear = seconds(lambda: F.linear(x, weight))
+        attention = seconds(lambda: F.scaled_dot_product_attention(qkv, qkv, qkv))
+        convolution = seconds(lambda: F.conv2d(image, kernel, padding=1))
+        product = seconds(lambda: large * large)
+        tiny = _tiny_block(device)
+        with Trace() as trace:
+            tiny()
+        launch = seconds(tiny) / trace.work.kernels
+    return Rates(
+        matmul=2 * weight.numel() * rows / linear,
+        attention=4 * rows**2 * dim / attention,
+        float32=2 * image.numel() * kernel[0].numel() / convolution,
+        low=0,
+        memory=3 * large.nbytes / product,
+        copy=COPY.get(device.type, COPY["cuda"]),
+        disk=DISK_RATE,
+        launch=launch,
+        source="a short measurement here",
+        link=GLOO if device.type == "cpu" else PCIE,
     )
-    return [
-        Figure(
-            gpus, {way.name: minutes(way, gpus) for way in WAYS}, claim, flops / PEAK / gpus / 60
-        )
-        for gpus, claim in CLAIMS.items()
-        if gpus in guided
-    ]
+
+
+def _tiny_block(device: torch.device) -> Callable[[], Tensor]:
+    """Return a block so small that its time is that of launching its operations."""
+    config = DiTConfig(dim=16, ffn_dim=16, num_heads=2, num_layers=1)
+    block = Block(config).to(device).requires_grad_(False)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    text = randn(1, 4, 2, 8), randn(1, 4, 2, 8)
+    rope = rope_table((1, 2, 2), 8, device)
+    conditioning = Conditioning(randn(1, 1, 16), randn(1, 1, 6, 16), None, rope, (text,))
+    x = randn(1, 4, 16)
+    return lambda: cast(Tensor, block(x, conditioning, text))
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device, total: float = 0.05) -> float:
+    """Return the seconds of one call, the best of rounds that take `total` seconds."""
+    best, spent = float("inf"), 0.0
+    run()
+    while spent < total:
+        began = time.perf_counter()
+        for _ in range(3):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - began
+        best, spent = min(best, took / 3), spent + took
+    return best

@@ -1,510 +1,255 @@
-"""The stretches of a run, each traced once: the pipeline's own code with parts whose tensors have
-no memory.
-
-An expert and the text encoder are traced with one block, since blocks are alike: a further block
-adds its weights (which are counted, not traced) and the keys and values that it keeps of the text.
-"""
+"""Compute what a run takes with every setting chosen: GPU memory, RAM and work, phase by phase."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from wanflow.plan.decoding import kept_features
+from wanflow.plan.trace import Storage, Work
+from wanflow.plan.traces import Traces
+from wanflow.presets import Expert
+from wanflow.runtime import Runtime
 
-from wanflow.checkpoint.checkpoint import Checkpoint
-from wanflow.checkpoint.structure import build, expert_structure, lay_out
-from wanflow.geometry import geometry_of
-from wanflow.loaders.velocity import make_velocity
-from wanflow.lora.reader import describe_adapter, open_adapter
-from wanflow.models.dit import WanDiT
-from wanflow.models.umt5 import UMT5Encoder
-from wanflow.parallel.cfg import split_guidance
-from wanflow.parallel.groups import CommStats, Layout, simulated_groups, sizes
-from wanflow.parallel.sequence import connect, sharded
-from wanflow.parallel.sharding import rows_of, shard_bytes
-from wanflow.plan import decoding
-from wanflow.plan.model import FirstBlocks, small
-from wanflow.plan.trace import Trace, Traced, Work, fake, materialise
-from wanflow.presets import Expert, ModelSpec
-from wanflow.request import CompleteRequest, Lora
-from wanflow.runtime import Runtime, batch_guidance, choose_text_dtype
-from wanflow.sampling.solvers import SolverState, advance
-from wanflow.sampling.timeline import schedule_of, timeline
-from wanflow.transforms.attention_kernels import BACKENDS
-from wanflow.transforms.block_streaming import BlockBuffers, Streaming, SyncExecutor
-from wanflow.transforms.deltas import Decomposed, LowRank, WeightDelta
-from wanflow.transforms.lora import Adapters
-from wanflow.transforms.packed import PackedLeaf
-from wanflow.transforms.quant import QuantLinear
+GB = 10**9
+# GPU memory besides tensors: the context with its kernels (0.4 to 0.6 GB are usual), the share that
+# PyTorch's allocator loses to rounding and gaps, and the workspace of cuDNN's convolutions. Not
+# measured.
+CONTEXT, SCATTER, WORKSPACE = 600_000_000, 0.04, 500_000_000
+# RAM of Python with PyTorch, before a weight is read: 0.25 GB measured; with CUDA's libraries 1.5
+# GB, not measured.
+PROCESS, PROCESS_CUDA = 300_000_000, 1_500_000_000
+READING = 200_000_000  # bytes between a file and a weight: chunks, headers, the video being written
+OUTPUT_DISK = GB
 
-# The kernel of the trace: on fake CPU tensors its attention stays one operation, with the
-# log-sum-exp too.
-KERNEL = BACKENDS["sdpa"]
+Kind = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Bytes of an expert's weights: all of them, those that are streamed when no block is resident,
-    and the largest tensor of them.
+class Phase:
+    """What a phase of a run takes, on the rank with the most to do.
 
-    shared: of what is cut into shares with dit_fsdp, whole; share: what one process keeps of that;
-        gathered: of one block, filled up to shares of one size, as it is when all of them are put
-        together.
+    Attributes:
+        weights, activations: bytes on the device.
+        host: bytes of RAM, where the device has memory of its own.
+        work: of one of the `steps`.
+        read: bytes of files that are read before the first step.
+        copied, read_in_step: bytes that are copied to the device, or read, in each step.
+        top: the largest storages at the peak.
+        here: how many ranks the machine has.
+        alone: whether rank 0 does this while the others wait.
+        sent: bytes that the rank sends in a step, by content, in `messages` collectives.
+        gathered: bytes of other ranks' shards that it receives in a step.
     """
 
-    total: int
-    blocks: tuple[int, ...]
-    largest: int
-    shared: int = 0
-    share: int = 0
+    name: str
+    kind: Kind
+    weights: int
+    activations: int
+    host: int
+    work: Work
+    expert: Expert | None = None
+    steps: int = 1
+    read: int = 0
+    copied: int = 0
+    read_in_step: int = 0
+    workspace: int = 0
+    top: tuple[Storage, ...] = ()
+    here: int = 1
+    alone: bool = False
+    sent: Mapping[str, int] = field(default_factory=dict)
+    messages: int = 0
     gathered: int = 0
 
+    @property
+    def tensors(self) -> int:
+        return self.weights + self.activations
+
+    @property
+    def device(self) -> int:
+        """Bytes of GPU memory, everything included; 0 on a CPU."""
+        if self.kind == "cpu":
+            return 0
+        return round(self.tensors * (1 + SCATTER)) + self.workspace + CONTEXT
+
+    @property
+    def ram(self) -> int:
+        """Bytes of anonymous memory of all ranks on a machine.
+
+        Mapped files are not counted, since the system can drop them.
+        """
+        each = self.tensors + self.host if self.kind == "cpu" else self.host
+        process = PROCESS if self.kind == "cpu" else PROCESS_CUDA
+        return self.here * process + (1 if self.alone else self.here) * each
+
 
 @dataclass(frozen=True)
-class FakeLora:
-    """What a plan knows of a LoRA file: how many numbers it holds, its rank, and whether the
-    changed weight is made for each call.
+class Need:
+    """What a complete run takes; `disk` is in bytes."""
+
+    phases: tuple[Phase, ...]
+    disk: int
+
+    @property
+    def device(self) -> Phase:
+        """The phase that needs the most GPU memory."""
+        return max(self.phases, key=lambda phase: phase.device)
+
+    @property
+    def ram(self) -> Phase:
+        """The phase that needs the most RAM."""
+        return max(self.phases, key=lambda phase: phase.ram)
+
+
+def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
+    """Return what a run takes with a Runtime in which nothing is open."""
+    phases = (
+        text_phase(traces, runtime, kind),
+        *expert_phases(traces, runtime, kind),
+        decode_phase(traces, runtime, kind),
+    )
+    return Need(phases, traces.checkpoint.disk_bytes + OUTPUT_DISK)
+
+
+def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
+    """Return the text encoder's phase.
+
+    A small model's stays on the device. Else its table is in RAM, and its blocks are read in turn,
+    one ahead.
     """
-
-    lora: Lora
-    numbers: int
-    rank: int
-    through_weight: bool
-
-    def works_on(self, which: Expert) -> bool:
-        return bool(self.lora.resolved(None).strength(which, self.lora.first or 1))
-
-
-def known_lora(lora: Lora) -> FakeLora:
-    """By its header; RequestError for a file that cannot be read."""
-    source = open_adapter(Path(lora.path))
-    told = describe_adapter(source) or {"ranks": [], "kinds": {}}
-    numbers = sum(torch.Size(info.shape).numel() for info in source.tensors.values())
-    return FakeLora(
-        lora,
-        numbers,
-        max(told["ranks"], default=1),
-        any(kind not in ("LoRA", "difference") for kind in told["kinds"]),
+    traced, held = traces.text(), traces.text_encoder()
+    on_cpu = kind == "cpu" or bool(runtime.t5_cpu)
+    rest, two_blocks = held.total - sum(held.blocks), 2 * max(held.blocks)
+    if traces.small:
+        weights, host = held.total, held.largest
+    elif on_cpu:
+        weights, host = rest + two_blocks, 0
+    else:
+        weights, host = max(held.blocks), rest + two_blocks
+    name, activations = "text encoder", traced.activations
+    if kind == "gpu" and on_cpu:
+        name = "text encoder on the CPU"
+        weights, activations, host = 0, 0, weights + activations
+    return Phase(
+        name,
+        kind,
+        weights,
+        activations,
+        READING + host,
+        traced.work,
+        read=traces.checkpoint.file_bytes("t5"),
+        top=traced.top,
+        here=traces.here,
+        alone=True,
     )
 
 
-@dataclass
-class FakeParts:
-    """Experts whose tensors have no memory."""
-
-    spec: ModelSpec
-    model: Any  # is called as a WanDiT is
-    text_dtype: torch.dtype
-
-    def text(self, prompts: list[str]) -> Tensor:
-        dit = self.spec.dit
-        return torch.empty(len(prompts), dit.text_len, dit.text_dim, dtype=self.text_dtype)
-
-    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> Any:
-        return self.model
-
-    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None: ...
+def expert_phases(traces: Traces, runtime: Runtime, kind: Kind) -> list[Phase]:
+    """Return the denoising phases: each expert, with guidance and without."""
+    phases = []
+    for position, expert in enumerate(traces.experts):
+        by_guidance: dict[bool, list[int]] = {}
+        for step in traces.steps:
+            if step.expert == expert:
+                by_guidance.setdefault(step.guided, []).append(step.index)
+        for steps in by_guidance.values():
+            phases.append(_denoise(traces, runtime, kind, position, steps))
+    return phases
 
 
-class Traces:
-    """All of one model, request, dtype and layout, on one kind of device; what differs between
-    candidates is in the arguments.
+def _denoise(
+    traces: Traces, runtime: Runtime, kind: Kind, position: int, steps: list[int]
+) -> Phase:
+    """Return the phase of the expert at a position in the order of use, for some of its steps."""
+    expert = traces.experts[position]
+    others = traces.experts[:position] if runtime.keep_experts else ()  # they hold no activations
+    held, streamed = traces.expert(expert, runtime), streamed_bytes(traces, expert, runtime)
+    guided = traces.steps[steps[-1]].guided
+    traced = traces.step(expert, steps[-1], runtime, streamed > 0, kind == "cpu")
+    passes = traces.passes(guided, runtime)
+    from_ram = streamed > 0 and runtime.stream_from == "ram"
+    host = READING + (held.largest if kind == "gpu" else 0)
+    if from_ram:
+        host += sum(streamed_bytes(traces, each, runtime) for each in (expert, *others))
+    elif streamed and kind == "gpu":
+        host += 2 * max(held.blocks)  # buffers between files and GPU
+    if runtime.prefetch and position + 1 < len(traces.experts):
+        host += traces.expert(traces.experts[position + 1], runtime).total
+    file = traces.checkpoint.file_bytes(expert)
+    read_in_step = 0 if from_ram else round(file * streamed / held.total)
+    return Phase(
+        f"{expert}-noise expert{'' if guided else ' without guidance'}",
+        kind,
+        sum(on_device(traces, each, runtime) for each in (expert, *others)),
+        traced.activations,
+        host,
+        traced.work,
+        expert,
+        len(steps),
+        read=file - read_in_step,
+        copied=passes * streamed if kind == "gpu" else 0,
+        read_in_step=passes * read_in_step,
+        top=traced.top,
+        here=traces.here,
+        sent=traced.sent,
+        messages=traced.messages,
+        gathered=passes * (traces.layout.size - 1) * held.shard if runtime.dit_fsdp else 0,
+    )
 
-    Of several processes the last is traced: what does not divide leaves it the most tokens and the
-    most heads. here: how many of them one machine has.
+
+def on_device(traces: Traces, expert: Expert, runtime: Runtime) -> int:
+    """Return the bytes of an expert's weights on the device, LoRAs included.
+
+    Streaming holds the resident blocks and two buffers. dit_fsdp holds a shard of the blocks'
+    matmul weights, and all of the rest.
     """
-
-    TRACED_BLOCKS = 1  # of an expert; a test traces all and compares
-
-    def __init__(
-        self,
-        model: Checkpoint,
-        request: CompleteRequest,
-        dtype: torch.dtype,
-        device: torch.device,
-        layout: Layout = Layout(),  # noqa: B008 (it is frozen)
-        here: int = 1,
-    ) -> None:
-        self.model, self.request, self.dtype, self.device = model, request, dtype, device
-        self.layout, self.here = layout, here
-        self.small = small(model, dtype)
-        self.text_dtype = choose_text_dtype(dtype, self.small)
-        self.schedule = schedule_of(request)
-        self.steps = timeline(request, model.spec)
-        self.working = tuple(step.expert for step in self.steps)
-        self.geometry = geometry_of(model.spec)
-        self.loras = tuple(known_lora(lora) for lora in request.loras)
-        self._done: dict[Any, Any] = {}
-
-    # what the request says
-
-    def guided(self, step: int) -> bool:
-        return self.steps[step].guided
-
-    def kinds(self, which: Expert) -> dict[bool, list[int]]:
-        """The steps of an expert, by whether they are guided (two branches) or not."""
-        kinds: dict[bool, list[int]] = {}
-        for step in self.steps:
-            if step.expert == which:
-                kinds.setdefault(step.guided, []).append(step.index)
-        return kinds
-
-    def batched(self, runtime: Runtime) -> bool:
-        """Whether both branches of guidance go through the model as one batch."""
-        return batch_guidance(runtime.cfg_batch, self.tokens())
-
-    def latent_shape(self) -> tuple[int, int, int, int, int]:
-        return 1, *self.geometry.latent_shape(self.request.size, self.request.frame_num)
-
-    def tokens(self) -> int:
-        return self.geometry.tokens(self.request.size, self.request.frame_num)
-
-    def own_tokens(self) -> int:
-        """Those of a process that has the most."""
-        return max(sizes(self.tokens(), self.layout.sequence))
-
-    # an expert
-
-    def expert(self, which: Expert, runtime: Runtime) -> Weights:
-        """Its weights as they are held, LoRAs aside."""
-        key = ("expert", self._form(which), runtime.quantize, runtime.quantize_layers)
-        if key not in self._done:
-            model = expert_structure(
-                self.model.spec.dit, self.model.source(which), runtime, self.dtype, self.device
-            )
-            sizes = [value.nbytes for value in model.parameters()]
-            blocks = [
-                [value for leaf in block.modules() for value in rows_of(leaf)]
-                for block in model.blocks
-            ]
-            shares = [
-                sum(shard_bytes(value, self.layout.size) for value in block) for block in blocks
-            ]
-            self._done[key] = Weights(
-                sum(sizes),
-                tuple(BlockBuffers(block).layout.nbytes for block in model.blocks),
-                max(sizes),
-                sum(value.nbytes for block in blocks for value in block),
-                sum(shares),
-                max(shares) * self.layout.size,
-            )
-        return cast(Weights, self._done[key])
-
-    def lora_bytes(self, which: Expert, runtime: Runtime) -> int:
-        """Live LoRAs lie on the device in the dtype that their leaves compute in."""
-        return (
-            0
-            if runtime.lora == "fused"
-            else sum(
-                lora.numbers * self.dtype.itemsize for lora in self.loras if lora.works_on(which)
-            )
-        )
-
-    def step(
-        self, which: Expert, index: int, runtime: Runtime, streamed: bool, gloo: bool = False
-    ) -> Traced:
-        """One denoising step, with the solver's state, all keys and values of the text, and blocks
-        put together from shares.
-
-        Args:
-            gloo: what the processes speak, on a CPU: it makes a copy of what it gathers.
-        """
-        live = runtime.lora == "live" and tuple(lora for lora in self.loras if lora.works_on(which))
-        settings = (
-            runtime.quantize,
-            runtime.quantize_layers,
-            runtime.chunk_tokens,
-            runtime.cfg_batch,
-        )
-        gathered = self.expert(which, runtime).gathered if runtime.dit_fsdp else 0
-        key = (
-            "step",
-            self._form(which),
-            self.guided(index),
-            min(index, 2),
-            streamed,
-            live,
-            *settings,
-            gathered,
-            gloo,
-        )
-        if key not in self._done:
-            self._done[key] = self._step(
-                which, index, runtime, streamed, live or (), (gathered, gloo)
-            )
-        return cast(Traced, self._done[key])
-
-    def _form(self, which: Expert) -> Any:
-        """Experts of one form are traced once."""
-        source = self.model.source(which)
-        return (
-            None
-            if source is None
-            else tuple(
-                (name, info.packing) for name, info in source.tensors.items() if info.packing
-            )
-        )
-
-    def _step(
-        self,
-        which: Expert,
-        index: int,
-        runtime: Runtime,
-        streamed: bool,
-        loras: tuple[FakeLora, ...],
-        together: tuple[int, bool],
-    ) -> Traced:
-        preset = replace(
-            self.model.spec, dit=replace(self.model.spec.dit, num_layers=self.TRACED_BLOCKS)
-        )
-        # Leaves that unpack weights do so in many small steps: they are traced by themselves
-        # (`_leaves`), once.
-        plain = expert_structure(
-            preset.dit, None, replace(runtime, quantize=""), self.dtype, self.device
-        )
-        with fake() as trace:
-            model: Any = plain
-            materialise(
-                plain, but=set(BlockBuffers(next(iter(plain.blocks))).leaves) if streamed else ()
-            )
-            if streamed:
-                model = Streaming(
-                    plain, lambda _, views: None, (), torch.device("cpu"), worker=SyncExecutor()
-                )
-            if loras:
-                _attach(plain, loras)
-            parts = FakeParts(preset, model, self.text_dtype)
-            ctx = simulated_groups(self.layout, self.layout.size - 1)
-            connect(plain, ctx, KERNEL.attend, KERNEL.with_lse)
-            weights = trace.live
-            trace.mark()
-            branches = 2 if self.guided(index) and self.layout.cfg == 1 else 1
-            text = _text_bytes(model.text_states(parts.text([""] * branches)))
-            before = trace.work
-            velocity = make_velocity(
-                parts, self.request, index, runtime.cfg_batch, sharded(ctx), split_guidance(ctx)
-            )
-            x = torch.empty(self.latent_shape())
-            past = min(2, index)
-            state = SolverState(
-                index,
-                x,
-                tuple(torch.empty_like(x) for _ in range(past)),
-                torch.empty_like(x) if past else None,
-            )
-            inside = ModuleCounter(trace, next(iter(plain.blocks)), ctx.stats)
-            if together[0]:
-                hold_gathered(plain, together[0], self.model.spec.dit.num_layers > 1, together[1])
-            trace.mark()
-            advance(self.schedule, state, velocity)
-            beside = trace.peak - weights
-        layers = self.model.spec.dit.num_layers
-        others = layers - self.TRACED_BLOCKS
-        excess, more = self._leaves(which, runtime, inside.calls)
-        work = trace.work + before.scaled(-1) + inside.work.scaled(others) + more.scaled(layers)
-        sent = Counter({what: count for what, count in ctx.stats.sent.items() if count})
-        sent.update({what: count * others for what, count in inside.sent.items()})
-        messages = sum(ctx.stats.calls.values()) + inside.messages * others
-        return Traced(
-            beside + excess + text // self.TRACED_BLOCKS * others,
-            work,
-            tuple(trace.top()),
-            sent,
-            messages,
-        )
-
-    def _leaves(self, which: Expert, runtime: Runtime, passes: int) -> tuple[int, Work]:
-        """What packed or quantised leaves of a block need beyond plain ones: the most bytes of one,
-        and the work of all in a step.
-
-        The first block stands for all; in GGUF files others may be packed otherwise, which changes
-        the weights' bytes but not these.
-        """
-        if not runtime.quantize and not self._form(which):
-            return 0, Work()
-        source, dit = self.model.source(which), replace(self.model.spec.dit, num_layers=1)
-        forms = [
-            expert_structure(
-                dit, source and FirstBlocks(source, 1), runtime, self.dtype, self.device
-            )
-        ]
-        forms.append(
-            expert_structure(dit, None, replace(runtime, quantize=""), self.dtype, self.device)
-        )
-        ours, plain = (dict(next(iter(model.blocks)).named_modules()) for model in forms)
-        tokens = self.own_tokens()
-        rows = min(runtime.chunk_tokens or tokens, tokens)
-        excess, work, done = 0, Work(), {}
-        for path, leaf in ours.items():
-            if not isinstance(leaf, PackedLeaf | QuantLinear):
-                continue
-            # The text's keys and values are made once a run; they count for memory only.
-            form = (type(leaf), getattr(leaf, "kind", ""), *plain[path].weight.shape)
-            if form not in done:
-                done[form] = [_one_leaf(module, rows) for module in (leaf, plain[path])]
-            (most, its), (least, other) = done[form]
-            excess = max(excess, most - least)
-            if not path.startswith(("cross_attn.k", "cross_attn.v")):
-                work = work + (its + other.scaled(-1)).scaled(passes * -(-tokens // rows))
-        return excess, work
-
-    # the other parts
-
-    def text_encoder(self) -> Weights:
-        """Its weights as they are held."""
-        if "t5" not in self._done:
-            module = cast(UMT5Encoder, self.model.module("t5"))
-            lay_out(
-                module,
-                self.model.source("t5"),
-                lambda name, info: self.text_dtype,
-                self.text_dtype,
-                self.device,
-            )
-            blocks = tuple(
-                sum(value.nbytes for value in block.parameters()) for block in module.blocks
-            )
-            sizes = [value.nbytes for value in module.parameters()]
-            self._done["t5"] = Weights(sum(sizes), blocks, max(sizes))
-        return cast(Weights, self._done["t5"])
-
-    def vae_bytes(self) -> int:
-        return 4 * self.model.parameters("vae")
-
-    def text(self) -> Traced:
-        """Encoding the prompts, one at a time."""
-        if "text" not in self._done:
-            config, source = self.model.spec.text, self.model.source("t5")
-            layers = 1
-            encoder = build(UMT5Encoder, replace(config, num_layers=layers))
-            lay_out(
-                encoder,
-                source and FirstBlocks(source, layers),
-                lambda name, info: self.text_dtype,
-                self.text_dtype,
-                self.device,
-            )
-            with fake() as trace:
-                materialise(encoder)
-                weights = trace.live
-                ids = torch.zeros(1, self.model.spec.dit.text_len, dtype=torch.long)
-                inside = ModuleCounter(trace, next(iter(encoder.blocks)))
-                trace.mark()
-                encoder(ids, torch.ones_like(ids))
-            prompts = 2 if any(self.guided(index) for index in range(len(self.working))) else 1
-            work = (trace.work + inside.work.scaled(config.num_layers - layers)).scaled(prompts)
-            self._done["text"] = Traced(trace.peak - weights, work, tuple(trace.top()))
-        return cast(Traced, self._done["text"])
-
-    def decode(self, tile: int) -> Traced:
-        """The VAE, in float32: until it repeats itself; in strips on several processes."""
-        if ("decode", tile) not in self._done:
-            vae, shape = self.model.spec.vae, self.latent_shape()
-            if self.layout.size > 1:
-                self._done["decode", tile] = decoding.in_strips(vae, shape, self.layout)
-            else:
-                self._done["decode", tile] = (
-                    decoding.tiled(vae, shape, tile) if tile else decoding.whole(vae, shape)
-                )
-        return cast(Traced, self._done["decode", tile])
+    held = traces.expert(expert, runtime)
+    total = held.total + traces.lora_bytes(expert, runtime)
+    if runtime.dit_fsdp:
+        return total - held.sharded + held.shard
+    streamed = len(held.blocks) - resident(traces, runtime)
+    if streamed <= 0:
+        return total
+    # Blocks of a GGUF file differ: streamed ones count as average, buffers as the largest.
+    return total - round(streamed * sum(held.blocks) / len(held.blocks)) + 2 * max(held.blocks)
 
 
-def _one_leaf(leaf: nn.Module, rows: int) -> tuple[int, Work]:
-    """The most that a leaf takes beside its parameters and its input, and its work."""
-    with fake() as trace:
-        materialise(leaf)
-        x = torch.empty(
-            rows, cast(int, leaf.in_features), dtype=cast(torch.dtype, leaf.compute_dtype)
-        )
-        trace.mark()
-        start = trace.live
-        leaf(x)
-        return trace.peak - start, trace.work
+def resident(traces: Traces, runtime: Runtime) -> int:
+    """Return how many blocks stay on the device."""
+    blocks = runtime.resident_blocks
+    return traces.layers if blocks is None else min(traces.layers, blocks)
 
 
-def hold_gathered(model: WanDiT, nbytes: int, many: bool, gloo: bool) -> None:
-    """Hold in a trace what FSDP holds, which does not itself run on tensors without memory.
-
-    That is the block at work, put together from all processes' shares, and beside it the message in
-    which it came, until the next one has come or the forward is over.
-
-    Args:
-        nbytes: of a block.
-        many: other blocks come before the ones that are traced.
-        gloo: it copies what it gathers.
-    """
-    held: list[Tensor] = []
-
-    def block() -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def enter(*_: Any) -> None:
-        if many and not held:
-            held.append(block())
-        message, copy = block(), block() if gloo else None
-        del copy
-        held[:] = [message]
-        held.append(block())
-
-    def leave(*_: Any) -> None:
-        held.pop()
-
-    for module in model.blocks:
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-    model.register_forward_hook(lambda *_: held.clear())
+def streamed_bytes(traces: Traces, expert: Expert, runtime: Runtime) -> int:
+    """Return the bytes of the blocks that are streamed; none are with dit_fsdp."""
+    if runtime.dit_fsdp:
+        return 0
+    blocks = traces.expert(expert, runtime).blocks
+    return round(sum(blocks) * (len(blocks) - resident(traces, runtime)) / len(blocks))
 
 
-class ModuleCounter:
-    """The work of every call of a module from now on, and what it sends."""
-
-    def __init__(self, trace: Trace, module: nn.Module, traffic: CommStats | None = None) -> None:
-        self.work = before = Work()
-        self.calls = self.messages = 0
-        self.sent = sent_before = Counter[str]()
-        traffic = traffic or CommStats()
-
-        def enter(*_: Any) -> None:
-            nonlocal before, sent_before
-            before, sent_before = trace.work + Work(), Counter(traffic.sent)
-            self.messages -= sum(traffic.calls.values())
-
-        def leave(*_: Any) -> None:
-            self.work = self.work + trace.work + before.scaled(-1)
-            self.sent.update(Counter(traffic.sent) - sent_before)
-            self.messages += sum(traffic.calls.values())
-            self.calls += 1
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-
-
-def _text_bytes(states: Iterable[tuple[Tensor, Tensor]]) -> int:
-    return sum(value.untyped_storage().nbytes() for pair in states for value in pair)
-
-
-def _attach(model: WanDiT, loras: Iterable[FakeLora]) -> None:
-    """LoRAs of these ranks on every matmul of the blocks."""
-    adapters = Adapters(model)
-    leaves: dict[str, Any] = {
-        name: leaf
-        for name, leaf in model.named_modules()
-        if name.startswith("blocks.") and hasattr(leaf, "in_features")
-    }
-    for number, lora in enumerate(loras):
-        changes: dict[str, WeightDelta] = {}
-        for name, leaf in leaves.items():
-            change = LowRank(
-                torch.empty(leaf.out_features, lora.rank), torch.empty(lora.rank, leaf.in_features)
-            )
-            changes[f"{name}.weight"] = (
-                Decomposed(change, torch.empty(leaf.out_features))
-                if lora.through_weight
-                else change
-            )
-        adapters.attach(str(number), changes)
+def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
+    """Return the VAE's phase."""
+    tile, kept = runtime.vae_tile or 0, traces.experts if runtime.keep_experts else ()
+    traced, host = traces.decode(tile), READING
+    if tile:
+        width, height = traces.request.size
+        frames = traces.request.frame_num * width * height * 3
+        host += frames + kept_features(traces.spec.vae, traces.latent_shape)
+    if runtime.stream_from == "ram":
+        host += sum(streamed_bytes(traces, expert, runtime) for expert in kept)
+    return Phase(
+        "VAE",
+        kind,
+        traces.vae_bytes() + sum(on_device(traces, expert, runtime) for expert in kept),
+        traced.activations,
+        host,
+        traced.work,
+        read=traces.checkpoint.file_bytes("vae"),
+        workspace=WORKSPACE if kind == "gpu" else 0,
+        top=traced.top,
+        here=traces.here,
+        sent=traced.sent,
+        messages=traced.messages,
+    )

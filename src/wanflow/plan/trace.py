@@ -1,8 +1,8 @@
-"""What the real code would allocate and compute, seen by running it on tensors that have no memory.
+"""Measure what code would allocate and compute, by running it on tensors without memory.
 
-Fake *CPU* tensors: on those the fused attention stays one operation, as on a GPU, while on fake
-CUDA or meta tensors it falls apart into a score matrix of 900 GB. Every storage counts once, from
-the operation that makes it until nothing refers to it.
+Fake *CPU* tensors: on those the fused attention stays one operation, as on a GPU. On fake CUDA or
+meta tensors it falls apart into a score matrix of 900 GB. Every storage counts once, from the
+operation that makes it until the last reference is gone.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from wanflow.parallel.groups import CommStats
+
 Kind = Literal["matmul", "quantised", "attention", "convolution"]
 DEVICE = torch.ops.prim.device.default
 
 
 @dataclass(frozen=True)
-class Held:
-    """A storage that is alive: its bytes, and the operation that made it, with the shape that came
-    of it.
-    """
+class Storage:
+    """A live storage: its bytes, and the operation and shape that made it."""
 
     nbytes: int
     made_by: str
@@ -40,13 +40,14 @@ class Held:
 
 @dataclass
 class Work:
-    """What a stretch of code computes: FLOPs by kind, in float32 and in lower precision apart, and
-    the bytes moved by everything else.
+    """FLOPs by (kind, whether in float32), and the cost of all other operations.
+
+    Attributes:
+        traffic: bytes that elementwise operations read and write, unfused.
+        kernels: the number of operations.
     """
 
-    flops: Counter[tuple[Kind, bool]] = field(default_factory=Counter)  # bool: in float32
-    # bytes read and written by what is neither matmul, attention nor convolution; each operation by
-    # itself, unfused
+    flops: Counter[tuple[Kind, bool]] = field(default_factory=Counter)
     traffic: int = 0
     kernels: int = 0
 
@@ -62,87 +63,119 @@ class Work:
         flops.update(other.flops)
         return Work(flops, self.traffic + other.traffic, self.kernels + other.kernels)
 
+    def __sub__(self, other: Work) -> Work:
+        return self + other.scaled(-1)
+
 
 @dataclass(frozen=True)
 class Traced:
-    """What a stretch takes beside its weights, in bytes, what it computes, and the largest storages
-    at its peak.
+    """The cost of a stretch of code.
 
-    sent: bytes that this process sends to others, by what they are; messages: in how many
-        collectives.
+    Attributes:
+        activations: peak bytes besides the weights.
+        top: the largest storages at the peak.
+        sent: bytes that this rank sends, by content.
+        messages: the number of collectives.
     """
 
-    beside: int
+    activations: int
     work: Work
-    top: tuple[Held, ...] = ()
+    top: tuple[Storage, ...] = ()
     sent: Mapping[str, int] = field(default_factory=dict)
     messages: int = 0
 
 
 class Trace(TorchDispatchMode):
-    """Counts while it is on. `live` and `peak` are bytes; `mark` begins a new stretch, of which the
-    peak and the work are asked for.
+    """Count bytes, work and communication of everything that runs inside it.
+
+    Attributes:
+        live, peak: bytes.
+        stats: counts what the code under trace sends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stats: CommStats | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.stats = stats or CommStats()
         self.live = self.peak = 0
-        self.work = Work()
-        self._held: dict[int, tuple[weakref.ref[Any], Held]] = {}
-        self._at_peak: tuple[Held, ...] = ()
+        self._storages: dict[int, tuple[weakref.ref[Any], Storage]] = {}
+        self._times = 1
+        self.mark()
+
+    def mark(self) -> None:
+        """Start a new stretch: reset the peak, work and communication."""
+        self.peak, self.work = self.live, Work()
+        self._at_peak = self._alive()
+        self._sent, self._messages = Counter[str](), 0
+        self.stats.reset()
+
+    def count_as(self, times: int) -> None:
+        """Count each operation from here on as `times` operations."""
+        self._collect()
+        self._times = times
+
+    def repeat(self, module: nn.Module, times: int) -> None:
+        """Count each call of a module as `times` calls."""
+        module.register_forward_pre_hook(lambda *_: self.count_as(times))
+        module.register_forward_hook(lambda *_: self.count_as(1))
+
+    def result(self, weights: int) -> Traced:
+        """Return the cost since the last mark; `weights` are the bytes to leave out."""
+        self._collect()
+        sent = {what: count for what, count in self._sent.items() if count}
+        return Traced(self.peak - weights, self.work, self.top(), sent, self._messages)
+
+    def top(self, count: int = 12) -> tuple[Storage, ...]:
+        """Return the largest storages at the peak."""
+        return tuple(sorted(self._at_peak, key=lambda storage: -storage.nbytes)[:count])
+
+    def _collect(self) -> None:
+        for what, count in self.stats.sent.items():
+            self._sent[what] += count * self._times
+        self._messages += sum(self.stats.calls.values()) * self._times
+        self.stats.reset()
+
+    def _alive(self) -> tuple[Storage, ...]:
+        return tuple(storage for _, storage in self._storages.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is DEVICE:
             return out
         inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-        made = [value for value in tree_iter(out) if isinstance(value, Tensor)]
-        for value in made:
-            self._see(value, func)
-        self._count(func, args, kwargs or {}, inputs, made)
+        outputs = [value for value in tree_iter(out) if isinstance(value, Tensor)]
+        for value in outputs:
+            self._add(value, func)
+        self._count(func, args, inputs, outputs)
         return out
 
-    def mark(self) -> None:
-        """Forget peak and work so far; what is alive stays counted."""
-        self.peak, self.work, self._at_peak = (
-            self.live,
-            Work(),
-            tuple(held for _, held in self._held.values()),
-        )
-
-    def top(self, count: int = 12) -> list[Held]:
-        """The largest that was alive at the peak."""
-        return sorted(self._at_peak, key=lambda held: -held.nbytes)[:count]
-
-    def _see(self, value: Tensor, func: Any) -> None:
-        storage = value.untyped_storage()
-        key, nbytes = storage._cdata, storage.nbytes()
-        known = self._held.get(key)
+    def _add(self, value: Tensor, func: Any) -> None:
+        data = value.untyped_storage()
+        key, nbytes = data._cdata, data.nbytes()
+        known = self._storages.get(key)
         if known is not None and known[1].nbytes == nbytes:
             return
         if known is not None:  # resized
             self.live -= known[1].nbytes
-        held = Held(nbytes, str(func).removeprefix("aten."), tuple(value.shape))
-        self._held[key] = (weakref.ref(storage, lambda _: self._gone(key)), held)
+        storage = Storage(nbytes, str(func).removeprefix("aten."), tuple(value.shape))
+        self._storages[key] = (weakref.ref(data, lambda _: self._remove(key)), storage)
         self.live += nbytes
         if self.live > self.peak:
-            self.peak = self.live
-            self._at_peak = tuple(held for _, held in self._held.values())
+            self.peak, self._at_peak = self.live, self._alive()
 
-    def _gone(self, key: int) -> None:
-        self.live -= self._held.pop(key)[1].nbytes
+    def _remove(self, key: int) -> None:
+        self.live -= self._storages.pop(key)[1].nbytes
 
-    def _count(
-        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], made: list[Tensor]
-    ) -> None:
+    def _count(self, func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         kind = KINDS.get(func.overloadpacket)
         if kind is not None:
-            flops = _flops(kind, func.overloadpacket, args, kwargs, made[0])
-            self.work.flops[kind, made[0].dtype == torch.float32] += flops
-            self.work.kernels += 1
-        elif not func.is_view and func not in FREE:
-            self.work.traffic += sum(_nbytes(value) for value in (*inputs, *made))
-            self.work.kernels += 1
+            flops = _flops(kind, func.overloadpacket, args, outputs[0])
+            self.work.flops[kind, outputs[0].dtype == torch.float32] += flops * self._times
+        elif func.is_view or func in FREE:
+            return
+        else:
+            moved = sum(_nbytes(value) for value in (*inputs, *outputs))
+            self.work.traffic += moved * self._times
+        self.work.kernels += self._times
 
 
 aten = torch.ops.aten
@@ -173,15 +206,13 @@ KINDS: dict[Any, Kind] = {
 
 
 def _nbytes(value: Tensor) -> int:
-    """Bytes that reading a tensor moves: a broadcast one is read once."""
-    return (
-        value.dtype.itemsize
-        * torch.Size(n for n, step in zip(value.shape, value.stride(), strict=True) if step).numel()
-    )
+    """Return the bytes that reading a tensor moves: broadcast dimensions are read once."""
+    stored = [n for n, stride in zip(value.shape, value.stride(), strict=True) if stride]
+    return value.dtype.itemsize * torch.Size(stored).numel()
 
 
-def _flops(kind: Kind, packet: Any, args: Any, kwargs: Any, out: Tensor) -> int:
-    """Two for every multiplication with its addition."""
+def _flops(kind: Kind, packet: Any, args: Any, out: Tensor) -> int:
+    """Return the FLOPs of an operation: two for each multiplication with its addition."""
     if kind == "convolution":
         x, weight, transposed = args[0], args[1], args[6]
         # Each input (transposed) or output value meets every tap of its group once.
@@ -195,25 +226,26 @@ def _flops(kind: Kind, packet: Any, args: Any, kwargs: Any, out: Tensor) -> int:
 
 
 @contextmanager
-def fake() -> Iterator[Trace]:
-    """Inside, tensors have no memory and a trace is on."""
-    with torch.no_grad(), FakeTensorMode(), Trace() as trace:
+def fake(stats: CommStats | None = None) -> Iterator[Trace]:
+    """Trace the code inside, on tensors without memory."""
+    with torch.no_grad(), FakeTensorMode(), Trace(stats) as trace:
         yield trace
 
 
-def materialise(module: nn.Module, but: Collection[str] = ()) -> int:
-    """Give a module on meta fake parameters, in the dtypes it is laid out in, and leave those named
-    in `but`, by the end of their names;
-    returns their bytes. To be called inside `fake`.
+def materialise(module: nn.Module, skip: Collection[str] = ()) -> int:
+    """Give a module on meta fake parameters of its own dtypes; return their bytes.
+
+    Call it inside `fake`.
+
+    Args:
+        skip: ends of the names of parameters that stay on meta.
     """
     total = 0
     for name, parameter in list(module.named_parameters()):
-        if any(name.endswith(f".{end}") for end in but):
+        if any(name.endswith(f".{end}") for end in skip):
             continue
         owner, _, leaf = name.rpartition(".")
-        value = nn.Parameter(
-            torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
-        )
-        setattr(module.get_submodule(owner), leaf, value)
+        value = torch.empty(parameter.shape, dtype=parameter.dtype)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
         total += value.nbytes
     return total

@@ -15,7 +15,7 @@ from wanflow.checkpoint.structure import expert_dtypes
 from wanflow.config import RequestError
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT, run_blocks
-from wanflow.plan import Machine
+from wanflow.plan.gpus import Machine
 from wanflow.train.finetune import TARGETS, FineTune, attach
 
 GB = 10**9

@@ -38,6 +38,10 @@ class Box:
     left: int
     right: int
 
+    @property
+    def area(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
+
     def grown(self, margin: int, height: int, width: int) -> Box:
         """Return the box with a margin around it, cut to an image of this size."""
         return Box(
@@ -167,12 +171,12 @@ def decode_frames(
     stride, scale = vae.config.temporal_stride, vae.config.spatial_stride
     boxes = tiles(vae.config, height * scale, width * scale, tile)
     full, local = halves(vae)
-    features = list(_features(vae, full, latent))
+    held = list(features(vae, full, latent))
     video = np.empty((1 + stride * (steps - 1), height * scale, width * scale, 3), dtype=np.uint8)
     for number, box in enumerate(boxes):
         target = box.times(scale)
         end = 0
-        for step, part in enumerate(_tile(local, features, box, height, width, latent.device)):
+        for step, part in enumerate(decode_tile(local, held, box, height, width, latent.device)):
             frames = convert(part)
             start, end = end, end + len(frames)
             video[start:end, target.top : target.bottom, target.left : target.right] = frames
@@ -182,7 +186,7 @@ def decode_frames(
                 yield video[start:end]
 
 
-def _features(vae: WanVAE, layers: list[nn.Module], latent: Tensor) -> Iterator[Tensor]:
+def features(vae: WanVAE, layers: list[nn.Module], latent: Tensor) -> Iterator[Tensor]:
     """The features before the first doubling, in RAM: [1, C, 1, h, w] for each latent frame."""
     state: State = {}
     for chunk in vae.chunks(latent):
@@ -190,7 +194,7 @@ def _features(vae: WanVAE, layers: list[nn.Module], latent: Tensor) -> Iterator[
             yield part.cpu()
 
 
-def _tile(
+def decode_tile(
     layers: list[nn.Module],
     features: list[Tensor],
     box: Box,

@@ -1,0 +1,198 @@
+"""`Plan`: the settings of a run, and those that need no trace, as all of a small model's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from wanflow.assemble import layout_of, refuse_together
+from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.config import RequestError
+from wanflow.parallel.groups import Layout, choose_layout, sizes
+from wanflow.plan.gpus import Machine
+from wanflow.request import CompleteRequest
+from wanflow.runtime import Runtime, choose_device, choose_dtype, is_small
+from wanflow.sampling.timeline import timeline
+from wanflow.transforms.attention_kernels import BACKENDS
+
+if TYPE_CHECKING:
+    from wanflow.plan.phases import Need
+
+Kind = Literal["gpu", "cpu"]
+GPUS_PER_MACHINE = 8  # at most, where nothing else is known
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request runs on a machine, and why.
+
+    Attributes:
+        runtime: has no open setting.
+        need: None for a small model, which is not traced.
+        short: what does not fit.
+        offers: settings that would help, and change the video or the request.
+    """
+
+    runtime: Runtime
+    machine: Machine
+    kind: Kind
+    need: Need | None
+    reasons: tuple[str, ...]
+    short: tuple[str, ...] = ()
+    offers: tuple[str, ...] = ()
+    layout: Layout = Layout()  # noqa: RUF009 (it is frozen)
+
+    @property
+    def fits(self) -> bool:
+        return not self.short
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a plan starts from: a request, the ranks that share it, and the settings so far.
+
+    Attributes:
+        here: how many of the ranks one machine has.
+    """
+
+    checkpoint: Checkpoint
+    request: CompleteRequest
+    runtime: Runtime
+    machine: Machine
+    kind: Kind
+    dtype: torch.dtype
+    layout: Layout
+    here: int
+    reasons: tuple[str, ...]
+
+    @property
+    def small(self) -> bool:
+        return is_small(expert_parameters(self.checkpoint) * self.dtype.itemsize)
+
+    def small_plan(self) -> Plan:
+        """Return the plan of a small model: all of it stays on the device."""
+        runtime = with_defaults(
+            self.runtime,
+            t5_cpu=False,
+            keep_experts=True,
+            prefetch=False,
+            resident_blocks=self.checkpoint.spec.dit.num_layers,
+            chunk_tokens=0,
+            vae_tile=0,
+            stream_from="disk" if self.kind == "cpu" else "ram",
+            dit_fsdp=False,
+        )
+        reasons = (*self.reasons, "the model is small: all of it stays in memory")
+        return Plan(runtime, self.machine, self.kind, None, reasons, layout=self.layout)
+
+
+def set_up(
+    checkpoint: Checkpoint,
+    request: CompleteRequest,
+    runtime: Runtime,
+    machine: Machine,
+    processes: int = 1,
+    per_machine: int | None = None,
+) -> Setup:
+    """Choose what needs no trace: device, dtype and layout.
+
+    Args:
+        processes: how many share the video, each with a GPU of its own.
+        per_machine: how many of them one machine has, whose RAM they share; None: up to 8.
+
+    Raises:
+        RequestError: for a layout of another number of processes, and for settings that cannot go
+            together.
+    """
+    kind, here = kind_of(runtime, machine), ranks_here(processes, per_machine)
+    dtype = choose_dtype(runtime.dtype, kind == "cpu", expert_parameters(checkpoint) * 4)
+    refuse_together(runtime, checkpoint.spec.dit.num_layers, processes)
+    runtime, layout = with_layout(checkpoint, request, runtime, processes, here)
+    reasons = tuple(_layout_reasons(checkpoint, request, layout))
+    if processes > 1:
+        runtime = with_defaults(runtime, vae_tile=0)  # ranks decode in strips
+    return Setup(checkpoint, request, runtime, machine, kind, dtype, layout, here, reasons)
+
+
+def with_defaults(runtime: Runtime, **values: object) -> Runtime:
+    """Return the runtime with these values where nothing is set."""
+    unset = {name: value for name, value in values.items() if getattr(runtime, name) is None}
+    return replace(runtime, **unset)  # type: ignore[arg-type]
+
+
+def kind_of(runtime: Runtime, machine: Machine) -> Kind:
+    """Return where a run computes; a described machine uses its GPU, if it has one."""
+    if machine.described:
+        return "gpu" if machine.gpu and runtime.device != "cpu" else "cpu"
+    return "gpu" if choose_device(runtime.device).type == "cuda" else "cpu"
+
+
+def expert_parameters(checkpoint: Checkpoint) -> int:
+    """Return the number of one expert's parameters."""
+    return checkpoint.parameters(checkpoint.spec.expert_names[0])
+
+
+def ranks_here(processes: int, per_machine: int | None) -> int:
+    """Return how many of the processes one machine has."""
+    return min(processes, per_machine or GPUS_PER_MACHINE)
+
+
+def with_layout(
+    checkpoint: Checkpoint, request: CompleteRequest, runtime: Runtime, processes: int, here: int
+) -> tuple[Runtime, Layout]:
+    """Return the runtime with cfg_parallel, ring_size and ulysses_size chosen, and the layout.
+
+    Guidance is split where every step has it. In a step without, both groups would compute the
+    same: one such step costs more than exchanging a velocity saves in the others.
+
+    Raises:
+        RequestError: when the set sizes do not multiply to the number of processes.
+    """
+    if processes < 1:
+        raise RequestError(f"the number of processes must be at least 1 (got {processes})")
+    kernel = BACKENDS.get(runtime.attention)
+    layout = choose_layout(
+        processes,
+        checkpoint.spec.dit.num_heads,
+        all(_guided(checkpoint, request)),
+        kernel is None or kernel.with_lse is not None,
+        here,
+        cfg=None if runtime.cfg_parallel is None else 1 + runtime.cfg_parallel,
+        ring=runtime.ring_size,
+        ulysses=runtime.ulysses_size,
+    )
+    chosen = replace(
+        runtime, cfg_parallel=layout.cfg == 2, ring_size=layout.ring, ulysses_size=layout.ulysses
+    )
+    assert layout_of(chosen) == layout
+    return chosen, layout
+
+
+def _guided(checkpoint: Checkpoint, request: CompleteRequest) -> list[bool]:
+    return [step.guided for step in timeline(request, checkpoint.spec)]
+
+
+def _layout_reasons(checkpoint: Checkpoint, request: CompleteRequest, layout: Layout) -> list[str]:
+    if layout.size == 1:
+        return []
+    guided, parts = _guided(checkpoint, request), []
+    if layout.cfg == 2:
+        parts.append("each half computes one branch of guidance, and they exchange a velocity")
+    elif any(guided) and not all(guided):
+        parts.append("guidance is not split, since steps without it would be computed twice")
+    if layout.ulysses > 1:
+        parts.append(f"{layout.ulysses} share the attention heads")
+    if layout.ring > 1:
+        parts.append(f"keys and values pass round a ring of {layout.ring}")
+    reasons = [f"{layout.size} processes as {layout}: {', '.join(parts)}"]
+    heads = checkpoint.spec.dit.num_heads
+    most = max(sizes(heads, layout.ulysses))
+    if most * layout.ulysses > heads:
+        slower = most * layout.ulysses / heads - 1
+        reasons.append(
+            f"{heads} heads on {layout.ulysses} are up to {most} each: attention takes"
+            f" {slower:.0%} longer than with even shares"
+        )
+    return reasons

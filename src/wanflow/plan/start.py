@@ -1,0 +1,172 @@
+"""Plan a request before a weight is read, and refuse in three lines what cannot run here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.config import RequestError
+from wanflow.lora.stack import find_loras
+from wanflow.plan.gpus import Machine, this_machine
+from wanflow.plan.plan import Plan, expert_parameters, ranks_here, set_up
+from wanflow.presets import ModelSpec
+from wanflow.request import CompleteRequest, Request
+from wanflow.runtime import Runtime, choose_dtype, dtype_name
+
+GB = 10**9
+FULL_SIZE = 20 * GB  # bytes of an expert in float32 above which a model needs a GPU
+# The README asks for 80, 64 and 150 GB; drivers and systems report a little less.
+GPU_NEEDED, RAM_NEEDED, DISK_NEEDED = 80, 64, 150
+GPU_REPORTED, RAM_REPORTED = 75 * 2**30, 58 * 2**30
+# GB of GPU memory and RAM that 1280*720 and 81 frames run with; tests hold the plan to it.
+LEAST = (12, 32)
+WHERE_ELSE = (
+    "run it on a server or cloud machine with an 80 GB GPU, such as an A100 or H100 (Alibaba PAI,"
+    " Tencent TI, AWS, Azure, Google Cloud, or a container platform), or on any GPU with 12 GB; on"
+    " this machine, --ckpt_dir nano runs the miniature"
+)
+FORCE = "(--force starts it anyway)"
+
+
+def needed_words() -> str:
+    """Return what the full model needs, for a message."""
+    return (
+        f"Wan2.2-T2V-A14B needs a GPU with {GPU_NEEDED} GB, {RAM_NEEDED} GB of RAM and"
+        f" {DISK_NEEDED} GB of disk for its weights; with {LEAST[0]} GB and {LEAST[1]} GB of RAM it"
+        " runs by streaming them"
+    )
+
+
+def enough_for_full_size(machine: Machine) -> bool:
+    """Return whether a machine has the GPU and the RAM that the README asks for."""
+    return machine.gpu >= GPU_REPORTED and (machine.ram == 0 or machine.ram >= RAM_REPORTED)
+
+
+def completed(request: Request | CompleteRequest | None, spec: ModelSpec) -> CompleteRequest:
+    """Return the request with its LoRA files found; None is the model's default."""
+    if isinstance(request, CompleteRequest):
+        return request
+    request = request or Request("any", seed=0)
+    loras = tuple(str(lora) for lora in find_loras(request.loras())) if request.lora else ()
+    return replace(request, lora=loras, lora_from=None).complete(spec)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    request: Request | CompleteRequest | None = None,
+    processes: int = 1,
+    per_machine: int | None = None,
+    force: bool = False,
+) -> Plan:
+    """Plan a request on this machine; one process may plan for all.
+
+    Args:
+        processes, per_machine: as in `set_up`.
+        force: return the plan even if it cannot run.
+
+    Raises:
+        RequestError: in three lines: what is needed, what is here, what to do.
+    """
+    machine = this_machine(checkpoint.folder, ranks_here(processes, per_machine))
+    if not force and (machine.gpu == 0 or runtime.device == "cpu"):
+        refuse_without_gpu(checkpoint, machine)  # before a trace, which takes seconds
+    complete = completed(request, checkpoint.spec)
+    setup = set_up(checkpoint, complete, runtime, machine, processes, per_machine)
+    if setup.small:
+        plan = setup.small_plan()
+    else:
+        from wanflow.plan.solve import solve_setup
+
+        plan = solve_setup(setup)
+    if not force:
+        raise_if_unfit(plan, checkpoint)
+    return plan
+
+
+def refuse_without_gpu(checkpoint: Checkpoint, machine: Machine) -> None:
+    """Raise RequestError for a model of full size, which would run on a CPU for days."""
+    if expert_parameters(checkpoint) * 4 <= FULL_SIZE:
+        return
+    spec = checkpoint.spec
+    files = [checkpoint.file_bytes(name) for name in spec.expert_names]
+    in_bf16 = [checkpoint.parameters(name) * 2 for name in spec.expert_names]
+    packed = ""
+    if (sum(in_bf16) - sum(files)) // len(files) > GB:
+        packed = f"{spec.name}'s weights are packed here ({files[0] / GB:.0f} GB an expert). "
+    raise RequestError(
+        packed + needed_words(), f"  here: {machine.words()}", f"  do: {WHERE_ELSE} {FORCE}"
+    )
+
+
+def raise_if_unfit(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Raise RequestError in three lines where a plan cannot run."""
+    if plan.kind == "cpu":
+        refuse_without_gpu(checkpoint, plan.machine)
+    if plan.need is None:
+        _refuse_small(plan, checkpoint)
+        return
+    if plan.fits:
+        return
+    ways = list(plan.offers)
+    if plan.kind == "gpu":
+        ways.append(
+            "leave settings open that you set (--resident_blocks, --keep_experts and the like):"
+            f" {LEAST[0]} GB of GPU memory and {LEAST[1]} GB of RAM are enough at 1280*720 then"
+        )
+        ways.append("free memory that other programs hold")
+    else:
+        ways += ["try --dtype bfloat16", "close other programs", "use a larger machine"]
+    raise RequestError(
+        f"{checkpoint.spec.name} with these settings needs {'; and '.join(plan.short)}",
+        f"  here: {plan.machine.words()}",
+        f"  do: {', or '.join(ways)} {FORCE}",
+    )
+
+
+def _refuse_small(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Compare a model that stays in memory with the free memory, without a trace."""
+    on_cpu, parameters = plan.kind == "cpu", expert_parameters(checkpoint)
+    dtype = choose_dtype(plan.runtime.dtype, on_cpu, parameters * 4)
+    experts = len(checkpoint.spec.expert_names) if plan.runtime.keep_experts else 1
+    need = (parameters * experts + checkpoint.parameters("t5")) * dtype.itemsize + GB
+    free = plan.machine.ram_free if on_cpu else plan.machine.gpu_free
+    if free and need > free:
+        memory = "free RAM" if on_cpu else "GPU memory"
+        raise RequestError(
+            f"{checkpoint.spec.name} needs about {need / GB:.1f} GB of {memory} in"
+            f" {dtype_name(dtype)}",
+            f"  here: {free / GB:.1f} GB",
+            f"  do: try --dtype bfloat16, close other programs, or use a larger machine {FORCE}",
+        )
+
+
+def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:
+    """Return warnings about a request that is allowed and known to give poor videos."""
+    spec, notes = checkpoint.spec, []
+    width, height = request.size
+    if request.frame_num > spec.frame_num:
+        notes.append(
+            f"{request.frame_num} frames: trained on {spec.frame_num}; longer clips are known to"
+            " repeat or burn out"
+        )
+    if request.fps != spec.fps:
+        notes.append(
+            f"{request.fps:g} fps: trained on motion at {spec.fps}, so it will look faster or"
+            " slower"
+        )
+    if not checkpoint.vocabulary:
+        return notes
+    if request.size != spec.size:
+        only = f"{spec.size[0]}*{spec.size[1]}"
+        notes.append(f"{width}*{height}: {spec.name} was trained at {only} only")
+    words = re.findall(r"[^\W_]+", request.prompt.lower())
+    unknown = [word for word in dict.fromkeys(words) if word not in checkpoint.vocabulary]
+    if unknown and not request.lora:  # which may teach it more words
+        notes.append(
+            f"{spec.name} does not know {', '.join(unknown[:8])}: it draws one shape (circle,"
+            " square, triangle, star, cross), its colour, size and motion, and the background's"
+            " colour"
+        )
+    return notes
