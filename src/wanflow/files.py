@@ -126,6 +126,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that holds `path`, or will hold it."""
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder with its content; a missing one is no error."""
     if path.is_dir() and not path.is_symlink():

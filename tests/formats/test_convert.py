@@ -39,7 +39,7 @@ from wanflow.checkpoint.structure import build
 from wanflow.cli import command_parser
 from wanflow.cli import convert as command
 from wanflow.config import DiTConfig
-from wanflow.convert import configs, write, write_gguf
+from wanflow.convert import configs, write_gguf
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.encode import entries, storage_dtype
 from wanflow.convert.formats import TARGETS, Options, options
@@ -631,7 +631,7 @@ def test_what_is_refused(
     assert "official, diffusers" in refusal(lambda: options("q9"))
     assert "choose of float32" in refusal(lambda: options("fp8", "int8"))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage(10, 9_000_000, 1_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9_000_000, 1_000_000))
     assert "needs 0.03 GB, and its disk has 0.00 GB free" in refusal(
         lambda: run(exact, out, "official")
     )

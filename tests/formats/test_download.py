@@ -452,7 +452,7 @@ def test_a_full_disk_is_refused_first(
         looked.append(place)
         return shutil._ntuple_diskusage(10**9, 10**9 - total + 1, total - 1)
 
-    monkeypatch.setattr(fetch.shutil, "disk_usage", usage)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     assert run(hub, folder / "deep" / "er") == 2
     text = said(capsys)
     assert (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from wanflow.checkpoint.containers import DTYPES
 from wanflow.config import RequestError
+from wanflow.files import free_bytes
 from wanflow.transforms.ggml import LAYOUTS
 
 STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}  # in a `.pth`
@@ -186,8 +186,7 @@ def _padding(place: int) -> bytes:
 
 def refuse_full(folder: Path, needed: int) -> None:
     """Raise a RequestError unless the disk of a new folder has room for `needed` bytes."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(folder)
     if needed > free:
         raise RequestError(
             f"{folder} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; free"

@@ -7,7 +7,6 @@ size or time of change differs since is hashed again.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from wanflow.download.transfer import (
     StoppedError,
     hash_file,
 )
+from wanflow.files import free_bytes
 
 logger = logging.getLogger("wanflow")
 
@@ -268,10 +268,7 @@ def _refuse_outside(folder: Path, remote: RemoteFile) -> None:
 
 def _refuse_full_disk(survey: Survey) -> None:
     """Refuse what the disk has no room for, with both numbers."""
-    place = survey.folder.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(survey.folder)
     if survey.needed > free:
         raise RequestError(
             f"{survey.folder} needs {survey.needed / 1e9:.1f} GB more ({survey.needed:,} bytes),"
