@@ -12,25 +12,26 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 
 from wanflow.checkpoint.containers import reading
 from wanflow.checkpoint.key_maps import expert_in_name
 from wanflow.config import RequestError
-from wanflow.lora.reader import read_adapter
 from wanflow.presets import Expert
 from wanflow.request import Lora
-from wanflow.transforms.block_streaming import Streaming
-from wanflow.transforms.deltas import WeightDelta, changed
-from wanflow.transforms.lora import Adapters
+
+if TYPE_CHECKING:
+    from wanflow.transforms.block_streaming import Streaming
+    from wanflow.transforms.deltas import WeightDelta
+    from wanflow.transforms.lora import Adapters
 
 logger = logging.getLogger("wanflow")
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of an expert's parameters, by official name
-Deltas: TypeAlias = Mapping[str, WeightDelta]  # one file's, for one expert, by parameter
+Deltas: TypeAlias = "Mapping[str, WeightDelta]"  # one file's, for one expert, by parameter
 Merged: TypeAlias = tuple[tuple[str, float], ...]  # names and strengths of fused LoRAs
 
 
@@ -129,6 +130,8 @@ class LoraStack:
         new = {name: lora for name, lora in named.items() if name not in self._loras}
         read = {}
         for path in dict.fromkeys(lora.path for lora in new.values()):
+            from wanflow.lora.reader import read_adapter
+
             adapter = read_adapter(Path(path), self.shapes)
             logger.info("lora %s: %s", Path(path).name, adapter.report())
             read[path] = adapter.changes
@@ -147,9 +150,11 @@ class LoraStack:
         if not self.live or not (loras or expert in self._adapters):
             return
         if expert not in self._adapters:
-            self._adapters[expert] = Adapters(
-                model.model if isinstance(model, Streaming) else model
-            )
+            from wanflow.transforms.block_streaming import Streaming
+            from wanflow.transforms.lora import Adapters
+
+            plain = model.model if isinstance(model, Streaming) else model
+            self._adapters[expert] = Adapters(plain)
         adapters = self._adapters[expert]
         for name in adapters.names:
             if name not in loras:
@@ -178,6 +183,10 @@ class LoraStack:
 
         The deltas are read here, on the caller's thread. None where `merged` is empty.
         """
+        if not merged:
+            return None
+        from wanflow.transforms.deltas import changed
+
         deltas: dict[str, list[tuple[WeightDelta, float]]] = {}
         for name, strength in merged:
             for parameter, delta in self._take(name, expert).items():
@@ -188,7 +197,7 @@ class LoraStack:
                 weight = changed(weight, delta, strength)
             return weight
 
-        return dict.fromkeys(deltas, merge) if merged else None
+        return dict.fromkeys(deltas, merge)
 
     def forget(self, expert: Expert) -> None:
         """Drop what is known of an expert whose weights are freed."""
@@ -203,6 +212,8 @@ class LoraStack:
         held = self._held.get(name, {})
         if expert not in held:
             lora = self._loras[name]
+            from wanflow.lora.reader import read_adapter
+
             changes = read_adapter(Path(lora.path), self.shapes).changes
             held = self._held[name] = {**_used(lora, changes), expert: changes[expert]}
         return held.pop(expert)
