@@ -321,7 +321,7 @@ def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
 @pytest.mark.parametrize(
     ("runtime", "words"),
     [
-        ({"ulysses_size": 3}, r"ulysses 3 = 3 needs as many processes, and there are 2"),
+        ({"ulysses_size": 3}, r"ulysses 3 = 3 needs 3 ranks"),
         ({"ulysses_size": 2, "vae_tile": 64}, "several processes decode in strips"),
         (
             {"ulysses_size": 2, "dit_fsdp": True, "resident_blocks": 2},
