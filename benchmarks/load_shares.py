@@ -1,16 +1,14 @@
-"""What one process of several reads and holds when an expert's weights are shared out
-(`--dit_fsdp`), at full size.
+"""Measure what one rank reads and holds of an expert whose weights are sharded (`--dit_fsdp`).
 
 Takes a sparse folder in the official layout (tests/helpers/sparse_checkpoint.py writes one; its
-values are zeros, its sizes are real). The process is one of as many as asked for, by PyTorch's fake
-group: what the others would hold is not there. Anonymous memory (RssAnon) is read every few
-milliseconds, bytes read from /proc/self/io (rchar).
+values are zeros, its sizes are real). The rank is one of many in PyTorch's fake group: the others'
+shards do not exist. Anonymous memory (RssAnon) is read every few milliseconds, bytes read from
+/proc/self/io (rchar).
 
     python tests/helpers/sparse_checkpoint.py /tmp/sparse --no-t5
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/load_shares.py /tmp/sparse --processes 8
 
-MALLOC_MMAP_THRESHOLD_ has the C library give back what is freed; by default it kept 1.6 GB of freed
-pieces here.
+MALLOC_MMAP_THRESHOLD_ lets the C library return freed memory; by default it held 1.6 GB here.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ def anonymous() -> int:
 
 
 class Peak:
-    """The most anonymous memory since it was made, beside what there was then."""
+    """The growth of anonymous memory, at its peak."""
 
     def __init__(self) -> None:
         gc.collect()

@@ -1,6 +1,4 @@
-"""Real processes that speak gloo: what a test looks at is done in them, and what came out is read
-from files.
-"""
+"""Run work on several ranks over gloo; a test reads their results from files."""
 
 from __future__ import annotations
 
@@ -21,12 +19,12 @@ from filelock import FileLock
 from wanflow.parallel import ranks
 
 CPU = torch.device("cpu")
-Work = Callable[[ranks.DistInfo], Any]  # what one process does in a group, and has found
+Work = Callable[[ranks.DistInfo], Any]  # runs on one rank, returns its result
 
 
 @contextmanager
 def joined(rank: int, size: int, folder: Path, name: str) -> Iterator[ranks.DistInfo]:
-    """In a group of its own, found by a file."""
+    """Join a gloo group through a file."""
     store = dist.FileStore(str(folder / f"{name}.store"), size)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
@@ -39,7 +37,7 @@ def joined(rank: int, size: int, folder: Path, name: str) -> Iterator[ranks.Dist
 
 @contextmanager
 def played(rank: int, size: int) -> Iterator[ranks.DistInfo]:
-    """One process of many, by PyTorch's fake group, which sends nothing."""
+    """Play one rank of PyTorch's fake group, which sends nothing."""
     dist.init_process_group("fake", rank=rank, world_size=size)
     try:
         yield ranks.DistInfo(rank, size, CPU)
@@ -57,7 +55,7 @@ def _process(rank: int, work: Work, sizes: tuple[int, ...], folder: Path) -> Non
 
 
 def start(work: Work, sizes: tuple[int, ...], folder: Path) -> list[int | None]:
-    """Run `work` in groups of these sizes, one after the other; how the processes ended."""
+    """Run `work` in groups of these sizes, one after the other; return the exit codes."""
     # A fork of a process that has imported torch starts at once.
     context = mp.get_context(
         "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
@@ -76,16 +74,14 @@ def start(work: Work, sizes: tuple[int, ...], folder: Path) -> list[int | None]:
 
 
 class Processes:
-    """Results of work in several processes, which are started once in a run of pytest, whichever of
-    its own processes comes first.
-    """
+    """The results of work on several ranks, which run once for all workers of pytest-xdist."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
 
     def __call__(self, work: Work, size: int, group: tuple[int, ...]) -> Sequence[Any]:
-        """What each of `size` processes found; groups of all the sizes in `group` do their work at
-        the same time.
+        """Return each rank's result in a group of `size`, one of the sizes in `group`, which share
+        processes.
         """
         folder = self.base / f"{work.__module__}-{work.__name__}-{max(group)}"
         folder.mkdir(exist_ok=True)

@@ -192,6 +192,8 @@ def _join_watchdog() -> Watchdog:
     """Begin the heartbeat of one rank of several, before anything can fail in one of them."""
     # torch prints the stack where a store breaks; the watchdog prints one message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # NCCL would abort a rank whose peer is gone; the watchdog saves the state first.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     from wanflow.parallel.ranks import connect_store
 
     watchdog = connect_store()
