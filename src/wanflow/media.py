@@ -3,7 +3,7 @@
 Shapes: T frames, H height, W width in pixels; frames are uint8 [T, H, W, 3], RGB.
 
 A file appears under its name only when it is whole: it is written beside the target as
-`.NAME.xxxxxxxx.part`, flushed to the disk, then renamed. Colours are BT.709 in limited range,
+`NAME.xxxxxxxx.part`, flushed to the disk, then renamed. Colours are BT.709 in limited range,
 converted so and tagged so.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,18 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) 
         ).rstrip()
         for row in (head, *rows)
     ]
+
+
+def show_lines(lines: Iterable[tuple[str, str]]) -> None:
+    """Print (style, text) on standard output, coloured on a terminal; also works without rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(*(text for _, text in lines), sep="\n")
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for style, text in lines:
+        console.print(text, style=style or None, markup=False)
 
 
 def show_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> None:

@@ -248,6 +248,24 @@ def test_environment_only_in_two_places() -> None:
     )
 
 
+def test_only_files_publishes() -> None:
+    """Renaming and flushing to the disk have one home; the doctor times a flush."""
+    words = {f"os.{word}" for word in ("replace", "rename", "renames", "link", "fsync")}
+    found = [f"{file}: {name}" for file, name in all_imports() if name in words]
+    found += [
+        f"{file}: {ast.unparse(node)}"
+        for file, node in nodes()
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in words
+    ]
+    homes = ("files.py: ", "doctor/environment.py: os.fsync")
+    places([place for place in found if not place.startswith(homes)])
+
+
+def test_only_screen_draws() -> None:
+    drawing = [(file, name) for file, name in all_imports() if top(name) == "rich"]
+    places([f"{file}: {name}" for file, name in drawing if file != "screen.py"])
+
+
 def test_no_global() -> None:
     places(
         [

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +47,8 @@ def doctor(args: argparse.Namespace) -> None:
     Raises:
         BrokenError: after the report, when a part that wanflow needs is broken.
     """
+    from wanflow.screen import show_lines
+
     with progress() as say:
         try:
             from wanflow.doctor.report import examine
@@ -69,7 +71,7 @@ def doctor(args: argparse.Namespace) -> None:
         print(json.dumps({**report.as_dict(), "advice": best}, indent=2, ensure_ascii=False))
     else:
         settings = [("", f"  {line}") for line in best]
-        show([*lines(report), ("", ""), ("bold", "best settings"), *settings])
+        show_lines([*lines(report), ("", ""), ("bold", "best settings"), *settings])
     if broken:
         count = f"{len(broken)} broken parts above must be repaired first"
         raise BrokenError(f"broken: {'; '.join(broken)}" if args.json else count)
@@ -87,18 +89,6 @@ def progress() -> Iterator[Callable[[str], None]]:
         return
     with screen:
         yield lambda text: screen.stage(f"trying: {text}")
-
-
-def show(text: Sequence[Line]) -> None:
-    """Print lines to standard output, coloured on a terminal, also where rich is missing."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        print(*(line for _, line in text), sep="\n")
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    for style, line in text:
-        console.print(line, style=style or None, markup=False)
 
 
 # as text
@@ -162,7 +152,7 @@ def _disk(disk: Disk) -> Iterator[Line]:
 
 
 def _table(what: str, report: Report) -> Iterator[Line]:
-    """Yield the results of one kind, aligned; a failure has its reason after empty numbers."""
+    """Yield the results of one kind as a table; a failure has its reason instead of numbers."""
     from wanflow.doctor.kernels import HEAD_DIM, SIZES
     from wanflow.screen import table_lines
 
