@@ -1,9 +1,7 @@
-"""Encoded prompts on disk, so that the text encoder (11 GB) is not read again for a prompt that it
-has encoded before.
+"""Cache encoded prompts on disk, to save reading the text encoder (11 GB) for a known prompt.
 
-One file for each prompt and encoder, named by a hash of both: a prompt can be read neither from a
-name nor from a file. Whatever is wrong with a file or the folder, the worst that happens is that a
-prompt is encoded again.
+Each prompt and encoder has one file, named by a hash of both. Neither the name nor the file reveals
+the prompt. After any fault of a file or the folder, the prompt is encoded again.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 import time
 from pathlib import Path
 
@@ -23,27 +20,22 @@ from safetensors.torch import save
 from torch import Tensor
 
 from wanflow.checkpoint.checkpoint import Checkpoint, text_fingerprint
+from wanflow.files import write_bytes
 
 logger = logging.getLogger("wanflow")
 
 FILES = 256  # at most 4 MB each at the published size (512 tokens), and 250 kB for a prompt of 30
-LARGEST = 64 << 20  # bytes of a file that can be one of ours
-STALE = 3600  # seconds after which nobody is still writing a file
-OURS = re.compile(r"[0-9a-f]{64}\.safetensors(\.[0-9a-f]{16}\.part)?")
+LARGEST = 64 << 20  # bytes of a cache file at most
+STALE = 3600  # seconds after which a temporary file has no writer any more
+OURS = re.compile(r"[0-9a-f]{64}\.safetensors(\.[0-9a-f]{8,16}\.part)?")
 
 
 def text_key(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> str:
-    """All that an encoding depends on beside the prompt, to the last bit on one machine."""
+    """Return all that the bits of an encoding depend on, except the prompt."""
     spec = checkpoint.spec
-    return "\n".join(
-        [
-            text_fingerprint(checkpoint),
-            repr(spec.text),
-            str(spec.dit.text_len),
-            str(dtype),
-            device.type,
-            str(torch.__version__),
-        ]
+    return (
+        f"{text_fingerprint(checkpoint)}\n{spec.text!r}\n{spec.dit.text_len}\n{dtype}\n"
+        f"{device.type}\n{torch.__version__}"
     )
 
 
@@ -51,9 +43,9 @@ class TextCache:
     """Encoded prompts in a folder. Several processes may use it at once.
 
     Args:
-        folder: made when something is first kept.
-        key: what the encodings depend on beside the prompt, see `text_key`.
-        files: how many to keep; those that were not used for longest go first.
+        folder: made with the first file.
+        key: all that encodings depend on except the prompt, see `text_key`.
+        files: how many to keep; the least recently used go first.
     """
 
     def __init__(self, folder: Path, key: str, files: int = FILES) -> None:
@@ -61,58 +53,46 @@ class TextCache:
         self._warned = False
 
     def get(self, prompt: str) -> Tensor | None:
-        """What was put under this prompt, to the bit and on the CPU; None where nothing was, or it
-        is damaged.
-        """
+        """Return a prompt's encoding on the CPU, bit-equal; None if it is unknown or damaged."""
         path = self._path(prompt)
         try:
             if path.stat().st_size > LARGEST:
                 return None
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
-                kept = file.get_tensor("states").clone()
+                stored = file.get_tensor("states").clone()
             rows = int(meta["rows"])
-            if _checksum(path, kept, rows) != meta["sha256"]:
+            if _checksum(path, stored, rows) != meta["sha256"]:
                 return None
-            missing = rows - kept.shape[-2]
-            states = torch.cat(
-                [kept, kept.new_zeros(*kept.shape[:-2], missing, kept.shape[-1])], dim=-2
-            )
+            zeros = stored.new_zeros(*stored.shape[:-2], rows - stored.shape[-2], stored.shape[-1])
+            states = torch.cat([stored, zeros], dim=-2)
         except (OSError, SafetensorError, LookupError, ValueError, RuntimeError):
             return None
-        with contextlib.suppress(OSError):  # a folder that may only be read
+        with contextlib.suppress(OSError):  # a read-only folder
             os.utime(path)
         return states
 
     def put(self, prompt: str, states: Tensor) -> None:
-        """Keep an encoding [..., tokens, D]; zero rows at its end take no room. Where that fails, a
-        warning says so, once.
+        """Store an encoding [..., tokens, D] without the zero rows at its end.
 
-        One that is not finite is not kept: what broke it may be gone the next time.
+        A failure is logged once. Encodings that are not finite are not stored.
         """
         if not torch.isfinite(states).all():
             return
         states = states.detach().cpu().contiguous()
         rows = states.shape[-2]
-        used = (
-            states.view(torch.uint8).any(dim=-1).reshape(-1, rows).any(dim=0).nonzero()
-        )  # by bits, for which -0.0 is no zero
-        kept = states[..., : int(used[-1]) + 1 if len(used) else 0, :].contiguous()
+        # By bits: -0.0 is no zero.
+        used = states.view(torch.uint8).any(dim=-1).reshape(-1, rows).any(dim=0).nonzero()
+        stored = states[..., : int(used[-1]) + 1 if len(used) else 0, :].contiguous()
         path = self._path(prompt)
-        meta = {"sha256": _checksum(path, kept, rows), "rows": str(rows)}
-        part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+        meta = {"sha256": _checksum(path, stored, rows), "rows": str(rows)}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                part.write_bytes(save({"states": kept}, metadata=meta))
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_bytes(path, save({"states": stored}, metadata=meta), overwrite=True)
             self._tidy(path)
         except OSError as error:
             if not self._warned:
                 logger.warning(
-                    "encoded prompts cannot be kept in %s: %s; they will be encoded again",
+                    "encoded prompts cannot be stored in %s: %s; they will be encoded again",
                     self.folder,
                     error.strerror or error,
                 )
@@ -123,9 +103,7 @@ class TextCache:
         return self.folder / f"{name}.safetensors"
 
     def _tidy(self, newest: Path) -> None:
-        """Delete what is too much, and what was left half written; files that are not ours are left
-        alone.
-        """
+        """Delete the oldest files beyond the limit, and stale temporary ones; no other files."""
         found: list[tuple[int, Path]] = []
         for path in self.folder.iterdir():
             if path == newest or not OURS.fullmatch(path.name):
@@ -142,7 +120,7 @@ class TextCache:
             path.unlink(missing_ok=True)
 
 
-def _checksum(path: Path, kept: Tensor, rows: int) -> str:
-    """Of all that makes up an encoding, and of the name it has."""
-    about = f"{path.name} {tuple(kept.shape)} {kept.dtype} {rows}"
-    return hashlib.sha256(about.encode() + kept.view(torch.uint8).numpy().tobytes()).hexdigest()
+def _checksum(path: Path, stored: Tensor, rows: int) -> str:
+    """Return the sha256 of an encoding and its file name."""
+    about = f"{path.name} {tuple(stored.shape)} {stored.dtype} {rows}"
+    return hashlib.sha256(about.encode() + stored.view(torch.uint8).numpy().tobytes()).hexdigest()
