@@ -30,7 +30,7 @@ from wanflow.checkpoint.source import OfficialSource, open_part
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.config import DiTConfig
 from wanflow.geometry import parse_size
-from wanflow.loaders.experts import block_reader
+from wanflow.loaders.streamed import block_reader
 from wanflow.models.dit import WanDiT
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import Streaming, SyncExecutor, matmul_leaves

@@ -1,7 +1,7 @@
 """Put a model together: a checkpoint and a complete `Runtime` become a pipeline, in one order.
 
 Everything that the machine decides (device, dtype, kernel, layout) is decided here, before a weight
-is read.
+is read. A feature's module is imported where a run uses that feature.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from wanflow.api import Pipeline
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
 from wanflow.config import RequestError
-from wanflow.loaders.experts import Placement, refuse_packed
+from wanflow.loaders.experts import refuse_packed
 from wanflow.loaders.parts import LoadedParts, Report
+from wanflow.loaders.placement import Placement
 from wanflow.loaders.velocity import make_velocity
 from wanflow.parallel.groups import Layout, make_groups, simulated_groups
 from wanflow.parallel.ranks import DistInfo
@@ -83,32 +84,24 @@ def assemble(
 def make_engine(parts: LoadedParts) -> Engine:
     """Return what the core calls, made of loaded parts."""
     spec, ctx, runtime = parts.spec, parts.ctx, parts.runtime
-    model, settings = (
-        model_record(parts.checkpoint),
-        recorded(
-            runtime, parts.device, parts.placement.dtype, parts.kernel.name, str(layout_of(runtime))
-        ),
-    )
+    model, layout = model_record(parts.checkpoint), str(layout_of(runtime))
+    settings = recorded(runtime, parts.device, parts.placement.dtype, parts.kernel.name, layout)
 
     def record(request: Request) -> Recipe:
-        from wanflow.lora.stack import find_loras, lora_fingerprints
+        fingerprints: dict[str, str] = {}
+        if request.lora:
+            from wanflow.lora.stack import find_loras, lora_fingerprints
 
-        loras = find_loras(request.loras()) if request.lora else ()
-        found = replace(request, lora=tuple(str(lora) for lora in loras), lora_from=None)
-        complete = found.complete(spec)
+            loras = find_loras(request.loras())
+            fingerprints = lora_fingerprints(loras)
+            request = replace(request, lora=tuple(str(lora) for lora in loras), lora_from=None)
+        complete = request.complete(spec)
         complete = replace(complete, seed=ctx.from_rank0(complete.seed))
-        return Recipe(
-            complete,
-            model,
-            settings,
-            versions(),
-            runtime.noise_device,
-            runtime.cfg_batch,
-            lora_fingerprints(loras),
-        )
+        noise, batch = runtime.noise_device, runtime.cfg_batch
+        return Recipe(complete, model, settings, versions(), noise, batch, fingerprints)
 
     def check(run: Run) -> None:
-        parts.loras.use(run.request.loras, run.recipe.loras)
+        parts.use_loras(run.request.loras, run.recipe.loras)
 
     def share(state: SolverState) -> SolverState:
         tensors = {name: value.to(parts.device) for name, value in state.tensors().items()}

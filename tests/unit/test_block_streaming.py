@@ -16,8 +16,11 @@ from torch import Tensor
 import wanflow
 from wanflow.checkpoint.containers import SafetensorsFile
 from wanflow.checkpoint.load import load_expert, load_text_encoder
+from wanflow.checkpoint.structure import set_chunk
 from wanflow.config import DiTConfig
-from wanflow.loaders.experts import Placement, Prefetcher, open_expert
+from wanflow.loaders.experts import open_expert
+from wanflow.loaders.placement import Placement
+from wanflow.loaders.streamed import Prefetcher
 from wanflow.loaders.text_encoder import StreamedEncoder
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.opening import NANO_FOLDER, resolve
@@ -31,7 +34,6 @@ from wanflow.transforms.block_streaming import (
     host_buffer,
     load_to_host,
     matmul_leaves,
-    set_chunk,
 )
 from wanflow.transforms.deltas import Difference, LowRank
 from wanflow.transforms.lora import Adapters

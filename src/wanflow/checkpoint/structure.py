@@ -12,11 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from wanflow.checkpoint.containers import Headers, TensorInfo
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
-from wanflow.models.dit import WanDiT
+from wanflow.models.dit import Block, Head, SelfAttention, WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.runtime import Runtime
-from wanflow.transforms.block_streaming import set_chunk
 from wanflow.transforms.packed import PackedLeaf, replace_with_packed
 from wanflow.transforms.quant import QuantLinear, quantizable_layers, replace_with_quantised
 
@@ -176,6 +175,13 @@ def expert_structure(
         replace_with_quantised(model, layers, runtime.quantize, dtype, torch.device(device))
     set_chunk(model, runtime.chunk_tokens or 0)
     return model
+
+
+def set_chunk(model: nn.Module, tokens: int) -> None:
+    """Set how many tokens go through MLP and projections at a time (0: all); equal to rounding."""
+    for module in model.modules():
+        if isinstance(module, SelfAttention | Block | Head):
+            module.chunk = tokens
 
 
 def weight_names(module: nn.Module) -> list[str]:

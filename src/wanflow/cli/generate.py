@@ -270,10 +270,12 @@ def _decide(
 
 def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint) -> Request:
     """Check a new request before a server extends its prompt; log what to know about it."""
-    from wanflow.lora.stack import find_loras
     from wanflow.plan.start import advice
 
-    find_loras(request.loras())
+    if request.lora:
+        from wanflow.lora.stack import find_loras
+
+        find_loras(request.loras())
     request.complete(checkpoint.spec)
     request = _extended(args, request)
     for note in (*checkpoint.notes, *advice(request.complete(checkpoint.spec), checkpoint)):

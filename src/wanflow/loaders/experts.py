@@ -1,72 +1,27 @@
-"""An expert where it is to work: whole on the device, streamed, or read into RAM beforehand so that
-it is there when it is wanted.
-"""
+"""Load an expert: resident, sharded (this rank's rows), or with streamed blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from threading import Event
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from wanflow.checkpoint.checkpoint import Checkpoint
-from wanflow.checkpoint.containers import Report, TensorSource
-from wanflow.checkpoint.load import Change, load_expert, load_module, materialize_param
-from wanflow.checkpoint.parts import EXPERTS
+from wanflow.checkpoint.containers import Report
+from wanflow.checkpoint.load import load_expert, load_module
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.config import RequestError
+from wanflow.loaders.placement import Changes, Placement
 from wanflow.models.dit import WanDiT
-from wanflow.parallel.groups import ParallelContext
 from wanflow.presets import Expert
-from wanflow.runtime import Runtime
-from wanflow.transforms.block_streaming import (
-    BlockReader,
-    Streaming,
-    evenly_spaced_resident,
-    load_to_host,
-    matmul_leaves,
-)
-from wanflow.transforms.quant import QuantLinear
 
-Changes = Mapping[str, Change]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What decides where and how an expert is placed."""
-
-    dtype: torch.dtype
-    device: torch.device
-    runtime: Runtime
-    ctx: ParallelContext | None = None
-
-    @property
-    def shared_out(self) -> bool:
-        """Whether each process keeps a share of the weights."""
-        return bool(self.runtime.dit_fsdp) and self.ctx is not None and self.ctx.layout.size > 1
-
-    def resident(self, layers: int) -> set[int]:
-        """The blocks that stay on the device."""
-        wanted = self.runtime.resident_blocks
-        return evenly_spaced_resident(layers, layers if wanted is None else wanted)
-
-    def from_ram(self) -> bool:
-        """Whether streamed blocks wait in RAM: by itself on a GPU; what works on the CPU would only
-        hold them twice.
-        """
-        return (
-            self.runtime.stream_from or ("disk" if self.device.type == "cpu" else "ram")
-        ) == "ram"
+if TYPE_CHECKING:
+    from wanflow.transforms.block_streaming import Streaming
 
 
 def refuse_packed(checkpoint: Checkpoint, where: Placement) -> None:
-    """RequestError where an expert has nothing that could be quantised: what is packed in its file
-    stays as it is.
-    """
-    for which in EXPERTS:
+    """Raise RequestError for an expert whose file holds its weights packed already."""
+    from wanflow.transforms.quant import QuantLinear
+
+    for which in checkpoint.spec.expert_names:
         model = expert_structure(
             checkpoint.spec.dit, checkpoint.source(which), where.runtime, where.dtype, where.device
         )
@@ -77,15 +32,6 @@ def refuse_packed(checkpoint: Checkpoint, where: Placement) -> None:
             )
 
 
-@dataclass
-class HostExpert:
-    """An expert in RAM: its blocks' matmul weights in `host_buffers`, the rest in the model."""
-
-    model: WanDiT
-    fetch: BlockReader
-    host_buffers: dict[int, Tensor]
-
-
 def open_expert(
     checkpoint: Checkpoint,
     which: Expert,
@@ -93,10 +39,8 @@ def open_expert(
     report: Report | None = None,
     changes: Changes | None = None,
 ) -> WanDiT | Streaming:
-    """Read an expert to where it works: whole, streamed, or of every weight the rows that are this
-    process'.
-    """
-    if where.shared_out and where.ctx is not None:
+    """Load an expert to its device: resident, sharded (this rank's rows), or streamed."""
+    if where.sharded and where.ctx is not None:
         from wanflow.parallel.fsdp import shard_blocks
 
         source = checkpoint.source(which)
@@ -106,130 +50,10 @@ def open_expert(
         shard_blocks(model, where.ctx)
         load_module(model, source, where.device, report, changes)
         return model
-    resident = where.resident(checkpoint.spec.dit.num_layers)
-    if len(resident) == checkpoint.spec.dit.num_layers:
+    if where.runtime.resident_blocks in (None, checkpoint.spec.dit.num_layers):
         return load_expert(
             checkpoint, which, where.dtype, where.device, report, changes, where.runtime
         )
-    model, fetch, total = _rest(checkpoint, which, where, where.device, changes or {})
-    tell = _blocks_told(report, total, len(list(model.blocks)))
-    host_buffers = (
-        load_to_host(model, fetch, where.device.type == "cuda", tell, skip=resident)
-        if where.from_ram()
-        else None
-    )
-    return Streaming(
-        model,
-        fetch,
-        resident,
-        where.device,
-        host_buffers,
-        report=None if host_buffers is not None else tell,
-    )
+    from wanflow.loaders.streamed import open_streamed
 
-
-def read_expert(
-    checkpoint: Checkpoint,
-    which: Expert,
-    where: Placement,
-    changes: Changes | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> HostExpert:
-    """Read an expert into RAM, in its final form; `place` brings it to where it works."""
-    model, fetch, _ = _rest(checkpoint, which, where, torch.device("cpu"), changes or {})
-    return HostExpert(
-        model, fetch, load_to_host(model, fetch, where.device.type == "cuda", stop=stop)
-    )
-
-
-def place(read: HostExpert, where: Placement) -> WanDiT | Streaming:
-    """Bring an expert from RAM to where it works."""
-    for module in read.model.modules():
-        for key, value in list(module.named_parameters(recurse=False)):
-            if not value.is_meta:
-                setattr(module, key, nn.Parameter(value.to(where.device), requires_grad=False))
-    resident = where.resident(len(list(read.model.blocks)))
-    streaming = Streaming(read.model, read.fetch, resident, where.device, read.host_buffers)
-    if streaming.streamed:
-        return streaming
-    streaming.close()
-    return read.model
-
-
-class Prefetcher:
-    """The next expert, read into RAM by a thread of its own while the current one works."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        which: Expert,
-        where: Placement,
-        changes: Changes | None,
-        key: object,
-    ) -> None:
-        self.which, self.where, self.key = which, where, key
-        self._stop = Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wanflow-ahead")
-        self._read = self._thread.submit(
-            lambda: read_expert(checkpoint, which, where, changes, self._stop.is_set)
-        )
-
-    def take(self) -> WanDiT | Streaming:
-        """The expert in its place, when it is read."""
-        try:
-            read = self._read.result()
-        finally:
-            self._thread.shutdown()
-        return place(read, self.where)
-
-    def drop(self) -> None:
-        """Stop reading and let go of what was read."""
-        self._stop.set()
-        self._thread.shutdown()
-
-
-def _rest(
-    checkpoint: Checkpoint, which: Expert, where: Placement, device: torch.device, changes: Changes
-) -> tuple[WanDiT, BlockReader, int]:
-    """An expert without its blocks' matmul weights, which are left on meta; what reads those; and
-    their bytes in the file.
-    """
-    source = checkpoint.source(which)
-    model = expert_structure(
-        checkpoint.spec.dit, source, where.runtime, where.dtype, where.device, changes
-    )
-    streamed = {
-        f"blocks.{index}.{path}.weight"
-        for index, block in enumerate(model.blocks)
-        for path in {name.rpartition(".")[0] for name in matmul_leaves(block)}
-    }
-    load_module(model, source, device, changes=changes, skip=streamed)
-    return (
-        model,
-        block_reader(model, source, changes),
-        sum(source.tensors[name].nbytes for name in streamed),
-    )
-
-
-def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> BlockReader:
-    """What reads the matmul weights of a block from a file, each changed, packed or rounded as its
-    leaf wants it.
-    """
-    # The leaves as they are now: LoRAs will wrap them.
-    blocks = [
-        {name.rpartition(".")[0]: leaf for name, (leaf, _) in matmul_leaves(block).items()}
-        for block in model.blocks
-    ]
-
-    def fetch(index: int, views: Mapping[str, Tensor]) -> None:
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in views):
-            for key, value in materialize_param(
-                blocks[index][path], "weight", f"blocks.{index}.{path}.weight", source, changes
-            ).items():
-                views[f"{path}.{key}"].copy_(value)
-
-    return fetch
-
-
-def _blocks_told(report: Report | None, total: int, layers: int) -> Callable[[int], None] | None:
-    return None if report is None else lambda done: report(total * done // layers, total)
+    return open_streamed(checkpoint, which, where, report, changes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,17 +13,22 @@ from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report as Bytes
 from wanflow.checkpoint.load import expert_bytes, load_vae
 from wanflow.checkpoint.structure import build
-from wanflow.loaders.experts import Placement, Prefetcher, open_expert
+from wanflow.loaders.experts import open_expert
+from wanflow.loaders.placement import Changes, Placement
 from wanflow.loaders.prompts import PromptEncoder
-from wanflow.lora.stack import LoraStack, Merged, shapes_of
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.parallel.groups import ParallelContext
 from wanflow.presets import Expert
+from wanflow.request import Lora
 from wanflow.runtime import choose_text_dtype, is_small
 from wanflow.transforms.attention import set_attention
 from wanflow.transforms.attention_kernels import Backend
-from wanflow.transforms.block_streaming import Streaming
+
+if TYPE_CHECKING:
+    from wanflow.loaders.streamed import Prefetcher
+    from wanflow.lora.stack import LoraStack, Merged
+    from wanflow.transforms.block_streaming import Streaming
 
 Report = Callable[[str, int, int], None]  # the part that is read, bytes done, bytes in total
 
@@ -64,7 +70,7 @@ class LoadedParts:
             self.runtime.text_cache,
             self._reporter("text encoder"),
         )
-        self.loras = LoraStack(shapes_of(build(WanDiT, self.spec.dit)), self.runtime.lora == "live")
+        self._loras: LoraStack | None = None
         self._experts: dict[Expert, WanDiT | Streaming] = {}
         self._merged: dict[Expert, Merged] = {}  # the LoRAs that are fused into each expert
         self._ahead: Prefetcher | None = None
@@ -84,6 +90,21 @@ class LoadedParts:
             states = torch.empty(shape, dtype=self.texts.dtype, device=self.device)
         return self.ctx.world.broadcast("text", states) if self.ctx.layout.size > 1 else states
 
+    @property
+    def loras(self) -> LoraStack:
+        """The LoRAs in use; made when it is first asked for."""
+        if self._loras is None:
+            from wanflow.lora.stack import LoraStack, shapes_of
+
+            shapes = shapes_of(build(WanDiT, self.spec.dit))
+            self._loras = LoraStack(shapes, self.runtime.lora == "live")
+        return self._loras
+
+    def use_loras(self, loras: tuple[Lora, ...], recorded: Mapping[str, str]) -> None:
+        """Make these the LoRAs of the steps that follow; see `LoraStack.use`."""
+        if loras or self._loras is not None:
+            self.loras.use(loras, recorded)
+
     def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
         """Return an expert, reading it if it is not in memory.
 
@@ -91,27 +112,30 @@ class LoadedParts:
             which: its name.
             strengths: one for each LoRA in use; without them the expert is the published one.
         """
-        merged = self.loras.merged(strengths)
+        merged = self._merge(strengths)
         if which not in self._experts or self._merged.get(which, ()) != merged:
             self._load(which, merged)
-        self.loras.apply(self._experts[which], which, strengths)
+        if self._loras is not None:
+            self._loras.apply(self._experts[which], which, strengths)
         return self._experts[which]
 
     def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
         """Begin to read the expert that comes next into RAM, where `prefetch` is set."""
-        merged = self.loras.merged(strengths)
         if not self.runtime.prefetch or which in self._experts:
             return
+        from wanflow.loaders.streamed import Prefetcher
+
+        merged = self._merge(strengths)
         if self._ahead is not None and (self._ahead.which, self._ahead.key) == (which, merged):
             return
         self._drop_ahead()
         self._ahead = Prefetcher(
-            self.checkpoint, which, self.placement, self.loras.fused(which, merged), merged
+            self.checkpoint, which, self.placement, self._changes(which, merged), merged
         )
 
     def vae(self) -> WanVAE:
         """Return the VAE, float32."""
-        self.loras.release()
+        self._release_loras()
         if self._vae is None:
             if not self.keep:
                 self._free()
@@ -123,8 +147,18 @@ class LoadedParts:
         """Free all memory; a part that is asked for later is read again."""
         self._vae = None
         self.texts.close()
-        self.loras.release()
+        self._release_loras()
         self._free()
+
+    def _merge(self, strengths: tuple[float, ...]) -> Merged:
+        return () if self._loras is None else self._loras.merged(strengths)
+
+    def _changes(self, which: Expert, merged: Merged) -> Changes | None:
+        return None if self._loras is None else self._loras.fused(which, merged)
+
+    def _release_loras(self) -> None:
+        if self._loras is not None:
+            self._loras.release()
 
     def _load(self, which: Expert, merged: Merged) -> None:
         """Read an expert, or take the prefetched one; without `keep` the other is freed before."""
@@ -137,14 +171,12 @@ class LoadedParts:
         if ahead is not None:
             model = ahead.take()
         else:
-            report, changes = (
-                self._reporter(f"{which}-noise expert"),
-                self.loras.fused(which, merged),
-            )
+            report = self._reporter(f"{which}-noise expert")
+            changes = self._changes(which, merged)
             model = open_expert(self.checkpoint, which, self.placement, report, changes)
         self._experts[which], self._merged[which] = model, merged
         set_attention(model, self.kernel)
-        if self.ctx.layout.size > 1:
+        if self.ctx.layout.sequence > 1:
             from wanflow.parallel.sequence import connect
 
             connect(model, self.ctx, self.kernel.attend, self.kernel.with_lse)
@@ -160,9 +192,10 @@ class LoadedParts:
     def _forget(self, experts: list[Expert]) -> None:
         for which in experts:
             model = self._experts.pop(which, None)
-            self.loras.forget(which)
+            if self._loras is not None:
+                self._loras.forget(which)
             self._merged.pop(which, None)
-            if isinstance(model, Streaming):
+            if model is not None and not isinstance(model, WanDiT):
                 model.close()
             del model
         gc.collect()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
@@ -16,7 +16,9 @@ from wanflow.sampling.guidance import ONE_BATCH, TWO_PASSES, Guidance, States, g
 from wanflow.sampling.schedule import Step
 from wanflow.sampling.solvers import Velocity
 from wanflow.sampling.timeline import handover, timeline
-from wanflow.transforms.block_streaming import Streaming
+
+if TYPE_CHECKING:
+    from wanflow.transforms.block_streaming import Streaming
 
 
 class Experts(Protocol):

@@ -24,16 +24,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from wanflow.models.dit import (
-    Block,
-    Conditioning,
-    Head,
-    SelfAttention,
-    TextStates,
-    Trunk,
-    WanDiT,
-    run_blocks,
-)
+from wanflow.models.dit import Block, Conditioning, Head, TextStates, Trunk, WanDiT, run_blocks
 
 logger = logging.getLogger("wanflow")
 
@@ -421,10 +412,3 @@ class Streaming(nn.Module):
         slot.copied = self._copies.copy(
             slot.buffer[: layout.nbytes], source[: layout.nbytes], slot.used
         )
-
-
-def set_chunk(model: nn.Module, tokens: int) -> None:
-    """Set how many tokens go through MLP and projections at a time (0: all); equal to rounding."""
-    for module in model.modules():
-        if isinstance(module, SelfAttention | Block | Head):
-            module.chunk = tokens

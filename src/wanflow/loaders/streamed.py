@@ -1,0 +1,174 @@
+"""Load an expert whose blocks are streamed, or one that is prefetched into RAM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+from torch import Tensor, nn
+
+from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.checkpoint.containers import Report, TensorSource
+from wanflow.checkpoint.load import load_module, materialize_param
+from wanflow.checkpoint.structure import expert_structure
+from wanflow.loaders.placement import Changes, Placement
+from wanflow.models.dit import WanDiT
+from wanflow.presets import Expert
+from wanflow.transforms.block_streaming import (
+    BlockReader,
+    Streaming,
+    evenly_spaced_resident,
+    load_to_host,
+    matmul_leaves,
+)
+
+
+@dataclass
+class HostExpert:
+    """An expert in RAM: its blocks' matmul weights in `host_buffers`, the rest in the model."""
+
+    model: WanDiT
+    fetch: BlockReader
+    host_buffers: dict[int, Tensor]
+
+
+def resident_blocks(where: Placement, layers: int) -> set[int]:
+    """Return the blocks that stay on the device."""
+    count = where.runtime.resident_blocks
+    return evenly_spaced_resident(layers, layers if count is None else count)
+
+
+def open_streamed(
+    checkpoint: Checkpoint,
+    which: Expert,
+    where: Placement,
+    report: Report | None,
+    changes: Changes | None,
+) -> Streaming:
+    """Load an expert of which some blocks are streamed."""
+    resident = resident_blocks(where, checkpoint.spec.dit.num_layers)
+    model, fetch, total = _rest(checkpoint, which, where, where.device, changes or {})
+    tell = _blocks_told(report, total, len(list(model.blocks)))
+    host_buffers = (
+        load_to_host(model, fetch, where.device.type == "cuda", tell, skip=resident)
+        if where.from_ram()
+        else None
+    )
+    return Streaming(
+        model,
+        fetch,
+        resident,
+        where.device,
+        host_buffers,
+        report=None if host_buffers is not None else tell,
+    )
+
+
+def read_expert(
+    checkpoint: Checkpoint,
+    which: Expert,
+    where: Placement,
+    changes: Changes | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> HostExpert:
+    """Read an expert into RAM, in its final form; `place` brings it to where it works."""
+    model, fetch, _ = _rest(checkpoint, which, where, torch.device("cpu"), changes or {})
+    return HostExpert(
+        model, fetch, load_to_host(model, fetch, where.device.type == "cuda", stop=stop)
+    )
+
+
+def place(read: HostExpert, where: Placement) -> WanDiT | Streaming:
+    """Bring an expert from RAM to where it works."""
+    for module in read.model.modules():
+        for key, value in list(module.named_parameters(recurse=False)):
+            if not value.is_meta:
+                setattr(module, key, nn.Parameter(value.to(where.device), requires_grad=False))
+    resident = resident_blocks(where, len(list(read.model.blocks)))
+    streaming = Streaming(read.model, read.fetch, resident, where.device, read.host_buffers)
+    if streaming.streamed:
+        return streaming
+    streaming.close()
+    return read.model
+
+
+class Prefetcher:
+    """The next expert, read into RAM by a thread of its own while the current one works."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        which: Expert,
+        where: Placement,
+        changes: Changes | None,
+        key: object,
+    ) -> None:
+        self.which, self.where, self.key = which, where, key
+        self._stop = Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wanflow-ahead")
+        self._read = self._thread.submit(
+            lambda: read_expert(checkpoint, which, where, changes, self._stop.is_set)
+        )
+
+    def take(self) -> WanDiT | Streaming:
+        """The expert in its place, when it is read."""
+        try:
+            read = self._read.result()
+        finally:
+            self._thread.shutdown()
+        return place(read, self.where)
+
+    def drop(self) -> None:
+        """Stop reading and let go of what was read."""
+        self._stop.set()
+        self._thread.shutdown()
+
+
+def _rest(
+    checkpoint: Checkpoint, which: Expert, where: Placement, device: torch.device, changes: Changes
+) -> tuple[WanDiT, BlockReader, int]:
+    """An expert without its blocks' matmul weights, which are left on meta; what reads those; and
+    their bytes in the file.
+    """
+    source = checkpoint.source(which)
+    model = expert_structure(
+        checkpoint.spec.dit, source, where.runtime, where.dtype, where.device, changes
+    )
+    streamed = {
+        f"blocks.{index}.{path}.weight"
+        for index, block in enumerate(model.blocks)
+        for path in {name.rpartition(".")[0] for name in matmul_leaves(block)}
+    }
+    load_module(model, source, device, changes=changes, skip=streamed)
+    return (
+        model,
+        block_reader(model, source, changes),
+        sum(source.tensors[name].nbytes for name in streamed),
+    )
+
+
+def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> BlockReader:
+    """What reads the matmul weights of a block from a file, each changed, packed or rounded as its
+    leaf wants it.
+    """
+    # The leaves as they are now: LoRAs will wrap them.
+    blocks = [
+        {name.rpartition(".")[0]: leaf for name, (leaf, _) in matmul_leaves(block).items()}
+        for block in model.blocks
+    ]
+
+    def fetch(index: int, views: Mapping[str, Tensor]) -> None:
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in views):
+            for key, value in materialize_param(
+                blocks[index][path], "weight", f"blocks.{index}.{path}.weight", source, changes
+            ).items():
+                views[f"{path}.{key}"].copy_(value)
+
+    return fetch
+
+
+def _blocks_told(report: Report | None, total: int, layers: int) -> Callable[[int], None] | None:
+    return None if report is None else lambda done: report(total * done // layers, total)
