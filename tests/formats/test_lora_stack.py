@@ -22,7 +22,7 @@ from wanflow.checkpoint import load
 from wanflow.cli import main
 from wanflow.loaders import parts
 from wanflow.loaders.experts import open_expert
-from wanflow.lora import stack
+from wanflow.lora import reader, stack
 from wanflow.lora.reader import read_adapter
 from wanflow.media import read_recipe
 from wanflow.pipeline import Cancelled, Run
@@ -162,7 +162,7 @@ def test_a_file_is_read_once_a_run(
 ) -> None:
     read: list[Path] = []
     monkeypatch.setattr(
-        stack, "read_adapter", lambda path, shapes: read.append(path) or read_adapter(path, shapes)
+        reader, "read_adapter", lambda path, shapes: read.append(path) or read_adapter(path, shapes)
     )
     pipe = wanflow.load("nano", device="cpu", lora=mode, keep_experts=keep, prefetch=prefetch)
     held = pipe.parts.loras._held  # type: ignore[attr-defined]
