@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
         cache.put(PROMPT, states())
         cache.put("another", states())
     assert cache.get(PROMPT) is None
-    assert len(caplog.records) == 1 and "cannot be kept in" in caplog.text
+    assert len(caplog.records) == 1 and "cannot be stored in" in caplog.text
 
 
 def test_a_full_disk(
@@ -254,7 +254,7 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path, caplog: pytest.LogCaptu
     assert cache.get(PROMPT) is None
     with caplog.at_level(logging.WARNING, "wanflow"):
         cache.put(PROMPT, states())
-    assert "cannot be kept in" in caplog.text
+    assert "cannot be stored in" in caplog.text
     cache.put("another", states())
     assert same_bits(cache.get("another"), states())
 
