@@ -637,7 +637,7 @@ def test_what_is_refused(
     )
     assert not out.exists()
     monkeypatch.setattr(
-        write_gguf, "import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name))
+        formats, "import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name))
     )
     assert "pip install" in refusal(lambda: options("gguf-q8_0"))
 
