@@ -39,7 +39,7 @@ from wanflow.checkpoint.structure import build
 from wanflow.cli import command_parser
 from wanflow.cli import convert as command
 from wanflow.config import DiTConfig
-from wanflow.convert import configs, write_gguf
+from wanflow.convert import configs, formats, write_gguf
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.encode import entries, storage_dtype
 from wanflow.convert.formats import TARGETS, Options, options

@@ -1,8 +1,7 @@
-"""The text encoder without a place in memory: its blocks are read, used for every prompt, and
-dropped, one after the other.
+"""Run the text encoder block by block: read a block, use it for every prompt, drop it.
 
-A prompt needs each of its weights once, so holding 11 GB of them until then, on whichever device,
-would gain nothing. The next block is read by a thread while the current one works.
+A prompt needs each weight once, so keeping 11 GB of them in memory would gain nothing. A thread
+reads the next block while the current one computes.
 """
 
 from __future__ import annotations
@@ -20,17 +19,15 @@ from wanflow.checkpoint.load import load_module, materialize_param
 from wanflow.checkpoint.structure import build, lay_out, weight_names
 from wanflow.models.umt5 import T5Block, UMT5Encoder
 
-Read = list[tuple[nn.Module, str, Tensor]]
+Parameters = list[tuple[nn.Module, str, Tensor]]  # owner, name, value
 
 
 class StreamedEncoder:
-    """Called like `UMT5Encoder`; reads the whole encoder at each call. Results are those of one
-    prompt at a time, without its padding.
+    """A `UMT5Encoder` that reads its weights at each call, and runs prompts one at a time.
 
     Args:
-        dtype: of the weights and of what is computed.
-        device: where the blocks work. The table of tokens (2.1 GB) stays on the host, where a
-            prompt's rows are taken out of it.
+        dtype: of the weights and the computation.
+        device: of the blocks. The token table (2.1 GB) stays on the host.
     """
 
     def __init__(
@@ -44,71 +41,57 @@ class StreamedEncoder:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask [B, S] -> [B, S, D] on the device, zero past each prompt's end."""
+        """Encode ids, mask [B, S] -> [B, S, D] on the device, zero past each prompt's end."""
         source = self.checkpoint.source("t5")
         model = build(UMT5Encoder, self.checkpoint.spec.text)
         lay_out(model, source, lambda name, info: self.dtype, self.dtype, self.device)
-        names = weight_names(model)
-        in_blocks = [name for name in names if name.startswith("blocks.")]
+        sizes = {name: source.tensors[name].nbytes for name in weight_names(model)}
+        in_blocks = {name for name in sizes if name.startswith("blocks.")}
         load_module(model, source, "cpu", skip=in_blocks)
         model.norm.to(self.device)
-        sizes = {name: source.tensors[name].nbytes for name in names}
-        done = sum(size for name, size in sizes.items() if name not in in_blocks)
+        done, total = sum(sizes[name] for name in sizes.keys() - in_blocks), sum(sizes.values())
 
         def trunk(blocks: Iterable[T5Block], x: Tensor, buckets: Tensor, keys: Tensor) -> Tensor:
             nonlocal done
             buckets, lengths = buckets.to(self.device), mask.sum(1).tolist()
-            # One prompt at a time: an encoding must not depend on what it was encoded beside.
-            prompts = [
-                x[row : row + 1, :length].to(self.device) for row, length in enumerate(lengths)
-            ]
+            # One prompt at a time: an encoding must not depend on the others in its batch.
+            prompts = [x[n : n + 1, :length].to(self.device) for n, length in enumerate(lengths)]
             attended = keys[:, :, :, : max(lengths)].to(self.device)
-            for index, block in enumerate(self._read_ahead(list(blocks), source)):
-                for row, length in enumerate(lengths):
-                    prompts[row] = block(
-                        prompts[row],
-                        buckets[:length, :length],
-                        attended[row : row + 1, :, :, :length],
-                    )
-                done += sum(
-                    size for name, size in sizes.items() if name.startswith(f"blocks.{index}.")
-                )
+            for index, block in enumerate(self._loaded(list(blocks), source)):
+                for n, length in enumerate(lengths):
+                    bias, key_mask = buckets[:length, :length], attended[n : n + 1, :, :, :length]
+                    prompts[n] = block(prompts[n], bias, key_mask)
+                prefix = f"blocks.{index}."
+                done += sum(sizes[name] for name in in_blocks if name.startswith(prefix))
                 if self.report is not None:
-                    self.report(done, sum(sizes.values()))
-            return torch.cat(
-                [F.pad(prompt, (0, 0, 0, x.shape[1] - prompt.shape[1])) for prompt in prompts]
-            )
+                    self.report(done, total)
+            padded = [F.pad(prompt, (0, 0, 0, x.shape[1] - prompt.shape[1])) for prompt in prompts]
+            return torch.cat(padded)
 
         states: Tensor = model(ids.cpu(), mask.cpu(), trunk)
         return states.masked_fill(mask.unsqueeze(-1).to(self.device) == 0, 0)
 
-    def _read_ahead(self, blocks: list[T5Block], source: TensorSource) -> Iterator[T5Block]:
-        """Each block in its turn, with its weights on the device, and without them before and
-        after.
-        """
+    def _loaded(self, blocks: list[T5Block], source: TensorSource) -> Iterator[T5Block]:
+        """Yield each block with its weights on the device; before and after, they are on meta."""
         with ThreadPoolExecutor(1, thread_name_prefix="wanflow-text") as thread:
             reading = thread.submit(_read, blocks[0], "blocks.0", source)
             for index, block in enumerate(blocks):
-                read = reading.result()
+                parameters = reading.result()
                 if index + 1 < len(blocks):
                     reading = thread.submit(_read, blocks[index + 1], f"blocks.{index + 1}", source)
-                for holder, key, value in read:
-                    setattr(holder, key, nn.Parameter(value.to(self.device), requires_grad=False))
-                del read
+                for owner, key, value in parameters:
+                    setattr(owner, key, nn.Parameter(value.to(self.device), requires_grad=False))
+                del parameters
                 yield block
                 block.to("meta")
 
 
-def _read(block: nn.Module, prefix: str, source: TensorSource) -> Read:
-    """A block's parameters, on the host."""
-    found: Read = []
+def _read(block: nn.Module, prefix: str, source: TensorSource) -> Parameters:
+    """Read a block's parameters into host memory."""
+    found: Parameters = []
     for name in weight_names(block):
-        owner, _, key = name.rpartition(".")
-        holder = block.get_submodule(owner)
-        found += [
-            (holder, part, value)
-            for part, value in materialize_param(
-                holder, key, f"{prefix}.{name}", source, {}
-            ).items()
-        ]
+        path, _, key = name.rpartition(".")
+        owner = block.get_submodule(path)
+        values = materialize_param(owner, key, f"{prefix}.{name}", source, {})
+        found += [(owner, parameter, value) for parameter, value in values.items()]
     return found
