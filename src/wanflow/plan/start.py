@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
-from wanflow.lora.stack import find_loras
 from wanflow.plan.gpus import Machine, this_machine
 from wanflow.plan.plan import Plan, expert_parameters, ranks_here, set_up
 from wanflow.presets import ModelSpec
@@ -48,8 +47,12 @@ def completed(request: Request | CompleteRequest | None, spec: ModelSpec) -> Com
     if isinstance(request, CompleteRequest):
         return request
     request = request or Request("any", seed=0)
-    loras = tuple(str(lora) for lora in find_loras(request.loras())) if request.lora else ()
-    return replace(request, lora=loras, lora_from=None).complete(spec)
+    if request.lora:
+        from wanflow.lora.stack import find_loras
+
+        loras = tuple(str(lora) for lora in find_loras(request.loras()))
+        request = replace(request, lora=loras, lora_from=None)
+    return request.complete(spec)
 
 
 def make_plan(
