@@ -36,8 +36,8 @@ def plan_flags(p: Parser) -> None:
     )
     machine.add_argument("--ram", type=float, metavar="GB", help="its RAM (default: 64)")
     machine.add_argument("--disk", type=float, metavar="GB", help="its disk (default: 150)")
+    machine.add_argument("--json", action="store_true", help="print one JSON document")
     report = p.add_argument_group("report")
-    report.add_argument("--json", action="store_true", help="print one JSON document")
     report.add_argument(
         "--peaks", action="store_true", help="also list the largest tensors at each peak"
     )
