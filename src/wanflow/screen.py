@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class Screen:
         self._tasks: dict[str, _Task] = {}
         self._bars: Bars | None = None
         self._staged = time.monotonic()
+        self._lock = RLock()  # weights are also read in a thread
 
     def __enter__(self) -> Screen:
         return self
@@ -142,6 +144,7 @@ class Screen:
         elif time.monotonic() - self._staged > EVERY:
             self.say(text)
             self._staged = time.monotonic()
+        self._lock = RLock()  # weights are also read in a thread
 
     def progress(
         self,
@@ -161,6 +164,12 @@ class Screen:
             note: what else to show.
             last_line: print a line at the end of a short task too.
         """
+        with self._lock:
+            self._progress(what, done, total, unit, note, last_line)
+
+    def _progress(
+        self, what: str, done: int, total: int, unit: str, note: str, last_line: bool
+    ) -> None:
         task, now, ends = self._tasks.get(what), time.monotonic(), 0 < total <= done
         if task is None:
             task = self._tasks[what] = _Task(what, unit, done, now, now)

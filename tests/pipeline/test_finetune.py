@@ -434,7 +434,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "exists; name another --out" in capsys.readouterr().err
     other = [*command[:5], "--out", str(tmp_path / "x")]
     for more, words in (
-        (["--targets", "norm"], "choose of"),
+        (["--targets", "norm"], "must be some of"),
         (["--batch", "3", "--grad_accum", "2"], "equal parts"),
         (["--rank", "0"], "at least 1 (got 0)"),
         (["--frame_num", "6"], "nearest is"),

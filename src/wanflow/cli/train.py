@@ -150,21 +150,18 @@ def train(args: argparse.Namespace) -> None:
     from wanflow.screen import Screen
     from wanflow.train import nano
 
-    if args.evaluate:
-        print(
-            nano.evaluate(
-                args.evaluate, args.prompts, args.experts, args.seen, args.wording, Screen()
-            )
-        )
-    elif args.nano:
-        work = args.work_dir or Path("build/nano")
-        with Screen() as screen:
-            nano.train(work, args.out or work / "model", args.scale, args.stage, screen)
-    else:
+    if not args.evaluate and not args.nano:
         raise RequestError(
             "train needs --data DIR (fine-tune on clips), --nano (train the miniature) or"
             " --evaluate MODEL (measure one)"
         )
+    with Screen() as screen:
+        if args.evaluate:
+            how = args.prompts, args.experts, args.seen, args.wording
+            print(nano.evaluate(args.evaluate, *how, screen))
+        else:
+            work = args.work_dir or Path("build/nano")
+            nano.train(work, args.out or work / "model", args.scale, args.stage, screen)
 
 
 def _finetune(args: argparse.Namespace) -> None:

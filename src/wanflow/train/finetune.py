@@ -103,15 +103,17 @@ class FineTune:
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch", "accumulate"):
             if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1 (got {getattr(self, name)})")
+                flag = "grad_accum" if name == "accumulate" else name
+                raise RequestError(f"--{flag} must be at least 1 (got {getattr(self, name)})")
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
             raise RequestError(
-                f"targets {', '.join(unknown) or '(none)'}: choose of {', '.join(TARGETS)}"
+                f"--targets must be some of {','.join(TARGETS)} (got {','.join(self.targets)})"
             )
         if self.batch % self.accumulate:
             raise RequestError(
-                f"a batch of {self.batch} does not go into {self.accumulate} equal parts"
+                f"--batch must divide into --grad_accum equal parts (got {self.batch} and"
+                f" {self.accumulate})"
             )
         if not (
             0 < self.learning_rate < 1
@@ -120,8 +122,9 @@ class FineTune:
             and 0 < self.shift <= 100
         ):
             raise RequestError(
-                "learning_rate and caption dropout lie between 0 and 1, alpha between 0 and 4096,"
-                " shift between 0 and 100"
+                "--learning_rate and --caption_dropout must be between 0 and 1, --alpha between 0"
+                f" and 4096, --train_shift between 0 and 100 (got {self.learning_rate:g},"
+                f" {self.dropout:g}, {self.alpha:g}, {self.shift:g})"
             )
 
 
@@ -171,26 +174,26 @@ def finetune(checkpoint: Checkpoint, settings: FineTune, screen: Screen) -> list
     if rank == 0:
         screen.say(f"writing {settings.out}")
         model = open_model(checkpoint.folder, dict(trained.items()))
-        wanted = options("official", dtype_name(settings.dtype))
-        convert(model, settings.out, wanted, screen.say, screen.count_bytes("converting"))
+        target = options("official", dtype_name(settings.dtype))
+        convert(model, settings.out, target, screen.say, screen.count_bytes("converting"))
     return [settings.out]
 
 
 def _refuse_processes(settings: FineTune, size: int) -> None:
     if size > 1 and not settings.fsdp:
         raise RequestError(
-            f"{size} processes would all train the same; add --fsdp, which splits the model over"
-            " them, or leave out torchrun"
+            f"{size} processes would all train the same; add --fsdp to shard the model over them,"
+            " or leave out torchrun"
         )
     if size == 1 and settings.fsdp:
         raise RequestError(
-            "--fsdp splits the model over several processes: torchrun --nproc_per_node=N -m wanflow"
-            " train ... --fsdp"
+            "--fsdp shards the model over several processes; start them with torchrun"
+            " --nproc_per_node=N -m wanflow train ... --fsdp"
         )
     if settings.batch % (size * settings.accumulate):
         raise RequestError(
-            f"a batch of {settings.batch} does not go into {size} processes times"
-            f" {settings.accumulate} equal parts"
+            f"--batch must divide into {size} processes times --grad_accum equal parts (got"
+            f" {settings.batch} and {settings.accumulate})"
         )
 
 
