@@ -90,7 +90,7 @@ def make_engine(parts: LoadedParts) -> Engine:
     def record(request: Request) -> Recipe:
         fingerprints: dict[str, str] = {}
         if request.lora:
-            from wanflow.lora.stack import find_loras, lora_fingerprints
+            from wanflow.lora.find import find_loras, lora_fingerprints
 
             loras = find_loras(request.loras())
             fingerprints = lora_fingerprints(loras)

@@ -22,7 +22,8 @@ from wanflow.checkpoint import load
 from wanflow.cli import main
 from wanflow.loaders import parts
 from wanflow.loaders.experts import open_expert
-from wanflow.lora import reader, stack
+from wanflow.lora import stack
+from wanflow.lora.find import find_loras
 from wanflow.lora.reader import read_adapter
 from wanflow.media import read_recipe
 from wanflow.pipeline import Cancelled, Run
@@ -162,7 +163,7 @@ def test_a_file_is_read_once_a_run(
 ) -> None:
     read: list[Path] = []
     monkeypatch.setattr(
-        reader, "read_adapter", lambda path, shapes: read.append(path) or read_adapter(path, shapes)
+        stack, "read_adapter", lambda path, shapes: read.append(path) or read_adapter(path, shapes)
     )
     pipe = wanflow.load("nano", device="cpu", lora=mode, keep_experts=keep, prefetch=prefetch)
     held = pipe.parts.loras._held  # type: ignore[attr-defined]
@@ -468,4 +469,4 @@ def test_a_preset_without_a_lora_is_warned_of(
 
 def test_a_missing_file_is_found_before_anything_is_read(lora: str) -> None:
     missing = str(Path(lora).parent / "x")
-    assert missing in refusal(lambda: stack.find_loras((Lora(missing),)))
+    assert missing in refusal(lambda: find_loras((Lora(missing),)))

@@ -273,7 +273,7 @@ def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint
     from wanflow.plan.start import advice
 
     if request.lora:
-        from wanflow.lora.stack import find_loras
+        from wanflow.lora.find import find_loras
 
         find_loras(request.loras())
     request.complete(checkpoint.spec)

@@ -1,4 +1,4 @@
-"""The LoRAs of a run: find and check the files, then apply them to each expert, live or fused.
+"""The LoRAs of a run: check the files, then apply them to each expert, live or fused.
 
 A file is read once a run, when the request begins: one that does not fit fails before any weights
 are read. The deltas of an expert are then held in RAM until that expert takes them (float32, 1.2 GB
@@ -7,83 +7,27 @@ for rank 64 on Wan2.2-A14B), and freed. An expert that is loaded again reads its
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from wanflow.checkpoint.containers import reading
-from wanflow.checkpoint.key_maps import expert_in_name
 from wanflow.config import RequestError
+from wanflow.lora.find import lora_fingerprints
+from wanflow.lora.reader import read_adapter
 from wanflow.presets import Expert
 from wanflow.request import Lora
-
-if TYPE_CHECKING:
-    from wanflow.transforms.block_streaming import Streaming
-    from wanflow.transforms.deltas import WeightDelta
-    from wanflow.transforms.lora import Adapters
+from wanflow.transforms.block_streaming import Streaming
+from wanflow.transforms.deltas import WeightDelta, changed
+from wanflow.transforms.lora import Adapters
 
 logger = logging.getLogger("wanflow")
 
-ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of an expert's parameters, by official name
-Deltas: TypeAlias = "Mapping[str, WeightDelta]"  # one file's, for one expert, by parameter
+Deltas: TypeAlias = Mapping[str, WeightDelta]  # one file's, for one expert, by parameter
 Merged: TypeAlias = tuple[tuple[str, float], ...]  # names and strengths of fused LoRAs
-
-
-def find_loras(loras: Iterable[Lora]) -> tuple[Lora, ...]:
-    """Return the files behind these LoRAs, with the strength on each expert settled.
-
-    A folder becomes the files in it. A file that is named for one expert applies to that one.
-
-    Raises:
-        RequestError: for a missing path, or a folder that holds neither one LoRA nor one pair.
-    """
-    found = []
-    for lora in loras:
-        path = Path(lora.path).expanduser()
-        if not path.exists():
-            raise RequestError(f"lora {lora.path}: there is no such file or folder")
-        for file in _files(path) if path.is_dir() else [path]:
-            settled = replace(lora, path=str(file)).resolved(expert_in_name(file.name))
-            if settled.high or settled.low or not path.is_dir():
-                found.append(settled)
-    return tuple(found)
-
-
-def _files(folder: Path) -> list[Path]:
-    """The LoRA in a folder (PEFT's), or the pair, one file for each expert."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS)
-    experts = {expert_in_name(file.name) for file in files}
-    if len(files) == 1 or (len(files) == 2 and experts == {"high", "low"}):
-        return files
-    names = ", ".join(file.name for file in files[:4])
-    content = f"{len(files)} files ({names})" if files else "no LoRA file"
-    raise RequestError(
-        f"lora {folder}: the folder holds {content}; expected one, or a pair with high and low in"
-        " the names: give the files, as in --lora FILE"
-    )
-
-
-def lora_fingerprint(path: str) -> str:
-    """Return 16 hex digits of a file's size and of a megabyte at its start, middle and end."""
-    file = Path(path)
-    with reading(file), file.open("rb") as data:
-        size = file.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        for start in (0, size // 2, max(0, size - (1 << 20))):
-            data.seek(start)
-            digest.update(data.read(1 << 20))
-    return digest.hexdigest()[:16]
-
-
-def lora_fingerprints(loras: Iterable[Lora]) -> dict[str, str]:
-    """Return {file: fingerprint}, as a recipe records it."""
-    return {path: lora_fingerprint(path) for path in dict.fromkeys(lora.path for lora in loras)}
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -130,8 +74,6 @@ class LoraStack:
         new = {name: lora for name, lora in named.items() if name not in self._loras}
         read = {}
         for path in dict.fromkeys(lora.path for lora in new.values()):
-            from wanflow.lora.reader import read_adapter
-
             adapter = read_adapter(Path(path), self.shapes)
             logger.info("lora %s: %s", Path(path).name, adapter.report())
             read[path] = adapter.changes
@@ -150,9 +92,6 @@ class LoraStack:
         if not self.live or not (loras or expert in self._adapters):
             return
         if expert not in self._adapters:
-            from wanflow.transforms.block_streaming import Streaming
-            from wanflow.transforms.lora import Adapters
-
             plain = model.model if isinstance(model, Streaming) else model
             self._adapters[expert] = Adapters(plain)
         adapters = self._adapters[expert]
@@ -185,8 +124,6 @@ class LoraStack:
         """
         if not merged:
             return None
-        from wanflow.transforms.deltas import changed
-
         deltas: dict[str, list[tuple[WeightDelta, float]]] = {}
         for name, strength in merged:
             for parameter, delta in self._take(name, expert).items():
@@ -212,8 +149,6 @@ class LoraStack:
         held = self._held.get(name, {})
         if expert not in held:
             lora = self._loras[name]
-            from wanflow.lora.reader import read_adapter
-
             changes = read_adapter(Path(lora.path), self.shapes).changes
             held = self._held[name] = {**_used(lora, changes), expert: changes[expert]}
         return held.pop(expert)

@@ -48,7 +48,7 @@ def completed(request: Request | CompleteRequest | None, spec: ModelSpec) -> Com
         return request
     request = request or Request("any", seed=0)
     if request.lora:
-        from wanflow.lora.stack import find_loras
+        from wanflow.lora.find import find_loras
 
         loras = tuple(str(lora) for lora in find_loras(request.loras()))
         request = replace(request, lora=loras, lora_from=None)

@@ -1,0 +1,66 @@
+"""Find the LoRA files that a request names, settle their strengths, and fingerprint them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from wanflow.checkpoint.containers import reading
+from wanflow.checkpoint.key_maps import expert_in_name
+from wanflow.config import RequestError
+from wanflow.request import Lora
+
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def find_loras(loras: Iterable[Lora]) -> tuple[Lora, ...]:
+    """Return the files behind these LoRAs, with the strength on each expert settled.
+
+    A folder becomes the files in it. A file that is named for one expert applies to that one.
+
+    Raises:
+        RequestError: for a missing path, or a folder that holds neither one LoRA nor one pair.
+    """
+    found = []
+    for lora in loras:
+        path = Path(lora.path).expanduser()
+        if not path.exists():
+            raise RequestError(f"lora {lora.path}: there is no such file or folder")
+        for file in _files(path) if path.is_dir() else [path]:
+            settled = replace(lora, path=str(file)).resolved(expert_in_name(file.name))
+            if settled.high or settled.low or not path.is_dir():
+                found.append(settled)
+    return tuple(found)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The LoRA in a folder (PEFT's), or the pair, one file for each expert."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS)
+    experts = {expert_in_name(file.name) for file in files}
+    if len(files) == 1 or (len(files) == 2 and experts == {"high", "low"}):
+        return files
+    names = ", ".join(file.name for file in files[:4])
+    content = f"{len(files)} files ({names})" if files else "no LoRA file"
+    raise RequestError(
+        f"lora {folder}: the folder holds {content}; expected one, or a pair with high and low in"
+        " the names: give the files, as in --lora FILE"
+    )
+
+
+def lora_fingerprint(path: str) -> str:
+    """Return 16 hex digits of a file's size and of a megabyte at its start, middle and end."""
+    file = Path(path)
+    with reading(file), file.open("rb") as data:
+        size = file.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, size // 2, max(0, size - (1 << 20))):
+            data.seek(start)
+            digest.update(data.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def lora_fingerprints(loras: Iterable[Lora]) -> dict[str, str]:
+    """Return {file: fingerprint}, as a recipe records it."""
+    return {path: lora_fingerprint(path) for path in dict.fromkeys(lora.path for lora in loras)}
