@@ -19,18 +19,16 @@ from wanflow.sanity import OutputError
 
 @dataclass(frozen=True)
 class Video:
-    """A finished video: frames uint8 [T, H, W, 3], frames per second, and the recipe that made
-    it.
-    """
+    """A finished video: frames uint8 [T, H, W, 3], frames per second, and its recipe."""
 
     frames: Frames
     fps: float
     recipe: dict[str, Any]
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write an mp4 (a PNG where there is one frame) with the recipe inside; returns the path.
+        """Write an mp4 with the recipe inside, or a PNG of a single frame; return the path.
 
-        Writes nothing where there are no frames, as on other processes than the first.
+        Write nothing where there are no frames, as in all processes but the first.
         """
         if not len(self.frames):
             return Path(path)
@@ -44,7 +42,7 @@ def save_frames(
     recipe: dict[str, Any],
     overwrite: bool = False,
 ) -> Path:
-    """Write frames as they come; the file appears under its name only when it is whole.
+    """Write frames as they come; the file appears under its name when it is complete.
 
     Raises:
         OutputError: when all frames are one constant; nothing is left under `path`.
@@ -72,7 +70,7 @@ def save_frames(
 
 
 def refuse_constant(low: int, high: int) -> None:
-    """Raise where every value of a video is the same."""
+    """Raise OutputError where every value of a video is the same."""
     if low == high:
         raise OutputError(
             f"the output is constant (every value is {low}): the weights are empty or damaged, or"
@@ -98,14 +96,14 @@ class Pipeline:
         """Make a video.
 
         Args:
-            prompt: what it should show.
+            prompt: what the video shows.
             on_step: called after each step with a `Progress`; returning False cancels.
-            request: fields of `wanflow.Request` (negative_prompt, size, frame_num, sample_steps,
+            **request: fields of `wanflow.Request` (negative_prompt, size, frame_num, sample_steps,
                 sample_shift, sample_solver, cfg_high, cfg_low, boundary, fps, seed, lora, ...), and
-                `preset`, the name of a settings preset.
+                `preset`, the name of a step preset.
 
         Raises:
-            RequestError: for values that cannot be.
+            RequestError: for invalid values.
             Cancelled: when `on_step` returned False; it carries the run, which `resume` continues.
             OutputError: when the result is NaN or constant.
         """
@@ -114,12 +112,9 @@ class Pipeline:
         if unknown:
             known = ", ".join(sorted([*Request.__dataclass_fields__, "preset"]))
             raise RequestError(f"generate does not know {', '.join(unknown)}; it knows {known}")
-        wanted = Request(prompt, **request)
-        return self.finish(
-            self.resume(
-                self.begin(with_settings(wanted, settings) if settings else wanted), on_step
-            )
-        )
+        asked = Request(prompt, **request)
+        run = self.begin(with_settings(asked, settings) if settings else asked)
+        return self.finish(self.resume(run, on_step))
 
     def begin(self, request: Request) -> Run:
         """Complete a request and draw its noise: a run at step 0. Reads no weights."""

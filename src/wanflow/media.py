@@ -1,10 +1,9 @@
-"""Frames to files and back: mp4 video, PNG pictures, and the recipe that travels inside them.
+"""Write and read mp4 video and PNG pictures, with the recipe inside them.
 
 Shapes: T frames, H height, W width in pixels; frames are uint8 [T, H, W, 3], RGB.
 
-A file appears under its name only when it is whole: it is written beside the target as
-`NAME.xxxxxxxx.part`, flushed to the disk, then renamed. Colours are BT.709 in limited range,
-converted so and tagged so.
+A file appears under its name only when it is complete (see `files`). Colours are BT.709 in limited
+range, in values and in tags.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 Frames = npt.NDArray[np.uint8]
 
 RECIPE_KEY = "wanflow"
-# What the reader may open. Without this list ffmpeg also takes text files (drawn as ANSI art) and
+# Formats that are read. Without this list ffmpeg also takes text files (drawn as ANSI art) and
 # playlists of other files.
 READABLE = "mp4,webm,avi,gif,png_pipe,jpeg_pipe,webp_pipe"
 # The default scaler is fast and up to 2/255 off in a flat colour.
@@ -57,22 +56,22 @@ EXACT = int(
     | Interpolation.FULL_CHR_H_INT
     | Interpolation.FULL_CHR_H_INP
 )
-# x264's macroblock tree gives another file in each run on CPUs with AVX-512 (seen with core 165,
-# even on one thread).
+# x264's macroblock tree makes files that differ from run to run on CPUs with AVX-512 (seen with
+# core 165, even on one thread).
 X264_PARAMS = "mbtree=0"
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-PNG_HEADER = 33  # bytes: the magic and the IHDR chunk, after which other chunks may stand
+PNG_HEADER = 33  # bytes of the magic and the IHDR chunk; other chunks come after
 GAP = 4  # pixels between the pictures of a contact sheet
 SHEET_FRAMES = 20
-# pixels: the longer side of a picture on a sheet is brought into this range where a whole factor
-# can
+# Pixels: the longer side of a picture on a sheet; an integer factor scales it into this range.
 SHEET_SIDE = (192, 480)
 
 
 class VideoWriter:
-    """Write an mp4 (H.264, yuv420p) frame by frame; the file appears when the `with` block ends
-    without an exception.
+    """Writes an mp4 (H.264, yuv420p) frame by frame, within a `with` block.
+
+    The file appears when the block ends without an exception.
 
     Args:
         path: the file to make, with its folders.
@@ -108,9 +107,8 @@ class VideoWriter:
         check_target(self.path, self.overwrite)
         self._part = temporary(self.path)
         with _explained(self.path):
-            self._part.touch(
-                exist_ok=False
-            )  # ffmpeg itself opens the file at the first packet: too late to refuse
+            # ffmpeg opens the file at the first packet, which is too late to refuse.
+            self._part.touch(exist_ok=False)
         options = {"movflags": "+faststart+use_metadata_tags"}
         self._container = av.open(str(self._part.absolute()), "w", format="mp4", options=options)
         self._container.metadata.update(self._metadata)
@@ -166,8 +164,7 @@ class VideoWriter:
 def save_picture(
     path: Path, frame: Frames, metadata: Mapping[str, str], overwrite: bool = False
 ) -> None:
-    """Write one frame [H, W, 3] as a PNG that carries `metadata` (keys of 1 to 79 Latin-1
-    characters).
+    """Write one frame [H, W, 3] as a PNG with `metadata` (keys of 1 to 79 Latin-1 characters).
 
     Raises:
         RequestError, OSError: as `VideoWriter`.
@@ -178,7 +175,7 @@ def save_picture(
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Make the folders of an output, and refuse it before any work is done for it.
+    """Make the folders of an output; refuse it before any work is done for it.
 
     Raises:
         RequestError: if it exists and may not be replaced, is no plain file, or its folder cannot
@@ -193,12 +190,8 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def recipe_tags(recipe: Mapping[str, Any], prompt: str) -> dict[str, str]:
-    """Metadata for a file: the recipe as JSON for `read_recipe`, and what a player shows to a
-    person.
-    """
-    words = prompt.encode(
-        "utf-8", "replace"
-    ).decode()  # a prompt from a shell may hold what is no Unicode text
+    """Return a file's metadata: the recipe for `read_recipe`, and the texts that players show."""
+    words = prompt.encode("utf-8", "replace").decode()  # a shell's prompt may be no Unicode text
     return {
         RECIPE_KEY: json.dumps(recipe),
         "title": "wanflow",
@@ -208,7 +201,7 @@ def recipe_tags(recipe: Mapping[str, Any], prompt: str) -> dict[str, str]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe inside an mp4 or PNG that wanflow made.
+    """Return the recipe inside an mp4 or PNG that wanflow made.
 
     Raises:
         RequestError: if there is none, or the file is missing, damaged or something else.
@@ -230,7 +223,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def read_frames(path: Path) -> tuple[Frames, float]:
-    """All frames of a video (or of a PNG: one) and the frames per second: uint8 [T, H, W, 3], fps.
+    """Return the frames of a video or PNG, uint8 [T, H, W, 3], and the frames per second.
 
     Raises:
         RequestError: if the file is missing, damaged or no video.
@@ -248,8 +241,7 @@ def read_frames(path: Path) -> tuple[Frames, float]:
 
 
 def stream_frames(path: Path) -> Iterator[tuple[float, Frames]]:
-    """Each frame of a video or picture as it is decoded: seconds from the first one, and uint8 [H,
-    W, 3].
+    """Yield each frame as it is decoded: seconds since the first one, and uint8 [H, W, 3].
 
     Raises:
         RequestError: if the file is missing, damaged or no video.
@@ -280,8 +272,8 @@ def contact_sheet(
     """Write a PNG of frames [T, H, W, 3] in a grid, row by row.
 
     Args:
-        columns: pictures in a row; by default the sheet comes out about 16:10.
-        count: pictures in all, spread evenly from the first frame to the last; by default up to 20.
+        columns: pictures in a row; by default the sheet is about 16:10.
+        count: pictures, evenly spaced from the first frame to the last; by default up to 20.
         overwrite: replace an existing file.
 
     Raises:
@@ -305,8 +297,9 @@ def contact_sheet(
 
 
 def to_uint8(video: Tensor) -> Frames:
-    """A video [3, T, H, W] or [1, 3, T, H, W] in -1..1 -> uint8 [T, H, W, 3], cut off (not rounded)
-    as the official code does.
+    """Convert a video [3, T, H, W] or [1, 3, T, H, W] in -1..1 to uint8 [T, H, W, 3].
+
+    Values are truncated, not rounded, as in the official code.
     """
     if video.ndim == 5 and video.shape[0] == 1:
         video = video[0]
@@ -319,11 +312,10 @@ def to_uint8(video: Tensor) -> Frames:
 def safe_name(
     task: str, size: tuple[int, int], prompt: str, when: datetime, suffix: str = ".mp4"
 ) -> str:
-    """A file name that every system takes, such as
-    `t2v-A14B_1280x720_a-red-circle_20261123-214509_ab12cd.mp4`.
+    """Return a file name that every system accepts.
 
-    The last part is a hash of the whole prompt, of which only 50 characters (and only Latin ones)
-    can be read in the name.
+    Such as `t2v-A14B_1280x720_a-red-circle_20261123-214509_ab12cd.mp4`. Of the prompt it has the
+    first 50 Latin characters, and a hash of all.
     """
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:50].rstrip("-")
@@ -335,9 +327,7 @@ def safe_name(
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Say what is wrong with an output in words: RequestError if another place would help, OSError
-    if the disk is the trouble.
-    """
+    """Turn errors of an output into a RequestError, or an OSError where the disk is at fault."""
     try:
         yield
     except (FileExistsError, NotADirectoryError):
@@ -358,7 +348,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Say what is wrong with an input in one line."""
+    """Turn errors of an input into a RequestError of one line."""
     try:
         yield
     except RequestError:
@@ -402,7 +392,7 @@ def _opened(path: Path, kind: str | None = None) -> Iterator[tuple[InputContaine
 
 
 def _shrink(pictures: Frames, factor: int) -> Frames:
-    """[T, H, W, 3] -> [T, H // factor, W // factor, 3], each pixel the mean of a square."""
+    """Shrink [T, H, W, 3] to [T, H // factor, W // factor, 3] by the mean of squares."""
     height, width = (side // factor for side in pictures.shape[1:3])
     squares = pictures[:, : height * factor, : width * factor].reshape(
         -1, height, factor, width, factor, 3
@@ -439,7 +429,7 @@ def _png(picture: Frames, texts: Mapping[str, str]) -> bytes:
 
 
 def _png_texts(path: Path) -> dict[str, str]:
-    """The texts of a PNG, after checking that every chunk is whole."""
+    """Return the texts of a PNG, after checking every chunk."""
     texts = {}
     with _readable(path):
         data, position, kind = path.read_bytes(), len(PNG_MAGIC), b""

@@ -26,13 +26,12 @@ NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
 
 
 def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = None) -> Checkpoint:
-    """A model's files.
+    """Return the opened files of a model.
 
     Args:
-        model: `"nano"` is the embedded miniature, a name like `"Wan-AI/Wan2.2-T2V-A14B"` what
-            Hugging Face's cache has of it, anything else a folder in any layout. None: where
-            `given` says.
-        given: parts (high, low, t5, vae, tokenizer) that are to be taken from other files.
+        model: `"nano"` for the embedded miniature; a name like `"Wan-AI/Wan2.2-T2V-A14B"` for its
+            copy in Hugging Face's cache; otherwise a folder in any layout. None: only `given`.
+        given: files that replace single parts (high, low, t5, vae, tokenizer).
 
     Raises:
         RequestError: when something is missing, damaged or of another model.
@@ -69,10 +68,10 @@ def load(
     force: bool = False,
     **options: Any,
 ) -> Pipeline:
-    """A pipeline for a model, run in the way that is best for it on this machine.
+    """Return a pipeline for a model, with the settings that fit this machine.
 
-    In a script that torchrun starts several times, the processes share the work. Each must make the
-    same calls with the same arguments; the first one's seed, callback and video count.
+    The processes of torchrun share the work. Each must make the same calls with the same arguments;
+    the seed, the callback and the video are those of rank 0.
 
     Args:
         model: `"nano"`, or a folder in any layout, or a repository's name if Hugging Face's cache

@@ -37,7 +37,7 @@ Frames = npt.NDArray[np.uint8]
 
 
 class Cancelled(Exception):
-    """The callback asked to stop; `run` is where the run stands."""
+    """The callback stopped the run; `run` continues it."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(f"cancelled after step {run.state.index}")
@@ -75,10 +75,10 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
-        """Read what `save` wrote.
+        """Read a run that `save` wrote.
 
         Raises:
-            RequestError: when the file is missing, damaged or something else.
+            RequestError: when the file is missing, damaged, or no saved run.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -211,9 +211,7 @@ def decode(engine: Engine, run: Run, on_part: OnPart | None = None) -> Iterator[
 
 
 def to_frames(chunk: Tensor) -> Frames:
-    """[1, 3, n, H, W] in -1..1 -> uint8 [n, H, W, 3]; OutputError where the VAE gave NaN or
-    infinity.
-    """
+    """Convert [1, 3, n, H, W] in -1..1 to uint8 [n, H, W, 3]; OutputError for NaN or infinity."""
     if not torch.isfinite(chunk).all():
         raise OutputError("the VAE gave NaN or infinity: check its weights file")
     return to_uint8(chunk)

@@ -107,14 +107,13 @@ T2V_A14B = ModelSpec(
     negative_prompt=NEGATIVE_PROMPT,
 )
 
-# The shape alone: it shows that the DiT fits its sibling (timesteps per token); its VAE is another
-# one, so it is not run.
+# The shape alone, for tests of times per token; it does not run, because its VAE is another one.
 TI2V_5B = DiTConfig(
     dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, model_type="ti2v"
 )
 
-# The miniature inside the package. Its latent statistics come from training: `wanflow.json` beside
-# its weights has them.
+# The miniature inside the package. `wanflow.json` next to its weights has its latent statistics,
+# which come from training.
 NANO = ModelSpec(
     name="nano",
     task="t2v-nano",
@@ -134,9 +133,9 @@ NANO = ModelSpec(
     negative_prompt="",
 )
 
-# Settings presets: what a request says where its user says nothing. The Lightning LoRAs (rank 64,
-# one for each expert) were distilled for Euler at shift 5 without guidance; four steps are then
-# told to the model as 1000, 937.5, 833.3 and 625.
+# Step presets: values for the fields that a request leaves open. The Lightning LoRAs (rank 64, one
+# for each expert) were distilled for Euler at shift 5 without guidance; the timesteps of four steps
+# are then 1000, 937.5, 833.3 and 625.
 LIGHTNING: dict[str, Any] = {
     "sample_solver": "euler",
     "sample_shift": 5.0,
@@ -146,8 +145,8 @@ LIGHTNING: dict[str, Any] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "lightning4": {**LIGHTNING, "sample_steps": 4},
     "lightning8": {**LIGHTNING, "sample_steps": 8},
-    # Three phases, for the motion that distillation costs: two steps as the model was made, then
-    # the LoRAs on both experts.
+    # Three phases, since distillation costs motion: two steps without LoRAs, then with them on the
+    # high-noise expert, then on the low-noise one.
     "lightning-motion": {
         **LIGHTNING,
         "sample_steps": 8,

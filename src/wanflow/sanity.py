@@ -1,13 +1,13 @@
-"""Whether a latent can become a video, and what may be the cause where it cannot.
+"""Judge whether a latent can become a video, and name likely causes where it cannot.
 
 The bounds come from measurements on nano, whose latents are normalised like the published model's:
 38 runs (five prompts, one of them of unknown words, 1 to 10 steps, three solvers, 64*64 to 192*128
-pixels, 1 and more frames, guidance 1 to 30) and 17 that were broken on purpose. At its own guidance
-and with two or more steps the final latent's standard deviation was 0.70 to 1.38, its largest value
-at most 7.7 and the correlation of neighbouring values at least 0.60. Guidance 16 brought 1.98, 13
-and 0.35, guidance 30 brought 3.9, 25 and 0.22, a single step 4.0, 16 and 0.80. Where weights were
-zero neighbours correlated with 0.01 or 0.02. Experts that were swapped are not among what can be
-told: their latent looked like the others.
+pixels, 1 and more frames, guidance 1 to 30) and 17 that were broken on purpose. Final latents of
+runs with nano's own guidance and two or more steps had a standard deviation of 0.70 to 1.38, a
+largest value of at most 7.7, and a correlation of neighbours of at least 0.60. Guidance 16 gave
+1.98, 13 and 0.35; guidance 30 gave 3.9, 25 and 0.22; a single step gave 4.0, 16 and 0.80. With
+weights of zero neighbours correlated at 0.01 or 0.02. Swapped experts cannot be detected: their
+latents look like the others.
 """
 
 from __future__ import annotations
@@ -21,25 +21,22 @@ from torch import Tensor
 
 from wanflow.recipe import Recipe
 
-# the standard deviation within the liveliest channel: 0.15 for nano's plainest picture, one colour
-# and nothing else
+# Standard deviation within the liveliest channel; nano's plainest picture, one colour, has 0.15.
 FLAT = 1e-3
 EXPLODED = 1e3  # the largest value: 25 at guidance 30, and unit noise has 6
 WIDE = 3.0  # standard deviation of a latent
 NOISE = 0.1  # correlation of neighbouring values
-PAIRS = 1600  # fewer neighbours tell nothing; the correlation of so many in noise is 0 +- 0.025
+PAIRS = 1600  # neighbours that a verdict needs; in noise they correlate at 0 +- 0.025
 STRONG, FEW = 8.0, 4  # guidance above, steps below
 
 
 class OutputError(RuntimeError):
-    """The model gave something that is not a video (NaN, or one constant): a failure, never saved
-    as success.
-    """
+    """The model's output is no video (NaN, or one constant); it is never saved as a success."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What may be the cause of a broken output.
+    """Possible causes of a broken output.
 
     dtype, quantize, attention: as `Runtime` has them, once chosen.
     loras: as a request has them: file@strengths.
@@ -66,7 +63,7 @@ def facts_of(recipe: Recipe) -> Facts:
 
 
 def check_step(x: Tensor, step: int, facts: Facts) -> None:
-    """Refuse a latent that no further step can save: one pass over it, and one wait for the device.
+    """Refuse a latent that no further step can repair; one pass, and one wait for the device.
 
     Args:
         x: [1, z, t, h, w] after this step.
@@ -83,11 +80,10 @@ def check_latent(x: Tensor, facts: Facts) -> list[str]:
     """Judge a final latent [1, z, t, h, w].
 
     Returns:
-        A line for each thing that is suspicious, yet possible.
+        A line for each suspicion that is no proof.
 
     Raises:
-        OutputError: where it cannot be a video: NaN, infinity, exploded values, or nothing but one
-            value in each channel.
+        OutputError: for NaN, infinity, exploded values, or one value in each channel.
     """
     _check_values(x, "the final latent holds", facts)
     x = x.float()
@@ -97,14 +93,14 @@ def check_latent(x: Tensor, facts: Facts) -> list[str]:
             "the final latent is constant: "
             + _advice(["the weights are empty or damaged", *_numerics(facts)])
         )
-    told = []
+    suspicions = []
     spread, (correlation, pairs) = float(x.std()), neighbours(x)
     if spread > WIDE:
         few = (
             [f"so few steps ({facts.steps}) need a LoRA made for them"] if facts.steps < FEW else []
         )
         advice = _advice([*few, *_strength(facts), *_numerics(facts), "the weights may be damaged"])
-        told.append(
+        suspicions.append(
             f"the final latent is {spread:.1f} times as wide as it should be, so colours will be"
             f" cut off: {advice}"
         )
@@ -116,19 +112,18 @@ def check_latent(x: Tensor, facts: Facts) -> list[str]:
                 *_numerics(facts),
             ]
         )
-        told.append(
+        suspicions.append(
             f"the final latent looks like noise (neighbours correlate with {correlation:.2f}):"
             f" {advice}"
         )
-    return told
+    return suspicions
 
 
 def neighbours(x: Tensor) -> tuple[float, int]:
-    """How values that lie side by side in time, height or width correlate, about zero; and how many
-    such pairs there are.
+    """Return the correlation of neighbours in time, height and width, and the number of pairs.
 
-    About zero and not about each channel's mean, since a picture of one colour is its means and
-    else nothing but noise.
+    It is about zero, not about each channel's mean: a picture of one colour is its means, plus
+    noise.
     """
     total, pairs = 0.0, 0
     for side in (2, 3, 4):
@@ -171,7 +166,7 @@ def _check_values(x: Tensor, what: str, facts: Facts) -> None:
 
 
 def _strength(facts: Facts) -> list[str]:
-    """What can be too much of."""
+    """Causes of too large values."""
     causes = []
     if facts.loras:
         names = ", ".join(re.split(r"[/\\]", lora)[-1] for lora in facts.loras)
@@ -185,7 +180,7 @@ def _strength(facts: Facts) -> list[str]:
 
 
 def _numerics(facts: Facts) -> list[str]:
-    """What computes otherwise than the plain model."""
+    """Settings that compute differently from the plain model."""
     causes = []
     if facts.quantize:
         causes.append(f"see whether it goes without --quantize {facts.quantize}")

@@ -51,7 +51,7 @@ def open_streamed(
     """Load an expert of which some blocks are streamed."""
     resident = resident_blocks(where, checkpoint.spec.dit.num_layers)
     model, fetch, total = _rest(checkpoint, which, where, where.device, changes or {})
-    tell = _blocks_told(report, total, len(list(model.blocks)))
+    tell = _block_reporter(report, total, len(list(model.blocks)))
     host_buffers = (
         load_to_host(model, fetch, where.device.type == "cuda", tell, skip=resident)
         if where.from_ram()
@@ -170,5 +170,5 @@ def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> Block
     return fetch
 
 
-def _blocks_told(report: Report | None, total: int, layers: int) -> Callable[[int], None] | None:
+def _block_reporter(report: Report | None, total: int, layers: int) -> Callable[[int], None] | None:
     return None if report is None else lambda done: report(total * done // layers, total)

@@ -1,4 +1,4 @@
-"""Prompts to token ids, with the official cleaning, by the `tokenizers` library."""
+"""Turn prompts into token ids, with the official cleaning, by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -18,17 +18,13 @@ logger = logging.getLogger("wanflow")
 
 
 def clean(prompt: str) -> str:
-    """Repair broken Unicode, undo HTML escapes (twice, as they come doubled), and fold white
-    space.
-    """
+    """Repair broken Unicode, undo (doubled) HTML escapes, and fold white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def read(file: Path) -> Engine:
-    """The engine that a `tokenizer.json` describes; a RequestError when the file is missing or
-    something else.
-    """
+    """Return the engine of a `tokenizer.json`; RequestError when it is none or missing."""
     if not file.is_file():
         raise RequestError(
             f"the tokenizer is missing: {file} (it comes with the weights, folder google/umt5-xxl)"
@@ -44,7 +40,7 @@ def read(file: Path) -> Engine:
 
 
 class Tokenizer:
-    """T5's tokenizer: pads to a fixed length and cuts what is longer, with a warning."""
+    """T5's tokenizer: pads to a fixed length, and truncates longer prompts with a warning."""
 
     def __init__(self, source: Path | Engine, length: int) -> None:
         """Take an engine or read a `tokenizer.json`; `length` is the model's text_len.
@@ -62,7 +58,7 @@ class Tokenizer:
         self.end, self.pad = end, pad
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """ids and mask, int64 [B, length] each; every prompt ends in </s>."""
+        """Return ids and mask, int64 [B, length] each; every prompt ends in </s>."""
         ids = torch.full((len(prompts), self.length), self.pad)
         mask = torch.zeros(len(prompts), self.length, dtype=torch.int64)
         for row, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The UMT5 encoder: token ids -> text states.
+"""Define the UMT5 encoder: token ids -> text states.
 
 Shapes: B batch, S tokens, D width, N heads, K head size.
 
@@ -99,8 +99,9 @@ class T5Block(nn.Module):
 
 
 def position_buckets(relative: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each relative position (key index minus query index): half for each direction,
-    exact when near, logarithmic beyond.
+    """Return the bucket of each relative position (key index minus query index).
+
+    Half of the buckets for each direction: exact near zero, logarithmic beyond.
 
     Source: the T5 paper's bidirectional scheme; checked against `buckets.*` of the reference
         numbers.
@@ -125,8 +126,9 @@ TextTrunk = Callable[[Iterable[T5Block], Tensor, Tensor, Tensor], Tensor]
 
 
 def run_blocks(blocks: Iterable[T5Block], x: Tensor, buckets: Tensor, keys: Tensor) -> Tensor:
-    """The plain trunk: every block in turn. x [B, S, D], buckets [S, S], keys [B, 1, 1, S] True at
-    tokens -> [B, S, D].
+    """Run every block in turn: x [B, S, D], buckets [S, S], keys [B, 1, 1, S] -> [B, S, D].
+
+    `keys` is True at tokens.
     """
     for block in blocks:
         x = block(x, buckets, keys)
@@ -134,7 +136,7 @@ def run_blocks(blocks: Iterable[T5Block], x: Tensor, buckets: Tensor, keys: Tens
 
 
 class UMT5Encoder(nn.Module):
-    """Parameter names are those of the official checkpoint."""
+    """The encoder, with the parameter names of the official checkpoint."""
 
     blocks: Iterable[T5Block]
 
@@ -152,12 +154,11 @@ class UMT5Encoder(nn.Module):
 
         Args:
             ids: [B, S] token ids.
-            mask: [B, S], non-zero at tokens and 0 at padding, which is then not attended to.
-            trunk: runs the blocks, in place of a plain loop, where they are not in memory.
+            mask: [B, S], non-zero at tokens and 0 at padding, which attention skips.
+            trunk: runs the blocks, where they are not in memory.
 
         Returns:
-            [B, S, D] in the weights' dtype; rows at padding mean nothing and are the caller's to
-            zero.
+            [B, S, D] in the weights' dtype; the caller zeroes the rows at padding.
         """
         place = torch.arange(ids.shape[1], device=ids.device)
         buckets = position_buckets(

@@ -1,17 +1,16 @@
-"""The Wan2.1 causal 3D VAE: video <-> latent, streamed with memory that does not grow with the
-number of frames.
+"""Define the Wan2.1 causal 3D VAE: video <-> latent, in memory that does not grow with frames.
 
 Shapes: B batch, C channels, T frames, H height, W width in pixels; t, h, w the same in latent
     units: T = 1 + 4 (t - 1), H = 8 h, W = 8 w.
 
-Every convolution looks back over at most two frames, so the video is worked through in chunks: the
-first frame alone, then groups of four. What a convolution must remember between chunks lives in
-`State`, a value made per call and keyed by module. A chunk may hold any number of groups, with the
-same result: decoding uses one latent frame per chunk, training uses all at once. Inside the decoder
-a chunk passes two frames at a time where no gradient is wanted (`stream`).
+Every convolution looks back over at most two frames, so a video passes in chunks: the first frame
+alone, then groups of four. `State` holds what a convolution needs of the chunk before; it is made
+per call and keyed by module. The size of a chunk does not change the result: decoding takes one
+latent frame, training all at once. Without gradients a chunk passes the decoder two frames at a
+time (`stream`).
 
-Activations are kept in channels-last memory order, in which CPU and GPU convolutions are fastest
-and the channel norm reads consecutive memory.
+Activations are in channels-last order: CPU and GPU convolutions are fastest in it, and the channel
+norm reads consecutive memory.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ State = dict[nn.Module, Tensor]
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution over (time, height, width) that sees no future: two past frames come from
-    `state`, zeros before them.
+    """A convolution over (time, height, width) that sees no future.
+
+    Two past frames come from `state`; zeros precede the first frame.
     """
 
     def forward(self, x: Tensor, state: State) -> Tensor:  # type: ignore[override]
@@ -40,8 +40,7 @@ class CausalConv3d(nn.Conv3d):
             return F.conv3d(x, self.weight, self.bias, padding=(0, *space))
         past = state.get(self)
         if past is None and x.shape[2] == 1:
-            # Taps that would only meet zeros are left out instead of fed: the first frame costs a
-            # third.
+            # Taps that would meet only zeros are skipped: the first frame costs a third.
             state[self] = F.pad(x, (0, 0, 0, 0, reach - 1, 0))
             return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=space).unsqueeze(
                 2
@@ -61,17 +60,16 @@ class CausalConv3d(nn.Conv3d):
 
 
 def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3x3 convolution of T + 2 frames [B, C, H, W], unpadded in time, T even -> [B, C', T, H,
-    W].
+    """Convolve T + 2 frames [B, C, H, W] by 3x3x3, unpadded in time, T even -> [B, C', T, H, W].
 
-    Convolutions are most of a decode's time, and two frames of output take four 2D convolutions
-    here instead of six. It is Winograd's F(2, 3) over time; of four frames a, b, c, d and the
-    weights' three taps u, v, w it makes
+    Convolutions take most of a decode's time. Here two frames of output take four 2D convolutions
+    instead of six, by Winograd's F(2, 3) over time. From four frames a, b, c, d and the weights'
+    three taps u, v, w it computes
 
         even = (a - c) u + (b + c) (u + v + w) / 2 + (c - b) (u - v + w) / 2  =  a u + b v + c w
         odd  = (d - b) w + (b + c) (u + v + w) / 2 - (c - b) (u - v + w) / 2  =  b u + c v + d w
 
-    equal to rounding: in float32 a direct convolution is no closer to the exact sum.
+    which is equal to rounding: in float32 a direct convolution is no closer to the exact sum.
     """
     u, v, w = weight.unbind(2)
     outer = (u + w) / 2
@@ -91,8 +89,9 @@ def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def _pairs_pay(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv_pairs` is for these: it writes over memory that autograd would need, and rounds
-    too often for bfloat16.
+    """Return whether `conv_pairs` applies.
+
+    It overwrites memory that autograd would need, and rounds too often for bfloat16.
     """
     return weight.dtype == torch.float32 and not (
         torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -146,16 +145,17 @@ class AttentionBlock(nn.Module):
         return self.attend(x, lambda keys_values: keys_values)
 
     def attend(self, x: Tensor, complete: Callable[[Tensor], Tensor]) -> Tensor:
-        """As `forward`, for a part of a frame: x [B, C, T, h, w] -> the same.
+        """Attend from a part of a frame: x [B, C, T, h, w] -> the same.
 
         Args:
-            complete: takes the keys and values of these pixels, [B T, 1, h w, 2 C], to those of all
-                the frame's, in any order.
+            x: some pixels of each frame.
+            complete: turns the keys and values of these pixels, [B T, 1, h w, 2 C], into those of
+                the complete frame, in any order.
         """
         batch, channels, frames, height, width = x.shape
         images = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
-        # In order of pixels: fused attention wants a pixel's channels together, and the unfused one
-        # has a score for each two pixels (0.8 GB at 720p, several times).
+        # In order of pixels: fused attention reads a pixel's channels together. Unfused attention
+        # would hold a score for each pair of pixels (0.8 GB at 720p, several times).
         qkv = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
         q, keys_values = qkv.split((channels, 2 * channels), dim=-1)
         k, v = complete(keys_values).chunk(2, dim=-1)
@@ -180,17 +180,16 @@ class Downsample(nn.Module):
             return x
         past = state.get(self)
         state[self] = x[:, :, -1:].clone()  # a view would keep all of `x` in memory
-        # The first frame passes unchanged; afterwards three frames, one of them from before, become
-        # one.
+        # The first frame passes unchanged. Later three frames become one; the first of the three
+        # is from the chunk before.
         return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
 
 
 class DoublingConv2d(nn.Conv2d):
-    """Nearest-neighbour doubling of height and width and the 3x3 convolution after it, as one
-    transposed convolution.
+    """Nearest-neighbour doubling and the 3x3 convolution after it, as one transposed convolution.
 
-    Where the doubled image repeats a pixel, the taps that meet it are added up beforehand: 16
-    products per pixel instead of 36, and no image of four times the size in between.
+    The doubled image repeats each pixel, so the taps that meet it are added up first: 16 products
+    per pixel instead of 36, and no image of four times the size in between.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,15 +219,13 @@ class Upsample(nn.Module):
                     .permute(0, 4, 1, 2, 3)
                 )
             else:
-                # The first latent frame is one frame of video, and the next one does not see it.
+                # The first latent frame is one frame of video; the next one does not see it.
                 state[self] = x.new_empty(0)
         return per_frame(self.resample, x)
 
 
 def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply an image layer to every frame of x [B, C, T, H, W]; views only, in channels-last
-    order.
-    """
+    """Apply an image layer to every frame of x [B, C, T, H, W]; only views in channels-last."""
     batch, channels, frames = x.shape[:3]
     images = (
         x.permute(0, 2, 3, 4, 1).reshape(batch * frames, *x.shape[3:], channels).permute(0, 3, 1, 2)
@@ -242,18 +239,17 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, state: State) -> Tensor:
-    """Run layers in order, handing `state` to those that look back in time."""
+    """Run layers in order; those that look back in time get `state`."""
     for layer in layers:
         x = layer(x, state) if isinstance(layer, STATEFUL) else layer(x)
     return x
 
 
 def stream(layers: list[nn.Module], x: Tensor, state: State) -> Iterator[Tensor]:
-    """As `run`, but two frames at a time where no gradient is wanted.
+    """Run layers in order, two frames at a time unless a gradient is needed.
 
-    Whenever there are more, as after a doubling of time, each two of them pass through all the
-    layers that follow before the next two do. The last layers work on the largest images, and this
-    halves what they hold.
+    Where there are more, as after a doubling of time, two of them pass all layers that follow
+    before the next two do. The last layers see the largest images; this halves their memory.
     """
     for index, layer in enumerate(layers):
         x = run([layer], x, state)
@@ -268,23 +264,22 @@ STATEFUL = (CausalConv3d, ResidualBlock, AttentionBlock, Downsample, Upsample)
 
 
 def receptive_margin(layer: nn.Module, margin: int = 0) -> int:
-    """How many pixels around a box a layer must be given, for what it makes of the box and of a
-    margin around it to be right.
+    """Return how many pixels around a box a decoder's layer reads, to get box and margin right.
 
-    Of a decoder's layers, but for the attention, which sees all. The convolutions inside a layer
-    count as if all stood one after the other, as they do but for a residual block's 1x1 shortcut,
-    which reaches nowhere.
+    Attention, which sees everything, is no such layer. A layer's convolutions count as a sequence;
+    a residual block's 1x1 shortcut reaches nowhere.
 
     Args:
-        margin: in pixels of the layer's output; what is returned is in pixels of its input.
+        layer: the layer.
+        margin: in pixels of the layer's output; the result is in pixels of its input.
     """
     margin += sum(
         part.kernel_size[-1] // 2
         for part in layer.modules()
         if isinstance(part, nn.Conv2d | nn.Conv3d)
     )
-    # An upsampling's convolution sees the doubled image; half of that, rounded up, is what the
-    # small one must show.
+    # An upsampling's convolution sees the doubled image: half as many pixels, rounded up, of the
+    # small one.
     return -(-margin // 2) if isinstance(layer, Upsample) else margin
 
 
@@ -297,7 +292,7 @@ def _head(dim: int, out_dim: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """[B, 3, T, H, W] -> [B, 2 z, t, h, w]: mean and log variance before `conv1` mixes them."""
+    """Video [B, 3, T, H, W] -> [B, 2 z, t, h, w], which `conv1` turns into mean and variance."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -323,7 +318,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, z, t, h, w] -> [B, 3, T, H, W]."""
+    """Latent [B, z, t, h, w] -> video [B, 3, T, H, W]."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -344,7 +339,7 @@ class Decoder(nn.Module):
         self.head = _head(dims[-1], 3)
 
     def layers(self) -> list[nn.Module]:
-        """All layers, in the order in which `stream` runs them."""
+        """Return all layers in the order in which `stream` runs them."""
         return [self.conv1, *self.middle, *self.upsamples, *self.head]
 
     def forward(self, x: Tensor, state: State) -> Tensor:
@@ -352,9 +347,7 @@ class Decoder(nn.Module):
 
 
 class WanVAE(nn.Module):
-    """Encode and decode video; latents are normalised per channel by the config's mean and standard
-    deviation.
-    """
+    """The VAE. Latents are normalised by channel with the config's mean and standard deviation."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -369,7 +362,7 @@ class WanVAE(nn.Module):
         return self.conv2.weight.dtype
 
     def encode(self, video: Tensor, groups: int = 1) -> Tensor:
-        """The normalised mean latent of a video.
+        """Return the normalised mean latent of a video.
 
         Args:
             video: [B, 3, T, H, W] in -1..1; T = 4n + 1, H and W multiples of 8.
@@ -386,9 +379,7 @@ class WanVAE(nn.Module):
         return (mean - shift) / scale
 
     def moments(self, video: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, [B, z, t, h, w] each, before normalisation (training needs
-        both).
-        """
+        """Return mean and log variance, [B, z, t, h, w] each, not normalised; for training."""
         stride, space = self.config.temporal_stride, self.config.spatial_stride
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video is {list(video.shape)}, not [B, 3, T, H, W]")
@@ -409,21 +400,17 @@ class WanVAE(nn.Module):
         return mean, log_variance
 
     def decode(self, latent: Tensor, groups: int = 1) -> Tensor:
-        """[B, z, t, h, w], normalised -> video [B, 3, 4t - 3, 8h, 8w], not clamped."""
+        """Decode a normalised latent [B, z, t, h, w] -> video [B, 3, 4t - 3, 8h, 8w], unclamped."""
         return torch.cat(list(self.decode_frames(latent, groups)), dim=2)
 
     def decode_frames(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
-        """Decode as it goes: [B, 3, 1, H, W], then [B, 3, 4 * groups, H, W] at a time, not
-        clamped.
-        """
+        """Yield decoded frames, unclamped: [B, 3, 1, H, W], then [B, 3, 4 * groups, H, W]."""
         state: State = {}
         for chunk in self.chunks(latent, groups):
             yield self.decoder(chunk, state)
 
     def chunks(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
-        """A latent as the decoder takes it, no longer normalised: [B, z, 1, h, w], then [B, z,
-        groups, h, w] at a time.
-        """
+        """Yield the decoder's input, denormalised: [B, z, 1, h, w], then [B, z, groups, h, w]."""
         if latent.ndim != 5 or latent.shape[1] != self.config.z_dim or not latent.shape[2]:
             raise ValueError(
                 f"latent is {list(latent.shape)}, not [B, {self.config.z_dim}, t, h, w]"

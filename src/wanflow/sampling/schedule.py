@@ -1,4 +1,4 @@
-"""Noise schedules: which sigmas a run visits, and which timestep the model is told at each."""
+"""Make noise schedules: the sigmas that a run visits, and the timestep of each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from wanflow.config import SOLVERS, TRAIN_STEPS, RequestError, Solver
 
 @dataclass(frozen=True)
 class Step:
-    """What a velocity function is told beside x. `timestep` is what the model sees; `sigma` what
-    the solver computes with.
-    """
+    """One step: the model sees `timestep`, the solver computes with `sigma`."""
 
     index: int
     timestep: float
@@ -23,7 +21,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """n timesteps and n + 1 sigmas, the last of them 0; sigmas are rounded to float32."""
+    """The n timesteps and n + 1 sigmas of a run; the last sigma is 0. Sigmas are float32."""
 
     solver: Solver
     timesteps: tuple[float, ...]
@@ -37,19 +35,19 @@ class Schedule:
 
 
 def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
-    """The official schedule of each solver.
+    """Return the official schedule of a solver.
 
-    u falls evenly from its start to 0 (not reached) and is shifted towards noise: sigma = s u / (1
-    + (s - 1) u). UniPC starts at 0.999 as float32 has it, the others at 1. UniPC and DPM++ tell the
-    model 1000 sigma truncated to an integer *before* sigma is rounded to float32; Euler tells it
-    1000 sigma. All of it in float64, with every operation rounded, because timesteps such as 875
-    depend on the last bit, and with them the expert.
+    u falls evenly from its start towards 0 and is shifted towards noise: sigma = s u / (1 + (s - 1)
+    u). UniPC starts at float32's 0.999, the others at 1. Euler's timestep is 1000 sigma. UniPC's
+    and DPM++'s is truncated to an integer, *before* sigma is rounded to float32. The arithmetic is
+    float64 and rounds every operation: timesteps such as 875 depend on the last bit, and the expert
+    depends on them.
 
     Source: `golden/README.md`, "solvers". Where UniPC's first timesteps coincide (from 92 steps at
         shift 12) the official code skips a sigma; this schedule does not.
 
     Raises:
-        RequestError: for settings no schedule can be made of.
+        RequestError: for settings that make no schedule.
     """
     if solver not in SOLVERS:
         raise RequestError(f"sample_solver {solver!r} is none of {', '.join(SOLVERS)}")
@@ -69,7 +67,5 @@ def make_schedule(solver: Solver, steps: int, shift: float) -> Schedule:
 
 
 def snr(sigma: float) -> float:
-    """Signal-to-noise ratio ((1 - sigma) / sigma)^2 of x = (1 - sigma) data + sigma noise; infinite
-    at 0.
-    """
+    """Return the signal-to-noise ratio ((1 - sigma) / sigma)^2; infinite at 0."""
     return ((1 - sigma) / sigma) ** 2 if sigma > 0 else float("inf")

@@ -1,10 +1,9 @@
-"""UniPC, DPM++ 2M and Euler for rectified flow, as pure functions of a state that is a value.
+"""Solve rectified flow by UniPC, DPM++ 2M or Euler, as pure functions of a state.
 
-A state can be kept, saved, loaded elsewhere and continued, with the same bits as if nothing had
-happened.
+The state is a value: saved, loaded elsewhere and continued, it gives the same bits.
 
 With alpha = 1 - sigma and lambda = log(alpha / sigma), both multistep solvers predict the data, x0
-= x - sigma v, and integrate it exactly over a step h in lambda, with a polynomial through the last
+= x - sigma v. They integrate it exactly over a step h in lambda, with a polynomial through the last
 predictions. Coefficients are float64, samples float32. Sources: UniPC (arXiv 2302.04867, B(h) =
 e^-h - 1, order 2), DPM-Solver++ (arXiv 2211.01095, 2M, midpoint).
 """
@@ -24,10 +23,10 @@ Velocity = Callable[[Tensor, Step], Tensor]
 
 @dataclass(frozen=True)
 class SolverState:
-    """Where a run stands before step `index`.
+    """The state of a run before step `index`.
 
     x: the sample. data: x0 predictions of the last steps, newest first (at most two). origin: the
-        sample from which the last step set out, which UniPC's corrector returns to.
+        sample before the last step, from which UniPC's corrector redoes it.
     """
 
     index: int
@@ -36,19 +35,19 @@ class SolverState:
     origin: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but `index`, to be saved."""
+        """Return all tensors by name, for saving."""
         named = {"x": self.x} | {f"data.{i}": value for i, value in enumerate(self.data)}
         return named if self.origin is None else named | {"origin": self.origin}
 
     @classmethod
     def from_tensors(cls, index: int, named: dict[str, Tensor]) -> SolverState:
-        """The inverse of `tensors`."""
+        """Return the state of these tensors; the inverse of `tensors`."""
         data = tuple(named[f"data.{i}"] for i in range(2) if f"data.{i}" in named)
         return cls(index, named["x"], data, named.get("origin"))
 
 
 def advance(schedule: Schedule, state: SolverState, velocity: Velocity) -> SolverState:
-    """One step: asks `velocity` once and returns the next state. x is float32, on any device."""
+    """Take one step: call `velocity` once, and return the next state. x is float32."""
     step = schedule.step(state.index)
     v = velocity(state.x, step).to(state.x.dtype)
     if schedule.solver == "euler":
@@ -65,7 +64,7 @@ def advance(schedule: Schedule, state: SolverState, velocity: Velocity) -> Solve
 
 
 def order(schedule: Schedule, index: int) -> int:
-    """1 for the first and the last step, else 2."""
+    """Return a step's order: 1 for the first and the last, otherwise 2."""
     return 1 if index in (0, len(schedule) - 1) else 2
 
 
@@ -82,7 +81,7 @@ def _span(schedule: Schedule, index: int) -> float:
 
 
 def _first_order(schedule: Schedule, index: int, x: Tensor, data: Tensor) -> tuple[Tensor, float]:
-    """Exact for constant data; also alpha * (e^-h - 1), the weight of what higher orders add."""
+    """The step for constant data, and alpha * (e^-h - 1), the weight of higher orders."""
     now, after = schedule.sigmas[index], schedule.sigmas[index + 1]
     weight = (1 - after) * math.expm1(-_span(schedule, index))
     return (after / now) * x - weight * data, weight
@@ -92,7 +91,7 @@ def _dpm(schedule: Schedule, state: SolverState, x: Tensor, data: Tensor) -> Ten
     result, weight = _first_order(schedule, state.index, x, data)
     if order(schedule, state.index) == 1:
         return result
-    # From pure noise the span before is infinite, and the correction vanishes by itself.
+    # After a step from pure noise the ratio is infinite, so the correction vanishes.
     ratio = _span(schedule, state.index - 1) / _span(schedule, state.index)
     return result - (0.5 * weight / ratio) * (data - state.data[0])
 
@@ -106,7 +105,7 @@ def _unipc(schedule: Schedule, state: SolverState, x: Tensor, data: Tensor) -> T
 
 
 def _correct(schedule: Schedule, state: SolverState, data: Tensor) -> Tensor:
-    """Redo the step that led here, now that the data prediction at its end is known."""
+    """Redo the last step with the data prediction at its end."""
     assert state.origin is not None
     index = state.index - 1
     before = state.data[0]
