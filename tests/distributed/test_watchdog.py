@@ -163,8 +163,18 @@ def test_ranks_end_without_the_process_that_started_them(
 
 
 @slow
-def test_ranks_end_without_the_rank_that_hosts_the_store(in_tmp: Path) -> None:
-    check(run("environment", "0 kill 4"), 1, f"rank 0 of 2: {SILENT}", END_S)
+@pytest.mark.parametrize(
+    ("start", "fail", "code", "message"),
+    [
+        ("gpus", "1 refuse 0", 2, "rank 1 of 2: cannot read high.safetensors"),
+        ("gpus", "0 kill 4", 1, "rank 0 of 2: killed by SIGKILL"),
+        ("environment", "0 kill 4", 1, f"rank 0 of 2: {SILENT}"),  # which hosts the store
+    ],
+)
+def test_all_ranks_end_where_there_is_no_state(
+    in_tmp: Path, start: str, fail: str, code: int, message: str
+) -> None:
+    check(run(start, fail), code, message, END_S)
 
 
 @slow

@@ -3,8 +3,9 @@
 
     FAIL="1 kill 3" watched.py generate --gpus cpu,cpu ...
 
-FAIL names the rank, what happens, and in which forward of the model. HEARTBEAT_TIMEOUT_S shortens
-the watchdog's timeout. A line "strike SECONDS" on standard error gives the moment.
+FAIL names the rank, what happens, and in which forward of the model; 0 is before the rank joins its
+process group. HEARTBEAT_TIMEOUT_S shortens the watchdog's timeout. A line "strike SECONDS" on
+standard error gives the moment.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from wanflow import cli
 from wanflow.cli import launch
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
-from wanflow.parallel import watchdog
+from wanflow.parallel import ranks, watchdog
 
 ERRORS: dict[str, Exception] = {
     "refuse": RequestError("cannot read high.safetensors"),
@@ -56,7 +57,12 @@ def main() -> None:
     rank, what, when = os.environ["FAIL"].split()
     watchdog.HEARTBEAT_TIMEOUT_S = float(os.environ.get("HEARTBEAT_TIMEOUT_S", "30"))
     launch.COMMAND = [sys.executable, __file__]
-    forward, numbers = WanDiT.forward, count(1)
+    forward, join, numbers = WanDiT.forward, ranks.join_group, count(1)
+
+    def join_failing(*args: Any, **kwargs: Any) -> Any:
+        if int(when) == 0:
+            strike(what)
+        return join(*args, **kwargs)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if next(numbers) == int(when):
@@ -65,6 +71,7 @@ def main() -> None:
 
     if os.environ.get("RANK", "0") == rank:
         WanDiT.forward = failing  # type: ignore[method-assign]
+        ranks.join_group = join_failing
     cli.entry()
 
 
