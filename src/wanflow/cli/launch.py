@@ -18,5 +18,4 @@ def launch(argv: list[str], ranks: Ranks) -> int:
 
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), LAUNCHED: "1"}
-    command = [*COMMAND, *argv, *ranks.flags]
-    return run_ranks(command, ranks.count, ranks.environment | environment)
+    return run_ranks([*COMMAND, *argv, *ranks.flags], ranks.count, ranks.environment | environment)

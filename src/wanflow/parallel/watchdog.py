@@ -199,7 +199,8 @@ class Watchdog:
         """Wait until the next heartbeat, or a signal."""
         heard, _, _ = select.select([self._wakeup], [], [], HEARTBEAT_S)
         signals = self._wakeup.recv(64) if heard else b""
-        if signal.SIGTERM in signals or (self._own is not None and not self._sure):
+        unsure = self._own is not None and not self._sure
+        if signal.SIGTERM in signals or (unsure and self._beats[0][0]):  # rank 0 has started
             self._effect_at = self._effect_at or time.monotonic()
         elif signal.SIGINT in signals and self._effect_at is None:
             self._own, self._sure = self._own or INTERRUPTED, True
