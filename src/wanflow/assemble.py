@@ -90,11 +90,10 @@ def make_engine(parts: LoadedParts) -> Engine:
     def record(request: Request) -> Recipe:
         fingerprints: dict[str, str] = {}
         if request.lora:
-            from wanflow.lora.find import find_loras, lora_fingerprints
+            from wanflow.lora.find import lora_fingerprints, with_found_loras
 
-            loras = find_loras(request.loras())
-            fingerprints = lora_fingerprints(loras)
-            request = replace(request, lora=tuple(str(lora) for lora in loras), lora_from=None)
+            request = with_found_loras(request)
+            fingerprints = lora_fingerprints(request.loras())
         complete = request.complete(spec)
         complete = replace(complete, seed=ctx.from_rank0(complete.seed))
         noise, batch = runtime.noise_device, runtime.cfg_batch

@@ -273,9 +273,9 @@ def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint
     from wanflow.plan.start import advice
 
     if request.lora:
-        from wanflow.lora.find import find_loras
+        from wanflow.lora.find import with_found_loras
 
-        find_loras(request.loras())
+        request = with_found_loras(request)
     request.complete(checkpoint.spec)
     request = _extended(args, request)
     for note in (*checkpoint.notes, *advice(request.complete(checkpoint.spec), checkpoint)):

@@ -10,7 +10,7 @@ from pathlib import Path
 from wanflow.checkpoint.containers import reading
 from wanflow.checkpoint.key_maps import expert_in_name
 from wanflow.config import RequestError
-from wanflow.request import Lora
+from wanflow.request import Lora, Request
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -33,6 +33,16 @@ def find_loras(loras: Iterable[Lora]) -> tuple[Lora, ...]:
             if settled.high or settled.low or not path.is_dir():
                 found.append(settled)
     return tuple(found)
+
+
+def with_found_loras(request: Request) -> Request:
+    """Return the request with its LoRAs as files, with settled strengths and first steps.
+
+    Raises:
+        RequestError: as `find_loras`.
+    """
+    found = tuple(str(lora) for lora in find_loras(request.loras()))
+    return replace(request, lora=found, lora_from=None)
 
 
 def _files(folder: Path) -> list[Path]:

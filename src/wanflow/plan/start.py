@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
@@ -48,10 +47,9 @@ def completed(request: Request | CompleteRequest | None, spec: ModelSpec) -> Com
         return request
     request = request or Request("any", seed=0)
     if request.lora:
-        from wanflow.lora.find import find_loras
+        from wanflow.lora.find import with_found_loras
 
-        loras = tuple(str(lora) for lora in find_loras(request.loras()))
-        request = replace(request, lora=loras, lora_from=None)
+        request = with_found_loras(request)
     return request.complete(spec)
 
 
