@@ -6,7 +6,7 @@ PROMPT ?= a large red star moves right on a blue background
 OUT ?= out/demo.mp4
 COUNT ?= 2000
 
-.PHONY: help install demo test coverage test-distributed fuzz check format reference bench nano clean
+.PHONY: help install demo test test-all coverage fuzz check format reference bench nano clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -24,19 +24,19 @@ demo: install    ## a prompt becomes an mp4; make demo PROMPT="a small cyan cros
 	@mkdir -p $(dir $(OUT))
 	@$(BIN)/wanflow generate --ckpt_dir nano --prompt "$(PROMPT)" --save_file $(OUT) --contact_sheet --overwrite
 
-test: install    ## the test suite
+test: install    ## the test suite, about 3 minutes on two cores
 	$(BIN)/python -m pytest
 
-coverage: install  ## the same with its coverage, which takes a third longer
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+test-all: install  ## what `make test` leaves out: pairs of features, many processes, oracles, fuzz, training
+	$(BIN)/python -m pytest -m slow
 
-test-distributed: install  ## every layout on up to 8 processes (make test takes up to 4)
-	$(BIN)/python -m pytest -m distributed
+coverage: install  ## all tests, with the lines they run
+	$(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term:skip-covered
 
 fuzz: install    ## 2,000 damaged files for every container; make fuzz COUNT=20000
-	WANFLOW_FUZZ=$(COUNT) $(BIN)/python -m pytest tests/formats/test_fuzz.py
+	WANFLOW_FUZZ=$(COUNT) $(BIN)/python -m pytest -m 'slow or not slow' tests/formats/test_fuzz.py
 
-check: install   ## format, lint, types, tests
+check: install   ## format, lint, types, tests; CI runs test-all too
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -124,6 +124,7 @@ def test_the_documents_first_command_word_for_word(in_tmp: Path) -> None:
         assert expected in done.stderr
 
 
+@pytest.mark.slow
 def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
     """By the real torchrun, which adds its own report (with a traceback of its own) to the one
     message of ours, and ends with 1.
@@ -275,6 +276,7 @@ def test_flags_reach_the_recipe(in_tmp: Path) -> None:
     assert recipe["runtime"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> None:
     slow = [
         *BASE[:-4],
@@ -389,6 +391,7 @@ def test_an_unknown_word_is_told_and_a_known_one_is_not(
     assert "does not know" not in caplog.text
 
 
+@pytest.mark.slow
 def test_prompt_extension_asks_the_server_and_falls_back(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -580,6 +580,7 @@ def run(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
 NO_GPU = not torch.cuda.is_available() and nvidia()[0] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NO_GPU, reason="written for a machine without a GPU")
 def test_as_text_where_all_is_fine(tmp_path: Path) -> None:
     done = run("--ckpt_dir", str(tmp_path / "weights"))  # 5 s; `run` ends it after 120
@@ -603,6 +604,7 @@ def test_as_text_where_all_is_fine(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_as_json_beside_a_package_that_is_broken_and_talks(tmp_path: Path) -> None:
     (tmp_path / "flash_attn.py").write_text(
         "print('hello from a package')\nraise ImportError('undefined symbol')"
@@ -638,6 +640,7 @@ def test_as_json_beside_a_package_that_is_broken_and_talks(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["flash_attn.py"]
 
 
+@pytest.mark.slow
 def test_packages_that_are_needed_and_broken(tmp_path: Path) -> None:
     """Without the one that draws and the one that encodes, the report still comes."""
     for package in ("rich", "av"):
@@ -703,6 +706,7 @@ def test_a_pytorch_that_cannot_be_loaded(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c(tmp_path: Path) -> None:
     (tmp_path / "sageattention.py").write_text(
         "import pathlib, time\npathlib.Path(__file__).with_name('reached').touch()\ntime.sleep(60)"

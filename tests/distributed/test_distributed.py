@@ -48,7 +48,7 @@ GOLDEN = DiTConfig(
 )
 WIDE = replace(GOLDEN, dim=240, num_heads=40)
 SMALL = replace(NANO.dit, num_layers=3)
-QUICK, SLOW = (2, 3, 4), (6, 8)
+QUICK, SLOW = (2,), (3, 4, 6, 8)
 FAKE = (5, 7, 16)
 pytestmark = pytest.mark.distributed
 
@@ -266,7 +266,7 @@ def test_bfloat16_differs_by_its_rounding(size: int, worked: Worked) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.batch == 2])
 @pytest.mark.parametrize(
-    "size", [2, 4, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
+    "size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW if size != 3)]
 )
 def test_two_groups_give_the_bits_of_two_passes(size: int, name: str, worked: Worked) -> None:
     """Two passes of one group of the same layout."""

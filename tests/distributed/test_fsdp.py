@@ -204,6 +204,7 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_two_processes_learn_what_one_does(worked: Path, lora: bool) -> None:
     two = torch.load(worked / f"{lora}.pt", weights_only=True)

@@ -36,7 +36,7 @@ from wanflow.runtime import Runtime
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.transforms.attention_kernels import BACKENDS
 
-QUICK, SLOW = (2, 3, 4), (6, 8)
+QUICK, SLOW = (2,), (3, 4, 6, 8)
 SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
 WANTED = Request(PROMPT, frame_num=5, sample_steps=3, seed=3)
 SHARED: dict[str, Any] = {"dit_fsdp": True}
@@ -299,6 +299,7 @@ def with_feature(info: ranks.DistInfo, layout: Layout, runtime: dict[str, Any], 
         return str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "name"), PAIRS, ids=[f"{way} + {name}" for way, name in PAIRS])
 def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
 

@@ -976,6 +976,7 @@ print(json.dumps({"peak": peak, "model": load.expert_bytes(two, torch.bfloat16)}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc"
 )
@@ -1006,6 +1007,7 @@ def test_full_size_memory(sparse: Path) -> None:
     assert loaded["model"] * 0.95 < loaded["peak"] < loaded["model"] * 1.25
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc"
 )

@@ -351,6 +351,7 @@ def expected(nano: Pipeline) -> Tensor:
     return latents(nano)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", list(TARGETS))
 def test_a_converted_nano_generates(to: str, expected: Tensor, tmp_path: Path) -> None:
     out = run(NANO, tmp_path / "model", to)
@@ -741,6 +742,7 @@ def parse(name: str, *argv: str) -> argparse.Namespace:
     return command_parser(name).parse_args(argv)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command.convert(
         parse(
@@ -825,6 +827,7 @@ def sparse() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc"
 )

@@ -61,6 +61,7 @@ def test_nothing_but_one_clear_error(container: str, worker: fuzz.Worker) -> Non
 # The net itself: one with a hole in it would pass everything.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
@@ -178,6 +179,7 @@ def test_names_that_a_terminal_would_obey(tmp_path: Path) -> None:
     assert len(str(RequestError("x" * 10_000))) < 3100
 
 
+@pytest.mark.slow
 def test_scales_of_no_format_and_a_state_without_end(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file(

@@ -510,6 +510,7 @@ print(json.dumps({"seconds": time.process_time() - start}), file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_a_full_size_folder_in_under_two_seconds(full: Path) -> None:
     """All of it, wanflow's own imports among it; by hand, the whole command in 1.9 s, of which
     importing torch takes 1.5.

@@ -373,6 +373,7 @@ def test_a_diffusers_folder_with_the_official_shift_has_nothing_to_warn_of(
     assert not open_checkpoint(diffusers_folder(tmp_path, states, shift=12.0)).notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_single_files(
@@ -411,6 +412,7 @@ def close(one: dict[str, Tensor], two: dict[str, Tensor], limit: float = 1e-4) -
         assert worst < limit, f"{part}: {worst}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["old", "new", "header", "rows", "blocks"])
 def test_scaled_fp8(states: dict[str, State], tmp_path: Path, form: str) -> None:
     checkpoint = open_checkpoint(single_files(tmp_path / "a", states, fp8(form)))

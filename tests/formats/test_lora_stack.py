@@ -207,6 +207,7 @@ def test_live_and_fused_give_w_plus_strength_alpha_over_rank_b_a(lora: str, tmp_
         )
 
 
+@pytest.mark.slow
 def test_fused_follows_live_through_changes_and_removal(lora: str, pipe: Pipeline) -> None:
     fused = wanflow.load("nano", device="cpu", lora="fused")
     for value in ((lora,), (f"{lora}@high=0.4,low=0",), (f"{lora}@1,steps=2-3",), ()):
@@ -216,6 +217,7 @@ def test_fused_follows_live_through_changes_and_removal(lora: str, pipe: Pipelin
     assert torch.equal(latent(fused), latent(pipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [True, False])
 def test_each_expert_has_its_strength(pipe: Pipeline, lora: str, keep: bool) -> None:
     other = wanflow.load("nano", device="cpu", keep_experts=keep)
@@ -344,6 +346,7 @@ def test_a_run_keeps_its_loras(pipe: Pipeline, lora: str, tmp_path: Path) -> Non
     assert "another file" in refusal(lambda: pipe.resume(other))
 
 
+@pytest.mark.slow
 def test_the_command_line_and_replay(
     lora: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

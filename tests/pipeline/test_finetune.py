@@ -276,6 +276,7 @@ def test_checkpointing_is_the_plain_trunk() -> None:
 # Whole trainings
 
 
+@pytest.mark.slow
 def test_a_lora_is_learnt_written_and_used(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,6 +385,7 @@ def test_the_lora_is_what_other_programs_read(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_writes_a_model(folder: Path, tmp_path: Path) -> None:
     wanted = settings(folder, tmp_path, method="full", steps=2, learning_rate=1e-4)
     out = finetune(resolve("nano"), wanted, quiet)[0]
@@ -400,6 +402,7 @@ def test_full_fine_tuning_writes_a_model(folder: Path, tmp_path: Path) -> None:
 # The command, and what does not fit
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "train",
@@ -445,6 +448,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["train", "--data", str(folder)]) == 2 and "--ckpt_dir" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_same(folder: Path, tmp_path: Path) -> None:
     """The command under torchrun: the model split in two, the files written once."""
     command = [

@@ -76,6 +76,7 @@ def test_stopped_saved_loaded_finished_is_the_same_run(
     assert torch.equal(nano.resume(loaded).state.x, whole.state.x)
 
 
+@pytest.mark.slow
 def test_a_run_is_finished_in_a_new_process(nano: Pipeline, tmp_path: Path) -> None:
     whole = nano.generate(PROMPT, **QUICK)
     with pytest.raises(Cancelled) as stopped:

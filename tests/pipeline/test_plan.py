@@ -114,6 +114,7 @@ def test_work_agrees_with_pytorchs_own_counter() -> None:
         assert ours.work.total() == theirs.get_total_flops() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "runtime",
     [Runtime(cfg_batch=False), Runtime(cfg_batch=True), Runtime(cfg_batch=False, chunk_tokens=256)],
@@ -235,6 +236,7 @@ def test_80_gb_hold_both_experts_and_45_gb_one() -> None:
     assert one.fits and one.runtime.resident_blocks == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("card", "ram", "size"),
     [
@@ -298,6 +300,7 @@ def test_what_is_set_stays_and_is_refused_in_words_where_it_cannot_be() -> None:
     assert "--force" in lines[2]
 
 
+@pytest.mark.slow
 def test_fp8_is_offered_and_never_chosen() -> None:
     plan = plan_for(described("rtx4090"))
     assert plan.runtime.quantize == "" and any("fp8" in offer for offer in plan.offers)
@@ -476,6 +479,7 @@ def test_machines_that_are_none(wrong: dict[str, Any]) -> None:
         described(**wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", GPUS)
 def test_every_gpu_of_the_table_can_be_planned_for(key: str) -> None:
     plan = plan_for(described(key, ram=64), size="832*480", frame_num=17, sample_steps=8)
@@ -568,6 +572,7 @@ def test_nanos_time_is_measured_here() -> None:
 # the command
 
 
+@pytest.mark.slow
 def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["plan", "--gpu", "a100-80gb", "--ram", "64", "--disk", "150", "--size", "832*480"])
@@ -586,6 +591,7 @@ def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in page
 
 
+@pytest.mark.slow
 def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "plan",

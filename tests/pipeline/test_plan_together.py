@@ -123,6 +123,7 @@ def test_nothing_is_left_open() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpu", "processes", "keep"), [("rtx4090", 2, False), ("rtx4090", 4, True)]
 )
@@ -136,6 +137,7 @@ def test_shares_where_a_whole_expert_does_not_fit(gpu: str, processes: int, keep
     assert any("a shard" in reason and "28.6 GB" in reason for reason in plan.reasons)
 
 
+@pytest.mark.slow
 def test_whole_experts_come_first_and_streaming_last() -> None:
     one = together(2, "l40s", **QUICK)
     assert (
@@ -172,6 +174,7 @@ def test_several_that_are_too_small_are_refused_in_three_lines() -> None:
     assert any("fp8" in offer for offer in plan.offers)
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine_share_its_ram() -> None:
     """Each has its own pinned copy of what it streams."""
     runtime = Runtime(
@@ -228,6 +231,7 @@ def test_bytes_at_full_size_are_the_layouts_own(layout: Layout) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(2, 1, 2), Layout(ulysses=3), Layout(1, 2, 2)])
 def test_one_block_stands_for_all(layout: Layout) -> None:
     preset = replace(NANO, dit=SMALL_DIT)
@@ -316,6 +320,7 @@ def test_sending_is_added_and_gathering_overlaps() -> None:
     )
 
 
+@pytest.mark.slow
 def test_more_gpus_take_less_time_but_not_by_as_much() -> None:
     seconds = {count: estimate(together(count, **QUICK)).denoising for count in (1, 3, 8)}
     assert seconds[1] > seconds[3] > seconds[8]
@@ -350,6 +355,7 @@ def test_the_least_free_memory_of_the_gpus_that_are_used(monkeypatch: pytest.Mon
 # the command
 
 
+@pytest.mark.slow
 def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--gpu", "rtx4090", "--num_gpus", "3", "--size", "832*480", "--frame_num", "17"]
     assert main(argv) == 0
@@ -369,6 +375,7 @@ def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in page, words
 
 
+@pytest.mark.slow
 def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "plan",

@@ -210,6 +210,7 @@ def test_killed_while_it_writes(tmp_path: Path) -> None:
     assert not part.exists() and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_processes_at_once(tmp_path: Path) -> None:
     children = [start(TOGETHER, tmp_path) for _ in range(2)]
     for child in children:

@@ -116,6 +116,7 @@ def test_sigmas_stay_in_the_experts_own_range() -> None:
     assert drawn.median() > 0.5  # crowded upwards
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every stage for two steps, resumed once, to a folder that loads and generates."""
     nano.train(tmp_path, tmp_path / "model", 0.0005, None, Screen())
@@ -158,6 +159,7 @@ def test_the_embedded_model_is_small_and_in_the_official_layout() -> None:
         } <= files.keys()
 
 
+@pytest.mark.slow
 def test_nano_draws_what_the_prompt_says() -> None:
     """A floor, well below what is measured on 200 prompts (README): it catches a broken model, not
     a percent.
@@ -171,6 +173,7 @@ def test_nano_draws_what_the_prompt_says() -> None:
     assert slots["all"] >= 0.6
 
 
+@pytest.mark.slow
 def test_the_two_experts_are_two(nano: Pipeline) -> None:
     """Each predicts the velocity in its own range of noise better than the other one does there."""
     cache = _rendered(nano, 24)
@@ -201,6 +204,7 @@ def _rendered(pipe: Pipeline, count: int) -> experts.Cache:
     )
 
 
+@pytest.mark.slow
 def test_prompts_in_other_words_are_understood_alike(nano: Pipeline) -> None:
     """The same scene in three wordings: each clip shows it."""
     wordings = (

@@ -64,6 +64,7 @@ def shares(tally: Tally) -> dict[str, float]:
     return {name: tally.right[name] / tally.clips for name in adherence.JUDGED}
 
 
+@pytest.mark.slow
 def test_true_clips_are_read_right(truth: tuple[Tally, list[tuple[Scene, Reading | None]]]) -> None:
     share = shares(truth[0])
     assert all(share[slot] > 0.99 for slot in ("background", "colour", "shape", "motion")), share

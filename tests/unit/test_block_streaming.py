@@ -356,6 +356,7 @@ def test_a_text_encoder_streamed_block_by_block() -> None:
     )
 
 
+@pytest.mark.slow
 def test_streaming_leaves_no_threads_and_no_weights(tmp_path: Path) -> None:
     before = set(threading.enumerate())  # other tests keep pipelines that stream
     pipe = wanflow.load(

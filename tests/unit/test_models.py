@@ -283,6 +283,7 @@ print(most(2), most(11), most(11, leak=True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_resident_memory_does_not_grow_with_frames() -> None:
     """41 frames against 5, in a process of its own; keeping what the layers make shows that growth

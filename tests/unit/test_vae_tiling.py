@@ -82,6 +82,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float(-10 * torch.log10(((a.double() - b.double()).clamp(-2, 2) / 2).square().mean()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [64, 72, 100, 136, 4096])
 def test_a_video_is_the_same_in_tiles(nano: Pipeline, finished: Run, tile: int) -> None:
     vae, latent = load_vae(resolve("nano")), finished.state.x
@@ -91,6 +92,7 @@ def test_a_video_is_the_same_in_tiles(nano: Pipeline, finished: Run, tile: int) 
     assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 9, 21), (2, 24, 8), (3, 11, 19), (2, 33, 3)])
 @pytest.mark.parametrize("tile", [64, 88])
 def test_the_published_layers_are_the_same_in_tiles(
