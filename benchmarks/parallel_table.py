@@ -1,12 +1,10 @@
-"""What several GPUs send, hold and take for one video, by the plan: nothing is measured here, and
-no GPU is needed.
+"""Print what several GPUs send, hold and take for one video, by the plan; nothing is measured.
 
-For 81 frames at 1280*720 and 832*480 on 1, 2, 3, 4, 6 and 8 GPUs: the layout that is chosen, with
-whole weights and with shares, and the official program's (Ulysses over all, shares). A step is run
-on tensors without memory, as the last process of the layout, and what it sends is counted in the
-code that sends it; `layout.sent` says the same independently. Times are reckoned from rates (A100
-and H100) and a link: NVLink, and PCIe as if these cards had nothing else. Beside them stand
-published times of others.
+For 81 frames at 1280*720 and 832*480 on 1, 2, 3, 4, 6 and 8 GPUs: the chosen layout, with complete
+weights and with shards, and the official program's (Ulysses over all, with shards). A step runs on
+tensors without memory, as the last rank, and the code that sends counts what it sends.
+`expected_bytes` computes the same independently. Times come from rates (A100 and H100) and a link:
+NVLink, and PCIe as if these cards had only that. Published times of others are next to them.
 
     python benchmarks/parallel_table.py
 """
@@ -38,7 +36,7 @@ from helpers.expected_bytes import forward_bytes
 
 SIZES, COUNTS = ("1280*720", "832*480"), (1, 2, 3, 4, 6, 8)
 CARDS = ("a100-80gb", "h100-80gb", "h20")
-# Seconds of a whole run in 40 steps, weights loaded: Wan2.2's comp_effic.png; (GPUs, seconds).
+# Seconds of a complete run in 40 steps, weights loaded: Wan2.2's comp_effic.png; (GPUs, seconds).
 OFFICIAL = {
     "1280*720": {
         "a100-80gb": {1: 2735.7, 4: 725.3, 8: 386.7},
@@ -92,7 +90,7 @@ def row_of(size: str, count: int, name: str, plan: Plan) -> dict[str, Any]:
     tokens = 21 * width * height // 256
     passes = 1 if layout.cfg == 2 else 2
     # One velocity a step; the rest in each pass.
-    told = {
+    expected = {
         what: amount * (1 if what == "velocity" else passes)
         for what, amount in forward_bytes(layout, T2V_A14B.dit, tokens, count - 1).items()
     }
@@ -105,7 +103,7 @@ def row_of(size: str, count: int, name: str, plan: Plan) -> dict[str, Any]:
         "dit_fsdp": plan.runtime.dit_fsdp,
         "sent_gb": round(sum(step.sent.values()) / 1e9, 3),
         "sent": dict(step.sent),
-        "as_layout_says": dict(step.sent) == told,
+        "as_layout_says": dict(step.sent) == expected,
         "messages": step.messages,
         "gathered_gb": round(step.gathered / 1e9, 3),
         "heads": heads,
@@ -150,7 +148,7 @@ def explained(size: str, plans: dict[tuple[str, int, str], Plan]) -> list[dict[s
 
 def main() -> None:
     rows, plans = [], dict[tuple[str, int, str], Plan]()
-    whole = Runtime(
+    complete = Runtime(
         keep_experts=True,
         dit_fsdp=False,
         resident_blocks=40,
@@ -160,10 +158,10 @@ def main() -> None:
     )
     for size in SIZES:
         for count in COUNTS:
-            ways = {"auto": whole}
+            ways = {"auto": complete}
             if count > 1:
-                ways["auto, dit_fsdp"] = replace(whole, dit_fsdp=True)
-                ways["official"] = replace(whole, dit_fsdp=True, ulysses_size=count)
+                ways["auto, dit_fsdp"] = replace(complete, dit_fsdp=True)
+                ways["official"] = replace(complete, dit_fsdp=True, ulysses_size=count)
             for name, runtime in ways.items():
                 plans[size, count, name] = plan = plan_of(size, count, runtime)
                 row = row_of(size, count, name, plan)

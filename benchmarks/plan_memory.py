@@ -1,16 +1,14 @@
-"""What the plan predicts against what a process really takes, on a CPU: the most anonymous memory
-of real runs at real widths.
+"""Compare the plan's memory with the peak anonymous memory of real runs at real widths, on a CPU.
 
-Each configuration runs in a process of its own: random weights of the published widths (dim 5120,
-feed-forward 13824, 40 heads; text encoder 4096 wide; VAE of 96), one to three layers, through the
-pipeline's own code. Anonymous memory (RssAnon) is read every few milliseconds; what the process had
-before the weights were made is taken off, and the prediction is that of the plan's tensors. The C
-library is told to give back what is freed (MALLOC_MMAP_THRESHOLD_): by default it may keep a few
-hundred MB of it.
+Each case runs in a process of its own, through the pipeline's own code: random weights of the
+published widths (dim 5120, feed-forward 13824, 40 heads; text encoder 4096; VAE 96), one to three
+layers. RssAnon is read every 2 ms, less its value before the weights were made. The prediction is
+that of the plan's tensors. MALLOC_MMAP_THRESHOLD_ lets the C library return freed memory, of which
+it may otherwise hold a few hundred MB.
 
-Where a case has several processes, they speak gloo, and the prediction is that of the process with
-the most to do, which is the last one (for a decode, one in the middle); the one that took the most
-is compared. What the last one sent in a step is compared to the byte.
+Cases of several processes use gloo. The prediction is for the rank with the most to do, the last
+one (in a decode one in the middle). The rank with the highest peak is compared. The bytes that the
+last rank sent in a step must match exactly.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_memory.py [--only NAME]
 """
@@ -247,7 +245,7 @@ def preset_of(case: Case) -> ModelSpec:
 
 def request_of(case: Case, folder: Path) -> CompleteRequest:
     lora = (str(folder / "lora.safetensors"),) if case.rank else None
-    wanted = Request(
+    request = Request(
         "a",
         size=case.size,
         frame_num=case.frames,
@@ -257,7 +255,7 @@ def request_of(case: Case, folder: Path) -> CompleteRequest:
         sample_steps=8,
         lora=lora,
     )
-    return wanted.complete(preset_of(case))
+    return request.complete(preset_of(case))
 
 
 def runtime_of(case: Case) -> Runtime:
@@ -500,11 +498,11 @@ def compare(case: Case) -> dict[str, Any]:
             )
             for number in numbers
         ]
-        said = [process.communicate() for process in started]
-        for process, (_, error) in zip(started, said, strict=True):
+        finished = [process.communicate() for process in started]
+        for process, (_, error) in zip(started, finished, strict=True):
             if process.returncode:
                 raise RuntimeError(f"{case.name}: {error[-2000:]}")
-        each = [json.loads(out.splitlines()[-1]) for out, _ in said]
+        each = [json.loads(out.splitlines()[-1]) for out, _ in finished]
         phase = predicted(case, Path(folder))
     want, got = (
         (phase.tensors + tiled_host(case, phase)) / 1e6,

@@ -671,22 +671,22 @@ def test_a_gpu_that_this_pytorch_cannot_use_is_broken(
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert main(["doctor", "--ckpt_dir", str(tmp_path)]) == 1
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
         "driver     NVIDIA 580.65.06, for CUDA up to 13.0: NVIDIA A100-SXM4-80GB, NVIDIA"
-        " A100-SXM4-80GB" in said.out
+        " A100-SXM4-80GB" in output.out
     )
-    line = next(line for line in said.out.splitlines() if line.startswith("broken: "))
+    line = next(line for line in output.out.splitlines() if line.startswith("broken: "))
     assert line.endswith(
         "is built for CPUs only; pip install --force-reinstall torch --index-url"
         " https://download.pytorch.org/whl/cu130"
     )
-    assert said.err.endswith("repaired first\n")
+    assert output.err.endswith("repaired first\n")
     assert main(["doctor", "--json", "--ckpt_dir", str(tmp_path)]) == 1
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        json.loads(said.out)["fine"] is False
-        and "wanflow: broken: NVIDIA A100-SXM4-80GB (driver 580.65.06)" in said.err
+        json.loads(output.out)["fine"] is False
+        and "wanflow: broken: NVIDIA A100-SXM4-80GB (driver 580.65.06)" in output.err
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["doctor", "--ckpt_dir", str(tmp_path)]) == 0

@@ -19,13 +19,13 @@ from wanflow.runtime import Runtime
 SMALL_DIT = replace(NANO.dit, dim=320, ffn_dim=1280, num_heads=5, num_layers=5)
 
 
-def of(preset: ModelSpec, **wanted: Any) -> Any:
-    return Request("any", seed=0, **wanted).complete(preset)
+def of(preset: ModelSpec, **options: Any) -> Any:
+    return Request("any", seed=0, **options).complete(preset)
 
 
 @cache
-def plan_for(machine: Machine, runtime: Runtime = Runtime(), **wanted: Any) -> Plan:  # noqa: B008
-    return solve(published(), of(T2V_A14B, **wanted), runtime, machine)
+def plan_for(machine: Machine, runtime: Runtime = Runtime(), **options: Any) -> Plan:  # noqa: B008
+    return solve(published(), of(T2V_A14B, **options), runtime, machine)
 
 
 @cache
@@ -34,12 +34,12 @@ def together(
     gpu: str = "a100-80gb",
     ram: int = 64,
     runtime: Runtime = Runtime(),  # noqa: B008
-    **wanted: Any,
+    **options: Any,
 ) -> Plan:
     """A plan for a machine with so many GPUs."""
     return solve(
         published(),
-        of(T2V_A14B, **wanted),
+        of(T2V_A14B, **options),
         runtime,
         described(gpu, processes, ram=ram),
         processes=processes,

@@ -128,9 +128,9 @@ def test_one_block_stands_for_all(runtime: Runtime) -> None:
         published(preset), of(preset, size="256*256"), torch.bfloat16, torch.device("cpu")
     )
     reckoned = traces.step("high", 2, runtime, False)
-    whole = Traces(published(preset), traces.request, torch.bfloat16, torch.device("cpu"))
-    whole.TRACED_BLOCKS = SMALL_DIT.num_layers
-    traced = whole.step("high", 2, runtime, False)
+    full = Traces(published(preset), traces.request, torch.bfloat16, torch.device("cpu"))
+    full.TRACED_BLOCKS = SMALL_DIT.num_layers
+    traced = full.step("high", 2, runtime, False)
     assert reckoned.activations == traced.activations > 5 * MB
     assert reckoned.work.flops == traced.work.flops
     assert reckoned.work.traffic == traced.work.traffic
@@ -276,7 +276,7 @@ def test_small_cards_stream(card: str, ram: int, size: str) -> None:
 
 
 def test_what_is_set_stays_and_is_refused_in_words_where_it_cannot_be() -> None:
-    wanted = Runtime(
+    requested = Runtime(
         resident_blocks=40,
         keep_experts=False,
         chunk_tokens=0,
@@ -285,9 +285,9 @@ def test_what_is_set_stays_and_is_refused_in_words_where_it_cannot_be() -> None:
         prefetch=False,
         stream_from="disk",
     )
-    wanted = replace(wanted, cfg_parallel=False, ring_size=1, ulysses_size=1, dit_fsdp=False)
-    plan = plan_for(described("rtx4090"), wanted)
-    assert plan.runtime == wanted and not plan.fits
+    requested = replace(requested, cfg_parallel=False, ring_size=1, ulysses_size=1, dit_fsdp=False)
+    plan = plan_for(described("rtx4090"), requested)
+    assert plan.runtime == requested and not plan.fits
     with pytest.raises(RequestError) as refusal:
         raise_if_unfit(plan, published())
     lines = str(refusal.value).splitlines()
@@ -608,29 +608,31 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
         "--json",
     ]
     assert main(argv) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["fits"] and told["machine"]["gpus"] == 4 and told["request"]["sample_steps"] == 20
-    assert told["experts"] == {
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["fits"] and found["machine"]["gpus"] == 4 and found["request"]["sample_steps"] == 20
+    )
+    assert found["experts"] == {
         "high": 13,
         "low": 7,
         "boundary": 0.875,
         "switch": {
-            **told["experts"]["switch"],
+            **found["experts"]["switch"],
             "after_step": 13,
             "snr_of_boundary": pytest.approx(1 / 49),
         },
     }
-    assert told["gpu_bytes"] == max(phase["gpu"] for phase in told["phases"])
-    assert told["estimate"]["seconds"] == pytest.approx(
-        sum(stage["seconds"] for stage in told["estimate"]["stages"])
+    assert found["gpu_bytes"] == max(phase["gpu"] for phase in found["phases"])
+    assert found["estimate"]["seconds"] == pytest.approx(
+        sum(stage["seconds"] for stage in found["estimate"]["stages"])
     )
 
 
 def test_what_cannot_run_is_exit_code_2_after_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--gpu", "none", "--size", "832*480", "--frame_num", "5"]
     assert main(argv) == 2
-    said = capsys.readouterr()
-    assert "at most" in said.out and "80 GB" in said.err and "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert "at most" in output.out and "80 GB" in output.err and "Traceback" not in output.err
     assert main([*argv, "--force"]) == 0
 
 

@@ -39,8 +39,9 @@ CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {"size": "832*480", "frame_num": 17}
 
 
-def chosen(processes: int, runtime: Runtime = Runtime(), machine: int = 8, **wanted: Any) -> Layout:  # noqa: B008
-    return with_layout(published(), of(T2V_A14B, **wanted), runtime, processes, machine)[1]
+def chosen(processes: int, runtime: Runtime | None = None, here: int = 8, **options: Any) -> Layout:
+    request = of(T2V_A14B, **options)
+    return with_layout(published(), request, runtime or Runtime(), processes, here)[1]
 
 
 # the layout
@@ -81,7 +82,7 @@ def test_what_is_set_stays_and_the_rest_follows() -> None:
     assert chosen(4, Runtime(ulysses_size=4)) == Layout(ulysses=4)
     assert chosen(8, Runtime(cfg_parallel=False)) == Layout(ulysses=8)
     assert chosen(8, Runtime(ring_size=2)) == Layout(2, 2, 2)
-    assert chosen(16, machine=4) == Layout(2, 2, 4)
+    assert chosen(16, here=4) == Layout(2, 2, 4)
     assert chosen(64, Runtime(attention="sage")).ring == 1, (
         "a ring needs the log-sum-exp, which this kernel does not say"
     )
@@ -217,11 +218,11 @@ def test_bytes_at_full_size_are_the_layouts_own(layout: Layout) -> None:
         "high", 2, Runtime(chunk_tokens=0), False
     )
     passes, tokens = 2 // layout.cfg, 75_600
-    told = {
+    found = {
         what: count * (1 if what == "velocity" else passes)
         for what, count in forward_bytes(layout, T2V_A14B.dit, tokens, layout.size - 1).items()
     }
-    assert dict(traced.sent) == told
+    assert dict(traced.sent) == found
     heads, own = sizes(40, layout.ulysses)[-1], tokens // layout.ring
     attention = sum(count for (kind, _), count in traced.work.flops.items() if kind == "attention")
     scores = 4 * own * tokens * heads * 128 + 4 * sizes(tokens, layout.sequence)[-1] * 512 * 5120
@@ -262,17 +263,17 @@ def test_shares_are_rows(quantize: Any) -> None:
         for leaf in block.modules()
         for value in shares.rows_of(leaf)
     }
-    kept = sum(
+    held = sum(
         -(-len(value) // 3) * (value.nbytes // len(value)) if value in cut else value.nbytes
         for value in model.parameters()
     )
-    assert on_device(traces, "high", runtime) == kept
+    assert on_device(traces, "high", runtime) == held
     block = (
         sum(3 * -(-len(value) // 3) * (value.nbytes // len(value)) for value in cut)
         / preset.dit.num_layers
     )
-    # At work a block is there twice: whole, and as the message in which it came; gloo has a copy of
-    # that while it comes.
+    # A block at work is there twice: gathered, and as the message it arrived in. gloo copies that
+    # message while it arrives.
     plain = traces.step("high", 2, replace(runtime, dit_fsdp=False), False).activations
     ours, gloos = (
         traces.step("high", 2, runtime, False, gloo=gloo).activations for gloo in (False, True)
@@ -284,14 +285,14 @@ def test_shares_are_rows(quantize: Any) -> None:
 
 
 def test_strips_share_a_decode() -> None:
-    """Of the process with the most to do; the whole frame is known from `tests/test_strips.py`."""
-    whole, part = (
+    """Of the rank with the most to do; the full frame is tested in test_vae_parallel.py."""
+    full, part = (
         Traces(published(), of(T2V_A14B), torch.bfloat16, CPU, layout).decode(0)
         for layout in (Layout(), Layout(2, 1, 4))
     )
-    assert part.activations < 1.06 * whole.activations / 8
-    assert part.work.total() < 1.06 * whole.work.total() / 8
-    assert set(part.sent) == {"halo", "kv", "frames"} and not whole.sent
+    assert part.activations < 1.06 * full.activations / 8
+    assert part.work.total() < 1.06 * full.work.total() / 8
+    assert set(part.sent) == {"halo", "kv", "frames"} and not full.sent
 
 
 # time
@@ -339,8 +340,8 @@ def test_every_card_has_a_link() -> None:
 
 
 def test_the_least_free_memory_of_the_gpus_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "GPU-0a-1, 80000\nGPU-0b-2, 60000\nGPU-0c-3, 70000\n"
-    monkeypatch.setattr(hardware, "_run", lambda *_: said)
+    output = "GPU-0a-1, 80000\nGPU-0b-2, 60000\nGPU-0c-3, 70000\n"
+    monkeypatch.setattr(hardware, "_run", lambda *_: output)
     free = hardware.gpu_memory_free()
     assert free == {"0a-1": 80_000 * 2**20, "0b-2": 60_000 * 2**20, "0c-3": 70_000 * 2**20}
     cards = [SimpleNamespace(uuid=name) for name in ("0a-1", "0c-3")]
@@ -392,14 +393,14 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
         "--json",
     ]
     assert main(argv) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["fits"] and told["layout"] == {"cfg": 1, "ring": 1, "ulysses": 4, "processes": 4}
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["layout"] == {"cfg": 1, "ring": 1, "ulysses": 4, "processes": 4}
     assert (
-        told["runtime"]["dit_fsdp"] is True
-        and told["runtime"]["ulysses_size"] == 4
-        and told["machine"]["rates"]["link"] == 200e9
+        found["runtime"]["dit_fsdp"] is True
+        and found["runtime"]["ulysses_size"] == 4
+        and found["machine"]["rates"]["link"] == 200e9
     )
-    text, step, *_, vae = told["phases"]
+    text, step, *_, vae = found["phases"]
     assert (
         text["alone"]
         and step["processes_here"] == 4
@@ -407,7 +408,7 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
         and step["gathered"] > 20 * GB
     )
     assert set(vae["sent"]) == {"halo", "kv", "frames"}
-    assert told["estimate"]["stages"][1]["sending"] > 0
+    assert found["estimate"]["stages"][1]["sending"] > 0
 
 
 def test_a_layout_of_another_number(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,11 +91,11 @@ class Card:
         return found is not None and abs(nbytes / 2**30 - self.gib) < 0.1 * self.gib
 
 
-# Memory: as drivers report it, rounded down. Matmul and attention of A100, H100 and H200 are
-# calibrated on published runs of this model, those of H20 on its published total. The others are 75
-# % and 68 % of the data sheet, about what A100 and H100 reach. float32: 19 % of the data sheet's
-# TF32, by one published decode on an H100 (639 TFLOP in 6.9 s). low: 60 % of the data sheet.
-# memory: 80 % of it.
+# Memory: as drivers report it, rounded down.
+# matmul, attention: of A100, H100 and H200 calibrated on published runs of this model, of H20 on
+# its published total. The others have 75 % and 68 % of the data sheet, as A100 and H100 reach.
+# float32: 19 % of the data sheet's TF32, by one published decode on an H100 (639 TFLOP in 6.9 s).
+# low: 60 % of the data sheet. memory: 80 % of it.
 RUNS, BOTH = "published runs", "a measurement and published runs"
 SHEET = "data sheet times a usual share"
 GPUS = {

@@ -15,7 +15,7 @@ from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest
 from wanflow.sampling.schedule import snr
 from wanflow.sampling.timeline import handover, timeline
-from wanflow.screen import table_lines
+from wanflow.screen import duration, table_lines
 
 GB = 10**9
 SENT = {
@@ -184,9 +184,7 @@ def _bytes(count: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    if seconds >= 7200:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.1f} s"
+    return duration(seconds) if seconds >= 120 else f"{seconds:.1f} s"
 
 
 def document(
@@ -223,22 +221,13 @@ def _phase(phase: Phase) -> dict[str, Any]:
         f"{kind}{'_float32' if in_float32 else ''}": count
         for (kind, in_float32), count in phase.work.flops.items()
     }
+    numbers = ("name", "steps", "weights", "activations", "copied", "read", "read_in_step", "alone")
     return {
-        "name": phase.name,
-        "steps": phase.steps,
-        "weights": phase.weights,
-        "activations": phase.activations,
+        **{name: getattr(phase, name) for name in (*numbers, "messages", "gathered", "ram")},
         "gpu": phase.device,
-        "ram": phase.ram,
-        "copied": phase.copied,
-        "read": phase.read,
-        "read_in_step": phase.read_in_step,
-        "flops": flops,
         "processes_here": phase.here,
-        "alone": phase.alone,
         "sent": dict(phase.sent),
-        "messages": phase.messages,
-        "gathered": phase.gathered,
+        "flops": flops,
         "traffic": phase.work.traffic,
         "kernels": phase.work.kernels,
         "largest": [str(storage).strip() for storage in phase.top[:6]],
