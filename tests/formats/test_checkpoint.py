@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pickle
 import random
 import re
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from wanflow.checkpoint import load
 from wanflow.checkpoint.checkpoint import fingerprint, open_checkpoint
-from wanflow.checkpoint.containers import TensorInfo, open_safetensors
+from wanflow.checkpoint.containers import OpenedFile, SafetensorsFile, TensorInfo, open_safetensors
 from wanflow.checkpoint.source import open_source
 from wanflow.checkpoint.structure import build, lay_out
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
@@ -397,10 +398,27 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.ones(1000)}, path)
     source = open_source(path)
+    assert isinstance(source, SafetensorsFile)
     path.write_bytes(path.read_bytes()[:-1])
-    assert "breaks off" in refusal(lambda: source.read("x"))
+    shrunk = replace(source, file=OpenedFile.of(path))
+    assert "breaks off" in refusal(lambda: shrunk.read("x"))
     path.unlink()
     assert "cannot be read" in refusal(lambda: source.read("x"))
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "later"])
+def test_a_file_that_changes_after_opening(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.ones(1000)}, path)
+    source = open_source(path)
+    assert source.read("x").sum() == 1000
+    if change == "later":
+        os.utime(path, (0, 0))
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] if change == "shorter" else data + b"0")
+    for read in (lambda: source.read("x"), lambda: next(source.stream("x"))):
+        assert "has changed" in refusal(read)
 
 
 class Evil:

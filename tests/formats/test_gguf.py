@@ -9,6 +9,7 @@ import random
 import struct
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from helpers.packed_leaves import fill_packed
 from torch import Tensor, nn
 
 from wanflow.checkpoint import containers as formats
+from wanflow.checkpoint.containers import OpenedFile
 from wanflow.checkpoint.gguf import GGUFFile, ggml_bytes, open_gguf
 from wanflow.config import DiTConfig, RequestError, TextConfig
 from wanflow.models.dit import Linear, Linear32, WanDiT
@@ -514,14 +516,19 @@ def test_a_file_that_shrinks_after_opening(tmp_path: Path) -> None:
     file = sample(tmp_path / "a.gguf")
     data = file.path.read_bytes()
     file.path.write_bytes(data[: file.starts["Q4_K"] + 100])
+    with pytest.raises(RequestError, match=r"a\.gguf has changed"):
+        file.packed("Q4_K")
+    file = replace(file, file=OpenedFile.of(file.path))  # as if it shrank while it was read
     for read in (lambda: file.read("Q4_K"), lambda: file.packed("Q4_K")):
         with pytest.raises(RequestError, match=r"a\.gguf breaks off"):
             read()
     file.path.write_bytes(data[:100])
+    file = replace(file, file=OpenedFile.of(file.path))
     with pytest.raises(RequestError, match=r"a\.gguf breaks off"):
         file.array("words")
     place = file.metadata["words"]
     file.path.write_bytes(data[: place.start] + b"\xff" * (place.stop - place.start))
+    file = replace(file, file=OpenedFile.of(file.path))
     with pytest.raises(RequestError, match="damaged"):
         file.array("words")
 

@@ -129,30 +129,6 @@ class TensorSource(Headers, Protocol):
         """
 
 
-@dataclass(frozen=True)
-class WrappedSource:
-    """A source that shows the tensors of another one in a different way."""
-
-    inner: TensorSource
-    tensors: Mapping[str, TensorInfo]
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
-
-    @property
-    def container(self) -> str:
-        return self.inner.container
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self.inner.files
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.inner.metadata
-
-
 # reading files
 
 
@@ -228,13 +204,43 @@ def refuse_odd_names(path: Path, names: Iterable[str]) -> None:
         raise RequestError(f"{path} is damaged: a tensor is called {invalid!r}; {AGAIN}")
 
 
+@dataclass(frozen=True)
+class OpenedFile:
+    """A file whose header was read. Its data is read later, and only if the file is the same."""
+
+    path: Path
+    size: int
+    seconds: int  # of its last change
+
+    @classmethod
+    def of(cls, path: Path) -> OpenedFile:
+        """Return a readable regular file; RequestError for anything else."""
+        size = refuse_unreadable(path)
+        with reading(path):
+            return cls(path, size, int(path.stat().st_mtime))
+
+    @contextmanager
+    def at(self, start: int) -> Iterator[FileIO]:
+        """Yield the file at a byte; RequestError if the file has changed or cannot be read."""
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_size, int(stat.st_mtime)) != (self.size, self.seconds):
+                raise RequestError(f"{self.path} has changed since it was opened; start again")
+            file.seek(start)
+            yield file
+
+
 def impossible(shape: Sequence[int]) -> bool:
     """Return whether a shape is larger than any tensor, even where one side is 0."""
     return math.prod(max(side, 1) for side in shape) >= MOST_VALUES
 
 
 def read_plain(
-    path: Path, info: TensorInfo, start: int, dtype: torch.dtype | None, rows: slice | None = None
+    opened: OpenedFile,
+    info: TensorInfo,
+    start: int,
+    dtype: torch.dtype | None,
+    rows: slice | None = None,
 ) -> Tensor:
     """Read a tensor, or some rows, whose bytes begin at `start`; converted a chunk at a time."""
     if rows is not None:
@@ -246,25 +252,23 @@ def read_plain(
     if out.dtype != info.dtype:
         size = min(CHUNK, info.nbytes) // info.dtype.itemsize
         stored = torch.empty(size, dtype=info.dtype)
-    with reading(path), path.open("rb", buffering=0) as file:
-        file.seek(start)
+    with opened.at(start) as file:
         for done in range(0, len(out), max(1, len(stored))):
             part = stored[: len(out) - done]
-            fill(part, file, path)
+            fill(part, file, opened.path)
             if stored is not out:
                 out[done : done + len(part)] = part
     return out.view(info.shape)
 
 
-def stream_plain(path: Path, info: TensorInfo, start: int) -> Iterator[Tensor]:
+def stream_plain(opened: OpenedFile, info: TensorInfo, start: int) -> Iterator[Tensor]:
     """Yield the values of a tensor whose bytes begin at `start`, see `TensorSource.stream`."""
     count = math.prod(info.shape)
     buffer = torch.empty(min(count, VALUES), dtype=info.dtype)
-    with reading(path), path.open("rb", buffering=0) as file:
-        file.seek(start)
+    with opened.at(start) as file:
         for done in range(0, count, VALUES):
             piece = buffer[: count - done]
-            fill(piece, file, path)
+            fill(piece, file, opened.path)
             yield piece
 
 
@@ -298,11 +302,15 @@ class SafetensorsFile:
     Data is read, not mapped: a file that shrinks meanwhile is an error, not a crash.
     """
 
-    path: Path
+    file: OpenedFile
     tensors: Mapping[str, TensorInfo]
     starts: Mapping[str, int]  # where each tensor's bytes begin in the file
     metadata: Mapping[str, str]
     container = "safetensors"
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def files(self) -> Sequence[Path]:
@@ -311,13 +319,13 @@ class SafetensorsFile:
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
-        return read_plain(self.path, self.tensors[name], self.starts[name], dtype, rows)
+        return read_plain(self.file, self.tensors[name], self.starts[name], dtype, rows)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         raise KeyError(name)  # nothing here is packed
 
     def stream(self, name: str) -> Iterator[Tensor]:
-        return stream_plain(self.path, self.tensors[name], self.starts[name])
+        return stream_plain(self.file, self.tensors[name], self.starts[name])
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -329,8 +337,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises:
         RequestError: naming the file, for a truncated, oversized, inconsistent or foreign file.
     """
-    size = refuse_unreadable(path)
-    broken = f"{path} is not a safetensors file, or its header is damaged"
+    opened = OpenedFile.of(path)
+    size, broken = opened.size, f"{path} is not a safetensors file, or its header is damaged"
     with reading(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > HEADER_LIMIT:
@@ -357,7 +365,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         )
     refuse_odd_names(path, tensors)
     return SafetensorsFile(
-        path, tensors, {name: 8 + length + start for name, start in starts.items()}, metadata
+        opened, tensors, {name: 8 + length + start for name, start in starts.items()}, metadata
     )
 
 

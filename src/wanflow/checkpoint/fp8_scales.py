@@ -10,20 +10,15 @@ A file whose weights were only rounded to fp8 has no scales.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wanflow.checkpoint.containers import (
-    AGAIN,
-    TensorInfo,
-    TensorSource,
-    WrappedSource,
-    stream_packed,
-)
+from wanflow.checkpoint.containers import AGAIN, TensorInfo, TensorSource, stream_packed
 from wanflow.config import RequestError
 from wanflow.transforms.packed import Packed
 
@@ -38,6 +33,30 @@ LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 # A weight that is scaled to fill fp8's range exceeds this; no published weight comes near it.
 SUSPICIOUS = 100.0
 NOTE_LIMIT = 1 << 16  # bytes of a `comfy_quant` note; real ones have under a hundred
+
+
+@dataclass(frozen=True)
+class WrappedSource:
+    """A source that shows the tensors of another one in a different way."""
+
+    inner: TensorSource
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def path(self) -> Path:
+        return self.inner.path
+
+    @property
+    def container(self) -> str:
+        return self.inner.container
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return self.inner.files
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.inner.metadata
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,12 @@ from torch import Tensor
 
 from wanflow.checkpoint.containers import (
     AGAIN,
+    OpenedFile,
     TensorInfo,
     fill,
     impossible,
     read_plain,
-    reading,
     refuse_odd_names,
-    refuse_unreadable,
     stream_packed,
     stream_plain,
 )
@@ -121,10 +120,14 @@ class GGUFFile:
     starts: the first byte of each tensor in the file.
     """
 
-    path: Path
+    file: OpenedFile
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any] = field(repr=False)
     starts: Mapping[str, int] = field(repr=False)
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def container(self) -> str:
@@ -145,7 +148,7 @@ class GGUFFile:
     ) -> Tensor:
         info = self.tensors[name]
         if not info.packing:
-            return read_plain(self.path, info, self.starts[name], dtype, rows)
+            return read_plain(self.file, info, self.starts[name], dtype, rows)
         if rows is not None and math.prod(info.shape[1:]) % LAYOUTS[info.packing].values:
             return self.packed(name).dense(dtype or info.dtype)[rows]
         return self.packed(name, rows).dense(dtype or info.dtype)
@@ -164,8 +167,7 @@ class GGUFFile:
             shape = (max(0, last - first), *info.shape[1:])
             info = replace(info, shape=shape, packed_bytes=shape[0] * blocks * layout.nbytes)
         data = torch.empty(info.packed_bytes, dtype=torch.uint8)
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(start)
+        with self.file.at(start) as file:
             fill(data, file, self.path)
         row = layout.nbytes  # one block, for a tensor that is stored in another shape
         if info.shape[-1] and not info.shape[-1] % layout.values:
@@ -176,7 +178,7 @@ class GGUFFile:
         info = self.tensors[name]
         if info.packing:
             return stream_packed(self.packed(name))
-        return stream_plain(self.path, info, self.starts[name])
+        return stream_plain(self.file, info, self.starts[name])
 
     def array(self, key: str) -> list[Any]:
         """Return the items of an array; RequestError for one that is missing or damaged."""
@@ -184,8 +186,7 @@ class GGUFFile:
         if not isinstance(place, Array):
             raise RequestError(f"{self.path} has no list {key}; {AGAIN}")
         data = bytearray(place.stop - place.start)
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(place.start)
+        with self.file.at(place.start) as file:
             if data:
                 fill(torch.frombuffer(data, dtype=torch.uint8), file, self.path)
         try:
@@ -214,11 +215,10 @@ def open_gguf(path: Path) -> GGUFFile:
         RequestError: naming the file, for a truncated, inconsistent or foreign file, or tensors of
             an unknown type.
     """
-    size = refuse_unreadable(path)
-    with reading(path), path.open("rb", buffering=0) as file:
-        header = _Header(file, size)
+    opened = OpenedFile.of(path)
+    with opened.at(0) as file:
         try:
-            return _open(path, header)
+            return _open(opened, _Header(file, opened.size))
         except RequestError:
             raise
         except _CutOff as error:
@@ -318,7 +318,8 @@ class _Header:
         self.need(0)
 
 
-def _open(path: Path, header: _Header) -> GGUFFile:
+def _open(opened: OpenedFile, header: _Header) -> GGUFFile:
+    path = opened.path
     header.need(24)
     if header.data[:4] != b"GGUF":
         raise ValueError(f"it begins {header.data[:4]!r}")
@@ -377,7 +378,7 @@ def _open(path: Path, header: _Header) -> GGUFFile:
         end = stop
     refuse_odd_names(path, infos)
     return GGUFFile(
-        path, infos, metadata, {name: first + entry.start for name, entry in entries.items()}
+        opened, infos, metadata, {name: first + entry.start for name, entry in entries.items()}
     )
 
 

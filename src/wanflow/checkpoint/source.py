@@ -16,13 +16,12 @@ from torch import Tensor
 from wanflow.checkpoint.containers import (
     AGAIN,
     TensorSource,
-    WrappedSource,
     open_folder,
     open_safetensors,
     reading,
     refuse_unreadable,
 )
-from wanflow.checkpoint.fp8_scales import pair_scales
+from wanflow.checkpoint.fp8_scales import WrappedSource, pair_scales
 from wanflow.checkpoint.key_maps import PREFIXES, Kind, strip, to_official
 from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
