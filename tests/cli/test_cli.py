@@ -160,7 +160,7 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
         ("generate --ckpt_dir nano --prompt a --sample_solver heun", "heun"),
         ("generate --ckpt_dir nano --prompt a --sample_steps 0", "sample_steps"),
         ("generate --ckpt_dir nano --prompt a --sample_shift -1", "sample_shift"),
-        ("generate --ckpt_dir nano --prompt a --offload_model perhaps", "neither true nor false"),
+        ("generate --ckpt_dir nano --prompt a --offload_model perhaps", "true or false"),
         ("generate --ckpt_dir nano --prompt a --task i2v-A14B", "another model"),
         ("generate --ckpt_dir nano --prompt a --task t3v", "t3v"),
         ("generate --ckpt_dir nano --prompt a --dit_fsdp", "--dit_fsdp needs several processes"),
@@ -169,7 +169,7 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
             "a layout of 4 processes needs several processes",
         ),
         ("generate --ckpt_dir nano --prompt a --parallel cfg2xring3", "--gpus 0,1,2,3,4,5"),
-        ("generate --ckpt_dir nano --prompt a --parallel tensor4", "neither auto nor a layout"),
+        ("generate --ckpt_dir nano --prompt a --parallel tensor4", "cfg2xulysses4"),
         (
             "generate --ckpt_dir nano --prompt a --parallel cfg2 --ring_size 2",
             "leave out --ring_size",
@@ -339,6 +339,18 @@ def test_when_writing_fails_the_latent_is_kept_and_decode_finishes(
     assert main(["decode", "a.latent.safetensors"]) == 0
     assert main([*MAKE, "--save_file", "b.mp4"]) == 0
     assert np.array_equal(read_frames(Path("a.mp4"))[0], read_frames(Path("b.mp4"))[0])
+
+
+def test_resume_refuses_what_the_saved_run_fixes(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = "--prompt a --seed 3 --cfg_high 2 --sample_guide_scale 2 --dtype float16 --quantize fp8"
+    free = "--device cpu --prefetch true --resident_blocks 1"
+    text = refused(capsys, *f"generate --resume x.latent.safetensors {fixed} {free}".split())
+    for flag in ["prompt", "base_seed", "cfg_high", "sample_guide_scale", "dtype", "quantize"]:
+        assert f"--{flag}" in text
+    assert "--device" not in text and "--prefetch" not in text
+    assert "no saved run" in refused(capsys, *f"generate --resume x.latent {free}".split())
 
 
 def test_decode_refuses_a_run_that_is_not_finished(

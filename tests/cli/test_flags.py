@@ -154,6 +154,26 @@ def test_a_typo_gets_a_suggestion_in_one_line(
     assert f"did you mean {meant}?" in line
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("generate --frame_num x", "--frame_num must be a whole number (got 'x')"),
+        ("generate --fps fast", "--fps must be a number (got 'fast')"),
+        ("generate --prefetch perhaps", "--prefetch must be true or false (got 'perhaps')"),
+        ("generate --sample_solver heun", "--sample_solver must be one of"),
+        ("generate --seed", "--base_seed: expected one argument"),
+        ("convert nano x --to fp9", "--to must be one of"),
+        ("convert nano", "required: DST, --to"),
+    ],
+)
+def test_an_invalid_value_is_named_with_what_was_expected(
+    argv: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line and "--help" in line
+
+
 def test_what_resembles_nothing_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--xyzzy"]) == 2
     assert "did you mean" not in capsys.readouterr().err

@@ -78,8 +78,7 @@ def parallel(text: str) -> dict[str, int]:
     sizes = {part[1]: int(part[2]) for part in found if part}
     if len(sizes) != len(found):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither auto nor a layout such as cfg2xulysses4 (of cfg, ring and"
-            " ulysses)"
+            f"must be auto, or cfg, ring and ulysses as in cfg2xulysses4 (got {text!r})"
         )
     return {"cfg": 1, "ring": 1, "ulysses": 1, **sizes}
 

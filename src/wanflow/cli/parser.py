@@ -16,6 +16,13 @@ from wanflow.presets import T2V_A14B
 from wanflow.settings import Setting, settings_of
 
 WIDTH = 80
+# How argparse names an invalid value, and how we do: expected, then got.
+EXPECTED = {
+    r": must be ": " must be ",
+    r": invalid int value: (.+)": r" must be a whole number (got \1)",
+    r": invalid float value: (.+)": r" must be a number (got \1)",
+    r": invalid choice: (.+) \(choose from (.+)\)": r" must be one of \2 (got \1)",
+}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -59,7 +66,9 @@ class Parser(argparse.ArgumentParser):
         if unknown is not None:
             word = unknown[1].split()[0]
             message = f"unknown argument {word}{did_you_mean(word, self._option_string_actions)}"
-        message = re.sub(r"^argument (-\S+?)(?:/\S+)?: ", r"\1: ", message)
+        message = re.sub(r"^argument ([^\s/]+)\S*: ", r"\1: ", message)
+        for pattern, words in EXPECTED.items():
+            message = re.sub(pattern, words, message)
         help_flag = "--help-all" if self.brief else "--help"
         raise RequestError(f"{message} ({self.prog} {help_flag} lists the flags)")
 
@@ -143,7 +152,7 @@ def yes_or_no(text: str) -> bool:
         return True
     if text.lower() in ("false", "no", "0", "n", "f"):
         return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    raise argparse.ArgumentTypeError(f"must be true or false (got {text!r})")
 
 
 def flag_default(one: Setting) -> Any:
