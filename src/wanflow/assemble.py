@@ -151,36 +151,36 @@ def versions() -> dict[str, str]:
 
 
 def layout_of(runtime: Runtime) -> Layout:
-    """How processes share a forward, in a runtime that leaves none of it open."""
+    """Return how ranks share a forward; what a runtime leaves open counts as one."""
     return Layout(
         2 if runtime.cfg_parallel else 1, runtime.ring_size or 1, runtime.ulysses_size or 1
     )
 
 
 def refuse_together(runtime: Runtime, layers: int, processes: int) -> None:
-    """RequestError for what cannot go together on so many processes."""
+    """Raise RequestError for settings that exclude each other on this number of processes."""
     if processes == 1:
         if runtime.dit_fsdp:
             raise RequestError(
-                "dit_fsdp shares the weights out over several processes, and there is one; start"
-                " more, or leave it out"
+                "dit_fsdp shards the weights over several processes, and there is one; start more"
+                " with --gpus 0,1 or torchrun, or leave out --dit_fsdp"
             )
         return
     if runtime.vae_tile:
         raise RequestError(
-            "vae_tile: several processes decode in strips, which take less memory already; leave"
-            " it out"
+            f"vae_tile {runtime.vae_tile}: several processes decode in strips, which take less"
+            " memory than tiles; leave out --vae_tile"
         )
     if runtime.dit_fsdp:
         if runtime.resident_blocks not in (None, layers):
             raise RequestError(
-                "dit_fsdp and resident_blocks: blocks are shared out over the processes or"
-                " streamed, not both; leave one out"
+                f"dit_fsdp and resident_blocks {runtime.resident_blocks}: blocks are sharded or"
+                " streamed, not both; leave out --dit_fsdp or --resident_blocks"
             )
         if runtime.prefetch:
             raise RequestError(
-                "dit_fsdp and prefetch: what is shared out is not read ahead; leave one out"
-                " (keep_experts spares the reading)"
+                "dit_fsdp and prefetch: sharded experts are not prefetched; leave out --prefetch"
+                " (--offload_model False keeps both experts loaded)"
             )
 
 
@@ -188,7 +188,7 @@ def _refuse(runtime: Runtime, layers: int) -> None:
     """Raise RequestError for what this machine or this model cannot do."""
     if runtime.noise_device == "cuda" and not torch.cuda.is_available():
         raise RequestError(
-            "noise_device cuda: this machine has no CUDA GPU to draw the noise on; use cpu"
+            "noise_device cuda: this machine has no CUDA GPU; use --noise_device cpu"
         )
     if runtime.resident_blocks is not None and runtime.resident_blocks > layers:
         raise RequestError(

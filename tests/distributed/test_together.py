@@ -250,11 +250,11 @@ def test_all_draw_the_first_one_s_seed(size: int, found: Found) -> None:
 
 # Where a feature cannot be had on several processes, or with shared-out weights, it is refused in
 # these words.
-REFUSED = {"tiles": "several processes decode in strips"}
+REFUSED = {"tiles": "vae_tile 64: .*strips"}
 REFUSED_SHARED = {
     "blocks streamed from disk": "not both",
     "blocks streamed from RAM": "not both",
-    "the next expert read ahead": "is not read ahead",
+    "the next expert read ahead": "dit_fsdp and prefetch",
 }
 WAYS = {
     "cfg": (Layout(cfg=2), {}),
@@ -323,12 +323,12 @@ def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
     ("runtime", "words"),
     [
         ({"ulysses_size": 3}, r"ulysses 3 = 3 needs 3 ranks"),
-        ({"ulysses_size": 2, "vae_tile": 64}, "several processes decode in strips"),
+        ({"ulysses_size": 2, "vae_tile": 64}, "vae_tile 64: .*strips"),
         (
             {"ulysses_size": 2, "dit_fsdp": True, "resident_blocks": 2},
-            "shared out over the processes or streamed, not both",
+            "dit_fsdp and resident_blocks 2",
         ),
-        ({"ulysses_size": 2, "dit_fsdp": True, "prefetch": True}, "is not read ahead"),
+        ({"ulysses_size": 2, "dit_fsdp": True, "prefetch": True}, "dit_fsdp and prefetch"),
     ],
 )
 def test_what_cannot_go_together_is_refused_before_anything_is_read(
@@ -340,8 +340,7 @@ def test_what_cannot_go_together_is_refused_before_anything_is_read(
 
 def test_a_share_of_one_is_refused() -> None:
     with pytest.raises(
-        RequestError,
-        match="dit_fsdp shares the weights out over several processes, and there is one",
+        RequestError, match="dit_fsdp shards the weights over several processes, and there is one"
     ):
         assemble(resolve("nano"), Runtime(device="cpu", dit_fsdp=True))
     assert layout_of(Runtime()) == Layout()

@@ -27,8 +27,8 @@ def refuse_packed(checkpoint: Checkpoint, where: Placement) -> None:
         )
         if not any(isinstance(leaf, QuantLinear) for leaf in model.modules()):
             raise RequestError(
-                f"quantize {where.runtime.quantize}: the {which}-noise expert's weights are packed"
-                " in their file already; leave it out"
+                f"quantize {where.runtime.quantize}: the file of the {which}-noise expert holds"
+                " packed weights already; leave out --quantize"
             )
 
 

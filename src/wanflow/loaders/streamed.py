@@ -51,9 +51,9 @@ def open_streamed(
     """Load an expert of which some blocks are streamed."""
     resident = resident_blocks(where, checkpoint.spec.dit.num_layers)
     model, fetch, total = _rest(checkpoint, which, where, where.device, changes or {})
-    tell = _block_reporter(report, total, len(list(model.blocks)))
+    on_block = _block_reporter(report, total, len(list(model.blocks)))
     host_buffers = (
-        load_to_host(model, fetch, where.device.type == "cuda", tell, skip=resident)
+        load_to_host(model, fetch, where.device.type == "cuda", on_block, skip=resident)
         if where.from_ram()
         else None
     )
@@ -63,7 +63,7 @@ def open_streamed(
         resident,
         where.device,
         host_buffers,
-        report=None if host_buffers is not None else tell,
+        report=None if host_buffers is not None else on_block,
     )
 
 
@@ -74,7 +74,7 @@ def read_expert(
     changes: Changes | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> HostExpert:
-    """Read an expert into RAM, in its final form; `place` brings it to where it works."""
+    """Read an expert into RAM in its final form; `place` moves it to its device."""
     model, fetch, _ = _rest(checkpoint, which, where, torch.device("cpu"), changes or {})
     return HostExpert(
         model, fetch, load_to_host(model, fetch, where.device.type == "cuda", stop=stop)
@@ -82,7 +82,7 @@ def read_expert(
 
 
 def place(read: HostExpert, where: Placement) -> WanDiT | Streaming:
-    """Bring an expert from RAM to where it works."""
+    """Move an expert from RAM to its device."""
     for module in read.model.modules():
         for key, value in list(module.named_parameters(recurse=False)):
             if not value.is_meta:
@@ -96,7 +96,7 @@ def place(read: HostExpert, where: Placement) -> WanDiT | Streaming:
 
 
 class Prefetcher:
-    """The next expert, read into RAM by a thread of its own while the current one works."""
+    """Reads the next expert into RAM, in a thread, while the current one computes."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Prefetcher:
         )
 
     def take(self) -> WanDiT | Streaming:
-        """The expert in its place, when it is read."""
+        """Wait for the reading, and return the expert on its device."""
         try:
             read = self._read.result()
         finally:
@@ -122,7 +122,7 @@ class Prefetcher:
         return place(read, self.where)
 
     def drop(self) -> None:
-        """Stop reading and let go of what was read."""
+        """Stop reading, and free what was read."""
         self._stop.set()
         self._thread.shutdown()
 
@@ -130,8 +130,10 @@ class Prefetcher:
 def _rest(
     checkpoint: Checkpoint, which: Expert, where: Placement, device: torch.device, changes: Changes
 ) -> tuple[WanDiT, BlockReader, int]:
-    """An expert without its blocks' matmul weights, which are left on meta; what reads those; and
-    their bytes in the file.
+    """Load all but the blocks' matmul weights, which stay on meta.
+
+    Returns:
+        The model, what reads a block's matmul weights, and their bytes in the file.
     """
     source = checkpoint.source(which)
     model = expert_structure(
@@ -151,10 +153,8 @@ def _rest(
 
 
 def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> BlockReader:
-    """What reads the matmul weights of a block from a file, each changed, packed or rounded as its
-    leaf wants it.
-    """
-    # The leaves as they are now: LoRAs will wrap them.
+    """Return what reads a block's matmul weights, in the form that each leaf holds."""
+    # The leaves before LoRAs wrap them.
     blocks = [
         {name.rpartition(".")[0]: leaf for name, (leaf, _) in matmul_leaves(block).items()}
         for block in model.blocks
