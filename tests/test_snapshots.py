@@ -1,0 +1,59 @@
+"""What the model makes, what Python and the command line offer, and what is refused: as recorded.
+
+The records are in tests/snapshots; an intended change is named in `INTENDED` of its record.py, or,
+for a test of a refusal, in `RENAMED` below.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from snapshots import record
+
+TESTS = Path(__file__).parent
+
+# {"test_old_name": "test_new_name, or why it is gone"}
+RENAMED: dict[str, str] = {}
+
+
+@pytest.mark.slow
+def test_bits() -> None:
+    """Every latent, frame, file and recipe is what it was, where the machine can tell."""
+    lines = record.check("bits")
+    assert not lines, "\n".join(lines)
+
+
+def test_api() -> None:
+    """Every public name is there, with its signature, its fields and its defaults."""
+    lines = record.check("api")
+    assert not lines, "\n".join(lines)
+
+
+def test_flags() -> None:
+    """Every flag of every command is there, and takes and means what it did."""
+    lines = record.check("flags")
+    assert not lines, "\n".join(lines)
+
+
+def test_refusals() -> None:
+    """Every test that saw something refused is there."""
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in TESTS.rglob("test_*.py"))
+    functions = {
+        node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    }
+    gone = set(record.recorded("refusals")) - functions - set(RENAMED)
+    assert not gone, "\n".join(sorted(gone))
+
+
+def test_a_difference_is_seen() -> None:
+    """What is gone or another is said, what is new is not."""
+    recorded = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    found = {"a": {"b": 2, "new": 0}, "e": 0}
+    assert record.differences(recorded, recorded, "x") == []
+    assert record.differences(recorded, found, "x") == [
+        "x/a/b: was 1, is 2",
+        "x/a/c: is gone",
+        "x/d: is gone",
+    ]
