@@ -353,6 +353,24 @@ def test_resume_refuses_what_the_saved_run_fixes(
     assert "no saved run" in refused(capsys, *f"generate --resume x.latent {free}".split())
 
 
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanflow.media import VideoWriter
+
+    finish = VideoWriter._finish
+
+    def late(self: VideoWriter) -> None:
+        self.path.write_bytes(b"mine")
+        finish(self)
+
+    monkeypatch.setattr(VideoWriter, "_finish", late)
+    assert main([*MAKE, "--save_file", "a.mp4"]) == 2
+    said = capsys.readouterr().err
+    assert "exists" in said and "wanflow decode a.latent.safetensors" in said
+    assert Path("a.mp4").read_bytes() == b"mine"
+
+
 def test_decode_refuses_a_run_that_is_not_finished(
     in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,7 @@ def run_and_save(
         run.save(state_file)
         frames = pipe.frames(run, screen.decoding())
         save_frames(target, frames, run.request.fps, run.recipe.to_json(), args.overwrite)
-    except (OSError, OutputError):
+    except (OSError, OutputError, RequestError):
         args.watchdog.on_abort = None
         if run.finished and state_file.exists():
             screen.say(
