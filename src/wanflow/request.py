@@ -9,7 +9,7 @@ import math
 import re
 import secrets
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from wanflow.config import TRAIN_STEPS, RequestError, Solver
 from wanflow.geometry import COMMON, geometry_of, parse_size
@@ -42,7 +42,7 @@ class Lora:
             items.append(f"steps={self.first or ''}-{self.last or ''}")
         return f"{self.path}@{','.join(items)}"
 
-    def resolved(self, named: Literal["high", "low"] | None, first: int | None = None) -> Lora:
+    def resolved(self, named: str | None, first: int | None = None) -> Lora:
         """Return it with a strength for each expert.
 
         Args:

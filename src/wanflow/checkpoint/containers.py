@@ -29,7 +29,7 @@ from wanflow.transforms.packed import Packed
 HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
 CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
 VALUES = 1 << 20  # of a streamed piece: 4 MB in float32; larger ones leave the CPU's cache
-MOST_VALUES = 1 << 48  # of a shape; torch multiplies the sides for the strides, even beside a 0
+MOST_VALUES = 1 << 48  # of a shape; torch multiplies the sides for the strides, even next to a 0
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 AGAIN = "download it again"
 
@@ -114,7 +114,7 @@ class TensorSource(Headers, Protocol):
         """Return a tensor whose info has a `packing`, as stored; KeyError for any other.
 
         Raises:
-            ValueError: when a row of `rows` is not a whole number of blocks.
+            ValueError: when a row of `rows` does not consist of complete blocks.
         """
 
     def stream(self, name: str) -> Iterator[Tensor]:

@@ -11,7 +11,6 @@ Sources: the modules of diffusers and transformers (compared name by name and sh
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Collection, Iterable
 from typing import Literal
@@ -195,24 +194,6 @@ def from_official(kind: Kind, dialect: Dialect, names: Iterable[str]) -> dict[st
             f"no {dialect} name for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
         )
     return {name: new for name, new in renamed.items() if new is not None}
-
-
-def expert_in_name(path: str) -> Literal["high", "low"] | None:
-    """Return the expert that a path names: `HighNoise/x.gguf`, `wan_low_noise.safetensors`.
-
-    The last part of the path with an expert's name counts. A name counts as a word of its own or
-    before "noise" (not the "low" in "flow" or "lowvram"). Names before "noise" come first. A part
-    with both names gives None.
-    """
-    for part in reversed(re.split(r"[/\\]", path)):
-        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
-        before_noise = {word for word, after in itertools.pairwise(words) if after == "noise"}
-        joined = {word.removesuffix("noise") for word in words if word.endswith("noise")}
-        sides = {"high", "low"}
-        found = sides & (before_noise | joined) or sides & set(words)
-        if found:
-            return None if len(found) > 1 else "high" if "high" in found else "low"
-    return None
 
 
 def _split(name: str, paths: Collection[str]) -> tuple[str, str] | None:

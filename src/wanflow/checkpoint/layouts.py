@@ -15,8 +15,7 @@ from typing import Any
 
 from wanflow.checkpoint.containers import TensorSource, read_json, weight_files
 from wanflow.checkpoint.infer_config import BY_TYPE, ONLY, refuse_relatives
-from wanflow.checkpoint.key_maps import expert_in_name
-from wanflow.checkpoint.parts import EXPERTS, FLAGS, PARTS, WEIGHTS, WORDS, Part
+from wanflow.checkpoint.parts import EXPERTS, FLAGS, PARTS, WEIGHTS, WORDS, Part, expert_in_name
 from wanflow.checkpoint.source import describe, is_lora, kinds_in, official
 from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B, Expert

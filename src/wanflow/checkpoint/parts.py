@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 from wanflow.checkpoint.key_maps import Kind
-from wanflow.presets import T2V_A14B
+from wanflow.presets import T2V_A14B, Expert
 
 Part = str  # the name of an expert, "t5", "vae" or "tokenizer"
 
@@ -23,3 +26,21 @@ FLAGS = ", ".join(f"--{part}" for part in WEIGHTS)
 def kind_of(part: Part) -> Kind:
     """Return the kind of model that a part is; KeyError for the tokenizer."""
     return KINDS[part]
+
+
+def expert_in_name(path: str) -> Expert | None:
+    """Return the expert that a path names: `HighNoise/x.gguf`, `wan_low_noise.safetensors`.
+
+    The last part of the path with an expert's name counts. A name counts as a word of its own or
+    before "noise" (not the "low" in "flow" or "lowvram"). Names before "noise" come first. A part
+    with several names gives None.
+    """
+    names = set(EXPERTS)
+    for part in reversed(re.split(r"[/\\]", path)):
+        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
+        before_noise = {word for word, after in itertools.pairwise(words) if after == "noise"}
+        joined = {word.removesuffix("noise") for word in words if word.endswith("noise")}
+        found = names & (before_noise | joined) or names & set(words)
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None

@@ -13,7 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+from wanflow.checkpoint.parts import EXPERTS, PARTS, expert_in_name
 from wanflow.config import RequestError
+from wanflow.presets import Expert
 
 OFFICIAL = "Wan-AI/Wan2.2-T2V-A14B"
 DIFFUSERS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
@@ -23,8 +25,8 @@ GGUF = "QuantStack/Wan2.2-T2V-A14B-GGUF"
 GGUF_T5 = "city96/umt5-xxl-encoder-gguf"
 
 
-Role = Literal["high", "low", "t5", "vae", "tokenizer", "config"]
-ROLES: tuple[Role, ...] = ("high", "low", "t5", "vae", "tokenizer", "config")
+Role = str  # a part of a model, or "config"
+ROLES: tuple[Role, ...] = (*PARTS, "config")
 Source = Literal["huggingface", "modelscope"]
 
 # Bytes. Of the official shards only the sum is published; headers and indexes are taken from
@@ -151,7 +153,7 @@ _LORAS = tuple(
         LIGHTNING,
         "split_files/loras/",
     )
-    for role in ROLES[:2]
+    for role in EXPERTS
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -240,7 +242,7 @@ def known_sha256(name: str) -> str | None:
     return next((sha256 for end, sha256 in KNOWN.items() if path.endswith(f"/{end}")), None)
 
 
-def expert_by_hash(file: Path, compute: bool = False) -> Literal["high", "low"] | None:
+def expert_by_hash(file: Path, compute: bool = False) -> Expert | None:
     """Return the expert in a published file, by the sha256 that names it in Hugging Face's cache.
 
     Args:
@@ -251,8 +253,7 @@ def expert_by_hash(file: Path, compute: bool = False) -> Literal["high", "low"] 
         with file.open("rb") as data:
             sha256 = hashlib.file_digest(data, "sha256").hexdigest()
     published = next((end for end, value in KNOWN.items() if value == sha256), "")
-    known = published.lower().replace("_", "")
-    return "high" if "highnoise" in known else "low" if "lownoise" in known else None
+    return expert_in_name(published)
 
 
 def whole_repository(repo: str) -> Variant:

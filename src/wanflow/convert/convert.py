@@ -53,7 +53,7 @@ def _open_part(path: Path) -> Checkpoint:
     source = open_source(path)
     if is_lora(source):
         raise RequestError(
-            f"{path} is a LoRA, which needs no conversion: every naming works; use it with --lora"
+            f"{path} is a LoRA, which needs no conversion; use it with --lora, in any naming"
         )
     kinds = kinds_in(source)
     if len(kinds) != 1:

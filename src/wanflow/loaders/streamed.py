@@ -48,7 +48,7 @@ def open_streamed(
     report: Report | None,
     changes: Changes | None,
 ) -> Streaming:
-    """Load an expert of which some blocks are streamed."""
+    """Load an expert with some of its blocks streamed."""
     resident = resident_blocks(where, checkpoint.spec.dit.num_layers)
     model, fetch, total = _rest(checkpoint, which, where, where.device, changes or {})
     on_block = _block_reporter(report, total, len(list(model.blocks)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wanflow.checkpoint.containers import reading
-from wanflow.checkpoint.key_maps import expert_in_name
+from wanflow.checkpoint.parts import expert_in_name
 from wanflow.config import RequestError
 from wanflow.request import Lora, Request
 

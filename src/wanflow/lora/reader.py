@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from wanflow.checkpoint.containers import TensorSource, open_folder, open_safetensors, reading
-from wanflow.checkpoint.key_maps import expert_in_name, from_official
+from wanflow.checkpoint.key_maps import from_official
+from wanflow.checkpoint.parts import expert_in_name
 from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
 from wanflow.lora.keys import (
