@@ -15,7 +15,21 @@ from snapshots import record
 TESTS = Path(__file__).parent
 
 # {"test_old_name": "test_new_name, or why it is gone"}
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    # Streaming and LoRAs.
+    "test_a_file_that_is_cut_while_blocks_are_streamed_ends_in_words": (
+        "test_a_file_that_is_cut_while_blocks_are_streamed_is_named"
+    ),
+    "test_a_pass_that_breaks_off_leaves_the_next_one_whole": (
+        "test_an_abandoned_pass_leaves_the_next_one_right"
+    ),
+    "test_an_expert_that_cannot_be_read_ahead_is_told_when_it_is_wanted": (
+        "test_a_prefetch_that_failed_raises_when_the_expert_is_needed"
+    ),
+    "test_parts_know_only_what_they_are_asked_for": (
+        "test_a_missing_file_is_found_before_anything_is_read"
+    ),
+}
 
 
 @pytest.mark.slow
