@@ -40,7 +40,17 @@ HERE = Path(__file__).parent
 
 # {"api/models/WanDiT/forward": "why it is another one"}: paths as `differences` prints them.
 # What lies below a path is allowed with it.
-INTENDED: dict[str, str] = {}
+INTENDED: dict[str, str] = {
+    "api/classes/Pipeline/__init__": "takes an `Engine` of callables; `wanflow.load` makes it",
+    "api/classes/Pipeline/noise": "`TextToVideo.start` of conditioning.py",
+    "api/classes/Pipeline/take_loras": "`Pipeline.check`",
+    "api/classes/Pipeline/velocity": "`Engine.velocity`, and `make_velocity` of loaders",
+    "api/classes/Run/recipe": "a field: a typed `Recipe`, whose `to_json` is what it was",
+    "api/fields/Run/request": "a property, out of the recipe",
+    "api/fields/Run/made_by": "the recipe has it, typed",
+    "api/classes/Request/complete": "`ModelSpec` replaces `Preset`",
+    "api/classes/CompleteRequest/guidance": "the names of experts come from the model",
+}
 
 # Where classes live that wanflow itself does not name.
 MODELS = {
