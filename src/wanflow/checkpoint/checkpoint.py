@@ -214,9 +214,7 @@ def _expert_config(
     extra: Mapping[str, Any],
     given: bool,
 ) -> DiTConfig:
-    """Return the shape of an expert: from its tensors, its config and `wanflow.json`, which must
-    agree.
-    """
+    """Return the shape of an expert; its tensors, its config and `wanflow.json` must agree."""
     path = found.parts[part]
     # Any config may be next to a file that the user named, so it does not count. Then the config
     # of the expert that the file replaces counts.

@@ -143,7 +143,7 @@ def _official(folder: Path) -> CheckpointFiles:
 
 
 def _diffusers(folder: Path) -> CheckpointFiles:
-    """`transformer` is the high-noise expert, `transformer_2` the low-noise one."""
+    """Find the parts by folder: `transformer` is the high-noise expert, `transformer_2` the low."""
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
     if name not in ("WanPipeline", None):
