@@ -50,6 +50,7 @@ INTENDED: dict[str, str] = {
     "api/fields/Run/made_by": "the recipe has it, typed",
     "api/classes/Request/complete": "`ModelSpec` replaces `Preset`",
     "api/classes/CompleteRequest/guidance": "the names of experts come from the model",
+    "flags/wanflow plan/--figures": "its tables are the page docs/explain/figures.md",
 }
 
 # Where classes live that wanflow itself does not name.
