@@ -155,7 +155,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         RequestError: when it has more pieces than the text encoder.
     """
     path, vocab = checkpoint.paths["tokenizer"], checkpoint.spec.text.vocab
-    engine = open_tokenizer(path)
+    inside = path == checkpoint.paths["t5"]
+    engine = open_tokenizer(path, checkpoint.source("t5").inner if inside else None)
     pieces = engine.get_vocab_size()
     if pieces > vocab:
         raise RequestError(

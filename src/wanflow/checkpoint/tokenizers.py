@@ -44,13 +44,16 @@ class Pieces:
     fold_spaces: bool = True
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path, source: TensorSource | None = None) -> Tokenizer:
     """Read the tokenizer in a file of any form.
+
+    Args:
+        source: the file, where it is a T5 file that is open.
 
     Raises:
         RequestError: naming the file, when it is missing or damaged, or holds no T5 tokenizer.
     """
-    engine = _open(path)
+    engine = _open(path) if source is None else _inside(source)
     try:
         engine.encode(TRIAL, add_special_tokens=False)
     except (KeyboardInterrupt, SystemExit):
@@ -78,9 +81,14 @@ def _open(path: Path) -> Tokenizer:
         # The first field of a sentencepiece model is a piece.
         if start[:1] == b"\n" and size <= LIMIT:
             return build(_parse(start + file.read(), path), path)
+    return _inside(open_source(path))
+
+
+def _inside(source: TensorSource) -> Tokenizer:
+    """Read the tokenizer in a T5 file."""
     from wanflow.checkpoint.gguf import GGUFFile
 
-    source = open_source(path)
+    path = source.path
     if isinstance(source, GGUFFile):
         return build(_from_gguf(source), path)
     held = _embedded(source)
