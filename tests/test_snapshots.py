@@ -29,6 +29,23 @@ RENAMED: dict[str, str] = {
     "test_parts_know_only_what_they_are_asked_for": (
         "test_a_missing_file_is_found_before_anything_is_read"
     ),
+    # Several ranks: the scenarios were cut to those that differ.
+    "test_a_bad_request_to_torchrun_is_said_once": "test_a_request_that_all_ranks_refuse_names_none",
+    "test_a_run_of_one_process_goes_on_with_two": "test_a_run_of_one_process_resumes_on_two",
+    "test_a_run_that_was_cut_goes_on_with_another_number_of_processes": (
+        "test_all_ranks_end_and_the_run_resumes"
+    ),
+    "test_gpus_and_torchrun_do_not_both_start_processes": (
+        "test_gpus_and_torchrun_do_not_both_start_ranks"
+    ),
+    "test_names_that_are_no_parameters": "gone with `fsdp.whole`, which only tests called",
+    # Plan and doctor.
+    "test_a_planner_that_fails_costs_only_its_advice": (
+        "test_a_plan_that_fails_costs_only_its_advice"
+    ),
+    "test_planning_nano_imports_no_compiler": (
+        "test_planning_nano_imports_neither_tracing_nor_a_compiler"
+    ),
 }
 
 
