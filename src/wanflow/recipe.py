@@ -96,8 +96,7 @@ def _object(value: object, name: str) -> dict[str, Any]:
 def _known(cls: type, value: object, name: str, strict: bool = False) -> dict[str, Any]:
     """Return the fields of a dataclass that a JSON object has, which must be all without a default.
 
-    Args:
-        strict: refuse a field that the dataclass lacks, because leaving it out changes the result.
+    With `strict` a field that the dataclass lacks is refused: leaving it out changes the result.
     """
     found, known = _object(value, name), {part.name: part for part in fields(cls)}
     for part in known.values():

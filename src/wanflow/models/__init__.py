@@ -1,0 +1,1 @@
+"""The models as plain modules, one file each."""

@@ -135,6 +135,8 @@ class PatchEmbedding(nn.Conv3d):
 
 
 class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32."""
+
     def forward(self, x: Tensor) -> Tensor:
         """In and out float32."""
         weight = None if self.weight is None else self.weight.float()
@@ -158,6 +160,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Projections and norms that self- and cross-attention share."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
@@ -171,12 +175,14 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
+    """Attention of all tokens to each other, with rotary positions."""
+
     chunk = 0  # as in Block
 
     def forward(
         self, x: Tensor, rope: Tensor, modulated_input: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
-        """x [B, L, d], rope [L, K/2] -> [B, L, d].
+        """Map x [B, L, d], rope [L, K/2] -> [B, L, d].
 
         `modulated_input` takes some tokens of x and their range, and returns what is projected.
         """
@@ -190,7 +196,7 @@ class SelfAttention(Attention):
         return cast(Tensor, self.o(mixed))
 
     def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, d], rope [L, K/2] -> queries, keys and values [B, L, N, K] each."""
+        """Map x [B, L, d], rope [L, K/2] -> queries, keys and values [B, L, N, K] each."""
         v = self.split(self.v(x))
         q = rotate(self.split(self.norm_q(self.q(x))), rope).to(v.dtype)
         k = rotate(self.split(self.norm_k(self.k(x))), rope).to(v.dtype)
@@ -198,13 +204,15 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
+    """Attention of the tokens to the text."""
+
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded text [B, S, d] -> keys and values [B, S, N, K], the same at every step."""
         v = self.split(self.v(text))
         return self.split(self.norm_k(self.k(text))).to(v.dtype), v
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, L, d] -> [B, L, d]."""
+        """Map x [B, L, d] -> [B, L, d]."""
         k, v = text
         q = self.split(self.norm_q(self.q(x))).to(v.dtype)
         return cast(Tensor, self.o(self.attend(q, k, v).flatten(2)))
@@ -240,7 +248,7 @@ class Block(nn.Module):
         return self.cross_attn.text_kv(text)
 
     def forward(self, x: Tensor, conditioning: Conditioning, text: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, L, d] float32 -> [B, L, d] float32."""
+        """Map x [B, L, d] float32 -> [B, L, d] float32."""
         table = conditioning.modulation + self.modulation.float()
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
         mixed = self.self_attn(
@@ -312,6 +320,8 @@ def by_chunks(
 
 
 class Head(nn.Module):
+    """The last norm and projection: tokens to patches."""
+
     chunk = 0  # as in Block
 
     def __init__(self, config: DiTConfig) -> None:
@@ -321,7 +331,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """x [B, L, d] -> patches [B, L, 4 C] float32."""
+        """Map x [B, L, d] -> patches [B, L, 4 C] float32."""
         shift, scale = (conditioning.time + row.float() for row in self.modulation.unbind(1))
         (patches,) = by_chunks(
             lambda part: (self.patches(x[:, part], conditioning.part(part), shift, scale),),

@@ -20,6 +20,8 @@ from wanflow.config import TextConfig
 
 
 class T5Norm(nn.Module):
+    """RMS norm in float32, without a bias."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -34,6 +36,8 @@ class T5Norm(nn.Module):
 
 
 class T5Attention(nn.Module):
+    """Self-attention without scaling of the scores."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
@@ -43,7 +47,7 @@ class T5Attention(nn.Module):
         self.o = nn.Linear(config.dim_attn, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, S, D], bias [B, N, S, S] -> [B, S, D]."""
+        """Map x [B, S, D], bias [B, N, S, S] -> [B, S, D]."""
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.q, self.k, self.v)
@@ -57,6 +61,8 @@ class T5Attention(nn.Module):
 
 
 class T5FeedForward(nn.Module):
+    """Gated feed-forward: gelu(gate) * fc1, then fc2."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.gate = nn.Sequential(
@@ -71,17 +77,21 @@ class T5FeedForward(nn.Module):
 
 
 class RelativePositions(nn.Module):
+    """A bias of each head for each bucket of distance."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """buckets [S, S] -> bias [1, N, S, S]."""
+        """Map buckets [S, S] -> bias [1, N, S, S]."""
         out: Tensor = self.embedding(buckets).permute(2, 0, 1).unsqueeze(0)
         return out
 
 
 class T5Block(nn.Module):
+    """Self-attention and feed-forward, each with its norm and residual."""
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.norm1 = T5Norm(config.dim, config.eps)
@@ -91,7 +101,7 @@ class T5Block(nn.Module):
         self.pos_embedding = RelativePositions(config)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
-        """x [B, S, D], mask [B, 1, 1, S] True at tokens -> [B, S, D]."""
+        """Map x [B, S, D], mask [B, 1, 1, S] True at tokens -> [B, S, D]."""
         bias = self.pos_embedding(buckets)
         x = x + self.attn(self.norm1(x), bias.masked_fill(~mask, torch.finfo(bias.dtype).min))
         out: Tensor = x + self.ffn(self.norm2(x))

@@ -34,7 +34,7 @@ class CausalConv3d(nn.Conv3d):
     """
 
     def forward(self, x: Tensor, state: State) -> Tensor:  # type: ignore[override]
-        """x [B, C, T, H, W] -> [B, C', T, H, W]."""
+        """Map x [B, C, T, H, W] -> [B, C', T, H, W]."""
         reach, space = self.kernel_size[0] - 1, (self.kernel_size[1] // 2, self.kernel_size[2] // 2)
         if reach == 0:
             return F.conv3d(x, self.weight, self.bias, padding=(0, *space))
@@ -141,7 +141,7 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        """x [B, C, T, H, W] -> the same."""
+        """Map x [B, C, T, H, W] -> the same."""
         return self.attend(x, lambda keys_values: keys_values)
 
     def attend(self, x: Tensor, complete: Callable[[Tensor], Tensor]) -> Tensor:
@@ -193,7 +193,7 @@ class DoublingConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, C', 2 H, 2 W]."""
+        """Map x [B, C, H, W] -> [B, C', 2 H, 2 W]."""
         taps = self.weight.flip(2, 3)
         taps = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))
         taps = F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))

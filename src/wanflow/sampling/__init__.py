@@ -1,0 +1,1 @@
+"""Schedule, solvers, guidance and timeline, as pure functions and values."""

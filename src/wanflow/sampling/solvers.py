@@ -76,12 +76,12 @@ def _log_snr(sigma: float) -> float:
 
 
 def _span(schedule: Schedule, index: int) -> float:
-    """The step in lambda from sigma[index] to sigma[index + 1]."""
+    """Return the step in lambda from sigma[index] to sigma[index + 1]."""
     return _log_snr(schedule.sigmas[index + 1]) - _log_snr(schedule.sigmas[index])
 
 
 def _first_order(schedule: Schedule, index: int, x: Tensor, data: Tensor) -> tuple[Tensor, float]:
-    """The step for constant data, and alpha * (e^-h - 1), the weight of higher orders."""
+    """Return the step for constant data, and alpha * (e^-h - 1), the weight of higher orders."""
     now, after = schedule.sigmas[index], schedule.sigmas[index + 1]
     weight = (1 - after) * math.expm1(-_span(schedule, index))
     return (after / now) * x - weight * data, weight
