@@ -28,7 +28,8 @@ test: install    ## the test suite, about 3 minutes on two cores
 	$(BIN)/python -m pytest
 
 test-all: install  ## what `make test` leaves out: pairs of features, many processes, oracles, fuzz, training
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not distributed"
+	$(BIN)/python -m pytest -m "slow and distributed" -n 1  # up to 8 processes at a time
 
 coverage: install  ## all tests, with the lines they run
 	$(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term:skip-covered

@@ -25,7 +25,7 @@ def compatible(one: str, two: str) -> bool:
 
 # What truly cannot go together is refused in words, before a weight is read.
 REFUSED = {
-    (a, b): "packed in their file already"
+    (a, b): "packed weights already"
     for a in ("quantised", "all quantised")
     for b in ("fp8 weights", "GGUF weights")
 }
