@@ -72,7 +72,7 @@ def without_loading(found: Estimate) -> float:
 
 
 def timed(plan: Plan, card: str, link: float | None = None) -> Estimate:
-    known = GPUS[card].rates()
+    known = GPUS[card].rates
     return estimate(
         replace(
             plan,
@@ -185,7 +185,7 @@ def main() -> None:
                 "date": str(date.today()),
                 "machine": {"system": platform.platform(), "torch": torch.__version__},
                 "command": "python benchmarks/parallel_table.py",
-                "links": {card: GPUS[card].rates().link for card in CARDS} | {"pcie": PCIE},
+                "links": {card: GPUS[card].rates.link for card in CARDS} | {"pcie": PCIE},
                 "rows": rows,
                 "official": OFFICIAL,
                 "others": OTHERS,

@@ -289,7 +289,7 @@ def test_what_is_set_stays_and_is_refused_in_words_where_it_cannot_be() -> None:
     plan = plan_for(described("rtx4090"), requested)
     assert plan.runtime == requested and not plan.fits
     with pytest.raises(RequestError) as refusal:
-        raise_if_unfit(plan, published())
+        raise_if_unfit(plan)
     lines = str(refusal.value).splitlines()
     assert (
         len(lines) == 3
@@ -429,7 +429,7 @@ def test_no_room_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch
 def test_full_size_without_a_gpu_is_refused_in_three_lines() -> None:
     plan = plan_for(described("none", ram=64), size="832*480", frame_num=5)
     with pytest.raises(RequestError) as refusal:
-        raise_if_unfit(plan, published())
+        raise_if_unfit(plan)
     needed, here, do = str(refusal.value).splitlines()
     for words in ("80 GB", "64 GB of RAM", "150 GB", "12 GB", "32 GB"):
         assert words in needed
@@ -443,7 +443,7 @@ def test_the_documents_machine_takes_the_documents_command() -> None:
     time.
     """
     plan = plan_for(described("a100-80gb", ram=64, disk=150), Runtime(keep_experts=False))
-    raise_if_unfit(plan, published())
+    raise_if_unfit(plan)
     assert plan.need is not None and plan.need.disk <= plan.machine.disk_free
 
 
@@ -564,7 +564,7 @@ def test_nanos_time_is_measured_here() -> None:
     model = resolve("nano")
     request = of(model.spec)
     machine = Machine(0, "", 16 * GIB, 12 * GIB, 100 * GB)
-    plan = rated(solve(model, request, Runtime(device="cpu"), machine), model, request)
+    plan = rated(solve(model, request, Runtime(device="cpu"), machine))
     assert plan.machine.rates is not None and plan.machine.rates.matmul > 1e9
     assert 0.05 < estimate(plan).seconds < 60
 

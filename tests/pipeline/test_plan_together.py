@@ -169,7 +169,7 @@ def test_several_that_are_too_small_are_refused_in_three_lines() -> None:
     small = replace(described("rtx4090", 2), gpu_free=13 * GB)
     plan = solve(published(), of(T2V_A14B, **QUICK), Runtime(dit_fsdp=True), small, processes=2)
     with pytest.raises(RequestError) as refusal:
-        raise_if_unfit(plan, published())
+        raise_if_unfit(plan)
     needed, here, do = str(refusal.value).splitlines()
     assert "on each GPU" in needed and "2 x NVIDIA RTX 4090" in here and do.startswith("  do:")
     assert any("fp8" in offer for offer in plan.offers)
@@ -331,7 +331,7 @@ def test_more_gpus_take_less_time_but_not_by_as_much() -> None:
 
 
 def test_every_card_has_a_link() -> None:
-    link = {key: card.rates().link for key, card in GPUS.items()}
+    link = {key: card.rates.link for key, card in GPUS.items()}
     assert link["a100-80gb"] < link["h100-80gb"] == link["h200"]
     assert link["rtx4090"] == link["l40s"] == PCIE < link["a100-80gb"]
 

@@ -71,15 +71,14 @@ def plan(args: argparse.Namespace) -> None:
     # A described machine runs a process for each GPU; this one as many as `generate` would start.
     processes = args.num_gpus if machine.described else here
     planned = solve(checkpoint, complete, runtime, machine, processes=processes)
-    planned = rated(planned, checkpoint, complete)
+    planned = rated(planned)
     time = estimate(planned) if planned.machine.rates is not None else None
     if args.json:
-        found = document(checkpoint, complete, planned, time)
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(document(planned, time), indent=2, ensure_ascii=False))
     else:
-        print(*page(checkpoint, complete, planned, time, args.peaks), sep="\n")
+        print(*page(planned, time, args.peaks), sep="\n")
     if not args.force:
-        raise_if_unfit(planned, checkpoint)
+        raise_if_unfit(planned)
 
 
 def _processes(args: argparse.Namespace) -> int:

@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import DiTConfig, RequestError
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import Block, Conditioning, rope_table
 from wanflow.plan.gpus import DISK_RATE, GB, PCIE, Rates
 from wanflow.plan.phases import Phase
-from wanflow.plan.plan import Plan, expert_parameters
+from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Trace, Work
-from wanflow.request import CompleteRequest
-from wanflow.runtime import choose_device, choose_dtype
+from wanflow.runtime import choose_device
 
 GLOO = GB  # bytes/s between processes on one machine's CPU, assumed
 COPY = {"cpu": 10 * GB, "cuda": 20 * GB}  # bytes/s from RAM to the device, assumed
@@ -123,16 +121,13 @@ def compute_seconds(work: Work, rates: Rates, on_cpu: bool) -> float:
 # rates of this machine
 
 
-def rated(plan: Plan, checkpoint: Checkpoint, request: CompleteRequest) -> Plan:
+def rated(plan: Plan) -> Plan:
     """Return the plan with rates: measured in under a second if the machine here is unknown."""
     if plan.machine.rates is not None or plan.machine.described:
         return plan
-    spec = checkpoint.spec
-    tokens = geometry_of(spec).tokens(request.size, request.frame_num)
-    on_cpu = plan.kind == "cpu"
-    dtype = choose_dtype(plan.runtime.dtype, on_cpu, expert_parameters(checkpoint) * 4)
-    device = choose_device(plan.runtime.device)
-    rates = measured(device, dtype, spec.dit.dim, spec.dit.num_heads, tokens)
+    spec, device = plan.checkpoint.spec, choose_device(plan.runtime.device)
+    tokens = geometry_of(spec).tokens(plan.request.size, plan.request.frame_num)
+    rates = measured(device, plan.dtype, spec.dit.dim, spec.dit.num_heads, tokens)
     return replace(plan, machine=replace(plan.machine, rates=rates))
 
 

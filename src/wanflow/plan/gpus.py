@@ -6,11 +6,14 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from wanflow.config import RequestError
 from wanflow.hardware import least_gpu_memory_free, memory
+
+Kind = Literal["gpu", "cpu"]
 
 GB, TERA = 10**9, 10**12
 
@@ -56,39 +59,24 @@ class Rates:
 
 @dataclass(frozen=True)
 class Card:
-    """A known GPU: memory in GiB, TFLOP/s as in `Rates`, memory in TB/s, the bus in GB/s."""
+    """A known GPU of NVIDIA: its name, memory in GiB, and rates."""
 
     name: str
     gib: float
-    matmul: float
-    attention: float
-    float32: float
-    low: float
-    memory: float
-    bus: float
-    link: int
-    source: str
-
-    def rates(self) -> Rates:
-        """Return the rates in FLOP/s and bytes/s."""
-        return Rates(
-            self.matmul * TERA,
-            self.attention * TERA,
-            self.float32 * TERA,
-            self.low * TERA,
-            self.memory * TERA,
-            self.bus * GB,
-            DISK_RATE,
-            LAUNCH,
-            self.source,
-            self.link,
-        )
+    rates: Rates
 
     def same_as(self, name: str, nbytes: int) -> bool:
         """Return whether a driver's name and memory are of this card."""
         model = self.name.split(" 80 GB")[0].split()[-1]
         found = re.search(rf"\b{model}\b", name.replace("-", " "))
         return found is not None and abs(nbytes / 2**30 - self.gib) < 0.1 * self.gib
+
+
+def _rates(tera: tuple[float, ...], bus: float, link: int, source: str) -> Rates:
+    """Return rates from TFLOP/s in the order of `Rates`, then TB/s of memory; the bus in GB/s."""
+    matmul, attention, float32, low, memory = (value * TERA for value in tera)
+    copy = bus * GB
+    return Rates(matmul, attention, float32, low, memory, copy, DISK_RATE, LAUNCH, source, link)
 
 
 # Memory: as drivers report it, rounded down.
@@ -99,15 +87,15 @@ class Card:
 RUNS, BOTH = "published runs", "a measurement and published runs"
 SHEET = "data sheet times a usual share"
 GPUS = {
-    #                     name              GiB    matmul att. f32 low   mem.  bus link
-    "a100-80gb": Card("NVIDIA A100 80 GB",  79.1,  255, 215, 30,  374, 1.63, 25, NVLINK3, RUNS),
-    "h100-80gb": Card("NVIDIA H100 80 GB",  79.1,  690, 660, 93, 1187, 2.68, 50, NVLINK4, RUNS),
-    "h200":      Card("NVIDIA H200",       139.7,  790, 660, 93, 1187, 3.84, 50, NVLINK4, BOTH),
-    "h20":       Card("NVIDIA H20",         95.0,  129, 129, 14,  178, 3.2,  50, NVLINK4, RUNS),
-    "rtx5090":   Card("NVIDIA RTX 5090",    31.3,  157, 142, 20,  251, 1.43, 50, PCIE, SHEET),
-    "rtx4090":   Card("NVIDIA RTX 4090",    23.5,  124, 112, 16,  198, 0.81, 25, PCIE, SHEET),
-    "l40s":      Card("NVIDIA L40S",        44.3,  272, 246, 35,  440, 0.69, 25, PCIE, SHEET),
-    "a6000":     Card("NVIDIA RTX A6000",   47.4,  116, 105, 15,  186, 0.61, 25, PCIE, SHEET),
+    #                     name       GiB            matmul att. f32 low   mem.  bus link
+    "a100-80gb": Card("A100 80 GB",  79.1, _rates((255, 215, 30,  374, 1.63), 25, NVLINK3, RUNS)),
+    "h100-80gb": Card("H100 80 GB",  79.1, _rates((690, 660, 93, 1187, 2.68), 50, NVLINK4, RUNS)),
+    "h200":      Card("H200",       139.7, _rates((790, 660, 93, 1187, 3.84), 50, NVLINK4, BOTH)),
+    "h20":       Card("H20",         95.0, _rates((129, 129, 14,  178, 3.2),  50, NVLINK4, RUNS)),
+    "rtx5090":   Card("RTX 5090",    31.3, _rates((157, 142, 20,  251, 1.43), 50, PCIE, SHEET)),
+    "rtx4090":   Card("RTX 4090",    23.5, _rates((124, 112, 16,  198, 0.81), 25, PCIE, SHEET)),
+    "l40s":      Card("L40S",        44.3, _rates((272, 246, 35,  440, 0.69), 25, PCIE, SHEET)),
+    "a6000":     Card("RTX A6000",   47.4, _rates((116, 105, 15,  186, 0.61), 25, PCIE, SHEET)),
 }  # fmt: skip
 
 
@@ -162,7 +150,7 @@ def this_machine(folder: Path, used: int = 1) -> Machine:
         chosen = sizes.index(max(sizes))
         gpu_free = torch.cuda.mem_get_info(chosen)[0]
     name, size = cards[chosen].name, sizes[chosen]
-    known = next((card.rates() for card in GPUS.values() if card.same_as(name, size)), None)
+    known = next((card.rates for card in GPUS.values() if card.same_as(name, size)), None)
     return Machine(size, name, ram, ram_free, disk_free, count, gpu_free, known)
 
 
@@ -188,4 +176,6 @@ def described(
     if card is None:
         raise RequestError(f"--gpu {gpu}: unknown GPU; expected one of {', '.join(GPUS)}, none")
     vram = int(card.gib * 2**30)
-    return Machine(vram, card.name, int(size), free, space, count, vram, card.rates(), True)
+    return Machine(
+        vram, f"NVIDIA {card.name}", int(size), free, space, count, vram, card.rates, True
+    )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from wanflow.plan.decoding import kept_features
-from wanflow.plan.trace import Storage, Work
+from wanflow.plan.gpus import GB, Kind
+from wanflow.plan.trace import Traced
 from wanflow.plan.traces import Traces
 from wanflow.presets import Expert
 from wanflow.runtime import Runtime
 
-GB = 10**9
 # GPU memory besides tensors: the context with its kernels (0.4 to 0.6 GB are usual), the share that
 # PyTorch's allocator loses to rounding and gaps, and the workspace of cuDNN's convolutions. Not
 # measured.
@@ -23,43 +21,35 @@ PROCESS, PROCESS_CUDA = 300_000_000, 1_500_000_000
 READING = 200_000_000  # bytes between a file and a weight: chunks, headers, the video being written
 OUTPUT_DISK = GB
 
-Kind = Literal["gpu", "cpu"]
 
-
-@dataclass(frozen=True)
-class Phase:
+@dataclass(frozen=True, kw_only=True)
+class Phase(Traced):
     """What a phase of a run takes, on the rank with the most to do.
 
+    Work and communication are those of one of the `steps`.
+
     Attributes:
-        weights, activations: bytes on the device.
+        weights: bytes on the device, next to `activations`.
         host: bytes of RAM, where the device has memory of its own.
-        work: of one of the `steps`.
         read: bytes of files that are read before the first step.
         copied, read_in_step: bytes that are copied to the device, or read, in each step.
-        top: the largest storages at the peak.
         here: how many ranks the machine has.
         alone: whether rank 0 does this while the others wait.
-        sent: bytes that the rank sends in a step, by content, in `messages` collectives.
         gathered: bytes of other ranks' shards that it receives in a step.
     """
 
     name: str
     kind: Kind
     weights: int
-    activations: int
     host: int
-    work: Work
+    here: int
+    read: int
     expert: Expert | None = None
     steps: int = 1
-    read: int = 0
     copied: int = 0
     read_in_step: int = 0
     workspace: int = 0
-    top: tuple[Storage, ...] = ()
-    here: int = 1
     alone: bool = False
-    sent: Mapping[str, int] = field(default_factory=dict)
-    messages: int = 0
     gathered: int = 0
 
     @property
@@ -118,7 +108,7 @@ def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     A small model's stays on the device. Else its table is in RAM, and its blocks are read in turn,
     one ahead.
     """
-    traced, held = traces.text(), traces.text_encoder()
+    traced, held = traces.text, traces.text_encoder
     on_cpu = kind == "cpu" or bool(runtime.t5_cpu)
     rest, two_blocks = held.total - sum(held.blocks), 2 * max(held.blocks)
     if traces.small:
@@ -127,20 +117,19 @@ def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         weights, host = rest + two_blocks, 0
     else:
         weights, host = max(held.blocks), rest + two_blocks
-    name, activations = "text encoder", traced.activations
+    name = "text encoder"
     if kind == "gpu" and on_cpu:
         name = "text encoder on the CPU"
-        weights, activations, host = 0, 0, weights + activations
+        weights, host = 0, weights + traced.activations
+        traced = replace(traced, activations=0)
     return Phase(
-        name,
-        kind,
-        weights,
-        activations,
-        READING + host,
-        traced.work,
-        read=traces.checkpoint.file_bytes("t5"),
-        top=traced.top,
+        **vars(traced),
+        name=name,
+        kind=kind,
+        weights=weights,
+        host=READING + host,
         here=traces.here,
+        read=traces.checkpoint.file_bytes("t5"),
         alone=True,
     )
 
@@ -179,21 +168,17 @@ def _denoise(
     file = traces.checkpoint.file_bytes(expert)
     read_in_step = 0 if from_ram else round(file * streamed / held.total)
     return Phase(
-        f"{expert}-noise expert{'' if guided else ' without guidance'}",
-        kind,
-        sum(on_device(traces, each, runtime) for each in (expert, *others)),
-        traced.activations,
-        host,
-        traced.work,
-        expert,
-        len(steps),
+        **vars(traced),
+        name=f"{expert}-noise expert{'' if guided else ' without guidance'}",
+        kind=kind,
+        weights=sum(on_device(traces, each, runtime) for each in (expert, *others)),
+        host=host,
+        here=traces.here,
         read=file - read_in_step,
+        expert=expert,
+        steps=len(steps),
         copied=passes * streamed if kind == "gpu" else 0,
         read_in_step=passes * read_in_step,
-        top=traced.top,
-        here=traces.here,
-        sent=traced.sent,
-        messages=traced.messages,
         gathered=passes * (traces.layout.size - 1) * held.shard if runtime.dit_fsdp else 0,
     )
 
@@ -233,6 +218,7 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     """Return the VAE's phase."""
     tile, kept = runtime.vae_tile or 0, traces.experts if runtime.keep_experts else ()
     traced, host = traces.decode(tile), READING
+    vae = 4 * traces.checkpoint.parameters("vae")  # it runs in float32
     if tile:
         width, height = traces.request.size
         frames = traces.request.frame_num * width * height * 3
@@ -240,16 +226,12 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     if runtime.stream_from == "ram":
         host += sum(streamed_bytes(traces, expert, runtime) for expert in kept)
     return Phase(
-        "VAE",
-        kind,
-        traces.vae_bytes() + sum(on_device(traces, expert, runtime) for expert in kept),
-        traced.activations,
-        host,
-        traced.work,
+        **vars(traced),
+        name="VAE",
+        kind=kind,
+        weights=vae + sum(on_device(traces, expert, runtime) for expert in kept),
+        host=host,
+        here=traces.here,
         read=traces.checkpoint.file_bytes("vae"),
         workspace=WORKSPACE if kind == "gpu" else 0,
-        top=traced.top,
-        here=traces.here,
-        sent=traced.sent,
-        messages=traced.messages,
     )

@@ -1,9 +1,9 @@
-"""`Plan`: the settings of a run, and those that need no trace, as all of a small model's."""
+"""Begin a `Plan`: choose the settings of a run that need no trace, as all of a small model's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +11,7 @@ from wanflow.assemble import layout_of, refuse_together
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
 from wanflow.parallel.groups import Layout, choose_layout, sizes
-from wanflow.plan.gpus import Machine
+from wanflow.plan.gpus import Kind, Machine
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime, choose_device, choose_dtype, is_small
 from wanflow.sampling.timeline import timeline
@@ -20,41 +20,20 @@ from wanflow.transforms.attention_kernels import BACKENDS
 if TYPE_CHECKING:
     from wanflow.plan.phases import Need
 
-Kind = Literal["gpu", "cpu"]
 GPUS_PER_MACHINE = 8  # at most, where nothing else is known
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a request runs on a machine, and why.
+    """How a request runs on a machine, and why: `set_up` begins it, `solve` completes it.
 
     Attributes:
-        runtime: has no open setting.
-        need: None for a small model, which is not traced.
+        runtime: has no open setting once the plan is complete.
+        dtype: of the experts.
+        here: how many of the ranks one machine has.
+        need: None until the run is traced; a small model runs without.
         short: what does not fit.
         offers: settings that would help, and change the video or the request.
-    """
-
-    runtime: Runtime
-    machine: Machine
-    kind: Kind
-    need: Need | None
-    reasons: tuple[str, ...]
-    short: tuple[str, ...] = ()
-    offers: tuple[str, ...] = ()
-    layout: Layout = Layout()  # noqa: RUF009 (it is frozen)
-
-    @property
-    def fits(self) -> bool:
-        return not self.short
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a plan starts from: a request, the ranks that share it, and the settings so far.
-
-    Attributes:
-        here: how many of the ranks one machine has.
     """
 
     checkpoint: Checkpoint
@@ -66,13 +45,20 @@ class Setup:
     layout: Layout
     here: int
     reasons: tuple[str, ...]
+    need: Need | None = None
+    short: tuple[str, ...] = ()
+    offers: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.short
 
     @property
     def small(self) -> bool:
         return is_small(expert_parameters(self.checkpoint) * self.dtype.itemsize)
 
-    def small_plan(self) -> Plan:
-        """Return the plan of a small model: all of it stays on the device."""
+    def all_resident(self) -> Plan:
+        """Return the complete plan of a small model: all of it stays on the device."""
         runtime = with_defaults(
             self.runtime,
             t5_cpu=False,
@@ -85,7 +71,7 @@ class Setup:
             dit_fsdp=False,
         )
         reasons = (*self.reasons, "the model is small: all of it stays in memory")
-        return Plan(runtime, self.machine, self.kind, None, reasons, layout=self.layout)
+        return replace(self, runtime=runtime, reasons=reasons)
 
 
 def set_up(
@@ -95,8 +81,8 @@ def set_up(
     machine: Machine,
     processes: int = 1,
     per_machine: int | None = None,
-) -> Setup:
-    """Choose what needs no trace: device, dtype and layout.
+) -> Plan:
+    """Begin a plan: choose device, dtype and layout, which need no trace.
 
     Args:
         processes: how many share the video, each with a GPU of its own.
@@ -113,7 +99,7 @@ def set_up(
     reasons = tuple(_layout_reasons(checkpoint, request, layout))
     if processes > 1:
         runtime = with_defaults(runtime, vae_tile=0)  # ranks decode in strips
-    return Setup(checkpoint, request, runtime, machine, kind, dtype, layout, here, reasons)
+    return Plan(checkpoint, request, runtime, machine, kind, dtype, layout, here, reasons)
 
 
 def with_defaults(runtime: Runtime, **values: object) -> Runtime:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.plan.estimate import Estimate
+from wanflow.plan.gpus import GB
 from wanflow.plan.phases import Need, Phase
 from wanflow.plan.plan import Plan
 from wanflow.presets import ModelSpec
@@ -17,7 +17,6 @@ from wanflow.sampling.schedule import snr
 from wanflow.sampling.timeline import handover, timeline
 from wanflow.screen import duration, table_lines
 
-GB = 10**9
 SENT = {
     "qkv": "queries, keys and values",
     "out": "attention's results",
@@ -48,16 +47,10 @@ def expert_steps(request: CompleteRequest, spec: ModelSpec) -> dict[str, Any]:
     return found
 
 
-def page(
-    checkpoint: Checkpoint,
-    request: CompleteRequest,
-    plan: Plan,
-    estimate: Estimate | None,
-    peaks: bool = False,
-) -> Iterator[str]:
+def page(plan: Plan, estimate: Estimate | None, peaks: bool = False) -> Iterator[str]:
     """Yield the lines of a traced plan; `peaks` adds the largest tensors of each phase."""
-    needed = _need(plan)
-    spec, (width, height), machine = checkpoint.spec, request.size, plan.machine
+    needed, request, machine = _need(plan), plan.request, plan.machine
+    spec, (width, height) = plan.checkpoint.spec, request.size
     frames = f"{request.frame_num} frame{'s' if request.frame_num > 1 else ''}"
     steps = f"{request.sample_steps} steps ({request.sample_solver})"
     yield f"{spec.name}: {width}*{height}, {frames}, {steps}"
@@ -187,11 +180,9 @@ def _time(seconds: float) -> str:
     return duration(seconds) if seconds >= 120 else f"{seconds:.1f} s"
 
 
-def document(
-    checkpoint: Checkpoint, request: CompleteRequest, plan: Plan, estimate: Estimate | None
-) -> dict[str, Any]:
+def document(plan: Plan, estimate: Estimate | None) -> dict[str, Any]:
     """Return everything on the page, for programs: bytes, seconds, FLOPs."""
-    needed, spec = _need(plan), checkpoint.spec
+    needed, checkpoint, spec = _need(plan), plan.checkpoint, plan.checkpoint.spec
     parts = (*spec.expert_names, "t5", "vae")
     return {
         "model": {
@@ -199,7 +190,7 @@ def document(
             "parameters": {part: checkpoint.parameters(part) for part in parts},
             "file_bytes": {part: checkpoint.file_bytes(part) for part in parts},
         },
-        "request": asdict(request),
+        "request": asdict(plan.request),
         "machine": asdict(plan.machine),
         "fits": plan.fits,
         "short": list(plan.short),
@@ -207,7 +198,7 @@ def document(
         "layout": asdict(plan.layout) | {"processes": plan.layout.size},
         "reasons": list(plan.reasons),
         "offers": list(plan.offers),
-        "experts": expert_steps(request, spec),
+        "experts": expert_steps(plan.request, spec),
         "gpu_bytes": needed.device.device,
         "ram_bytes": needed.ram.ram,
         "disk_bytes": needed.disk,

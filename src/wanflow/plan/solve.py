@@ -9,9 +9,10 @@ from itertools import product
 import torch
 
 from wanflow.checkpoint.checkpoint import Checkpoint
-from wanflow.plan.gpus import Machine
+from wanflow.plan.gpus import GB, Machine
 from wanflow.plan.phases import (
     SCATTER,
+    Need,
     Phase,
     decode_phase,
     expert_phases,
@@ -20,12 +21,11 @@ from wanflow.plan.phases import (
     streamed_bytes,
     text_phase,
 )
-from wanflow.plan.plan import Plan, Setup, set_up, with_defaults
+from wanflow.plan.plan import Plan, set_up, with_defaults
 from wanflow.plan.traces import Traces
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime
 
-GB = 10**9
 # Tokens: enough rows for a matmul at full speed, and few enough that attention stays the peak at
 # 720p.
 CHUNK = 8192
@@ -52,70 +52,65 @@ def solve(
     Raises:
         RequestError: as `set_up` does.
     """
-    return solve_setup(set_up(checkpoint, request, runtime, machine, processes, per_machine))
+    plan = set_up(checkpoint, request, runtime, machine, processes, per_machine)
+    return completed_plan(plan)
 
 
-def solve_setup(setup: Setup) -> Plan:
-    """Return the traced plan of a request that is set up."""
-    on_gpu_here = setup.kind == "gpu" and not setup.machine.described
-    traces = Traces(
-        setup.checkpoint,
-        setup.request,
-        setup.dtype,
-        torch.device("cuda" if on_gpu_here else "cpu"),
-        setup.layout,
-        setup.here,
-    )
-    if setup.small:
-        plan = setup.small_plan()
+def completed_plan(plan: Plan) -> Plan:
+    """Return a plan that `set_up` began, traced and without an open setting."""
+    on_gpu_here = plan.kind == "gpu" and not plan.machine.described
+    device = torch.device("cuda" if on_gpu_here else "cpu")
+    traces = Traces(plan.checkpoint, plan.request, plan.dtype, device, plan.layout, plan.here)
+    if plan.small:
+        plan = plan.all_resident()
         return replace(plan, need=need(traces, plan.runtime, plan.kind))
-    return _Solver(setup, traces).plan()
+    return _Solver(plan, traces).solved()
 
 
 class _Solver:
     """Chooses the settings of a model that is not small, on one machine."""
 
-    def __init__(self, setup: Setup, traces: Traces) -> None:
-        machine = setup.machine
-        self.setup, self.traces, self.kind = setup, traces, setup.kind
+    def __init__(self, begun: Plan, traces: Traces) -> None:
+        machine = begun.machine
+        self.begun, self.traces, self.kind = begun, traces, begun.kind
         self.layers, self.experts = traces.layers, traces.experts
         self.gpu = round((machine.gpu_free or machine.gpu) * (1 - SPARE))
         self.ram = round(machine.ram_free * (1 - SPARE)) if machine.ram_free else 1 << 62
         self.several = traces.layout.size > 1
-        self.reasons: list[str] = list(setup.reasons)
+        self.reasons: list[str] = list(begun.reasons)
 
-    def plan(self) -> Plan:
-        setup = self.setup
-        runtime = self._choose_text(setup.runtime)
+    def solved(self) -> Plan:
+        runtime = self._choose_text(self.begun.runtime)
         runtime = self._choose_experts(runtime)
         runtime = self._choose_vae(runtime)
         needed = need(self.traces, runtime, self.kind)
-        short = []
-        if needed.device.device > self.gpu:
+        short = tuple(self._short(needed))
+        return replace(
+            self.begun,
+            runtime=runtime,
+            reasons=tuple(self.reasons),
+            need=needed,
+            short=short,
+            offers=tuple(self._offers(runtime, bool(short))),
+        )
+
+    def _short(self, needed: Need) -> Iterator[str]:
+        """Yield what does not fit, in words."""
+        gpu, ram, machine = needed.device, needed.ram, self.begun.machine
+        if gpu.device > self.gpu:
             each = " on each GPU" if self.several else ""
-            short.append(
-                f"{needed.device.device / GB:.1f} GB of GPU memory{each} ({needed.device.name});"
+            yield (
+                f"{gpu.device / GB:.1f} GB of GPU memory{each} ({gpu.name});"
                 f" {self.gpu / GB:.1f} GB can be used"
             )
-        if needed.ram.ram > self.ram:
+        if ram.ram > self.ram:
             ranks = f" for {self.traces.here} processes" if self.traces.here > 1 else ""
-            short.append(
-                f"{needed.ram.ram / GB:.1f} GB of RAM{ranks} ({needed.ram.name});"
+            yield (
+                f"{ram.ram / GB:.1f} GB of RAM{ranks} ({ram.name});"
                 f" {self.ram / GB:.1f} GB can be used"
             )
-        disk_free = setup.machine.disk_free
-        if setup.machine.described and needed.disk > disk_free:  # here weights may be on the disk
-            short.append(f"{needed.disk / GB:.0f} GB of disk; there are {disk_free / GB:.0f} GB")
-        return Plan(
-            runtime,
-            setup.machine,
-            self.kind,
-            needed,
-            tuple(self.reasons),
-            tuple(short),
-            tuple(self._offers(runtime, bool(short))),
-            setup.layout,
-        )
+        if machine.described and needed.disk > machine.disk_free:  # here weights may be on the disk
+            yield f"{needed.disk / GB:.0f} GB of disk; there are {machine.disk_free / GB:.0f} GB"
 
     # each setting
 

@@ -6,13 +6,12 @@ import re
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
-from wanflow.plan.gpus import Machine, this_machine
+from wanflow.plan.gpus import GB, Machine, this_machine
 from wanflow.plan.plan import Plan, expert_parameters, ranks_here, set_up
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest, Request
-from wanflow.runtime import Runtime, choose_dtype, dtype_name
+from wanflow.runtime import Runtime, dtype_name
 
-GB = 10**9
 FULL_SIZE = 20 * GB  # bytes of an expert in float32 above which a model needs a GPU
 # The README asks for 80, 64 and 150 GB; drivers and systems report a little less.
 GPU_NEEDED, RAM_NEEDED, DISK_NEEDED = 80, 64, 150
@@ -74,15 +73,15 @@ def make_plan(
     if not force and (machine.gpu == 0 or runtime.device == "cpu"):
         refuse_without_gpu(checkpoint, machine)  # before a trace, which takes seconds
     complete = completed(request, checkpoint.spec)
-    setup = set_up(checkpoint, complete, runtime, machine, processes, per_machine)
-    if setup.small:
-        plan = setup.small_plan()
+    plan = set_up(checkpoint, complete, runtime, machine, processes, per_machine)
+    if plan.small:
+        plan = plan.all_resident()
     else:
-        from wanflow.plan.solve import solve_setup
+        from wanflow.plan.solve import completed_plan
 
-        plan = solve_setup(setup)
+        plan = completed_plan(plan)
     if not force:
-        raise_if_unfit(plan, checkpoint)
+        raise_if_unfit(plan)
     return plan
 
 
@@ -101,12 +100,13 @@ def refuse_without_gpu(checkpoint: Checkpoint, machine: Machine) -> None:
     )
 
 
-def raise_if_unfit(plan: Plan, checkpoint: Checkpoint) -> None:
+def raise_if_unfit(plan: Plan) -> None:
     """Raise RequestError in three lines where a plan cannot run."""
+    name = plan.checkpoint.spec.name
     if plan.kind == "cpu":
-        refuse_without_gpu(checkpoint, plan.machine)
+        refuse_without_gpu(plan.checkpoint, plan.machine)
     if plan.need is None:
-        _refuse_small(plan, checkpoint)
+        _refuse_small(plan)
         return
     if plan.fits:
         return
@@ -120,24 +120,24 @@ def raise_if_unfit(plan: Plan, checkpoint: Checkpoint) -> None:
     else:
         ways += ["try --dtype bfloat16", "close other programs", "use a larger machine"]
     raise RequestError(
-        f"{checkpoint.spec.name} with these settings needs {'; and '.join(plan.short)}",
+        f"{name} with these settings needs {'; and '.join(plan.short)}",
         f"  here: {plan.machine.words()}",
         f"  do: {', or '.join(ways)} {FORCE}",
     )
 
 
-def _refuse_small(plan: Plan, checkpoint: Checkpoint) -> None:
+def _refuse_small(plan: Plan) -> None:
     """Compare a model that stays in memory with the free memory, without a trace."""
-    on_cpu, parameters = plan.kind == "cpu", expert_parameters(checkpoint)
-    dtype = choose_dtype(plan.runtime.dtype, on_cpu, parameters * 4)
+    checkpoint, on_cpu = plan.checkpoint, plan.kind == "cpu"
     experts = len(checkpoint.spec.expert_names) if plan.runtime.keep_experts else 1
-    need = (parameters * experts + checkpoint.parameters("t5")) * dtype.itemsize + GB
+    parameters = expert_parameters(checkpoint) * experts + checkpoint.parameters("t5")
+    need = parameters * plan.dtype.itemsize + GB
     free = plan.machine.ram_free if on_cpu else plan.machine.gpu_free
     if free and need > free:
         memory = "free RAM" if on_cpu else "GPU memory"
         raise RequestError(
             f"{checkpoint.spec.name} needs about {need / GB:.1f} GB of {memory} in"
-            f" {dtype_name(dtype)}",
+            f" {dtype_name(plan.dtype)}",
             f"  here: {free / GB:.1f} GB",
             f"  do: try --dtype bfloat16, close other programs, or use a larger machine {FORCE}",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -179,24 +180,18 @@ class Traces:
         used = [lora.numbers for lora in self.loras if lora.applies_to(expert)]
         return sum(used) * self.dtype.itemsize
 
+    @cached_property
     def text_encoder(self) -> Weights:
-        """Return the text encoder's weights as they are held."""
-
-        def count() -> Weights:
-            encoder = self._text_encoder()
-            blocks = [sum(value.nbytes for value in b.parameters()) for b in encoder.blocks]
-            tensors = [value.nbytes for value in encoder.parameters()]
-            return Weights(sum(tensors), tuple(blocks), max(tensors))
-
-        return self._once("text encoder", count)
+        """The text encoder's weights as they are held."""
+        encoder = self._text_encoder()
+        blocks = [sum(value.nbytes for value in b.parameters()) for b in encoder.blocks]
+        tensors = [value.nbytes for value in encoder.parameters()]
+        return Weights(sum(tensors), tuple(blocks), max(tensors))
 
     def _text_encoder(self) -> UMT5Encoder:
         encoder, source = build(UMT5Encoder, self.spec.text), self.checkpoint.source("t5")
         lay_out(encoder, source, lambda *_: self.text_dtype, self.text_dtype, self.device)
         return encoder
-
-    def vae_bytes(self) -> int:
-        return 4 * self.checkpoint.parameters("vae")
 
     # a denoising step
 
@@ -302,24 +297,21 @@ class Traces:
 
     # the other parts
 
+    @cached_property
     def text(self) -> Traced:
-        """Trace the text encoder on the prompts, one at a time."""
-
-        def run() -> Traced:
-            encoder = self._text_encoder()
-            block = _first(encoder.blocks)
-            encoder.blocks = cast(Any, nn.ModuleList([block]))
-            with fake() as trace:
-                weights = materialise(encoder)
-                trace.repeat(block, self.spec.text.num_layers)
-                ids = torch.zeros(1, self.spec.dit.text_len, dtype=torch.long)
-                trace.mark()
-                encoder(ids, torch.ones_like(ids))
-                traced = trace.result(weights)
-            prompts = 2 if any(step.guided for step in self.steps) else 1
-            return replace(traced, work=traced.work.scaled(prompts))
-
-        return self._once("text", run)
+        """The text encoder on the prompts, one at a time."""
+        encoder = self._text_encoder()
+        block = _first(encoder.blocks)
+        encoder.blocks = cast(Any, nn.ModuleList([block]))
+        with fake() as trace:
+            weights = materialise(encoder)
+            trace.repeat(block, self.spec.text.num_layers)
+            ids = torch.zeros(1, self.spec.dit.text_len, dtype=torch.long)
+            trace.mark()
+            encoder(ids, torch.ones_like(ids))
+            traced = trace.result(weights)
+        prompts = 2 if any(step.guided for step in self.steps) else 1
+        return replace(traced, work=traced.work.scaled(prompts))
 
     def decode(self, tile: int) -> Traced:
         """Trace the VAE in float32: in strips on several ranks, else in tiles or full frames."""
