@@ -97,8 +97,7 @@ def _processes(args: argparse.Namespace) -> int:
 def _machine(args: argparse.Namespace, folder: Path, used: int) -> Machine:
     """Return the described machine, or this one with the RAM or disk that is given.
 
-    Args:
-        used: how many GPUs of this machine a run would use.
+    A run would use `used` GPUs of this machine.
     """
     from wanflow.plan.gpus import described, this_machine
 

@@ -105,10 +105,8 @@ def problems(
 ) -> Iterator[Problem]:
     """Yield the known problems of such a machine.
 
-    Args:
-        broken: {package: reason} as `look_at_packages` returns it.
-        hidden: the value of CUDA_VISIBLE_DEVICES, if it is set.
-        messages: PyTorch's, about devices that it cannot use.
+    `broken` is {package: reason}, `hidden` the value of CUDA_VISIBLE_DEVICES if it is set, and
+    `messages` are PyTorch's, about devices that it cannot use.
     """
     here = report.system
     if tuple(map(int, re.findall(r"\d+", here.torch)[:2])) < OLDEST_TORCH:

@@ -132,11 +132,7 @@ def rated(plan: Plan) -> Plan:
 
 
 def measured(device: torch.device, dtype: torch.dtype, dim: int, heads: int, tokens: int) -> Rates:
-    """Measure the rates of a device, at the widths of the model that is to run.
-
-    Args:
-        tokens: of a forward; up to 4096 of them are timed.
-    """
+    """Measure the rates of a device, at the widths of a model and up to 4096 of its tokens."""
     rows = max(16, min(4096, tokens))
     x = torch.randn(rows, dim, device=device, dtype=dtype)
     weight = torch.randn(4 * dim, dim, device=device, dtype=dtype)

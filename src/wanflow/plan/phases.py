@@ -186,32 +186,27 @@ def _denoise(
 def on_device(traces: Traces, expert: Expert, runtime: Runtime) -> int:
     """Return the bytes of an expert's weights on the device, LoRAs included.
 
-    Streaming holds the resident blocks and two buffers. dit_fsdp holds a shard of the blocks'
-    matmul weights, and all of the rest.
+    Streaming holds the resident blocks and two buffers of the largest block's size. dit_fsdp holds
+    a shard of the blocks' matmul weights, and all of the rest.
     """
     held = traces.expert(expert, runtime)
-    total = held.total + traces.lora_bytes(expert, runtime)
+    numbers = sum(lora.numbers for lora in traces.live_loras(expert, runtime))
+    total = held.total + numbers * traces.dtype.itemsize
     if runtime.dit_fsdp:
         return total - held.sharded + held.shard
-    streamed = len(held.blocks) - resident(traces, runtime)
-    if streamed <= 0:
-        return total
-    # Blocks of a GGUF file differ: streamed ones count as average, buffers as the largest.
-    return total - round(streamed * sum(held.blocks) / len(held.blocks)) + 2 * max(held.blocks)
-
-
-def resident(traces: Traces, runtime: Runtime) -> int:
-    """Return how many blocks stay on the device."""
-    blocks = runtime.resident_blocks
-    return traces.layers if blocks is None else min(traces.layers, blocks)
+    streamed = streamed_bytes(traces, expert, runtime)
+    return total - streamed + 2 * max(held.blocks) if streamed else total
 
 
 def streamed_bytes(traces: Traces, expert: Expert, runtime: Runtime) -> int:
-    """Return the bytes of the blocks that are streamed; none are with dit_fsdp."""
-    if runtime.dit_fsdp:
+    """Return the bytes of the blocks that are streamed; none are with dit_fsdp.
+
+    Blocks of a GGUF file differ: streamed ones count as average.
+    """
+    if runtime.dit_fsdp or runtime.resident_blocks is None:
         return 0
     blocks = traces.expert(expert, runtime).blocks
-    return round(sum(blocks) * (len(blocks) - resident(traces, runtime)) / len(blocks))
+    return round(sum(blocks) * max(0, len(blocks) - runtime.resident_blocks) / len(blocks))
 
 
 def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:

@@ -84,9 +84,8 @@ def set_up(
 ) -> Plan:
     """Begin a plan: choose device, dtype and layout, which need no trace.
 
-    Args:
-        processes: how many share the video, each with a GPU of its own.
-        per_machine: how many of them one machine has, whose RAM they share; None: up to 8.
+    The processes share the video, and each has a GPU of its own. `per_machine` of them share the
+    RAM of one machine; None: up to 8.
 
     Raises:
         RequestError: for a layout of another number of processes, and for settings that cannot go

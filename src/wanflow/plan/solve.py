@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ from wanflow.plan.traces import Traces
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime
 
+T = TypeVar("T")
+
 # Tokens: enough rows for a matmul at full speed, and few enough that attention stays the peak at
 # 720p.
 CHUNK = 8192
@@ -46,11 +49,7 @@ def solve(
 ) -> Plan:
     """Return a traced plan in which no setting is open; set ones stay, even if they do not fit.
 
-    Args:
-        processes, per_machine: as in `set_up`.
-
-    Raises:
-        RequestError: as `set_up` does.
+    The arguments and errors are those of `set_up`.
     """
     plan = set_up(checkpoint, request, runtime, machine, processes, per_machine)
     return completed_plan(plan)
@@ -127,9 +126,9 @@ class _Solver:
         return runtime
 
     def _choose_experts(self, runtime: Runtime) -> Runtime:
-        for candidate, why in self._candidates(runtime):
-            chosen, reason = candidate, why
-            if self._fits(candidate):
+        for candidate in self._candidates(runtime):
+            chosen, reason = candidate
+            if self._fits(chosen):
                 break
         self.reasons.append(reason)
         if chosen.chunk_tokens:
@@ -146,18 +145,14 @@ class _Solver:
         keeps, sources = [True, False], ["ram", "disk"]
         if on_cpu:  # RAM is worth most as the cache of the files
             chunks, keeps, sources = chunks[-1:], [False], ["disk"]
-        if runtime.chunk_tokens is not None:
-            chunks = [runtime.chunk_tokens]
-        if runtime.keep_experts is not None:
-            keeps = [runtime.keep_experts]
-        if runtime.stream_from is not None:
-            sources = [runtime.stream_from]
+        chunks = _unless_set(runtime.chunk_tokens, chunks)
+        keeps = _unless_set(runtime.keep_experts, keeps)
+        sources = _unless_set(runtime.stream_from, sources)
         all_resident = runtime.resident_blocks in (None, self.layers)
         # Shards need all-gathers, so they come after complete experts. They take no RAM, so they
         # come before streamed blocks.
         shards = [False, True] if self.several and not on_cpu and all_resident else [False]
-        if runtime.dit_fsdp is not None:
-            shards = [runtime.dit_fsdp]
+        shards = _unless_set(runtime.dit_fsdp, shards)
         for sharded, keep, chunk in product(shards, keeps, chunks):
             if sharded or all_resident:
                 way = with_defaults(
@@ -296,3 +291,7 @@ class _Solver:
             now, then = (self.traces.expert(self.experts[0], each) for each in (runtime, fp8))
             activations -= 2 * (now.gathered - then.gathered)
         return activations + max(on_device(self.traces, expert, fp8) for expert in self.experts)
+
+
+def _unless_set(value: T | None, choices: list[T]) -> list[T]:
+    return choices if value is None else [value]

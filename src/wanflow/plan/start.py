@@ -62,9 +62,7 @@ def make_plan(
 ) -> Plan:
     """Plan a request on this machine; one process may plan for all.
 
-    Args:
-        processes, per_machine: as in `set_up`.
-        force: return the plan even if it cannot run.
+    With `force`, a plan that cannot run is returned too. The other arguments are as in `set_up`.
 
     Raises:
         RequestError: in three lines: what is needed, what is here, what to do.

@@ -235,10 +235,7 @@ def fake(stats: CommStats | None = None) -> Iterator[Trace]:
 def materialise(module: nn.Module, skip: Collection[str] = ()) -> int:
     """Give a module on meta fake parameters of its own dtypes; return their bytes.
 
-    Call it inside `fake`.
-
-    Args:
-        skip: ends of the names of parameters that stay on meta.
+    Call it inside `fake`. Parameters whose names end with one of `skip` stay on meta.
     """
     total = 0
     for name, parameter in list(module.named_parameters()):

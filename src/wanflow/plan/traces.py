@@ -173,12 +173,10 @@ class Traces:
         packed = tuple((name, info.packing) for name, info in tensors.items() if info.packing)
         return packed, runtime.quantize, runtime.quantize_layers
 
-    def lora_bytes(self, expert: Expert, runtime: Runtime) -> int:
-        """Return the bytes of live LoRAs on the device, in the dtype of the experts."""
-        if runtime.lora == "fused":
-            return 0
-        used = [lora.numbers for lora in self.loras if lora.applies_to(expert)]
-        return sum(used) * self.dtype.itemsize
+    def live_loras(self, expert: Expert, runtime: Runtime) -> tuple[FakeLora, ...]:
+        """Return the LoRAs that an expert holds next to its weights; a fused one takes nothing."""
+        loras = self.loras if runtime.lora == "live" else ()
+        return tuple(lora for lora in loras if lora.applies_to(expert))
 
     @cached_property
     def text_encoder(self) -> Weights:
@@ -200,12 +198,9 @@ class Traces:
     ) -> Traced:
         """Trace one step, with the solver's state and the text's keys and values of all blocks.
 
-        Args:
-            gloo: whether ranks talk through gloo, which copies what it gathers.
+        Ranks that talk through gloo hold a copy of what they gather.
         """
-        loras: tuple[FakeLora, ...] = ()
-        if runtime.lora == "live":
-            loras = tuple(lora for lora in self.loras if lora.applies_to(expert))
+        loras = self.live_loras(expert, runtime)
         gathered = self.expert(expert, runtime).gathered if runtime.dit_fsdp else 0
         key = (
             "step",
@@ -365,13 +360,9 @@ def _attach(model: WanDiT, loras: Iterable[FakeLora]) -> None:
 def _hold_gathered(model: WanDiT, nbytes: int, several: bool, gloo: bool) -> None:
     """Hold what FSDP holds, which itself does not run on tensors without memory.
 
-    That is the gathered block, and the message that it arrived in, until the next one arrived or
-    the forward ended.
-
-    Args:
-        nbytes: of a block.
-        several: whether a block came before, whose message is still there.
-        gloo: whether the gathered bytes are copied.
+    That is the gathered block of `nbytes`, and the message that it arrived in, until the next one
+    arrived or the forward ended. With `several` blocks, the message of the one before is there too;
+    `gloo` copies the gathered bytes.
     """
     held: list[Tensor] = []
 
