@@ -7,18 +7,17 @@ anything readable is refused.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from wanflow.checkpoint.checkpoint import open_checkpoint
-from wanflow.checkpoint.containers import NAMES, Report, TensorInfo, TensorSource, reading
+from wanflow.checkpoint.containers import NAMES, Report, TensorSource, reading
 from wanflow.checkpoint.infer_config import config_of, relative
 from wanflow.checkpoint.key_maps import Kind, detect, strip
 from wanflow.checkpoint.layouts import (
@@ -250,11 +249,8 @@ def rows_of(
             describe(source),
             files,
             container=source.container,
-            dtypes=_dtypes(source.tensors.values()),
-            parameters=_count(source.tensors),
-            tensors=len(source.tensors),
-            bytes=_bytes(source.tensors),
             notes=_hash_notes(files),
+            **_sums(source),
         )
         if is_lora(source):
             return [_lora(row, path)]
@@ -283,11 +279,8 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, kn
         part=expert if kind == "dit" else kind,
         dialect=detect(kind, names),
         prefix=first.removesuffix(strip(kind, first)),
-        dtypes=_dtypes(part.tensors.values()),
-        parameters=_count(part.tensors),
-        tensors=len(part.tensors),
-        bytes=_bytes(part.tensors),
         notes=notes,
+        **_sums(part),
     )
     other = _relative(part, path) if kind == "dit" else None
     if other:
@@ -302,7 +295,10 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, kn
     except RequestError as error:
         return replace(row, error=str(error))
     return replace(
-        row, missing=found.missing, unexpected=found.unexpected, wrong_shape=found.wrong_shape
+        row,
+        missing=found["missing"],
+        unexpected=found["unexpected"],
+        wrong_shape=found["of the wrong shape"],
     )
 
 
@@ -359,23 +355,20 @@ def _lora(row: Row, path: Path) -> Row:
     )
 
 
-def _dtypes(infos: Iterable[TensorInfo]) -> dict[str, int]:
-    """Return how many tensors are stored in each format, most first."""
+def _sums(source: TensorSource) -> dict[str, Any]:
+    """Return the fields of a row that count tensors; of the formats, the most frequent first."""
     words = (
         f"{info.packing}{'' if info.scale is None else ' scaled'}"
         if info.packing
         else NAMES[info.dtype]
-        for info in infos
+        for info in source.tensors.values()
     )
-    return dict(Counter(words).most_common())
-
-
-def _count(tensors: Mapping[str, TensorInfo]) -> int:
-    return sum(math.prod(info.shape) for info in tensors.values())
-
-
-def _bytes(tensors: Mapping[str, TensorInfo]) -> int:
-    return sum(info.nbytes for info in tensors.values())
+    return {
+        "dtypes": dict(Counter(words).most_common()),
+        "parameters": source.parameters,
+        "tensors": len(source.tensors),
+        "bytes": source.nbytes,
+    }
 
 
 # hashes

@@ -410,9 +410,8 @@ def test_at_full_size_fp8_takes_what_the_published_files_take() -> None:
             name: TensorInfo(tuple(value.shape), torch.float32)
             for name, value in module.named_parameters()
         }
-        source = OfficialSource(
-            open_source(NANO / "Wan2.1_VAE.pth"), infos, {name: name for name in infos}
-        )
+        inner = open_source(NANO / "Wan2.1_VAE.pth")
+        source = OfficialSource(inner.path, infos, inner, {name: name for name in infos})
         return sum(
             entry.nbytes for entry in entries(kind, source, options("fp8").coding(kind), "official")
         )

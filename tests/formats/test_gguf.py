@@ -462,7 +462,7 @@ def sample(path: Path) -> GGUFFile:
 def test_file(tmp_path: Path) -> None:
     file = sample(tmp_path / "a.gguf")
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
-    assert file.architecture == "wan" and set(file.tensors) == set(theirs)
+    assert file.container == "GGUF of wan" and set(file.tensors) == set(theirs)
     for name, tensor in theirs.items():
         info = file.tensors[name]
         kind = tensor.tensor_type.name
@@ -550,7 +550,7 @@ def test_tokenizer_is_stepped_over(tmp_path: Path) -> None:
     start = time.perf_counter()
     file = open_gguf(path)
     assert time.perf_counter() - start < 0.5  # 10 ms on an idle machine
-    assert file.architecture == "t5encoder" and file.read("x").tolist() == [0.0] * 32
+    assert file.container == "GGUF of t5encoder" and file.read("x").tolist() == [0.0] * 32
     assert file.array("tokenizer.ggml.tokens") == [f"▁{number}" for number in range(count)]
     assert file.array("tokenizer.ggml.scores") == list(range(count))
 
@@ -737,7 +737,7 @@ def test_the_same_unbroken(tmp_path: Path) -> None:
     assert (
         file.read("x").shape == (2, 32)
         and file.read("y").shape == (0, 32)
-        and file.architecture == ""
+        and file.container == "GGUF of no architecture"
     )
     shape = ("comfy.gguf.orig_shape.x", 9, array(5, 2, U32(32) + U32(2)))
     path.write_bytes(

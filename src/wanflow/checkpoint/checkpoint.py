@@ -7,7 +7,6 @@ built larger than its files. What no layout can say of an unpublished model is i
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wanflow.checkpoint.containers import TensorInfo, TensorSource, read_json, reading, weight_files
 from wanflow.checkpoint.infer_config import (
@@ -36,7 +35,6 @@ from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig, plain
 from wanflow.geometry import parse_size
 from wanflow.presets import T2V_A14B, Expert, ModelSpec
 from wanflow.request import Request
-from wanflow.transforms.packed import Packed
 
 SECTIONS = {
     "name": str,
@@ -94,11 +92,11 @@ class Checkpoint:
 
     def parameters(self, part: Part) -> int:
         """Return the number of a part's parameters."""
-        return sum(math.prod(info.shape) for info in self.source(part).tensors.values())
+        return self.source(part).parameters
 
     def file_bytes(self, part: Part) -> int:
         """Return the bytes that loading a part reads."""
-        return sum(info.nbytes for info in self.source(part).tensors.values())
+        return self.source(part).nbytes
 
     @property
     def disk_bytes(self) -> int:
@@ -280,28 +278,6 @@ def _notes(found: CheckpointFiles, spec: ModelSpec) -> tuple[str, ...]:
 # without files
 
 
-@dataclass(frozen=True)
-class HeadersOnly:
-    """The names, shapes and dtypes of a file that is not on this machine."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    container = "safetensors"
-    files: tuple[Path, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
-    ) -> Tensor:
-        raise LookupError(f"{self.path} has headers only, no {name}")
-
-    def packed(self, name: str, rows: slice | None = None) -> Packed:
-        raise LookupError(f"{self.path} has headers only, no {name}")
-
-    def stream(self, name: str) -> Iterator[Tensor]:
-        raise LookupError(f"{self.path} has headers only, no {name}")
-
-
 def published(spec: ModelSpec = T2V_A14B) -> Checkpoint:
     """Return the official model, or one of other shapes, stored as the official files are."""
     checkpoint = Checkpoint(spec, {}, Path(spec.name), layout="published")
@@ -312,8 +288,9 @@ def published(spec: ModelSpec = T2V_A14B) -> Checkpoint:
             name: TensorInfo(tuple(parameter.shape), dtype)
             for name, parameter in checkpoint.module(part).named_parameters()
         }
+        headers = TensorSource(Path(spec.name), tensors)
         names = {name: name for name in tensors}
-        sources[part] = OfficialSource(HeadersOnly(Path(spec.name), tensors), tensors, names)
+        sources[part] = OfficialSource(headers.path, tensors, headers, names)
     return replace(checkpoint, sources=sources)
 
 

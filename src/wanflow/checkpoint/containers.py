@@ -14,10 +14,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,42 +73,44 @@ class TensorInfo:
         return self.packed_bytes if self.packing else math.prod(self.shape) * self.dtype.itemsize
 
 
-class Headers(Protocol):
-    """The names, shapes and dtypes of a file's tensors, before any data is read."""
+@dataclass(frozen=True)
+class TensorSource:
+    """Named tensors on disk. It holds no open file, so threads and forks may share it.
+
+    This class has headers only, as of a file that is not on this machine; others read.
+
+    files: the files that hold the tensors.
+    container: the format in words: "safetensors", "GGUF of wan", "torch zip".
+    metadata: the header's own keys and values; empty for formats without them.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    files: Sequence[Path] = field(default=(), kw_only=True)
+    container: str = field(default="safetensors", kw_only=True)
+    metadata: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
 
     @property
-    def path(self) -> Path: ...
+    def parameters(self) -> int:
+        """The number of all tensors' values."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-
-class TensorSource(Headers, Protocol):
-    """Named tensors on disk. A source holds no open file, so threads and forks may share it."""
-
-    @property
-    def container(self) -> str:
-        """The format in words: "safetensors", "GGUF of wan", "torch zip"."""
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files that hold the tensors."""
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The header's own keys and values; empty for formats without them."""
+    def nbytes(self) -> int:
+        """The bytes of all tensors in the files."""
+        return sum(info.nbytes for info in self.tensors.values())
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
         """Read a tensor into CPU memory of its own, as stored or converted on the way.
 
-        Args:
-            rows: of the first side; only these are read.
+        Only these `rows` of the first side are read; all by default.
 
         Raises:
             RequestError: when the file breaks off.
         """
+        raise LookupError(f"{self.path} has headers only, no {name}")
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         """Return a tensor whose info has a `packing`, as stored; KeyError for any other.
@@ -116,6 +118,7 @@ class TensorSource(Headers, Protocol):
         Raises:
             ValueError: when a row of `rows` does not consist of complete blocks.
         """
+        raise KeyError(name)
 
     def stream(self, name: str) -> Iterator[Tensor]:
         """Yield the values of a tensor in order: 1-D, at most `VALUES`, as stored.
@@ -127,6 +130,7 @@ class TensorSource(Headers, Protocol):
         Raises:
             RequestError: when the file breaks off, or a scale is damaged.
         """
+        raise LookupError(f"{self.path} has headers only, no {name}")
 
 
 # reading files
@@ -296,33 +300,19 @@ def stream_packed(packed: Packed) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True)
-class SafetensorsFile:
+class SafetensorsFile(TensorSource):
     """One `.safetensors` file.
 
     Data is read, not mapped: a file that shrinks meanwhile is an error, not a crash.
     """
 
     file: OpenedFile
-    tensors: Mapping[str, TensorInfo]
     starts: Mapping[str, int]  # where each tensor's bytes begin in the file
-    metadata: Mapping[str, str]
-    container = "safetensors"
-
-    @property
-    def path(self) -> Path:
-        return self.file.path
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return [self.path]
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
         return read_plain(self.file, self.tensors[name], self.starts[name], dtype, rows)
-
-    def packed(self, name: str, rows: slice | None = None) -> Packed:
-        raise KeyError(name)  # nothing here is packed
 
     def stream(self, name: str) -> Iterator[Tensor]:
         return stream_plain(self.file, self.tensors[name], self.starts[name])
@@ -364,9 +354,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             f" {AGAIN}"
         )
     refuse_odd_names(path, tensors)
-    return SafetensorsFile(
-        opened, tensors, {name: 8 + length + start for name, start in starts.items()}, metadata
-    )
+    starts = {name: 8 + length + start for name, start in starts.items()}
+    return SafetensorsFile(path, tensors, opened, starts, files=[path], metadata=metadata)
 
 
 def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, int], int]:
@@ -405,32 +394,15 @@ def _counts(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class ShardedFolder:
+class ShardedFolder(TensorSource):
     """Safetensors files that an index ties together."""
 
-    path: Path
-    tensors: Mapping[str, TensorInfo]
     shards: Mapping[str, SafetensorsFile]  # the file of each tensor
-
-    @property
-    def container(self) -> str:
-        return f"safetensors, {len(self.files)} shards"
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return sorted({shard.path for shard in self.shards.values()})
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return {}
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
     ) -> Tensor:
         return self.shards[name].read(name, dtype, rows)
-
-    def packed(self, name: str, rows: slice | None = None) -> Packed:
-        raise KeyError(name)  # nothing here is packed
 
     def stream(self, name: str) -> Iterator[Tensor]:
         return self.shards[name].stream(name)
@@ -536,6 +508,6 @@ def open_folder(folder: Path) -> TensorSource:
                 f" shards are of different downloads; {AGAIN}"
             )
     sources = {name: shards[file] for name, file in mapping.items()}
-    return ShardedFolder(
-        folder, {name: source.tensors[name] for name, source in sources.items()}, sources
-    )
+    tensors = {name: source.tensors[name] for name, source in sources.items()}
+    container = f"safetensors, {len(files)} shards"
+    return ShardedFolder(folder, tensors, sources, files=files, container=container)

@@ -10,9 +10,8 @@ A file whose weights were only rounded to fp8 has no scales.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,33 +35,10 @@ NOTE_LIMIT = 1 << 16  # bytes of a `comfy_quant` note; real ones have under a hu
 
 
 @dataclass(frozen=True)
-class WrappedSource:
-    """A source that shows the tensors of another one in a different way."""
-
-    inner: TensorSource
-    tensors: Mapping[str, TensorInfo]
-
-    @property
-    def path(self) -> Path:
-        return self.inner.path
-
-    @property
-    def container(self) -> str:
-        return self.inner.container
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self.inner.files
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.inner.metadata
-
-
-@dataclass(frozen=True)
-class ScaledSource(WrappedSource):
+class ScaledSource(TensorSource):
     """A source whose fp8 weights are packed with their scales; it hides scales and notes."""
 
+    inner: TensorSource
     scales: Mapping[str, str]  # weight -> its scale's name in `inner`
 
     def read(
@@ -142,7 +118,13 @@ def pair_scales(source: TensorSource) -> TensorSource:
         if name not in aside
     }
     return ScaledSource(
-        source, tensors, {weight: name for weight, name in scale_of.items() if weight in fp8}
+        source.path,
+        tensors,
+        source,
+        {weight: name for weight, name in scale_of.items() if weight in fp8},
+        files=source.files,
+        container=source.container,
+        metadata=source.metadata,
     )
 
 

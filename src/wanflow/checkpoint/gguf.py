@@ -27,8 +27,10 @@ from torch import Tensor
 
 from wanflow.checkpoint.containers import (
     AGAIN,
+    DTYPES,
     OpenedFile,
     TensorInfo,
+    TensorSource,
     fill,
     impossible,
     read_plain,
@@ -71,16 +73,7 @@ TYPES = {
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0",
     35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
-PLAIN = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-}
+PLAIN = {kind: DTYPES[kind] for kind in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")}
 
 
 def ggml_bytes(kind: str, shape: Sequence[int]) -> int:
@@ -111,7 +104,7 @@ class Array(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GGUFFile:
+class GGUFFile(TensorSource):
     """One `.gguf` file.
 
     Data is read, not mapped: a file that shrinks meanwhile is an error, not a crash.
@@ -121,27 +114,7 @@ class GGUFFile:
     """
 
     file: OpenedFile
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, Any] = field(repr=False)
     starts: Mapping[str, int] = field(repr=False)
-
-    @property
-    def path(self) -> Path:
-        return self.file.path
-
-    @property
-    def container(self) -> str:
-        return f"GGUF of {self.architecture or 'no architecture'}"
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return [self.path]
-
-    @property
-    def architecture(self) -> str:
-        """The declared architecture: "wan", "t5encoder"; "" without one."""
-        value = self.metadata.get("general.architecture")
-        return plain(value) if isinstance(value, str) else ""
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
@@ -377,8 +350,16 @@ def _open(opened: OpenedFile, header: _Header) -> GGUFFile:
             raise ValueError(f"{name} overlaps another tensor")
         end = stop
     refuse_odd_names(path, infos)
+    architecture = metadata.get("general.architecture")
+    words = plain(architecture) if isinstance(architecture, str) else ""
     return GGUFFile(
-        opened, infos, metadata, {name: first + entry.start for name, entry in entries.items()}
+        path,
+        infos,
+        opened,
+        {name: first + entry.start for name, entry in entries.items()},
+        files=[path],
+        container=f"GGUF of {words or 'no architecture'}",
+        metadata=metadata,
     )
 
 

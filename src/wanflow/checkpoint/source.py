@@ -21,7 +21,7 @@ from wanflow.checkpoint.containers import (
     reading,
     refuse_unreadable,
 )
-from wanflow.checkpoint.fp8_scales import WrappedSource, pair_scales
+from wanflow.checkpoint.fp8_scales import pair_scales
 from wanflow.checkpoint.key_maps import PREFIXES, Kind, strip, to_official
 from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
@@ -93,9 +93,10 @@ def open_source(path: Path) -> TensorSource:
 
 
 @dataclass(frozen=True)
-class OfficialSource(WrappedSource):
+class OfficialSource(TensorSource):
     """One part of a model under its official names."""
 
+    inner: TensorSource
     names: Mapping[str, str]  # official -> in the file
 
     def read(
@@ -142,9 +143,13 @@ def official(kind: Kind, source: TensorSource) -> OfficialSource:
     except RequestError as error:
         raise RequestError(f"{source.path}: {error}") from None
     return OfficialSource(
-        source,
+        source.path,
         {new: source.tensors[old] for old, new in table.items()},
+        source,
         {new: old for old, new in table.items()},
+        files=source.files,
+        container=source.container,
+        metadata=source.metadata,
     )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from wanflow.checkpoint.containers import Headers, TensorInfo
+from wanflow.checkpoint.containers import TensorInfo, TensorSource
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.models.dit import Block, Head, SelfAttention, WanDiT
 from wanflow.models.umt5 import UMT5Encoder
@@ -46,52 +45,37 @@ def module_of(config: Config) -> nn.Module:
     return build(UMT5Encoder, config) if isinstance(config, TextConfig) else build(WanVAE, config)
 
 
-@dataclass(frozen=True)
-class Differences:
-    """Where the tensors of a file differ from the parameters of a module."""
+def compare(module: nn.Module, headers: TensorSource) -> dict[str, list[str]]:
+    """Compare the names, shapes and dtypes of a file with a module's parameters.
 
-    missing: list[str]
-    unexpected: list[str]
-    wrong_shape: list[str]
-    not_floating: list[str]
-
-    def __bool__(self) -> bool:
-        return any(vars(self).values())
-
-
-def compare(module: nn.Module, headers: Headers) -> Differences:
-    """Compare the names, shapes and dtypes of a file with a module's parameters."""
+    Returns:
+        {what: tensors}, of the kinds "missing", "unexpected", "of the wrong shape" and "not
+        floating-point".
+    """
     found = headers.tensors
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    shared = [name for name in shapes if name in found]
-    return Differences(
-        [name for name in shapes if name not in found],
-        [name for name in found if name not in shapes],
-        [
-            f"{name} is {list(found[name].shape)}, not {list(shapes[name])}"
-            for name in shared
-            if found[name].shape != shapes[name]
+    shared = {name: found[name] for name in shapes if name in found}
+    return {
+        "missing": [name for name in shapes if name not in found],
+        "unexpected": [name for name in found if name not in shapes],
+        "of the wrong shape": [
+            f"{name} is {list(info.shape)}, not {list(shapes[name])}"
+            for name, info in shared.items()
+            if info.shape != shapes[name]
         ],
-        [
-            f"{name} is {found[name].dtype}"
-            for name in shared
-            if not found[name].dtype.is_floating_point
+        "not floating-point": [
+            f"{name} is {info.dtype}"
+            for name, info in shared.items()
+            if not info.dtype.is_floating_point
         ],
-    )
-
-
-def check(module: nn.Module, headers: Headers) -> None:
-    """Raise a RequestError unless the file holds exactly the module's parameters, in shape."""
-    found = compare(module, headers)
-    labels = {
-        "missing": found.missing,
-        "unexpected": found.unexpected,
-        "of the wrong shape": found.wrong_shape,
-        "not floating-point": found.not_floating,
     }
+
+
+def check(module: nn.Module, headers: TensorSource) -> None:
+    """Raise a RequestError unless the file holds exactly the module's parameters, in shape."""
     faults = [
-        f"{len(names)} {label} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-        for label, names in labels.items()
+        f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for what, names in compare(module, headers).items()
         if names
     ]
     if faults:
@@ -111,7 +95,7 @@ def expert_dtypes(model: nn.Module, dtype: torch.dtype) -> ChooseDtype:
 
 def lay_out(
     module: nn.Module,
-    headers: Headers | None,
+    headers: TensorSource | None,
     choose_dtype: ChooseDtype,
     compute: torch.dtype,
     device: torch.device | str,
@@ -156,7 +140,7 @@ def lay_out(
 
 def expert_structure(
     config: DiTConfig,
-    headers: Headers | None,
+    headers: TensorSource | None,
     runtime: Runtime,
     dtype: torch.dtype,
     device: torch.device | str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,23 @@ from wanflow.checkpoint.containers import (
     DTYPES,
     HEADER_LIMIT,
     TensorInfo,
+    TensorSource,
     reading,
     refuse_odd_names,
     refuse_unreadable,
     stream_memory,
 )
 from wanflow.config import RequestError
-from wanflow.transforms.packed import Packed
 
 # What torch lets a pickle call, no state dict has, and allocates as much as the file asks for.
 MAKERS = re.compile(rb"c[\w.]+\n(bytearray|\w+Tensor)\n")
 
 
 @dataclass(frozen=True)
-class TorchFile:
+class TorchFile(TensorSource):
     """A dict of tensors that torch.save wrote. It stays mapped; `read` copies from the mapping."""
 
-    path: Path
-    tensors: Mapping[str, TensorInfo]
     mapped: Mapping[str, Tensor]
-    container = "torch zip"
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return [self.path]
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return {}
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
@@ -54,9 +43,6 @@ class TorchFile:
         return value.to(
             dtype or self.tensors[name].dtype, copy=True, memory_format=torch.contiguous_format
         )
-
-    def packed(self, name: str, rows: slice | None = None) -> Packed:
-        raise KeyError(name)  # nothing here is packed
 
     def stream(self, name: str) -> Iterator[Tensor]:
         return stream_memory(self.mapped[name])
@@ -96,7 +82,7 @@ def open_torch(path: Path) -> TorchFile:
         raise RequestError(f"{path} claims more data than it holds; {AGAIN}")
     refuse_odd_names(path, mapped)
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in mapped.items()}
-    return TorchFile(path, infos, mapped)
+    return TorchFile(path, infos, mapped, files=[path], container="torch zip")
 
 
 def _mapped_pickle(path: Path) -> Any:

@@ -59,7 +59,7 @@ def check_values(path: Path, report: Report | None = None) -> Iterator[Finding]:
         except RequestError as error:
             yield Finding(name, "", str(error), True)
             continue
-        done, total = 0, sum(info.nbytes for info in source.tensors.values())
+        done, total = 0, source.nbytes
         for tensor, info in source.tensors.items():
             if info.dtype.is_floating_point:
                 try:
