@@ -486,7 +486,7 @@ def test_a_small_machine_is_refused_the_full_model(
     (tmp_path / "w/google/umt5-xxl/tokenizer.json").write_bytes(
         (NANO_FOLDER / "google/umt5-xxl/tokenizer.json").read_bytes()
     )
-    began = time.monotonic()
+    began = time.process_time()
     said = refused(
         capsys,
         "generate",
@@ -499,7 +499,7 @@ def test_a_small_machine_is_refused_the_full_model(
         "--device",
         "cpu",
     )
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     for words in ("80 GB", "64 GB of RAM", "150 GB", "here:", "do:", "--force"):
         assert words in said
 

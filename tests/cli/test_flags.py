@@ -112,9 +112,9 @@ def test_help_is_grouped_and_fits_80_columns(name: str, capsys: pytest.CaptureFi
     if COMMANDS[name].brief:
         assert len(first._group_actions) == 5
         assert len(parser.format_help().splitlines()) < 50
-        with pytest.raises(SystemExit):
-            main([name, "--help-all"])
-        assert capsys.readouterr().out == parser.format_all()
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help-all"])
+    assert end.value.code == 0 and capsys.readouterr().out == parser.format_all()
     for action in parser._actions:
         assert action.help, action.dest
         assert any(flag in parser.format_help() for flag in action.option_strings or "-") or (
@@ -122,7 +122,9 @@ def test_help_is_grouped_and_fits_80_columns(name: str, capsys: pytest.CaptureFi
         )
 
 
-@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
+@pytest.mark.parametrize(
+    ("argv", "code"), [([], 2), (["--help"], 0), (["--help-all"], 0), (["help"], 0)]
+)
 def test_wanflow_alone_shows_every_command_with_an_example(
     argv: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

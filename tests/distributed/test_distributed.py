@@ -14,12 +14,14 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.expected_bytes import forward_bytes
 from helpers.processes import CPU, Processes, played
 from torch import Tensor, nn
@@ -198,12 +200,14 @@ def left_alone(info: ranks.DistInfo) -> tuple[str, float]:
     model = model_of(case)
     connect(model, ctx, KERNEL.attend)
     ctx.from_rank0(0)
+    store = dist.distributed_c10d._get_default_store()
     began = time.monotonic()
     if info.rank == 1:
-        time.sleep(5)
+        store.wait(["failed"], timedelta(seconds=120))
         return "", 0
     with pytest.raises(RuntimeError) as error:
         model(*inputs(case), sharded(ctx))
+    store.set("failed", "")
     return str(error.value), time.monotonic() - began
 
 
@@ -317,7 +321,7 @@ def test_what_is_sent_is_what_the_plan_says(size: int, worked: Worked) -> None:
 
 def test_a_process_left_alone_fails_in_time(processes: Processes) -> None:
     error, took = processes(left_alone, 2, (2,))[0]
-    assert "imed out" in error and 1.5 < took < 5
+    assert "imed out" in error and 1.5 < took < 30  # the group's own timeout is 60 s
 
 
 # one process that plays many

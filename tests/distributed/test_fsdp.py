@@ -233,8 +233,8 @@ def test_one_process_goes_on_where_two_stopped(worked: Path, lora: bool) -> None
 
 def test_a_rank_left_alone_fails_in_time(worked: Path) -> None:
     ends = json.loads((worked / "ends.json").read_text())
-    assert 4 < ends["stays"]["took"] < 15 and "imed out" in ends["stays"]["error"]
-    assert ends["raises"]["took"] < 15
+    assert 4 < ends["stays"]["took"] < 60 and "imed out" in ends["stays"]["error"]
+    assert ends["raises"]["took"] < 60
 
 
 def test_what_cannot_be_split_is_refused() -> None:

@@ -155,7 +155,7 @@ class Arriving:
         self.queue, self.values = queue, values
 
     def wait(self) -> None:
-        got = self.queue.get(timeout=20)
+        got = self.queue.get(timeout=120)
         assert got.shape == self.values.shape and got.dtype == self.values.dtype
         self.values.copy_(got)
 

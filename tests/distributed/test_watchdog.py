@@ -27,7 +27,9 @@ from wanflow.parallel.watchdog import SILENT, Failure, Watchdog, announce, annou
 
 pytestmark = pytest.mark.distributed
 slow = pytest.mark.slow
-END_S = 15.0  # from what shows a failure to the end of all processes
+# From what shows a failure to the end of all processes: 3 s; on a busy machine still less than a
+# heartbeat's timeout, which would mean that nobody announced it.
+END_S = 28.0
 REQUEST = ["--ckpt_dir", "nano", "--frame_num", "5", "--sample_steps", "8", "--seed", "3"]
 REQUEST += ["--prompt", PROMPT]
 WATCHED = [sys.executable, watched.__file__]

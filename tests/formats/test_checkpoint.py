@@ -962,11 +962,14 @@ status = Path("/proc/self/status")
 anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", status.read_text())[1]) * 1024
 base, peak, measuring, lock = anonymous(), 0, True, threading.Lock()
 
-def watch():
+def look():
     global peak
+    with lock:  # or a value of before a reset is written after it
+        peak = max(peak, anonymous() - base)
+
+def watch():
     while measuring:
-        with lock:  # or a value of before a reset is written after it
-            peak = max(peak, anonymous() - base)
+        look()
         time.sleep(0.001)
 
 def reset():
@@ -983,13 +986,15 @@ for path in (full.paths["high"], root / "large.pth"):
     reset()
     for name, info in source.tensors.items():
         if "blocks" not in name or name.startswith("blocks.39."):
-            source.read(name)
+            tensor = source.read(name)
+            look()
+            del tensor
     largest = max(info.nbytes for info in source.tensors.values())
     print(json.dumps({"peak": peak, "largest": largest}))
 two = checkpoint.open_checkpoint(root / "two")
 reset()
 model = load.load_expert(two, "high", torch.bfloat16, "cpu")
-time.sleep(0.01)
+look()
 print(json.dumps({"peak": peak, "model": load.expert_bytes(two, torch.bfloat16)}))
 """
 

@@ -109,7 +109,7 @@ def part(folder: Path, name: str, data: bytes) -> Path:
 
 
 def wait_for(what: Path, size: int) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not (what.exists() and what.stat().st_size >= size):
         assert time.monotonic() < end, f"{what} never got {size} bytes"
         time.sleep(0.01)
@@ -257,14 +257,13 @@ def test_the_batch_file() -> None:
 def test_a_stopped_download_goes_on_where_it_stopped(
     hub: Hub, folder: Path, how: signal.Signals
 ) -> None:
-    hub.fault(BIG, "slow", 0.05)
+    hub.fault(BIG, "hold", 1 << 17)  # the rest never comes: an end that waits for it is a hang
     process = start("--endpoint", hub.url, "--local_dir", str(folder), "--only", "high")
     wait_for(part(folder, BIG, FILES[BIG]), 100_000)
     process.send_signal(how)
-    began = time.monotonic()
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
+    hub.released.set()
     assert process.returncode == (130 if how == signal.SIGINT else -how), errors
-    assert time.monotonic() - began < 3
     have = part(folder, BIG, FILES[BIG]).stat().st_size
     assert 100_000 <= have < 400_000 and BIG not in inside(folder)
     assert run(hub, folder, "--only", "high") == 0

@@ -547,9 +547,9 @@ def test_tokenizer_is_stepped_over(tmp_path: Path) -> None:
     ]
     path = tmp_path / "t5.gguf"
     path.write_bytes(build(keys, [("x", (32,), 0, 0)], bytes(128)))
-    start = time.perf_counter()
+    start = time.thread_time()
     file = open_gguf(path)
-    assert time.perf_counter() - start < 0.5  # 10 ms on an idle machine
+    assert time.thread_time() - start < 0.5  # 10 ms here
     assert file.container == "GGUF of t5encoder" and file.read("x").tolist() == [0.0] * 32
     assert file.array("tokenizer.ggml.tokens") == [f"▁{number}" for number in range(count)]
     assert file.array("tokenizer.ggml.scores") == list(range(count))
@@ -704,13 +704,13 @@ BROKEN = {
 
 
 def refused(path: Path, message: str) -> None:
-    """A RequestError that names the file, within a second and a few megabytes."""
+    """A RequestError that names the file, within a second of CPU time and a few megabytes."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.thread_time()
     try:
         with pytest.raises(RequestError, match=f"(?s){path.name}.*{message}"):
             open_gguf(path)
-        assert time.perf_counter() - start < 1
+        assert time.thread_time() - start < 1
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
@@ -754,10 +754,10 @@ def test_a_header_that_never_ends(tmp_path: Path) -> None:
     path.write_bytes(build([("k", 9, array(8, 30 << 20))], [], b""))
     with path.open("r+b") as file:
         file.truncate(1 << 30)  # sparse
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(RequestError, match="longer than"):
         open_gguf(path)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_cut_off_anywhere(tmp_path: Path) -> None:

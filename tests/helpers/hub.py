@@ -2,7 +2,7 @@
 listings, files with ranges, refusals.
 
 Faults can be planned per file: the connection is cut, bytes are wrong, the server is busy, ignores
-ranges, or is slow.
+ranges, is slow, or holds the rest of a file back.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ REPO = "Wan-AI/Wan2.2-T2V-A14B"
 class Fault:
     """What goes wrong with a file, and how many times (-1: always)."""
 
-    kind: str  # cut, wrong, status, no_ranges, slow, longer
-    value: float = 0  # bytes before the cut; the status; seconds between blocks
+    kind: str  # cut, wrong, status, no_ranges, slow, longer, hold
+    value: float = 0  # bytes before the cut or the hold; the status; seconds between blocks
     times: int = 1
 
 
@@ -55,6 +55,7 @@ class Hub:
     most_busy: int = 0
     sent: int = 0  # bytes of files
     lock: threading.Lock = field(default_factory=threading.Lock)
+    released: threading.Event = field(default_factory=threading.Event)  # ends each hold
 
     def __enter__(self) -> Hub:
         self.server = ThreadingHTTPServer(
@@ -68,6 +69,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.released.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -257,13 +259,16 @@ class Handler(BaseHTTPRequestHandler):
             hub.most_busy = max(hub.busy, hub.most_busy)
         try:
             self.send(
-                body[: int(value)] if kind == "cut" else body, value if kind == "slow" else 0.0
+                body[: int(value)] if kind in ("cut", "hold") else body,
+                value if kind == "slow" else 0.0,
             )
         finally:
             with hub.lock:
                 hub.busy -= 1
-        if kind == "cut":
+        if kind in ("cut", "hold"):
             self.wfile.flush()
+            if kind == "hold":
+                hub.released.wait(120)
             self.close_connection = True
 
     def send(self, body: bytes, pause: float) -> None:

@@ -131,8 +131,11 @@ def _parse(argv: list[str]) -> Any:
     """
     name = argv[0] if argv else ""
     if name in COMMANDS:
-        return command_parser(name).parse_args(argv[1:])
-    if name in ("-h", "--help"):
+        words = argv[1:]
+        if not COMMANDS[name].brief:  # its --help explains every flag
+            words = ["--help" if word == "--help-all" else word for word in words]
+        return command_parser(name).parse_args(words)
+    if name in ("-h", "--help", "--help-all", "help"):
         print(overview())
         raise SystemExit(0)
     if name == "--version":
