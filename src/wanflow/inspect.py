@@ -32,7 +32,7 @@ from wanflow.checkpoint.layouts import (
 )
 from wanflow.checkpoint.ledger import LEDGER, Ledger
 from wanflow.checkpoint.parts import EXPERTS, WORDS, Part
-from wanflow.checkpoint.published import KNOWN, known_sha256
+from wanflow.checkpoint.published import known_sha256, published_as
 from wanflow.checkpoint.source import (
     OfficialSource,
     describe,
@@ -378,8 +378,7 @@ def _file(path: Path, root: Path, hashes: bool, report: Report | None) -> File:
     inside = path != root and path.is_relative_to(root)
     name = path.relative_to(root).as_posix() if inside else path.name
     sha256, origin = (_hash(path, report), "computed") if hashes else _known_hash(path)
-    published = next((end for end, value in KNOWN.items() if value == sha256), None)
-    return File(name, path.stat().st_size, sha256, origin, published)
+    return File(name, path.stat().st_size, sha256, origin, published_as(sha256))
 
 
 def _known_hash(path: Path) -> tuple[str | None, str | None]:

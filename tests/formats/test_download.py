@@ -417,7 +417,7 @@ def test_verify_offline(
         VAE: hashlib.sha256(FILES[VAE]).hexdigest(),
         T5: hashlib.sha256(FILES[T5]).hexdigest(),
     }
-    monkeypatch.setattr(catalogue, "KNOWN", published)
+    monkeypatch.setattr(catalogue, "known_hashes", lambda: published)
     assert run(nowhere, folder, "--verify") == 1
     assert f"damaged: {T5};" in said(capsys)
     assert run(nowhere, folder, "--verify", "--only", "high") == 2
@@ -652,13 +652,13 @@ def test_the_catalogue() -> None:
         for part in variant.parts:
             assert part.bytes > 0 or part.role == "config"
             assert all(pattern.startswith(part.strip) for pattern in part.patterns)
-    for sha256 in catalogue.KNOWN.values():
+    for sha256 in catalogue.known_hashes().values():
         assert len(bytes.fromhex(sha256)) == 32
     assert catalogue.known_sha256(f"anything/{VAE}") and catalogue.known_sha256(f"not{VAE}") is None
 
 
 def test_an_expert_by_the_name_of_a_blob(tmp_path: Path) -> None:
-    sha256 = catalogue.KNOWN["Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf"]
+    sha256 = catalogue.known_hashes()["Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf"]
     (tmp_path / sha256).touch()
     (tmp_path / "model.gguf").symlink_to(tmp_path / sha256)
     assert catalogue.expert_by_hash(tmp_path / "model.gguf") == "low"

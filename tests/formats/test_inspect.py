@@ -336,7 +336,7 @@ def test_hashes_computed_remembered_and_of_the_cache(
         inspect(file).parts[0].files[0].sha256_from,
     ) == (sha256, "cache")
 
-    monkeypatch.setitem(catalogue.KNOWN, "known.safetensors", sha256)
+    monkeypatch.setitem(catalogue.known_hashes(), "known.safetensors", sha256)
     assert inspect(file).parts[0].files[0].published_as == "known.safetensors"
     named = tmp_path / "known.safetensors"
     shutil.copy(NANO / "low_noise_model/diffusion_pytorch_model.safetensors", named)

@@ -7,7 +7,7 @@ built larger than its files. What no layout can say of an unpublished model is i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -308,18 +308,12 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for part, path in checkpoint.paths.items():
         files += [path / "config.json"] if part in EXPERTS and path.is_dir() else []
         files += _files(path)
-    digest = hashlib.sha256()
+    folder, labelled = checkpoint.folder, []
     for file in sorted({file for file in files if file.exists()}):
-        name = (
-            file.relative_to(checkpoint.folder).as_posix()
-            if file.is_relative_to(checkpoint.folder)
-            else file.name
-        )
-        with reading(file):
-            digest.update(f"{name} {file.stat().st_size}\n".encode())
-            for sample in samples(file):
-                digest.update(sample)
-    return digest.hexdigest()[:16]
+        inside = file.is_relative_to(folder)
+        name = file.relative_to(folder).as_posix() if inside else file.name
+        labelled.append((f"{name} ", file))
+    return _digest(labelled)
 
 
 def text_fingerprint(checkpoint: Checkpoint) -> str:
@@ -328,13 +322,18 @@ def text_fingerprint(checkpoint: Checkpoint) -> str:
     Raises:
         RequestError: for a file that cannot be read.
     """
+    paths = (checkpoint.paths[part] for part in ("t5", "tokenizer"))
+    return _digest(("", file) for path in paths for file in sorted(_files(path)))
+
+
+def _digest(labelled: Iterable[tuple[str, Path]]) -> str:
+    """Return 16 hex digits of files' labels, sizes and samples."""
     digest = hashlib.sha256()
-    for part in ("t5", "tokenizer"):
-        for file in sorted(_files(checkpoint.paths[part])):
-            with reading(file):
-                digest.update(f"{file.stat().st_size}\n".encode())
-                for sample in samples(file):
-                    digest.update(sample)
+    for label, file in labelled:
+        with reading(file):
+            digest.update(f"{label}{file.stat().st_size}\n".encode())
+            for sample in samples(file):
+                digest.update(sample)
     return digest.hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """Published files: repository, place, size and hash of each, and the variants they make up.
 
-The sizes are for help texts and for offline use. A download relies on the hub's own listing.
+The sizes are for help texts and for offline use. A download relies on the hub's own listing. The
+hashes are in `published.sha256`, by the end of a file's path.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +26,10 @@ COMFY_2_1 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"  # the same text encoder in 1
 GGUF = "QuantStack/Wan2.2-T2V-A14B-GGUF"
 GGUF_T5 = "city96/umt5-xxl-encoder-gguf"
 
-
 Role = str  # a part of a model, or "config"
 ROLES: tuple[Role, ...] = (*PARTS, "config")
 Source = Literal["huggingface", "modelscope"]
+BOTH: tuple[Source, ...] = ("huggingface", "modelscope")
 
 # Bytes. Of the official shards only the sum is published; headers and indexes are taken from
 # Wan2.1-T2V-14B, which has the same tensors.
@@ -92,20 +94,22 @@ def _official(expert: int) -> tuple[Part, ...]:
         Part("low", OFFICIAL, ("low_noise_model/*",), expert),
         Part("t5", OFFICIAL, ("models_t5_umt5-xxl-enc-bf16.pth",), T5_BF16),
         Part("vae", OFFICIAL, ("Wan2.1_VAE.pth",), VAE_FP32),
-        Part("tokenizer", OFFICIAL, ("google/umt5-xxl/*",), TOKENIZER),
+        _TOKENIZER,
         Part("config", OFFICIAL, ("configuration.json", "README.md", "LICENSE*"), optional=True),
     )
 
 
-def _comfy(kind: str, expert: int, text: Part) -> tuple[Part, ...]:
-    def part(role: Role, path: str, size: int) -> Part:
-        return Part(role, COMFY, (f"split_files/{path}",), size, "split_files/")
+def _split_file(role: Role, path: str, size: int, repo: str = COMFY) -> Part:
+    return Part(role, repo, (f"split_files/{path}",), size, "split_files/")
 
+
+def _comfy(kind: str, expert: int, text: Part) -> tuple[Part, ...]:
+    stem = "diffusion_models/wan2.2_t2v"
     return (
-        part("high", f"diffusion_models/wan2.2_t2v_high_noise_14B_{kind}.safetensors", expert),
-        part("low", f"diffusion_models/wan2.2_t2v_low_noise_14B_{kind}.safetensors", expert),
+        _split_file("high", f"{stem}_high_noise_14B_{kind}.safetensors", expert),
+        _split_file("low", f"{stem}_low_noise_14B_{kind}.safetensors", expert),
         text,
-        part("vae", "vae/wan_2.1_vae.safetensors", VAE_16),
+        _split_file("vae", "vae/wan_2.1_vae.safetensors", VAE_16),
         _TOKENIZER,
     )
 
@@ -123,20 +127,8 @@ def _gguf(quant: str, expert: int) -> tuple[Part, ...]:
 
 
 _TOKENIZER = Part("tokenizer", OFFICIAL, ("google/umt5-xxl/*",), TOKENIZER)
-_T5_FP8 = Part(
-    "t5",
-    COMFY,
-    ("split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",),
-    T5_FP8,
-    "split_files/",
-)
-_T5_FP16 = Part(
-    "t5",
-    COMFY_2_1,
-    ("split_files/text_encoders/umt5_xxl_fp16.safetensors",),
-    T5_FP16,
-    "split_files/",
-)
+_T5_FP8 = _split_file("t5", "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", T5_FP8)
+_T5_FP16 = _split_file("t5", "text_encoders/umt5_xxl_fp16.safetensors", T5_FP16, COMFY_2_1)
 _DIFFUSERS = (
     Part("high", DIFFUSERS, ("transformer/*",), EXPERT_FP32),
     Part("low", DIFFUSERS, ("transformer_2/*",), EXPERT_FP32),
@@ -155,16 +147,13 @@ _LORAS = tuple(
     )
     for role in EXPERTS
 )
+_COMFY_FP16 = _comfy("fp16", EXPERT_16, _T5_FP16)
+_COMFY_FP8 = _comfy("fp8_scaled", EXPERT_FP8, _T5_FP8)
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant(
-            "official",
-            "float32 experts, as published",
-            _official(EXPERT_FP32),
-            ("huggingface", "modelscope"),
-        ),
+        Variant("official", "float32 experts, as published", _official(EXPERT_FP32), BOTH),
         Variant(
             "official-bf16",
             "the same in bfloat16; ModelScope only",
@@ -172,18 +161,9 @@ VARIANTS: dict[str, Variant] = {
             ("modelscope",),
             "bf16",
         ),
-        Variant(
-            "diffusers",
-            "the Diffusers layout, float32 experts",
-            _DIFFUSERS,
-            ("huggingface", "modelscope"),
-        ),
-        Variant("comfy-fp16", "ComfyUI's files, float16", _comfy("fp16", EXPERT_16, _T5_FP16)),
-        Variant(
-            "comfy-fp8",
-            "ComfyUI's files, 8-bit float with scales",
-            _comfy("fp8_scaled", EXPERT_FP8, _T5_FP8),
-        ),
+        Variant("diffusers", "the Diffusers layout, float32 experts", _DIFFUSERS, BOTH),
+        Variant("comfy-fp16", "ComfyUI's files, float16", _COMFY_FP16),
+        Variant("comfy-fp8", "ComfyUI's files, 8-bit float with scales", _COMFY_FP8),
         Variant("gguf-q8", "GGUF Q8_0", _gguf("Q8_0", 15_400_000_000)),
         Variant("gguf-q6", "GGUF Q6_K", _gguf("Q6_K", 12_000_000_000)),
         Variant("gguf-q5", "GGUF Q5_K_M", _gguf("Q5_K_M", 10_790_416_896)),
@@ -192,54 +172,24 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 
-# sha256 of files whose content is the same wherever they are found, by the end of their path.
-KNOWN: dict[str, str] = {
-    "models_t5_umt5-xxl-enc-bf16.pth": (
-        "7cace0da2b446bbbbc57d031ab6cf163a3d59b366da94e5afe36745b746fd81d"
-    ),
-    "Wan2.1_VAE.pth": "38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981",
-    "umt5-xxl/spiece.model": "e3909a67b780650b35cf529ac782ad2b6b26e6d1f849d3fbb6a872905f452458",
-    "umt5-xxl/tokenizer.json": "6e197b4d3dbd71da14b4eb255f4fa91c9c1f2068b20a2de2472967ca3d22602b",
-    "umt5-xxl/tokenizer_config.json": (
-        "ed9a3a8b0faa71a70a32847e0435fe036e6e112d4df4edb7bb48a921e344dc05"
-    ),
-    "umt5-xxl/special_tokens_map.json": (
-        "7b8a9f5040adb67b5805abdfd42c1f8d0f3d0e711f10726580eb3789cd0ad61d"
-    ),
-    "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": (
-        "cad711ae211c8b23455ec68cd6a190a33a3d874234a77eb57266d73f8f0e6c9f"
-    ),
-    "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": (
-        "e71b96d7c82e638694c5e7fb98fac4bfb0e4ddc5fbbb4b1df40da8f0f1278a97"
-    ),
-    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (
-        "c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68"
-    ),
-    "umt5_xxl_fp16.safetensors": "7b8850f1961e1cf8a77cca4c964a358d303f490833c6c087d0cff4b2f99db2af",
-    "wan_2.1_vae.safetensors": "2fc39d31359a4b0a64f55876d8ff7fa8d780956ae2cb13463b0223e15148976b",
-    "Wan2.1_VAE.safetensors": "2fc39d31359a4b0a64f55876d8ff7fa8d780956ae2cb13463b0223e15148976b",
-    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": (
-        "698321cb86bd30c4af06c9b84e656a1048c8cb54e06d50694536fb5de37fde41"
-    ),
-    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": (
-        "ec95216e614b3c132c11bfb387b11feedf62163150ccc9068bca8a189771e75a"
-    ),
-    "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": (
-        "e0c490c6e316fd91ff52034e4ca66b825717e33ff11624585c0ccfcb5d410c59"
-    ),
-    "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": (
-        "091a5bae02e14aa016bc9b10a7892efda4c629346b81c5dcebbe30ea2ac8923a"
-    ),
-    "umt5-xxl-encoder-Q8_0.gguf": (
-        "2521d4de0bf9e1cc6549866463ceae85e4ec3239bc6063f7488810be39033bbc"
-    ),
-}
+
+@cache
+def known_hashes() -> dict[str, str]:
+    """Return the sha256 of files that are the same wherever they are, by the end of their path."""
+    lines = Path(__file__).with_suffix(".sha256").read_text(encoding="utf-8").splitlines()
+    return {end: sha256 for sha256, end in map(str.split, lines)}
+
+
+def published_as(sha256: str | None) -> str | None:
+    """Return the end of the path under which a file of this hash was published."""
+    return next((end for end, known in known_hashes().items() if known == sha256), None)
 
 
 def known_sha256(name: str) -> str | None:
     """Return the published sha256 of a file, by the end of its path; None for other files."""
     path = f"/{name}"
-    return next((sha256 for end, sha256 in KNOWN.items() if path.endswith(f"/{end}")), None)
+    hashes = known_hashes().items()
+    return next((sha256 for end, sha256 in hashes if path.endswith(f"/{end}")), None)
 
 
 def expert_by_hash(file: Path, compute: bool = False) -> Expert | None:
@@ -252,17 +202,13 @@ def expert_by_hash(file: Path, compute: bool = False) -> Expert | None:
     if compute and file.stat().st_size in EXPERT_SIZES:
         with file.open("rb") as data:
             sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-    published = next((end for end, value in KNOWN.items() if value == sha256), "")
-    return expert_in_name(published)
+    return expert_in_name(published_as(sha256) or "")
 
 
 def whole_repository(repo: str) -> Variant:
     """Return a variant of all files in a repository, for `--repo`."""
     return Variant(
-        repo.rpartition("/")[2],
-        f"everything in {repo}",
-        (Part("config", repo, ("*",)),),
-        ("huggingface", "modelscope"),
+        repo.rpartition("/")[2], f"everything in {repo}", (Part("config", repo, ("*",)),), BOTH
     )
 
 

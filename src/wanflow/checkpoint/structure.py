@@ -21,6 +21,11 @@ from wanflow.transforms.quant import QuantLinear, quantizable_layers, replace_wi
 ChooseDtype = Callable[[str, TensorInfo], torch.dtype]  # tensor -> its dtype in memory
 Config = DiTConfig | TextConfig | VAEConfig
 M = TypeVar("M", bound=nn.Module)
+MODULES: dict[type, Callable[[Any], nn.Module]] = {
+    DiTConfig: WanDiT,
+    TextConfig: UMT5Encoder,
+    VAEConfig: WanVAE,
+}
 
 
 class _Unfilled(TorchFunctionMode):
@@ -40,9 +45,7 @@ def build(cls: Callable[[Any], M], config: Config) -> M:
 
 def module_of(config: Config) -> nn.Module:
     """Return the module that a config describes, on meta."""
-    if isinstance(config, DiTConfig):
-        return build(WanDiT, config)
-    return build(UMT5Encoder, config) if isinstance(config, TextConfig) else build(WanVAE, config)
+    return build(MODULES[type(config)], config)
 
 
 def compare(module: nn.Module, headers: TensorSource) -> dict[str, list[str]]:
