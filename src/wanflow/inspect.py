@@ -137,11 +137,9 @@ class Findings:
 
 
 def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> Findings:
-    """Return all that the headers of a file or folder say.
+    """Return all that the headers of a file or folder say, and with `hashes` every file's sha256.
 
-    Args:
-        hashes: compute the sha256 of every file.
-        report: called with bytes hashed, and bytes in all, file by file.
+    `report` is called with bytes hashed, and bytes in all, file by file.
 
     Raises:
         RequestError: for a path that is missing, or holds nothing readable.
@@ -234,10 +232,8 @@ def rows_of(
 ) -> list[Row]:
     """Return a row for each part in a file or folder of shards, or one that says what is wrong.
 
-    Args:
-        root: the folder that is inspected, or the file itself.
-        opened: opens a path, or returns the source that it opened before.
-        checked: files and folders whose tensors were already compared with the model's.
+    `root` is the folder that is inspected, or the file itself. The tensors of `checked` files and
+    folders were already compared with the model's.
     """
     name = path.name if path == root else path.relative_to(root).as_posix()
     files: list[File] = []

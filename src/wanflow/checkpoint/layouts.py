@@ -59,10 +59,9 @@ class CheckpointFiles:
 def find(
     folder: Path, given: Mapping[Part, Path], opened: Callable[[Path], TensorSource]
 ) -> CheckpointFiles:
-    """Find the parts in a folder; parts that the user named replace its own.
+    """Find the parts in a folder; parts that the user named (`given`) replace its own.
 
-    Args:
-        opened: opens a path, or returns the source that it opened before.
+    `opened` opens a path, or returns the source that it opened before.
 
     Raises:
         RequestError: listing all that is missing, or naming what is ambiguous or of another model.

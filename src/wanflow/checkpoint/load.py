@@ -49,11 +49,8 @@ def load_module(
     """Fill a module that `lay_out` prepared on meta, one tensor at a time.
 
     On the way to a GPU, host memory holds one tensor in its final form. Of a sharded weight, only
-    this rank's rows are read.
-
-    Args:
-        changes: applied to single tensors between reading and placing (a fused LoRA).
-        skip: tensors that stay on meta.
+    this rank's rows are read. `changes` apply to single tensors between reading and placing (a
+    fused LoRA). The tensors in `skip` stay on meta.
 
     Raises:
         RequestError: when a file breaks off.

@@ -195,8 +195,7 @@ def known_sha256(name: str) -> str | None:
 def expert_by_hash(file: Path, compute: bool = False) -> Expert | None:
     """Return the expert in a published file, by the sha256 that names it in Hugging Face's cache.
 
-    Args:
-        compute: hash the file if it has the size of a published expert (14 GB in half a minute).
+    With `compute`, hash a file of a published expert's size (14 GB in half a minute).
     """
     sha256 = Path(os.path.realpath(file)).name
     if compute and file.stat().st_size in EXPERT_SIZES:

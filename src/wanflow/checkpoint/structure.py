@@ -106,11 +106,9 @@ def lay_out(
 ) -> None:
     """Give a module on meta its form in memory: dtypes, and leaves that keep weights packed.
 
-    Args:
-        headers: say which tensors are packed; None: no tensor is.
-        choose_dtype: the dtype of each tensor.
-        compute: the dtype in which leaves with packed weights multiply.
-        touched: tensors that change while they are read, and are therefore unpacked.
+    The headers say which tensors are packed; without headers none is. Leaves with packed weights
+    multiply in the dtype `compute`. Tensors in `touched` change while they are read, and are
+    therefore unpacked.
 
     Raises:
         RequestError: when names or shapes differ from the file's.
@@ -151,9 +149,8 @@ def expert_structure(
 ) -> WanDiT:
     """Return an expert on meta in its form at run time: matmuls in `dtype`, packed or quantised.
 
-    Args:
-        headers: of the expert's file; None: a file of plain weights.
-        touched: tensors that LoRAs are fused into.
+    The headers are those of the expert's file; None stands for a file of plain weights. LoRAs are
+    fused into the tensors in `touched`.
     """
     model = build(WanDiT, config)
     lay_out(model, headers, expert_dtypes(model, dtype), dtype, device, touched)

@@ -47,8 +47,7 @@ class Pieces:
 def open_tokenizer(path: Path, source: TensorSource | None = None) -> Tokenizer:
     """Read the tokenizer in a file of any form.
 
-    Args:
-        source: the file, where it is a T5 file that is open.
+    `source` is the file, where it is a T5 file that is open.
 
     Raises:
         RequestError: naming the file, when it is missing or damaged, or holds no T5 tokenizer.

@@ -47,11 +47,7 @@ class Finding:
 
 
 def check_values(path: Path, report: Report | None = None) -> Iterator[Finding]:
-    """Read every tensor and yield those with NaN, infinity, or a single value.
-
-    Args:
-        report: called with bytes read, and bytes in all, file by file.
-    """
+    """Read every tensor and yield those with NaN, infinity, or a single value."""
     for group in weight_groups(path) if path.is_dir() else [path]:
         name = group.name if group == path else group.relative_to(path).as_posix()
         try:

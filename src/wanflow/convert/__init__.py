@@ -1,0 +1,1 @@
+"""Convert weights from any layout and storage format to any other."""

@@ -28,6 +28,7 @@ ROPE_LENGTH = 1024  # positions on each axis in diffusers' tables
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
+    """Return the text of a JSON file."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -79,10 +79,8 @@ def convert(
 ) -> Path:
     """Write a model in another form, and return its path.
 
-    Args:
-        out: a folder; for a single part also a file, or a folder for that file.
-        say: called with notes on what a user might not expect.
-        report: called with bytes written, and bytes in all.
+    `out` is a folder; for a single part also a file, or a folder for that file. `say` gets notes on
+    what a user might not expect.
 
     Raises:
         RequestError: at first, for a path that exists, lies inside the source or has no room;

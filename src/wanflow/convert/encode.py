@@ -38,11 +38,7 @@ ISLANDS = ("time_embedding.", "head.")  # computed in float32, and small
 
 
 def storage_dtype(kind: Kind, name: str, info: TensorInfo, coding: StorageFormat) -> str:
-    """Return the new format of a tensor: a safetensors dtype or a GGML type.
-
-    Args:
-        name: the official one.
-    """
+    """Return the new format of a tensor, by its official name: a dtype or a GGML type."""
     stored = NAMES[info.dtype] if info.packing is None else "BF16"
     plain = coding.plain or (stored if stored in FLOATS else "F32")
     table = kind == "vae" or len(info.shape) != 2 or not name.endswith(".weight")

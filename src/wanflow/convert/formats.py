@@ -52,11 +52,9 @@ class Target:
     word: str = ""
 
     def of(self, kind: Kind, dtype: str | None, alone: bool) -> StorageFormat:
-        """Return the format of one part.
+        """Return the format of one part; `dtype` is requested for what is not quantised.
 
-        Args:
-            dtype: requested for what is not quantised.
-            alone: whether the user converts this part only.
+        `alone`: the user converts this part only.
         """
         if kind == "vae":  # next to quantised weights it stays as it is: it is small
             quantised = self.coding.quant is not None or self.coding.gguf

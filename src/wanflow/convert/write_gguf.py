@@ -51,12 +51,7 @@ def quantised(kind: str, values: Iterator[Tensor]) -> Iterator[Tensor]:
 def write_gguf(
     path: Path, entries: Sequence[TensorSpec], count: Count, arch: str, kind: str, note: Note
 ) -> None:
-    """Write a GGUF file, header first.
-
-    Args:
-        kind: the format of most weights.
-        note: writes further metadata.
-    """
+    """Write a GGUF file, header first: `kind` is the format of most weights."""
     gguf = package()
     writer = gguf.GGUFWriter(path, arch)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -95,9 +90,7 @@ def write_gguf(
 def note_text(config: TextConfig, length: int, tokenizer: Mapping[str, Any] | None) -> Note:
     """Return a function that writes llama.cpp's metadata of a T5 encoder.
 
-    Args:
-        length: of a prompt, in tokens.
-        tokenizer: from `pieces_in`; None leaves it out.
+    `length` is that of a prompt, in tokens; `tokenizer` is from `pieces_in`, or None.
     """
 
     def note(writer: Any) -> None:

@@ -1,0 +1,1 @@
+"""Download published weights, and verify every byte."""

@@ -85,6 +85,8 @@ def download(
     """Fetch what a folder lacks of a variant, so that every file in it is verified.
 
     Args:
+        variant: a variant, or its name.
+        folder: where the files go.
         hub: the source; Hugging Face by default.
         only: roles (`catalogue.ROLES`) to restrict it to; all by default.
         workers: files fetched at the same time.
@@ -92,6 +94,7 @@ def download(
             Without a network this compares with the ledger and the published hashes, and fetches
             nothing.
         dry_run: fetch nothing; with `verify`, hash and name what is damaged.
+        say: shows a message.
         report: shows the progress of hashing and of fetching.
 
     Returns:
