@@ -30,7 +30,7 @@ import torch.distributed as dist
 from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.checkpoint.load import expert_bytes as whole_bytes
 from wanflow.checkpoint.structure import build
-from wanflow.loaders.experts import open_expert
+from wanflow.loaders.parts import open_expert
 from wanflow.loaders.placement import Placement
 from wanflow.parallel.groups import Layout, make_groups
 from wanflow.parallel.ranks import DistInfo

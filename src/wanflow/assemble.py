@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,18 +21,19 @@ from wanflow.api import Pipeline
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
 from wanflow.config import RequestError
-from wanflow.loaders.experts import refuse_packed
-from wanflow.loaders.parts import LoadedParts, Report
+from wanflow.loaders.parts import LoadedParts, Report, refuse_packed
 from wanflow.loaders.placement import Placement
 from wanflow.loaders.velocity import make_velocity
-from wanflow.parallel.groups import Layout, make_groups, simulated_groups
-from wanflow.parallel.ranks import DistInfo
 from wanflow.pipeline import Engine, Frames, OnPart, Run, frame_by_frame, to_frames
 from wanflow.recipe import ModelRecord, Recipe
 from wanflow.request import Request
 from wanflow.runtime import Runtime, choose_device, choose_dtype, recorded
 from wanflow.sampling.solvers import SolverState, Velocity
 from wanflow.transforms import attention
+
+if TYPE_CHECKING:
+    from wanflow.parallel.groups import Layout
+    from wanflow.parallel.ranks import DistInfo
 
 logger = logging.getLogger("wanflow")
 
@@ -48,25 +50,26 @@ def assemble(
         checkpoint: the model's files.
         runtime: how to run; what is open takes its default.
         report: called while weights are read.
-        info: this process among those of the run, each of which calls this with the same runtime;
-            None: it is alone.
+        info: this rank, of several that call this with the same runtime; None: it is alone.
 
     Raises:
         RequestError: for a runtime that this machine, this model or this layout cannot follow.
     """
-    ctx = simulated_groups(Layout())
+    ctx = None
     if info is not None and info.world_size > 1:
+        from wanflow.parallel.groups import make_groups
+
         runtime = replace(runtime, device=str(info.device))
         ctx = make_groups(layout_of(runtime), info)
     spec = checkpoint.spec
     _refuse(runtime, spec.dit.num_layers)
-    refuse_together(runtime, spec.dit.num_layers, ctx.layout.size)
+    refuse_together(runtime, spec.dit.num_layers, 1 if ctx is None else ctx.layout.size)
     device = choose_device(runtime.device)
     float32_bytes = expert_bytes(checkpoint, torch.float32)
     dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes)
     head_dim = spec.dit.dim // spec.dit.num_heads
     kernel = attention.choose_kernel(runtime.attention, device, dtype, head_dim)
-    if ctx.layout.ring > 1 and kernel.with_lse is None:
+    if ctx is not None and ctx.layout.ring > 1 and kernel.with_lse is None:
         raise RequestError(
             f"ring attention needs the log-sum-exp, which {kernel.name!r} does not return;"
             " use --attention flash or --ring_size 1"
@@ -76,7 +79,7 @@ def assemble(
     placement = Placement(dtype, device, runtime, ctx)
     if runtime.quantize:
         refuse_packed(checkpoint, placement)
-    parts = LoadedParts(checkpoint, placement, kernel, ctx, report)
+    parts = LoadedParts(checkpoint, placement, kernel, report)
     logger.debug("assembled %s", asdict(runtime))
     return Pipeline(make_engine(parts), parts)
 
@@ -84,7 +87,8 @@ def assemble(
 def make_engine(parts: LoadedParts) -> Engine:
     """Return what the core calls, made of loaded parts."""
     spec, ctx, runtime = parts.spec, parts.ctx, parts.runtime
-    model, layout = model_record(parts.checkpoint), str(layout_of(runtime))
+    model = model_record(parts.checkpoint)
+    layout = "one process" if ctx is None else str(ctx.layout)
     settings = recorded(runtime, parts.device, parts.placement.dtype, parts.kernel.name, layout)
 
     def record(request: Request) -> Recipe:
@@ -95,7 +99,8 @@ def make_engine(parts: LoadedParts) -> Engine:
             request = with_found_loras(request)
             fingerprints = lora_fingerprints(request.loras())
         complete = request.complete(spec)
-        complete = replace(complete, seed=ctx.from_rank0(complete.seed))
+        if ctx is not None:
+            complete = replace(complete, seed=ctx.from_rank0(complete.seed))
         noise, batch = runtime.noise_device, runtime.cfg_batch
         return Recipe(complete, model, settings, versions(), noise, batch, fingerprints)
 
@@ -104,12 +109,13 @@ def make_engine(parts: LoadedParts) -> Engine:
 
     def share(state: SolverState) -> SolverState:
         tensors = {name: value.to(parts.device) for name, value in state.tensors().items()}
-        shared = {name: ctx.world.broadcast("state", value) for name, value in tensors.items()}
-        return SolverState.from_tensors(state.index, shared)
+        if ctx is not None:
+            tensors = {name: ctx.world.broadcast("state", one) for name, one in tensors.items()}
+        return SolverState.from_tensors(state.index, tensors)
 
     def velocity(run: Run) -> Velocity:
         velocity = partial(make_velocity, parts, run.request, run.state.index, runtime.cfg_batch)
-        if ctx.layout.size == 1:
+        if ctx is None:
             return velocity()
         from wanflow.parallel.cfg import split_guidance
         from wanflow.parallel.sequence import sharded
@@ -118,7 +124,7 @@ def make_engine(parts: LoadedParts) -> Engine:
 
     def decode(latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
         vae = parts.vae()
-        if ctx.layout.size > 1:
+        if ctx is not None:
             from wanflow.parallel import vae_parallel
 
             return vae_parallel.decode_frames(vae, latent, ctx, to_frames, on_part)
@@ -129,7 +135,7 @@ def make_engine(parts: LoadedParts) -> Engine:
         return frame_by_frame(vae, latent, on_part)
 
     def agree(stop: bool) -> bool:
-        return bool(ctx.from_rank0(int(stop)))
+        return stop if ctx is None else bool(ctx.from_rank0(int(stop)))
 
     return Engine(spec, parts.device, record, check, share, velocity, decode, agree)
 
@@ -152,6 +158,8 @@ def versions() -> dict[str, str]:
 
 def layout_of(runtime: Runtime) -> Layout:
     """Return how ranks share a forward; what a runtime leaves open counts as one."""
+    from wanflow.parallel.groups import Layout
+
     return Layout(
         2 if runtime.cfg_parallel else 1, runtime.ring_size or 1, runtime.ulysses_size or 1
     )

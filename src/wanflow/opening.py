@@ -7,18 +7,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wanflow.api import Pipeline
 from wanflow.assemble import assemble
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from wanflow.checkpoint.parts import PARTS, Part
+from wanflow.checkpoint.parts import PARTS, WEIGHTS, Part
 from wanflow.config import RequestError
 from wanflow.loaders.parts import Report
-from wanflow.parallel import ranks
-from wanflow.plan.start import make_plan
 from wanflow.request import Request
-from wanflow.runtime import Runtime, choose_device
+from wanflow.runtime import TINY, Runtime, all_resident, choose_device, with_defaults
+
+if TYPE_CHECKING:
+    from wanflow.parallel.ranks import DistInfo
 
 logger = logging.getLogger("wanflow")
 
@@ -61,6 +62,41 @@ def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = 
     return open_checkpoint(folder, parts)
 
 
+def settle(
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    request: Request | None = None,
+    force: bool = False,
+    info: DistInfo | None = None,
+) -> tuple[Runtime, tuple[str, ...]]:
+    """Return the runtime with nothing left open, and reasons that are worth reading.
+
+    Args:
+        request: the largest that will be made; None: the model's default size and length.
+        force: return it even if this machine is too small.
+        info: one of several ranks, for all of which this decides; None: the process is alone.
+
+    Raises:
+        RequestError: when the machine is too small, or for settings that exclude each other.
+    """
+    layout = runtime.cfg_parallel, (runtime.ring_size or 1) > 1, (runtime.ulysses_size or 1) > 1
+    weights = 4 * sum(checkpoint.parameters(part) for part in WEIGHTS)
+    if info is None and weights <= TINY and not any(layout):
+        alone = with_defaults(runtime, cfg_parallel=False, ring_size=1, ulysses_size=1)
+        on_gpu = choose_device(runtime.device).type == "cuda"
+        return all_resident(alone, checkpoint.spec.dit.num_layers, on_gpu), ()
+    # The plan and its tables are for models that may not fit.
+    from wanflow.plan.start import make_plan
+
+    processes, per_machine = 1, None
+    if info is not None:
+        from wanflow.parallel.ranks import local_world_size
+
+        processes, per_machine = info.world_size, local_world_size()
+    plan = make_plan(checkpoint, runtime, request, processes, per_machine, force)
+    return plan.runtime, plan.reasons if plan.need or processes > 1 else ()
+
+
 def load(
     model: str | Path | None = "nano",
     report: Report | None = None,
@@ -92,6 +128,8 @@ def load(
     if unknown:
         known = ", ".join([*(f.name for f in fields(Runtime)), *PARTS])
         raise RequestError(f"load does not know {', '.join(unknown)}; it knows {known}")
+    from wanflow.parallel import ranks
+
     runtime, info = Runtime(**options), None
     if ranks.rank_and_world_size()[1] > 1:
         info = ranks.join_group(choose_device(runtime.device))
@@ -101,10 +139,8 @@ def load(
         for note in checkpoint.notes:
             logger.warning(note)
     if info is None:
-        plan = make_plan(checkpoint, runtime, plan_for, force=force)
-        return assemble(checkpoint, plan.runtime, report)
-    size, here = info.world_size, ranks.local_world_size()
-    settled = ranks.broadcast_from_rank0(
-        info, lambda: make_plan(checkpoint, runtime, plan_for, size, here, force).runtime
+        return assemble(checkpoint, settle(checkpoint, runtime, plan_for, force)[0], report)
+    settled, _ = ranks.broadcast_from_rank0(
+        info, lambda: settle(checkpoint, runtime, plan_for, force, info)
     )
     return assemble(checkpoint, settled, report if info.rank == 0 else None, info)

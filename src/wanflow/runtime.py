@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from wanflow.config import RequestError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")  # what the experts compute in
 SMALL = 2 * 2**30  # bytes of an expert: up to here a model stays resident, in float32 on a CPU
+TINY = 2**29  # bytes of all weights in float32: up to here they need no plan, and no look at memory
 FEW_TOKENS = 8192  # up to here both guidance branches go through the model as one batch
 
 Quantization = Literal["fp8", "int8", "nf4"]
@@ -187,6 +188,27 @@ def choose_device(requested: str) -> torch.device:
 def is_small(expert_bytes: int) -> bool:
     """Return whether a model, by the bytes of one expert, always stays resident."""
     return expert_bytes < SMALL
+
+
+def with_defaults(runtime: Runtime, **values: object) -> Runtime:
+    """Return the runtime with these values where nothing is set."""
+    unset = {name: value for name, value in values.items() if getattr(runtime, name) is None}
+    return replace(runtime, **unset)  # type: ignore[arg-type]
+
+
+def all_resident(runtime: Runtime, layers: int, on_gpu: bool) -> Runtime:
+    """Return the complete runtime of a small model: all of it stays on the device."""
+    return with_defaults(
+        runtime,
+        t5_cpu=False,
+        keep_experts=True,
+        prefetch=False,
+        resident_blocks=layers,
+        chunk_tokens=0,
+        vae_tile=0,
+        stream_from="ram" if on_gpu else "disk",
+        dit_fsdp=False,
+    )
 
 
 def choose_dtype(requested: str, on_cpu: bool, float32_bytes: int) -> torch.dtype:

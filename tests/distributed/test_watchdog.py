@@ -20,7 +20,7 @@ import torch
 from helpers import watched
 from helpers.common import PROMPT
 
-from wanflow.cli import main
+from wanflow.cli import Alone, main
 from wanflow.media import read_frames
 from wanflow.parallel import ranks as ranks_module
 from wanflow.parallel.watchdog import SILENT, Failure, Watchdog, announce, announced
@@ -230,11 +230,11 @@ def test_a_rank_that_was_stopped_itself_blames_no_other(monkeypatch: pytest.Monk
 
 
 def test_alone_the_state_is_saved_and_a_message_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    watchdog, done = Watchdog(None), []
-    watchdog.on_abort = lambda: done.append(1)
-    assert watchdog.fail(1, "the disk is full") == 1
-    watchdog.leave()
-    assert done == [1] and watchdog.on_abort is None
+    alone, done = Alone(), []
+    alone.on_abort = lambda: done.append(1)
+    assert alone.fail(1, "the disk is full") == 1
+    alone.leave()
+    assert done == [1] and alone.on_abort is None
     assert capsys.readouterr().err == "wanflow: the disk is full\n"
 
 

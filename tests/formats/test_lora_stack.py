@@ -21,7 +21,7 @@ from wanflow.api import Pipeline
 from wanflow.checkpoint import load
 from wanflow.cli import main
 from wanflow.loaders import parts
-from wanflow.loaders.experts import open_expert
+from wanflow.loaders.parts import open_expert
 from wanflow.lora import stack
 from wanflow.lora.find import find_loras
 from wanflow.lora.reader import read_adapter

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wanflow.checkpoint.checkpoint import published
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.cli import main
+from wanflow.cli.generate import advice
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
@@ -32,7 +33,7 @@ from wanflow.plan.estimate import estimate, rated
 from wanflow.plan.gpus import GPUS, Machine, Rates, described
 from wanflow.plan.phases import expert_phases, on_device
 from wanflow.plan.solve import solve
-from wanflow.plan.start import LEAST, advice, make_plan, raise_if_unfit
+from wanflow.plan.start import LEAST, make_plan, raise_if_unfit
 from wanflow.plan.trace import Trace, fake, materialise
 from wanflow.plan.traces import Traces
 from wanflow.presets import NANO, T2V_A14B

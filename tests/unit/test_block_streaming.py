@@ -17,7 +17,7 @@ from wanflow.checkpoint.containers import SafetensorsFile
 from wanflow.checkpoint.load import load_expert, load_text_encoder
 from wanflow.checkpoint.structure import set_chunk
 from wanflow.config import DiTConfig
-from wanflow.loaders.experts import open_expert
+from wanflow.loaders.parts import open_expert
 from wanflow.loaders.placement import Placement
 from wanflow.loaders.streamed import Prefetcher
 from wanflow.loaders.text_encoder import StreamedEncoder

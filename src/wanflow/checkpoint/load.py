@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.parallel.sharding import own_rows, write_param
 from wanflow.presets import Expert
 from wanflow.runtime import Runtime
 from wanflow.transforms.packed import PackedLeaf
@@ -60,10 +60,10 @@ def load_module(
     for name in names:
         owner, _, key = name.rpartition(".")
         holder = module.get_submodule(owner)
-        rows = own_rows(holder, key)
+        rows = _own_rows(holder, key)
         values = materialize_param(holder, key, name, source, changes or {}, rows)
         for parameter, value in values.items():
-            write_param(holder, parameter, value, device)
+            _write_param(holder, parameter, value, device)
         done += source.tensors[name].nbytes
         if report is not None:
             report(done, total)
@@ -93,6 +93,38 @@ def materialize_param(
     if isinstance(holder, QuantLinear) and quantised:
         return holder.quantise(value)
     return {key: value.to(dtype)}
+
+
+def _own_rows(holder: nn.Module, key: str) -> slice | None:
+    """Return the rows of a tensor that this rank holds; None where it holds all.
+
+    Args:
+        holder, key: the module and the tensor's name in it. A packed or rounded weight has the
+            rows of its data.
+    """
+    parameter: Any = getattr(holder, key, None)
+    if parameter is None:
+        parameter = getattr(holder, "data", None)
+    if not _is_sharded(parameter):
+        return None
+    mesh, rows = parameter.device_mesh, len(parameter)
+    length = -(-rows // mesh.size())
+    start = min(rows, length * mesh.get_local_rank())
+    return slice(start, min(rows, start + length))
+
+
+def _write_param(holder: nn.Module, key: str, value: Tensor, device: torch.device | str) -> None:
+    """Write a value, or this rank's rows of it, into a module's parameter."""
+    parameter: Any = getattr(holder, key)
+    if _is_sharded(parameter):
+        parameter.to_local().copy_(value)
+    else:
+        setattr(holder, key, nn.Parameter(value.to(device), requires_grad=False))
+
+
+def _is_sharded(parameter: object) -> bool:
+    """Return whether it is a DTensor."""
+    return hasattr(parameter, "device_mesh")
 
 
 def load_expert(

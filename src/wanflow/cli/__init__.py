@@ -6,15 +6,17 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wanflow.cli.running import world_size
 from wanflow.config import RequestError
-from wanflow.parallel.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from wanflow.cli.parser import Parser
+    from wanflow.parallel.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,44 @@ def _parse(argv: list[str]) -> Any:
     )
 
 
+@dataclass
+class Alone:
+    """How a process without other ranks ends; several have a `Watchdog` with the same methods."""
+
+    rank: int = 0
+    on_abort: Callable[[], None] | None = None
+    ending = False
+    timeout_s = 0.0
+
+    def fail(self, code: int, cause: str, sure: bool = True) -> int:
+        """Save the state of the run, print the cause and return the exit code."""
+        self.save()
+        if self.rank == 0:
+            print(f"wanflow: {cause}", file=sys.stderr, flush=True)
+        return code
+
+    def save(self) -> None:
+        """Call `on_abort`, once."""
+        on_abort, self.on_abort = self.on_abort, None
+        try:
+            if on_abort is not None:
+                on_abort()
+        except (OSError, RuntimeError) as error:
+            print(f"the state of the run could not be saved: {error}", file=sys.stderr)
+
+    def leave(self) -> None:
+        """End well."""
+
+
 def main(argv: list[str]) -> int:
     """Run one command and return its exit code. One rank of several that fails does not return."""
-    rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
     logging.getLogger("wanflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    watchdog = Watchdog(None, rank)
+    watchdog: Watchdog | Alone = Alone(rank)
     try:
-        if several:
-            watchdog = _join_watchdog()
+        if world_size() > 1:
+            watchdog = _join_watchdog() or watchdog
         args = _parse(argv)
         args.watchdog = watchdog
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
@@ -180,7 +211,7 @@ def main(argv: list[str]) -> int:
     except BaseException as error:
         watchdog.ending = True
         code, text = _words(error)
-        if text is None and watchdog.store is None:
+        if text is None and isinstance(watchdog, Alone):
             watchdog.save()
             raise
         # The end of another rank breaks a collective, which is a RuntimeError here.
@@ -191,7 +222,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _join_watchdog() -> Watchdog:
+def _join_watchdog() -> Watchdog | None:
     """Begin the heartbeat of one rank of several, before anything can fail in one of them."""
     # torch prints the stack where a store breaks; the watchdog prints one message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -200,7 +231,7 @@ def _join_watchdog() -> Watchdog:
     from wanflow.parallel.ranks import connect_store
 
     watchdog = connect_store()
-    if watchdog.store is not None:
+    if watchdog is not None:
         watchdog.start()
     return watchdog
 

@@ -6,6 +6,7 @@ import argparse
 import os
 from dataclasses import dataclass
 
+from wanflow.cli.running import world_size
 from wanflow.config import RequestError
 
 LAUNCHED = "WANFLOW_LAUNCHED"
@@ -28,7 +29,7 @@ def parse_gpus(args: argparse.Namespace) -> Ranks | None:
     """
     if LAUNCHED in os.environ:
         return None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise RequestError("--gpus starts the ranks itself; leave out --gpus, or torchrun")
     names = [name.strip() for name in args.gpus.split(",")]
     kind = "cpu" if set(names) == {"cpu"} else "cuda"

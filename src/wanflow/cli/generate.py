@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wanflow.cli.flags import (
     OTHER_TASKS,
@@ -22,10 +23,16 @@ from wanflow.cli.flags import (
     text_cache,
 )
 from wanflow.cli.parser import Parser, settings_from
-from wanflow.cli.running import STATE_SUFFIX, check_target_name, default_target, run_and_save
+from wanflow.cli.running import (
+    STATE_SUFFIX,
+    check_target_name,
+    default_target,
+    run_and_save,
+    world_size,
+)
 from wanflow.config import RequestError
-from wanflow.request import Request
-from wanflow.runtime import Runtime
+from wanflow.request import CompleteRequest, Request
+from wanflow.runtime import Runtime, choose_device, choose_dtype
 from wanflow.settings import settings_of
 
 if TYPE_CHECKING:
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     from wanflow.screen import Screen
 
 logger = logging.getLogger("wanflow")
+T = TypeVar("T")
 
 __all__ = ["decode", "decode_flags", "generate", "generate_flags", "replay", "replay_flags"]
 
@@ -136,14 +144,12 @@ def _recorded_job(
     args: argparse.Namespace, recipe: Recipe, target: Path, runtime: Runtime | None = None
 ) -> Job:
     """Return the job of a recipe: same weights and fixed settings; placement is chosen again."""
-    from wanflow.parallel.ranks import rank_and_world_size
-
     placed = runtime or Runtime(text_cache=text_cache(None))
     made = recipe.settings()
     free = {name: getattr(placed, name) for name in settings_of(Runtime).keys() - _fixed()}
     if placed.device == "auto":
         del free["device"]
-    if rank_and_world_size()[1] > 1:
+    if world_size() > 1:
         free["vae_tile"] = None  # several ranks decode in strips
     model, parts = args.ckpt_dir, given_parts(args)
     if model is None:
@@ -180,7 +186,7 @@ def _refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
         raise RequestError(f"--task {args.task} is another model; wanflow runs t2v-A14B")
     split = (2 if runtime.cfg_parallel else 1) * (runtime.ring_size or 1)
     split *= runtime.ulysses_size or 1
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (split > 1 or runtime.dit_fsdp):
+    if world_size() == 1 and (split > 1 or runtime.dit_fsdp):
         count = max(2, split)
         what = "--dit_fsdp" if split == 1 else f"a layout of {count} processes"
         raise RequestError(
@@ -204,20 +210,20 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
         read: returns the job; rank 0 calls it for all.
     """
     from wanflow.assemble import assemble, model_record
-    from wanflow.parallel.ranks import broadcast_from_rank0
+    from wanflow.screen import Screen
 
-    info, screen = _join(args)
-    job = broadcast_from_rank0(info, read)
-    if job.target is not None and info.rank == 0:
+    info = _join(args) if world_size() > 1 else None
+    follower = info is not None and info.rank > 0
+    screen = Screen(quiet=follower)  # only rank 0 shows progress
+    job = _from_rank0(info, read)
+    if job.target is not None and not follower:
         check_target_name(job.target, args.overwrite)
     checkpoint = _open(job)
-    if info.world_size > 1:
+    if info is not None:
         job = replace(job, runtime=replace(job.runtime, device=str(info.device)))
     if job.recipe is not None:
         job = replace(job, runtime=_possible_here(job.runtime, checkpoint))
-    request, runtime = broadcast_from_rank0(
-        info, lambda: _decide(args, job, checkpoint, screen, info.world_size)
-    )
+    request, runtime = _from_rank0(info, lambda: _decide(args, job, checkpoint, screen, info))
     pipe = assemble(checkpoint, runtime, screen.loading, info)
     if job.recipe is not None:
         _same_weights(job.recipe, model_record(checkpoint), args.force)
@@ -227,19 +233,25 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     run_and_save(pipe, run, job.target or default_target(run), args, screen)
 
 
-def _join(args: argparse.Namespace) -> tuple[DistInfo, Screen]:
-    """Join the ranks of torchrun or `--gpus`; only rank 0 shows progress."""
-    from wanflow.parallel import ranks
+def _join(args: argparse.Namespace) -> DistInfo:
+    """Join the ranks of torchrun or `--gpus`."""
+    from wanflow.parallel.ranks import join_group
     from wanflow.parallel.watchdog import GROUP_MARGIN_S
-    from wanflow.runtime import choose_device
-    from wanflow.screen import Screen
 
-    alone = ranks.rank_and_world_size()[1] == 1
-    device = choose_device("cpu" if alone else getattr(args, "device", "auto"))
-    info = ranks.join_group(device, args.timeout + GROUP_MARGIN_S)
+    device = choose_device(getattr(args, "device", "auto"))
+    info = join_group(device, args.timeout + GROUP_MARGIN_S)
     if info.rank > 0:
         logger.setLevel(logging.ERROR)
-    return info, Screen(quiet=info.rank > 0)
+    return info
+
+
+def _from_rank0(info: DistInfo | None, make: Callable[[], T]) -> T:
+    """Return what `make` returns on rank 0."""
+    if info is None:
+        return make()
+    from wanflow.parallel.ranks import broadcast_from_rank0
+
+    return broadcast_from_rank0(info, make)
 
 
 def _open(job: Job) -> Checkpoint:
@@ -253,25 +265,26 @@ def _open(job: Job) -> Checkpoint:
 
 
 def _decide(
-    args: argparse.Namespace, job: Job, checkpoint: Checkpoint, screen: Screen, processes: int
+    args: argparse.Namespace,
+    job: Job,
+    checkpoint: Checkpoint,
+    screen: Screen,
+    info: DistInfo | None,
 ) -> tuple[Request, Runtime]:
     """Return the request and a runtime that leaves nothing open; rank 0 decides for all."""
-    from wanflow.parallel.ranks import local_world_size
-    from wanflow.plan.start import make_plan
+    from wanflow.opening import settle
 
     request = job.request if job.recipe is not None else _prepared(args, job.request, checkpoint)
     # A finished latent can be decoded where a denoising step would not run.
     force = args.force or (job.run is not None and job.run.finished)
-    plan = make_plan(checkpoint, job.runtime, request, processes, local_world_size(), force)
-    for reason in plan.reasons if plan.need or processes > 1 else ():
+    runtime, reasons = settle(checkpoint, job.runtime, request, force, info)
+    for reason in reasons:
         screen.say(f"plan: {reason}")
-    return request, plan.runtime
+    return request, runtime
 
 
 def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint) -> Request:
     """Check a new request before a server extends its prompt; log what to know about it."""
-    from wanflow.plan.start import advice
-
     if request.lora:
         from wanflow.lora.find import with_found_loras
 
@@ -289,12 +302,41 @@ def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint
     return request
 
 
+def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:
+    """Return warnings about a request that is allowed and known to give poor videos."""
+    spec, notes = checkpoint.spec, []
+    width, height = request.size
+    if request.frame_num > spec.frame_num:
+        notes.append(
+            f"{request.frame_num} frames: trained on {spec.frame_num}; longer clips are known to"
+            " repeat or burn out"
+        )
+    if request.fps != spec.fps:
+        notes.append(
+            f"{request.fps:g} fps: trained on motion at {spec.fps}, so it will look faster or"
+            " slower"
+        )
+    if not checkpoint.vocabulary:
+        return notes
+    if request.size != spec.size:
+        only = f"{spec.size[0]}*{spec.size[1]}"
+        notes.append(f"{width}*{height}: {spec.name} was trained at {only} only")
+    words = re.findall(r"[^\W_]+", request.prompt.lower())
+    unknown = [word for word in dict.fromkeys(words) if word not in checkpoint.vocabulary]
+    if unknown and not request.lora:  # which may teach it more words
+        notes.append(
+            f"{spec.name} does not know {', '.join(unknown[:8])}: it draws one shape (circle,"
+            " square, triangle, star, cross), its colour, size and motion, and the background's"
+            " colour"
+        )
+    return notes
+
+
 def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
     """Return a recipe's runtime, with another device or kernel where this machine lacks its own."""
     import torch
 
     from wanflow.checkpoint.load import expert_bytes
-    from wanflow.runtime import choose_device, choose_dtype
     from wanflow.transforms.attention import choose_kernel
 
     rounding = "the result may differ by rounding"

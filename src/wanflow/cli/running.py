@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import time
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 STATE_SUFFIX = ".latent.safetensors"
 SAVE_SECONDS = 5.0  # between two saved states: a crash costs at most this much work and one step
+
+
+def world_size() -> int:
+    """Return how many ranks the environment describes; 1 where it describes none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class StateKeeper:
@@ -56,9 +62,11 @@ def run_and_save(
     from wanflow.api import save_frames
     from wanflow.sanity import OutputError
 
-    args.watchdog.progress = lambda: pipe.parts.ctx.stats.entered
+    ctx = pipe.parts.ctx
+    if ctx is not None:
+        args.watchdog.progress = lambda: ctx.stats.entered
     pipe.check(run)
-    if pipe.parts.ctx.info.rank > 0:
+    if ctx is not None and ctx.info.rank > 0:
         for _ in pipe.frames(pipe.resume(run)):
             pass
         return

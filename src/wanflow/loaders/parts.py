@@ -11,14 +11,13 @@ from torch import Tensor
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report as Bytes
-from wanflow.checkpoint.load import expert_bytes, load_vae
-from wanflow.checkpoint.structure import build
-from wanflow.loaders.experts import open_expert
+from wanflow.checkpoint.load import expert_bytes, load_expert, load_module, load_vae
+from wanflow.checkpoint.structure import build, expert_structure
+from wanflow.config import RequestError
 from wanflow.loaders.placement import Changes, Placement
 from wanflow.loaders.prompts import PromptEncoder
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
-from wanflow.parallel.groups import ParallelContext
 from wanflow.presets import Expert
 from wanflow.request import Lora
 from wanflow.runtime import choose_text_dtype, is_small
@@ -42,9 +41,8 @@ class LoadedParts:
 
     Args:
         checkpoint: where parts are read from.
-        placement: dtype, device and settings.
+        placement: dtype, device, settings and ranks.
         kernel: the attention kernel.
-        ctx: this process among those of the run.
         report: called while weights are read.
     """
 
@@ -53,11 +51,10 @@ class LoadedParts:
         checkpoint: Checkpoint,
         placement: Placement,
         kernel: Backend,
-        ctx: ParallelContext,
         report: Report | None = None,
     ) -> None:
         self.checkpoint, self.placement, self.kernel = checkpoint, placement, kernel
-        self.ctx, self.report = ctx, report
+        self.ctx, self.report = placement.ctx, report
         self.spec, self.device, self.runtime = checkpoint.spec, placement.device, placement.runtime
         small = is_small(expert_bytes(checkpoint, placement.dtype))
         keep = self.runtime.keep_experts
@@ -82,13 +79,13 @@ class LoadedParts:
 
         The first process of a run encodes, and broadcasts the result.
         """
-        if self.ctx.info.rank == 0:
+        if self.ctx is None or self.ctx.info.rank == 0:
             encoded = self.texts(prompts, self._free)
             states = torch.stack([one.to(self.device) for one in encoded])
         else:
             shape = len(prompts), self.spec.dit.text_len, self.spec.text.dim
             states = torch.empty(shape, dtype=self.texts.dtype, device=self.device)
-        return self.ctx.world.broadcast("text", states) if self.ctx.layout.size > 1 else states
+        return states if self.ctx is None else self.ctx.world.broadcast("text", states)
 
     @property
     def loras(self) -> LoraStack:
@@ -176,7 +173,7 @@ class LoadedParts:
             model = open_expert(self.checkpoint, which, self.placement, report, changes)
         self._experts[which], self._merged[which] = model, merged
         set_attention(model, self.kernel)
-        if self.ctx.layout.sequence > 1:
+        if self.ctx is not None and self.ctx.layout.sequence > 1:
             from wanflow.parallel.sequence import connect
 
             connect(model, self.ctx, self.kernel.attend, self.kernel.with_lse)
@@ -206,3 +203,45 @@ class LoadedParts:
         if self._ahead is not None:
             self._ahead.drop()
         self._ahead = None
+
+
+def refuse_packed(checkpoint: Checkpoint, where: Placement) -> None:
+    """Raise RequestError for an expert whose file holds its weights packed already."""
+    from wanflow.transforms.quant import QuantLinear
+
+    for which in checkpoint.spec.expert_names:
+        model = expert_structure(
+            checkpoint.spec.dit, checkpoint.source(which), where.runtime, where.dtype, where.device
+        )
+        if not any(isinstance(leaf, QuantLinear) for leaf in model.modules()):
+            raise RequestError(
+                f"quantize {where.runtime.quantize}: the file of the {which}-noise expert holds"
+                " packed weights already; leave out --quantize"
+            )
+
+
+def open_expert(
+    checkpoint: Checkpoint,
+    which: Expert,
+    where: Placement,
+    report: Bytes | None = None,
+    changes: Changes | None = None,
+) -> WanDiT | Streaming:
+    """Load an expert to its device: resident, sharded (this rank's rows), or streamed."""
+    if where.runtime.dit_fsdp and where.ctx is not None:
+        from wanflow.parallel.fsdp import shard_blocks
+
+        source = checkpoint.source(which)
+        model = expert_structure(
+            checkpoint.spec.dit, source, where.runtime, where.dtype, where.device, changes or {}
+        )
+        shard_blocks(model, where.ctx)
+        load_module(model, source, where.device, report, changes)
+        return model
+    if where.runtime.resident_blocks in (None, checkpoint.spec.dit.num_layers):
+        return load_expert(
+            checkpoint, which, where.dtype, where.device, report, changes, where.runtime
+        )
+    from wanflow.loaders.streamed import open_streamed
+
+    return open_streamed(checkpoint, which, where, report, changes)

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from wanflow.checkpoint.load import Change
-from wanflow.parallel.groups import ParallelContext
 from wanflow.runtime import Runtime
+
+if TYPE_CHECKING:
+    from wanflow.parallel.groups import ParallelContext
 
 Changes = Mapping[str, Change]  # by parameter: what the loader does to it
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Dtype, device, settings and ranks of an expert."""
+    """Where an expert is placed, and in which form.
+
+    Attributes:
+        ctx: this rank among several; None: the process is alone.
+    """
 
     dtype: torch.dtype
     device: torch.device
     runtime: Runtime
     ctx: ParallelContext | None = None
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each rank holds a shard of the weights."""
-        return bool(self.runtime.dit_fsdp) and self.ctx is not None and self.ctx.layout.size > 1
 
     def from_ram(self) -> bool:
         """Return whether streamed blocks come from RAM; a CPU would only hold them twice."""

@@ -42,18 +42,18 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def connect_store() -> Watchdog:
+def connect_store() -> Watchdog | None:
     """Connect to the store of the ranks that the environment describes.
 
     Returns:
-        A watchdog that has not started; alone where the description is missing or incomplete.
+        A watchdog that has not started; None where the description is missing or incomplete.
 
     Raises:
         ConnectionError: when the elastic agent, or rank 0, cannot be reached.
     """
     rank, world_size = rank_and_world_size()
     if world_size <= 1 or any(name not in os.environ for name in DESCRIPTION):
-        return Watchdog(None, rank)
+        return None
     rank0_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:

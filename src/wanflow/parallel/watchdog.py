@@ -63,14 +63,12 @@ class Watchdog:
     """The heartbeat of this rank, and how the rank ends.
 
     Args:
-        store: shared by all ranks; None for a process that is alone.
+        store: shared by all ranks.
         rank, world_size: of the run.
         rank0_hosts: whether rank 0 holds the store, rather than an elastic agent.
     """
 
-    def __init__(
-        self, store: Store | None, rank: int = 0, world_size: int = 1, rank0_hosts: bool = False
-    ) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, rank0_hosts: bool = False) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self._host = 0 if rank0_hosts else None
         self.timeout_s = 600.0  # how late a rank may be to a collective
@@ -102,8 +100,8 @@ class Watchdog:
         signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         self._thread.start()
 
-    def fail(self, code: int, cause: str, sure: bool = True) -> int:
-        """End this rank with a failure; return the exit code where it is alone.
+    def fail(self, code: int, cause: str, sure: bool = True) -> NoReturn:
+        """End this rank, and with it the run, with a failure.
 
         A refusal by rank 0 (code 2) is taken for every rank's, so other ranks wait for it.
 
@@ -113,11 +111,6 @@ class Watchdog:
             sure: that it is not the end of another rank.
         """
         self.ending = True
-        if self.store is None:
-            self.save()
-            if self.rank == 0:
-                report(cause)
-            return code
         if code == INTERRUPTED.code or (code == 2 and self.rank == 0):
             own = Failure(code, cause)
         else:
@@ -176,7 +169,6 @@ class Watchdog:
 
     def _watch(self) -> Failure | None:
         """Look for the run's failure, and announce what this rank finds, until it leaves."""
-        assert self.store is not None
         while not (self._turn() and self._leaving):
             self._listen()
             found = announced(self.store) or self._judge()
@@ -207,7 +199,6 @@ class Watchdog:
 
     def _turn(self, beat: str = "") -> bool:
         """Leave a heartbeat and read the others'; return whether this rank may leave."""
-        assert self.store is not None
         now = time.monotonic()
         # A rank that was stopped itself, as by Ctrl-Z, has not waited for the others meanwhile.
         self._clock, self._looked = self._clock + min(now - self._looked, 2 * HEARTBEAT_S), now

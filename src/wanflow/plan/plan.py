@@ -13,7 +13,14 @@ from wanflow.config import RequestError
 from wanflow.parallel.groups import Layout, choose_layout, sizes
 from wanflow.plan.gpus import Kind, Machine
 from wanflow.request import CompleteRequest
-from wanflow.runtime import Runtime, choose_device, choose_dtype, is_small
+from wanflow.runtime import (
+    Runtime,
+    all_resident,
+    choose_device,
+    choose_dtype,
+    is_small,
+    with_defaults,
+)
 from wanflow.sampling.timeline import timeline
 from wanflow.transforms.attention_kernels import BACKENDS
 
@@ -59,17 +66,8 @@ class Plan:
 
     def all_resident(self) -> Plan:
         """Return the complete plan of a small model: all of it stays on the device."""
-        runtime = with_defaults(
-            self.runtime,
-            t5_cpu=False,
-            keep_experts=True,
-            prefetch=False,
-            resident_blocks=self.checkpoint.spec.dit.num_layers,
-            chunk_tokens=0,
-            vae_tile=0,
-            stream_from="disk" if self.kind == "cpu" else "ram",
-            dit_fsdp=False,
-        )
+        layers = self.checkpoint.spec.dit.num_layers
+        runtime = all_resident(self.runtime, layers, self.kind == "gpu")
         reasons = (*self.reasons, "the model is small: all of it stays in memory")
         return replace(self, runtime=runtime, reasons=reasons)
 
@@ -99,12 +97,6 @@ def set_up(
     if processes > 1:
         runtime = with_defaults(runtime, vae_tile=0)  # ranks decode in strips
     return Plan(checkpoint, request, runtime, machine, kind, dtype, layout, here, reasons)
-
-
-def with_defaults(runtime: Runtime, **values: object) -> Runtime:
-    """Return the runtime with these values where nothing is set."""
-    unset = {name: value for name, value in values.items() if getattr(runtime, name) is None}
-    return replace(runtime, **unset)  # type: ignore[arg-type]
 
 
 def kind_of(runtime: Runtime, machine: Machine) -> Kind:

@@ -22,10 +22,10 @@ from wanflow.plan.phases import (
     streamed_bytes,
     text_phase,
 )
-from wanflow.plan.plan import Plan, set_up, with_defaults
+from wanflow.plan.plan import Plan, set_up
 from wanflow.plan.traces import Traces
 from wanflow.request import CompleteRequest
-from wanflow.runtime import Runtime
+from wanflow.runtime import Runtime, with_defaults
 
 T = TypeVar("T")
 
