@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import re
-import struct
 import unicodedata
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -60,8 +59,7 @@ EXACT = int(
 # core 165, even on one thread).
 X264_PARAMS = "mbtree=0"
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-PNG_HEADER = 33  # bytes of the magic and the IHDR chunk; other chunks come after
+PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 GAP = 4  # pixels between the pictures of a contact sheet
 SHEET_FRAMES = 20
 # Pixels: the longer side of a picture on a sheet; an integer factor scales it into this range.
@@ -169,9 +167,15 @@ def save_picture(
     Raises:
         RequestError, OSError: as `VideoWriter`.
     """
+    from PIL import Image, PngImagePlugin
+
     check_target(path, overwrite)
+    texts, data = PngImagePlugin.PngInfo(), io.BytesIO()
+    for key, text in metadata.items():
+        texts.add_itxt(key, text)
+    Image.fromarray(frame).save(data, "PNG", pnginfo=texts)
     with _explained(path):
-        write_bytes(path, _png(frame, metadata), overwrite=overwrite)
+        write_bytes(path, data.getvalue(), overwrite=overwrite)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -228,16 +232,12 @@ def read_frames(path: Path) -> tuple[Frames, float]:
     Raises:
         RequestError: if the file is missing, damaged or no video.
     """
-    with _opened(path, "png_pipe" if _is_png(path) else None) as (container, stream):
-        stream.thread_type = "AUTO"
-        frames = [
-            frame.to_ndarray(format="rgb24", interpolation=EXACT)
-            for frame in container.decode(stream)
-        ]
+    with _opened(path) as (container, stream):
+        frames = [_pixels(frame) for frame in container.decode(stream)]
         rate = stream.average_rate
         if not frames or not rate:
             raise RequestError(f"{path} holds no frames")
-        return np.stack(frames).astype(np.uint8, copy=False), float(rate)
+        return np.stack(frames), float(rate)
 
 
 def stream_frames(path: Path) -> Iterator[tuple[float, Frames]]:
@@ -246,20 +246,14 @@ def stream_frames(path: Path) -> Iterator[tuple[float, Frames]]:
     Raises:
         RequestError: if the file is missing, damaged or no video.
     """
-    with _opened(path, "png_pipe" if _is_png(path) else None) as (container, stream):
-        stream.thread_type = "AUTO"
+    with _opened(path) as (container, stream):
         begin: float | None = None
         for number, frame in enumerate(container.decode(stream)):
-            at = (
-                float(frame.time)
-                if frame.time is not None
-                else number / float(stream.average_rate or 1)
-            )
+            at = frame.time
+            if at is None:
+                at = number / float(stream.average_rate or 1)
             begin = at if begin is None else begin
-            yield (
-                at - begin,
-                frame.to_ndarray(format="rgb24", interpolation=EXACT).astype(np.uint8, copy=False),
-            )
+            yield at - begin, _pixels(frame)
 
 
 def contact_sheet(
@@ -279,11 +273,15 @@ def contact_sheet(
     Raises:
         RequestError, OSError: as `VideoWriter`.
     """
+    from PIL import Image
+
     total = min(len(frames), count or SHEET_FRAMES)
     pictures = frames[np.linspace(0, len(frames) - 1, total).round().astype(int)]
     side = max(pictures.shape[1:3])
     if side > SHEET_SIDE[1]:
-        pictures = _shrink(pictures, math.ceil(side / SHEET_SIDE[1]))
+        factor = math.ceil(side / SHEET_SIDE[1])
+        small = [Image.fromarray(picture).reduce(factor) for picture in pictures]
+        pictures = np.stack([np.asarray(picture) for picture in small])
     factor = max(1, SHEET_SIDE[0] // side)
     pictures = pictures.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = pictures.shape[1:3]
@@ -359,19 +357,19 @@ def _readable(path: Path) -> Iterator[None]:
         av.FFmpegError,
         ValueError,
         IndexError,
-        struct.error,
+        SyntaxError,  # Pillow's for a damaged chunk
     ) as error:  # before OSError: some of ffmpeg's are both
         raise RequestError(
             f"{path} is no video or picture, or is damaged"
             f" ({getattr(error, 'strerror', None) or error})"
         ) from None
     except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}") from None
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 @contextmanager
-def _opened(path: Path, kind: str | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
-    options = {"format_whitelist": READABLE}
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    kind, options = "png_pipe" if _is_png(path) else None, {"format_whitelist": READABLE}
     # Through a file object, so that no name is taken for an address, such as `a:b.mp4`.
     with (
         _readable(path),
@@ -381,24 +379,19 @@ def _opened(path: Path, kind: str | None = None) -> Iterator[tuple[InputContaine
         if not container.streams.video:
             raise RequestError(f"{path} holds no video")
         stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
         # The index stands first in our files, so one that was cut off opens well and would only
         # miss its end.
-        if (
-            max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-            > path.stat().st_size
-        ):
+        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        if end > path.stat().st_size:
             raise RequestError(f"{path} is cut off: copy or download it again")
         yield container, stream
 
 
-def _shrink(pictures: Frames, factor: int) -> Frames:
-    """Shrink [T, H, W, 3] to [T, H // factor, W // factor, 3] by the mean of squares."""
-    height, width = (side // factor for side in pictures.shape[1:3])
-    squares = pictures[:, : height * factor, : width * factor].reshape(
-        -1, height, factor, width, factor, 3
-    )
-    shrunk: Frames = squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
-    return shrunk
+def _pixels(frame: av.VideoFrame) -> Frames:
+    """Return a decoded frame as RGB, uint8 [H, W, 3]."""
+    rgb = frame.to_ndarray(format="rgb24", interpolation=EXACT)
+    return np.asarray(rgb, dtype=np.uint8)
 
 
 def _is_png(path: Path) -> bool:
@@ -406,41 +399,12 @@ def _is_png(path: Path) -> bool:
         return file.read(len(PNG_MAGIC)) == PNG_MAGIC
 
 
-def _png(picture: Frames, texts: Mapping[str, str]) -> bytes:
-    encoder = av.VideoCodecContext.create("png", "w")
-    encoder.height, encoder.width = picture.shape[:2]
-    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
-    encoder.options = {"pred": "mixed"}
-    packets = [
-        *encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))),
-        *encoder.encode(None),
-    ]
-    data = b"".join(bytes(packet) for packet in packets)
-    # iTXt: keyword, 0, not compressed (2 bytes), no language, no translated keyword, text.
-    chunks = (
-        b"iTXt" + key.encode("latin-1") + b"\0\0\0\0\0" + text.encode()
-        for key, text in texts.items()
-    )
-    extra = b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        for chunk in chunks
-    )
-    return data[:PNG_HEADER] + extra + data[PNG_HEADER:]
-
-
 def _png_texts(path: Path) -> dict[str, str]:
     """Return the texts of a PNG, after checking every chunk."""
-    texts = {}
-    with _readable(path):
-        data, position, kind = path.read_bytes(), len(PNG_MAGIC), b""
-        while kind != b"IEND":
-            length, kind = struct.unpack_from(">I4s", data, position)
-            (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
-            if zlib.crc32(data[position + 4 : position + 8 + length]) != checksum:
-                raise RequestError(f"{path} is damaged: copy or download it again")
-            if kind == b"iTXt":
-                keyword, rest = data[position + 8 : position + 8 + length].split(b"\0", 1)
-                if rest[:1] == b"\0":  # not compressed
-                    texts[keyword.decode("latin-1")] = rest[2:].split(b"\0", 2)[2].decode()
-            position += 12 + length
-    return texts
+    from PIL import Image
+
+    with _readable(path), Image.open(path, formats=["PNG"]) as picture:
+        picture.verify()
+        if PNG_END not in path.read_bytes():  # Pillow does not read the last checksum
+            raise RequestError(f"{path} is cut off: copy or download it again")
+        return {str(key): text for key, text in picture.info.items() if isinstance(text, str)}

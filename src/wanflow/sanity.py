@@ -89,33 +89,21 @@ def check_latent(x: Tensor, facts: Facts) -> list[str]:
     x = x.float()
     channels = x.flatten(2)
     if channels.shape[2] > 1 and float(channels.std(dim=2).max()) < FLAT:
-        raise OutputError(
-            "the final latent is constant: "
-            + _advice(["the weights are empty or damaged", *_numerics(facts)])
-        )
+        causes = ["the weights are empty or damaged", *_numerics(facts)]
+        raise OutputError(_report("the final latent is constant", causes))
     suspicions = []
     spread, (correlation, pairs) = float(x.std()), neighbours(x)
     if spread > WIDE:
-        few = (
-            [f"so few steps ({facts.steps}) need a LoRA made for them"] if facts.steps < FEW else []
-        )
-        advice = _advice([*few, *_strength(facts), *_numerics(facts), "the weights may be damaged"])
-        suspicions.append(
-            f"the final latent is {spread:.1f} times as wide as it should be, so colours will be"
-            f" cut off: {advice}"
-        )
+        what = f"the final latent is {spread:.1f} times as wide as it should be, so colours will"
+        causes = [*_strength(facts), *_numerics(facts), "the weights may be damaged"]
+        if facts.steps < FEW:
+            causes.insert(0, f"so few steps ({facts.steps}) need a LoRA made for them")
+        suspicions.append(_report(f"{what} be cut off", causes))
     if pairs >= PAIRS and correlation < NOISE:
-        advice = _advice(
-            [
-                "the weights may be empty, damaged or of another model",
-                *_strength(facts),
-                *_numerics(facts),
-            ]
-        )
-        suspicions.append(
-            f"the final latent looks like noise (neighbours correlate with {correlation:.2f}):"
-            f" {advice}"
-        )
+        what = "the final latent looks like noise"
+        causes = ["the weights may be empty, damaged or of another model"]
+        causes += [*_strength(facts), *_numerics(facts)]
+        suspicions.append(_report(f"{what} (neighbours correlate with {correlation:.2f})", causes))
     return suspicions
 
 
@@ -138,31 +126,17 @@ def neighbours(x: Tensor) -> tuple[float, int]:
 def _check_values(x: Tensor, what: str, facts: Facts) -> None:
     largest = float(torch.linalg.vector_norm(x, ord=math.inf))  # NaN where there is one
     if not math.isfinite(largest):
-        float16 = (
-            ["float16 overflows in this model: use --dtype bfloat16"]
-            if facts.dtype == "float16"
-            else []
-        )
-        others = (
-            [] if float16 or facts.dtype == "float32" else ["see whether --dtype float32 helps"]
-        )
-        causes = [
-            *float16,
-            *_numerics(facts),
-            *_strength(facts),
-            *others,
-            "check the weights: wanflow inspect --check",
-        ]
-        raise OutputError(f"{what} NaN or infinity: {_advice(causes)}")
+        causes = [*_numerics(facts), *_strength(facts)]
+        if facts.dtype == "float16":
+            causes.insert(0, "float16 overflows in this model: use --dtype bfloat16")
+        elif facts.dtype != "float32":
+            causes.append("see whether --dtype float32 helps")
+        causes.append("check the weights: wanflow inspect --check")
+        raise OutputError(_report(f"{what} NaN or infinity", causes))
     if largest > EXPLODED:
-        causes = [
-            *_strength(facts),
-            *_numerics(facts),
-            "the weights may be damaged, or fp8 that lacks its scales",
-        ]
-        raise OutputError(
-            f"{what} values up to {largest:.3g}, where noise has 6: {_advice(causes)}"
-        )
+        causes = [*_strength(facts), *_numerics(facts)]
+        causes.append("the weights may be damaged, or fp8 that lacks its scales")
+        raise OutputError(_report(f"{what} values up to {largest:.3g}, where noise has 6", causes))
 
 
 def _strength(facts: Facts) -> list[str]:
@@ -189,5 +163,5 @@ def _numerics(facts: Facts) -> list[str]:
     return causes
 
 
-def _advice(causes: list[str]) -> str:
-    return "; ".join(causes)
+def _report(what: str, causes: list[str]) -> str:
+    return f"{what}: {'; '.join(causes)}"
