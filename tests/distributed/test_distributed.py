@@ -217,7 +217,7 @@ Worked = Callable[[int], Sequence[dict[str, Any]]]
 @pytest.fixture
 def worked(processes: Processes) -> Worked:
     """What each of so many processes found."""
-    return lambda size: processes(work, size, QUICK if size in QUICK else SLOW)
+    return lambda size: processes(work, size)
 
 
 SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
@@ -320,7 +320,7 @@ def test_what_is_sent_is_what_the_plan_says(size: int, worked: Worked) -> None:
 
 
 def test_a_process_left_alone_fails_in_time(processes: Processes) -> None:
-    error, took = processes(left_alone, 2, (2,))[0]
+    error, took = processes(left_alone, 2)[0]
     assert "imed out" in error and 1.5 < took < 30  # the group's own timeout is 60 s
 
 

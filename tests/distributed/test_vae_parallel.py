@@ -272,7 +272,7 @@ def worked(processes: Processes) -> Worked:
     """What each of so many processes found."""
 
     def results(size: int) -> list[dict[str, Found]]:
-        files = processes(gone_through, size, QUICK if size in QUICK else SLOW)
+        files = processes(gone_through, size)
         return [
             {
                 name: Found(**one | {"frames": [frames.numpy() for frames in one["frames"]]})

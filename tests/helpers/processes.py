@@ -45,30 +45,28 @@ def played(rank: int, size: int) -> Iterator[ranks.DistInfo]:
         ranks.leave_group()
 
 
-def _process(rank: int, work: Work, sizes: tuple[int, ...], folder: Path) -> None:
+def _process(rank: int, work: Work, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    for size in sizes:
-        if rank < size:
-            with joined(rank, size, folder, str(size)) as info, torch.no_grad():
-                found = work(info)
-            torch.save(found, folder / f"{size}-{rank}.pt")
+    with joined(rank, size, folder, "group") as info, torch.no_grad():
+        found = work(info)
+    torch.save(found, folder / f"{rank}.pt")
 
 
-def start(work: Work, sizes: tuple[int, ...], folder: Path) -> list[int | None]:
-    """Run `work` in groups of these sizes, one after the other; return the exit codes."""
+def start(work: Work, size: int, folder: Path) -> list[int | None]:
+    """Run `work` on a number of ranks; return their exit codes."""
     # A fork of a process that has imported torch starts at once.
     context = mp.get_context(
         "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
     )
     context.set_forkserver_preload([work.__module__])
     processes = [
-        context.Process(target=_process, args=(rank, work, sizes, folder), daemon=True)
-        for rank in range(max(sizes))
+        context.Process(target=_process, args=(rank, work, size, folder), daemon=True)
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(900)  # against hanging; a busy machine needs minutes
         process.kill()
     return [process.exitcode for process in processes]
 
@@ -79,20 +77,17 @@ class Processes:
     def __init__(self, base: Path) -> None:
         self.base = base
 
-    def __call__(self, work: Work, size: int, group: tuple[int, ...]) -> Sequence[Any]:
-        """Return each rank's result in a group of `size`, one of the sizes in `group`, which share
-        processes.
-        """
-        folder = self.base / f"{work.__module__}-{work.__name__}-{max(group)}"
+    def __call__(self, work: Work, size: int) -> Sequence[Any]:
+        """Return each rank's result in a group of `size`."""
+        folder = self.base / f"{work.__module__}-{work.__name__}-{size}"
         folder.mkdir(exist_ok=True)
         ended = folder / "ended.json"
         with FileLock(folder / "lock"):
             if not ended.exists():
-                ended.write_text(json.dumps(start(work, group, folder)))
-        assert json.loads(ended.read_text()) == [0] * max(group)
+                ended.write_text(json.dumps(start(work, size, folder)))
+        assert json.loads(ended.read_text()) == [0] * size
         return [
-            torch.load(folder / f"{size}-{rank}.pt", weights_only=True, mmap=True)
-            for rank in range(size)
+            torch.load(folder / f"{rank}.pt", weights_only=True, mmap=True) for rank in range(size)
         ]
 
 
