@@ -131,10 +131,6 @@ class Findings:
     bytes: int  # of all files
     parts: list[Row]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the findings for JSON; the keys are the fields' names."""
-        return asdict(self)
-
 
 def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> Findings:
     """Return all that the headers of a file or folder say, and with `hashes` every file's sha256.

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import refusal
+from helpers.common import open_part, refusal
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,7 +34,7 @@ from wanflow.checkpoint.key_maps import Kind
 from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokenizer, load_vae
 from wanflow.checkpoint.parts import Part, kind_of
 from wanflow.checkpoint.published import EXPERT_FP8, T5_FP8
-from wanflow.checkpoint.source import OfficialSource, open_part, open_source
+from wanflow.checkpoint.source import OfficialSource, open_source
 from wanflow.checkpoint.structure import build
 from wanflow.cli import command_parser
 from wanflow.cli import convert as command

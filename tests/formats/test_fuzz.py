@@ -19,11 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import fuzz
+from helpers.common import open_part
 from safetensors.torch import save_file
 
 from wanflow.checkpoint.infer_config import _numbered
 from wanflow.checkpoint.key_maps import to_official
-from wanflow.checkpoint.source import open_part, open_source
+from wanflow.checkpoint.source import open_source
 from wanflow.checkpoint.tokenizers import check_charsmap, open_tokenizer
 from wanflow.config import RequestError
 from wanflow.pipeline import Run

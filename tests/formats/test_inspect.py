@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -469,7 +470,7 @@ def test_the_table_and_the_document(capsys: pytest.CaptureFixture[str]) -> None:
         "notes",
         "error",
     ]
-    assert document == json.loads(json.dumps(inspect(NANO).as_dict()))
+    assert document == json.loads(json.dumps(asdict(inspect(NANO))))
 
 
 def test_on_a_terminal_it_is_drawn(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from wanflow.checkpoint.key_maps import Kind
+from wanflow.checkpoint.source import OfficialSource, official, open_source
 from wanflow.config import RequestError
 
 M = TypeVar("M", bound=nn.Module)
 # Small enough that a run takes a fraction of a second.
 QUICK = {"frame_num": 5, "sample_steps": 4, "seed": 7}
 PROMPT = "a red circle moves left on a blue background"
+
+
+def open_part(kind: Kind, path: Path) -> OfficialSource:
+    """Open a part of a model, in any container and dialect, under official names."""
+    return official(kind, open_source(path))
 
 
 def refusal(action: Callable[[], object]) -> str:

@@ -205,11 +205,6 @@ def _refuse_foreign(source: TensorSource, formats: Mapping[str, Any]) -> None:
                 f"{source.path}: {layer} should have a weight in {name}, and {has}; the file is"
                 f" damaged; {AGAIN}"
             )
-        if not any(f"{layer}{ending}" in found for ending in SCALES):
-            raise RequestError(
-                f"{source.path}: the fp8 weight {layer}.weight lacks its scale; {AGAIN}, or"
-                " take another file"
-            )
     for name, info in found.items():
         if name.endswith(SCALES) and not info.dtype.is_floating_point:
             raise RequestError(

@@ -111,15 +111,6 @@ class OfficialSource(TensorSource):
         return self.inner.stream(self.names[name])
 
 
-def open_part(kind: Kind, path: Path) -> OfficialSource:
-    """Open a part of a model, in any container and dialect, under official names.
-
-    Raises:
-        RequestError: when the file is broken, or does not hold such a part.
-    """
-    return official(kind, open_source(path))
-
-
 def official(kind: Kind, source: TensorSource) -> OfficialSource:
     """Return the part of `kind` in a source, under official names.
 

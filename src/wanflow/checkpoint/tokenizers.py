@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LIMIT = 64 << 20  # bytes of a tokenizer; the published ones have 5 and 17 MB
 TRIAL = "a Ａ, 日\U0010ffff"
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # types of pieces, in sentencepiece's numbering
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # sentencepiece's types of pieces
 
 
 @dataclass(frozen=True)

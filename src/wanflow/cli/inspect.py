@@ -55,7 +55,7 @@ def inspect(args: argparse.Namespace) -> None:
     else:
         found = look(path)
     if args.json:
-        document = found.as_dict() | (
+        document = asdict(found) | (
             {"values": [asdict(value) for value in values]} if args.check else {}
         )
         print(json.dumps(document, indent=2, ensure_ascii=False))

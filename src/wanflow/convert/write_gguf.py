@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wanflow.checkpoint.tokenizers import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Pieces
 from wanflow.config import TextConfig
 from wanflow.convert.formats import GGML_TYPES, package
 from wanflow.convert.write import Count, TensorSpec, write_tensor
@@ -29,7 +30,6 @@ FILE_TYPES = {
     "BF16": "MOSTLY_BF16",
     **{kind: f"MOSTLY_{kind}" for kind in GGML_TYPES},
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # sentencepiece's types of pieces
 
 Note = Callable[[Any], None]  # writes key-value pairs into a gguf.GGUFWriter
 
@@ -87,7 +87,7 @@ def write_gguf(
 # the text encoder
 
 
-def note_text(config: TextConfig, length: int, tokenizer: Mapping[str, Any] | None) -> Note:
+def note_text(config: TextConfig, length: int, tokenizer: Pieces | None) -> Note:
     """Return a function that writes llama.cpp's metadata of a T5 encoder.
 
     `length` is that of a prompt, in tokens; `tokenizer` is from `pieces_in`, or None.
@@ -107,23 +107,24 @@ def note_text(config: TextConfig, length: int, tokenizer: Mapping[str, Any] | No
             return
         writer.add_tokenizer_model("t5")
         writer.add_tokenizer_pre("default")
-        writer.add_token_list(tokenizer["tokens"])
-        writer.add_token_scores(tokenizer["scores"])
-        writer.add_token_types(tokenizer["types"])
+        tokens = [piece for piece, _ in tokenizer.pieces]
+        writer.add_token_list(tokens)
+        writer.add_token_scores([score for _, score in tokenizer.pieces])
+        writer.add_token_types(tokenizer.types)
         writer.add_add_space_prefix(True)
-        writer.add_remove_extra_whitespaces(tokenizer["fold_spaces"])
-        if tokenizer["charsmap"]:
-            writer.add_precompiled_charsmap(tokenizer["charsmap"])
-        writer.add_pad_token_id(tokenizer["tokens"].index("<pad>"))
-        writer.add_eos_token_id(tokenizer["tokens"].index("</s>"))
-        writer.add_unk_token_id(tokenizer["types"].index(UNKNOWN))
+        writer.add_remove_extra_whitespaces(tokenizer.fold_spaces)
+        if tokenizer.charsmap:
+            writer.add_precompiled_charsmap(tokenizer.charsmap)
+        writer.add_pad_token_id(tokens.index("<pad>"))
+        writer.add_eos_token_id(tokens.index("</s>"))
+        writer.add_unk_token_id(tokenizer.types.index(UNKNOWN))
         writer.add_add_bos_token(False)
         writer.add_add_eos_token(True)
 
     return note
 
 
-def pieces_in(text: bytes) -> dict[str, Any] | None:
+def pieces_in(text: bytes) -> Pieces | None:
     """Return the pieces of a `tokenizer.json` as sentencepiece has them.
 
     None for a tokenizer that does more than sentencepiece (nano's).
@@ -145,13 +146,12 @@ def pieces_in(text: bytes) -> dict[str, Any] | None:
         return BYTE if model.get("byte_fallback") and hexadecimal else NORMAL
 
     charsmaps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
-    return {
-        "tokens": [piece for piece, _ in vocabulary],
-        "scores": [float(score) for _, score in vocabulary],
-        "types": [kind(index, piece) for index, (piece, _) in enumerate(vocabulary)],
-        "charsmap": base64.b64decode(charsmaps[0]) if charsmaps else b"",
-        "fold_spaces": any(step["type"] == "Replace" for step in steps),
-    }
+    return Pieces(
+        [(piece, float(score)) for piece, score in vocabulary],
+        [kind(index, piece) for index, (piece, _) in enumerate(vocabulary)],
+        base64.b64decode(charsmaps[0]) if charsmaps else b"",
+        fold_spaces=any(step["type"] == "Replace" for step in steps),
+    )
 
 
 def _steps(normaliser: Mapping[str, Any] | None) -> list[Mapping[str, Any]] | None:
