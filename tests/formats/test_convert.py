@@ -29,7 +29,7 @@ import wanflow
 from wanflow.api import Pipeline
 from wanflow.checkpoint import tokenizers as tokens
 from wanflow.checkpoint.checkpoint import open_checkpoint
-from wanflow.checkpoint.containers import TensorInfo, stream_packed
+from wanflow.checkpoint.containers import VALUES, TensorInfo
 from wanflow.checkpoint.key_maps import Kind
 from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokenizer, load_vae
 from wanflow.checkpoint.parts import Part, kind_of
@@ -332,7 +332,7 @@ def test_pieces_are_the_tensor(
     rows = torch.randn(6, 8).to(torch.float8_e4m3fn)
     for scale in (torch.rand(6, 1), torch.rand(6, 2, 1), torch.tensor(2.0), None):
         packed = Packed("F8_E4M3", (6, 8), rows, scale)
-        assert torch.equal(torch.cat(list(stream_packed(packed))), packed.dense().flatten())
+        assert torch.equal(torch.cat(list(packed.stream(VALUES))), packed.dense().flatten())
 
 
 # every form of nano opens, and makes a video

@@ -17,14 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from wanflow.config import RequestError, plain
-from wanflow.transforms.ggml import LAYOUTS
-from wanflow.transforms.packed import Packed
+
+if TYPE_CHECKING:
+    from wanflow.transforms.packed import Packed
 
 HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
 CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
@@ -279,21 +280,6 @@ def stream_plain(opened: OpenedFile, info: TensorInfo, start: int) -> Iterator[T
 def stream_memory(value: Tensor) -> Iterator[Tensor]:
     """Yield the values of a tensor in memory, see `TensorSource.stream`."""
     return iter(value.flatten().split(VALUES))
-
-
-def stream_packed(packed: Packed) -> Iterator[Tensor]:
-    """Yield the values of a packed tensor in float32, see `TensorSource.stream`."""
-    count = math.prod(packed.shape)
-    if not packed.shape or not count:
-        yield packed.dense().flatten()
-        return
-    if packed.kind in LAYOUTS:  # blocks follow one another in any shape
-        layout = LAYOUTS[packed.kind]
-        blocks = packed.data.reshape(-1, layout.nbytes)
-        packed = Packed(packed.kind, (count // layout.values, layout.values), blocks)
-    step = max(1, VALUES // math.prod(packed.shape[1:]))
-    for start in range(0, packed.shape[0], step):
-        yield packed.dense(rows=slice(start, start + step)).flatten()
 
 
 # safetensors

@@ -19,6 +19,7 @@ from wanflow.checkpoint.structure import (
     build,
     expert_dtypes,
     expert_structure,
+    has_other_form,
     lay_out,
     weight_names,
 )
@@ -30,8 +31,6 @@ from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.presets import Expert
 from wanflow.runtime import Runtime
-from wanflow.transforms.packed import PackedLeaf
-from wanflow.transforms.quant import QuantLinear
 
 logger = logging.getLogger("wanflow")
 
@@ -82,16 +81,18 @@ def materialize_param(
     Returns:
         {parameter of `holder`: value} on the host. A packed or quantised leaf has several.
     """
-    if isinstance(holder, PackedLeaf) and key == "weight":
-        return holder.parts(source.packed(name, rows))
-    quantised = isinstance(holder, QuantLinear) and key == "weight"
-    dtype = torch.float32 if quantised else getattr(holder, key).dtype
+    leaf: Any = holder if has_other_form(holder) and key == "weight" else None
+    if leaf is not None and hasattr(leaf, "parts"):  # it is packed as in the file
+        packed: dict[str, Tensor] = leaf.parts(source.packed(name, rows))
+        return packed
+    dtype = torch.float32 if leaf is not None else getattr(holder, key).dtype
     if name in changes:  # a change needs all rows
         value = changes[name](name, source.read(name, torch.float32))[rows or slice(None)]
     else:
         value = source.read(name, dtype, rows)
-    if isinstance(holder, QuantLinear) and quantised:
-        return holder.quantise(value)
+    if leaf is not None:
+        quantised: dict[str, Tensor] = leaf.quantise(value)
+        return quantised
     return {key: value.to(dtype)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,11 +22,12 @@ from wanflow.checkpoint.containers import (
     reading,
     refuse_unreadable,
 )
-from wanflow.checkpoint.fp8_scales import pair_scales
 from wanflow.checkpoint.key_maps import PREFIXES, Kind, strip, to_official
 from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
-from wanflow.transforms.packed import Packed
+
+if TYPE_CHECKING:
+    from wanflow.transforms.packed import Packed
 
 # A name, without prefix, that every file of a kind has in one dialect, and no other kind has.
 MARKS: dict[str, Kind] = {
@@ -75,7 +77,7 @@ def open_source(path: Path) -> TensorSource:
     """
     with reading(path):
         if path.is_dir():
-            return pair_scales(open_folder(path))
+            return _with_scales(open_folder(path))
     refuse_unreadable(path)
     with reading(path), path.open("rb") as file:
         start = file.read(24)
@@ -88,8 +90,22 @@ def open_source(path: Path) -> TensorSource:
             raise RequestError(f"{path} {what}")
     zipped = start[:2] == b"PK"
     if not zipped and (start[8:9] == b"{" or path.suffix == ".safetensors"):
-        return pair_scales(open_safetensors(path))
-    return pair_scales(open_torch(path))
+        return _with_scales(open_safetensors(path))
+    return _with_scales(open_torch(path))
+
+
+def _with_scales(source: TensorSource) -> TensorSource:
+    """Return a source that joins fp8 weights with their scales; the same one without any."""
+    plain = all(
+        info.dtype.itemsize > 1 and "scale" not in name and "quant" not in name
+        for name, info in source.tensors.items()
+    )
+    if plain and not any("quant" in key for key in source.metadata):
+        return source
+    # What joins and unpacks fp8 is imported for a file that may hold some.
+    from wanflow.checkpoint.fp8_scales import pair_scales
+
+    return pair_scales(source)
 
 
 @dataclass(frozen=True)

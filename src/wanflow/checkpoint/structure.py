@@ -15,8 +15,6 @@ from wanflow.models.dit import Block, Head, SelfAttention, WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.runtime import Runtime
-from wanflow.transforms.packed import PackedLeaf, replace_with_packed
-from wanflow.transforms.quant import QuantLinear, quantizable_layers, replace_with_quantised
 
 ChooseDtype = Callable[[str, TensorInfo], torch.dtype]  # tensor -> its dtype in memory
 Config = DiTConfig | TextConfig | VAEConfig
@@ -133,6 +131,10 @@ def lay_out(
     }
     if torch.device(device).type == "mps":  # it has no float8
         packings = {name: kind for name, kind in packings.items() if not kind.startswith("F8")}
+    if not packings:
+        return
+    from wanflow.transforms.packed import PackedLeaf, replace_with_packed
+
     replace_with_packed(module, packings, compute)
     for path, leaf in module.named_modules():
         if isinstance(leaf, PackedLeaf):
@@ -155,6 +157,8 @@ def expert_structure(
     model = build(WanDiT, config)
     lay_out(model, headers, expert_dtypes(model, dtype), dtype, device, touched)
     if runtime.quantize:
+        from wanflow.transforms.quant import quantizable_layers, replace_with_quantised
+
         layers = quantizable_layers(model, runtime.quantize_layers)
         replace_with_quantised(model, layers, runtime.quantize, dtype, torch.device(device))
     set_chunk(model, runtime.chunk_tokens or 0)
@@ -168,6 +172,11 @@ def set_chunk(model: nn.Module, tokens: int) -> None:
             module.chunk = tokens
 
 
+def has_other_form(leaf: nn.Module) -> bool:
+    """Return whether a leaf is packed or quantised: its weight is its parameter `data`."""
+    return hasattr(leaf, "data")
+
+
 def weight_names(module: nn.Module) -> list[str]:
     """Return the file's tensors that make up a module, in its order.
 
@@ -176,6 +185,6 @@ def weight_names(module: nn.Module) -> list[str]:
     names: dict[str, None] = {}
     for path, owner in module.named_modules():
         for key, _ in owner.named_parameters(recurse=False):
-            other = isinstance(owner, PackedLeaf | QuantLinear) and key != "bias"
+            other = has_other_form(owner) and key != "bias"
             names[f"{path}.{'weight' if other else key}" if path else key] = None
     return list(names)

@@ -7,7 +7,7 @@ A `Packed` is a value: the bytes of one tensor, and their format. `PackedLinear`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -116,6 +116,20 @@ class Packed:
         if self.kind in FP8:
             data = data.reshape(self.shape[0] if self.shape else 1, math.prod(self.shape[1:]))
         return unpack(self.kind, data, _by_row(self.scale, len(data)), dtype).view(self.shape)
+
+    def stream(self, values: int) -> Iterator[Tensor]:
+        """Yield all values in order, in float32: 1-D, about `values` of them at a time."""
+        packed, count = self, math.prod(self.shape)
+        if not self.shape or not count:
+            yield self.dense().flatten()
+            return
+        if self.kind in LAYOUTS:  # blocks follow one another in any shape
+            layout = LAYOUTS[self.kind]
+            blocks = self.data.reshape(-1, layout.nbytes)
+            packed = Packed(self.kind, (count // layout.values, layout.values), blocks)
+        step = max(1, values // math.prod(packed.shape[1:]))
+        for start in range(0, packed.shape[0], step):
+            yield packed.dense(rows=slice(start, start + step)).flatten()
 
 
 def _check_kind(kind: str) -> None:
