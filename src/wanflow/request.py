@@ -107,6 +107,9 @@ def parse_lora(text: str) -> Lora:
     return Lora(path, values.get("both", 1.0), values.get("high"), values.get("low"), first, last)
 
 
+SCALE: dict[str, Any] = {"group": "sampling", "range": (0, 100), "metavar": "SCALE"}  # of guidance
+
+
 @dataclass(frozen=True)
 class Request:
     """What to make. None leaves a value to the model's own default (see `complete`)."""
@@ -133,18 +136,10 @@ class Request:
         help="shift of the noise levels; larger spends more steps on high noise",
     )
     cfg_high: float | None = setting(
-        None,
-        group="sampling",
-        range=(0, 100),
-        metavar="SCALE",
-        help="guidance of the high-noise expert; 1 is none",
+        None, **SCALE, help="guidance of the high-noise expert; 1 is none"
     )
     cfg_low: float | None = setting(
-        None,
-        group="sampling",
-        range=(0, 100),
-        metavar="SCALE",
-        help="guidance of the low-noise expert; 1 is none",
+        None, **SCALE, help="guidance of the low-noise expert; 1 is none"
     )
     boundary: float | None = setting(
         None,
@@ -177,11 +172,7 @@ class Request:
         help="the first step of those LoRAs that name no steps",
     )
     cfg_start: float | None = setting(
-        None,
-        group="sampling",
-        range=(0, 100),
-        metavar="SCALE",
-        help="guidance of the first --cfg_start_steps steps, for either expert",
+        None, **SCALE, help="guidance of the first --cfg_start_steps steps, for either expert"
     )
     cfg_start_steps: int | None = setting(
         None,

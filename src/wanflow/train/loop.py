@@ -130,9 +130,16 @@ def fit(
         note = f"loss {seen:.4f}"
         screen.progress("training", step + 1, train.steps, "step", note, last_line=True)
         if due:
-            state = _state(trained, optims, average)
+            state: dict[str, Any] = {
+                "module": {name: value.detach() for name, value in trained.items()},
+                "optims": [optim.state_dict() for optim in optims],
+                "average": average,
+            }
             state |= {"step": step + 1, "loss": seen, "seed": train.seed}
-            _save(state_file, state, info)
+            gathered = state if info is None else fsdp.gather(state)
+            if gathered is not None:  # rank 0 has it
+                with atomic_path(state_file, overwrite=True) as part:
+                    torch.save(gathered, part)
             last_save = time.monotonic()
     _assign(trained, average)
     return module.eval()
@@ -175,23 +182,6 @@ def _assign(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None
 def _update(average: dict[str, Tensor], trained: dict[str, nn.Parameter], keep: float) -> None:
     for name, value in trained.items():
         average[name].lerp_(value.to(average[name].dtype), 1 - keep)
-
-
-def _state(
-    trained: dict[str, nn.Parameter],
-    optims: Sequence[torch.optim.Optimizer],
-    average: dict[str, Tensor],
-) -> dict[str, Any]:
-    values = {name: value.detach() for name, value in trained.items()}
-    states = [optim.state_dict() for optim in optims]
-    return {"module": values, "optims": states, "average": average}
-
-
-def _save(file: Path, state: dict[str, Any], info: DistInfo | None) -> None:
-    gathered = state if info is None else fsdp.gather(state)
-    if gathered is not None:  # rank 0 has it
-        with atomic_path(file, overwrite=True) as part:
-            torch.save(gathered, part)
 
 
 def _load(

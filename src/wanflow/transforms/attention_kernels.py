@@ -89,16 +89,16 @@ def _flash_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _finish(out, lse, q.shape[1])
 
 
-def _efficient_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, lse = kernel(*_heads_first(q, k, v), None, True)[:2]
-    return _finish(out, lse, q.shape[1])
+def _aten_lse(name: str) -> AttendWithLse:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kernel = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention")
+        out, lse = kernel(*_heads_first(q, k, v), None, True)[:2]
+        return _finish(out, lse, q.shape[1])
+
+    return attend
 
 
-def _cudnn_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, lse = kernel(*_heads_first(q, k, v), None, True)[:2]
-    return _finish(out, lse, q.shape[1])
+_efficient_lse, _cudnn_lse = _aten_lse("efficient"), _aten_lse("cudnn")
 
 
 def _sdpa_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

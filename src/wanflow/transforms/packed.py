@@ -297,14 +297,7 @@ class PackedLinear(PackedLeaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] of `compute_dtype` for x [..., in] of any float dtype."""
-        return multiply(
-            x,
-            lambda rows: self._rows(rows, self.compute_dtype),
-            self.out_features,
-            self.bias,
-            self.compute_dtype,
-            features_at_a_time(x, self.out_features, self.compute_dtype),
-        )
+        return multiply(x, self._rows, self.out_features, self.bias, self.compute_dtype)
 
 
 def without_conversion(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -333,21 +326,21 @@ def features_at_a_time(x: Tensor, out_features: int, dtype: torch.dtype) -> int:
 
 def multiply(
     x: Tensor,
-    weight: Callable[[slice], Tensor],
+    weight: Callable[[slice, torch.dtype], Tensor],
     out_features: int,
     bias: Tensor | None,
     dtype: torch.dtype,
-    step: int,
 ) -> Tensor:
-    """Return [..., out] of `dtype` for x [..., in]; `weight` unpacks its rows, `step` at a time."""
+    """Return [..., out] of `dtype` for x [..., in]; `weight` unpacks some of its rows."""
+    step = features_at_a_time(x, out_features, dtype)
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if step >= out_features:
-        return F.linear(x, weight(slice(None)), bias)
+        return F.linear(x, weight(slice(None), dtype), bias)
     out = x.new_empty(*x.shape[:-1], out_features)
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
-        out[..., rows] = F.linear(x, weight(rows), None if bias is None else bias[rows])
+        out[..., rows] = F.linear(x, weight(rows, dtype), None if bias is None else bias[rows])
     return out
 
 

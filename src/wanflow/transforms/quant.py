@@ -28,13 +28,7 @@ from torch import Tensor, nn
 from wanflow.config import RequestError
 from wanflow.models.dit import Linear
 from wanflow.runtime import QUANTIZATIONS, Quantization
-from wanflow.transforms.packed import (
-    features_at_a_time,
-    fill_rows,
-    multiply,
-    unpack,
-    without_conversion,
-)
+from wanflow.transforms.packed import fill_rows, multiply, unpack, without_conversion
 
 Way: TypeAlias = Literal["scaled_mm", "int_mm", "weight-only"]
 
@@ -242,15 +236,7 @@ class QuantLinear(nn.Module):
         """
         needs_gradient = torch.is_grad_enabled() and x.requires_grad  # and rounding has none
         if self.way == "weight-only" or needs_gradient:
-            step = features_at_a_time(x, self.out_features, self.compute_dtype)
-            return multiply(
-                x,
-                lambda rows: self._rows(rows, self.compute_dtype),
-                self.out_features,
-                self.bias,
-                self.compute_dtype,
-                step,
-            )
+            return multiply(x, self._rows, self.out_features, self.bias, self.compute_dtype)
         tokens = x.reshape(-1, self.in_features)
         step = max(ROWS, PIECE // (8 * (self.in_features + self.out_features)) // 256 * 256)
         if torch.compiler.is_compiling() or len(tokens) <= step:
