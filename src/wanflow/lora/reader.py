@@ -146,18 +146,17 @@ class DeltaSpec:
 def _delta_specs(module: AdapterModule, source: TensorSource) -> list[DeltaSpec]:
     """The deltas that the parts of a module make up."""
     has = module.keys
-    specs = []
-    main = _factors(module, source)
+    factors = main = _factors(module, source)
+    difference = DeltaSpec("difference", Difference, {"value": "diff"})
     if main is None and "diff" in has:
-        main = DeltaSpec("difference", Difference, {"value": "diff"})
+        main = difference
     magnitude = next((part for part in ("dora_scale", "magnitude_vector") if part in has), None)
     if main is not None and magnitude:
         kind = "DoRA" if main.kind == "LoRA" else f"DoRA of {main.kind}"
         main = replace(main, kind=kind, magnitude=magnitude)
-    if main is not None:
-        specs.append(main)
-    if "diff" in has and (main is None or "diff" not in main.fields.values()):
-        specs.append(DeltaSpec("difference", Difference, {"value": "diff"}))
+    specs = [] if main is None else [main]
+    if "diff" in has and factors is not None:
+        specs.append(difference)
     if "set_weight" in has:
         specs.append(DeltaSpec("replacement", Replacement, {"value": "set_weight"}))
     if "diff_b" in has:

@@ -41,8 +41,8 @@ class Backend:
     about: str
     attend: Attend
     with_lse: AttendWithLse | None
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...] = ("cuda",)
+    dtypes: tuple[torch.dtype, ...] = HALF
     package: str = ""
     exact: bool = True
     capability: tuple[Capability, Capability] = ((0, 0), NO_LIMIT)
@@ -149,38 +149,26 @@ def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
 
 
+FLASH, CUDNN = _pinned(SDPBackend.FLASH_ATTENTION), _pinned(SDPBackend.CUDNN_ATTENTION)
+EFFICIENT, MATH = _pinned(SDPBackend.EFFICIENT_ATTENTION), _pinned(SDPBackend.MATH)
+FROM_AMPERE, FROM_MAXWELL = (AMPERE, NO_LIMIT), (MAXWELL, NO_LIMIT)
+ON_HOPPER = (HOPPER, BLACKWELL)
 _TABLE = (
     Backend("sdpa", "PyTorch chooses", sdpa, _sdpa_lse, ("cpu", "cuda", "mps"), ANY),
-    Backend(
-        "cudnn",
-        "cuDNN's",
-        _pinned(SDPBackend.CUDNN_ATTENTION),
-        _cudnn_lse,
-        ("cuda",),
-        HALF,
-        capability=(AMPERE, NO_LIMIT),
-    ),
-    Backend(
-        "flash",
-        "PyTorch's FlashAttention",
-        _pinned(SDPBackend.FLASH_ATTENTION),
-        _flash_lse,
-        ("cpu", "cuda"),
-        ANY,
-    ),
+    Backend("cudnn", "cuDNN's", CUDNN, _cudnn_lse, capability=FROM_AMPERE),
+    Backend("flash", "PyTorch's FlashAttention", FLASH, _flash_lse, ("cpu", "cuda"), ANY),
     Backend(
         "efficient",
         "PyTorch's memory-efficient",
-        _pinned(SDPBackend.EFFICIENT_ATTENTION),
+        EFFICIENT,
         _efficient_lse,
-        ("cuda",),
-        (torch.float32, *HALF),
-        capability=(MAXWELL, NO_LIMIT),
+        dtypes=(torch.float32, *HALF),
+        capability=FROM_MAXWELL,
     ),
     Backend(
         "math",
         "plain matrix products, memory grows with L squared",
-        _pinned(SDPBackend.MATH),
+        MATH,
         _math_lse,
         ("cpu", "cuda"),
         ANY,
@@ -190,31 +178,25 @@ _TABLE = (
         "FlashAttention 2",
         _flash_attn,
         _flash_attn_lse,
-        ("cuda",),
-        HALF,
-        "flash_attn",
-        capability=(AMPERE, NO_LIMIT),
+        package="flash_attn",
+        capability=FROM_AMPERE,
     ),
     Backend(
         "flash_attn_3",
         "FlashAttention 3",
         _flash_attn_3,
         _flash_attn_3_lse,
-        ("cuda",),
-        HALF,
-        "flash_attn_interface",
-        capability=(HOPPER, BLACKWELL),
+        package="flash_attn_interface",
+        capability=ON_HOPPER,
     ),
     Backend(
         "sage",
         "SageAttention, 8-bit",
         _sage,
         None,
-        ("cuda",),
-        HALF,
-        "sageattention",
+        package="sageattention",
         exact=False,
-        capability=(AMPERE, NO_LIMIT),
+        capability=FROM_AMPERE,
         head_dim=128,
     ),
 )
