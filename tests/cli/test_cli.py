@@ -504,6 +504,11 @@ def test_a_small_machine_is_refused_the_full_model(
         assert words in said
 
 
+def test_a_text_is_no_file_of_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = refused(capsys, "inspect", str(ROOT / "README.md")).splitlines()
+    assert "README.md" in line and ".safetensors" in line and "wanflow download" in line
+
+
 def test_a_plan_for_the_processes_that_would_be_started(capsys: pytest.CaptureFixture[str]) -> None:
     """It starts none."""
     assert main(["plan", "--ckpt_dir", "nano", "--gpus", "cpu,cpu,cpu", "--json"]) == 0

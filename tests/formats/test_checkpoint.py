@@ -4,7 +4,6 @@ told.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -23,7 +22,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import filled, refusal
+from helpers import sparse_checkpoint
+from helpers.common import filled, official_config, refusal
+from helpers.memory import measurable, measured
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Engine
 from tokenizers import pre_tokenizers
@@ -83,21 +84,7 @@ def write_folder(root: Path, models: dict[str, Any]) -> None:
         folder = root / f"{name}_noise_model"
         folder.mkdir(parents=True)
         write_shards(folder, models[name].state_dict())
-        keys = (
-            "model_type",
-            "text_len",
-            "in_dim",
-            "dim",
-            "ffn_dim",
-            "freq_dim",
-            "out_dim",
-            "num_heads",
-            "num_layers",
-            "eps",
-        )
-        config = {"_class_name": "WanModel", "_diffusers_version": "0.33.0"} | {
-            key: getattr(DIT, key) for key in keys
-        }
+        config = {"_class_name": "WanModel", "_diffusers_version": "0.33.0"} | official_config(DIT)
         (folder / "config.json").write_text(json.dumps(config))
     torch.save(models["t5"].state_dict(), root / T5_FILE)
     torch.save(dict(models["vae"].state_dict()), root / VAE_FILE)
@@ -924,12 +911,6 @@ def sparse(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     In memory's own file system where there is one: there, reading a hole neither caches nor clears
     pages.
     """
-    spec = importlib.util.spec_from_file_location(
-        "sparse_checkpoint", HERE / "helpers/sparse_checkpoint.py"
-    )
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     fast = Path("/dev/shm")
     with (
         tempfile.TemporaryDirectory(dir=fast if fast.is_dir() else None) as name,
@@ -938,11 +919,11 @@ def sparse(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         root = Path(name)
         for folder, options in (("full", []), ("two", ["--layers", "2", "--no-t5"])):
             patch.setattr(sys, "argv", ["", str(root / folder), *options])
-            tool.main()
+            sparse_checkpoint.main()
             shutil.copytree(written / "google", root / folder / "google")
         (root / "two" / T5_FILE).symlink_to(root / "full" / T5_FILE)
         large = tmp_path_factory.mktemp("large") / "large.pth"
-        tool.write_pth(large, {"a": [8192, 8192], "b": [8192, 8192]}, "BF16")
+        sparse_checkpoint.write_pth(large, {"a": [8192, 8192], "b": [8192, 8192]}, "BF16")
         (root / "large.pth").symlink_to(
             large
         )  # mapped holes do take pages, which a small memory file system may lack
@@ -950,59 +931,37 @@ def sparse(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 MEASURE = """
-import json, re, sys, threading, time
+import json, sys, time
 from pathlib import Path
 import torch
+from helpers.memory import Peak
 from wanflow.checkpoint import checkpoint, load
 from wanflow.checkpoint.source import open_source
 
-torch.set_num_threads(1)
 root = Path(sys.argv[1])
-status = Path("/proc/self/status")
-anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", status.read_text())[1]) * 1024
-base, peak, measuring, lock = anonymous(), 0, True, threading.Lock()
-
-def look():
-    global peak
-    with lock:  # or a value of before a reset is written after it
-        peak = max(peak, anonymous() - base)
-
-def watch():
-    while measuring:
-        look()
-        time.sleep(0.001)
-
-def reset():
-    global peak, base
-    with lock:
-        peak, base = 0, anonymous()
-
 start = time.process_time()
 full = checkpoint.open_checkpoint(root / "full")
 print(json.dumps({"open": time.process_time() - start, "layers": full.spec.dit.num_layers}))
-threading.Thread(target=watch, daemon=True).start()
+peak = Peak()
 for path in (full.paths["high"], root / "large.pth"):
     source = open_source(path)
-    reset()
+    peak.reset()
     for name, info in source.tensors.items():
         if "blocks" not in name or name.startswith("blocks.39."):
             tensor = source.read(name)
-            look()
+            peak.look()
             del tensor
     largest = max(info.nbytes for info in source.tensors.values())
-    print(json.dumps({"peak": peak, "largest": largest}))
+    print(json.dumps({"peak": peak.look(), "largest": largest}))
 two = checkpoint.open_checkpoint(root / "two")
-reset()
+peak.reset()
 model = load.load_expert(two, "high", torch.bfloat16, "cpu")
-look()
-print(json.dumps({"peak": peak, "model": load.expert_bytes(two, torch.bfloat16)}))
+print(json.dumps({"peak": peak.look(), "model": load.expert_bytes(two, torch.bfloat16)}))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc"
-)
+@measurable
 def test_full_size_memory(sparse: Path) -> None:
     """Headers in under two seconds, one tensor's memory at a time, and a loaded expert takes its
     own size.
@@ -1012,17 +971,7 @@ def test_full_size_memory(sparse: Path) -> None:
     tensor has 600), the 11 GB of T5 with 2,003 (all of its largest), and an expert of eight blocks
     loaded in bfloat16 at a peak of 6.093 GB for a model of 6.090 GB.
     """
-    command = [sys.executable, "-c", MEASURE, str(sparse)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={"PYTHONPATH": str(HERE.parent / "src")},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    opened, expert, text, loaded = map(json.loads, done.stdout.splitlines())
+    opened, expert, text, loaded = measured(MEASURE, sparse)
     assert opened["open"] < 2 and opened["layers"] == 40
     slack = 16 << 20
     assert expert["largest"] == 5120 * 30720 * 4 and expert["peak"] < expert["largest"] + slack
@@ -1031,9 +980,7 @@ def test_full_size_memory(sparse: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc"
-)
+@measurable
 def test_a_share_is_read_alone(sparse: Path) -> None:
     """One process of four reads its rows of a published file, and never holds more. (At full size:
     benchmarks/results.)

@@ -5,12 +5,9 @@ other programs read the result.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections import namedtuple
@@ -20,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import sparse_checkpoint
 from helpers.common import open_part, refusal
+from helpers.memory import measurable, measured
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -774,32 +773,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 # memory
 
 MEASURE = """
-import json, re, sys, threading, time
+import json, sys
 from pathlib import Path
-import torch
+from helpers.memory import Peak
 from wanflow.convert import convert, formats
 
-torch.set_num_threads(1)
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
-status = Path("/proc/self/status")
-anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", status.read_text())[1]) * 1024
-
+peak = Peak()
 for to in sys.argv[3:]:
     model, options = convert.open_model(root / "x.safetensors", {}), formats.options(to)
-    base, peak, measuring = anonymous(), 0, True
-
-    def watch():
-        global peak
-        while measuring:
-            peak = max(peak, anonymous() - base)
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
+    peak.reset()
     made = convert.convert(model, out / to, options, print)
-    measuring = False
-    thread.join()
-    print(json.dumps({"to": to, "peak": peak, "bytes": made.stat().st_size}))
+    print(json.dumps({"to": to, "peak": peak.look(), "bytes": made.stat().st_size}))
     made.unlink()
 """
 
@@ -809,16 +794,10 @@ def sparse() -> Iterator[Path]:
     """An expert of one block and half the published width, made of holes, in memory's own file
     system where there is one.
     """
-    spec = importlib.util.spec_from_file_location(
-        "sparse_checkpoint", HERE / "helpers/sparse_checkpoint.py"
-    )
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     fast = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=fast if fast.is_dir() else None) as name:
         model = build(WanDiT, DiTConfig(dim=2560, ffn_dim=6912, num_heads=20, num_layers=1))
-        tool.write_safetensors(
+        sparse_checkpoint.write_safetensors(
             Path(name) / "x.safetensors",
             {key: list(value.shape) for key, value in model.state_dict().items()},
             "F32",
@@ -827,23 +806,11 @@ def sparse() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc"
-)
+@measurable
 def test_memory_does_not_grow_with_the_tensors(sparse: Path, tmp_path: Path) -> None:
     """The largest tensor of this expert is 157 MB; no form takes a third of it. By hand, a full
     expert of 57 GB to fp8: 20 MB.
     """
-    command = [sys.executable, "-c", MEASURE, str(sparse), str(tmp_path), "fp8", "gguf-q4_0"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={"PYTHONPATH": str(HERE.parent / "src")},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [told["to"] for told in found] == ["fp8", "gguf-q4_0"]
-    assert all(told["peak"] < 48 << 20 and told["bytes"] > 80_000_000 for told in found), found
+    found = measured(MEASURE, sparse, tmp_path, "fp8", "gguf-q4_0")
+    assert [one["to"] for one in found] == ["fp8", "gguf-q4_0"]
+    assert all(one["peak"] < 48 << 20 and one["bytes"] > 80_000_000 for one in found), found

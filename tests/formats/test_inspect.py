@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import sparse_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -488,15 +488,9 @@ def test_on_a_terminal_it_is_drawn(
 @pytest.fixture(scope="module")
 def full() -> Iterator[Path]:
     """The published model, made of holes."""
-    spec = importlib.util.spec_from_file_location(
-        "sparse_checkpoint", HERE / "helpers/sparse_checkpoint.py"
-    )
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["", name])
-        tool.main()
+        sparse_checkpoint.main()
         shutil.copytree(NANO / "google", Path(name) / "google")
         yield Path(name)
 

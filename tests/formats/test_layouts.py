@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers.common import filled, refusal
+from helpers.common import filled, official_config, refusal
 from helpers.gguf_blocks import blocks
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Engine
@@ -96,20 +96,8 @@ def official(
         (folder / f"diffusion_pytorch_model{suffix}.safetensors.index.json").write_text(
             json.dumps(index)
         )
-        keys = (
-            "model_type",
-            "text_len",
-            "in_dim",
-            "dim",
-            "ffn_dim",
-            "freq_dim",
-            "out_dim",
-            "num_heads",
-            "num_layers",
-            "eps",
-        )
         (folder / "config.json").write_text(
-            json.dumps({"_class_name": "WanModel"} | {key: getattr(DIT, key) for key in keys})
+            json.dumps({"_class_name": "WanModel"} | official_config(DIT))
         )
     torch.save(states["t5"], root / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(states["vae"], root / "Wan2.1_VAE.pth")

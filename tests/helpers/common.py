@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wanflow.checkpoint.key_maps import Kind
 from wanflow.checkpoint.source import OfficialSource, official, open_source
-from wanflow.config import RequestError
+from wanflow.config import DiTConfig, RequestError
 
 M = TypeVar("M", bound=nn.Module)
 # Small enough that a run takes a fraction of a second.
@@ -31,6 +31,12 @@ def refusal(action: Callable[[], object]) -> str:
         action()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def official_config(dit: DiTConfig) -> dict[str, Any]:
+    """Return what the official config.json says of an expert."""
+    keys = "model_type text_len in_dim dim ffn_dim freq_dim out_dim num_heads num_layers eps"
+    return {key: getattr(dit, key) for key in keys.split()}
 
 
 def filled(model: M, seed: int) -> M:

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # a worker, which is started by its path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from helpers.common import official_config
 from helpers.mutations import (
     Damage,
     field,
@@ -487,20 +488,8 @@ def write_good(root: Path) -> None:
     engine.save(str(root / "tokenizer.json"))
     for which in ("high", "low"):
         write_shards(root / f"model/{which}_noise_model", *official_names(), dit)
-        keys = (
-            "model_type",
-            "text_len",
-            "in_dim",
-            "dim",
-            "ffn_dim",
-            "freq_dim",
-            "out_dim",
-            "num_heads",
-            "num_layers",
-            "eps",
-        )
         (root / f"model/{which}_noise_model/config.json").write_text(
-            json.dumps({key: getattr(DIT, key) for key in keys})
+            json.dumps(official_config(DIT))
         )
     (root / "model/models_t5_umt5-xxl-enc-bf16.safetensors").write_bytes(save(t5))
     (root / "model/Wan2.1_VAE.safetensors").write_bytes(save(vae))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.memory import measurable, measured
 from torch import Tensor
 
 import wanflow
@@ -414,10 +415,9 @@ def test_a_file_that_is_cut_while_blocks_are_streamed_is_named(tmp_path: Path) -
 
 
 SOAK = """
-import re, sys, json
+import json
+from helpers.memory import anonymous
 import wanflow
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 ways = {
     "resident": {},
     "swapped, read ahead, streamed": {
@@ -437,25 +437,7 @@ for name, runtime in ways.items():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc"
-)
+@measurable
 def test_fifty_generations_leak_nothing() -> None:
-    import json
-    import os
-    import subprocess
-    import sys
-
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SOAK],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=settings,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        measured = json.loads(line)
-        assert measured["late"] - measured["early"] < 8 << 20, measured
+    for way in measured(SOAK):
+        assert way["late"] - way["early"] < 8 << 20, way

@@ -5,17 +5,14 @@ precision, gradients.
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.memory import measurable, measured
 from torch import Tensor, nn
 
-import wanflow
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.models.dit import Block, Conditioning, Head, Linear, WanDiT, run_blocks
 from wanflow.models.tokenizer import Tokenizer, clean
@@ -246,15 +243,11 @@ def test_decoder_keeps_only_what_it_looks_at(vae: WanVAE) -> None:
 
 
 WATCH = """
-import sys, torch
+import json, torch
+from helpers.memory import anonymous
 from wanflow.config import VAEConfig
 from wanflow.models.vae import WanVAE
 
-def anonymous():
-    lines = open("/proc/self/status")
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-torch.set_num_threads(1)
 stats = {"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}
 vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, **stats)).requires_grad_(False)
 
@@ -279,31 +272,21 @@ def most(frames, leak=False):
     return top
 
 most(2)  # one-off buffers of the kernels
-print(most(2), most(11), most(11, leak=True))
+print(json.dumps({"short": most(2), "long": most(11), "leaking": most(11, leak=True)}))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@measurable
 def test_resident_memory_does_not_grow_with_frames() -> None:
     """41 frames against 5, in a process of its own; keeping what the layers make shows that growth
     would be seen.
     """
-    path = os.pathsep.join(
-        [str(Path(wanflow.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    env = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # what is freed goes back at once
-    run = subprocess.run(
-        [sys.executable, "-c", WATCH], capture_output=True, text=True, check=True, env=env
-    )
-    short, long, leaking = (float(word) for word in run.stdout.split())
-    frame_of_activations = 8 * 96 * 96 * 4 / 2**20  # MB of one tensor of one frame at full size
-    assert leaking - short > 60 * frame_of_activations, run.stdout
-    assert long - short < 8 * frame_of_activations, run.stdout
+    # What is freed goes back at once.
+    (top,) = measured(WATCH, MALLOC_MMAP_THRESHOLD_="65536")
+    frame_of_activations = 8 * 96 * 96 * 4  # bytes of one tensor of one frame at full size
+    assert top["leaking"] - top["short"] > 60 * frame_of_activations, top
+    assert top["long"] - top["short"] < 8 * frame_of_activations, top
 
 
 # --- refusals ---

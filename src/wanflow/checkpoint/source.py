@@ -68,6 +68,9 @@ NOT_WEIGHTS = {
     b"<html": WEB_PAGE,
 }
 
+# A file without a suffix is a blob of Hugging Face's cache.
+TORCH_SUFFIXES = ("", ".pth", ".pt", ".bin", ".ckpt")
+
 
 def open_source(path: Path) -> TensorSource:
     """Open any container of tensors: safetensors, GGUF, a torch zip, a folder of safetensors.
@@ -91,6 +94,11 @@ def open_source(path: Path) -> TensorSource:
     zipped = start[:2] == b"PK"
     if not zipped and (start[8:9] == b"{" or path.suffix == ".safetensors"):
         return _with_scales(open_safetensors(path))
+    if not zipped and path.suffix not in TORCH_SUFFIXES:
+        raise RequestError(
+            f"{path} is not a file of weights (.safetensors, .gguf, .pth) or a folder of them;"
+            " get the weights with `wanflow download`"
+        )
     return _with_scales(open_torch(path))
 
 
