@@ -42,9 +42,12 @@ def extend(
     The official code does the same.
 
     Args:
+        prompt: the text to rewrite.
         language: "zh" or "en", the language of the answer.
+        model: the server's model; None: `DEFAULT_MODEL`.
         url: base address, such as DashScope's (the default) or http://127.0.0.1:8000/v1.
         key: sent as a bearer token; DashScope needs one.
+        timeout: seconds that the server may take.
 
     Raises:
         RequestError: for DashScope without a key, or an address that is not http(s).

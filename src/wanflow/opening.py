@@ -72,6 +72,8 @@ def settle(
     """Return the runtime with nothing left open, and reasons that are worth reading.
 
     Args:
+        checkpoint: the model's files.
+        runtime: the settings so far.
         request: the largest that will be made; None: the model's default size and length.
         force: return it even if this machine is too small.
         info: one of several ranks, for all of which this decides; None: the process is alone.

@@ -35,6 +35,8 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) 
     """Return an aligned table as plain lines, the head first.
 
     Args:
+        head: the names of the columns.
+        rows: a cell for each column.
         align: a letter for each column, `l` or `r`.
     """
     widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
@@ -144,7 +146,6 @@ class Screen:
         elif time.monotonic() - self._staged > EVERY:
             self.say(text)
             self._staged = time.monotonic()
-        self._lock = RLock()  # weights are also read in a thread
 
     def progress(
         self,
@@ -159,7 +160,8 @@ class Screen:
 
         Args:
             what: the task, in words.
-            done, total: bytes, steps or parts; a `total` of 0 is unknown.
+            done: bytes, steps or parts that are finished.
+            total: all of them; 0 is unknown.
             unit: "bytes", or the word before the number (`step 3/40`).
             note: what else to show.
             last_line: print a line at the end of a short task too.

@@ -207,6 +207,7 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     """Join the ranks, open the weights, decide what is open, then run and save.
 
     Args:
+        args: of the command.
         read: returns the job; rank 0 calls it for all.
     """
     from wanflow.assemble import assemble, model_record

@@ -1,0 +1,1 @@
+"""Share one video among ranks; the only package that uses torch.distributed."""

@@ -106,7 +106,9 @@ def choose_layout(
         guided: whether there is guidance; steps without it are computed twice by two cfg groups.
         lse: whether the kernel returns the log-sum-exp; without it a ring must be requested.
         machine: how many ranks one machine has.
-        cfg, ring, ulysses: requested numbers.
+        cfg: the requested groups of guidance; None: any number.
+        ring: the requested ranks of a ring; None: any number.
+        ulysses: the requested ranks of Ulysses; None: any number.
 
     Raises:
         RequestError: when the requested numbers do not multiply to `size`.
@@ -181,7 +183,10 @@ class Group:
         """Trade flat, contiguous values: [sum of sent] -> [sum of received].
 
         Args:
-            sent, received: how many numbers go to and come from each rank, in order.
+            purpose: under which it is counted.
+            values: what this rank sends.
+            sent: how many numbers go to each rank, in order.
+            received: how many numbers come from each rank, in order.
         """
         self.stats.add(purpose, (sum(sent) - sent[self.rank]) * values.itemsize)
         arrived = values.new_empty(sum(received))
@@ -310,8 +315,9 @@ def make_groups(layout: Layout, info: DistInfo, timeout_s: float | None = None) 
 def simulated_groups(
     layout: Layout, rank: int = 0, device: torch.device | str = "cpu"
 ) -> ParallelContext:
-    """Return the context of a rank without the others: it computes its shard, and what they would
-    send is uninitialised.
+    """Return the context of a rank without the others.
+
+    The rank computes its shard, and what the others would send is uninitialised.
     """
     stats, (cfg, ring, place) = CommStats(), layout.place(rank)
 
