@@ -99,9 +99,7 @@ def materialize_param(
 def _own_rows(holder: nn.Module, key: str) -> slice | None:
     """Return the rows of a tensor that this rank holds; None where it holds all.
 
-    Args:
-        holder, key: the module and the tensor's name in it. A packed or rounded weight has the
-            rows of its data.
+    `key` is the tensor's name in `holder`. A packed or rounded weight has the rows of its data.
     """
     parameter: Any = getattr(holder, key, None)
     if parameter is None:
