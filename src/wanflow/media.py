@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import math
 import re
+import struct
 import unicodedata
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -59,6 +60,7 @@ EXACT = int(
 # core 165, even on one thread).
 X264_PARAMS = "mbtree=0"
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+PNG_HEADER = 33  # bytes of the magic and the IHDR chunk; other chunks come after
 PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 GAP = 4  # pixels between the pictures of a contact sheet
 SHEET_FRAMES = 20
@@ -167,15 +169,9 @@ def save_picture(
     Raises:
         RequestError, OSError: as `VideoWriter`.
     """
-    from PIL import Image, PngImagePlugin
-
     check_target(path, overwrite)
-    texts, data = PngImagePlugin.PngInfo(), io.BytesIO()
-    for key, text in metadata.items():
-        texts.add_itxt(key, text)
-    Image.fromarray(frame).save(data, "PNG", pnginfo=texts)
     with _explained(path):
-        write_bytes(path, data.getvalue(), overwrite=overwrite)
+        write_bytes(path, _png(frame, metadata), overwrite=overwrite)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -397,6 +393,28 @@ def _pixels(frame: av.VideoFrame) -> Frames:
 def _is_png(path: Path) -> bool:
     with _readable(path), path.open("rb") as file:
         return file.read(len(PNG_MAGIC)) == PNG_MAGIC
+
+
+def _png(picture: Frames, texts: Mapping[str, str]) -> bytes:
+    encoder = av.VideoCodecContext.create("png", "w")
+    encoder.height, encoder.width = picture.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
+    encoder.options = {"pred": "mixed"}
+    packets = [
+        *encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))),
+        *encoder.encode(None),
+    ]
+    data = b"".join(bytes(packet) for packet in packets)
+    # iTXt: keyword, 0, not compressed (2 bytes), no language, no translated keyword, text.
+    chunks = (
+        b"iTXt" + key.encode("latin-1") + b"\0\0\0\0\0" + text.encode()
+        for key, text in texts.items()
+    )
+    extra = b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    )
+    return data[:PNG_HEADER] + extra + data[PNG_HEADER:]
 
 
 def _png_texts(path: Path) -> dict[str, str]:
