@@ -282,6 +282,11 @@ def stream_memory(value: Tensor) -> Iterator[Tensor]:
     return iter(value.flatten().split(VALUES))
 
 
+def stream_packed(packed: Packed) -> Iterator[Tensor]:
+    """Yield the values of a packed tensor in order, in float32: 1-D, about `VALUES` at a time."""
+    return packed.stream(VALUES)
+
+
 # safetensors
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanflow.checkpoint.containers import AGAIN, VALUES, TensorInfo, TensorSource
+from wanflow.checkpoint.containers import AGAIN, TensorInfo, TensorSource, stream_packed
 from wanflow.config import RequestError
 from wanflow.transforms.packed import Packed
 
@@ -71,7 +71,7 @@ class ScaledSource(TensorSource):
     def stream(self, name: str) -> Iterator[Tensor]:
         if self.tensors[name].packing is None:
             return self.inner.stream(name)
-        return self.packed(name).stream(VALUES)
+        return stream_packed(self.packed(name))
 
     def _refuse_if_scaled(self, name: str, data: Tensor) -> None:
         if not data.numel():

@@ -28,7 +28,6 @@ from torch import Tensor
 from wanflow.checkpoint.containers import (
     AGAIN,
     DTYPES,
-    VALUES,
     OpenedFile,
     TensorInfo,
     TensorSource,
@@ -36,6 +35,7 @@ from wanflow.checkpoint.containers import (
     impossible,
     read_plain,
     refuse_odd_names,
+    stream_packed,
     stream_plain,
 )
 from wanflow.config import RequestError, plain
@@ -150,7 +150,7 @@ class GGUFFile(TensorSource):
     def stream(self, name: str) -> Iterator[Tensor]:
         info = self.tensors[name]
         if info.packing:
-            return self.packed(name).stream(VALUES)
+            return stream_packed(self.packed(name))
         return stream_plain(self.file, info, self.starts[name])
 
     def array(self, key: str) -> list[Any]:
