@@ -1,0 +1,1 @@
+"""LoRA and other adapter files: find, read, apply."""

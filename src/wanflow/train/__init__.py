@@ -1,0 +1,1 @@
+"""Fine-tuning, and nano's world, training and evaluation."""

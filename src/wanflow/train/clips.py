@@ -37,6 +37,8 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Clip:
+    """A clip or picture with its caption."""
+
     path: Path
     caption: str
 

@@ -1,0 +1,1 @@
+"""What attaches to a finished model: kernels, packed weights, LoRAs, streaming, tiles."""

@@ -214,7 +214,7 @@ def _factor_shape(a: Tensor, b: Tensor | None, core: Tensor | None) -> tuple[int
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """a @ b; around a core, a [r, out], core [r, s, *kernel], b [s, in] -> [out, in, *kernel]."""
+    """Return a @ b; around a core [r, s, *kernel], a [r, out] and b [s, in] as a full weight."""
     if core is None:
         return a.float().flatten(1) @ b.float().flatten(1)
     return torch.einsum("rs...,ro,si->oi...", core.float(), a.float(), b.float())

@@ -36,7 +36,7 @@ def _signed(codes: Tensor, zero: int) -> Tensor:
 
 
 def _nibbles(packed: Tensor, out: Tensor) -> None:
-    """packed [n, 16] -> out [n, 32]."""
+    """Unpack nibbles: packed [n, 16] -> out [n, 32]."""
     out[:, :16] = packed & 15
     out[:, 16:] = packed >> 4
 
@@ -53,7 +53,7 @@ def _fifth_bits(packed: Tensor) -> Tensor:
 
 
 def _q5(high: Tensor, low: Tensor) -> Tensor:
-    """high [n, 4], low [n, 16] -> codes of 5 bits [n, 32] uint8."""
+    """Join high [n, 4] and low [n, 16] bits to codes of 5 bits [n, 32] uint8."""
     return _fifth_bits(high) | torch.cat([low & 15, low >> 4], 1)
 
 
@@ -99,7 +99,7 @@ def _iq4_nl(blocks: Tensor, out: Tensor) -> None:
 
 
 def _scaled(out: Tensor, scales: Tensor, minima: Tensor | None = None) -> None:
-    """out [n, 256] * scales - minima, both [n, parts]."""
+    """Scale out [n, 256] in place: out * scales - minima, both [n, parts]."""
     parts = out.unflatten(1, (scales.shape[1], -1))
     parts.mul_(scales.unsqueeze(-1))
     if minima is not None:

@@ -197,7 +197,7 @@ def fill_rows(
 
 
 def _fp8(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """data [n, columns] float8 -> out float32; scale [] or [n, blocks]."""
+    """Unpack data [n, columns] float8 into out, float32; scale [] or [n, blocks]."""
     if data.device.type == "cpu":
         # torch converts an e4m3 value in 3 ns here, and looks one up in a table in 0.7.
         table = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()

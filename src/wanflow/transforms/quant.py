@@ -290,19 +290,19 @@ class QuantLinear(nn.Module):
 
 
 def _scale(x: Tensor, largest: float) -> Tensor:
-    """x [..., n] -> [..., 1], by which its largest value becomes `largest`; finite where x is."""
+    """Return scales [..., 1] of x [..., n] that make its largest value `largest`."""
     return (x.abs().amax(-1, keepdim=True) / largest).clamp_min(TINY)
 
 
 def _round_row(weight: Tensor, data: Tensor, scale: Tensor, largest: float) -> None:
-    """weight [n, in] float32 -> data [n, in] float8 or int8, scale [n, 1]."""
+    """Round weight [n, in] float32 into data [n, in], float8 or int8, and scale [n, 1]."""
     scale.copy_(_scale(weight, largest))
     rounded = weight / scale
     data.copy_(rounded if data.is_floating_point() else rounded.round_())
 
 
 def _round_nf4(weight: Tensor, data: Tensor, scale: Tensor, largest: float) -> None:
-    """weight [n, in] float32 -> data [n, padded in / 2] uint8, scale [n, blocks] bfloat16."""
+    """Round weight [n, in] float32 into data [n, padded in / 2] and scale [n, blocks]."""
     blocks = F.pad(weight, (0, data.shape[1] * 2 - weight.shape[1])).unflatten(1, (-1, BLOCK))
     scale.copy_(_scale(blocks, largest).squeeze(-1))
     values = blocks / scale.float().unsqueeze(-1)
