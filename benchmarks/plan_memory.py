@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wanflow.checkpoint.checkpoint import published
+from wanflow.checkpoint.load import is_sharded
 from wanflow.checkpoint.structure import build, expert_structure
 from wanflow.conditioning import conditioning_of
 from wanflow.loaders.velocity import make_velocity
@@ -48,7 +49,6 @@ from wanflow.parallel.fsdp import shard_blocks
 from wanflow.parallel.groups import Layout, ParallelContext, make_groups, simulated_groups
 from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect, sharded
-from wanflow.parallel.sharding import is_sharded
 from wanflow.pipeline import to_frames
 from wanflow.plan.phases import READING, Phase, decode_phase, expert_phases, text_phase
 from wanflow.plan.plan import with_defaults

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from wanflow.checkpoint.load import load_module
-from wanflow.checkpoint.source import OfficialSource, open_part
+from wanflow.checkpoint.source import OfficialSource, official, open_source
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.config import DiTConfig
 from wanflow.geometry import parse_size
@@ -72,7 +72,7 @@ def streamed(config: DiTConfig, source: OfficialSource, worker: SyncExecutor | N
 def measure(args: argparse.Namespace, path: Path) -> dict[str, object]:
     config = DiTConfig(num_layers=args.layers)
     write_expert(path, config)
-    source = open_part("dit", path)
+    source = official("dit", open_source(path))
     resident = laid_out(config, source)
     load_module(resident, source, CPU)
     ways = {

@@ -5,6 +5,7 @@ where, how large things get.
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -316,6 +317,21 @@ def test_functions_are_small() -> None:
                     f"{file}:{node.lineno}: {node.name} has {count} statements,"
                     f" at most {MAX_FUNCTION}"
                 )
+    places(found)
+
+
+def test_benchmarks_import_what_there_is() -> None:
+    found = []
+    for path in (Path(__file__).parents[2] / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or top(node.module or "") != "wanflow":
+                continue
+            module = importlib.import_module(str(node.module))
+            found += [
+                f"{path.name}: {node.module} has no {alias.name}"
+                for alias in node.names
+                if not hasattr(module, alias.name) and f"{node.module}.{alias.name}" not in MODULES
+            ]
     places(found)
 
 

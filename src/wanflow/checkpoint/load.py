@@ -104,7 +104,7 @@ def _own_rows(holder: nn.Module, key: str) -> slice | None:
     parameter: Any = getattr(holder, key, None)
     if parameter is None:
         parameter = getattr(holder, "data", None)
-    if not _is_sharded(parameter):
+    if not is_sharded(parameter):
         return None
     mesh, rows = parameter.device_mesh, len(parameter)
     length = -(-rows // mesh.size())
@@ -115,13 +115,13 @@ def _own_rows(holder: nn.Module, key: str) -> slice | None:
 def _write_param(holder: nn.Module, key: str, value: Tensor, device: torch.device | str) -> None:
     """Write a value, or this rank's rows of it, into a module's parameter."""
     parameter: Any = getattr(holder, key)
-    if _is_sharded(parameter):
+    if is_sharded(parameter):
         parameter.to_local().copy_(value)
     else:
         setattr(holder, key, nn.Parameter(value.to(device), requires_grad=False))
 
 
-def _is_sharded(parameter: object) -> bool:
+def is_sharded(parameter: object) -> bool:
     """Return whether it is a DTensor."""
     return hasattr(parameter, "device_mesh")
 
