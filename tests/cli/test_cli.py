@@ -19,7 +19,7 @@ import torch
 from helpers.common import PROMPT
 
 from wanflow.cli import build_parser, main
-from wanflow.media import read_frames, read_recipe
+from wanflow.clipfiles import read_frames, read_recipe
 from wanflow.opening import NANO_FOLDER
 
 ROOT = Path(__file__).parents[2]

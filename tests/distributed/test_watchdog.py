@@ -21,7 +21,7 @@ from helpers import watched
 from helpers.common import PROMPT
 
 from wanflow.cli import Alone, main
-from wanflow.media import read_frames
+from wanflow.clipfiles import read_frames
 from wanflow.parallel import ranks as ranks_module
 from wanflow.parallel.watchdog import SILENT, Failure, Watchdog, announce, announced
 

@@ -20,12 +20,12 @@ import wanflow
 from wanflow.api import Pipeline
 from wanflow.checkpoint import load
 from wanflow.cli import main
+from wanflow.clipfiles import read_recipe
 from wanflow.loaders import parts
 from wanflow.loaders.parts import open_expert
 from wanflow.lora import stack
 from wanflow.lora.find import find_loras
 from wanflow.lora.reader import read_adapter
-from wanflow.media import read_recipe
 from wanflow.pipeline import Cancelled, Run
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.recipe import Recipe

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 import wanflow
 from wanflow.api import Pipeline
+from wanflow.clipfiles import read_recipe
 from wanflow.config import DiTConfig, RequestError, VAEConfig
 from wanflow.loaders.velocity import make_velocity
-from wanflow.media import read_recipe
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Cancelled, Engine, Progress, Run, frame_by_frame

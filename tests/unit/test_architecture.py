@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loaders", "download"),
     ("lora",),
     ("checkpoint",),
-    ("screen", "hardware"),
+    ("screen", "hardware", "clipfiles"),
     ("transforms",),
     ("parallel",),
     ("api",),
@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("geometry",),
     ("presets",),
     ("settings",),
+    ("untrusted",),
     ("config",),
     ("files",),
 )
@@ -427,7 +428,7 @@ def test_levels() -> None:
 # --- the core ---
 
 CORE = ("api", "conditioning", "config", "files", "geometry", "media", "models", "pipeline")
-CORE += ("presets", "recipe", "request", "runtime", "sampling", "sanity", "settings")
+CORE += ("presets", "recipe", "request", "runtime", "sampling", "sanity", "settings", "untrusted")
 CORE_LINES = 4000  # readable in an evening
 
 

@@ -15,19 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from wanflow.clipfiles import GAP, contact_sheet, read_frames, read_recipe
 from wanflow.config import RequestError
-from wanflow.media import (
-    GAP,
-    VideoWriter,
-    check_target,
-    contact_sheet,
-    read_frames,
-    read_recipe,
-    recipe_tags,
-    safe_name,
-    save_picture,
-    to_uint8,
-)
+from wanflow.media import VideoWriter, check_target, recipe_tags, safe_name, save_picture, to_uint8
 from wanflow.train.toy import COLOURS
 
 SIDE = 64

@@ -132,7 +132,7 @@ def _saved_job(args: argparse.Namespace, file: Path, runtime: Runtime | None = N
 
 
 def _replay_job(args: argparse.Namespace) -> Job:
-    from wanflow.media import read_recipe
+    from wanflow.clipfiles import read_recipe
     from wanflow.recipe import Recipe
 
     recipe = Recipe.from_json(read_recipe(args.video), args.video)

@@ -97,7 +97,7 @@ def run_and_save(
         file.unlink(missing_ok=True)
     screen.say(f"saved {target}")
     if args.contact_sheet:
-        from wanflow.media import contact_sheet, read_frames
+        from wanflow.clipfiles import contact_sheet, read_frames
 
         sheet = target.with_name(target.stem + "_sheet.png")
         contact_sheet(read_frames(target)[0], sheet)

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wanflow.clipfiles import stream_frames
 from wanflow.config import RequestError
 from wanflow.files import atomic_path
 from wanflow.geometry import COMMON
-from wanflow.media import stream_frames
 from wanflow.screen import Screen
 
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}

@@ -1,0 +1,186 @@
+"""Read the frames and the recipe of videos and pictures, and draw contact sheets.
+
+The files are from strangers; what writes ours is in `media`. Frames are uint8 [T, H, W, 3], RGB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from wanflow.config import RequestError
+from wanflow.media import EXACT, RECIPE_KEY, Frames, save_picture
+
+# Formats that are read. Without this list ffmpeg also takes text files (drawn as ANSI art) and
+# playlists of other files.
+READABLE = "mp4,webm,avi,gif,png_pipe,jpeg_pipe,webp_pipe"
+PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+GAP = 4  # pixels between the pictures of a contact sheet
+SHEET_FRAMES = 20
+# Pixels: the longer side of a picture on a sheet; an integer factor scales it into this range.
+SHEET_SIDE = (192, 480)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the recipe inside an mp4 or PNG that wanflow made.
+
+    Raises:
+        RequestError: if there is none, or the file is missing, damaged or something else.
+    """
+    if _is_png(path):
+        texts = _png_texts(path)
+    else:
+        with _opened(path) as (container, _):
+            texts = container.metadata
+    if RECIPE_KEY not in texts:
+        raise RequestError(f"{path} holds no wanflow recipe: another program made or re-encoded it")
+    try:
+        recipe = json.loads(texts[RECIPE_KEY])
+    except ValueError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise RequestError(f"{path}: its wanflow recipe is damaged")
+    return recipe
+
+
+def read_frames(path: Path) -> tuple[Frames, float]:
+    """Return the frames of a video or PNG, uint8 [T, H, W, 3], and the frames per second.
+
+    Raises:
+        RequestError: if the file is missing, damaged or no video.
+    """
+    with _opened(path) as (container, stream):
+        frames = [_pixels(frame) for frame in container.decode(stream)]
+        rate = stream.average_rate
+        if not frames or not rate:
+            raise RequestError(f"{path} holds no frames")
+        return np.stack(frames), float(rate)
+
+
+def stream_frames(path: Path) -> Iterator[tuple[float, Frames]]:
+    """Yield each frame as it is decoded: seconds since the first one, and uint8 [H, W, 3].
+
+    Raises:
+        RequestError: if the file is missing, damaged or no video.
+    """
+    with _opened(path) as (container, stream):
+        begin: float | None = None
+        for number, frame in enumerate(container.decode(stream)):
+            at = frame.time
+            if at is None:
+                at = number / float(stream.average_rate or 1)
+            begin = at if begin is None else begin
+            yield at - begin, _pixels(frame)
+
+
+def contact_sheet(
+    frames: Frames,
+    path: Path,
+    columns: int | None = None,
+    count: int | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Write a PNG of frames [T, H, W, 3] in a grid, row by row.
+
+    Args:
+        columns: pictures in a row; by default the sheet is about 16:10.
+        count: pictures, evenly spaced from the first frame to the last; by default up to 20.
+        overwrite: replace an existing file.
+
+    Raises:
+        RequestError, OSError: as `VideoWriter`.
+    """
+    from PIL import Image
+
+    total = min(len(frames), count or SHEET_FRAMES)
+    pictures = frames[np.linspace(0, len(frames) - 1, total).round().astype(int)]
+    side = max(pictures.shape[1:3])
+    if side > SHEET_SIDE[1]:
+        factor = math.ceil(side / SHEET_SIDE[1])
+        small = [Image.fromarray(picture).reduce(factor) for picture in pictures]
+        pictures = np.stack([np.asarray(picture) for picture in small])
+    factor = max(1, SHEET_SIDE[0] // side)
+    pictures = pictures.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = pictures.shape[1:3]
+    columns = columns or min(total, max(1, round(math.sqrt(1.6 * total * height / width))))
+    rows = math.ceil(total / columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 32, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * (height + GAP), index % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = picture
+    save_picture(path, sheet, {}, overwrite)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn errors of an input into a RequestError of one line."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except FileNotFoundError:
+        raise RequestError(f"{path}: there is no such file") from None
+    except (
+        av.FFmpegError,
+        ValueError,
+        IndexError,
+        SyntaxError,  # Pillow's for a damaged chunk
+    ) as error:  # before OSError: some of ffmpeg's are both
+        raise RequestError(
+            f"{path} is no video or picture, or is damaged"
+            f" ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    kind, options = "png_pipe" if _is_png(path) else None, {"format_whitelist": READABLE}
+    # Through a file object, so that no name is taken for an address, such as `a:b.mp4`.
+    with (
+        _readable(path),
+        path.open("rb") as file,
+        av.open(file, "r", kind, options, metadata_errors="replace") as container,
+    ):
+        if not container.streams.video:
+            raise RequestError(f"{path} holds no video")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        # The index stands first in our files, so one that was cut off opens well and would only
+        # miss its end.
+        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        if end > path.stat().st_size:
+            raise RequestError(f"{path} is cut off: copy or download it again")
+        yield container, stream
+
+
+def _pixels(frame: av.VideoFrame) -> Frames:
+    """Return a decoded frame as RGB, uint8 [H, W, 3]."""
+    rgb = frame.to_ndarray(format="rgb24", interpolation=EXACT)
+    return np.asarray(rgb, dtype=np.uint8)
+
+
+def _is_png(path: Path) -> bool:
+    with _readable(path), path.open("rb") as file:
+        return file.read(len(PNG_MAGIC)) == PNG_MAGIC
+
+
+def _png_texts(path: Path) -> dict[str, str]:
+    """Return the texts of a PNG, after checking every chunk."""
+    from PIL import Image
+
+    with _readable(path), Image.open(path, formats=["PNG"]) as picture:
+        picture.verify()
+        if PNG_END not in path.read_bytes():  # Pillow does not read the last checksum
+            raise RequestError(f"{path} is cut off: copy or download it again")
+        return {str(key): text for key, text in picture.info.items() if isinstance(text, str)}

@@ -1,0 +1,155 @@
+"""Read what strangers wrote: regular files only, bounded in size and depth, printed harmlessly.
+
+Every file, answer of a server or text that this process did not write passes through here before
+anything parses it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+from wanflow.config import RequestError
+
+JSON_BYTES = 64 << 20  # an index of the largest published model takes 0.2 MB
+JSON_DEPTH = 64
+LONGEST_TEXT = 300  # characters of a stranger's text that a message shows
+
+
+def printable(text: object, longest: int = LONGEST_TEXT) -> str:
+    """Return a text without control characters, lone surrogates or marks that turn its direction.
+
+    Spaces of every kind, line breaks included, become one space; a longer text ends in `...`.
+    """
+    words = " ".join(str(text)[: 4 * longest].split())
+    shown = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words
+    )
+    return shown if len(shown) <= longest else shown[: longest - 3] + "..."
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path with `~` and `~name` replaced by a home folder.
+
+    Raises:
+        RequestError: for a user without a home, or a path that no system takes.
+    """
+    try:
+        found = Path(path).expanduser()
+        os.fspath(found).encode("utf-8", "surrogateescape")
+    except (RuntimeError, ValueError) as error:
+        raise RequestError(f"{printable(path)}: not a usable path ({error})") from None
+    if "\0" in os.fspath(found):
+        raise RequestError(f"{printable(path)}: a path holds no null character")
+    return found
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """Return the status of a file; opens nothing.
+
+    Raises:
+        RequestError: if it is missing, out of reach, or a folder, pipe, socket or device.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    _refuse_irregular(path, status)
+    return status
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading; a pipe without a writer does not hang, a device is not read.
+
+    Raises:
+        RequestError: as `check_regular`.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    try:
+        _refuse_irregular(path, os.fstat(handle))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """Return the content of a file of at most `limit` bytes.
+
+    Raises:
+        RequestError: as `check_regular`, or if it is longer.
+    """
+    with open_regular(path) as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+    if len(data) > limit:
+        raise RequestError(f"{printable(path)}: more than {limit:,} bytes, too long for its kind")
+    return data
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
+    """Return the JSON in a file; see `parse_json`."""
+    return parse_json(read_bytes(path, limit), path, limit)
+
+
+def parse_json(data: bytes | str, source: object, limit: int = JSON_BYTES) -> Any:
+    """Return the value of a JSON text: at most `JSON_DEPTH` levels, finite numbers, UTF-8.
+
+    Args:
+        data: the text.
+        source: names where it is from in messages.
+        limit: bytes, or characters, that it may have.
+
+    Raises:
+        RequestError: naming the source, for anything else.
+    """
+    where = printable(source)
+    if len(data) > limit:
+        raise RequestError(f"{where}: more than {limit:,} bytes of JSON")
+    try:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise RequestError(f"{where}: JSON of more than {JSON_DEPTH} levels") from None
+    except ValueError as error:  # of UTF-8 too, and of numbers with thousands of digits
+        raise RequestError(f"{where}: not JSON ({printable(error)})") from None
+    level: list[Any] = [value]
+    for _ in range(JSON_DEPTH):
+        level = [
+            item
+            for part in level
+            if isinstance(part, dict | list)
+            for item in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return value
+    raise RequestError(f"{where}: JSON of more than {JSON_DEPTH} levels")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _refuse_irregular(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise RequestError(f"{printable(path)} is a folder; give a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise RequestError(
+            f"{printable(path)} is a pipe, a socket or a device; give a regular file"
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> RequestError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return RequestError(f"{printable(path)}: there is no such file")
+    return RequestError(
+        f"cannot read {printable(path)}: {getattr(error, 'strerror', None) or error}"
+    )
