@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from wanflow.advice import advice
 from wanflow.checkpoint.checkpoint import published
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.cli import main
-from wanflow.cli.generate import advice
 from wanflow.config import RequestError
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder

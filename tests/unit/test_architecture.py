@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("opening",),
     ("plan", "convert", "inspect", "doctor", "extend"),
     ("assemble",),
-    ("loaders", "download"),
+    ("advice", "loaders", "download"),
     ("lora",),
     ("checkpoint",),
     ("screen", "hardware", "clipfiles"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,7 @@ from wanflow.cli.running import (
     world_size,
 )
 from wanflow.config import RequestError
-from wanflow.request import CompleteRequest, Request
+from wanflow.request import Request
 from wanflow.runtime import Runtime, choose_device, choose_dtype
 from wanflow.settings import settings_of
 
@@ -290,6 +289,8 @@ def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint
         from wanflow.lora.find import with_found_loras
 
         request = with_found_loras(request)
+    from wanflow.advice import advice
+
     request.complete(checkpoint.spec)
     request = _extended(args, request)
     for note in (*checkpoint.notes, *advice(request.complete(checkpoint.spec), checkpoint)):
@@ -301,36 +302,6 @@ def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint
             args.preset,
         )
     return request
-
-
-def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:
-    """Return warnings about a request that is allowed and known to give poor videos."""
-    spec, notes = checkpoint.spec, []
-    width, height = request.size
-    if request.frame_num > spec.frame_num:
-        notes.append(
-            f"{request.frame_num} frames: trained on {spec.frame_num}; longer clips are known to"
-            " repeat or burn out"
-        )
-    if request.fps != spec.fps:
-        notes.append(
-            f"{request.fps:g} fps: trained on motion at {spec.fps}, so it will look faster or"
-            " slower"
-        )
-    if not checkpoint.vocabulary:
-        return notes
-    if request.size != spec.size:
-        only = f"{spec.size[0]}*{spec.size[1]}"
-        notes.append(f"{width}*{height}: {spec.name} was trained at {only} only")
-    words = re.findall(r"[^\W_]+", request.prompt.lower())
-    unknown = [word for word in dict.fromkeys(words) if word not in checkpoint.vocabulary]
-    if unknown and not request.lora:  # which may teach it more words
-        notes.append(
-            f"{spec.name} does not know {', '.join(unknown[:8])}: it draws one shape (circle,"
-            " square, triangle, star, cross), its colour, size and motion, and the background's"
-            " colour"
-        )
-    return notes
 
 
 def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
