@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
+from wanflow.units import duration, file_size
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
@@ -22,13 +24,6 @@ if TYPE_CHECKING:
 EVERY = 2.0  # seconds between two lines of progress where there is no terminal
 MANY = 100  # of a long task: a line for each percent of the time it has taken
 DRAW = 0.1  # seconds between two updates of a bar
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words: `4 s`, `2.5 min`, `3.1 h`."""
-    if seconds >= 7200:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> list[str]:
@@ -94,8 +89,8 @@ class _Task:
     def text(self, done: int, total: int, note: str) -> str:
         passed, moved = time.monotonic() - self.began, done - self.first
         if self.unit == "bytes":
-            amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"
-            rate = f"{moved / passed / 1e9:.3f} GB/s" if passed > 0 else ""
+            amount = f"{file_size(done)} of {file_size(total)}"
+            rate = f"{file_size(moved / passed)}/s" if passed > 0 and moved > 0 else ""
         else:
             amount, rate = f"{self.unit} {done}/{total}".strip(), ""
         left = f"ETA {duration(passed / moved * (total - done))}" if moved > 0 else ""

@@ -315,7 +315,7 @@ def test_a_good_machine_has_nothing() -> None:
             "warning",
             "--shm-size=8g",
         ),
-        (on(ram_limited=True), {}, "note", "this container may use 64.0 GB of RAM"),
+        (on(ram_limited=True), {}, "note", "this container may use 59.6 GiB of RAM"),
         (
             FINE,
             {"broken": {"av": "is not installed"}},

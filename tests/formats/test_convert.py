@@ -631,7 +631,7 @@ def test_what_is_refused(
     assert "choose of float32" in refusal(lambda: options("fp8", "int8"))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9_000_000, 1_000_000))
-    assert "needs 0.03 GB, and its disk has 0.00 GB free" in refusal(
+    assert "needs 34.5 MB, and its disk has 1.0 MB free" in refusal(
         lambda: run(exact, out, "official")
     )
     assert not out.exists()

@@ -508,7 +508,7 @@ def test_the_full_model_is_refused_with_what_it_would_need() -> None:
     assert (
         len(lines) == 3
         and "a LoRA of rank 16" in lines[0]
-        and "here: 13 GB of free RAM" in lines[1]
+        and "here: 12.0 GiB of free RAM" in lines[1]
     )
     assert (
         "--activation_checkpointing" in lines[2]

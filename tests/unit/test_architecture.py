@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("untrusted",),
     ("config",),
-    ("files",),
+    ("files", "units"),
 )
 LEVEL = {name: len(LAYERS) - n for n, names in enumerate(LAYERS) for name in names}
 KERNELS = {

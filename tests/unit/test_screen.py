@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from wanflow import screen
-from wanflow.screen import Screen, duration, show_table, table_lines
+from wanflow.screen import Screen, show_table, table_lines
 
 
 @pytest.fixture
@@ -47,13 +47,6 @@ def test_a_table_on_a_terminal(
     show_table(("name", "GB"), [("[red]", "1.5")], "lr")
     out = capsys.readouterr().out
     assert "[red]" in out and "─" in out
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (119, "119 s"), (150, "2.5 min"), (7200, "2.0 h")]
-)
-def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 @pytest.mark.usefixtures("hurried")
@@ -108,7 +101,7 @@ def test_two_bars_share_a_terminal(terminal: Screen) -> None:
         "step 1/2, low-noise [expert], ETA",
         "step 2/2",
         "reading low",
-        "1.00 of 2.00 GB",
+        "1.0 GB of 2.0 GB",
         "a message",
         "two",
     ):

@@ -12,6 +12,7 @@ from wanflow.cli.parser import Parser
 from wanflow.config import RequestError
 from wanflow.convert.formats import TARGETS
 from wanflow.runtime import DTYPES
+from wanflow.units import file_size
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -72,6 +73,5 @@ def convert(args: argparse.Namespace) -> None:
         report = screen.count_bytes("converting")
         out = write(model, args.target.expanduser(), target, screen.say, report)
         written = out.rglob("*") if out.is_dir() else [out]
-        screen.say(
-            f"{out}: {sum(file.stat().st_size for file in written if file.is_file()) / 1e9:.3f} GB"
-        )
+        total = sum(file.stat().st_size for file in written if file.is_file())
+        screen.say(f"{out}: {file_size(total)}")

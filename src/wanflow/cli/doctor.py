@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import model_path
 from wanflow.cli.parser import Parser
+from wanflow.units import file_size, memory_size
 
 if TYPE_CHECKING:
     from wanflow.doctor.environment import Disk
@@ -106,8 +107,8 @@ def lines(report: Report) -> Iterator[Line]:
         yield STYLES[problem.level], f"{problem.level}: {problem.text}"
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count else "unknown"
+def _memory(count: int) -> str:
+    return memory_size(count) if count else "unknown"
 
 
 def _machine(report: Report) -> Iterator[Line]:
@@ -119,12 +120,12 @@ def _machine(report: Report) -> Iterator[Line]:
     usable = f", {here.cores_usable:g} usable" if here.cores_usable < here.cores else ""
     yield "", f"processor  {here.cpu or 'unknown'}, {here.cores} cores{usable}"
     limit = " (the limit of this container)" if here.ram_limited else ""
-    yield "", f"RAM        {_gb(here.ram)}, {_gb(here.ram_free)} free{limit}"
+    yield "", f"RAM        {_memory(here.ram)}, {_memory(here.ram_free)} free{limit}"
     gpus = [device for device in report.devices if device.name != "cpu"]
     for device in gpus:
-        free = f", {_gb(device.memory_free)} free" if device.memory_free else ""
+        free = f", {_memory(device.memory_free)} free" if device.memory_free else ""
         capability = f", capability {device.capability}" if device.capability else ""
-        memory = f"{_gb(device.memory)}{free}{capability}"
+        memory = f"{_memory(device.memory)}{free}{capability}"
         yield "", f"GPU        {device.name}: {device.model}, {memory}"
     if here.driver:
         cuda = f", for CUDA up to {here.driver_cuda}" if here.driver_cuda else ""
@@ -140,11 +141,11 @@ def _machine(report: Report) -> Iterator[Line]:
 
 
 def _disk(disk: Disk) -> Iterator[Line]:
-    facts = [f"{_gb(disk.free)} free"]
+    facts = [f"{file_size(disk.free)} free"]
     if disk.writes:
-        facts.append(f"writes {disk.writes / 1e9:.2f} GB/s")
+        facts.append(f"writes {file_size(disk.writes)}/s")
     if disk.reads:
-        facts.append(f"reads {disk.reads / 1e9:.2f} GB/s")
+        facts.append(f"reads {file_size(disk.reads)}/s")
         facts.append(f"a published expert in {EXPERT / disk.reads:.0f} s")
     yield "", f"disk       {disk.folder}: {', '.join(facts)}"
     for note in disk.notes:

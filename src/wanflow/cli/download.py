@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from wanflow.checkpoint.published import ROLES, VARIANTS, find, whole_repository
 from wanflow.cli.parser import Parser
+from wanflow.units import file_size
 
 if TYPE_CHECKING:
     from wanflow.download.fetch import Survey
@@ -112,20 +113,20 @@ def _plan(survey: Survey) -> Iterator[str]:
     states = dict.fromkeys(survey.verified, "here")
     states |= dict.fromkeys(survey.unverified, "here, not verified")
     rows = [
-        (f"{file.size / 1e9:.3f}", states.get(file.name, "to fetch"), file.name)
+        (file_size(file.size), states.get(file.name, "to fetch"), file.name)
         for file in survey.files
     ]
-    yield from table_lines(("GB", "state", "file"), rows, "rll")
+    yield from table_lines(("size", "state", "file"), rows, "rll")
     yield (
-        f"{survey.needed / 1e9:.1f} GB to fetch into {survey.folder}, of {survey.total / 1e9:.1f}"
-        f" GB in {len(survey.files)} files"
+        f"{file_size(survey.needed)} to fetch into {survey.folder}, of {file_size(survey.total)}"
+        f" in {len(survey.files)} files"
     )
 
 
 def _summary(survey: Survey) -> Iterator[str]:
     fetched = f"{len(survey.missing)} fetched" if survey.missing else "nothing had to be fetched"
     yield (
-        f"{survey.folder}: {len(survey.files)} files, {survey.total / 1e9:.1f} GB, every byte"
+        f"{survey.folder}: {len(survey.files)} files, {file_size(survey.total)}, every byte"
         f" verified; {fetched}"
     )
 
@@ -137,6 +138,5 @@ def _show_variants() -> None:
     rows = []
     for variant in VARIANTS.values():
         repos = ", ".join(dict.fromkeys(part.repo for part in variant.parts))
-        sizes = f"{variant.bytes / 1e9:.1f}", f"{variant.bytes / 2**30:.1f}"
-        rows.append((variant.name, *sizes, f"{variant.about}; {repos}"))
-    show_table(("variant", "GB", "GiB", "content and source"), rows, "lrrl")
+        rows.append((variant.name, file_size(variant.bytes), f"{variant.about}; {repos}"))
+    show_table(("variant", "size", "content and source"), rows, "lrl")

@@ -23,6 +23,7 @@ from wanflow.checkpoint.containers import DTYPES
 from wanflow.config import RequestError
 from wanflow.files import free_bytes
 from wanflow.transforms.ggml import LAYOUTS
+from wanflow.units import file_size
 
 STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}  # in a `.pth`
 ALIGNMENT = 64  # bytes, of a tensor in a torch zip, as torch.save has it
@@ -189,6 +190,6 @@ def refuse_full(folder: Path, needed: int) -> None:
     free = free_bytes(folder)
     if needed > free:
         raise RequestError(
-            f"{folder} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; free"
+            f"{folder} needs {file_size(needed)}, and its disk has {file_size(free)} free; free"
             " some, or name a folder on another disk"
         )

@@ -24,6 +24,7 @@ from wanflow.hardware import Device, devices
 from wanflow.runtime import DTYPES
 from wanflow.transforms import attention
 from wanflow.transforms.attention_kernels import BACKENDS
+from wanflow.units import memory_size
 
 OLDEST_TORCH = (2, 10)  # older releases have known bypasses of weights_only loading
 SMALL_SHM = 2**30
@@ -139,7 +140,7 @@ def problems(
             " Docker start with --shm-size=8g",
         )
     if here.ram_limited:
-        limit = f"{here.ram / 1e9:.1f} GB of RAM"
+        limit = f"{memory_size(here.ram)} of RAM"
         yield Problem("note", f"this container may use {limit}; the machine has more")
 
 

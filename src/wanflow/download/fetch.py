@@ -33,6 +33,7 @@ from wanflow.download.transfer import (
     hash_file,
 )
 from wanflow.files import free_bytes
+from wanflow.units import file_size
 
 logger = logging.getLogger("wanflow")
 
@@ -274,8 +275,8 @@ def _refuse_full_disk(survey: Survey) -> None:
     free = free_bytes(survey.folder)
     if survey.needed > free:
         raise RequestError(
-            f"{survey.folder} needs {survey.needed / 1e9:.1f} GB more ({survey.needed:,} bytes),"
-            f" and the disk has {free / 1e9:.1f} GB free ({free:,} bytes); make room, choose"
+            f"{survey.folder} needs {file_size(survey.needed)} more ({survey.needed:,} bytes),"
+            f" and the disk has {file_size(free)} free ({free:,} bytes); make room, choose"
             " another disk with --local_dir, or a smaller --variant"
         )
 

@@ -15,7 +15,8 @@ from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest
 from wanflow.sampling.schedule import snr
 from wanflow.sampling.timeline import handover, timeline
-from wanflow.screen import duration, table_lines
+from wanflow.screen import table_lines
+from wanflow.units import duration
 
 SENT = {
     "qkv": "queries, keys and values",

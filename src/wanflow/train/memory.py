@@ -17,6 +17,7 @@ from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.plan.gpus import Machine
 from wanflow.train.finetune import TARGETS, FineTune, attach
+from wanflow.units import memory_size
 
 GB = 10**9
 COPIES = 4  # of a trained parameter, float32: its gradient, two moments of AdamW, the average
@@ -41,8 +42,8 @@ class Need:
             "gradients and optimizer": self.training,
             "activations": self.activations,
         }
-        words = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items())
-        return f"{self.total / GB:.0f} GB ({words})"
+        words = ", ".join(f"{name} {memory_size(size)}" for name, size in parts.items())
+        return f"{memory_size(self.total)} ({words})"
 
 
 def need(checkpoint: Checkpoint, settings: FineTune) -> Need:
@@ -154,8 +155,8 @@ def refuse(
     )
     raise RequestError(
         f"training {what} on one expert of {checkpoint.spec.name} needs {needed.words()}"
-        + (f", {each / GB:.0f} GB in each of {processes} processes" if processes > 1 else ""),
-        f"  here: {have / GB:.0f} GB of {'GPU memory' if on_gpu else 'free RAM'}"
+        + (f", {memory_size(each)} in each of {processes} processes" if processes > 1 else ""),
+        f"  here: {memory_size(have)} of {'GPU memory' if on_gpu else 'free RAM'}"
         f" ({machine.words()})",
         f"  do: {', '.join(ways)} (--force starts it here anyway)",
     )

@@ -31,6 +31,7 @@ from wanflow.presets import NANO, Expert, ModelSpec
 from wanflow.screen import Screen
 from wanflow.train import adherence, autoencoder, experts, text, toy
 from wanflow.train.loop import Train, fit
+from wanflow.units import file_size
 
 CLIPS = 9000  # cached for the experts
 DROPOUT = 0.1  # share of captions replaced by the empty prompt, for guidance
@@ -220,7 +221,7 @@ def export(work: Path, out: Path, screen: Screen) -> None:
     }
     (out / "wanflow.json").write_text(json.dumps(card, indent=1) + "\n")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    screen.say(f"exported to {out}: {total / 1e6:.1f} MB (copy it over {NANO_FOLDER} to embed it)")
+    screen.say(f"exported to {out}: {file_size(total)} (copy it over {NANO_FOLDER} to embed it)")
 
 
 def evaluate(
