@@ -34,8 +34,8 @@ test-all: install  ## what `make test` leaves out: pairs of features, many proce
 coverage: install  ## all tests, with the lines they run
 	$(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term:skip-covered
 
-fuzz: install    ## 2,000 damaged files for every container; make fuzz COUNT=20000
-	WANFLOW_FUZZ=$(COUNT) $(BIN)/python -m pytest -m 'slow or not slow' tests/formats/test_fuzz.py
+fuzz: install    ## 2,000 damaged files, recipes, ... of every kind; make fuzz COUNT=20000
+	WANFLOW_FUZZ=$(COUNT) $(BIN)/python -m pytest -m 'slow or not slow' tests/formats/test_fuzz.py tests/cli/test_strangers.py
 
 check: install   ## format, lint, types, tests; CI runs test-all too
 	$(BIN)/ruff format --check .

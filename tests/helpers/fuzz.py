@@ -728,8 +728,8 @@ def peak() -> int:
     )
 
 
-def bound_memory() -> None:
-    """Let no more than `MEMORY` be asked for from here on, whether it is used or not."""
+def bound_memory(memory: int) -> None:
+    """Let no more than `memory` bytes be asked for from here on, whether they are used or not."""
     status = Path("/proc/self/status")
     if status.exists():
         held = next(
@@ -737,13 +737,13 @@ def bound_memory() -> None:
             for line in status.read_text().splitlines()
             if line.startswith("VmData")
         )
-        resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY, held + MEMORY))
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (held + memory, resource.getrlimit(resource.RLIMIT_DATA)[1])
+        )
 
 
 def serve(root: Path, bare: bool) -> None:
-    """Read lines of JSON, `{"name", "seed", "seconds"}`, and answer each with a line of what came
-    of it.
-    """
+    """Make good files, and answer what comes of damaged ones."""
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print stays out of the answers
@@ -762,31 +762,46 @@ def serve(root: Path, bare: bool) -> None:
                     action()
                 except RequestError as error:
                     raise SystemExit(f"the good {name} ({file}) is refused: {error}") from error
-    bound_memory()
+    answer(answers, bench.try_one, MEMORY)
+
+
+def answer(
+    answers: Any,
+    try_one: Callable[[str, int], dict[str, Any]],
+    memory: int,
+    prepare: Callable[[str], object] = lambda name: None,
+) -> None:
+    """Read lines of JSON, `{"name", "seed", "seconds"}`, and answer each with a line of what came
+    of it: no more than `memory` bytes more than at the start. prepare: called before the clock of
+    a seed starts.
+    """
     print("ready", file=answers, flush=True)
+    bounded = set[str]()
     for line in sys.stdin:
         job = json.loads(line)
+        prepare(job["name"])
+        if job["name"] not in bounded:
+            bounded.add(job["name"])
+            bound_memory(memory)
         faulthandler.dump_traceback_later(job["seconds"], exit=True)
         start, before, highest = time.perf_counter(), resident(), peak()
-        result = bench.try_one(job["name"], job["seed"])
+        result = try_one(job["name"], job["seed"])
         faulthandler.cancel_dump_traceback_later()
         grown = peak() - before if peak() > highest else 0
-        if grown > MEMORY:
+        if grown > memory:
             result["fault"] = f"memory grew by {grown >> 20} MB"
-        print(
-            json.dumps(result | {"seconds": time.perf_counter() - start, "grown": grown}),
-            file=answers,
-            flush=True,
-        )
+        result |= {"seconds": time.perf_counter() - start, "grown": grown, "peak": peak()}
+        print(json.dumps(result), file=answers, flush=True)
 
 
 class Worker:
-    """The process in which files are tried; one that dies is replaced. bare: without any files, for
-    the probes.
+    """The process in which inputs are tried; one that dies is replaced.
+
+    script: run with `--serve FOLDER` and these options, see `answer`.
     """
 
-    def __init__(self, folder: Path, bare: bool) -> None:
-        self.folder, self.bare = folder, bare
+    def __init__(self, folder: Path, script: Path, options: tuple[str, ...] = ()) -> None:
+        self.folder, self.script, self.options = folder, script, options
         self.process: subprocess.Popen[str] | None = None
         self.log = (folder / "log").open("w+")
         self.count = 0
@@ -803,13 +818,7 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONWARNINGS": "ignore",
         }
-        command = [
-            sys.executable,
-            __file__,
-            "--serve",
-            str(place),
-            *(["--bare"] if self.bare else []),
-        ]
+        command = [sys.executable, str(self.script), "--serve", str(place), *self.options]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -850,10 +859,11 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker(bare: bool = False) -> Iterator[Worker]:
+def worker(script: Path = Path(__file__), bare: bool = False) -> Iterator[Worker]:
+    """A worker in a folder of its own. bare: without any good files, for the probes."""
     fast = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=fast if os.access(fast, os.W_OK) else None) as folder:
-        one = Worker(Path(folder), bare)
+        one = Worker(Path(folder), script, ("--bare",) if bare else ())
         try:
             yield one
         finally:
@@ -880,7 +890,7 @@ def main() -> None:
         for seed in seeds:
             file, data = bench.damaged(args.container, seed)
             (args.keep / f"{seed}-{Path(file).name}").write_bytes(data)
-    with worker(args.container in PROBES) as one:
+    with worker(bare=args.container in PROBES) as one:
         for name in CONTAINERS if args.container == "all" else [args.container]:
             start, results = time.perf_counter(), []
             for seed in seeds:
