@@ -29,8 +29,9 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.opening import NANO_FOLDER, resolve
-from wanflow.plan.estimate import estimate, rated
+from wanflow.plan.estimate import estimate
 from wanflow.plan.gpus import GPUS, Machine, Rates, described
+from wanflow.plan.measure import rated
 from wanflow.plan.phases import expert_phases, on_device
 from wanflow.plan.solve import solve
 from wanflow.plan.start import LEAST, make_plan, raise_if_unfit

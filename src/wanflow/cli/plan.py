@@ -52,7 +52,8 @@ def plan(args: argparse.Namespace) -> None:
     """
     from wanflow.checkpoint.checkpoint import published
     from wanflow.opening import resolve
-    from wanflow.plan.estimate import estimate, rated
+    from wanflow.plan.estimate import estimate
+    from wanflow.plan.measure import rated
     from wanflow.plan.report import document, page
     from wanflow.plan.solve import solve
     from wanflow.plan.start import completed, raise_if_unfit
