@@ -34,6 +34,9 @@ def page() -> str:
 SETTINGS = (
     "`wanflow.load` takes the fields of Runtime as keywords, `generate` those of Request."
     " `wanflow.settings.json_schema(Request)` returns the same as a JSON schema."
+    "\n\nA side has at most 16384 pixels and a video at most 4093 frames: 1024 tokens along each"
+    " axis, as many as Wan2.2's rotary table has positions. Steps end at 1000, the timesteps of"
+    " training."
 )
 
 

@@ -13,6 +13,9 @@ from wanflow.presets import T2V_A14B, ModelSpec
 
 Size = tuple[int, int]  # width, height in pixels
 
+# Tokens along an axis, at most: the positions that Wan2.2's rotary table was made for.
+POSITIONS = 1024
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -36,6 +39,11 @@ class Geometry:
     def frame_step(self) -> int:
         """How many frames each latent frame after the first adds; a video has `step * n + 1`."""
         return self.stride[0]
+
+    @property
+    def most_frames(self) -> int:
+        """The longest video that is accepted."""
+        return (POSITIONS - 1) * self.frame_step * self.patch[0] + 1
 
     def latent_shape(self, size: Size, frames: int) -> tuple[int, int, int, int]:
         """Return the latent's (C, T, H, W)."""
@@ -65,9 +73,11 @@ class Geometry:
         return max(1, round((frames - 1) / self.frame_step) * self.frame_step + 1)
 
     def check_size(self, size: Size) -> None:
-        """Raise RequestError for a side that is not a positive multiple of `size_multiple`."""
+        """Raise RequestError for a side that is no multiple of `size_multiple`, or too long."""
         step = self.size_multiple
         for side, name in zip(size, ("width", "height"), strict=True):
+            if side > POSITIONS * step:
+                raise RequestError(f"{name} {side} is too much: at most {POSITIONS * step} pixels")
             if side <= 0 or side % step:
                 near = max(step, round(side / step) * step)
                 raise RequestError(
@@ -75,7 +85,9 @@ class Geometry:
                 )
 
     def check_frames(self, frames: int) -> None:
-        """Raise RequestError for a length that is not `frame_step * n + 1`."""
+        """Raise RequestError for a length that is not `frame_step * n + 1`, or too long."""
+        if frames > self.most_frames:
+            raise RequestError(f"frame_num {frames} is too much: at most {self.most_frames} frames")
         if frames < 1 or (frames - 1) % self.frame_step:
             raise RequestError(
                 f"frame_num {frames} is not {self.frame_step}n+1;"

@@ -5,7 +5,6 @@ Field names are the official flags where those exist. Standard library only.
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from dataclasses import MISSING, dataclass, fields, replace
@@ -119,10 +118,14 @@ class Request:
         None, group="video", metavar="TEXT", help='what to steer away from; "" for nothing'
     )
     size: str | tuple[int, int] | None = setting(
-        None, group="main", metavar="WIDTH*HEIGHT", help="multiples of 16"
+        None, group="main", metavar="WIDTH*HEIGHT", help="multiples of 16, to 16384"
     )
     frame_num: int | None = setting(
-        None, group="main", range=(1, math.inf), metavar="N", help="frames, 4n+1; 1 is a picture"
+        None,
+        group="main",
+        range=(1, COMMON.most_frames),
+        metavar="N",
+        help="frames, 4n+1; 1 is a picture",
     )
     sample_solver: Solver | None = setting(None, group="sampling", help="the solver")
     sample_steps: int | None = setting(

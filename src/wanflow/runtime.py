@@ -5,7 +5,6 @@ Standard library only; torch is imported where a value of it is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,7 +79,7 @@ class Runtime:
     resident_blocks: int | None = setting(
         None,
         group="memory",
-        range=(0, math.inf),
+        range=(0, 1000),
         metavar="N",
         help="blocks of an expert that stay on the device; the others are streamed",
     )
@@ -132,14 +131,14 @@ class Runtime:
     ring_size: int | None = setting(
         None,
         group="parallel",
-        range=(1, math.inf),
+        range=(1, 1024),
         metavar="N",
         help="processes that pass keys and values round (ring attention)",
     )
     ulysses_size: int | None = setting(
         None,
         group="parallel",
-        range=(1, math.inf),
+        range=(1, 1024),
         unset=1,
         metavar="N",
         help="processes that share the attention heads (Ulysses); 1 leaves it to the plan",

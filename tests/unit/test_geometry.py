@@ -10,6 +10,7 @@ from wanflow.config import RequestError, VAEConfig
 from wanflow.geometry import COMMON, Geometry, geometry_of, parse_size
 from wanflow.presets import NANO, T2V_A14B, TI2V_5B
 from wanflow.request import Request
+from wanflow.runtime import Runtime
 from wanflow.sampling.timeline import handover, timeline
 
 # Wan2.2-TI2V-5B: a VAE of 4x16x16 with 48 channels.
@@ -93,3 +94,26 @@ def test_a_model_with_one_expert() -> None:
     assert {step.expert for step in steps} == {"low"} and handover(steps, 0) is None
     assert [expert.from_timestep for expert in single.experts] == [0.0]
     assert [expert.from_timestep for expert in T2V_A14B.experts] == [875.0, 0.0]
+
+
+@pytest.mark.parametrize("size", ["16400*16", "16*160000", (2**63, 16), f"{'9' * 400}*16"])
+def test_a_side_has_a_limit(size: str | tuple[int, int]) -> None:
+    """As many tokens as the rotary table of Wan2.2 has positions: 1024 along each axis."""
+    assert COMMON.grid(parse_size("16384*16384"), COMMON.most_frames) == (1024, 1024, 1024)
+    with pytest.raises(RequestError, match="at most 16384 pixels"):
+        parse_size(size)
+
+
+@pytest.mark.parametrize("frames", [4097, 1_000_001, 10**400])
+def test_a_length_has_a_limit(frames: int) -> None:
+    COMMON.check_frames(4093)
+    with pytest.raises(RequestError, match="at most 4093 frames"):
+        COMMON.check_frames(frames)
+    with pytest.raises(RequestError, match=r"from 1 to 4,093"):
+        Request("x", frame_num=frames).complete(NANO)
+
+
+@pytest.mark.parametrize("name", ["resident_blocks", "ring_size", "ulysses_size"])
+def test_counts_of_a_runtime_have_limits(name: str) -> None:
+    with pytest.raises(RequestError, match=rf"{name} must be a whole number from \d to 1,"):
+        Runtime(**{name: 10**20})
