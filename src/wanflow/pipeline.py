@@ -7,10 +7,14 @@ What a run needs of weights and devices comes from an `Engine`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
+import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +25,22 @@ from torch import Tensor
 from wanflow.conditioning import conditioning_of
 from wanflow.config import RequestError
 from wanflow.files import write_bytes
+from wanflow.geometry import COMMON
 from wanflow.media import to_uint8
 from wanflow.models.vae import WanVAE
 from wanflow.presets import Expert, ModelSpec
 from wanflow.recipe import Recipe
 from wanflow.request import CompleteRequest, Request
 from wanflow.sampling.schedule import snr
-from wanflow.sampling.solvers import SolverState, Velocity, advance
+from wanflow.sampling.solvers import SolverState, Velocity, advance, state_names
 from wanflow.sampling.timeline import schedule_of, timeline
 from wanflow.sanity import OutputError, check_latent, check_step, facts_of
+from wanflow.untrusted import open_regular, parse_json, printable
 
 logger = logging.getLogger("wanflow")
 
 Frames = npt.NDArray[np.uint8]
+HEADER_BYTES = 16 << 20  # of a saved run, which holds little but its recipe
 
 
 class Cancelled(Exception):
@@ -46,10 +53,14 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that continues a run: its recipe and the solver's state."""
+    """Everything that continues a run: its recipe and the solver's state.
+
+    id: distinguishes it from every other run, also from one of the same recipe.
+    """
 
     recipe: Recipe
     state: SolverState
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
     def request(self) -> CompleteRequest:
@@ -59,50 +70,90 @@ class Run:
     def finished(self) -> bool:
         return self.state.index >= self.request.sample_steps
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, overwrite: bool = True) -> None:
         """Write a file for `load`; a crash leaves the previous one complete."""
         from safetensors.torch import save
 
-        meta = {"wanflow": json.dumps({"recipe": self.recipe.to_json(), "index": self.state.index})}
-        data = save(
-            {
-                name: value.detach().cpu().contiguous()
-                for name, value in self.state.tensors().items()
-            },
-            metadata=meta,
-        )
-        write_bytes(Path(path), data, overwrite=True)
+        stored = {"recipe": self.recipe.to_json(), "index": self.state.index, "id": self.id}
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in self.state.tensors().items()
+        }
+        data = save(tensors, metadata={"wanflow": json.dumps(stored)})
+        write_bytes(Path(path), data, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
         """Read a run that `save` wrote.
 
         Raises:
-            RequestError: when the file is missing, damaged, or no saved run.
+            RequestError: when the file is missing, damaged, no saved run, or not what its recipe
+                says.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
+        recipe, index, identity = cls.header(path)
+        request = recipe.request
+        shape = [1, *COMMON.latent_shape(request.size, request.frame_num)]
+        wanted, tensors = state_names(request.sample_solver, index), {}
+        with _naming(path), safe_open(path, framework="pt") as file:
+            found = set(file.keys())
+            if found != wanted:
+                raise RequestError(f"tensors {sorted(found)[:9]}; expected {sorted(wanted)}")
+            for name in wanted:
+                part = file.get_slice(name)
+                if part.get_dtype() != "F32" or part.get_shape() != shape:
+                    is_ = f"{part.get_dtype()} {part.get_shape()}"
+                    raise RequestError(f"{name} is {is_}; expected F32 {shape}")
+                tensors[name] = file.get_tensor(name).clone()  # the file may change
+                if not torch.isfinite(tensors[name]).all():
+                    raise RequestError(f"{name} holds NaN or infinity")
+        return cls(recipe, SolverState.from_tensors(index, tensors), identity)
+
+    @staticmethod
+    def header(path: str | Path) -> tuple[Recipe, int, str]:
+        """Return the recipe, the steps done and the id of a saved run; reads no tensors."""
+        from safetensors import safe_open
+
+        if not Path(path).exists():
+            raise RequestError(f"there is no saved run at {printable(path)}")
+        with open_regular(Path(path)) as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        with _naming(path):
+            if length > HEADER_BYTES:
+                raise RequestError(f"its header has {length:,} bytes")
             with safe_open(path, framework="pt") as file:
-                stored = json.loads((file.metadata() or {})["wanflow"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            recipe = Recipe.from_json(stored["recipe"], path)
-            return cls(recipe, SolverState.from_tensors(int(stored["index"]), tensors))
-        except FileNotFoundError:
-            raise RequestError(f"there is no saved run at {path}") from None
-        except (
-            OSError,
-            SafetensorError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise RequestError(
-                f"{path} is not a saved wanflow run, or it is damaged: {error}"
-            ) from None
+                stored = parse_json((file.metadata() or {})["wanflow"], path)
+            recipe, index = Recipe.from_json(stored["recipe"], path), stored["index"]
+            steps = recipe.request.sample_steps
+            if type(index) is not int or not 0 <= index <= steps:
+                raise RequestError(f"it says step {printable(index)} of {steps}")
+            # Runs of earlier versions had no id.
+            text = json.dumps(stored["recipe"], sort_keys=True).encode()
+            identity = stored.get("id", hashlib.sha256(text).hexdigest()[:16])
+            if not re.fullmatch("[0-9a-f]{16}", identity):
+                raise RequestError(f"its id is {printable(identity)}")
+            return recipe, index, identity
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Turn whatever reading a damaged run raises into a RequestError that names the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        OSError,
+        SafetensorError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        raise RequestError(
+            f"{printable(path)} is not a saved wanflow run, or it is damaged: {printable(error)}"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import re
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.common import PROMPT, QUICK
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import wanflow
 from wanflow.api import Pipeline
@@ -103,6 +108,93 @@ def test_a_damaged_state_is_refused(tmp_path: Path, nano: Pipeline) -> None:
         file.write_bytes(broken)
         with pytest.raises(RequestError, match="not a saved wanflow run"):
             Run.load(file)
+
+
+def nan(state: dict[str, torch.Tensor]) -> None:
+    state["origin"][0, 3, 1, 2, 2] = torch.nan
+
+
+# What is done to the tensors of a state after two steps, and what the refusal names.
+WRONG_TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "x is F32 [1, 16, 2, 8, 9]": lambda state: state.update(x=torch.zeros(1, 16, 2, 8, 9)),
+    "data.1 is F32 [16, 2, 8, 8]": lambda state: state.update({"data.1": state["x"][0].clone()}),
+    "x is BOOL": lambda state: state.update(x=state["x"] > 0),
+    "x is F16": lambda state: state.update(x=state["x"].half()),
+    "x is U8": lambda state: state.update(x=state["x"].to(torch.uint8)),
+    "origin is F8_E4M3": lambda state: state.update(origin=state["x"].to(torch.float8_e4m3fn)),
+    "origin holds NaN": nan,
+    "expected ['data.0', 'data.1', 'origin', 'x']": lambda state: state.pop("origin"),
+    "['data.0', 'data.1', 'more', 'origin', 'x']": lambda state: state.update(more=torch.zeros(1)),
+}
+# What the file says about itself, and what the refusal names.
+WRONG_WORDS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "step -1 of 4": lambda said: said.update(index=-1),
+    "step 5 of 4": lambda said: said.update(index=5),
+    "step 2.0 of 4": lambda said: said.update(index=2.0),
+    "step True of 4": lambda said: said.update(index=True),
+    "index": lambda said: said.pop("index"),
+    "expected ['x']": lambda said: said["recipe"]["request"].update(sample_solver="euler"),
+    "expected F32 [1, 16, 2, 4, 8]": lambda said: said["recipe"]["request"].update(size="64*32"),
+    "id is ../../x": lambda said: said.update(id="../../x"),
+    "str": lambda said: said.update(id=["x"]),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(nano: Pipeline) -> Run:
+    with pytest.raises(Cancelled) as cancelled:
+        nano.generate(PROMPT, on_step=lambda p: p.step < 2, **QUICK)
+    return cancelled.value.run
+
+
+@pytest.mark.parametrize("words", [*WRONG_TENSORS, *WRONG_WORDS])
+def test_a_state_that_does_not_fit_its_request_is_refused(
+    words: str, stopped: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.safetensors"
+    stopped.save(file)
+    said, tensors = stored(file)
+    WRONG_TENSORS.get(words, lambda _: None)(tensors)
+    WRONG_WORDS.get(words, lambda _: None)(said)
+    save_file(tensors, file, {"wanflow": json.dumps(said)})
+    with pytest.raises(RequestError, match=re.escape(words)) as refused:
+        Run.load(file)
+    assert "not a saved wanflow run" in str(refused.value)
+
+
+def stored(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        return json.loads(opened.metadata()["wanflow"]), tensors
+
+
+def test_a_run_keeps_its_id_and_two_runs_of_a_recipe_have_two(
+    nano: Pipeline, stopped: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.safetensors"
+    stopped.save(file)
+    assert Run.load(file).id == stopped.id == Run.header(file)[2]
+    one, two = (nano.begin(wanflow.Request(PROMPT, **QUICK)) for _ in range(2))
+    assert one.recipe == two.recipe and one.id != two.id
+    assert nano.resume(one).id == one.id
+
+
+def test_a_run_of_an_earlier_version_has_the_id_of_its_recipe(stopped: Run, tmp_path: Path) -> None:
+    file = tmp_path / "run.safetensors"
+    stopped.save(file)
+    said, tensors = stored(file)
+    del said["id"]
+    save_file(tensors, file, {"wanflow": json.dumps(said)})
+    old = Run.load(file)
+    assert old.id == Run.load(file).id != stopped.id
+    assert torch.equal(old.state.x, stopped.state.x)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no names here")
+def test_a_pipe_is_no_saved_run_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RequestError, match="regular file"):
+        Run.load(tmp_path / "pipe")
 
 
 def test_an_unfinished_run_is_not_decoded(nano: Pipeline) -> None:

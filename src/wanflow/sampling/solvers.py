@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wanflow.config import Solver
 from wanflow.sampling.schedule import Schedule, Step
 
 Velocity = Callable[[Tensor, Step], Tensor]
@@ -44,6 +45,13 @@ class SolverState:
         """Return the state of these tensors; the inverse of `tensors`."""
         data = tuple(named[f"data.{i}"] for i in range(2) if f"data.{i}" in named)
         return cls(index, named["x"], data, named.get("origin"))
+
+
+def state_names(solver: Solver, index: int) -> set[str]:
+    """Return the names of the tensors that the state of a solver has before step `index`."""
+    history = 0 if solver == "euler" else min(index, 2)
+    origin = {"origin"} if solver == "unipc" and index else set()
+    return {"x", *(f"data.{i}" for i in range(history)), *origin}
 
 
 def advance(schedule: Schedule, state: SolverState, velocity: Velocity) -> SolverState:
