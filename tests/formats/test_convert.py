@@ -214,7 +214,8 @@ def test_fp8_is_every_linear_over_its_largest_value(
         out, framework="pt"
     ) as file:  # the library's own reader, which needs aligned tensors
         raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert raw["scaled_fp8"].dtype == torch.float8_e4m3fn and raw["scaled_fp8"].numel() == 2
+    assert raw["scaled_fp8"].dtype == torch.float8_e4m3fn
+    assert raw["scaled_fp8"].shape == ((2,) if part == "high" else (0,))
     assert sum(name.endswith(".scale_weight") for name in raw) == len(scaled) > 20
     for name, value in ((name, value.float()) for name, value in values(before).items()):
         told = after.read(name, torch.float32)
@@ -243,14 +244,7 @@ def test_gguf_blocks_are_those_of_the_gguf_package(
     out = run(before.path, tmp_path / "x.gguf", f"gguf-{kind}")
     after, quant = open_part(kind_of(part), out), gguf.GGMLQuantizationType[kind.upper()]
     reader = gguf.GGUFReader(out)
-    if part == "high":
-        assert reader.fields["comfy.gguf.orig_shape.patch_embedding.weight"].contents() == [
-            160,
-            16,
-            1,
-            2,
-            2,
-        ]
+    assert not any("orig_shape" in key for key in reader.fields)
     assert reader.fields["general.architecture"].contents() == (
         "wan" if part == "high" else "t5encoder"
     )
@@ -266,7 +260,7 @@ def test_gguf_blocks_are_those_of_the_gguf_package(
             )
             rounded += 1
         elif (
-            value.ndim in (1, 3)
+            value.ndim in (1, 3, 5)
             or name.startswith(("time_embedding", "head"))
             or "pos_embedding" in name
         ):
@@ -284,7 +278,7 @@ def test_rows_that_are_not_whole_blocks_stay_in_sixteen_bits() -> None:
 
     assert chosen("blocks.0.ffn.0.weight", 64, 64) == "Q4_0"
     assert chosen("blocks.0.ffn.0.weight", 64, 48) == "F16"
-    assert chosen("patch_embedding.weight", 64, 16, 1, 2, 2) == "F16"
+    assert chosen("patch_embedding.weight", 64, 16, 1, 2, 2) == "F32"
 
 
 def test_what_is_packed_already_is_not_rounded_again(
@@ -469,7 +463,7 @@ def test_diffusers_loads_the_whole_pipeline(theirs: Path) -> None:
         torch.testing.assert_close(encoded[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", ["bf16", "gguf-q8_0"])
+@pytest.mark.parametrize("to", ["bf16", "gguf-q8_0", "gguf-bf16"])
 def test_diffusers_loads_single_files(theirs: Path, tmp_path: Path, to: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     out = run(
@@ -493,7 +487,7 @@ def test_diffusers_loads_single_files(theirs: Path, tmp_path: Path, to: str) -> 
             latent, torch.tensor([700.0]), text
         )
         found = model(latent, torch.tensor([700.0]), text).sample
-    assert float((found - wanted).norm() / wanted.norm()) < (1e-5 if to == "bf16" else 0.02)
+    assert float((found - wanted).norm() / wanted.norm()) < (1e-5 if "bf16" in to else 0.02)
 
 
 # tokenizers

@@ -62,6 +62,15 @@ def official(dit: DiTConfig) -> dict[str, Any]:
     }
 
 
+def comfy(dit: DiTConfig) -> dict[str, str]:
+    """Return header metadata of an expert: ComfyUI 0.33 takes its sizes from there.
+
+    By default it takes heads of 128 and Wan's text width, whatever the model.
+    """
+    sizes = {key: getattr(dit, key) for key in (*OFFICIAL_KEYS, "text_dim") if key != "model_type"}
+    return {"config": json.dumps({"transformer": sizes})}
+
+
 # diffusers and transformers
 
 
@@ -164,24 +173,32 @@ def scheduler(shift: float) -> dict[str, Any]:
     )
 
 
-def tokenizer(text: bytes) -> tuple[bytes, bytes]:
-    """Return `tokenizer.json` with prompts that end in `</s>`, and `tokenizer_config.json`."""
+def ending(text: bytes) -> bytes:
+    """Return a `tokenizer.json` by which prompts end in `</s>`; the same bytes if they do.
+
+    wanflow adds the mark itself. The official program and transformers rely on this file.
+    """
     parsed = json.loads(text)
     ids = {token["content"]: token["id"] for token in parsed.get("added_tokens", ())}
     end = ids.get("</s>")
-    if parsed.get("post_processor") is None and end is not None:
-        ending = {"SpecialToken": {"id": "</s>", "type_id": 0}}
-        first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
-        parsed["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [first, ending],
-            "pair": [first, ending, second, ending],
-            "special_tokens": {"</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}},
-        }
-    config = {
+    if parsed.get("post_processor") is not None or end is None:
+        return text
+    mark = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    first, second = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
+    parsed["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, mark],
+        "pair": [first, mark, second, mark],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}},
+    }
+    return json.dumps(parsed, ensure_ascii=False).encode()
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """Return `tokenizer_config.json`, for transformers: a `tokenizer.json` of any kind."""
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "<pad>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
     }
-    return json.dumps(parsed, ensure_ascii=False).encode(), as_json(config)

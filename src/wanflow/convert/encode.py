@@ -1,14 +1,17 @@
 """Choose the format of each tensor in a conversion, and stream its bytes.
 
 fp8 follows ComfyUI's older "fp8_scaled" files: `X.weight` in float8_e4m3fn, a float32 scalar
-`X.scale_weight` (amax / 448), and a marker `scaled_fp8`. ComfyUI of any age, its wrappers,
-musubi-tuner and wanflow read these; only recent versions read the newer `weight_scale` with
-`comfy_quant`. `scaled_fp8` has two elements, so that no reader quantises activations too: their
-scales are missing.
+`X.scale_weight` (amax / 448), and a marker `scaled_fp8`. ComfyUI of any age and wanflow read these;
+only recent versions read the newer `weight_scale` with `comfy_quant`, and musubi-tuner reads
+neither. In an expert the marker has two elements, by which ComfyUI does not quantise activations,
+whose scales are missing. In a text encoder it is empty: ComfyUI before 2026 loads it into an empty
+parameter, and its text encoders quantise no activations.
 
 GGUF follows city96's converter: the matmuls of the blocks in the requested type; the layers before
 and after them in float16; vectors, modulation, time embedding and the final layer in float32. Rows
-that are no multiple of the block stay in float16.
+that are no multiple of the block stay in float16. The patch embedding, of five sides, is float32:
+ComfyUI-GGUF and diffusers unpack other types in matmuls only, and would pass its bytes on as they
+are.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def storage_dtype(kind: Kind, name: str, info: TensorInfo, coding: StorageFormat
     if not coding.gguf:
         linear = not table and not any(word in name for word in TABLES)
         return coding.quant if coding.quant and linear else plain
-    if len(info.shape) in (0, 1, 3) or name.startswith(ISLANDS) or "pos_embedding." in name:
+    if len(info.shape) in (0, 1, 3, 5) or name.startswith(ISLANDS) or "pos_embedding." in name:
         return "F32"
     if (
         table
@@ -74,8 +77,8 @@ def entries(
             chunks = partial(_cast, source, name, DTYPES[stored])
         made.append(TensorSpec(names[name], info.shape, stored, chunks))
     if any(entry.kind == FP8 for entry in made):
-        marker = torch.zeros(2, dtype=DTYPES[FP8])
-        made.append(TensorSpec("scaled_fp8", (2,), FP8, lambda: iter([marker])))
+        marker = torch.zeros(2 if kind == "dit" else 0, dtype=DTYPES[FP8])
+        made.append(TensorSpec("scaled_fp8", tuple(marker.shape), FP8, lambda: iter([marker])))
     return made
 
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wanflow.checkpoint.checkpoint import Checkpoint
-from wanflow.checkpoint.infer_config import SHEET, configure, text_shapes
+from wanflow.checkpoint.infer_config import HEAD_DIM, SHEET, config_of, configure, text_shapes
 from wanflow.checkpoint.key_maps import Kind
 from wanflow.checkpoint.layouts import DIFFUSERS, FOLDERS, OFFICIAL_STEMS
 from wanflow.checkpoint.parts import EXPERTS, Part, kind_of
 from wanflow.checkpoint.source import EMBEDDED, OfficialSource
 from wanflow.checkpoint.tokenizers import open_tokenizer
-from wanflow.config import TextConfig
+from wanflow.config import DiTConfig, TextConfig
 from wanflow.convert import configs
 from wanflow.convert.encode import bytes_entry, entries
 from wanflow.convert.formats import DIALECTS, Options, StorageFormat
 from wanflow.convert.write import TensorSpec, shards, write_safetensors, write_torch
 from wanflow.convert.write_gguf import Note, note_text, pieces_in, write_gguf
 from wanflow.presets import T2V_A14B
+from wanflow.untrusted import read_bytes
 
 SINGLE = "file"  # the layout of a checkpoint that is one part of a model
 ARCHITECTURE: dict[Kind, str] = {"dit": "wan", "t5": "t5encoder"}
@@ -51,6 +52,7 @@ class Output:
     note: Note | None = None  # writes metadata into a GGUF header
     arch: str = ""  # of a GGUF file
     kind: str = ""  # the format of most of its weights
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header
 
     def write(self, path: Path, count: Callable[[int], None]) -> None:
         """Write the file; `count` gets the bytes as they are written."""
@@ -60,7 +62,7 @@ class Output:
         elif self.path.endswith(".pth"):
             write_torch(path, self.entries, count)
         else:
-            write_safetensors(path, self.entries, count)
+            write_safetensors(path, self.entries, count, self.metadata)
 
 
 @dataclass(frozen=True)
@@ -110,14 +112,16 @@ def plan(model: Checkpoint, options: Options, name: str) -> Plan:
 
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:
-    """Return the files of a tokenizer, always with a `tokenizer.json`."""
+    """Return the files of a tokenizer, always with a `tokenizer.json` that ends prompts."""
     names = TOKENIZER_FILES if path.name in TOKENIZER_FILES else ()
     found = [path.parent / name for name in names if (path.parent / name).is_file()]
-    files = {file.name: file.read_bytes() for file in found}
+    files = {file.name: read_bytes(file) for file in found}
     if path.suffix == ".json":
-        files["tokenizer.json"] = path.read_bytes()
+        files["tokenizer.json"] = read_bytes(path)
     if "tokenizer.json" not in files:
         files["tokenizer.json"] = open_tokenizer(path).to_str().encode()
+    files["tokenizer.json"] = configs.ending(files["tokenizer.json"])
+    files.setdefault("tokenizer_config.json", configs.as_json(configs.tokenizer_config()))
     return files
 
 
@@ -146,7 +150,11 @@ def _plan_part(model: Checkpoint, kind: Kind, options: Options, name: str) -> Pl
     coding = options.coding(kind, alone=True)
     tensors = entries(kind, source, coding, DIALECTS[options.target.layout][kind])
     if not coding.gguf:
-        return Plan([Output(name, tensors)], {})
+        dit, metadata = config_of(kind, source), dict[str, str]()
+        comfy = options.target.layout == "comfy"
+        if comfy and isinstance(dit, DiTConfig) and not dit.dim % HEAD_DIM:  # else heads are unknown
+            metadata = configs.comfy(dit)
+        return Plan([Output(name, tensors, metadata=metadata)], {})
     note: Note | None = None
     notes: tuple[str, ...] = ()
     if kind == "t5":
@@ -188,12 +196,9 @@ def _split(
 def _diffusers_files(
     model: Checkpoint, options: Options, tokens: Mapping[str, bytes]
 ) -> dict[str, bytes]:
-    spec, tokens = model.spec, dict(tokens)
-    name = "T5TokenizerFast"
-    if "tokenizer_config.json" not in tokens:
-        name = "PreTrainedTokenizerFast"
-        bare = tokens["tokenizer.json"]
-        tokens["tokenizer.json"], tokens["tokenizer_config.json"] = configs.tokenizer(bare)
+    spec = model.spec
+    ours = tokens["tokenizer_config.json"] == configs.as_json(configs.tokenizer_config())
+    name = "PreTrainedTokenizerFast" if ours else "T5TokenizerFast"
     shapes = {
         "dit": configs.transformer(spec.dit),
         "t5": configs.text_encoder(spec.text),
@@ -239,4 +244,5 @@ def _one_file(
         path = f"{side}/{own}-{side}-{coding.name}.gguf"
         return Output(path, tensors, None, ARCHITECTURE["dit"], coding.name)
     stem = f"wan2.2_t2v_{part}_noise_14B" if published else f"{own}_{part}_noise"
-    return Output(f"diffusion_models/{stem}_{word}.safetensors", tensors)
+    path = f"diffusion_models/{stem}_{word}.safetensors"
+    return Output(path, tensors, metadata=configs.comfy(spec.dit))

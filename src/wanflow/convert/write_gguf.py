@@ -1,7 +1,9 @@
 """Write GGUF files: the `gguf` package (an extra) quantises and writes the header.
 
-Experts have the architecture `wan`, as city96's and QuantStack's files do: official names, and an
-array `comfy.gguf.orig_shape.<name>` for the one 5-D tensor. The text encoder is a `t5encoder` with
+Experts have the architecture `wan`, as city96's and QuantStack's files do: official names, and the
+one 5-D tensor with its five sides. The array `comfy.gguf.orig_shape.<name>` of some files is left
+out: stable-diffusion.cpp, whose own reader takes files of five sides, misreads any array, and no
+other reader needs it. The text encoder is a `t5encoder` with
 llama.cpp's names, and with its tokenizer if llama.cpp can express it (as the published one).
 """
 
@@ -24,7 +26,6 @@ from wanflow.convert.write import Count, TensorSpec, write_tensor
 
 BLOCK = 32  # values, of each of these types
 ROW = 4096  # values to quantise as a row: the package takes 16 rows at a time, short ones slowly
-DIMENSIONS = 4  # llama.cpp's limit
 FILE_TYPES = {
     "F16": "MOSTLY_F16",
     "BF16": "MOSTLY_BF16",
@@ -60,9 +61,6 @@ def write_gguf(
     place, starts = 0, {}
     for entry in entries:
         shape = entry.shape or (1,)
-        if len(shape) > DIMENSIONS:
-            # ComfyUI reads this note; diffusers and stable-diffusion.cpp read the five sides.
-            writer.add_array(f"comfy.gguf.orig_shape.{entry.name}", list(shape))
         writer.add_tensor_info(
             entry.name,
             shape,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from wanflow.api import Pipeline
 from wanflow.assemble import make_engine
 from wanflow.config import RequestError
-from wanflow.convert.configs import as_json, official
+from wanflow.convert.configs import as_json, official, tokenizer_config
 from wanflow.files import atomic_path
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
@@ -209,7 +209,9 @@ def export(work: Path, out: Path, screen: Screen) -> None:
         values = load_file(work / source)
         torch.save({k: v.bfloat16().clone() for k, v in values.items()}, out / target)
     (out / "google" / "umt5-xxl").mkdir(parents=True)
-    shutil.copy(work / "tokenizer.json", out / "google" / "umt5-xxl" / "tokenizer.json")
+    beside = out / "google" / "umt5-xxl"
+    shutil.copy(work / "tokenizer.json", beside / "tokenizer.json")
+    (beside / "tokenizer_config.json").write_bytes(as_json(tokenizer_config()))
     words = [part for word in (*toy.vocabulary(), *text.FILLERS) for part in word.split("-")]
     card = {
         "name": made.name,

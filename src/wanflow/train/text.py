@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer as Engine
-from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from torch import Tensor, nn
 
@@ -62,6 +62,10 @@ def build_tokenizer(file: Path) -> None:
     back = [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
     engine.decoder = decoders.Sequence(back)
     engine.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    # For other programs; wanflow's Tokenizer adds the mark itself.
+    engine.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B:0 </s>:0", special_tokens=[("</s>", 1)]
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     engine.save(str(file))
 
