@@ -152,7 +152,9 @@ def _plan_part(model: Checkpoint, kind: Kind, options: Options, name: str) -> Pl
     if not coding.gguf:
         dit, metadata = config_of(kind, source), dict[str, str]()
         comfy = options.target.layout == "comfy"
-        if comfy and isinstance(dit, DiTConfig) and not dit.dim % HEAD_DIM:  # else heads are unknown
+        if (
+            comfy and isinstance(dit, DiTConfig) and not dit.dim % HEAD_DIM
+        ):  # else heads are unknown
             metadata = configs.comfy(dit)
         return Plan([Output(name, tensors, metadata=metadata)], {})
     note: Note | None = None
