@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
-import urllib.request
+from http.client import HTTPException
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from wanflow.config import RequestError
+from wanflow.untrusted import parse_json, printable
+from wanflow.web import check_url, read_bounded, within
 
 logger = logging.getLogger("wanflow")
 
 DASHSCOPE = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 DEFAULT_MODEL = "qwen-plus"
+LONGEST_PROMPT = 8000  # characters
+ANSWER_BYTES = 1 << 20  # a prompt of a hundred words takes a kilobyte
 INSTRUCTIONS = {
     "zh": (
         "你为文生视频模型改写提示词。保留用户的原意与所有细节，补充主体外观、动作、场景、光线、"
@@ -27,6 +32,13 @@ INSTRUCTIONS = {
         " one English paragraph of 80 to 100 words and nothing else."
     ),
 }
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """Follow no redirect: the key would go to a host that it is not for."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
 
 
 def extend(
@@ -47,7 +59,7 @@ def extend(
         model: the server's model; None: `DEFAULT_MODEL`.
         url: base address, such as DashScope's (the default) or http://127.0.0.1:8000/v1.
         key: sent as a bearer token; DashScope needs one.
-        timeout: seconds that the server may take.
+        timeout: seconds that the server may take for all of its answer.
 
     Raises:
         RequestError: for DashScope without a key, or an address that is not http(s).
@@ -57,9 +69,9 @@ def extend(
             "--use_prompt_extend needs a key for DashScope: set DASH_API_KEY, or DASH_API_URL for"
             " another server"
         )
-    base = (url or DASHSCOPE).rstrip("/")
-    if not base.startswith(("http://", "https://")):
-        raise RequestError(f"DASH_API_URL must be an http address (got {base!r})")
+    base = check_url((url or DASHSCOPE).rstrip("/"), "DASH_API_URL", DASHSCOPE)
+    if key and not (key.isascii() and key.isprintable()):
+        raise RequestError("DASH_API_KEY holds characters that no key has; copy it again")
     messages = [
         {"role": "system", "content": INSTRUCTIONS[language]},
         {"role": "user", "content": prompt},
@@ -68,13 +80,28 @@ def extend(
     headers = {"Content-Type": "application/json"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
-    request = urllib.request.Request(f"{base}/chat/completions", body, headers)
+    request = Request(f"{base}/chat/completions", body, headers)
+
+    def ask() -> bytes:
+        with build_opener(_NoRedirect).open(request, timeout=timeout) as answer:
+            return read_bounded(iter(lambda: answer.read1(1 << 16), b""), ANSWER_BYTES, timeout)
+
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            text = json.load(answer)["choices"][0]["message"]["content"].strip()
-        if not isinstance(text, str) or not text:
-            raise ValueError("the answer is empty")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        logger.warning("the prompt was not extended (%s); the original one is used", error)
+        answer = parse_json(within(timeout, ask), base)
+        text = answer["choices"][0]["message"]["content"].strip()
+        if not isinstance(text, str) or not text or len(text) > LONGEST_PROMPT:
+            raise ValueError(f"the answer is no text of 1 to {LONGEST_PROMPT:,} characters")
+        text.encode()  # raises for half a character
+    except (
+        OSError,
+        HTTPException,
+        RequestError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        why = printable(error) or type(error).__name__
+        logger.warning("the prompt was not extended (%s); the original one is used", why)
         return prompt
     return text

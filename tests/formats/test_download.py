@@ -523,7 +523,7 @@ def test_a_gated_repository(hub: Hub, folder: Path, capsys: pytest.CaptureFixtur
             ["--variant", "official-bf16"],
             "official-bf16 is published on ModelScope only; add --source modelscope",
         ),
-        (["--endpoint", "huggingface.co"], "'huggingface.co' is not the address of a hub"),
+        (["--endpoint", "huggingface.co"], "'huggingface.co' is not the address of a server"),
         (["--workers", "0"], "--workers must be at least 1"),
     ],
 )

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("advice", "loaders", "download"),
     ("lora",),
     ("checkpoint",),
-    ("screen", "hardware", "clipfiles"),
+    ("screen", "hardware", "clipfiles", "web"),
     ("transforms",),
     ("parallel",),
     ("api",),

@@ -7,9 +7,24 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from wanflow.config import RequestError
 from wanflow.files import write_bytes
+from wanflow.untrusted import read_json
 
 LEDGER = ".wanflow-download.json"
+
+
+def _sound(name: str, entry: dict[str, Any]) -> bool:
+    """Return whether an entry is of our form, and its name leads nowhere else."""
+    steps = set(name.split("/"))
+    return (
+        not {"", ".", ".."} & steps
+        and name.isprintable()
+        and not set("\\:") & set(name)
+        and isinstance(entry["sha256"], str)
+        and type(entry["size"]) is int
+        and isinstance(entry.get("from", ""), str)
+    )
 
 
 class Ledger:
@@ -21,13 +36,9 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder, self.file, self._lock = folder, folder / LEDGER, Lock()
         try:
-            files = json.loads(self.file.read_text(encoding="utf-8"))["files"]
-            entries = {
-                name: entry
-                for name, entry in files.items()
-                if isinstance(entry["sha256"], str) and isinstance(entry["size"], int)
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            files = read_json(self.file)["files"]
+            entries = {name: entry for name, entry in files.items() if _sound(name, entry)}
+        except (RequestError, KeyError, TypeError, AttributeError):
             entries = {}  # a lost or damaged ledger costs only time: its files are hashed again
         self.entries: dict[str, dict[str, Any]] = entries
 

@@ -15,6 +15,7 @@ from wanflow.cli.parser import Parser
 from wanflow.units import file_size
 
 if TYPE_CHECKING:
+    from wanflow.checkpoint.published import Variant
     from wanflow.download.fetch import Survey
     from wanflow.download.hubs import Hub
 
@@ -73,22 +74,31 @@ def download(args: argparse.Namespace) -> None:
     if args.list:
         return _show_variants()
     from wanflow.download import fetch
+    from wanflow.download.hubs import OfflineError
     from wanflow.screen import Screen
 
     variant = whole_repository(args.repo) if args.repo else find(args.variant)
     folder = args.local_dir or Path(variant.name if args.repo else variant.folder)
     with Screen() as screen:
-        survey = fetch.download(
-            variant,
-            folder,
-            _hub(args),
-            only=args.only,
-            workers=args.workers,
-            verify=args.verify,
-            dry_run=args.dry_run,
-            say=screen.say,
-            report=partial(screen.progress, unit="bytes"),
-        )
+        try:
+            survey = fetch.download(
+                variant,
+                folder,
+                _hub(args),
+                only=args.only,
+                workers=args.workers,
+                verify=args.verify,
+                dry_run=args.dry_run,
+                say=screen.say,
+                report=partial(screen.progress, unit="bytes"),
+            )
+        except OfflineError as error:
+            if not args.dry_run or args.repo:
+                raise
+            screen.say(f"{error}; these are the published sizes")
+            for line in _published(variant, args.only):
+                screen.say(line)
+            return
     for line in _plan(survey) if args.dry_run else _summary(survey):
         screen.say(line)
     if variant.name == "official" and not args.only and not args.dry_run:
@@ -121,6 +131,20 @@ def _plan(survey: Survey) -> Iterator[str]:
         f"{file_size(survey.needed)} to fetch into {survey.folder}, of {file_size(survey.total)}"
         f" in {len(survey.files)} files"
     )
+
+
+def _published(variant: Variant, only: list[str]) -> Iterator[str]:
+    """Yield the parts of a variant by the catalogue, as a table."""
+    from wanflow.screen import table_lines
+
+    parts = variant.select(only)
+    rows = [
+        (f"{part.bytes / 1e9:.3f}" if part.bytes else "?", part.role, " ".join(part.patterns))
+        for part in parts
+    ]
+    yield from table_lines(("GB", "part", "files"), rows, "rll")
+    total = sum(part.bytes for part in parts)
+    yield f"{total / 1e9:.1f} GB in all; what is here already is not subtracted"
 
 
 def _summary(survey: Survey) -> Iterator[str]:

@@ -34,6 +34,7 @@ from wanflow.download.transfer import (
 )
 from wanflow.files import free_bytes
 from wanflow.units import file_size
+from wanflow.untrusted import user_path
 
 logger = logging.getLogger("wanflow")
 
@@ -108,7 +109,7 @@ def download(
     """
     variant = catalogue.find(variant) if isinstance(variant, str) else variant
     parts = variant.select(only)
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if workers < 1:
         raise RequestError(f"--workers must be at least 1 (got {workers})")
     if folder.exists() and not folder.is_dir():

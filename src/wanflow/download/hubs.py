@@ -1,12 +1,14 @@
 """The sources of weights: Hugging Face and its mirrors, and ModelScope.
 
-`huggingface_hub` lists and authorises, so a hub gets only requests of its own library; only the
-bytes come by `transfer`.
+`huggingface_hub` gives the session, with its proxies and settings, and the login. The listing is
+asked for here, because that library follows any next page with the token, without a limit of time
+or length.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,17 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urljoin
 
-from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-)
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported lazily
+from huggingface_hub import get_session, hf_hub_url
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]
 
 from wanflow.checkpoint.published import Part, Variant, known_sha256
 from wanflow.config import RequestError
@@ -43,9 +39,17 @@ from wanflow.download.transfer import (
     hash_file,
     refusal,
 )
+from wanflow.untrusted import parse_json, printable
+from wanflow.web import SlowError, check_url, read_bounded, same_server, within
 
 HUGGINGFACE = "https://huggingface.co"
 MIRROR = "https://hf-mirror.com"
+LISTING_BYTES = 32 << 20  # a file takes about 300 bytes
+ANSWER_SECONDS = 60.0
+MOST_PAGES, MOST_REDIRECTS = 100, 5
+LONGEST_NAME = 200  # bytes of each folder and file; the names of parts are longer
+COMMIT = re.compile(r"[!-~]{1,200}")
+HARMLESS = ("user-agent", "accept-encoding")  # headers that any server may get
 NOT_IN_NAMES = set('\\:*?"<>|') | {chr(code) for code in range(32)}
 T = TypeVar("T")
 
@@ -84,32 +88,29 @@ class HuggingFace:
         return self.token or (None if self.endpoint == HUGGINGFACE else False)
 
     def listing(self, variant: Variant, parts: Sequence[Part]) -> list[RemoteFile]:
-        if (
-            urlsplit(self.endpoint).scheme not in ("http", "https")
-            or not urlsplit(self.endpoint).netloc
-        ):
-            raise RequestError(
-                f"{self.endpoint!r} is not the address of a hub; give one like {HUGGINGFACE} or"
-                f" {MIRROR}"
-            )
+        check_url(self.endpoint, "--endpoint", f"{HUGGINGFACE} or {MIRROR}")
         if "huggingface" not in variant.sources:
             raise RequestError(
                 f"{variant.name} is published on ModelScope only; add --source modelscope"
             )
-        headers = build_hf_headers(token=self.auth, library_name="wanflow")
+        check_token(self.token)
+        headers = {
+            **build_hf_headers(token=self.auth, library_name="wanflow"),
+            "Accept-Encoding": "identity",  # a short answer that unpacks to a long one is no use
+        }
         trees = {}
         for repo in dict.fromkeys(part.repo for part in parts):
             main = repo == variant.parts[0].repo
-            trees[repo] = self._tree(repo, (self.revision or variant.revision) if main else None)
+            revision = (self.revision or variant.revision) if main else None
+            _check_names(repo, revision)
+            with self._hub_errors(repo, revision):
+                trees[repo] = self._tree(repo, revision, headers)
 
         def remote(part: Part, name: str, path: str) -> RemoteFile:
             commit, tree = trees[part.repo]
-            entry = tree[path]
+            size, sha256, blob = tree[path]
             url = hf_hub_url(part.repo, path, revision=commit, endpoint=self.endpoint)
-            sha256 = entry.lfs.sha256 if entry.lfs else None
-            return RemoteFile(
-                name, path, f"{part.repo}@{commit}", entry.size, sha256, entry.blob_id, url, headers
-            )
+            return RemoteFile(name, path, f"{part.repo}@{commit}", size, sha256, blob, url, headers)
 
         return _select(parts, {repo: list(tree) for repo, (_, tree) in trees.items()}, remote)
 
@@ -118,57 +119,141 @@ class HuggingFace:
     ) -> str:
         return fetch_file(remote, folder, stop, on_bytes, say)
 
-    def _tree(self, repo: str, revision: str | None) -> tuple[str, dict[str, RepoFile]]:
+    def _tree(
+        self, repo: str, revision: str | None, headers: dict[str, str]
+    ) -> tuple[str, dict[str, _Entry]]:
         """Return a repository's commit, and its files by path."""
-        api = HfApi(endpoint=self.endpoint, token=self.auth)
+        api = f"{self.endpoint}/api/models/{repo}"
+        about, _ = _ask(f"{api}/revision/{quote(revision, safe='')}" if revision else api, headers)
+        commit = about.get("sha") or revision or "main" if isinstance(about, dict) else None
+        if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+            raise TypeError("no commit")
+        entries: dict[str, _Entry] = {}
+        url = f"{api}/tree/{quote(commit, safe='')}?recursive=true"
+        for _ in range(MOST_PAGES):
+            page, following = _ask(url, headers)
+            entries |= dict(_read_entry(entry) for entry in page if entry["type"] == "file")
+            if following is None:
+                return commit, entries
+            url = following
+            if not same_server(url, self.endpoint):
+                raise RequestError(
+                    f"{self.endpoint} gives the next page of its listing as {printable(url)}, on"
+                    " another server, which is not followed; try another --endpoint"
+                )
+        raise RequestError(f"{self.endpoint} lists {repo} in more than {MOST_PAGES} pages")
+
+    @contextmanager
+    def _hub_errors(self, repo: str, revision: str | None) -> Iterator[None]:
+        """Turn what a listing can fail with into errors of one line."""
         try:
-            commit = (
-                _patiently(lambda: api.repo_info(repo, revision=revision, timeout=TIMEOUT)).sha
-                or revision
-                or "main"
-            )
-            entries = api.list_repo_tree(repo, recursive=True, revision=commit)
-            return commit, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-        except HFValidationError:
-            raise RequestError(f"{repo!r} is not the name of a repository, OWNER/NAME") from None
-        except HfHubHTTPError as error:
-            status = 403 if isinstance(error, GatedRepoError) else error.response.status_code
-            if status < 500 and status not in TRANSIENT:
-                raise refusal(
-                    status, f"{repo}@{revision or ''}", f"{self.endpoint}/{repo}"
-                ) from None
+            yield
+        except _StatusError as error:
+            if error.status < 500 and error.status not in TRANSIENT:
+                page = f"{self.endpoint}/{repo}"
+                raise refusal(error.status, f"{repo}@{revision or ''}", page) from None
             raise DownloadError(
-                f"{self.endpoint} answers {status} for {repo}; try again later, or another"
+                f"{self.endpoint} answers {error.status} for {repo}; try again later, or another"
                 " --endpoint"
             ) from None
-        except (NETWORK_ERROR, OfflineModeIsEnabled) as error:
-            why = (
-                "HF_HUB_OFFLINE is set"
-                if isinstance(error, OfflineModeIsEnabled)
-                else str(error) or type(error).__name__
-            )
+        except (NETWORK_ERROR, SlowError, OfflineModeIsEnabled) as error:
+            why = printable(error) or type(error).__name__
+            if isinstance(error, OfflineModeIsEnabled):
+                why = "HF_HUB_OFFLINE is set"
             raise OfflineError(
-                f"{self.endpoint} cannot be reached ({why}): check network and proxy, or use a"
-                f" mirror (HF_ENDPOINT={MIRROR}), or --source modelscope; --verify works offline"
+                f"{self.endpoint} cannot be reached ({why}): check"
+                f" network and proxy, or use a mirror (HF_ENDPOINT={MIRROR}), or --source"
+                " modelscope; --verify works offline"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            what = type(error).__name__
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(
-                f"{self.endpoint} does not speak the hub's API ({what}); check --endpoint and"
-                " HF_ENDPOINT"
+                f"{self.endpoint} does not speak the hub's API ({printable(error)}); check"
+                " --endpoint and HF_ENDPOINT"
             ) from None
 
 
-def _patiently(ask: Callable[[], T]) -> T:
-    """Repeat a request, after pauses, while the server is busy."""
+def check_token(token: str | None) -> None:
+    """Raise RequestError for a token that no request can carry; the message does not show it."""
+    if token is not None and not re.fullmatch("[!-~]{1,4000}", token):
+        raise RequestError(
+            "--token (or HF_TOKEN) holds a space, a line break or a letter that no token has; copy"
+            " it again"
+        )
+
+
+def _check_names(repo: str, revision: str | None) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise RequestError(
+            f"{printable(repo)!r} is not the name of a repository, OWNER/NAME"
+        ) from None
+    if revision is not None and not (0 < len(revision) <= LONGEST_NAME and revision.isprintable()):
+        raise RequestError(
+            f"--revision {printable(revision, 60)!r} is not the name of a branch, tag or commit"
+        )
+
+
+_Entry = tuple[int, str | None, str | None]  # size, sha256 of a file in git lfs, git's own hash
+
+
+def _read_entry(entry: dict[str, Any]) -> tuple[str, _Entry]:
+    """Return the path and the facts of a file in a listing.
+
+    Raises:
+        KeyError, TypeError, ValueError: for a field that is missing or of another type.
+    """
+    lfs = entry.get("lfs")
+    path, size, sha256 = entry["path"], entry["size"], lfs["oid"] if lfs else None
+    if not isinstance(path, str) or isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError("path or size of a file")
+    blob = entry["oid"]
+    if not 0 <= size < 2**63 or not re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", blob):
+        raise ValueError(f"size or hash of {path}")
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"sha256 of {path}")
+    return path, (size, sha256, blob)
+
+
+class _StatusError(Exception):
+    """An answer that is no success."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the server answered {status}")
+        self.status = status
+
+
+def _ask(url: str, headers: dict[str, str]) -> tuple[Any, str | None]:
+    """Return the JSON at an address and the address of its next page; ask a busy server again."""
     for pause in PAUSES:
         try:
-            return ask()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in TRANSIENT:
+            return within(ANSWER_SECONDS, lambda: _ask_once(url, headers))
+        except _StatusError as error:
+            if error.status not in TRANSIENT:
                 raise
             time.sleep(pause)
-    return ask()
+    return within(ANSWER_SECONDS, lambda: _ask_once(url, headers))
+
+
+def _ask_once(url: str, headers: dict[str, str]) -> tuple[Any, str | None]:
+    """Ask once; a redirect to another server gets no secret."""
+    for _ in range(MOST_REDIRECTS):
+        with get_session().stream(
+            "GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=False
+        ) as response:
+            if response.is_redirect:
+                target = check_url(urljoin(url, response.headers["Location"]), "redirect", url)
+                if not same_server(url, target):
+                    headers = {key: headers[key] for key in headers if key.lower() in HARMLESS}
+                url = target
+                continue
+            if response.status_code != 200:
+                gated = response.headers.get("X-Error-Code") == "GatedRepo"
+                raise _StatusError(403 if gated else response.status_code)
+            body = read_bounded(response.iter_bytes(), LISTING_BYTES, ANSWER_SECONDS)
+            link = response.links.get("next", {}).get("url")
+            return parse_json(body, "its answer"), urljoin(url, link) if link else None
+    raise ValueError(f"more than {MOST_REDIRECTS} redirects")
 
 
 @dataclass(frozen=True)
@@ -180,6 +265,9 @@ class ModelScope:
     revision: str | None = None
 
     def _api(self) -> Any:
+        check_token(self.token)
+        if self.endpoint is not None:
+            check_url(self.endpoint, "--endpoint", "https://www.modelscope.cn")
         try:
             return importlib.import_module("modelscope_hub.api").HubApi(
                 endpoint=self.endpoint, token=self.token
@@ -199,18 +287,16 @@ class ModelScope:
         for repo in dict.fromkeys(part.repo for part in parts):
             with _modelscope_errors(repo):
                 entries = api.list_repo_files(repo, "model", revision=revision, recursive=True)
-            trees[repo] = {entry.path: entry for entry in entries if not entry.is_dir}
+            trees[repo] = dict(
+                _modelscope_entry(repo, entry) for entry in entries if not entry.is_dir
+            )
 
         def remote(part: Part, name: str, path: str) -> RemoteFile:
             if name != path:
                 raise RequestError(f"{variant.name} is not offered from ModelScope")
-            entry = trees[part.repo][path]
+            size, sha256, _ = trees[part.repo][path]
             return RemoteFile(
-                name,
-                path,
-                f"{part.repo}@{revision}",
-                entry.size,
-                entry.sha256 or known_sha256(path),
+                name, path, f"{part.repo}@{revision}", size, sha256 or known_sha256(path)
             )
 
         return _select(parts, {repo: list(tree) for repo, tree in trees.items()}, remote)
@@ -230,6 +316,15 @@ class ModelScope:
         return hasher.sha256
 
 
+def _modelscope_entry(repo: str, entry: Any) -> tuple[str, _Entry]:
+    lfs = {"oid": entry.sha256} if entry.sha256 else None
+    facts = {"path": entry.path, "size": entry.size, "lfs": lfs, "oid": "0" * 40}
+    try:
+        return _read_entry(facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"ModelScope lists {repo} in an unknown form ({error})") from None
+
+
 @contextmanager
 def _modelscope_errors(repo: str) -> Iterator[None]:
     errors = importlib.import_module("modelscope_hub.errors")
@@ -241,11 +336,11 @@ def _modelscope_errors(repo: str) -> Iterator[None]:
         errors.PermissionDeniedError,
     ) as error:
         raise RequestError(
-            f"ModelScope refuses {repo}: {error}; check the name, or give --token"
+            f"ModelScope refuses {repo}: {printable(error)}; check the name, or give --token"
         ) from None
     except errors.HubError as error:
         raise DownloadError(
-            f"ModelScope failed with {repo}: {error}; run the same command to resume"
+            f"ModelScope failed with {repo}: {printable(error)}; run the same command to resume"
         ) from None
 
 
@@ -273,9 +368,12 @@ def _select(
                 {"", ".", ".."} & set(steps)
                 or NOT_IN_NAMES & set(name)
                 or name.startswith(".wanflow-download")
+                or not name.isprintable()
+                or max(len(step.encode("utf-8", "replace")) for step in steps) > LONGEST_NAME
             ):
                 raise RequestError(
-                    f"{part.repo} lists {path!r}, an unsafe file name; nothing was fetched"
+                    f"{part.repo} lists {printable(path)!r}, an unsafe file name; nothing was"
+                    " fetched"
                 )
             files[name] = remote(part, name, path)
     return list(files.values())

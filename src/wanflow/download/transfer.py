@@ -8,7 +8,10 @@ The hash in the part's name ties it to one content, so two versions of a file ar
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,7 @@ from wanflow.files import publish
 
 BLOCK = 4 << 20  # bytes hashed at a time
 TIMEOUT = 30.0  # seconds without a byte
+SLOWEST, WINDOW = 1000, 60.0  # bytes a second, over this many seconds: below, ask again
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between attempts; an attempt that brings bytes resets
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # statuses worth another attempt
 PATIENCE = 120.0  # seconds: the longest Retry-After that is obeyed
@@ -159,7 +163,7 @@ def _remove_old_parts(target: Path, part: Path) -> None:
 def _fetch_part(remote: RemoteFile, part: Path, stop: Event, on_bytes: OnBytes, say: Say) -> str:
     """Fill and verify a part, once more from the beginning where it is damaged."""
     for last in (False, True):
-        with part.open("ab+") as out:
+        with _open_part(part) as out:
             hasher = _fill(remote, out, stop, on_bytes, say)
         if not hasher.mismatch:
             break
@@ -174,6 +178,16 @@ def _fetch_part(remote: RemoteFile, part: Path, stop: Event, on_bytes: OnBytes, 
     return hasher.sha256
 
 
+def _open_part(part: Path) -> IO[bytes]:
+    """Open what has arrived, to append; a link planted under its name is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+    handle = os.open(part, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise DownloadError(f"{part} is not a regular file; move it away")
+    return os.fdopen(handle, "ab+")
+
+
 def _fill(remote: RemoteFile, out: IO[bytes], stop: Event, on_bytes: OnBytes, say: Say) -> Hasher:
     """Append to a part until it has the file's size, in as many requests as it takes."""
     stream = _Stream(remote, out, on_bytes)
@@ -182,7 +196,7 @@ def _fill(remote: RemoteFile, out: IO[bytes], stop: Event, on_bytes: OnBytes, sa
         stream.restart()
     failures = 0
     while out.tell() < remote.size:
-        before = out.tell()
+        before, begin = out.tell(), time.monotonic()
         try:
             wait, why = stream.request(stop)
         except NETWORK_ERROR as error:
@@ -191,11 +205,12 @@ def _fill(remote: RemoteFile, out: IO[bytes], stop: Event, on_bytes: OnBytes, sa
         have = out.tell()
         if have >= remote.size:
             break
-        failures = 0 if have > before else failures + 1
+        moved = have - before > SLOWEST * (time.monotonic() - begin)
+        failures = 0 if moved else failures + 1
         if failures > len(PAUSES):
             raise DownloadError(
                 f"{remote.name} stopped at {have:,} of {remote.size:,} bytes after {failures}"
-                f" attempts without a byte ({why}); run the same command to resume"
+                f" attempts without progress ({why}); run the same command to resume"
             )
         say(f"{remote.name}: {why}; resuming at {have:,} of {remote.size:,} bytes")
         if stop.wait(max(wait, PAUSES[max(failures - 1, 0)])):
@@ -231,7 +246,7 @@ class _Stream:
             redirected = urlsplit(str(response.url)).netloc != urlsplit(self.remote.url).netloc
             if status in TRANSIENT or (redirected and 400 <= status < 500 and status != 416):
                 after = response.headers.get("Retry-After", "")
-                wait = min(float(after), PATIENCE) if after.isdigit() else 0.0
+                wait = min(float(after), PATIENCE) if re.fullmatch("[0-9]{1,9}", after) else 0.0
                 return wait, f"the server answered {status}"
             content_range = response.headers.get("Content-Range", "")
             if status == 416 or (status == 206 and not self._continues(content_range, have)):
@@ -242,9 +257,15 @@ class _Stream:
                 raise refusal(403 if gated else status, self.remote.origin, self.remote.url)
             if status == 200 and have:  # this server does not do ranges
                 self.restart()
+            begin, got = time.monotonic(), 0
             for chunk in response.iter_bytes():
                 if stop.is_set():
                     raise StoppedError
+                got += len(chunk)
+                if time.monotonic() - begin > WINDOW:
+                    if got < SLOWEST * WINDOW:
+                        return 0.0, f"fewer than {SLOWEST:,} bytes a second came"
+                    begin, got = time.monotonic(), 0
                 room = self.remote.size - self.out.tell()
                 self.out.write(chunk[:room])
                 self.hasher.update(chunk[:room])
