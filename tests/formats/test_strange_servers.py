@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 def run(hub: Hub | str, folder: Path, *more: str) -> int:
     """`wanflow download` of the VAE; its exit code."""
     url = hub if isinstance(hub, str) else hub.url
-    command = ["download", "--endpoint", url, "--local_dir", str(folder)]
+    command = ["download", "--only", "vae", "--endpoint", url, "--local_dir", str(folder)]
     return cli.main([*command, *more])
 
 
@@ -198,7 +198,8 @@ def test_a_file_that_trickles_is_given_up(
     hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "SLOWEST", 1e9)
-    monkeypatch.setattr(transfer, "WINDOW", 0.0)
+    monkeypatch.setattr(transfer, "WINDOW", 0.02)
+    hub.fault(VAE, "slow", 0.05, -1)
     assert run(hub, folder) == 1
     assert "without progress (fewer than" in errors(capsys)
 
@@ -238,7 +239,6 @@ def test_a_planted_link_is_not_followed(
         ["--token", "two\nlines"],
         ["--token", "caf\xe9"],
         ["--revision", "x" * 5000],
-        ["--revision", ""],
         ["--repo", "x" * 5000],
         ["--repo", "a/b\x1b"],
         ["--local_dir", "~no-such-user-here/x"],
@@ -249,7 +249,7 @@ def test_words_that_no_server_takes(
 ) -> None:
     assert run(hub, folder, *more) == 2
     text = capsys.readouterr().err
-    assert len(text.splitlines()) == 1 and text.isascii() and len(text) < 1000
+    assert len(text.splitlines()) == 1 and text.strip().isprintable() and len(text) < 1000
 
 
 def test_a_dry_run_without_a_network(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from typing import Literal
 from wanflow.checkpoint.parts import EXPERTS, PARTS, expert_in_name
 from wanflow.config import RequestError
 from wanflow.presets import Expert
+from wanflow.untrusted import printable
 
 OFFICIAL = "Wan-AI/Wan2.2-T2V-A14B"
 DIFFUSERS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
@@ -205,7 +207,9 @@ def expert_by_hash(file: Path, compute: bool = False) -> Expert | None:
 
 
 def whole_repository(repo: str) -> Variant:
-    """Return a variant of all files in a repository, for `--repo`."""
+    """Return a variant of all files in a repository, for `--repo`; RequestError for no name."""
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo, re.ASCII):
+        raise RequestError(f"{printable(repo, 60)!r} is not the name of a repository, OWNER/NAME")
     return Variant(
         repo.rpartition("/")[2], f"everything in {repo}", (Part("config", repo, ("*",)),), BOTH
     )
@@ -214,5 +218,7 @@ def whole_repository(repo: str) -> Variant:
 def find(name: str) -> Variant:
     """Return a variant by its name; RequestError that lists them all."""
     if name not in VARIANTS:
-        raise RequestError(f"there is no variant {name!r}; there are {', '.join(VARIANTS)}")
+        raise RequestError(
+            f"there is no variant {printable(name, 60)!r}; there are {', '.join(VARIANTS)}"
+        )
     return VARIANTS[name]
