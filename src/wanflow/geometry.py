@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import index
 
 from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B, ModelSpec
+from wanflow.untrusted import shown
 
 Size = tuple[int, int]  # width, height in pixels
 
@@ -114,8 +116,8 @@ def parse_size(value: str | Size, geometry: Geometry = COMMON) -> Size:
     """
     try:
         parts = value.lower().replace("x", "*").split("*") if isinstance(value, str) else value
-        width, height = (int(part) for part in parts)
+        width, height = (int(part) if isinstance(part, str) else index(part) for part in parts)
     except (ValueError, TypeError):
-        raise RequestError(f"size {value!r} is not WIDTH*HEIGHT, such as 1280*720") from None
+        raise RequestError(f"size {shown(value)} is not WIDTH*HEIGHT, such as 1280*720") from None
     geometry.check_size((width, height))
     return width, height

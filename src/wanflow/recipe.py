@@ -6,8 +6,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from wanflow.config import RequestError
-from wanflow.request import CompleteRequest
+from wanflow.request import LORAS, CompleteRequest
 from wanflow.runtime import Runtime, from_record
+from wanflow.settings import LONGEST
+from wanflow.untrusted import printable, shown
+
+MOST = 2 * LORAS  # entries of a mapping: a LoRA may be a pair of files
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,17 @@ class Recipe:
             recipe = cls(**_known(cls, value, "the recipe"))
             request = _known(CompleteRequest, recipe.request, "request", strict=True)
             if not isinstance(request.get("lora", []), list | tuple):
-                raise RequestError(f"request.lora must be a list (got {request['lora']!r})")
+                raise RequestError(f"request.lora must be a list (got {shown(request['lora'])})")
             model = ModelRecord(**_known(ModelRecord, recipe.model, "model"))
             texts = {"model": {**asdict(model), "parts": ""}, "versions": recipe.versions}
             texts |= {"model.parts": model.parts, "loras": recipe.loras}
             for name, found in texts.items():
                 _check_texts(found, name)
-            missing = sorted({"device", "dtype"} - set(_object(recipe.runtime, "runtime")))
+            runtime = _object(recipe.runtime, "runtime")
+            for name, setting in runtime.items():
+                if not isinstance(setting, str | int | float | None):
+                    raise RequestError(f"runtime.{name} must be plain (got {shown(setting)})")
+            missing = sorted({"device", "dtype"} - set(runtime))
             if missing:
                 raise RequestError(f"runtime.{missing[0]} is missing")
             recipe = replace(recipe, request=CompleteRequest(**request), model=model)
@@ -83,13 +91,15 @@ class Recipe:
             return recipe
         except RequestError as error:
             raise RequestError(
-                f"{source}: the recipe is damaged, incomplete or of another version: {error}"
+                f"{printable(source)}: the recipe is damaged, incomplete or of another version: {error}"
             ) from None
 
 
 def _object(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"{name} must be an object (got {type(value).__name__})")
+    if len(value) > MOST:
+        raise RequestError(f"{name} has {len(value):,} entries, more than {MOST}")
     return value
 
 
@@ -111,5 +121,5 @@ def _known(cls: type, value: object, name: str, strict: bool = False) -> dict[st
 
 def _check_texts(value: object, name: str) -> None:
     for key, text in _object(value, name).items():
-        if not isinstance(text, str):
-            raise RequestError(f"{name}.{key} must be text (got {text!r})")
+        if not isinstance(text, str) or max(len(text), len(key)) > LONGEST:
+            raise RequestError(f"{name}.{key} must be text, not too long (got {shown(text)})")

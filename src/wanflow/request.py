@@ -14,6 +14,7 @@ from wanflow.config import TRAIN_STEPS, RequestError, Solver
 from wanflow.geometry import COMMON, geometry_of, parse_size
 from wanflow.presets import SETTINGS, Expert, ModelSpec
 from wanflow.settings import check, setting
+from wanflow.untrusted import shown
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def parse_lora(text: str) -> Lora:
         RequestError: for strengths or steps that cannot be read, or are out of range.
     """
     wrong = RequestError(
-        f"lora {text!r}: after the last @ comes a strength, or high=1,low=0.6, then steps=2-8"
+        f"lora {shown(text)}: after the last @ comes a strength, or high=1,low=0.6, then steps=2-8"
         " unless it applies to all steps"
     )
     path, mark, tail = text.rpartition("@")
@@ -106,6 +107,8 @@ def parse_lora(text: str) -> Lora:
     return Lora(path, values.get("both", 1.0), values.get("high"), values.get("low"), first, last)
 
 
+PROMPT = 20_000  # characters: the model reads 512 tokens; cleaning takes the square of its length
+LORAS = 64
 SCALE: dict[str, Any] = {"group": "sampling", "range": (0, 100), "metavar": "SCALE"}  # of guidance
 
 
@@ -113,9 +116,15 @@ SCALE: dict[str, Any] = {"group": "sampling", "range": (0, 100), "metavar": "SCA
 class Request:
     """What to make. None leaves a value to the model's own default (see `complete`)."""
 
-    prompt: str = setting(group="main", metavar="TEXT", help="what the video shows")
+    prompt: str = setting(
+        group="main", longest=PROMPT, metavar="TEXT", help="what the video shows"
+    )
     negative_prompt: str | None = setting(
-        None, group="video", metavar="TEXT", help='what to steer away from; "" for nothing'
+        None,
+        group="video",
+        longest=PROMPT,
+        metavar="TEXT",
+        help='what to steer away from; "" for nothing',
     )
     size: str | tuple[int, int] | None = setting(
         None, group="main", metavar="WIDTH*HEIGHT", help="multiples of 16, to 16384"
@@ -165,6 +174,7 @@ class Request:
     lora: tuple[str, ...] | None = setting(
         None,
         group="LoRA",
+        longest=LORAS,
         metavar="FILE[@STRENGTH]",
         help="LoRA files or folders: FILE, FILE@0.8, FILE@high=1,low=0.6, FILE@1,steps=3-8",
     )

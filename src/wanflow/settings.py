@@ -10,7 +10,9 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wanflow.config import RequestError
+from wanflow.untrusted import shown
 
+LONGEST = 4096  # characters: no system takes a longer path
 NO_LIMIT = 2**31  # a limit this large is not worth a word
 WORDS = {int: "integer", float: "number", bool: "boolean", str: "string", tuple: "array"}
 
@@ -23,6 +25,7 @@ class Setting:
     group: the heading that it appears under.
     flags: its spellings on the command line, without dashes; none where it is empty.
     range: the smallest and the largest value.
+    longest: characters of a text, or items of a list, at most.
     switch: the flag takes no value, and means True.
     negated: the flag is the opposite of the field.
     unset: the value of the flag that leaves the field at its default, where it is another.
@@ -39,6 +42,7 @@ class Setting:
     group: str = ""
     flags: tuple[str, ...] = ()
     range: tuple[float, float] | None = None
+    longest: int = LONGEST
     metavar: str | None = None
     switch: bool = False
     negated: bool = False
@@ -67,14 +71,20 @@ class Setting:
         accepted = {float: float | int, str: str | os.PathLike, tuple: tuple | list}
         valid = isinstance(value, tuple(accepted.get(kind, kind) for kind in self.types))
         valid = valid and (bool in self.types or not isinstance(value, bool))
+        if valid and isinstance(value, str | tuple | list) and len(value) > self.longest:
+            what = "characters" if isinstance(value, str) else "items"
+            raise RequestError(
+                f"{self.name} must have at most {self.longest:,} {what} (got {len(value):,})"
+            )
         if valid and self.types == (tuple,):
-            valid = all(isinstance(text, str) for text in value)
+            valid = all(isinstance(text, str) and len(text) <= LONGEST for text in value)
         if valid and self.choices:
             valid = value in self.choices
         if valid and self.range is not None:
-            valid = self.range[0] <= value <= self.range[1]  # also false for NaN
+            # Also false for NaN.
+            valid = self.range[0] <= value <= min(self.range[1], 2**63 - 1)
         if not valid:
-            raise RequestError(f"{self.name} must be {self.expected()} (got {value!r})")
+            raise RequestError(f"{self.name} must be {self.expected()} (got {shown(value)})")
 
 
 def setting(

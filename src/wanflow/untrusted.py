@@ -31,6 +31,14 @@ def printable(text: object, longest: int = LONGEST_TEXT) -> str:
     return shown if len(shown) <= longest else shown[: longest - 3] + "..."
 
 
+def shown(value: object) -> str:
+    """Return a value as Python writes it, short and printable."""
+    try:
+        return printable(repr(value))
+    except (ValueError, RecursionError):  # of thousands of digits, or of levels
+        return f"a {type(value).__name__} too long to show"
+
+
 def user_path(path: str | Path) -> Path:
     """Return a path with `~` and `~name` replaced by a home folder.
 

@@ -153,11 +153,29 @@ def test_what_is_missing_is_named(path: str) -> None:
         ("cfg_batch", "yes"),
         ("loras", ["a"]),
         ("loras", {"a": 1}),
+        ("loras", {str(number): "0" for number in range(200)}),
+        ("model.folder", "x" * 5000),
+        ("model.parts", {"x" * 5000: "high"}),
+        ("request.prompt", "x" * 20_001),
+        ("request.negative_prompt", ["x"]),
+        ("request.size", [float("inf"), 16]),
+        ("request.size", [64.5, 64]),
+        ("request.size", [2**63, 2**63]),
+        ("request.frame_num", 2**63 + 1),
+        ("request.seed", True),
+        pytest.param("request.seed", 10**5000, id="digits"),
+        ("request.lora", ["a"] * 65),
+        ("request.lora", ["a" * 5000]),
+        ("runtime.device", None),
+        ("runtime.device", {}),
+        ("runtime.attention", ["x"]),
+        ("runtime.layout", [[]]),
     ],
 )
 def test_what_is_of_another_type_or_range_is_refused(path: str, value: object) -> None:
-    with pytest.raises(RequestError, match=r"old\.mp4"):
+    with pytest.raises(RequestError, match=r"old\.mp4") as refused:
         Recipe.from_json(changed(path, value), "old.mp4")
+    assert len(str(refused.value)) < 1000
 
 
 @pytest.mark.parametrize("value", [None, [], "recipe", 3, {}])
