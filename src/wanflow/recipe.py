@@ -82,7 +82,7 @@ class Recipe:
             runtime = _object(recipe.runtime, "runtime")
             for name, setting in runtime.items():
                 if not isinstance(setting, str | int | float | None):
-                    raise RequestError(f"runtime.{name} must be plain (got {shown(setting)})")
+                    raise RequestError(f"runtime.{printable(name)} must be plain (got {shown(setting)})")
             missing = sorted({"device", "dtype"} - set(runtime))
             if missing:
                 raise RequestError(f"runtime.{missing[0]} is missing")
@@ -91,7 +91,8 @@ class Recipe:
             return recipe
         except RequestError as error:
             raise RequestError(
-                f"{printable(source)}: the recipe is damaged, incomplete or of another version: {error}"
+                f"{printable(source)}: the recipe is damaged, incomplete or of another version:"
+                f" {error}"
             ) from None
 
 
@@ -115,11 +116,12 @@ def _known(cls: type, value: object, name: str, strict: bool = False) -> dict[st
             raise RequestError(f"{part.name} is missing")
     unknown = sorted(set(found) - set(known))
     if strict and unknown:
-        raise RequestError(f"{name}.{unknown[0]} is unknown")
+        raise RequestError(f"{name}.{printable(unknown[0])} is unknown")
     return {key: item for key, item in found.items() if key in known}
 
 
 def _check_texts(value: object, name: str) -> None:
     for key, text in _object(value, name).items():
         if not isinstance(text, str) or max(len(text), len(key)) > LONGEST:
-            raise RequestError(f"{name}.{key} must be text, not too long (got {shown(text)})")
+            what = f"{name}.{printable(key)}"
+            raise RequestError(f"{what} must be text, not too long (got {shown(text)})")

@@ -116,9 +116,7 @@ SCALE: dict[str, Any] = {"group": "sampling", "range": (0, 100), "metavar": "SCA
 class Request:
     """What to make. None leaves a value to the model's own default (see `complete`)."""
 
-    prompt: str = setting(
-        group="main", longest=PROMPT, metavar="TEXT", help="what the video shows"
-    )
+    prompt: str = setting(group="main", longest=PROMPT, metavar="TEXT", help="what the video shows")
     negative_prompt: str | None = setting(
         None,
         group="video",
