@@ -82,7 +82,9 @@ class Recipe:
             runtime = _object(recipe.runtime, "runtime")
             for name, setting in runtime.items():
                 if not isinstance(setting, str | int | float | None):
-                    raise RequestError(f"runtime.{printable(name)} must be plain (got {shown(setting)})")
+                    raise RequestError(
+                        f"runtime.{printable(name)} must be plain (got {shown(setting)})"
+                    )
             missing = sorted({"device", "dtype"} - set(runtime))
             if missing:
                 raise RequestError(f"runtime.{missing[0]} is missing")
