@@ -72,20 +72,13 @@ class Recipe:
         try:
             recipe = cls(**_known(cls, value, "the recipe"))
             request = _known(CompleteRequest, recipe.request, "request", strict=True)
-            if not isinstance(request.get("lora", []), list | tuple):
-                raise RequestError(f"request.lora must be a list (got {shown(request['lora'])})")
             model = ModelRecord(**_known(ModelRecord, recipe.model, "model"))
             texts = {"model": {**asdict(model), "parts": ""}, "versions": recipe.versions}
             texts |= {"model.parts": model.parts, "loras": recipe.loras}
             for name, found in texts.items():
-                _check_texts(found, name)
-            runtime = _object(recipe.runtime, "runtime")
-            for name, setting in runtime.items():
-                if not isinstance(setting, str | int | float | None):
-                    raise RequestError(
-                        f"runtime.{printable(name)} must be plain (got {shown(setting)})"
-                    )
-            missing = sorted({"device", "dtype"} - set(runtime))
+                _check(found, name, str)
+            _check(recipe.runtime, "runtime", str | int | float | None)
+            missing = sorted({"device", "dtype"} - set(recipe.runtime))
             if missing:
                 raise RequestError(f"runtime.{missing[0]} is missing")
             recipe = replace(recipe, request=CompleteRequest(**request), model=model)
@@ -122,8 +115,8 @@ def _known(cls: type, value: object, name: str, strict: bool = False) -> dict[st
     return {key: item for key, item in found.items() if key in known}
 
 
-def _check_texts(value: object, name: str) -> None:
-    for key, text in _object(value, name).items():
-        if not isinstance(text, str) or max(len(text), len(key)) > LONGEST:
-            what = f"{name}.{printable(key)}"
-            raise RequestError(f"{what} must be text, not too long (got {shown(text)})")
+def _check(value: object, name: str, kind: Any) -> None:
+    for key, item in _object(value, name).items():
+        if not isinstance(item, kind) or max(len(str(item)), len(key)) > LONGEST:
+            expected = "text" if kind is str else "text or a number"
+            raise RequestError(f"{name}.{printable(key)} must be {expected} (got {shown(item)})")

@@ -261,8 +261,8 @@ class CompleteRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", parse_size(self.size))
-        object.__setattr__(self, "lora", tuple(self.lora))
         check(Request, self, complete=True)
+        object.__setattr__(self, "lora", tuple(self.lora))
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; say what the video shows")
         COMMON.check_frames(self.frame_num)
