@@ -23,8 +23,9 @@ import torch
 
 from wanflow.checkpoint.checkpoint import published
 from wanflow.parallel.groups import sizes
+from wanflow.plan.cards import GPUS, PCIE
 from wanflow.plan.estimate import Estimate, estimate
-from wanflow.plan.gpus import GPUS, PCIE, described
+from wanflow.plan.gpus import described
 from wanflow.plan.plan import Plan
 from wanflow.plan.solve import solve
 from wanflow.presets import T2V_A14B

@@ -29,8 +29,10 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.opening import NANO_FOLDER, resolve
+from wanflow.plan import measure
+from wanflow.plan.cards import GPUS, Rates, find_card
 from wanflow.plan.estimate import estimate
-from wanflow.plan.gpus import GPUS, Machine, Rates, described
+from wanflow.plan.gpus import Machine, described
 from wanflow.plan.measure import rated
 from wanflow.plan.phases import expert_phases, on_device
 from wanflow.plan.solve import solve
@@ -48,9 +50,7 @@ from wanflow.transforms.block_streaming import (
 
 ROOT = Path(__file__).parents[2]
 GIB, GB, MB = 2**30, 10**9, 10**6
-CARD_12 = replace(
-    described("rtx4090", ram=LEAST[1]), gpu=round(11.75 * GIB), gpu_free=round(11.75 * GIB)
-)
+CARD_12 = described("12gb", ram=LEAST[1])
 
 
 # the trace
@@ -397,7 +397,13 @@ def test_planning_nano_imports_neither_tracing_nor_a_compiler() -> None:
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
-    light = {"wanflow.plan", "wanflow.plan.gpus", "wanflow.plan.plan", "wanflow.plan.start"}
+    light = {
+        "wanflow.plan",
+        "wanflow.plan.cards",
+        "wanflow.plan.gpus",
+        "wanflow.plan.plan",
+        "wanflow.plan.start",
+    }
     assert set(done.stdout.split()) == light
 
 
@@ -481,10 +487,81 @@ def test_machines_that_are_none(wrong: dict[str, Any]) -> None:
         described(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rtx3060", "NVIDIA RTX 3060 with 12 GiB"),
+        ("RTX 3060 12GB", "NVIDIA RTX 3060 with 12 GiB"),
+        ("3060", "NVIDIA RTX 3060 with 12 GiB"),
+        ("NVIDIA GeForce RTX 3080", "NVIDIA RTX 3080 with 10 GiB"),
+        ("rtx_3080-12GB", "NVIDIA RTX 3080 with 12 GiB"),
+        ("4070 Ti", "NVIDIA RTX 4070 Ti with 12 GiB"),
+        ("a100", "NVIDIA A100 with 79 GiB"),
+        ("a100-40gb", "NVIDIA A100 with 39 GiB"),
+        ("NVIDIA A100-PCIE-40GB", "NVIDIA A100 with 39 GiB"),
+        ("h100-pcie", "NVIDIA H100 PCIe with 79 GiB"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 with 79 GiB"),
+        ("H100-SXM5", "NVIDIA H100 with 79 GiB"),
+        ("AMD Instinct MI300X", "AMD MI300X with 192 GiB"),
+        ("12gb", "GPU with 12 GiB"),
+        ("24GB", "GPU with 23 GiB"),
+        ("8 GiB", "GPU with 8 GiB"),
+        ("M4-Max", "Apple M4 Max, whose GPU shares the RAM, 64 GiB"),
+        ("Apple M2 Ultra 192GB", "Apple M2 Ultra, whose GPU shares the RAM, 192 GiB"),
+        ("none", "no GPU"),
+    ],
+)
+def test_gpus_by_any_spelling(text: str, words: str) -> None:
+    assert described(text).words().startswith(words)
+
+
+def test_cards_are_found_by_their_own_names() -> None:
+    for key, card in GPUS.items():
+        assert find_card(key) is find_card(f"nvidia {card.name} {card.size} GB") is card, key
+        assert card.same_as(f"NVIDIA {card.name}", int(card.gib * GIB))
+    for key, name in (
+        ("a100-80gb", "NVIDIA A100-SXM4-80GB"),
+        ("rtx4090", "NVIDIA GeForce RTX 4090"),
+        ("h100-80gb", "NVIDIA H100 80GB HBM3"),
+        ("t4", "Tesla T4"),
+    ):
+        assert GPUS[key].same_as(name, int(GPUS[key].gib * GIB)), name
+    assert not GPUS["a100-80gb"].same_as("NVIDIA A100-SXM4-40GB", int(39.4 * GIB))
+    assert not GPUS["rtx4090"].same_as("NVIDIA GeForce RTX 4090 Laptop GPU", int(23.5 * GIB))
+    assert not GPUS["rtx4070ti"].same_as("NVIDIA GeForce RTX 4070 Ti SUPER", int(11.7 * GIB))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rtx4909", "did you mean rtx4090?"),
+        ("a1000", "did you mean a100-80gb?"),
+        ("tpu", "a size such as 12gb"),
+        ("rtx4090-48gb", "RTX 4090 has 24 GB"),
+        ("0gb", "unknown GPU"),
+        ("", "unknown GPU"),
+    ],
+)
+def test_gpus_that_are_none_get_a_suggestion(text: str, words: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        described(text)
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_gpu_without_bfloat16_is_refused_and_float16_offered() -> None:
+    plan = plan_for(described("t4"), size="832*480", frame_num=17)
+    assert plan.short == ("bfloat16, in which NVIDIA T4 does not compute",)
+    with pytest.raises(RequestError, match="--dtype float16"):
+        raise_if_unfit(plan)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("key", GPUS)
 def test_every_gpu_of_the_table_can_be_planned_for(key: str) -> None:
-    plan = plan_for(described(key, ram=64), size="832*480", frame_num=17, sample_steps=8)
+    dtype = "auto" if GPUS[key].bfloat16 else "float16"
+    plan = plan_for(
+        described(key, ram=64), Runtime(dtype=dtype), size="832*480", frame_num=17, sample_steps=8
+    )
     assert plan.fits, plan.short
     assert 10 < estimate(plan).seconds < 3600
 
@@ -560,6 +637,25 @@ def test_the_page_of_figures_is_the_plans() -> None:
     # its share (docs/explain/performance.md).
     one, *_, eight = published_minutes("40 steps, as published")
     assert one == pytest.approx(45.6, rel=0.1) and 0.8 * 6.4 < eight < 6.4
+
+
+def test_a_slow_machine_is_measured_on_less_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of a second per row: the fewest rows are measured, once."""
+    calls: list[int] = []
+    rows = measure.FEWEST
+
+    def once(run: Any, device: torch.device, times: int) -> float:
+        run()
+        calls.append(times)
+        return float(rows * times)
+
+    monkeypatch.setattr(measure, "_once", once)
+    cpu = torch.device("cpu")
+    assert measure._grown(lambda count: lambda: torch.ones(count), 4096, cpu) == (rows, rows)
+    assert calls == [1]
+    monkeypatch.setattr(measure, "_once", lambda run, device, times: 1e-6 * times)
+    monkeypatch.setattr(measure, "_best_seconds", lambda run, device: 1e-6)
+    assert measure._grown(lambda count: lambda: torch.ones(count), 4096, cpu) == (4096, 1e-6)
 
 
 def test_nanos_time_is_measured_here() -> None:

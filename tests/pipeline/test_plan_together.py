@@ -23,8 +23,9 @@ from wanflow.config import RequestError
 from wanflow.opening import resolve
 from wanflow.parallel import sharding as shares
 from wanflow.parallel.groups import Layout, sizes
+from wanflow.plan.cards import GPUS, PCIE
 from wanflow.plan.estimate import estimate
-from wanflow.plan.gpus import GPUS, PCIE, described
+from wanflow.plan.gpus import described
 from wanflow.plan.phases import on_device
 from wanflow.plan.plan import with_layout
 from wanflow.plan.solve import solve

@@ -25,7 +25,8 @@ def plan_flags(p: Parser) -> None:
         " no file needs to be there.",
     )
     machine.add_argument(
-        "--gpu", help="a100-80gb, h100-80gb, h200, h20, rtx5090, rtx4090, l40s, a6000, or none"
+        "--gpu",
+        help="a card in any spelling (rtx3060, 4090, a100-40gb, h100-pcie), a size (12gb), or none",
     )
     machine.add_argument(
         "--num_gpus",

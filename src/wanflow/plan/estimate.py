@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wanflow.config import RequestError
-from wanflow.plan.gpus import Rates
+from wanflow.plan.cards import Rates
 from wanflow.plan.phases import Phase
 from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Work

@@ -18,7 +18,7 @@ from torch import Tensor
 from wanflow.config import DiTConfig
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import Block, Conditioning, rope_table
-from wanflow.plan.gpus import DISK_RATE, GB, PCIE, Rates
+from wanflow.plan.cards import DISK_RATE, GB, PCIE, Rates
 from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Trace
 from wanflow.runtime import choose_device

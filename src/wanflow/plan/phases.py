@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from wanflow.plan.cards import GB
 from wanflow.plan.decoding import kept_features
-from wanflow.plan.gpus import GB, Kind
+from wanflow.plan.gpus import Kind
 from wanflow.plan.trace import Traced
 from wanflow.plan.traces import Traces
 from wanflow.presets import Expert

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from wanflow.plan.cards import GB
 from wanflow.plan.estimate import Estimate
-from wanflow.plan.gpus import GB
 from wanflow.plan.phases import Need, Phase
 from wanflow.plan.plan import Plan
 from wanflow.presets import ModelSpec

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 
 from wanflow.checkpoint.checkpoint import Checkpoint
-from wanflow.plan.gpus import GB, Machine
+from wanflow.plan.cards import GB
+from wanflow.plan.gpus import Machine
 from wanflow.plan.phases import (
     SCATTER,
     Need,
@@ -96,6 +97,8 @@ class _Solver:
     def _short(self, needed: Need) -> Iterator[str]:
         """Yield what does not fit, in words."""
         gpu, ram, machine = needed.device, needed.ram, self.begun.machine
+        if self._lacks_bfloat16():
+            yield f"bfloat16, in which {machine.gpu_name} does not compute"
         if gpu.device > self.gpu:
             each = " on each GPU" if self.several else ""
             yield (
@@ -272,9 +275,15 @@ class _Solver:
                     "--quantize fp8 --quantize_layers all would keep an expert in memory"
                     f" ({size / GB:.1f} GB), and changes the video"
                 )
+        if self._lacks_bfloat16():
+            yield "--dtype float16 may run there, and was not tried"
         width, height = self.traces.request.size
         if short and width * height > 832 * 480:
             yield "--size 832*480 needs less"
+
+    def _lacks_bfloat16(self) -> bool:
+        lacks = self.kind == "gpu" and not self.begun.machine.bfloat16
+        return lacks and self.begun.dtype == torch.bfloat16
 
     def _size_in_fp8(self, runtime: Runtime) -> int:
         """Return the bytes of an expert in fp8 with its activations."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
-from wanflow.plan.gpus import GB, Machine, this_machine
+from wanflow.plan.cards import GB
+from wanflow.plan.gpus import Machine, this_machine
 from wanflow.plan.plan import Plan, expert_parameters, ranks_here, set_up
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest, Request
