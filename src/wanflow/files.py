@@ -16,6 +16,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+class DiskError(OSError):
+    """A full or failing disk, with the file that could not be written."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def disk_error(error: OSError, path: Path) -> DiskError | None:
+    """Return an error that names the file and a way out, if the disk is at fault."""
+    if isinstance(error, DiskError) or error.errno not in DISK_TROUBLE:
+        return error if isinstance(error, DiskError) else None
+    reason = f"the disk is full or failing ({error.strerror}) while writing {path}"
+    return DiskError(error.errno, f"{reason}; free some space or choose another folder")
+
 
 def temporary(path: Path) -> Path:
     """Return a new name next to `path`, random so that two processes never share it."""
@@ -38,14 +55,17 @@ def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         FileExistsError: for a `path` that exists at the end, without `overwrite`.
+        DiskError: for a full or failing disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
     try:
         yield part
         publish(part, path, overwrite=overwrite)
-    except BaseException:
+    except BaseException as error:
         remove(part)
+        if isinstance(error, OSError) and (full := disk_error(error, path)) is not None:
+            raise full from None
         raise
 
 

@@ -8,16 +8,12 @@ range, in values and in tags.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import re
+import os
 import struct
-import unicodedata
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -35,7 +31,7 @@ from av.video.reformatter import (
 )
 
 from wanflow.config import RequestError
-from wanflow.files import publish, temporary, write_bytes
+from wanflow.files import disk_error, publish, temporary, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +49,6 @@ EXACT = int(
 # x264's macroblock tree makes files that differ from run to run on CPUs with AVX-512 (seen with
 # core 165, even on one thread).
 X264_PARAMS = "mbtree=0"
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 PNG_HEADER = 33  # bytes of the magic and the IHDR chunk; other chunks come after
 
 
@@ -167,15 +162,18 @@ def check_target(path: Path, overwrite: bool) -> None:
     """Make the folders of an output; refuse it before any work is done for it.
 
     Raises:
-        RequestError: if it exists and may not be replaced, is no plain file, or its folder cannot
-            be made.
+        RequestError: if it exists and may not be replaced, is no plain file, its name is too long
+            with the ending of a temporary file, or its folder cannot be made or written.
     """
     with _explained(path):
         if path.exists() and not path.is_file():  # renaming over /dev/null would destroy it
             raise RequestError(f"{path} is not a plain file; give the name of a file to make")
-        if path.exists() and not overwrite:
+        if os.path.lexists(path) and not overwrite:
             raise RequestError(f"{path} exists; choose another name or pass --overwrite")
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = temporary(path)
+        part.touch(exist_ok=False)
+        part.unlink()
 
 
 def recipe_tags(recipe: Mapping[str, Any], prompt: str) -> dict[str, str]:
@@ -202,22 +200,6 @@ def to_uint8(video: Tensor) -> Frames:
     return np.asarray(frames.permute(1, 2, 3, 0).contiguous().cpu().numpy(), dtype=np.uint8)
 
 
-def safe_name(
-    task: str, size: tuple[int, int], prompt: str, when: datetime, suffix: str = ".mp4"
-) -> str:
-    """Return a file name that every system accepts.
-
-    Such as `t2v-A14B_1280x720_a-red-circle_20261123-214509_ab12cd.mp4`. Of the prompt it has the
-    first 50 Latin characters, and a hash of all.
-    """
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:50].rstrip("-")
-    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:6]
-    task = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
-    parts = (task, f"{size[0]}x{size[1]}", words, f"{when:%Y%m%d-%H%M%S}", digest)
-    return "_".join(part for part in parts if part) + suffix
-
-
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn errors of an output into a RequestError, or an OSError where the disk is at fault."""
@@ -228,12 +210,8 @@ def _explained(path: Path) -> Iterator[None]:
             raise RequestError(f"{path} exists; choose another name or pass --overwrite") from None
         raise RequestError(f"cannot write {path}: a part of its folder's path is a file") from None
     except OSError as error:
-        if error.errno in DISK_TROUBLE:
-            reason = (
-                f"the disk is full or failing ({error.strerror}) while writing {path}; free some"
-                " space or choose another folder"
-            )
-            raise OSError(error.errno, reason) from None
+        if (full := disk_error(error, path)) is not None:
+            raise full from None
         raise RequestError(
             f"cannot write {path}: {error.strerror}; choose another folder"
         ) from None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanflow.units import duration, file_size
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
@@ -44,27 +46,38 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) 
     ]
 
 
+def console(**known: Any) -> Console:
+    """Return a console of rich that falls silent where its reader goes away, as `head` does."""
+    import rich.console
+
+    class Lasting(rich.console.Console):
+        def on_broken_pipe(self) -> None:  # rich's own ends the process, and its run
+            self.quiet = True
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    return Lasting(**known)
+
+
 def show_lines(lines: Iterable[tuple[str, str]]) -> None:
     """Print (style, text) on standard output, coloured on a terminal; also works without rich."""
     try:
-        from rich.console import Console
+        out = console(highlight=False, soft_wrap=True)
     except ImportError:
         print(*(text for _, text in lines), sep="\n")
         return
-    console = Console(highlight=False, soft_wrap=True)
     for style, text in lines:
-        console.print(text, style=style or None, markup=False)
+        out.print(text, style=style or None, markup=False)
 
 
 def show_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> None:
     """Print a table on standard output: drawn on a terminal, as `table_lines` elsewhere."""
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
+    out = console(highlight=False)
+    if not out.is_terminal:
         print(*table_lines(head, rows, align), sep="\n")
         return
     table = Table(box=SIMPLE)
@@ -72,7 +85,7 @@ def show_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -
         table.add_column(name, justify="right" if letter == "r" else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console.print(table)
+    out.print(table)
 
 
 @dataclass
@@ -107,9 +120,7 @@ class Screen:
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._tasks: dict[str, _Task] = {}
         self._bars: Bars | None = None
         self._staged = time.monotonic()

@@ -4,7 +4,9 @@ replay.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
 import signal
@@ -240,7 +242,7 @@ def test_a_default_name_is_safe_and_tells_the_prompt(in_tmp: Path) -> None:
     assert main([*BASE, "--prompt", "红色的圆 / a:b*c? red circle on blue", "--seed", "1"]) == 0
     (file,) = in_tmp.iterdir()
     assert re.fullmatch(
-        r"nano_64x64_[a-z0-9-]*red-circle[a-z0-9-]*_[0-9-]+_[0-9a-f]+\.mp4", file.name
+        r"nano_64x64_红色的圆-a-b-c-red-circle-on-blue_seed1_[0-9-]+\.mp4", file.name
     )
 
 
@@ -514,3 +516,142 @@ def test_a_plan_for_the_processes_that_would_be_started(capsys: pytest.CaptureFi
     assert main(["plan", "--ckpt_dir", "nano", "--gpus", "cpu,cpu,cpu", "--json"]) == 0
     runtime = json.loads(capsys.readouterr().out)["runtime"]
     assert (runtime["cfg_parallel"], runtime["ring_size"], runtime["ulysses_size"]) == (False, 1, 3)
+
+
+# Outputs: checked and claimed before the first step
+
+
+def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a run begins its steps."""
+    from wanflow.api import Pipeline
+
+    def never(*_: object) -> None:
+        raise AssertionError("the run began")
+
+    monkeypatch.setattr(Pipeline, "resume", never)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.png", "a PNG holds one frame, and the run has 5"),
+        ("x" * 240 + ".mp4", "too long"),
+        ("x" * 230 + ".mp4", "too long"),  # the video's name would fit, its state's does not
+        ("dangling.mp4", "exists"),
+        ("/proc/a.mp4", "cannot write /proc/a.mp4"),
+        ("~nosuchuser/a.mp4", "not a usable path"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_first_step(
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    words: str,
+) -> None:
+    no_steps(monkeypatch)
+    Path("dangling.mp4").symlink_to("nowhere")
+    assert words in refused(capsys, *MAKE, "--save_file", name)
+    assert [path.name for path in in_tmp.iterdir()] == ["dangling.mp4"]
+
+
+def test_a_contact_sheet_that_exists_is_refused_or_replaced(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = Path("a_sheet.png")
+    sheet.write_text("mine")
+    asked = [*MAKE, "--save_file", "a.mp4", "--contact_sheet"]
+    with pytest.MonkeyPatch.context() as patch:
+        no_steps(patch)
+        assert "a_sheet.png exists" in refused(capsys, *asked)
+    assert sheet.read_text() == "mine"
+    assert main([*asked, "--overwrite"]) == 0
+    assert read_frames(sheet)[0].shape[0] == 1
+
+
+def test_a_name_that_another_run_is_making_is_refused(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanflow.outputs import Claims
+
+    no_steps(monkeypatch)
+    for name in ("a.mp4", "a.latent.safetensors"):
+        with Claims() as others:
+            others.take(Path(name))
+            said = refused(capsys, *MAKE, "--save_file", "a.mp4")
+            assert f"{name} is being made by another run" in said
+    assert not list(in_tmp.iterdir())
+
+
+def test_runs_of_one_second_get_names_of_their_own(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datetime import datetime
+
+    from wanflow.cli import running
+    from wanflow.outputs import Claims
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> Stopped:
+            return cls(2026, 11, 23, 21, 45, 7)
+
+    monkeypatch.setattr(running, "datetime", Stopped)
+    stem = "nano_64x64_a-red-circle-moves-left-on-a-blue-background_seed7_20261123-214507"
+    with Claims() as others:
+        others.take(Path(f"{stem}-2.mp4"))
+        assert main(MAKE) == main(MAKE) == 0
+    assert sorted(path.name for path in in_tmp.iterdir()) == [f"{stem}-3.mp4", f"{stem}.mp4"]
+
+
+def test_a_full_disk_while_denoising_costs_no_run(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanflow import files
+    from wanflow.cli import running
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(running, "SAVE_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        assert main([*MAKE, "--save_file", "a.mp4"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("a.latent.safetensors") == 1  # one warning for all steps
+    assert "state of the run is not saved for now: the disk is full" in said
+    assert "wanflow: the disk is full or failing" in said and "while writing a.mp4" in said
+    assert not list(in_tmp.iterdir())
+
+
+def test_a_disk_that_has_room_again_keeps_the_state(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanflow.media import VideoWriter
+    from wanflow.pipeline import Run
+
+    save, tries = Run.save, []
+
+    def later(self: Run, path: Path) -> None:
+        tries.append(self.state.index)
+        if len(tries) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, path)
+
+    def broken(self: VideoWriter) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Run, "save", later)
+    monkeypatch.setattr(VideoWriter, "_finish", broken)
+    assert main([*MAKE, "--save_file", "a.mp4"]) == 1
+    assert tries == [4, 4]
+    assert "wanflow decode a.latent.safetensors" in capsys.readouterr().err
+    assert [path.name for path in in_tmp.iterdir()] == ["a.latent.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_stops_nothing(in_tmp: Path) -> None:
+    """`generate 2>&1 | head -1`: the run goes on to its end."""
+    words = shlex.join([sys.executable, "-m", "wanflow", *MAKE, "--save_file", "a.mp4"])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} 2>&1 | head -1"], check=False)
+    assert done.returncode == 0 and [path.name for path in in_tmp.iterdir()] == ["a.mp4"]

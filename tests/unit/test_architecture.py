@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("advice", "loaders", "download"),
     ("lora",),
     ("checkpoint",),
-    ("screen", "hardware", "clipfiles", "web"),
+    ("screen", "hardware", "clipfiles", "outputs", "web"),
     ("transforms",),
     ("parallel",),
     ("api",),

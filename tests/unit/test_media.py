@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from datetime import datetime
 from pathlib import Path
 
 import av
@@ -17,11 +16,10 @@ import torch
 
 from wanflow.clipfiles import GAP, contact_sheet, read_frames, read_recipe
 from wanflow.config import RequestError
-from wanflow.media import VideoWriter, check_target, recipe_tags, safe_name, save_picture, to_uint8
+from wanflow.media import VideoWriter, check_target, recipe_tags, save_picture, to_uint8
 from wanflow.train.toy import COLOURS
 
 SIDE = 64
-WHEN = datetime(2026, 11, 23, 21, 45, 7)
 
 
 def moving(frames: int = 9, height: int = SIDE, width: int = SIDE) -> np.ndarray:
@@ -377,34 +375,3 @@ def test_to_uint8_cuts_off() -> None:
     )
     with pytest.raises(ValueError, match="not \\[3, T, H, W\\]"):
         to_uint8(torch.zeros(2, 3, 1, 4, 4))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "slug"),
-    [
-        ("A red circle", "_a-red-circle"),
-        ("一个红色的圆在移动", ""),
-        ("", ""),
-        ('a/b:c*?<>|"\\\0\n..', "_a-b-c"),
-        ("Café  ÜBER", "_cafe-uber"),
-        ("x" * 10_000, "_" + "x" * 50),
-        ("con", "_con"),
-        ("y" * 49 + " z", "_" + "y" * 49),
-        ("\udce9", ""),
-    ],
-)
-def test_safe_name(prompt: str, slug: str, tmp_path: Path) -> None:
-    name = safe_name("t2v-A14B", (1280, 720), prompt, WHEN)
-    head, digest = name.removesuffix(".mp4").rsplit("_", 1)
-    assert head == f"t2v-A14B_1280x720{slug}_20261123-214507"
-    assert len(digest) == 6 and set(digest) <= set("0123456789abcdef")
-    (tmp_path / name).touch()
-
-
-def test_safe_name_tells_prompts_apart() -> None:
-    made = {
-        safe_name("a/../b", (64, 64), prompt, WHEN, ".png")
-        for prompt in ("圆", "方", "z" * 60, "z" * 61)
-    }
-    assert len(made) == 4
-    assert all(name.startswith("a-b_64x64_") and name.endswith(".png") for name in made)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from wanflow.cli.running import world_size
 from wanflow.config import RequestError
+from wanflow.outputs import Claims
 
 if TYPE_CHECKING:
     from wanflow.cli.parser import Parser
@@ -186,6 +187,11 @@ class Alone:
 
 def main(argv: list[str]) -> int:
     """Run one command and return its exit code. One rank of several that fails does not return."""
+    with Claims() as claims:  # until the state of an aborted run is saved
+        return _run(argv, claims)
+
+
+def _run(argv: list[str], claims: Claims) -> int:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
     logging.getLogger("wanflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -194,7 +200,8 @@ def main(argv: list[str]) -> int:
         if world_size() > 1:
             watchdog = _join_watchdog() or watchdog
         args = _parse(argv)
-        args.watchdog = watchdog
+        args.watchdog, args.claims = watchdog, claims
+        watchdog.on_abort = claims.close
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
         if getattr(args, "gpus", None) is not None and args.command != "plan":
             from wanflow.cli import devices, launch

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli.parser import Parser, add_settings, settings_from
+from wanflow.cli.parser import Parser, add_settings, file_path, settings_from
 from wanflow.config import RequestError
 from wanflow.presets import SETTINGS
 from wanflow.request import Request, with_settings
@@ -89,7 +89,7 @@ def generate_flags(p: Parser) -> None:
     add = groups["main"].add_argument
     add("--ckpt_dir", metavar="DIR", help="folder of the weights, or nano, the miniature")
     add_settings(Request, groups)
-    add("--save_file", type=Path, metavar="FILE", help="the .mp4 (or .png) to write")
+    add("--save_file", type=file_path, metavar="FILE", help="the .mp4 (or .png) to write")
     add_settings(Runtime, groups)
     groups["sampling"].add_argument(
         "--sample_guide_scale",

@@ -21,14 +21,8 @@ from wanflow.cli.flags import (
     runtime_from,
     text_cache,
 )
-from wanflow.cli.parser import Parser, settings_from
-from wanflow.cli.running import (
-    STATE_SUFFIX,
-    check_target_name,
-    default_target,
-    run_and_save,
-    world_size,
-)
+from wanflow.cli.parser import Parser, file_path, settings_from
+from wanflow.cli.running import STATE_SUFFIX, check_target_name, run_and_save, world_size
 from wanflow.config import RequestError
 from wanflow.request import Request
 from wanflow.runtime import Runtime, choose_device, choose_dtype
@@ -79,7 +73,9 @@ def decode_flags(p: Parser) -> None:
 
 def _again_flags(p: Parser) -> None:
     run = p.add_argument_group("run")
-    run.add_argument("--save_file", type=Path, metavar="FILE", help="the .mp4 (or .png) to write")
+    run.add_argument(
+        "--save_file", type=file_path, metavar="FILE", help="the .mp4 (or .png) to write"
+    )
     run.add_argument("--ckpt_dir", metavar="DIR", help="the weights (default: the recipe's folder)")
     run.add_argument("--force", action="store_true", help="accept other weights or a small machine")
     run_flags(run, run)
@@ -218,6 +214,7 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     job = _from_rank0(info, read)
     if job.target is not None and not follower:
         check_target_name(job.target, args.overwrite)
+        args.claims.take(job.target)
     checkpoint = _open(job)
     if info is not None:
         job = replace(job, runtime=replace(job.runtime, device=str(info.device)))
@@ -230,7 +227,7 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     run = job.run or pipe.begin(request)
     if job.recipe is not None and not args.force:
         _same_loras(job.recipe, run.recipe)
-    run_and_save(pipe, run, job.target or default_target(run), args, screen)
+    run_and_save(pipe, run, job.target, args, screen)
 
 
 def _join(args: argparse.Namespace) -> DistInfo:

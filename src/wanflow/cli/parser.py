@@ -9,11 +9,13 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, NoReturn
 
 from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B
 from wanflow.settings import Setting, settings_of
+from wanflow.untrusted import user_path
 
 WIDTH = 80
 # How argparse names an invalid value, and how we do: expected, then got.
@@ -144,6 +146,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 # Flags from settings
+
+
+def file_path(text: str) -> Path:
+    """Read a path that may begin with `~`."""
+    try:
+        return user_path(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def yes_or_no(text: str) -> bool:

@@ -7,6 +7,8 @@ import os
 import shlex
 import signal
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,26 +30,44 @@ def world_size() -> int:
 
 
 class StateKeeper:
-    """Saves a run every few seconds, and when it is aborted."""
+    """Saves a run every few seconds, and when it is aborted; goes on where the disk is full.
+
+    stored: the step of the state that is on the disk; None before the first.
+    """
 
     def __init__(self, run: Run, file: Path, target: Path, screen: Screen) -> None:
         self.run, self.file, self.target, self.screen = run, file, target, screen
-        self.saved = time.monotonic()
+        self.saved, self.warned = time.monotonic(), False
+        self.stored: int | None = None
 
     def __call__(self, progress: Progress) -> bool:
         """Take the state after a step."""
         self.run = progress.run
         if time.monotonic() - self.saved > SAVE_SECONDS:
-            self.run.save(self.file)
-            self.saved = time.monotonic()
+            self.try_to_save()
         return True
+
+    def save(self) -> None:
+        """Write the state; raises OSError where the disk refuses."""
+        self.run.save(self.file)
+        self.stored = self.run.state.index
+
+    def try_to_save(self) -> None:
+        """Write the state; where the disk refuses, say so once and leave it for the next time."""
+        try:
+            self.save()
+        except OSError as error:
+            if not self.warned:
+                self.screen.say(f"the state of the run is not saved for now: {error}")
+            self.warned = True
+        self.saved = time.monotonic()
 
     def on_abort(self) -> None:
         """Save the run, and print how to continue it."""
         step = self.run.state.index
         if step == 0:
             return
-        self.run.save(self.file)
+        self.save()
         file, target = (shlex.quote(str(path)) for path in (self.file, self.target))
         self.screen.say(
             f"stopped at step {step} of {self.run.request.sample_steps}; go on with: wanflow"
@@ -56,9 +76,17 @@ class StateKeeper:
 
 
 def run_and_save(
-    pipe: Pipeline, run: Run, target: Path, args: argparse.Namespace, screen: Screen
+    pipe: Pipeline, run: Run, target: Path | None, args: argparse.Namespace, screen: Screen
 ) -> None:
-    """Denoise, decode and write on rank 0; the run's state stays on disk until the video exists."""
+    """Denoise, decode and write on rank 0; the run's state stays on disk until the video exists.
+
+    Args:
+        pipe: the loaded model.
+        run: begun, or saved earlier.
+        target: the video to write; None names it after the run.
+        args: of the command.
+        screen: shows progress.
+    """
     from wanflow.api import save_frames
     from wanflow.sanity import OutputError
 
@@ -70,52 +98,113 @@ def run_and_save(
         for _ in pipe.frames(pipe.resume(run)):
             pass
         return
-    if run.request.frame_num == 1 and args.save_file is None:
-        target = target.with_suffix(".png")
-    check_target_name(target, args.overwrite)
+    outputs = claim_outputs(run, target, args)
+    target, state_file = outputs.video, outputs.state
+    overwrite = args.overwrite and target.exists()  # it replaces what is there now
     screen.begin(run, pipe.spec, target)
-    state_file = target.with_name(target.stem + STATE_SUFFIX)
     keeper = StateKeeper(run, state_file, target, screen)
-    args.watchdog.on_abort = keeper.on_abort
+
+    def abort() -> None:
+        try:
+            keeper.on_abort()
+        finally:
+            args.claims.close()  # one rank of several ends without leaving any `with` block
+
+    args.watchdog.on_abort = abort
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with screen.denoising(run) as on_step:
             run = pipe.resume(run, lambda progress: keeper(progress) and on_step(progress))
-        run.save(state_file)
+        keeper.run = run
+        keeper.try_to_save()
         frames = pipe.frames(run, screen.decoding())
-        save_frames(target, frames, run.request.fps, run.recipe.to_json(), args.overwrite)
+        save_frames(target, frames, run.request.fps, run.recipe.to_json(), overwrite)
     except (OSError, OutputError, RequestError):
-        args.watchdog.on_abort = None
-        if run.finished and state_file.exists():
+        args.watchdog.on_abort = args.claims.close
+        if run.finished and keeper.stored != run.state.index:
+            keeper.try_to_save()  # the unfinished video is gone, so there may be room
+        if run.finished and keeper.stored == run.state.index:
             screen.say(
                 f"the finished latent is stored in {state_file}; finish it with: wanflow decode"
                 f" {shlex.quote(str(state_file))}"
             )
         raise
-    args.watchdog.on_abort = None
+    args.watchdog.on_abort = args.claims.close
     for file in {state_file, getattr(args, "resume", None) or state_file}:
         file.unlink(missing_ok=True)
     screen.say(f"saved {target}")
-    if args.contact_sheet:
+    if outputs.sheet is not None:
         from wanflow.clipfiles import contact_sheet, read_frames
 
-        sheet = target.with_name(target.stem + "_sheet.png")
-        contact_sheet(read_frames(target)[0], sheet)
-        screen.say(f"frames {sheet}")
+        contact_sheet(read_frames(target)[0], outputs.sheet, overwrite=args.overwrite)
+        screen.say(f"frames {outputs.sheet}")
 
 
-def check_target_name(path: Path, overwrite: bool) -> None:
-    """Raise RequestError for a video that cannot be written there."""
+@dataclass(frozen=True)
+class Outputs:
+    """The files that a run writes; all are claimed. sheet: only where it is asked for."""
+
+    video: Path
+    state: Path
+    sheet: Path | None
+
+
+def claim_outputs(run: Run, target: Path | None, args: argparse.Namespace) -> Outputs:
+    """Check and claim every file that a run will write, before its first step.
+
+    Args:
+        run: knows the number of frames, and what an automatic name is made of.
+        target: the video; None gives it an automatic name that is free.
+        args: of the command; `claims` holds the names until the process ends.
+
+    Raises:
+        RequestError: for a file that cannot be written, or that another run is making.
+    """
+    from wanflow.media import check_target
+    from wanflow.outputs import refuse_without_room
+
+    single = run.request.frame_num == 1
+    if target is None:
+        target = args.claims.take_free(map(_derived, automatic_targets(run)))
+    elif single and args.save_file is None:
+        target = target.with_suffix(".png")
+    video, state, sheet = _derived(target)
+    check_target_name(video, args.overwrite, run.request.frame_num)
+    check_target(state, overwrite=True)
+    if args.contact_sheet:
+        check_target(sheet, args.overwrite)
+    for path in (video, state, *([sheet] if args.contact_sheet else [])):
+        args.claims.take(path)
+    # A solver holds up to four tensors of the latent's size.
+    refuse_without_room(state, 4 * run.state.x.nbytes, "the state of the run")
+    return Outputs(video, state, sheet if args.contact_sheet else None)
+
+
+def _derived(target: Path) -> tuple[Path, Path, Path]:
+    """Return a video with its state and its contact sheet."""
+    state = target.with_name(target.stem + STATE_SUFFIX)
+    return target, state, target.with_name(target.stem + "_sheet.png")
+
+
+def check_target_name(path: Path, overwrite: bool, frames: int | None = None) -> None:
+    """Raise RequestError for a video of so many frames that cannot be written there."""
     from wanflow.media import check_target
 
-    if path.suffix.lower() not in (".mp4", ".png"):
+    suffix = path.suffix.lower()
+    if suffix not in (".mp4", ".png"):
         raise RequestError(f"{path}: the name must end in .mp4, or .png for one frame")
+    if suffix == ".png" and (frames or 1) > 1:
+        raise RequestError(
+            f"{path}: a PNG holds one frame, and the run has {frames}; name an .mp4, or ask for"
+            " --frame_num 1"
+        )
     check_target(path, overwrite)
 
 
-def default_target(run: Run) -> Path:
-    """Return a name made of the model, the size, the prompt and the time."""
-    from wanflow.media import safe_name
+def automatic_targets(run: Run) -> Iterator[Path]:
+    """Yield names made of the model, the size, the prompt, the seed and the time."""
+    from wanflow.outputs import automatic_names
 
     name = "nano" if run.recipe.model.name == "nano" else "t2v-A14B"
-    return Path(safe_name(name, run.request.size, run.request.prompt, datetime.now()))
+    asked, suffix = run.request, ".png" if run.request.frame_num == 1 else ".mp4"
+    return automatic_names(name, asked.size, asked.prompt, asked.seed, datetime.now(), suffix)
