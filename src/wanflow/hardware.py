@@ -1,4 +1,7 @@
-"""Look up this machine: devices, memory, cores and the NVIDIA driver, within container limits."""
+"""Look up this machine: devices, memory, cores and the NVIDIA driver, within container limits.
+
+torch is imported only where a device is asked.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
 
@@ -30,6 +31,8 @@ class Device:
 
 def devices() -> tuple[tuple[Device, ...], list[str]]:
     """Return the devices that PyTorch can use, and its messages about those it cannot."""
+    import torch
+
     found, messages = [Device("cpu", cpu_name())], list[str]()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -72,6 +75,11 @@ def nvidia(root: Path = Path("/")) -> tuple[str, str, tuple[str, ...]]:
     return version[1] if version else "", cuda[1] if cuda else "", cards
 
 
+def gpu_driver(root: Path = Path("/")) -> bool:
+    """Return whether a driver for GPUs is here, so that PyTorch is worth asking."""
+    return platform.system() == "Darwin" or (root / "dev/kfd").exists() or bool(nvidia(root)[2])
+
+
 def gpu_memory_free() -> dict[str, int]:
     """Return the free bytes of each NVIDIA card by UUID without "GPU-"; empty if unknown."""
     table = _run("nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits")
@@ -89,6 +97,8 @@ def least_gpu_memory_free(cards: Sequence[Any]) -> int:
     uuids = [str(card.uuid).removeprefix("GPU-") for card in cards]
     if all(uuid in free for uuid in uuids):
         return min(free[uuid] for uuid in uuids)
+    import torch
+
     return torch.cuda.mem_get_info()[0]
 
 

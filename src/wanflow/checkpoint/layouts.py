@@ -111,12 +111,9 @@ def layout_of(folder: Path) -> str:
 
 
 def _help(folder: Path) -> str:
-    """Return the command that fills a folder; a variant's own folder gets that variant."""
-    from wanflow.checkpoint.published import VARIANTS
+    from wanflow.checkpoint.published import how_to_get
 
-    variants = (f" --variant {name}" for name, one in VARIANTS.items() if one.folder == folder.name)
-    variant = next(variants, "").replace(" --variant official", "")
-    return f"get the weights with `wanflow download{variant} --local_dir {folder}`"
+    return how_to_get(folder)
 
 
 def _missing(path: Path, folder: Path, given: bool) -> Iterator[str]:

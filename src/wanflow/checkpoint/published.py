@@ -222,3 +222,10 @@ def find(name: str) -> Variant:
             f"there is no variant {printable(name, 60)!r}; there are {', '.join(VARIANTS)}"
         )
     return VARIANTS[name]
+
+
+def how_to_get(folder: Path) -> str:
+    """Return the command that fills a folder; a variant's own folder gets that variant."""
+    variants = (f" --variant {name}" for name, one in VARIANTS.items() if one.folder == folder.name)
+    variant = next(variants, "").replace(" --variant official", "")
+    return f"get the weights with `wanflow download{variant} --local_dir {folder}`"

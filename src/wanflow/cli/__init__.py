@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -95,7 +96,8 @@ def command_parser(name: str) -> Parser:
     """Return the parser of one command, which imports that command only."""
     from wanflow.cli.parser import Parser
 
-    parser = Parser(prog=f"wanflow {name}", **_texts(name))
+    # The official program takes the beginning of a flag's name: scripts may rely on it.
+    parser = Parser(prog=f"wanflow {name}", allow_abbrev=name == "generate", **_texts(name))
     parser.set_defaults(command=name)
     _add_flags(name, parser)
     return parser
@@ -137,7 +139,7 @@ def _parse(argv: list[str]) -> Any:
         words = argv[1:]
         if not COMMANDS[name].brief:  # its --help explains every flag
             words = ["--help" if word == "--help-all" else word for word in words]
-        return command_parser(name).parse_args(words)
+        return _read(command_parser(name), words)
     if name in ("-h", "--help", "--help-all", "help"):
         print(overview())
         raise SystemExit(0)
@@ -149,11 +151,23 @@ def _parse(argv: list[str]) -> Any:
     if not name:
         print(overview())
         raise SystemExit(2)
-    from wanflow.cli.parser import did_you_mean
+    from wanflow.cli.parser import did_you_mean, short
 
     raise RequestError(
-        f"unknown command {name}{did_you_mean(name, COMMANDS)} (wanflow --help lists the commands)"
+        f"unknown command {short(name)}{did_you_mean(name, COMMANDS)} (wanflow --help lists the"
+        " commands)"
     )
+
+
+def _read(parser: Parser, words: list[str]) -> Any:
+    """Return the arguments that the words give, then those of files and the environment."""
+    args = parser.parse_args(words)
+    files = getattr(args, "config", None) or getattr(args, "recipe", None)
+    if files or "WANFLOW_CKPT_DIR" in os.environ:
+        from wanflow.cli.base import fill_in
+
+        fill_in(args, parser, words, {name: partial(command_parser, name) for name in COMMANDS})
+    return args
 
 
 @dataclass
@@ -200,8 +214,11 @@ def _run(argv: list[str], claims: Claims) -> int:
         if world_size() > 1:
             watchdog = _join_watchdog() or watchdog
         args = _parse(argv)
+        from wanflow.cli import checks
+
         args.watchdog, args.claims = watchdog, claims
         watchdog.on_abort = claims.close
+        checks.check(args)
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
         if getattr(args, "gpus", None) is not None and args.command != "plan":
             from wanflow.cli import devices, launch

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 from wanflow.checkpoint.parts import WEIGHTS, Part
 from wanflow.cli.flags import given_parts, model_path, part_flags
-from wanflow.cli.parser import Parser
+from wanflow.cli.parser import Parser, file_path
 from wanflow.config import RequestError
 from wanflow.convert.formats import TARGETS
 from wanflow.runtime import DTYPES
@@ -23,7 +22,7 @@ def convert_flags(p: Parser) -> None:
         "source", metavar="SRC", help="a model in any layout, nano, or a file of one part"
     )
     p.add_argument(
-        "target", metavar="DST", type=Path, help="a new folder; for a single part also a file"
+        "target", metavar="DST", type=file_path, help="a new folder; for a single part also a file"
     )
     p.add_argument("--to", required=True, choices=TARGETS, metavar="FORM", help=", ".join(TARGETS))
     p.add_argument("--dtype", choices=DTYPES, help="of what is not quantised")

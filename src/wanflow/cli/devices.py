@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from dataclasses import dataclass
 
+from wanflow.cli.parser import short
 from wanflow.cli.running import world_size
 from wanflow.config import RequestError
 
 LAUNCHED = "WANFLOW_LAUNCHED"
+MOST = 64  # ranks on one machine
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ def parse_gpus(args: argparse.Namespace) -> Ranks | None:
         raise RequestError("--gpus starts the ranks itself; leave out --gpus, or torchrun")
     names = [name.strip() for name in args.gpus.split(",")]
     kind = "cpu" if set(names) == {"cpu"} else "cuda"
+    if len(names) > MOST:
+        raise RequestError(f"--gpus names {len(names):,} devices; at most {MOST} ranks are started")
     if getattr(args, "device", "auto") not in ("auto", kind):
         raise RequestError(
-            f"--gpus {args.gpus} and --device {args.device} contradict each other; leave one out"
-            " (--gpus cpu,cpu starts two ranks on the CPU)"
+            f"--gpus {short(args.gpus)} and --device {short(args.device)} contradict each other;"
+            " leave one out (--gpus cpu,cpu starts two ranks on the CPU)"
         )
     visible, flags = "", []
     if kind == "cuda":
@@ -54,15 +59,28 @@ def parse_gpus(args: argparse.Namespace) -> Ranks | None:
 
 def _visible(given: str, names: list[str]) -> str:
     """Return CUDA_VISIBLE_DEVICES for GPUs numbered among those that are visible now."""
-    if not all(name.isdecimal() for name in names):
-        raise RequestError(f"--gpus {given!r}: expected GPU numbers such as 0,1,2,3, or cpu,cpu")
+    if not all(re.fullmatch("[0-9]{1,4}", name) for name in names):
+        raise RequestError(
+            f"--gpus {short(given)!r}: expected GPU numbers such as 0,1,2,3, or cpu,cpu"
+        )
     ids = [int(name) for name in names]
     if len(set(ids)) < len(ids):
-        raise RequestError(f"--gpus {given}: a GPU is named twice; each rank needs its own")
-    import torch
-
-    count = torch.cuda.device_count()
+        raise RequestError(f"--gpus {short(given)}: a GPU is named twice; each rank needs its own")
+    count = _cards()
     if max(ids) >= count:
-        raise RequestError(f"--gpus {given}: no GPU {max(ids)}; this machine has {count} (from 0)")
+        raise RequestError(
+            f"--gpus {short(given)}: no GPU {max(ids)}; this machine has {count} (from 0)"
+        )
     seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return ",".join(seen[number] if seen else str(number) for number in ids)
+
+
+def _cards() -> int:
+    """Return how many GPUs are visible; without a driver torch is not asked."""
+    from wanflow.hardware import gpu_driver
+
+    if not gpu_driver():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

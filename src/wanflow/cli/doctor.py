@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import model_path
-from wanflow.cli.parser import Parser
+from wanflow.cli.parser import Parser, file_path
 from wanflow.units import file_size, memory_size
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def doctor_flags(p: Parser) -> None:
     """Add the command's flags."""
     p.add_argument(
         "--ckpt_dir",
-        type=Path,
+        type=file_path,
         default=Path(),
         metavar="DIR",
         help="folder for the weights, whose disk is timed (default: .)",
@@ -205,8 +205,8 @@ def advice(report: Report, folder: Path) -> list[str]:
     from wanflow.checkpoint.checkpoint import published
     from wanflow.config import RequestError
     from wanflow.plan.gpus import this_machine
+    from wanflow.plan.needed import WHERE_ELSE, needed_words
     from wanflow.plan.solve import solve
-    from wanflow.plan.start import WHERE_ELSE, needed_words
     from wanflow.request import Request
     from wanflow.runtime import Runtime
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.checkpoint.published import ROLES, VARIANTS, find, whole_repository
-from wanflow.cli.parser import Parser
+from wanflow.cli.parser import Parser, file_path
 from wanflow.units import file_size
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def download_flags(p: Parser) -> None:
     what.add_argument("--list", action="store_true", help="list the variants and their sizes")
     where = p.add_argument_group("where to, where from")
     where.add_argument(
-        "--local_dir", type=Path, metavar="DIR", help="the folder (default: ./T2V_A14B_weights)"
+        "--local_dir",
+        type=file_path,
+        metavar="DIR",
+        help="the folder (default: ./T2V_A14B_weights)",
     )
     where.add_argument(
         "--source",

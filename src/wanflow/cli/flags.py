@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli.parser import Parser, add_settings, file_path, settings_from
+from wanflow.cli.parser import Parser, add_settings, file_path, number, settings_from, short
 from wanflow.config import RequestError
 from wanflow.presets import SETTINGS
-from wanflow.request import Request, with_settings
+from wanflow.request import SCALE, Request, with_settings
 from wanflow.runtime import Runtime
+from wanflow.untrusted import user_path
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.parts import Part
@@ -34,6 +35,7 @@ OTHER_TASKS = (
     "replace_flag",
     "use_relighting_lora",
 )
+CKPT_DIR = "WANFLOW_CKPT_DIR"  # the environment variable that --ckpt_dir defaults to
 TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "animate-14B", "s2v-14B")
 PARTS: dict[Part, str] = {
     "high": "the high-noise expert",
@@ -57,17 +59,6 @@ GROUPS = {
 }
 
 
-def seconds(text: str) -> float:
-    """Read a number of seconds above 0."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0 (got {text!r})")
-    return found
-
-
 def parallel(text: str) -> dict[str, int]:
     """Read a layout: `auto` -> {}; `cfg2xulysses4` -> {"cfg": 2, "ring": 1, "ulysses": 4}."""
     if text == "auto":
@@ -78,7 +69,7 @@ def parallel(text: str) -> dict[str, int]:
     sizes = {part[1]: int(part[2]) for part in found if part}
     if len(sizes) != len(found):
         raise argparse.ArgumentTypeError(
-            f"must be auto, or cfg, ring and ulysses as in cfg2xulysses4 (got {text!r})"
+            f"must be auto, or cfg, ring and ulysses as in cfg2xulysses4 (got {short(repr(text))})"
         )
     return {"cfg": 1, "ring": 1, "ulysses": 1, **sizes}
 
@@ -87,13 +78,17 @@ def generate_flags(p: Parser) -> None:
     """Add every flag of `wanflow generate`."""
     groups = {name: p.add_argument_group(*texts) for name, texts in GROUPS.items()}
     add = groups["main"].add_argument
-    add("--ckpt_dir", metavar="DIR", help="folder of the weights, or nano, the miniature")
+    add(
+        "--ckpt_dir",
+        metavar="DIR",
+        help=f"folder of the weights, or nano, the miniature (default: {CKPT_DIR})",
+    )
     add_settings(Request, groups)
     add("--save_file", type=file_path, metavar="FILE", help="the .mp4 (or .png) to write")
     add_settings(Runtime, groups)
     groups["sampling"].add_argument(
         "--sample_guide_scale",
-        type=float,
+        type=number(float, *SCALE["range"]),
         metavar="SCALE",
         help="guidance of both experts; --cfg_high and --cfg_low override it",
     )
@@ -104,8 +99,18 @@ def generate_flags(p: Parser) -> None:
         "--parallel", type=parallel, metavar="LAYOUT", help="auto, or cfg2xring2xulysses4"
     )
     groups["run"].add_argument(
-        "--resume", type=Path, metavar="FILE", help="continue a run saved as *.latent.safetensors"
+        "--resume",
+        type=file_path,
+        metavar="FILE",
+        help="continue a run saved as *.latent.safetensors",
     )
+    groups["run"].add_argument(
+        "--recipe",
+        type=file_path,
+        metavar="FILE",
+        help="start from a recipe: JSON, or a video or picture; flags override it",
+    )
+    config_flag(groups["run"])
     run_flags(groups["run"], groups["parallel"])
     groups["run"].add_argument(
         "--force", action="store_true", help="start although the machine is too small"
@@ -113,6 +118,16 @@ def generate_flags(p: Parser) -> None:
     part_flags(groups["parts"])
     _extension_flags(groups["prompt"])
     _compatible_flags(groups["compatible"])
+
+
+def config_flag(group: argparse._ActionsContainer) -> None:
+    """Add `--config`."""
+    group.add_argument(
+        "--config",
+        type=file_path,
+        metavar="FILE",
+        help="a TOML file of flags, as in size = '832*480'; flags override it",
+    )
 
 
 def run_flags(run: argparse._ActionsContainer, several: argparse._ActionsContainer) -> None:
@@ -126,7 +141,7 @@ def run_flags(run: argparse._ActionsContainer, several: argparse._ActionsContain
     )
     several.add_argument(
         "--timeout",
-        type=seconds,
+        type=number(float, 0.1, 1e6),
         default=600.0,
         metavar="SECONDS",
         help="abort if a rank is late to a collective by SECONDS",
@@ -136,7 +151,7 @@ def run_flags(run: argparse._ActionsContainer, several: argparse._ActionsContain
 def part_flags(group: argparse._ActionsContainer) -> None:
     """Add a flag for each part of a model."""
     for part, text in PARTS.items():
-        group.add_argument(f"--{part}", type=Path, metavar="FILE", help=text)
+        group.add_argument(f"--{part}", type=file_path, metavar="FILE", help=text)
 
 
 def _extension_flags(group: argparse._ArgumentGroup) -> None:
@@ -207,7 +222,10 @@ def text_cache(named: str | None) -> str | None:
     if named is not None:
         return None if named == "none" else named
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return str(Path(base or "~/.cache").expanduser() / "wanflow" / "text")
+    try:
+        return str(user_path(base or "~/.cache") / "wanflow" / "text")
+    except RequestError:  # a user without a home
+        return None
 
 
 def given_parts(args: argparse.Namespace) -> dict[Part, Path]:
@@ -222,7 +240,7 @@ def model_path(text: str) -> Path:
         from wanflow.opening import NANO_FOLDER
 
         return NANO_FOLDER
-    path = Path(text).expanduser()
+    path = user_path(text)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         from wanflow.download.fetch import cached
 

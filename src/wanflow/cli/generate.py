@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from wanflow.cli.checks import check_state, machine_lines
 from wanflow.cli.flags import (
+    CKPT_DIR,
     OTHER_TASKS,
     generate_flags,
     given_parts,
@@ -61,13 +63,13 @@ class Job:
 
 def replay_flags(p: Parser) -> None:
     """Add the flags of `wanflow replay`."""
-    p.add_argument("video", type=Path, metavar="VIDEO", help="an .mp4 or .png made by wanflow")
+    p.add_argument("video", type=file_path, metavar="VIDEO", help="an .mp4 or .png made by wanflow")
     _again_flags(p)
 
 
 def decode_flags(p: Parser) -> None:
     """Add the flags of `wanflow decode`."""
-    p.add_argument("latent", type=Path, metavar="LATENT", help=f"a file *{STATE_SUFFIX}")
+    p.add_argument("latent", type=file_path, metavar="LATENT", help=f"a file *{STATE_SUFFIX}")
     _again_flags(p)
 
 
@@ -91,11 +93,12 @@ def generate(args: argparse.Namespace) -> None:
     _refuse_unsupported(args, runtime)
     if args.resume:
         _refuse_fixed(args)
+        check_state(args.resume)
         return _carry_out(args, lambda: _saved_job(args, args.resume, runtime))
     if args.ckpt_dir is None and not given_parts(args):
         raise RequestError(
             "--ckpt_dir is missing: name the folder of the weights, or nano, the miniature inside"
-            " wanflow"
+            f" wanflow; {CKPT_DIR} or a --config file can name it for every command"
         )
     if not args.prompt:
         raise RequestError("--prompt is missing: say what the video shows")
@@ -188,7 +191,7 @@ def _refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
             f"{what} needs several processes, and this is one: start them with torchrun"
             f" --nproc_per_node={count} generate.py ..., or with wanflow generate --gpus"
             f" {','.join(map(str, range(count)))} ...",
-            *_missing(args.ckpt_dir),
+            *machine_lines(args.ckpt_dir),
         )
     unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]
     if unused:
@@ -258,7 +261,7 @@ def _open(job: Job) -> Checkpoint:
         return resolve(job.model, job.parts)
     except RequestError as error:
         missing = job.model not in (None, "nano") and not Path(str(job.model)).exists()
-        raise RequestError(*error.args, *(_missing(job.model) if missing else ())) from None
+        raise RequestError(*error.args, *(machine_lines(job.model) if missing else ())) from None
 
 
 def _decide(
@@ -368,17 +371,3 @@ def _extended(args: argparse.Namespace, request: Request) -> Request:
         os.environ.get("DASH_API_KEY"),
     )
     return replace(request, prompt=prompt)
-
-
-def _missing(folder: str | None) -> list[str]:
-    """Return lines on missing weights and a machine that is too small, for a refusal."""
-    if folder is None or folder == "nano":
-        return []
-    from wanflow.plan.gpus import this_machine
-    from wanflow.plan.start import WHERE_ELSE, enough_for_full_size, needed_words
-
-    lines = [] if Path(folder).is_dir() else [f"  weights: there is no folder {folder}"]
-    machine = this_machine(Path(folder))
-    if not enough_for_full_size(machine):
-        lines += [f"  {needed_words()}", f"  here: {machine.words()}", f"  do: {WHERE_ELSE}"]
-    return lines

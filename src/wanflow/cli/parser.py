@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn
 
 from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B
-from wanflow.settings import Setting, settings_of
-from wanflow.untrusted import user_path
+from wanflow.settings import NO_LIMIT, Setting, settings_of
+from wanflow.untrusted import printable, user_path
 
 WIDTH = 80
+LONGEST_WORD = 80  # characters of a word of the command line that a message shows
 # How argparse names an invalid value, and how we do: expected, then got.
 EXPECTED = {
     r": must be ": " must be ",
     r": invalid int value: (.+)": r" must be a whole number (got \1)",
     r": invalid float value: (.+)": r" must be a number (got \1)",
     r": invalid choice: (.+) \(choose from (.+)\)": r" must be one of \2 (got \1)",
+    r"^ambiguous option: (\S+) could match (.+)": r"\1 may mean \2; write one of them",
 }
 
 
@@ -55,10 +58,13 @@ class Parser(argparse.ArgumentParser):
     Args:
         example: a command line, shown below the description.
         brief: whether `--help` explains the first group only, and names the other flags.
+        allow_abbrev: whether the beginning of one flag's name stands for it.
     """
 
-    def __init__(self, *, example: str = "", brief: bool = False, **known: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **known)
+    def __init__(
+        self, *, example: str = "", brief: bool = False, allow_abbrev: bool = False, **known: Any
+    ) -> None:
+        super().__init__(allow_abbrev=allow_abbrev, formatter_class=HelpFormatter, **known)
         self.example, self.brief = example, brief
         if brief:
             self.add_argument("--help-all", action=HelpAll, help="explain every flag")
@@ -66,13 +72,36 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
         if unknown is not None:
-            word = unknown[1].split()[0]
-            message = f"unknown argument {word}{did_you_mean(word, self._option_string_actions)}"
+            word = (unknown[1].split() or [""])[0]
+            message = f"unknown argument {short(word)}" + did_you_mean(
+                word, self._option_string_actions
+            )
         message = re.sub(r"^argument ([^\s/]+)\S*: ", r"\1: ", message)
         for pattern, words in EXPECTED.items():
-            message = re.sub(pattern, words, message)
+            message = re.sub(pattern, words, message, count=1, flags=re.DOTALL)
+        message = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda found: short(found[0]), message)
         help_flag = "--help-all" if self.brief else "--help"
         raise RequestError(f"{message} ({self.prog} {help_flag} lists the flags)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action,
+                f"must be one of {', '.join(names)} (got {short(repr(value))})"
+                f"{did_you_mean(str(value), names)}",
+            )
+
+    def given(self, args: list[str]) -> dict[str, Any]:
+        """Return what the words themselves set, by destination, without any default."""
+        defaults = {action: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            return vars(self.parse_known_args(args)[0])
+        finally:
+            for action, default in defaults.items():
+                action.default = default
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an unknown flag is refused by the parser of its command."""
@@ -137,12 +166,57 @@ def shown_actions(group: argparse._ArgumentGroup) -> list[argparse.Action]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` for a misspelt flag or command; empty where nothing is near."""
-    known = list(known)
-    word = word.partition("=")[0]
-    spelt = word[:2] + word[2:].replace("-", "_")
-    near = [spelt] if spelt in known else difflib.get_close_matches(spelt, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return `; did you mean ...?` for a misspelt word; empty where nothing is near.
+
+    Hyphens for underscores, capitals and a prefix of two dashes are no difference.
+    """
+    spellings = {_spelt(name): name for name in known}
+    spelt = _spelt(word[:LONGEST_WORD].partition("=")[0])
+    near = [spelt] if spelt in spellings else difflib.get_close_matches(spelt, spellings, 1)
+    if not near and word.startswith("-"):  # the beginning, or a part, of one flag's name
+        near = [name for name in spellings if len(spelt) > 2 and name.startswith(spelt)]
+        near = near if len(near) == 1 else []
+    return f"; did you mean {spellings[near[0]]}?" if near else ""
+
+
+def _spelt(word: str) -> str:
+    return word.lower().lstrip("-").replace("-", "_")
+
+
+def short(word: str) -> str:
+    """Return a word of the command line as a message shows it."""
+    return printable(word, LONGEST_WORD)
+
+
+# Readers of values
+
+
+def number(
+    kind: type[int] | type[float], low: float = -math.inf, high: float = math.inf
+) -> Callable[[str], Any]:
+    """Return a reader of numbers from `low` to `high`, both included; NaN is never one.
+
+    Args:
+        kind: int or float.
+        low: the smallest.
+        high: the largest.
+    """
+    one = "whole number" if kind is int else "number"
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text) if len(text) <= LONGEST_WORD else None
+        except ValueError:
+            value = None
+        if value is None or (kind is float and not math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be a {one} (got {short(repr(text))})")
+        if not low <= value <= high:
+            bounds = f"from {low:,} to {high:,}" if high < NO_LIMIT else f"of at least {low:,}"
+            raise argparse.ArgumentTypeError(f"must be a {one} {bounds} (got {short(text)})")
+        return value
+
+    read.__name__ = kind.__name__
+    return read
 
 
 # Flags from settings
@@ -162,7 +236,7 @@ def yes_or_no(text: str) -> bool:
         return True
     if text.lower() in ("false", "no", "0", "n", "f"):
         return False
-    raise argparse.ArgumentTypeError(f"must be true or false (got {text!r})")
+    raise argparse.ArgumentTypeError(f"must be true or false (got {short(repr(text))})")
 
 
 def flag_default(one: Setting) -> Any:
@@ -184,7 +258,9 @@ def add_settings(cls: type, groups: Mapping[str, argparse._ArgumentGroup]) -> No
             options["action"] = "store_true"
         else:
             readers: dict[type, Any] = {str: None, tuple: None, bool: yes_or_no}
-            options |= {"type": readers.get(one.kind, one.kind), "default": flag_default(one)}
+            if one.kind in (int, float):
+                readers[one.kind] = number(one.kind, *(one.range or ()))
+            options |= {"type": readers[one.kind], "default": flag_default(one)}
             options["metavar"] = one.metavar
             if one.choices:
                 options["choices"] = tuple(choice for choice in one.choices if choice)
@@ -197,7 +273,7 @@ def _help(one: Setting) -> str:
     """Return a setting's help, with the published model's default where that is short."""
     default = getattr(T2V_A14B, one.name, None) if one.default is None else None
     text = "*".join(map(str, default)) if isinstance(default, tuple) else str(default or "")
-    return f"{one.help} (default: {text})" if 0 < len(text) <= 10 else one.help
+    return f"{one.help} (default: {text} for A14B)" if 0 < len(text) <= 10 else one.help
 
 
 def settings_from(cls: type, args: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli.parser import Parser
+from wanflow.cli.flags import config_flag
+from wanflow.cli.parser import Parser, file_path
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 
@@ -20,13 +21,13 @@ def train_flags(p: Parser) -> None:
     main = p.add_argument_group("most used", "Clips with captions become LoRAs, or a new model.")
     main.add_argument(
         "--data",
-        type=Path,
+        type=file_path,
         metavar="DIR",
         help="clips, and clip.txt next to each clip.mp4 (or metadata.jsonl, metadata.csv)",
     )
     main.add_argument("--ckpt_dir", metavar="DIR", help="the model to start from, or nano")
     main.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write: two LoRA files, or the model"
+        "--out", type=file_path, metavar="DIR", help="folder to write: two LoRA files, or the model"
     )
     main.add_argument("--method", choices=("lora", "full"), default="lora", help="what is trained")
     main.add_argument(
@@ -106,10 +107,11 @@ def _running_flags(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         help="seconds between two saved states",
     )
+    config_flag(group)
     add("--force", action="store_true", help="start although memory does not suffice")
     add(
         "--work_dir",
-        type=Path,
+        type=file_path,
         metavar="DIR",
         help="folder of the training state (default: build/train; build/nano for --nano)",
     )
@@ -150,11 +152,6 @@ def train(args: argparse.Namespace) -> None:
     from wanflow.screen import Screen
     from wanflow.train import nano
 
-    if not args.evaluate and not args.nano:
-        raise RequestError(
-            "train needs --data DIR (fine-tune on clips), --nano (train the miniature) or"
-            " --evaluate MODEL (measure one)"
-        )
     with Screen() as screen:
         if args.evaluate:
             how = args.prompts, args.experts, args.seen, args.wording

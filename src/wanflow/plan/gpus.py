@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from wanflow.config import RequestError
-from wanflow.hardware import least_gpu_memory_free, memory
+from wanflow.hardware import gpu_driver, least_gpu_memory_free, memory
 from wanflow.plan.cards import GB, GPUS, REPORTED, Card, Rates, apple_chip, find_card
 
 Kind = Literal["gpu", "cpu"]
@@ -48,21 +46,27 @@ class Machine:
         return f"{gpu}, {self.ram / 2**30:.0f} GiB of RAM, {disk}"
 
 
-def this_machine(folder: Path, used: int = 1) -> Machine:
+def this_machine(folder: Path, used: int = 1, ask_torch: bool = True) -> Machine:
     """Return the hardware of this machine.
 
     Args:
         folder: on the disk that counts.
         used: how many processes run here, each with a GPU of its own. Of several, the smallest GPU
             and the least free memory count.
+        ask_torch: whether PyTorch looks for GPUs also where no driver of one is.
     """
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     ram, ram_free, _ = memory()
     disk_free = shutil.disk_usage(folder).free
+    without = Machine(0, "", ram, ram_free, disk_free)
+    if not ask_torch and not gpu_driver():
+        return without
+    import torch
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        return Machine(0, "", ram, ram_free, disk_free)
+        return without
     cards = [torch.cuda.get_device_properties(index) for index in range(count)]
     sizes = [card.total_memory for card in cards]
     if used > 1:

@@ -1,0 +1,200 @@
+"""Refuse what no weights and no machine can make right, before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from wanflow.cli.flags import given_parts, request_from, runtime_from
+from wanflow.cli.parser import did_you_mean
+from wanflow.cli.running import check_target_name
+from wanflow.config import RequestError
+from wanflow.geometry import COMMON, parse_size
+from wanflow.request import Request
+from wanflow.runtime import DTYPES, Runtime
+from wanflow.untrusted import check_regular, printable, user_path
+
+# Names of attention kernels; the kernels themselves need torch.
+KERNELS = (
+    "auto",
+    "sdpa",
+    "cudnn",
+    "flash",
+    "efficient",
+    "math",
+    "flash_attn",
+    "flash_attn_3",
+    "sage",
+)
+LISTED = 1000  # names of a folder that are compared with a misspelt one
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the arguments of a command as far as the standard library can.
+
+    Raises:
+        RequestError: for what the command would refuse later, at the cost of importing torch.
+    """
+    checks: dict[str, Callable[[argparse.Namespace], None]] = {
+        "generate": _generate,
+        "replay": lambda args: _clip(args.video),
+        "decode": lambda args: check_state(args.latent),
+        "plan": _planned,
+        "inspect": lambda args: _model(args.path, to_load=False),
+        "convert": lambda args: _model(args.source),
+        "train": _train,
+    }
+    if args.command in checks:
+        checks[args.command](args)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    runtime = runtime_from(args)
+    _check_runtime(runtime)
+    if args.resume is not None:
+        return  # its flags come first
+    if args.ckpt_dir is not None or given_parts(args):
+        _check_request(request_from(args))
+        _weights(args)
+    target = args.save_file
+    if target is not None and (target.suffix not in (".mp4", ".png") or exists(target)):
+        check_target_name(target, args.overwrite)
+
+
+def _planned(args: argparse.Namespace) -> None:
+    if args.gpu is not None:
+        from wanflow.plan.gpus import described
+
+        described(args.gpu, args.num_gpus, args.ram, args.disk)
+    _check_request(replace(request_from(args), prompt="any"))
+    _check_runtime(runtime_from(args))
+    _weights(args)
+
+
+def _train(args: argparse.Namespace) -> None:
+    if args.data is None and not args.evaluate and not args.nano:
+        raise RequestError(
+            "train needs --data DIR (fine-tune on clips), --nano (train the miniature) or"
+            " --evaluate MODEL (measure one)"
+        )
+    if args.data is not None and not exists(user_path(args.data)):
+        raise RequestError(
+            f"{printable(args.data)}: there is no such folder; give one with clips and captions to"
+            " --data"
+        )
+    if args.evaluate:
+        _model(args.evaluate)
+    elif args.data is not None and args.ckpt_dir is not None:
+        _model(args.ckpt_dir)
+
+
+def _check_request(request: Request) -> None:
+    """Check the values that are given: the model's own are not known yet."""
+    for lora in request.loras():  # checks every value
+        if not exists(user_path(lora.path)):
+            raise RequestError(f"lora {printable(lora.path)}: there is no such file or folder")
+    if request.size is not None:
+        parse_size(request.size, COMMON)
+    if request.frame_num is not None:
+        COMMON.check_frames(request.frame_num)
+
+
+def _check_runtime(runtime: Runtime) -> None:
+    if runtime.dtype not in ("auto", *DTYPES):
+        names = ("auto", *DTYPES)
+        raise RequestError(
+            f"dtype {printable(runtime.dtype)!r} is none of {', '.join(names)}"
+            f"{did_you_mean(runtime.dtype, names)}"
+        )
+    if runtime.attention not in KERNELS:
+        raise RequestError(
+            f"attention {printable(runtime.attention)!r} is none of {', '.join(KERNELS)}"
+            f"{did_you_mean(runtime.attention, KERNELS)}"
+        )
+    if not re.fullmatch(r"auto|mps|(cpu|cuda)(:\d{1,3})?", runtime.device):
+        raise RequestError(
+            f"device {printable(runtime.device)!r} is none of auto, cpu, cuda, cuda:1 and mps"
+        )
+
+
+def _weights(args: argparse.Namespace) -> None:
+    """Check that the folder and the files of the weights exist."""
+    for part, file in given_parts(args).items():
+        if not exists(user_path(file)):
+            raise RequestError(f"--{part} {printable(file)}: there is no such file")
+    if args.ckpt_dir is not None:
+        _model(args.ckpt_dir)
+
+
+def _model(name: str | Path, to_load: bool = True) -> None:
+    """Refuse a model that is not there; a repository's name may be in a cache.
+
+    Args:
+        name: of a folder, a file or nano.
+        to_load: whether a whole model is needed, and not anything that can be looked into.
+    """
+    text, path = str(name), user_path(name)
+    if text == "nano" or exists(path) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+        return
+    shown, near = printable(name), _near(path)
+    if near:
+        raise RequestError(f"{shown} is missing; did you mean {near}?")
+    if not to_load:
+        raise RequestError(f"{shown} is missing; name an existing file or folder")
+    from wanflow.checkpoint.published import how_to_get
+
+    raise RequestError(f"{shown} is missing; {how_to_get(Path(shown))}", *machine_lines(text))
+
+
+def exists(path: Path) -> bool:
+    """Return whether a path is there; False where the system does not take or show it."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _near(path: Path) -> str:
+    """Return nano, or the path beside a missing one whose name is most like it; "" if none is."""
+    if difflib.get_close_matches(str(path).lower(), ["nano"], cutoff=0.75):
+        return "nano, the miniature inside wanflow"
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, LISTED)]
+    except (OSError, ValueError):
+        return ""
+    found = difflib.get_close_matches(path.name, names, 1, cutoff=0.8)
+    return printable(path.parent / found[0]) if found else ""
+
+
+def machine_lines(folder: str | None) -> list[str]:
+    """Return lines on missing weights and a machine that is too small, for a refusal."""
+    if folder is None or folder == "nano":
+        return []
+    from wanflow.plan.gpus import this_machine
+    from wanflow.plan.needed import WHERE_ELSE, enough_for_full_size, needed_words
+
+    path = user_path(folder)
+    lines = [] if path.is_dir() else [f"  weights: there is no folder {folder}"]
+    machine = this_machine(path.absolute(), ask_torch=False)
+    if not enough_for_full_size(machine):
+        lines += [f"  {needed_words()}", f"  here: {machine.words()}", f"  do: {WHERE_ELSE}"]
+    return lines
+
+
+def check_state(file: Path) -> None:
+    """Refuse a saved run that is not there."""
+    if not exists(user_path(file)):
+        raise RequestError(f"there is no saved run at {printable(file)}")
+    check_regular(user_path(file))
+
+
+def _clip(file: Path) -> None:
+    """Refuse a clip that is not there."""
+    check_regular(user_path(file))
