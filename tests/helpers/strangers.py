@@ -50,7 +50,11 @@ SECONDS, MEMORY = 10.0, 700 << 20  # with 250 MB of torch and of ours: below 1 G
 FEW, MANY = 30, 300
 
 # kind: the function that makes its attempts, as module:function
-STRANGERS = {"recipe": "recipe_mutations:recipe"}
+STRANGERS = {
+    "recipe": "recipe_mutations:recipe",
+    "hub": "hub_mutations:hub",
+    "chat": "hub_mutations:chat",
+}
 
 # What a command may end with: done, failed (a disk, a server), refused, interrupted.
 CODES = (0, 1, 2, 130)
