@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers.common import same_bits
 from helpers.text_states import PROMPT, states
+from safetensors.torch import load_file, save
 
 from wanflow.checkpoint.checkpoint import text_fingerprint
 from wanflow.checkpoint.load import load_text_encoder, load_tokenizer
@@ -134,6 +135,56 @@ def test_a_file_under_another_name_is_not_taken(tmp_path: Path) -> None:
     cache.put(PROMPT, states())
     shutil.copy(cache._path(PROMPT), cache._path("another"))
     assert cache.get("another") is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
+def test_only_this_user_reads_and_writes_it(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    cache = TextCache(folder, "k")
+    cache.put(PROMPT, states())
+    assert folder.stat().st_mode & 0o777 == 0o700
+    path = cache._path(PROMPT)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o620)  # another may have written it
+    assert cache.get(PROMPT) is None
+    folder.chmod(0o755)  # as earlier versions made it
+    cache.put(PROMPT, states(seed=1))
+    assert (folder.stat().st_mode | path.stat().st_mode) & 0o077 == 0
+    assert same_bits(cache.get(PROMPT), states(seed=1))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and links")
+def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
+    cache = TextCache(tmp_path / "cache", "k")
+    cache.put(PROMPT, states())
+    path = cache._path(PROMPT)
+    mine = tmp_path / path.name
+    path.rename(mine)
+    path.symlink_to(mine)
+    assert cache.get(PROMPT) is None
+    cache.put(PROMPT, states(seed=1))  # in place of the link
+    assert same_bits(cache.get(PROMPT), states(seed=1)) and not path.is_symlink()
+    assert torch.equal(load_file(mine)["states"], states()[:, :5])
+    path.unlink()
+    os.mkfifo(path)
+    assert cache.get(PROMPT) is None
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [states(dtype=torch.bfloat16), states(rows=13), states()[0], states() * float("nan")],
+    ids=["dtype", "rows", "shape", "nan"],
+)
+def test_a_forged_entry_of_another_kind_is_not_taken(tmp_path: Path, forged: torch.Tensor) -> None:
+    """Whoever forges one knows how its checksum is made."""
+    path = TextCache(tmp_path, "k")._path(PROMPT)
+    rows = forged.shape[-2]
+    meta = {"sha256": text_cache._checksum(path, forged, rows), "rows": str(rows)}
+    path.write_bytes(save({"states": forged}, metadata=meta))
+    path.chmod(0o600)
+    taken = TextCache(tmp_path, "k").get(PROMPT) is not None
+    assert taken == bool(torch.isfinite(forged).all())
+    assert TextCache(tmp_path, "k", like=((1, 12, 8), torch.float32)).get(PROMPT) is None
 
 
 def test_the_oldest_go_first(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ class PromptEncoder:
         if cache is not None and not resident:
             from wanflow.loaders.prompt_cache import TextCache, text_key
 
-            self._cache = TextCache(Path(cache), text_key(checkpoint, dtype, device))
+            spec = checkpoint.spec
+            like = (spec.dit.text_len, spec.text.dim), dtype
+            self._cache = TextCache(Path(cache), text_key(checkpoint, dtype, device), like=like)
 
     def __call__(self, prompts: list[str], make_room: Callable[[], None]) -> list[Tensor]:
         """Return the states of each prompt, [text_len, D], zero past its end.
