@@ -4,6 +4,7 @@ resumes from its saved state.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import pytest
 import torch
 from helpers import watched
 from helpers.common import PROMPT
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from wanflow.cli import Alone, main
 from wanflow.clipfiles import read_frames
@@ -258,6 +260,111 @@ def test_bad_numbers_of_gpus_are_refused(
     assert main(["generate", "--ckpt_dir", "nano", "--prompt", PROMPT, *shlex.split(flags)]) == 2
     message = capsys.readouterr().err
     assert token in message and message.count("\n") == 1 and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("environment", "token"),
+    [
+        ({"RANK": "one"}, "RANK is 'one'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
+        ({"WORLD_SIZE": "1000000000"}, "from 1 to 65,536"),
+        ({"WORLD_SIZE": "\u0662"}, "WORLD_SIZE is"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, and WORLD_SIZE is 2"),
+        ({"RANK": "1"}, "RANK is 1, and WORLD_SIZE is 1"),
+        ({"LOCAL_RANK": "\x1b[31m", "WORLD_SIZE": "2"}, "LOCAL_RANK is"),
+        ({"LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}, "LOCAL_RANK is 4"),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE is 4"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"MASTER_PORT": "70000"}, "from 1 to 65,535"),
+    ],
+)
+def test_an_environment_that_describes_no_ranks_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    token: str,
+) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *ranks_module.DESCRIPTION)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["generate", "--ckpt_dir", "nano", "--prompt", PROMPT]) == 2
+    message = capsys.readouterr().err
+    assert token in message and message.count("\n") == 1 and "\x1b" not in message
+
+
+def test_a_server_that_never_answers_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks_module, "MARGIN_S", 0.1)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        described = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (described | {"MASTER_PORT": str(silent.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        began = time.monotonic()
+        assert main(["generate", *REQUEST, "--timeout", "0.3"]) == 1
+    assert time.monotonic() - began < 10
+    message = capsys.readouterr().err
+    assert "rank 1 of 2: cannot reach rank 0" in message and "within 0.3 s" in message
+    assert "check MASTER_ADDR" in message and message.count("wanflow: ") == 1
+
+
+def test_ranks_with_different_commands_are_refused() -> None:
+    store = HashStore()
+    first, second = (Watchdog(store, rank, 2) for rank in range(2))
+    first.command, second.command = (
+        ["wanflow 1", "generate", "--seed", seed] for seed in ("3", "4\x1b")
+    )
+    assert second._other_command() is None  # rank 0 has said nothing yet
+    store.set("command", json.dumps(first.command))
+    assert first._other_command() is None
+    failure = second._other_command()
+    assert failure is not None and failure.code == 2
+    assert failure.message == (
+        "rank 1 of 2: its command has 4\N{REPLACEMENT CHARACTER} where that of rank 0 has 3; give"
+        " every rank the same"
+    )
+
+
+def test_a_rank_that_never_joins_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdog = Watchdog(HashStore(), 0, 2, join_s=2.0)
+    times = iter([0.0, 0.9, 1.8, 2.7])
+    watchdog._looked = next(times)
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    watchdog._turn()
+    watchdog._turn()
+    assert watchdog._judge() is None
+    watchdog._turn()
+    assert watchdog._judge() == Failure(
+        1, "rank 1 of 2: has not joined within 2 s (--timeout waits longer)"
+    )
+
+
+@slow
+def test_two_started_with_different_commands_end_at_once(in_tmp: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    began = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "wanflow", "generate", *REQUEST, "--fps", str(5 + rank)],
+            env=os.environ | shared | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "rank 1 of 2: its command has 6 where that of rank 0 has 5" in "".join(said)
+    assert time.monotonic() - began < END_S
+    assert not os.listdir()
 
 
 def test_gpus_and_torchrun_do_not_both_start_ranks(

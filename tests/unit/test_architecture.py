@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("conditioning", "media", "sanity"),
     ("recipe",),
     ("models", "sampling"),
-    ("request", "runtime"),
+    ("request", "runtime", "described"),
     ("geometry",),
     ("presets",),
     ("settings",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wanflow.cli.running import world_size
 from wanflow.config import RequestError
+from wanflow.described import described
 from wanflow.outputs import Claims
 
 if TYPE_CHECKING:
@@ -206,13 +207,13 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str], claims: Claims) -> int:
-    rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
-    logging.getLogger("wanflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    watchdog: Watchdog | Alone = Alone(rank)
+    watchdog: Watchdog | Alone = Alone()
     try:
-        if world_size() > 1:
-            watchdog = _join_watchdog() or watchdog
+        ranks = described(os.environ)
+        logging.getLogger("wanflow").setLevel(logging.ERROR if ranks.rank else logging.INFO)
+        if ranks.world_size > 1:
+            watchdog = _join_watchdog(argv) or Alone(ranks.rank)
         args = _parse(argv)
         from wanflow.cli import checks
 
@@ -223,9 +224,9 @@ def _run(argv: list[str], claims: Claims) -> int:
         if getattr(args, "gpus", None) is not None and args.command != "plan":
             from wanflow.cli import devices, launch
 
-            ranks = devices.parse_gpus(args)
-            if ranks is not None:
-                return launch.launch(argv, ranks)
+            started = devices.parse_gpus(args)
+            if started is not None:
+                return launch.launch(argv, started)
         getattr(_module(args.command), args.command)(args)
     except SystemExit:  # --help
         watchdog.leave()
@@ -246,18 +247,31 @@ def _run(argv: list[str], claims: Claims) -> int:
     return 0
 
 
-def _join_watchdog() -> Watchdog | None:
+def _join_watchdog(argv: list[str]) -> Watchdog | None:
     """Begin the heartbeat of one rank of several, before anything can fail in one of them."""
+    from wanflow import __version__
+
     # torch prints the stack where a store breaks; the watchdog prints one message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # NCCL would abort a rank whose peer is gone; the watchdog saves the state first.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     from wanflow.parallel.ranks import connect_store
 
-    watchdog = connect_store()
+    given = _given_timeout(argv)
+    watchdog = connect_store(*([] if given is None else [given]))
     if watchdog is not None:
+        watchdog.command = [f"wanflow {__version__}", *argv]
         watchdog.start()
     return watchdog
+
+
+def _given_timeout(argv: list[str]) -> float | None:
+    """Return the value of `--timeout`, if it is valid: ranks join before they parse the rest."""
+    joined = re.search(r"(?:^|\0)--timeout[=\0]([0-9.]+)(?:\0|$)", "\0".join(argv))
+    try:
+        return min(float(joined[1]), 1e6) or None if joined else None
+    except ValueError:
+        return None
 
 
 def _words(error: BaseException) -> tuple[int, str | None]:

@@ -190,7 +190,7 @@ def _refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
         raise RequestError(
             f"{what} needs several processes, and this is one: start them with torchrun"
             f" --nproc_per_node={count} generate.py ..., or with wanflow generate --gpus"
-            f" {','.join(map(str, range(count)))} ...",
+            f" {','.join(map(str, range(count))) if count <= 16 else '0,1,...'} ...",
             *machine_lines(args.ckpt_dir),
         )
     unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.config import RequestError
+from wanflow.described import described
 
 if TYPE_CHECKING:
     from wanflow.api import Pipeline
@@ -26,7 +27,7 @@ SAVE_SECONDS = 5.0  # between two saved states: a crash costs at most this much 
 
 def world_size() -> int:
     """Return how many ranks the environment describes; 1 where it describes none."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return described(os.environ).world_size
 
 
 class StateKeeper:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,11 +15,15 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from wanflow.config import RequestError, plain
+from wanflow.described import described
 from wanflow.parallel.watchdog import Watchdog
+from wanflow.untrusted import printable
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 DESCRIPTION = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # besides WORLD_SIZE
-STORE_TIMEOUT_S = 300.0
+JOIN_S = 60.0  # for a rank to reach the store, and for all ranks to be there
+MARGIN_S = 5.0  # by which torch may be late to its own time-out
+STORE_TIMEOUT_S = 300.0  # for an answer of the store
 T = TypeVar("T")
 
 
@@ -34,16 +39,20 @@ class DistInfo:
 
 def local_world_size() -> int | None:
     """Return how many ranks run on this machine, if the environment describes it."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+    return described(os.environ).local_world_size
 
 
 def rank_and_world_size() -> tuple[int, int]:
     """Return this process's rank and the number of ranks from the environment; join nothing."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    found = described(os.environ)
+    return found.rank, found.world_size
 
 
-def connect_store() -> Watchdog | None:
+def connect_store(join_s: float = JOIN_S) -> Watchdog | None:
     """Connect to the store of the ranks that the environment describes.
+
+    Args:
+        join_s: how long to wait for the store, and later for every rank.
 
     Returns:
         A watchdog that has not started; None where the description is missing or incomplete.
@@ -56,24 +65,31 @@ def connect_store() -> Watchdog | None:
         return None
     rank0_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        # One server for all that ask for it in rank 0: init_process_group asks, too.
-        store = TCPStore(
-            address,
-            port,
-            world_size,
-            rank0_hosts and rank == 0,
-            timedelta(seconds=STORE_TIMEOUT_S),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
+    # One server for all that ask for it in rank 0: init_process_group asks, too.
+    options = {"wait_for_workers": False, "multi_tenant": True}
+    found: list[TCPStore | RuntimeError] = []
+
+    def connect() -> None:
+        limit, hosts = timedelta(seconds=join_s), rank0_hosts and rank == 0
+        try:
+            found.append(TCPStore(address, port, world_size, hosts, limit, **options))
+        except (RuntimeError, ValueError, TypeError) as error:
+            found.append(RuntimeError(str(error)))
+
+    # A server of another program that never answers holds the constructor for ever.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(join_s + MARGIN_S)
+    store = found[0] if found else RuntimeError(f"no answer for {join_s:g} s")
+    if isinstance(store, RuntimeError):
         host = "rank 0" if rank0_hosts else "the process that started the ranks"
+        where = printable(f"{address}:{port}")
         raise ConnectionError(
-            f"rank {rank} of {world_size}: cannot reach {host} at {address}:{port}:"
-            f" {plain(str(error))}"
-        ) from None
-    return Watchdog(_own_keys(store), rank, world_size, rank0_hosts)
+            f"rank {rank} of {world_size}: cannot reach {host} at {where} within {join_s:g} s:"
+            f" {plain(str(store))}; check MASTER_ADDR and MASTER_PORT (--timeout waits longer)"
+        )
+    store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+    return Watchdog(_own_keys(store), rank, world_size, rank0_hosts, join_s)
 
 
 def host_store() -> tuple[Store, int]:
@@ -120,7 +136,8 @@ def join_group(device: torch.device, timeout_s: float = 600.0) -> DistInfo:
     if device.type not in BACKENDS:
         raise RequestError(f"several ranks need {' or '.join(BACKENDS)} (got {device.type})")
     if device.type == "cuda":
-        local, count = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+        local, count = described(os.environ).local_rank, torch.cuda.device_count()
+        local = rank if local is None else local
         if local >= count:
             raise RequestError(
                 f"local rank {local} has no GPU: this machine has {count}; start one rank per GPU"

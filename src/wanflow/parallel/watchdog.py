@@ -19,7 +19,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from wanflow.untrusted import printable
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -66,10 +69,21 @@ class Watchdog:
         store: shared by all ranks.
         rank, world_size: of the run.
         rank0_hosts: whether rank 0 holds the store, rather than an elastic agent.
+        join_s: how long every rank may take to join.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, rank0_hosts: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        rank0_hosts: bool = False,
+        join_s: float = 60.0,
+    ) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
+        self.join_s = join_s
+        self.command: list[str] = []  # of this rank; that of every rank must be the same
+        self._compared = rank == 0  # with the command of rank 0
         self._host = 0 if rank0_hosts else None
         self.timeout_s = 600.0  # how late a rank may be to a collective
         self.progress: Callable[[], int] = lambda: 0  # how many collectives this rank has entered
@@ -169,9 +183,11 @@ class Watchdog:
 
     def _watch(self) -> Failure | None:
         """Look for the run's failure, and announce what this rank finds, until it leaves."""
+        if self.rank == 0:
+            self.store.set("command", json.dumps(self.command))
         while not (self._turn() and self._leaving):
             self._listen()
-            found = announced(self.store) or self._judge()
+            found = announced(self.store) or self._other_command() or self._judge()
             if found is not None:
                 announce(self.store, found, self.rank)
                 return announced(self.store)
@@ -214,6 +230,23 @@ class Watchdog:
             self._entered = entered, self._clock
         return self.rank != self._host or all(found == LEFT for found, _ in self._beats[1:])
 
+    def _other_command(self) -> Failure | None:
+        """Return a refusal if rank 0 was given another command; compares once."""
+        if self._compared or not self.store.check(["command"]):
+            return None
+        self._compared, first = True, json.loads(self.store.get("command"))
+        if self.command == first:
+            return None
+        mine, other = next(
+            pair for pair in zip_longest(self.command, first, fillvalue="") if pair[0] != pair[1]
+        )
+        here, there = (printable(word or "nothing", 60) for word in (mine, other))
+        return self._blame(
+            self.rank,
+            f"its command has {here} where that of rank 0 has {there}; give every rank the same",
+            2,
+        )
+
     def _judge(self) -> Failure | None:
         """Return the failure that this rank sees, if any."""
         if self._own is not None and self._sure:
@@ -224,9 +257,10 @@ class Watchdog:
         if effect and self._own is not None and self._own.code == 2:
             return self._own
         for rank, (beat, changed) in enumerate(self._beats):
-            limit_s = HEARTBEAT_TIMEOUT_S if beat else max(self.timeout_s, 2 * HEARTBEAT_TIMEOUT_S)
+            limit_s = HEARTBEAT_TIMEOUT_S if beat else self.join_s
             if beat != LEFT and self._clock - changed > (NEWS_S - 1 if effect else limit_s):
-                return self._blame(rank, SILENT)
+                missing = f"has not joined within {self.join_s:g} s (--timeout waits longer)"
+                return self._blame(rank, SILENT if beat else missing)
         if effect:
             return self._own or INTERRUPTED
         entered, changed = self._entered
