@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -39,19 +38,16 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
-def leftovers(path: Path) -> list[Path]:
-    """Return what interrupted writers of `path` left, or running ones are writing."""
-    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.part")
-    if not path.parent.is_dir():
-        return []
-    return sorted(file for file in path.parent.iterdir() if ours.fullmatch(file.name))
-
-
 @contextmanager
-def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_path(path: Path, *, overwrite: bool, spare: Path | None = None) -> Iterator[Path]:
     """Yield a temporary name to write a file or folder under; publish it when the block ends.
 
     The folders above `path` are made. After an exception the temporary file or folder is removed.
+
+    Args:
+        path: the name to publish.
+        overwrite: replace what is there.
+        spare: another name for work of hours, if `path` appears meanwhile; the error names it.
 
     Raises:
         FileExistsError: for a `path` that exists at the end, without `overwrite`.
@@ -61,7 +57,13 @@ def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
     part = temporary(path)
     try:
         yield part
-        publish(part, path, overwrite=overwrite)
+        try:
+            publish(part, path, overwrite=overwrite)
+        except FileExistsError:
+            if spare is None:
+                raise
+            publish(part, spare, overwrite=False)
+            raise FileExistsError(f"{path} appeared meanwhile; the result is {spare}") from None
     except BaseException as error:
         remove(part)
         if isinstance(error, OSError) and (full := disk_error(error, path)) is not None:
@@ -112,11 +114,14 @@ def _replace(part: Path, path: Path) -> None:
 def _rename_exclusively(part: Path, path: Path) -> None:
     """Rename to a name that is free, or that of an empty folder, and replace nothing."""
     if part.is_dir():
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        part.rename(path)  # fails for a folder with content that appeared meanwhile
+        if os.name == "nt" and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()  # elsewhere the system renames over an empty folder, and over no other
+        try:
+            part.rename(path)
+        except OSError:
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            raise
         return
     try:
         os.link(part, path)
@@ -144,14 +149,6 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk that holds `path`, or will hold it."""
-    place = path.resolve()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def remove(path: Path) -> None:

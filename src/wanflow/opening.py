@@ -17,6 +17,7 @@ from wanflow.config import RequestError
 from wanflow.loaders.parts import Report
 from wanflow.request import Request
 from wanflow.runtime import TINY, Runtime, all_resident, choose_device, with_defaults
+from wanflow.untrusted import user_path
 
 if TYPE_CHECKING:
     from wanflow.parallel.ranks import DistInfo
@@ -37,7 +38,7 @@ def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = 
     Raises:
         RequestError: when something is missing, damaged or of another model.
     """
-    parts = {part: Path(path).expanduser() for part, path in (given or {}).items()}
+    parts = {part: user_path(path) for part, path in (given or {}).items()}
     if str(model) == "nano":
         return open_checkpoint(NANO_FOLDER, parts)
     if model is None:
@@ -47,7 +48,7 @@ def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = 
                 " tokenizer)"
             )
         return open_checkpoint(next(iter(parts.values())).parent, parts)
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         from wanflow.download.fetch import cached
 

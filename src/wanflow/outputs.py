@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.config import RequestError
-from wanflow.files import free_bytes
+from wanflow.files import temporary
 from wanflow.units import file_size
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Claims:
 
         Raises:
             Taken: if another run holds it.
-            RequestError: if its folder cannot be written.
+            RequestError: if its folder cannot be written, or its name is too long.
         """
         from filelock import FileLock, Timeout
 
@@ -61,6 +62,8 @@ class Claims:
             return
         lock = FileLock(name, thread_local=False)  # an abort is saved by another thread
         try:
+            with suppress(FileNotFoundError):
+                temporary(path).lstat()  # refuses a name that is too long with its ending
             lock.acquire(timeout=0.2)  # a claim that ends at this moment costs one retry
             name.write_text(f"{os.getpid()}\n")
         except Timeout:
@@ -123,6 +126,14 @@ def _holder(name: Path) -> str:
     return f" ({who}its claim is {name})"
 
 
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that holds `path`, or will hold it."""
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def refuse_without_room(path: Path, needed: int, what: str) -> None:
     """Raise RequestError unless the disk that will hold `path` has `needed` bytes free."""
     free = free_bytes(path)
@@ -131,6 +142,14 @@ def refuse_without_room(path: Path, needed: int, what: str) -> None:
             f"{path}: {what} needs {file_size(needed)}, and the disk has {file_size(free)} free;"
             " free some, or choose a folder on another disk"
         )
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Return what interrupted writers of `path` left, or running ones are writing."""
+    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.part")
+    if not path.parent.is_dir():
+        return []
+    return sorted(file for file in path.parent.iterdir() if ours.fullmatch(file.name))
 
 
 def automatic_names(

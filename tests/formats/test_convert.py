@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import zipfile
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -625,7 +625,7 @@ def test_what_is_refused(
     assert "choose of float32" in refusal(lambda: options("fp8", "int8"))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9_000_000, 1_000_000))
-    assert "needs 34.5 MB, and its disk has 1.0 MB free" in refusal(
+    assert "the conversion needs 34.5 MB, and the disk has 1.0 MB free" in refusal(
         lambda: run(exact, out, "official")
     )
     assert not out.exists()
@@ -659,6 +659,69 @@ def test_a_place_that_is_taken(exact: Path, expert: Path, tmp_path: Path) -> Non
         "out",
         "x.safetensors",
     ]
+
+
+def when_halfway(act: Callable[[], object]) -> Callable[[int, int], None]:
+    """Return a report of progress that acts once, in the middle."""
+    todo = [act]
+
+    def report(done: int, total: int) -> None:
+        if done > total // 2 and todo:
+            todo.pop()()
+
+    return report
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_what_appears_meanwhile_is_kept_and_so_is_the_result(
+    exact: Path, expert: Path, tmp_path: Path, single: bool, overwrite: bool
+) -> None:
+    """Also with --overwrite, which replaces what was there at the start."""
+    out = tmp_path / ("x.safetensors" if single else "out")
+
+    def appear() -> None:
+        if single:
+            out.write_text("my thesis")
+        else:
+            out.mkdir()
+            (out / "thesis.tex").write_text("my thesis")
+
+    with pytest.raises(FileExistsError, match=r"appeared meanwhile; the result is .*-2"):
+        convert(
+            open_model(expert if single else exact, {}),
+            out,
+            options("bf16", overwrite=overwrite),
+            lambda text: None,
+            when_halfway(appear),
+        )
+    assert (out if single else out / "thesis.tex").read_text() == "my thesis"
+    spare = tmp_path / ("x-2.safetensors" if single else "out-2")
+    assert sorted(tmp_path.iterdir()) == sorted([out, spare])
+    open_model(spare, {})
+
+
+def test_overwrite_keeps_what_came_into_the_folder_meanwhile(exact: Path, tmp_path: Path) -> None:
+    out = run(NANO, tmp_path / "out", "official", parts=("vae",))
+    report = when_halfway(lambda: (out / "thesis.tex").write_text("my thesis"))
+    how = options("bf16", overwrite=True)
+    assert "thesis.tex" in refusal(
+        lambda: convert(open_model(exact, {}), out, how, lambda text: None, report)
+    )
+    assert (out / "Wan2.1_VAE.pth").exists() and (out / "thesis.tex").exists()
+
+
+def test_two_conversions_never_make_one_folder(exact: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    model = open_model(exact, {})
+
+    def second() -> None:
+        for overwrite in (False, True):
+            said.append(refusal(lambda: run(exact, tmp_path / "out", "fp8", overwrite=overwrite)))  # noqa: B023
+
+    convert(model, tmp_path / "out", options("bf16"), lambda text: None, when_halfway(second))
+    assert len(said) == 2 and all("is being made by another run" in words for words in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_values_that_the_format_cannot_hold(expert: Path, tmp_path: Path) -> None:
@@ -758,10 +821,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "the VAE stays as it is" in capsys.readouterr().err
     assert TARGETS is command.TARGETS
     assert command.size("1.5GB") == 1_500_000_000 and command.size("2MiB") == 2 << 20
-    assert "is no size" in refusal(lambda: command.size("ten"))
     assert "none of high, low" in refusal(
         lambda: command.convert(parse("convert", "nano", "x", "--to", "fp8", "--parts", "head"))
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["ten", "0", "100000000000000000000", "9" * 400, "1" * 5000, "1e9999GB", "-1", "nan"]
+)
+def test_a_shard_size_that_is_none(text: str) -> None:
+    assert "--max_shard_size must be a size" in refusal(lambda: command.size(text))
 
 
 # memory

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from wanflow.files import atomic_path, leftovers, publish, temporary, write_bytes
+from wanflow.files import atomic_path, publish, temporary, write_bytes
+from wanflow.outputs import leftovers
 
 
 def make(path: Path, content: str, folder: bool) -> None:
@@ -135,3 +136,32 @@ def test_temporary_names(tmp_path: Path) -> None:
     assert leftovers(target) == [part] and not leftovers(tmp_path / "none" / "a.mp4")
     publish(part, target, overwrite=False)
     assert not leftovers(target)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling"])
+def test_work_of_hours_goes_to_the_spare_name(tmp_path: Path, folder: bool, kind: str) -> None:
+    target, spare = tmp_path / "target", tmp_path / "target-2"
+    (tmp_path / "elsewhere").mkdir()
+    with (
+        pytest.raises(FileExistsError, match="target appeared meanwhile; the result is .*target-2"),
+        atomic_path(target, overwrite=False, spare=spare) as part,
+    ):
+        make(part, "new", folder)
+        if kind in ("file", "folder"):
+            make(target, "old", kind == "folder")
+        else:
+            target.symlink_to(tmp_path / ("elsewhere" if kind == "link" else "nowhere"))
+    assert content(spare) == "new"
+    assert target.is_symlink() if kind in ("link", "dangling") else content(target) == "old"
+    assert len(list(tmp_path.iterdir())) == 3 and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_full_disk_names_the_file_and_a_way_out(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"^the disk is full .* writing .*target; free") as caught,
+        atomic_path(tmp_path / "target", overwrite=False) as part,
+    ):
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

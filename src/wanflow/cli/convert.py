@@ -12,8 +12,10 @@ from wanflow.config import RequestError
 from wanflow.convert.formats import TARGETS
 from wanflow.runtime import DTYPES
 from wanflow.units import file_size
+from wanflow.untrusted import printable
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+LARGEST = 1e15  # bytes
 
 
 def convert_flags(p: Parser) -> None:
@@ -38,11 +40,15 @@ def convert_flags(p: Parser) -> None:
 
 
 def size(text: str) -> int:
-    """Read `10GB`, `512MiB` or `100000` as bytes; raise RequestError for anything else or 0."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in UNITS or not int(float(found[1]) * UNITS[found[2]]):
-        raise RequestError(f"{text!r} is no size; write 10GB, 500MB or 5GiB")
-    return int(float(found[1]) * UNITS[found[2]])
+    """Read `10GB`, `512MiB` or `100000` as bytes; raise RequestError unless it is 1 to 1 PB."""
+    found = re.fullmatch(r"([0-9]{1,16}(?:\.[0-9]{1,16})?)\s*([a-z]*)", text.strip().lower())
+    count = float(found[1]) * UNITS.get(found[2], 0) if found else 0
+    if not 1 <= count <= LARGEST:
+        raise RequestError(
+            f"--max_shard_size must be a size up to 1000000GB, such as 10GB, 500MB or 5GiB (got"
+            f" {printable(text, 40)})"
+        )
+    return int(count)
 
 
 def _parts(text: str) -> tuple[Part, ...]:
@@ -70,7 +76,7 @@ def convert(args: argparse.Namespace) -> None:
     model = open_model(model_path(args.source), given_parts(args))
     with Screen() as screen:
         report = screen.count_bytes("converting")
-        out = write(model, args.target.expanduser(), target, screen.say, report)
+        out = write(model, args.target, target, screen.say, report)
         written = out.rglob("*") if out.is_dir() else [out]
         total = sum(file.stat().st_size for file in written if file.is_file())
         screen.say(f"{out}: {file_size(total)}")

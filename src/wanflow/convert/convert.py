@@ -7,6 +7,8 @@ megabytes, and the packed data of one packed weight.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,8 +22,8 @@ from wanflow.checkpoint.structure import check, module_of
 from wanflow.config import RequestError
 from wanflow.convert.formats import Options
 from wanflow.convert.targets import SINGLE, Plan, plan, single_kind, source_paths
-from wanflow.convert.write import refuse_full
-from wanflow.files import atomic_path, leftovers, remove
+from wanflow.files import atomic_path, remove
+from wanflow.outputs import Claims, leftovers, refuse_without_room
 from wanflow.presets import T2V_A14B
 
 # File endings in a folder that --overwrite may replace; any other shows that it is no model's.
@@ -79,18 +81,20 @@ def convert(
 ) -> Path:
     """Write a model in another form, and return its path.
 
-    `out` is a folder; for a single part also a file, or a folder for that file. `say` gets notes on
-    what a user might not expect.
+    `out` is a folder; for a single part also a file, or a folder for that file. It is claimed from
+    the start. `say` gets notes on what a user might not expect.
 
     Raises:
-        RequestError: at first, for a path that exists, lies inside the source or has no room;
-            later, for weights that are not finite, or too large for the requested dtype.
+        RequestError: at first, for a path that exists, lies inside the source, has no room or is
+            being made by another conversion; later, for weights that are not finite, or too large
+            for the requested dtype.
+        FileExistsError: if the path appeared meanwhile; it is kept, and the result is next to it.
         OSError: when the disk refuses.
     """
     out = _place(model, out, options)
     _refuse_taken(model, out, options.overwrite)
     made = plan(model, options, out.name)
-    refuse_full(out, made.nbytes)
+    refuse_without_room(out, made.nbytes, "the conversion")
     for note in made.notes:
         say(note)
     done = 0
@@ -101,15 +105,23 @@ def convert(
         if report is not None:
             report(done, made.nbytes)
 
-    for part in leftovers(out):
-        if not options.overwrite:
-            raise RequestError(
-                f"{part} is left over from an interrupted conversion, or another one is writing it;"
-                " remove it, or give --overwrite"
-            )
-        remove(part)
-    with atomic_path(out, overwrite=options.overwrite) as part:
-        _write(made, part, count, single_kind(model) is not None)
+    with Claims() as claims:
+        claims.take(out)
+        replaced = options.overwrite and os.path.lexists(out)  # what appears later is kept
+        for part in leftovers(out):
+            if not options.overwrite:
+                raise RequestError(
+                    f"{part} is left over from an interrupted conversion; remove it, or give"
+                    " --overwrite"
+                )
+            remove(part)
+        spare = claims.take_free(
+            (out.with_name(f"{out.stem}-{n}{out.suffix}"),) for n in itertools.count(2)
+        )
+        with atomic_path(out, overwrite=replaced, spare=spare) as part:
+            _write(made, part, count, single_kind(model) is not None)
+            if replaced:
+                _refuse_taken(model, out, overwrite=True)  # again, as hours have passed
     return out
 
 
@@ -156,7 +168,7 @@ def _refuse_taken(model: Checkpoint, out: Path, overwrite: bool) -> None:
         source = file.resolve()
         if real == source or real in source.parents or (source.is_dir() and source in real.parents):
             raise RequestError(f"{out} and the source {file} overlap; name another place")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
         raise RequestError(f"{out} exists; name another place, or give --overwrite")

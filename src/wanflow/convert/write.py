@@ -20,10 +20,7 @@ import torch
 from torch import Tensor
 
 from wanflow.checkpoint.containers import DTYPES
-from wanflow.config import RequestError
-from wanflow.files import free_bytes
 from wanflow.transforms.ggml import LAYOUTS
-from wanflow.units import file_size
 
 STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}  # in a `.pth`
 ALIGNMENT = 64  # bytes, of a tensor in a torch zip, as torch.save has it
@@ -183,13 +180,3 @@ def _padding(place: int) -> bytes:
     """Return an extra field of a zip entry that aligns its data; torch uses `FB` too."""
     size = -(place + 4) % ALIGNMENT
     return struct.pack("<2sH", b"FB", size) + b"Z" * size
-
-
-def refuse_full(folder: Path, needed: int) -> None:
-    """Raise a RequestError unless the disk of a new folder has room for `needed` bytes."""
-    free = free_bytes(folder)
-    if needed > free:
-        raise RequestError(
-            f"{folder} needs {file_size(needed)}, and its disk has {file_size(free)} free; free"
-            " some, or name a folder on another disk"
-        )

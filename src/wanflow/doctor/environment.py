@@ -20,6 +20,7 @@ from wanflow import __version__
 from wanflow.hardware import cpu_name, memory, nvidia, usable_cores
 from wanflow.transforms import attention
 from wanflow.transforms.attention_kernels import BACKENDS
+from wanflow.untrusted import user_path
 
 Say = Callable[[str], None]
 
@@ -164,7 +165,7 @@ def disk(folder: Path, say: Say = lambda _: None) -> Disk:
     The file has no name where the system allows that, so nothing remains if this process is killed.
     """
     notes = []
-    requested = folder.expanduser().absolute()
+    requested = user_path(folder).absolute()
     existing = requested
     while not existing.is_dir() and existing != existing.parent:
         existing = existing.parent

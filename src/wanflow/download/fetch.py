@@ -32,7 +32,7 @@ from wanflow.download.transfer import (
     StoppedError,
     hash_file,
 )
-from wanflow.files import free_bytes
+from wanflow.outputs import free_bytes
 from wanflow.units import file_size
 from wanflow.untrusted import user_path
 

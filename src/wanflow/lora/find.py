@@ -11,6 +11,7 @@ from wanflow.checkpoint.containers import reading
 from wanflow.checkpoint.parts import expert_in_name
 from wanflow.config import RequestError
 from wanflow.request import Lora, Request
+from wanflow.untrusted import user_path
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -25,7 +26,7 @@ def find_loras(loras: Iterable[Lora]) -> tuple[Lora, ...]:
     """
     found = []
     for lora in loras:
-        path = Path(lora.path).expanduser()
+        path = user_path(lora.path)
         if not path.exists():
             raise RequestError(f"lora {lora.path}: there is no such file or folder")
         for file in _files(path) if path.is_dir() else [path]:
