@@ -26,6 +26,7 @@ READABLE = "mp4,webm,avi,gif,png_pipe,jpeg_pipe,webp_pipe"
 PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 GAP = 4  # pixels between the pictures of a contact sheet
 SHEET_FRAMES = 20
+LABEL = 14  # pixels: the height of a frame's number on a sheet
 # Pixels: the longer side of a picture on a sheet; an integer factor scales it into this range.
 SHEET_SIDE = (192, 480)
 
@@ -87,9 +88,9 @@ def contact_sheet(
     path: Path,
     columns: int | None = None,
     count: int | None = None,
-    overwrite: bool = True,
+    overwrite: bool = False,
 ) -> None:
-    """Write a PNG of frames [T, H, W, 3] in a grid, row by row.
+    """Write a PNG of frames [T, H, W, 3] in a grid, row by row, each with its number from 1.
 
     Args:
         columns: pictures in a row; by default the sheet is about 16:10.
@@ -102,7 +103,8 @@ def contact_sheet(
     from PIL import Image
 
     total = min(len(frames), count or SHEET_FRAMES)
-    pictures = frames[np.linspace(0, len(frames) - 1, total).round().astype(int)]
+    numbers = np.linspace(0, len(frames) - 1, total).round().astype(int)
+    pictures = frames[numbers]
     side = max(pictures.shape[1:3])
     if side > SHEET_SIDE[1]:
         factor = math.ceil(side / SHEET_SIDE[1])
@@ -117,7 +119,20 @@ def contact_sheet(
     for index, picture in enumerate(pictures):
         top, left = index // columns * (height + GAP), index % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = picture
+        label = _label(int(numbers[index]) + 1)[:height, :width]
+        sheet[top : top + label.shape[0], left : left + label.shape[1]] = label
     save_picture(path, sheet, {}, overwrite)
+
+
+def _label(number: int) -> Frames:
+    """Return a frame's number in white on black, uint8 [LABEL, W, 3]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default()
+    width = int(font.getlength(str(number))) + 4
+    picture = Image.new("RGB", (width, LABEL))
+    ImageDraw.Draw(picture).text((2, 1), str(number), "white", font)
+    return np.asarray(picture, dtype=np.uint8)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from wanflow.clipfiles import GAP, contact_sheet, read_frames, read_recipe
+from wanflow.clipfiles import GAP, LABEL, _label, contact_sheet, read_frames, read_recipe
 from wanflow.config import RequestError
 from wanflow.media import VideoWriter, check_target, recipe_tags, save_picture, to_uint8
 from wanflow.train.toy import COLOURS
@@ -340,12 +340,17 @@ def test_contact_sheet_of_a_small_clip(tmp_path: Path) -> None:
     assert sheet.shape == (2 * big + GAP, 3 * big + 2 * GAP, 3)
     for index, frame in enumerate((0, 4, 8, 12, 16)):
         top, left = index // 3 * (big + GAP), index % 3 * (big + GAP)
-        assert np.array_equal(
-            sheet[top : top + big, left : left + big],
-            np.kron(frames[frame], np.ones((3, 3, 1), np.uint8)),
-        )
+        shown = sheet[top : top + big, left : left + big]
+        drawn = np.kron(frames[frame], np.ones((3, 3, 1), np.uint8))
+        assert np.array_equal(shown[LABEL:], drawn[LABEL:])
+        label = _label(frame + 1)
+        assert np.array_equal(shown[:LABEL, : label.shape[1]], label) and (label > 200).any()
+        assert np.array_equal(shown[:LABEL, label.shape[1] :], drawn[:LABEL, label.shape[1] :])
+    assert not np.array_equal(_label(1), _label(5))
     assert len(np.unique(sheet[:, big : big + GAP])) == 1
-    contact_sheet(frames, tmp_path / "a.png")  # replaces
+    with pytest.raises(RequestError, match="exists"):
+        contact_sheet(frames, tmp_path / "a.png")
+    contact_sheet(frames, tmp_path / "a.png", overwrite=True)
     assert read_frames(tmp_path / "a.png")[0].shape[1:] == (
         4 * (big + GAP) - GAP,
         5 * (big + GAP) - GAP,
@@ -359,7 +364,7 @@ def test_contact_sheet_of_a_large_clip_stays_small(tmp_path: Path) -> None:
     contact_sheet(np.full((81, 96, 960, 3), 77, np.uint8), tmp_path / "a.png", columns=4)
     sheet = read_frames(tmp_path / "a.png")[0][0]
     assert sheet.shape == (5 * (48 + GAP) - GAP, 4 * (480 + GAP) - GAP, 3)
-    assert (sheet[:48, :480] == 77).all()
+    assert (sheet[LABEL:48, :480] == 77).all()
 
 
 def test_to_uint8_cuts_off() -> None:
