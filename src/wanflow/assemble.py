@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,13 +20,15 @@ from wanflow import __version__
 from wanflow.api import Pipeline
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
+from wanflow.checkpoint.parts import WEIGHTS
 from wanflow.config import RequestError
+from wanflow.geometry import geometry_of, parse_size
 from wanflow.loaders.parts import LoadedParts, Report, refuse_packed
 from wanflow.loaders.placement import Placement
 from wanflow.loaders.velocity import make_velocity
 from wanflow.pipeline import Engine, Frames, OnPart, Run, frame_by_frame, to_frames
 from wanflow.recipe import ModelRecord, Recipe
-from wanflow.request import Request
+from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime, choose_device, choose_dtype, recorded
 from wanflow.sampling.solvers import SolverState, Velocity
 from wanflow.transforms import attention
@@ -34,6 +36,9 @@ from wanflow.transforms import attention
 if TYPE_CHECKING:
     from wanflow.parallel.groups import Layout
     from wanflow.parallel.ranks import DistInfo
+
+# Bytes: a run that takes no more needs no plan, and no look at memory.
+TINY = 2**29
 
 logger = logging.getLogger("wanflow")
 
@@ -43,6 +48,7 @@ def assemble(
     runtime: Runtime,
     report: Report | None = None,
     info: DistInfo | None = None,
+    admit: Callable[[CompleteRequest], None] | None = None,
 ) -> Pipeline:
     """Return the pipeline of a model; weights are read when they are first needed.
 
@@ -51,6 +57,7 @@ def assemble(
         runtime: how to run; what is open takes its default.
         report: called while weights are read.
         info: this rank, of several that call this with the same runtime; None: it is alone.
+        admit: raises RequestError for a request that is too large for this machine.
 
     Raises:
         RequestError: for a runtime that this machine, this model or this layout cannot follow.
@@ -81,10 +88,12 @@ def assemble(
         refuse_packed(checkpoint, placement)
     parts = LoadedParts(checkpoint, placement, kernel, report)
     logger.debug("assembled %s", asdict(runtime))
-    return Pipeline(make_engine(parts), parts)
+    return Pipeline(make_engine(parts, admit), parts)
 
 
-def make_engine(parts: LoadedParts) -> Engine:
+def make_engine(
+    parts: LoadedParts, admit: Callable[[CompleteRequest], None] | None = None
+) -> Engine:
     """Return what the core calls, made of loaded parts."""
     spec, ctx, runtime = parts.spec, parts.ctx, parts.runtime
     model = model_record(parts.checkpoint)
@@ -99,6 +108,8 @@ def make_engine(parts: LoadedParts) -> Engine:
             request = with_found_loras(request)
             fingerprints = lora_fingerprints(request.loras())
         complete = request.complete(spec)
+        if admit is not None:
+            admit(complete)
         if ctx is not None:
             complete = replace(complete, seed=ctx.from_rank0(complete.seed))
         noise, batch = runtime.noise_device, runtime.cfg_batch
@@ -190,6 +201,26 @@ def refuse_together(runtime: Runtime, layers: int, processes: int) -> None:
                 "dit_fsdp and prefetch: sharded experts are not prefetched; leave out --prefetch"
                 " (--offload_model False keeps both experts loaded)"
             )
+
+
+def weights_in_float32(checkpoint: Checkpoint) -> int:
+    """Return the bytes of all weights in float32."""
+    return 4 * sum(checkpoint.parameters(part) for part in WEIGHTS)
+
+
+def is_tiny(checkpoint: Checkpoint, request: Request | CompleteRequest | None = None) -> bool:
+    """Return whether a run takes less than `TINY`, by a bound that needs no trace.
+
+    A test holds the bound to the trace: bytes of a decode for each pixel, of a step for each token,
+    and of the finished frames.
+    """
+    spec = checkpoint.spec
+    geometry = geometry_of(spec)
+    size = parse_size((request and request.size) or spec.size, geometry)
+    frames = (request and request.frame_num) or spec.frame_num
+    pixels, tokens = size[0] * size[1], geometry.tokens(size, frames)
+    decoding, step = 160 * spec.vae.dim * pixels, 32 * (spec.dit.dim + spec.dit.ffn_dim) * tokens
+    return weights_in_float32(checkpoint) + decoding + step + 6 * frames * pixels <= TINY
 
 
 def _refuse(runtime: Runtime, layers: int) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanflow.api import Pipeline
-from wanflow.assemble import assemble
+from wanflow.assemble import TINY, assemble, is_tiny, weights_in_float32
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from wanflow.checkpoint.parts import PARTS, WEIGHTS, Part
+from wanflow.checkpoint.parts import PARTS, Part
 from wanflow.config import RequestError
 from wanflow.loaders.parts import Report
-from wanflow.request import Request
-from wanflow.runtime import TINY, Runtime, all_resident, choose_device, with_defaults
+from wanflow.request import CompleteRequest, Request
+from wanflow.runtime import Runtime, all_resident, choose_device, with_defaults
 from wanflow.untrusted import user_path
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def settle(
         RequestError: when the machine is too small, or for settings that exclude each other.
     """
     layout = runtime.cfg_parallel, (runtime.ring_size or 1) > 1, (runtime.ulysses_size or 1) > 1
-    weights = 4 * sum(checkpoint.parameters(part) for part in WEIGHTS)
-    if info is None and weights <= TINY and not any(layout):
+    if info is None and not any(layout) and is_tiny(checkpoint, request):
         alone = with_defaults(runtime, cfg_parallel=False, ring_size=1, ulysses_size=1)
         on_gpu = choose_device(runtime.device).type == "cuda"
         return all_resident(alone, checkpoint.spec.dit.num_layers, on_gpu), ()
@@ -98,6 +97,24 @@ def settle(
         processes, per_machine = info.world_size, local_world_size()
     plan = make_plan(checkpoint, runtime, request, processes, per_machine, force)
     return plan.runtime, plan.reasons if plan.need or processes > 1 else ()
+
+
+def admission(checkpoint: Checkpoint, runtime: Runtime) -> Callable[[CompleteRequest], None] | None:
+    """Return what refuses requests that a small model cannot run here; None for a large one.
+
+    A large model is planned for its largest request when it is loaded. With its weights in memory,
+    what is free says little.
+    """
+    if weights_in_float32(checkpoint) > TINY:
+        return None
+
+    def admit(request: CompleteRequest) -> None:
+        if not is_tiny(checkpoint, request):
+            from wanflow.plan.start import make_plan
+
+            make_plan(checkpoint, runtime, request)
+
+    return admit
 
 
 def load(
@@ -142,7 +159,9 @@ def load(
         for note in checkpoint.notes:
             logger.warning(note)
     if info is None:
-        return assemble(checkpoint, settle(checkpoint, runtime, plan_for, force)[0], report)
+        settled, _ = settle(checkpoint, runtime, plan_for, force)
+        admit = None if force else admission(checkpoint, settled)
+        return assemble(checkpoint, settled, report, admit=admit)
     settled, _ = ranks.broadcast_from_rank0(
         info, lambda: settle(checkpoint, runtime, plan_for, force, info)
     )

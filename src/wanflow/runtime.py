@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")  # what the experts compute in
 SMALL = 2 * 2**30  # bytes of an expert: up to here a model stays resident, in float32 on a CPU
-TINY = 2**29  # bytes of all weights in float32: up to here they need no plan, and no look at memory
 FEW_TOKENS = 8192  # up to here both guidance branches go through the model as one batch
 
 Quantization = Literal["fp8", "int8", "nf4"]

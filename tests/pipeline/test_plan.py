@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,14 +22,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wanflow.advice import advice
+from wanflow.assemble import is_tiny, weights_in_float32
 from wanflow.checkpoint.checkpoint import published
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.cli import main
 from wanflow.config import RequestError
+from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.opening import NANO_FOLDER, resolve
+from wanflow.opening import NANO_FOLDER, load, resolve
 from wanflow.plan import measure
 from wanflow.plan.cards import GPUS, Rates, find_card
 from wanflow.plan.estimate import estimate
@@ -40,6 +43,7 @@ from wanflow.plan.start import LEAST, make_plan, raise_if_unfit
 from wanflow.plan.trace import Trace, fake, materialise
 from wanflow.plan.traces import Traces
 from wanflow.presets import NANO, T2V_A14B
+from wanflow.request import Request
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import (
     BlockBuffers,
@@ -339,6 +343,8 @@ def test_loras_are_counted(tmp_path: Path) -> None:
     )
     numbers = sum(value.numel() for value in tensors.values())
     assert high.weights - low.weights == 2 * numbers
+    # Until the expert takes them, its deltas are in RAM, in float32.
+    assert high.host - low.host == 4 * numbers
     fused = expert_phases(
         Traces(published(preset), request, torch.bfloat16, torch.device("cpu")),
         replace(runtime, lora="fused"),
@@ -426,6 +432,68 @@ def test_no_room_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RequestError) as refusal:
         make_plan(resolve("nano"), Runtime(device="cpu"))
     assert "free RAM" in str(refusal.value) and "do:" in str(refusal.value)
+
+
+ONE_GB = replace(described("none", ram=1), ram_free=10**9)
+
+
+@pytest.mark.parametrize(
+    ("size", "frames"), [("64*64", 17), ("64*64", 1001), ("480*256", 1), ("16*4096", 1)]
+)
+def test_the_bound_of_a_tiny_run_is_above_its_trace(size: str, frames: int) -> None:
+    """The bound alone decides whether nano is planned: it must not be below what a run takes."""
+    checkpoint = resolve("nano")
+    request = of(NANO, size=size, frame_num=frames)
+    plan = solve(checkpoint, request, Runtime(device="cpu"), described("none"))
+    assert plan.need is not None and is_tiny(checkpoint, request)
+    taken = max(p.weights + p.activations + p.frames for p in plan.need.phases)
+    pixels = plan.request.size[0] * plan.request.size[1]
+    tokens = geometry_of(NANO).tokens(plan.request.size, frames)
+    step = 32 * (NANO.dit.dim + NANO.dit.ffn_dim) * tokens
+    bound = weights_in_float32(checkpoint) + 160 * NANO.vae.dim * pixels + step
+    assert taken <= bound + 6 * frames * pixels
+    assert not is_tiny(checkpoint, of(NANO, size="512*512", frame_num=1))
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "words"),
+    [
+        ("16384*16384", 1, ("size 16384*16384 with frame_num 1", "(VAE)", "these fit: size")),
+        ("256*256", 1001, ("frame_num 1001", "expert", "these fit: size 256*256 with frame_num")),
+    ],
+)
+def test_nano_is_refused_like_a_large_model(
+    size: str,
+    frames: int,
+    words: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: ONE_GB)
+    argv = ["generate", "--ckpt_dir", "nano", "--device", "cpu", "--prompt", "a red circle"]
+    assert main([*argv, "--size", size, "--frame_num", str(frames)]) == 2
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    for word in (*words, "GiB of RAM", "can be used"):
+        assert word in refusal, refusal
+    with pytest.raises(RequestError, match="GiB of RAM"):
+        load("nano", device="cpu").begin(Request("a red circle", size=size, frame_num=frames))
+
+
+def test_what_a_refusal_says_fits_does_fit() -> None:
+    checkpoint = resolve("nano")
+    plan = solve(checkpoint, of(NANO, size="2048*2048"), Runtime(device="cpu"), ONE_GB)
+    with pytest.raises(RequestError, match="; these fit: "):
+        raise_if_unfit(plan)
+    found = re.search(r"size (\S+) with frame_num (\d+)", plan.offers[-1])
+    assert found is not None
+    smaller = of(NANO, size=found[1], frame_num=int(found[2]))
+    assert solve(checkpoint, smaller, Runtime(device="cpu"), ONE_GB).fits
+
+
+def test_force_admits_what_may_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: ONE_GB)
+    run = load("nano", device="cpu", force=True).begin(Request("a red circle", size="1024*1024"))
+    assert run.request.size == (1024, 1024)
 
 
 def test_full_size_without_a_gpu_is_refused_in_three_lines() -> None:

@@ -37,6 +37,7 @@ class Phase(Traced):
         here: how many ranks the machine has.
         alone: whether rank 0 does this while the others wait.
         gathered: bytes of other ranks' shards that it receives in a step.
+        frames: bytes of RAM for finished frames, which rank 0 keeps or encodes.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Phase(Traced):
     workspace: int = 0
     alone: bool = False
     gathered: int = 0
+    frames: int = 0
 
     @property
     def tensors(self) -> int:
@@ -72,7 +74,7 @@ class Phase(Traced):
         """
         each = self.tensors + self.host if self.kind == "cpu" else self.host
         process = PROCESS if self.kind == "cpu" else PROCESS_CUDA
-        return self.here * process + (1 if self.alone else self.here) * each
+        return self.here * process + (1 if self.alone else self.here) * each + self.frames
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         name=name,
         kind=kind,
         weights=weights,
-        host=READING + host,
+        host=READING + host + traces.held_loras(traces.experts),
         here=traces.here,
         read=traces.checkpoint.file_bytes("t5"),
         alone=True,
@@ -160,6 +162,7 @@ def _denoise(
     passes = traces.passes(guided, runtime)
     from_ram = streamed > 0 and runtime.stream_from == "ram"
     host = READING + (held.largest if kind == "gpu" else 0)
+    host += traces.held_loras(traces.experts[position:])
     if from_ram:
         host += sum(streamed_bytes(traces, each, runtime) for each in (expert, *others))
     elif streamed and kind == "gpu":
@@ -215,9 +218,9 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     tile, kept = runtime.vae_tile or 0, traces.experts if runtime.keep_experts else ()
     traced, host = traces.decode(tile), READING
     vae = 4 * traces.checkpoint.parameters("vae")  # it runs in float32
+    width, height = traces.request.size
+    frames = traces.request.frame_num * width * height * 3
     if tile:
-        width, height = traces.request.size
-        frames = traces.request.frame_num * width * height * 3
         host += frames + kept_features(traces.spec.vae, traces.latent_shape)
     if runtime.stream_from == "ram":
         host += sum(streamed_bytes(traces, expert, runtime) for expert in kept)
@@ -230,4 +233,5 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         here=traces.here,
         read=traces.checkpoint.file_bytes("vae"),
         workspace=WORKSPACE if kind == "gpu" else 0,
+        frames=2 * frames,  # Python joins them to one array; an encoder looks ahead on less
     )

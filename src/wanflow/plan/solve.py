@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -10,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.geometry import geometry_of
 from wanflow.plan.cards import GB
 from wanflow.plan.gpus import Machine
 from wanflow.plan.phases import (
@@ -27,6 +29,7 @@ from wanflow.plan.plan import Plan, set_up
 from wanflow.plan.traces import Traces
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime, with_defaults
+from wanflow.units import file_size, memory_size
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ TILES = (512, 384, 256, 192)  # pixels
 # The share of RAM that weights may take on a CPU, for a model that does not fit. The rest is the
 # system's cache, through which the files are read.
 CPU_SHARE, CPU_LEAST = 1 / 3, 8 * 10**9
+MANY_PIXELS = 4096**2  # above, a plan with tiles takes seconds
 SPARE = 0.02  # of free memory: what other programs may take during a run
 
 
@@ -61,14 +65,17 @@ def completed_plan(plan: Plan) -> Plan:
     on_gpu_here = plan.kind == "gpu" and not plan.machine.described
     device = torch.device("cuda" if on_gpu_here else "cpu")
     traces = Traces(plan.checkpoint, plan.request, plan.dtype, device, plan.layout, plan.here)
-    if plan.small:
-        plan = plan.all_resident()
-        return replace(plan, need=need(traces, plan.runtime, plan.kind))
-    return _Solver(plan, traces).solved()
+    if not plan.small:
+        return _Solver(plan, traces).solved()
+    plan = plan.all_resident()
+    solver, needed = _Solver(plan, traces), need(traces, plan.runtime, plan.kind)
+    short = tuple(solver._short(needed))
+    offers = tuple(solver.smaller(plan.runtime)) if short else ()
+    return replace(plan, need=needed, short=short, offers=offers)
 
 
 class _Solver:
-    """Chooses the settings of a model that is not small, on one machine."""
+    """Chooses the settings of a model on one machine."""
 
     def __init__(self, begun: Plan, traces: Traces) -> None:
         machine = begun.machine
@@ -102,17 +109,17 @@ class _Solver:
         if gpu.device > self.gpu:
             each = " on each GPU" if self.several else ""
             yield (
-                f"{gpu.device / GB:.1f} GB of GPU memory{each} ({gpu.name});"
-                f" {self.gpu / GB:.1f} GB can be used"
+                f"{memory_size(gpu.device)} of GPU memory{each} ({gpu.name});"
+                f" {memory_size(self.gpu)} can be used"
             )
         if ram.ram > self.ram:
             ranks = f" for {self.traces.here} processes" if self.traces.here > 1 else ""
             yield (
-                f"{ram.ram / GB:.1f} GB of RAM{ranks} ({ram.name});"
-                f" {self.ram / GB:.1f} GB can be used"
+                f"{memory_size(ram.ram)} of RAM{ranks} ({ram.name});"
+                f" {memory_size(self.ram)} can be used"
             )
         if machine.described and needed.disk > machine.disk_free:  # here weights may be on the disk
-            yield f"{needed.disk / GB:.0f} GB of disk; there are {machine.disk_free / GB:.0f} GB"
+            yield f"{file_size(needed.disk)} of disk; there are {file_size(machine.disk_free)}"
 
     # each setting
 
@@ -182,7 +189,7 @@ class _Solver:
             yield way, self._streaming_words(way)
 
     def _resident_words(self, way: Runtime, chosen: bool) -> str:
-        size = f"{on_device(self.traces, self.experts[0], way) / GB:.1f} GB"
+        size = memory_size(on_device(self.traces, self.experts[0], way))
         if not way.dit_fsdp:
             if way.keep_experts:
                 return f"both experts stay in memory ({size} each)"
@@ -191,9 +198,10 @@ class _Solver:
         words = f"each process holds a shard of {held}, and gathers each block one ahead"
         if not chosen:
             return words
-        full = max(self.traces.expert(expert, way).total for expert in self.experts) / GB
+        full = max(self.traces.expert(expert, way).total for expert in self.experts)
         return (
-            f"{words}; a complete one takes {full:.1f} GB, and streaming takes RAM on each process"
+            f"{words}; a complete one takes {memory_size(full)}, and streaming takes RAM on each"
+            " process"
         )
 
     def _most_resident(self, way: Runtime) -> int:
@@ -215,10 +223,10 @@ class _Solver:
     def _streaming_words(self, way: Runtime) -> str:
         streamed = self.layers - (way.resident_blocks or 0)
         source = "RAM" if way.stream_from == "ram" else "their files"
-        size = streamed_bytes(self.traces, self.experts[0], way) / GB
+        size = memory_size(streamed_bytes(self.traces, self.experts[0], way))
         return (
             f"{way.resident_blocks} of an expert's {self.layers} blocks stay resident, {streamed}"
-            f" ({size:.1f} GB) are streamed from {source}"
+            f" ({size}) are streamed from {source}"
         )
 
     def _choose_prefetch(self, runtime: Runtime) -> Runtime:
@@ -246,7 +254,7 @@ class _Solver:
                 break
         self.reasons.append(
             f"the VAE decodes in tiles of {side} pixels: full frames would take"
-            f" {full.tensors / GB:.1f} GB"
+            f" {memory_size(full.tensors)}"
         )
         return tiled
 
@@ -273,7 +281,7 @@ class _Solver:
             if size * (1 + SCATTER) + GB < self.gpu:
                 yield (
                     "--quantize fp8 --quantize_layers all would keep an expert in memory"
-                    f" ({size / GB:.1f} GB), and changes the video"
+                    f" ({memory_size(size)}), and changes the video"
                 )
         if self._lacks_bfloat16():
             yield "--dtype float16 may run there, and was not tried"
@@ -284,6 +292,40 @@ class _Solver:
     def _lacks_bfloat16(self) -> bool:
         lacks = self.kind == "gpu" and not self.begun.machine.bfloat16
         return lacks and self.begun.dtype == torch.bfloat16
+
+    def smaller(self, runtime: Runtime) -> Iterator[str]:
+        """Yield what would fit, in words: tiles of the VAE, and a smaller or shorter video."""
+        traces, tiled = self.traces, replace(runtime, vae_tile=TILES[-2])
+        few = math.prod(traces.request.size) <= MANY_PIXELS
+        if few and not runtime.vae_tile and not any(self._short(need(traces, tiled, self.kind))):
+            yield f"vae_tile {tiled.vae_tile}"
+        for _ in range(4):
+            needed = need(traces, runtime, self.kind)
+            width, height = traces.request.size
+            if not any(self._short(needed)):
+                yield f"size {width}*{height} with frame_num {traces.request.frame_num}"
+                return
+            smaller = self._shrunk(needed, traces)
+            if smaller is None:
+                return
+            traces = traces.of(smaller)
+
+    def _shrunk(self, needed: Need, traces: Traces) -> CompleteRequest | None:
+        """Return a request that should fit, by the share of what grows with it; None: none does."""
+        request, geometry = traces.request, geometry_of(traces.spec)
+        phase = needed.device if needed.device.device > self.gpu else needed.ram
+        if phase is needed.device:
+            over, grows = phase.device - self.gpu, phase.activations
+        else:
+            over, grows = phase.ram - self.ram, phase.frames + phase.activations
+        share = 0.9 * (1 - over / grows) if grows else 0
+        if share <= 0:
+            return None
+        if request.frame_num > 1 and (phase.expert or phase.frames > phase.activations):
+            return replace(request, frame_num=geometry.longest(int(share * request.frame_num)))
+        step = geometry.size_multiple
+        width, height = (max(1, int(share**0.5 * side) // step) * step for side in request.size)
+        return replace(request, size=(width, height))
 
     def _size_in_fp8(self, runtime: Runtime) -> int:
         """Return the bytes of an expert in fp8 with its activations."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wanflow.assemble import is_tiny
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
 from wanflow.plan.cards import GB
@@ -11,6 +12,7 @@ from wanflow.plan.plan import Plan, expert_parameters, ranks_here, set_up
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime, dtype_name
+from wanflow.units import memory_size
 
 FULL_SIZE = 20 * GB  # bytes of an expert in float32 above which a model needs a GPU
 FORCE = "(--force starts it anyway)"
@@ -48,7 +50,7 @@ def make_plan(
         refuse_without_gpu(checkpoint, machine)  # before a trace, which takes seconds
     complete = completed(request, checkpoint.spec)
     plan = set_up(checkpoint, complete, runtime, machine, processes, per_machine)
-    if plan.small:
+    if plan.small and is_tiny(checkpoint, complete):
         plan = plan.all_resident()
     else:
         from wanflow.plan.solve import completed_plan
@@ -84,6 +86,13 @@ def raise_if_unfit(plan: Plan) -> None:
         return
     if plan.fits:
         return
+    if plan.small:
+        width, height = plan.request.size
+        fit = f"; these fit: {', or '.join(plan.offers)}" if plan.offers else ""
+        raise RequestError(
+            f"{name}: size {width}*{height} with frame_num {plan.request.frame_num} needs"
+            f" {'; and '.join(plan.short)}{fit} (force starts it anyway)"
+        )
     ways = list(plan.offers)
     if plan.kind == "gpu":
         ways.append(
@@ -110,8 +119,8 @@ def _refuse_small(plan: Plan) -> None:
     if free and need > free:
         memory = "free RAM" if on_cpu else "GPU memory"
         raise RequestError(
-            f"{checkpoint.spec.name} needs about {need / GB:.1f} GB of {memory} in"
+            f"{checkpoint.spec.name} needs about {memory_size(need)} of {memory} in"
             f" {dtype_name(plan.dtype)}",
-            f"  here: {free / GB:.1f} GB",
+            f"  here: {memory_size(free)}",
             f"  do: try --dtype bfloat16, close other programs, or use a larger machine {FORCE}",
         )

@@ -141,6 +141,10 @@ class Traces:
         self.loras = tuple(FakeLora.open(lora) for lora in request.loras)
         self._done: dict[Any, Any] = {}
 
+    def of(self, request: CompleteRequest) -> Traces:
+        """Return the traces of another request."""
+        return Traces(self.checkpoint, request, self.dtype, self.device, self.layout, self.here)
+
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._done:
             self._done[key] = make()
@@ -177,6 +181,14 @@ class Traces:
         """Return the LoRAs that an expert holds next to its weights; a fused one takes nothing."""
         loras = self.loras if runtime.lora == "live" else ()
         return tuple(lora for lora in loras if lora.applies_to(expert))
+
+    def held_loras(self, experts: tuple[Expert, ...]) -> int:
+        """Return the RAM of the LoRAs that these experts have yet to take: all of it, in float32.
+
+        A file that serves two experts is held once.
+        """
+        used = (lora for lora in self.loras if any(lora.applies_to(each) for each in experts))
+        return sum(4 * lora.numbers for lora in used)
 
     @cached_property
     def text_encoder(self) -> Weights:
