@@ -70,7 +70,7 @@ class Run:
     def finished(self) -> bool:
         return self.state.index >= self.request.sample_steps
 
-    def save(self, path: str | Path, overwrite: bool = True) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a file for `load`; a crash leaves the previous one complete."""
         from safetensors.torch import save
 
@@ -79,7 +79,7 @@ class Run:
             name: value.detach().cpu().contiguous() for name, value in self.state.tensors().items()
         }
         data = save(tensors, metadata={"wanflow": json.dumps(stored)})
-        write_bytes(Path(path), data, overwrite=overwrite)
+        write_bytes(Path(path), data, overwrite=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -122,7 +122,7 @@ class Run:
             if length > HEADER_BYTES:
                 raise RequestError(f"its header has {length:,} bytes")
             with safe_open(path, framework="pt") as file:
-                stored = parse_json((file.metadata() or {})["wanflow"], path)
+                stored = dict(parse_json((file.metadata() or {})["wanflow"], path))
             recipe, index = Recipe.from_json(stored["recipe"], path), stored["index"]
             steps = recipe.request.sample_steps
             if type(index) is not int or not 0 <= index <= steps:
@@ -142,15 +142,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except (
-        OSError,
-        SafetensorError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise RequestError(
             f"{printable(path)} is not a saved wanflow run, or it is damaged: {printable(error)}"
         ) from None

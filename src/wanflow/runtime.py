@@ -39,6 +39,7 @@ class Runtime:
         group="memory",
         metavar="DTYPE",
         recorded=True,
+        fixed=True,
         help="auto, bfloat16, float16, float32",
     )
     t5_cpu: bool | None = setting(
@@ -59,7 +60,7 @@ class Runtime:
         help="both guidance branches in one batch (default: for small videos)",
     )
     noise_device: Literal["cpu", "cuda"] = setting(
-        "cpu", group="sampling", help="cuda draws the noise as the official code does"
+        "cpu", group="sampling", fixed=True, help="cuda draws the noise as the official code does"
     )
     lora: Literal["live", "fused"] = setting(
         "live",
@@ -67,6 +68,7 @@ class Runtime:
         flag="lora_mode",
         unset=None,
         recorded=True,
+        fixed=True,
         help="live: strength adjustable at run time; fused: merged at load, free per step",
     )
     prefetch: bool | None = setting(
@@ -106,10 +108,15 @@ class Runtime:
         group="memory",
         unset=None,
         recorded=True,
+        fixed=True,
         help="quantise the blocks' Linear weights at load (default: as stored)",
     )
     quantize_layers: Literal["ffn", "all"] = setting(
-        "ffn", group="memory", recorded=True, help="the feed-forward only, or attention too"
+        "ffn",
+        group="memory",
+        recorded=True,
+        fixed=True,
+        help="the feed-forward only, or attention too",
     )
     attention: str = setting(
         "auto",

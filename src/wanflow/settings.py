@@ -30,6 +30,7 @@ class Setting:
     negated: the flag is the opposite of the field.
     unset: the value of the flag that leaves the field at its default, where it is another.
     recorded: a recipe stores it, because it changes a result, if only by rounding.
+    fixed: a saved run keeps its own, because another changes the result by more than rounding.
     types, choices, optional: from the annotation. optional: None leaves it open.
     """
 
@@ -48,6 +49,7 @@ class Setting:
     negated: bool = False
     unset: Any = ...
     recorded: bool = False
+    fixed: bool = False
 
     @property
     def kind(self) -> type:

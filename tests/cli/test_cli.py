@@ -343,18 +343,6 @@ def test_when_writing_fails_the_latent_is_kept_and_decode_finishes(
     assert np.array_equal(read_frames(Path("a.mp4"))[0], read_frames(Path("b.mp4"))[0])
 
 
-def test_resume_refuses_what_the_saved_run_fixes(
-    in_tmp: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fixed = "--prompt a --seed 3 --cfg_high 2 --sample_guide_scale 2 --dtype float16 --quantize fp8"
-    free = "--device cpu --prefetch true --resident_blocks 1"
-    text = refused(capsys, *f"generate --resume x.latent.safetensors {fixed} {free}".split())
-    for flag in ["prompt", "base_seed", "cfg_high", "sample_guide_scale", "dtype", "quantize"]:
-        assert f"--{flag}" in text
-    assert "--device" not in text and "--prefetch" not in text
-    assert "no saved run" in refused(capsys, *f"generate --resume x.latent {free}".split())
-
-
 def test_a_file_that_appears_meanwhile_is_not_replaced(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,21 @@ def generate_flags(p: Parser) -> None:
     _compatible_flags(groups["compatible"])
 
 
+def again_flags(p: Parser) -> None:
+    """Add the flags of a command that makes the video of a recipe."""
+    names = ("run", "memory", "parallel")
+    groups = {name: p.add_argument_group(*GROUPS[name]) for name in names}
+    run = groups["run"]
+    run.add_argument(
+        "--save_file", type=file_path, metavar="FILE", help="the .mp4 (or .png) to write"
+    )
+    run.add_argument("--ckpt_dir", metavar="DIR", help="the weights (default: the recipe's folder)")
+    run.add_argument("--force", action="store_true", help="accept other weights or a small machine")
+    run_flags(run, groups["parallel"])
+    add_settings(Runtime, groups, fixed=False)
+    part_flags(p.add_argument_group("single files", "In place of those that the recipe names."))
+
+
 def config_flag(group: argparse._ActionsContainer) -> None:
     """Add `--config`."""
     group.add_argument(
@@ -198,7 +213,7 @@ def runtime_from(args: argparse.Namespace) -> Runtime:
         RequestError: where flags contradict each other, or a value is out of range.
     """
     values = settings_from(Runtime, args)
-    if args.parallel:
+    if getattr(args, "parallel", None):
         twice = [
             f"--{name}" for name in ("cfg_parallel", "ring_size", "ulysses_size") if name in values
         ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,20 +14,21 @@ from wanflow.cli.checks import check_state, machine_lines
 from wanflow.cli.flags import (
     CKPT_DIR,
     OTHER_TASKS,
+    again_flags,
     generate_flags,
     given_parts,
-    part_flags,
     request_from,
-    run_flags,
     runtime_from,
-    text_cache,
 )
+from wanflow.cli.keeping import continuing
 from wanflow.cli.parser import Parser, file_path, settings_from
 from wanflow.cli.running import STATE_SUFFIX, check_target_name, run_and_save, world_size
 from wanflow.config import RequestError
+from wanflow.geometry import parse_size
 from wanflow.request import Request
 from wanflow.runtime import Runtime, choose_device, choose_dtype
 from wanflow.settings import settings_of
+from wanflow.untrusted import printable
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.checkpoint import Checkpoint
@@ -64,24 +64,13 @@ class Job:
 def replay_flags(p: Parser) -> None:
     """Add the flags of `wanflow replay`."""
     p.add_argument("video", type=file_path, metavar="VIDEO", help="an .mp4 or .png made by wanflow")
-    _again_flags(p)
+    again_flags(p)
 
 
 def decode_flags(p: Parser) -> None:
     """Add the flags of `wanflow decode`."""
     p.add_argument("latent", type=file_path, metavar="LATENT", help=f"a file *{STATE_SUFFIX}")
-    _again_flags(p)
-
-
-def _again_flags(p: Parser) -> None:
-    run = p.add_argument_group("run")
-    run.add_argument(
-        "--save_file", type=file_path, metavar="FILE", help="the .mp4 (or .png) to write"
-    )
-    run.add_argument("--ckpt_dir", metavar="DIR", help="the weights (default: the recipe's folder)")
-    run.add_argument("--force", action="store_true", help="accept other weights or a small machine")
-    run_flags(run, run)
-    part_flags(p.add_argument_group("single files", "In place of those that the recipe names."))
+    again_flags(p)
 
 
 # Commands
@@ -92,9 +81,8 @@ def generate(args: argparse.Namespace) -> None:
     runtime = runtime_from(args)
     _refuse_unsupported(args, runtime)
     if args.resume:
-        _refuse_fixed(args)
         check_state(args.resume)
-        return _carry_out(args, lambda: _saved_job(args, args.resume, runtime))
+        return _carry_out(args, lambda: _saved_job(args, args.resume))
     if args.ckpt_dir is None and not given_parts(args):
         raise RequestError(
             "--ckpt_dir is missing: name the folder of the weights, or nano, the miniature inside"
@@ -108,25 +96,32 @@ def generate(args: argparse.Namespace) -> None:
 
 def replay(args: argparse.Namespace) -> None:
     """Make a video again from the recipe in it."""
+    _refuse_split(args, runtime_from(args))
     _carry_out(args, lambda: _replay_job(args))
 
 
 def decode(args: argparse.Namespace) -> None:
     """Decode the finished latent of a saved run."""
+    _refuse_split(args, runtime_from(args))
     _carry_out(args, lambda: _saved_job(args, args.latent))
 
 
-def _saved_job(args: argparse.Namespace, file: Path, runtime: Runtime | None = None) -> Job:
+def _saved_job(args: argparse.Namespace, file: Path) -> Job:
     from wanflow.pipeline import Run
 
     run = Run.load(file)
+    command = continuing(args, run, file, args.save_file)
+    steps = f"{file} is at step {run.state.index} of {run.request.sample_steps}"
     if args.command == "decode" and not run.finished:
-        raise RequestError(
-            f"{file} is at step {run.state.index} of {run.request.sample_steps}; finish it with:"
-            f" wanflow generate --resume {shlex.quote(str(file))}"
-        )
+        raise RequestError(f"{steps}; finish it with: {command}")
+    if args.command == "generate":
+        if run.finished:
+            raise RequestError(f"{steps}: its latent is finished; decode it with: {command}")
+        _refuse_changes(args, run.recipe)
     target = file.with_name(file.name.removesuffix(STATE_SUFFIX) + ".mp4")
-    return replace(_recorded_job(args, run.recipe, target, runtime), run=run)
+    job = _recorded_job(args, run.recipe, target)
+    # Its noise is drawn already, so a machine without that device can go on.
+    return replace(job, run=run, runtime=replace(job.runtime, noise_device="cpu"))
 
 
 def _replay_job(args: argparse.Namespace) -> Job:
@@ -138,16 +133,25 @@ def _replay_job(args: argparse.Namespace) -> Job:
     return _recorded_job(args, recipe, target)
 
 
-def _recorded_job(
-    args: argparse.Namespace, recipe: Recipe, target: Path, runtime: Runtime | None = None
-) -> Job:
-    """Return the job of a recipe: same weights and fixed settings; placement is chosen again."""
-    placed = runtime or Runtime(text_cache=text_cache(None))
-    made = recipe.settings()
-    free = {name: getattr(placed, name) for name in settings_of(Runtime).keys() - _fixed()}
-    if placed.device == "auto":
-        del free["device"]
-    if world_size() > 1:
+def _recorded_job(args: argparse.Namespace, recipe: Recipe, target: Path) -> Job:
+    """Return the job of a recipe: same weights and fixed settings; flags place it."""
+    placed, made, given = runtime_from(args), recipe.settings(), settings_from(Runtime, args)
+    others = [
+        f"--{one.flags[0]}"
+        for name, one in settings_of(Runtime).items()
+        if name in given and name in recipe.runtime and not one.fixed
+        if str(given[name]).partition(":")[0] != str(recipe.runtime[name])
+    ]
+    if others:
+        logger.warning(
+            "%s: not what the recipe records; the result may differ by rounding", ", ".join(others)
+        )
+    free = {
+        name: getattr(placed, name)
+        for name, one in settings_of(Runtime).items()
+        if not one.fixed and (name in given or not (one.recorded or name == "cfg_batch"))
+    }
+    if world_size() > 1 and "vae_tile" not in given:
         free["vae_tile"] = None  # several ranks decode in strips
     model, parts = args.ckpt_dir, given_parts(args)
     if model is None:
@@ -159,22 +163,22 @@ def _recorded_job(
     return Job(request, replace(made, **free), model, parts, args.save_file or target, recipe)
 
 
-def _fixed() -> set[str]:
-    """Return the settings that change a run's result; its device is only preferred."""
-    recorded = {one.name for one in settings_of(Runtime).values() if one.recorded}
-    return recorded - {"device"} | {"cfg_batch", "noise_device"}
-
-
-def _refuse_fixed(args: argparse.Namespace) -> None:
-    """Raise RequestError for flags that a saved run has decided."""
-    flags = [settings_of(Request)[name].flags[0] for name in settings_from(Request, args)]
-    fixed = settings_from(Runtime, args).keys() & _fixed()
-    flags += sorted(settings_of(Runtime)[name].flags[0] for name in fixed)
-    flags += [flag for flag in ("preset", "sample_guide_scale") if getattr(args, flag) is not None]
-    if flags:
+def _refuse_changes(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Raise RequestError for flags that would change the result of a saved run."""
+    changes = []
+    for cls, made in ((Request, recipe.request), (Runtime, recipe.settings())):
+        for name, value in settings_from(cls, args).items():
+            one, decided = settings_of(cls)[name], getattr(made, name)
+            asked = parse_size(value) if name == "size" else value
+            if (cls is Request or one.fixed) and asked != decided:
+                flags = "/".join(f"--{flag}" for flag in one.flags)
+                changes.append(f"{flags} {printable(value, 40)} (it has {printable(decided, 40)})")
+    asked_for = ("preset", "sample_guide_scale", "use_prompt_extend", "recipe")
+    changes += [f"--{flag}" for flag in asked_for if getattr(args, flag)]
+    if changes:
         raise RequestError(
-            f"--resume continues a saved run, which fixes"
-            f" {', '.join(f'--{flag}' for flag in flags)}; leave out what it fixes"
+            f"--resume continues a saved run, whose result these would change:"
+            f" {', '.join(changes)}; leave them out"
         )
 
 
@@ -182,6 +186,14 @@ def _refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
     """Raise RequestError for what no weights and no machine can change."""
     if args.task != "t2v-A14B":
         raise RequestError(f"--task {args.task} is another model; wanflow runs t2v-A14B")
+    _refuse_split(args, runtime)
+    unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]
+    if unused:
+        logger.warning("%s: not used by t2v-A14B", ", ".join(unused))
+
+
+def _refuse_split(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Raise RequestError for a layout of several processes where there is one."""
     split = (2 if runtime.cfg_parallel else 1) * (runtime.ring_size or 1)
     split *= runtime.ulysses_size or 1
     if world_size() == 1 and (split > 1 or runtime.dit_fsdp):
@@ -193,9 +205,6 @@ def _refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
             f" {','.join(map(str, range(count))) if count <= 16 else '0,1,...'} ...",
             *machine_lines(args.ckpt_dir),
         )
-    unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]
-    if unused:
-        logger.warning("%s: not used by t2v-A14B", ", ".join(unused))
 
 
 # The path of every command
@@ -222,7 +231,8 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     if info is not None:
         job = replace(job, runtime=replace(job.runtime, device=str(info.device)))
     if job.recipe is not None:
-        job = replace(job, runtime=_possible_here(job.runtime, checkpoint))
+        given = settings_from(Runtime, args)
+        job = replace(job, runtime=_possible_here(job.runtime, checkpoint, given))
     request, runtime = _from_rank0(info, lambda: _decide(args, job, checkpoint, screen, info))
     pipe = assemble(checkpoint, runtime, screen.loading, info)
     if job.recipe is not None:
@@ -304,8 +314,11 @@ def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint
     return request
 
 
-def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
-    """Return a recipe's runtime, with another device or kernel where this machine lacks its own."""
+def _possible_here(runtime: Runtime, checkpoint: Checkpoint, given: Container[str]) -> Runtime:
+    """Return a recipe's runtime, with another device or kernel where this machine lacks its own.
+
+    What is given by a flag is refused instead.
+    """
     import torch
 
     from wanflow.checkpoint.load import expert_bytes
@@ -315,14 +328,19 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
     try:
         choose_device(runtime.device)
     except RequestError as error:
+        if "device" in given:
+            raise
         logger.warning("%s; going on with another device, %s", error, rounding)
-        runtime = replace(runtime, device="auto", attention="auto")
+        kernel = runtime.attention if "attention" in given else "auto"
+        runtime = replace(runtime, device="auto", attention=kernel)
     device, shape = choose_device(runtime.device), checkpoint.spec.dit
     float32_bytes = expert_bytes(checkpoint, torch.float32)
     dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes)
     try:
         choose_kernel(runtime.attention, device, dtype, shape.dim // shape.num_heads)
     except RequestError as error:
+        if "attention" in given:
+            raise
         logger.warning("%s; going on with another kernel, %s", error, rounding)
         runtime = replace(runtime, attention="auto")
     return runtime

@@ -248,10 +248,15 @@ def flag_default(one: Setting) -> Any:
     return None if one.default is MISSING else one.default
 
 
-def add_settings(cls: type, groups: Mapping[str, argparse._ArgumentGroup]) -> None:
-    """Add a flag for every setting of a dataclass, each to its group."""
+def add_settings(
+    cls: type, groups: Mapping[str, argparse._ArgumentGroup], fixed: bool = True
+) -> None:
+    """Add a flag for every setting of a dataclass, each to its group.
+
+    Without `fixed` those are left out that a recipe decides.
+    """
     for one in settings_of(cls).values():
-        if not one.flags:
+        if not one.flags or (one.fixed and not fixed):
             continue
         options: dict[str, Any] = {"help": _help(one)}
         if one.switch:
@@ -280,7 +285,7 @@ def settings_from(cls: type, args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of a dataclass that flags set, by field name."""
     values: dict[str, Any] = {}
     for one in settings_of(cls).values():
-        value: Any = getattr(args, one.flags[0]) if one.flags else None
+        value: Any = getattr(args, one.flags[0], flag_default(one)) if one.flags else None
         if one.flags and value != flag_default(one):
             values[one.name] = tuple(value) if one.kind is tuple else value
             if one.negated:
