@@ -87,7 +87,10 @@ def assemble(
     if runtime.quantize:
         refuse_packed(checkpoint, placement)
     parts = LoadedParts(checkpoint, placement, kernel, report)
-    logger.debug("assembled %s", asdict(runtime))
+    logger.debug("%s on %s, attention kernel %s", dtype, device, kernel.name)
+    logger.debug("settings %s", asdict(runtime))
+    for part, path in checkpoint.paths.items():
+        logger.debug("%s from %s", part, path)
     return Pipeline(make_engine(parts, admit), parts)
 
 

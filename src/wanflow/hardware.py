@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,24 @@ def memory(root: Path = Path("/")) -> tuple[int, int, bool]:
                 total, limited = int(limit), True
             free = min(free or int(limit), max(0, int(limit) - used))
     return total, free, limited
+
+
+def peak_memory(root: Path = Path("/")) -> dict[str, int]:
+    """Return the most bytes that this process has held: `ram`, and `gpu` where it used one."""
+    peak = {}
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _text(root / "proc/self/status"), re.MULTILINE)
+    if found:
+        peak["ram"] = int(found[1]) * 1024
+    elif sys.platform != "win32":
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak["ram"] = used if sys.platform == "darwin" else used * 1024
+    torch = sys.modules.get("torch")  # a process without it has used no GPU
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        cards = range(torch.cuda.device_count())
+        peak["gpu"] = max(torch.cuda.max_memory_allocated(card) for card in cards)
+    return peak
 
 
 def _cgroups(root: Path, controller: str) -> Iterator[Path]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import json
+import logging
 import os
+import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,19 +17,34 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from wanflow.units import duration, file_size
+from wanflow.config import plain
+from wanflow.units import duration, file_size, measured
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
+    from rich.text import Text
 
     from wanflow.pipeline import OnPart, OnStep, Progress, Run
     from wanflow.presets import ModelSpec
 
+logger = logging.getLogger("wanflow")
+
 EVERY = 2.0  # seconds between two lines of progress where there is no terminal
 MANY = 100  # of a long task: a line for each percent of the time it has taken
 DRAW = 0.1  # seconds between two updates of a bar
+EVENT = 0.5  # seconds between two JSON lines of a task
+
+
+def _bar_width(columns: int) -> int:
+    """Return how long bars are: a narrow terminal has numbers in their place."""
+    return 20 if columns >= 100 else 10 if columns >= 60 else 0
+
+
+def print_event(event: str, **facts: Any) -> None:
+    """Print one JSON line on standard error."""
+    print(json.dumps({"event": event, **facts}), file=sys.stderr, flush=True)
 
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> list[str]:
@@ -36,13 +55,14 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) 
         rows: a cell for each column.
         align: a letter for each column, `l` or `r`.
     """
-    widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
+    rows = [[plain(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
     sides = [{"l": "<", "r": ">"}[letter] for letter in align]
     return [
         "  ".join(
             f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
         ).rstrip()
-        for row in (head, *rows)
+        for row in rows
     ]
 
 
@@ -56,36 +76,74 @@ def console(**known: Any) -> Console:
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
-    return Lasting(**known)
+    return Lasting(highlight=False, emoji=False, **known)
 
 
-def show_lines(lines: Iterable[tuple[str, str]]) -> None:
-    """Print (style, text) on standard output, coloured on a terminal; also works without rich."""
+def show_lines(lines: Iterable[tuple[str, str]], wrap: bool = False) -> None:
+    """Print (style, text) on standard output, coloured on a terminal; also works without rich.
+
+    Args:
+        lines: each becomes one line, whatever its text holds.
+        wrap: break lines between words on a terminal; a copied command would break with them.
+    """
     try:
-        out = console(highlight=False, soft_wrap=True)
+        out = console()
     except ImportError:
-        print(*(text for _, text in lines), sep="\n")
+        print(*(plain(text) for _, text in lines), sep="\n")
         return
+    soft = not (wrap and out.is_terminal)
     for style, text in lines:
-        out.print(text, style=style or None, markup=False)
+        out.print(plain(text), style=style or None, markup=False, soft_wrap=soft)
 
 
-def show_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> None:
-    """Print a table on standard output: drawn on a terminal, as `table_lines` elsewhere."""
+def show_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], align: str, out: Console | None = None
+) -> None:
+    """Print a table on standard output: drawn on a terminal, as `table_lines` elsewhere.
+
+    On a terminal that is too narrow for its longest words, each row becomes a paragraph: no word is
+    broken that fits in a line.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
-    out = console(highlight=False)
+    out = out or console()
     if not out.is_terminal:
         print(*table_lines(head, rows, align), sep="\n")
         return
+    columns = list(zip(head, *rows, strict=True))
+    words = [[len(plain(word)) for cell in column for word in cell.split()] for column in columns]
+    if sum(max(lengths, default=0) + 2 for lengths in words) + 2 > out.width:
+        for line in _paragraphs(head, rows, align, out.width):
+            out.print(line, soft_wrap=True)
+        return
     table = Table(box=SIMPLE)
-    for name, letter in zip(head, align, strict=True):
-        table.add_column(name, justify="right" if letter == "r" else "left", overflow="fold")
+    for name, letter, lengths in zip(head, align, words, strict=True):
+        side: Any = "right" if letter == "r" else "left"
+        table.add_column(name, justify=side, min_width=max(lengths, default=0))
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(plain(cell)) for cell in row))
     out.print(table)
+
+
+def _paragraphs(
+    head: Sequence[str], rows: Sequence[Sequence[str]], align: str, width: int
+) -> Iterator[Text]:
+    """Yield each row as lines: the first cells, then the others below them, numbers with names."""
+    from rich.text import Text
+
+    for row in rows:
+        title, *cells = (plain(cell) for cell in row)
+        named = [
+            f"{cell} {name}" if letter == "r" and cell.replace(",", "").isdigit() else cell
+            for name, letter, cell in zip(head[1:], align[1:], cells, strict=True)
+            if cell
+        ]
+        yield Text(title, "bold")
+        for cell in (named[0], ", ".join(named[1:])) if named else ():
+            lines = textwrap.wrap(cell, width - 2, break_long_words=False, break_on_hyphens=False)
+            yield from (Text("  " + line) for line in lines)
 
 
 @dataclass
@@ -99,7 +157,8 @@ class _Task:
     shown: float
     bar: TaskID | None = None
 
-    def text(self, done: int, total: int, note: str) -> str:
+    def text(self, done: int, total: int, note: str, width: int | None = None) -> str:
+        """Return how far it is, in at most `width` columns where that is possible."""
         passed, moved = time.monotonic() - self.began, done - self.first
         if self.unit == "bytes":
             amount = f"{file_size(done)} of {file_size(total)}"
@@ -107,20 +166,46 @@ class _Task:
         else:
             amount, rate = f"{self.unit} {done}/{total}".strip(), ""
         left = f"ETA {duration(passed / moved * (total - done))}" if moved > 0 else ""
-        return ", ".join(part for part in (amount, note, rate, left) if part)
+        if done >= total:
+            left = f"took {measured(round(passed, 2))}"
+        share = f"{100 * done // total} %"
+        for parts in (
+            (amount, note, rate, left),
+            (amount, note, left),
+            (amount, left),
+            (share, left),
+            (share,),
+        ):
+            text = ", ".join(filter(None, parts))
+            if width is None or len(text) <= width:
+                break
+        return text
+
+    def facts(self, done: int, total: int, note: str) -> dict[str, Any]:
+        """Return how far it is, for programs."""
+        passed, moved = time.monotonic() - self.began, done - self.first
+        eta = round(passed / moved * (total - done), 3) if moved > 0 else None
+        facts = {"task": self.what, "done": done, "total": total, "unit": self.unit, "note": note}
+        return {**facts, "seconds": round(passed, 3), "eta": eta}
 
 
 class Screen:
-    """Messages and progress for people, on standard error.
+    """Messages and progress, on standard error.
 
     On a terminal all tasks under way share one display, which ends with the `with` block.
 
     Args:
         quiet: show nothing, as ranks other than 0 do.
+        events: print JSON lines in place of messages and bars.
+
+    stages: the seconds of each task that has ended, by its name.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.console = console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+    def __init__(self, quiet: bool = False, events: bool = False) -> None:
+        self.console = console(stderr=True, soft_wrap=True, quiet=quiet)
+        self.events = events
+        self.stages: dict[str, float] = {}
+        self._step_times: list[float] = []
         self._tasks: dict[str, _Task] = {}
         self._bars: Bars | None = None
         self._staged = time.monotonic()
@@ -139,13 +224,27 @@ class Screen:
             atexit.unregister(self._bars.stop)
         self._tasks, self._bars = {}, None
 
-    def say(self, text: str) -> None:
-        """Print a message."""
-        self.console.print(text, markup=False)
+    @property
+    def live(self) -> bool:
+        """Whether bars are drawn, which takes a terminal that can move its cursor."""
+        return self.console.is_terminal and not (self.events or self.console.is_dumb_terminal)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median time of a denoising step, which leaves out the loading of an expert."""
+        return sorted(self._step_times)[len(self._step_times) // 2] if self._step_times else None
+
+    def say(self, *lines: str) -> None:
+        """Print messages, each as one line, whatever its text holds."""
+        for line in lines:
+            if not self.events:
+                self.console.print(plain(line), markup=False)
+            elif not self.console.quiet:
+                print_event("message", text=line)
 
     def stage(self, text: str) -> None:
         """Show what is being done now, where no ETA is known."""
-        if self.console.is_terminal:
+        if self.live:
             self.progress(text, 0, 0)
             for what in [what for what in self._tasks if what != text]:
                 self._end(what)
@@ -173,7 +272,7 @@ class Screen:
             last_line: print a line at the end of a short task too.
         """
         with self._lock:
-            self._progress(what, done, total, unit, note, last_line)
+            self._progress(plain(what), done, total, unit, plain(note), last_line)
 
     def _progress(
         self, what: str, done: int, total: int, unit: str, note: str, last_line: bool
@@ -181,14 +280,19 @@ class Screen:
         task, now, ends = self._tasks.get(what), time.monotonic(), 0 < total <= done
         if task is None:
             task = self._tasks[what] = _Task(what, unit, done, now, now)
-            if self.console.is_terminal and not self.console.quiet:
+            if self.live and not self.console.quiet:
                 task.bar = self._display().add_task(what, total=total or None, text="")
+        since = now - task.shown
         if task.bar is not None and self._bars is not None:
-            if now - task.shown > DRAW or ends:
-                text = task.text(done, total, note) if total else note
+            if since > DRAW or ends:
+                text = task.text(done, total, note, self._room()) if total else note
                 self._bars.update(task.bar, completed=done, total=total or None, text=text)
                 task.shown = now
-        elif now - task.shown > max(EVERY, (now - task.began) / MANY) or (
+        elif self.events:
+            if (since > EVENT or ends) and not self.console.quiet:
+                print_event("progress", **task.facts(done, total, note))
+                task.shown = now
+        elif since > max(EVERY, (now - task.began) / MANY) or (
             ends and (last_line or task.shown > task.began)
         ):
             self.say(f"{what}: {task.text(done, total, note)}" if total else what)
@@ -202,10 +306,19 @@ class Screen:
 
     def _end(self, what: str) -> None:
         task = self._tasks.pop(what)
+        passed = time.monotonic() - task.began
+        self.stages[what] = self.stages.get(what, 0.0) + passed
+        logger.debug("%s took %s", what, measured(passed))
         if not self._tasks:
             self.close()  # the finished bar stays on the screen
         elif task.bar is not None and self._bars is not None:
             self._bars.remove_task(task.bar)
+
+    def _room(self) -> int:
+        """Return the columns that a task's text has beside its name and its bar."""
+        names = max(len(what) for what in self._tasks)
+        bar = _bar_width(self.console.width)
+        return self.console.width - names - 1 - (bar + 1 if bar else 0)
 
     def _display(self) -> Bars:
         from rich import progress as rich
@@ -213,7 +326,8 @@ class Screen:
         if self._bars is None:
             what = rich.TextColumn("{task.description}", markup=False)
             text = rich.TextColumn("{task.fields[text]}", markup=False)
-            columns = (what, rich.BarColumn(bar_width=20), text, rich.TimeElapsedColumn())
+            bar = _bar_width(self.console.width)
+            columns = (what, rich.BarColumn(bar_width=bar), text) if bar else (what, text)
             self._bars = rich.Progress(*columns, console=self.console)
             self._bars.start()
             atexit.register(self._bars.stop)  # gives the cursor back, however the process ends
@@ -251,8 +365,11 @@ class Screen:
         """Show the steps of a run while the block lasts."""
         what, total = "denoising", run.request.sample_steps
         self.progress(what, run.state.index, total, "step")
+        times = [time.monotonic()]
 
         def on_step(progress: Progress) -> None:
+            times.append(time.monotonic())
+            self._step_times.append(times[-1] - times.pop(0))
             note = f"{progress.expert}-noise expert, sigma {progress.sigma:.3f}"
             self.progress(what, progress.step, total, "step", note, last_line=True)
 

@@ -20,6 +20,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
+def measured(seconds: float) -> str:
+    """Return measured seconds with three figures, `0.0214 s`; long ones as `duration`."""
+    return f"{seconds:.3g} s" if seconds < 99.95 else duration(seconds)
+
+
 def _words(count: float, base: int, units: tuple[str, ...]) -> str:
     """Return an amount in the largest unit that it fills, with tenths where they say something."""
     value, unit = float(count), "bytes"

@@ -228,7 +228,7 @@ def test_generate_replay_and_never_overwrite(
 ) -> None:
     assert main([*MAKE, "--save_file", "one.mp4", "--contact_sheet"]) == 0
     said = capsys.readouterr().err
-    assert re.search(r"step 4/4, low-noise expert, sigma \S+, ETA", said)
+    assert re.search(r"step 4/4, low-noise expert, sigma \S+, took", said)
     assert sorted(p.name for p in in_tmp.iterdir()) == ["one.mp4", "one_sheet.png"]
     frames, fps = read_frames(Path("one.mp4"))
     assert (frames.shape, fps) == ((5, 64, 64, 3), 8)

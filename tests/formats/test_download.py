@@ -116,8 +116,9 @@ def wait_for(what: Path, size: int) -> None:
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was said since the last look, as one line."""
-    return " ".join(capsys.readouterr().err.split())
+    """What was printed since the last look, as one line."""
+    shown = capsys.readouterr()
+    return " ".join((shown.out + shown.err).split())
 
 
 # it works

@@ -26,8 +26,9 @@ from torch import Tensor
 import wanflow
 from wanflow.checkpoint import published as catalogue
 from wanflow.checkpoint.values import BadValuesError, check_values, extremes, finite
-from wanflow.cli import command_parser
+from wanflow.cli import command_parser, main
 from wanflow.cli import inspect as command
+from wanflow.cli.output import Output
 from wanflow.config import RequestError
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.formats import options
@@ -45,7 +46,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def parse(name: str, *argv: str) -> argparse.Namespace:
-    return command_parser(name).parse_args(argv)
+    args = command_parser(name).parse_args(argv)
+    args.output = Output()
+    return args
 
 
 def rows(found: Findings) -> dict[str, Row]:
@@ -371,8 +374,12 @@ def test_check_finds_what_no_model_can_have(
     }
     assert all(value.path == EXPERT for value in found) and told[-1][0] == told[-1][1]
     with pytest.raises(BadValuesError, match=r"1 tensors are damaged: blocks.1.ffn.0.weight"):
-        command.inspect(parse("inspect", str(folder), "--check", "--json"))
-    assert len(json.loads(capsys.readouterr().out)["values"]) == 3
+        command.inspect(parse("inspect", str(folder), "--check"))
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--check", "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["values"]) == 3 and document["code"] == 1
+    assert "1 tensors are damaged" in document["error"]
     command.inspect(parse("inspect", "nano", "--check"))
     assert "every value is finite" in capsys.readouterr().out
 
@@ -435,8 +442,9 @@ def test_the_table_and_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     )  # aligned
     command.inspect(parse("inspect", str(NANO / "Wan2.1_VAE.pth")))
     assert "2.58M parameters (2,577,987)" in capsys.readouterr().out
-    command.inspect(parse("inspect", "nano", "--json"))
+    assert main(["inspect", "nano", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
+    assert document.pop("code") == 0
     assert list(document) == [
         "path",
         "layout",

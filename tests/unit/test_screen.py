@@ -57,7 +57,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
         shown.progress("training", 5, 5, "step")
     assert capsys.readouterr().err.splitlines() == [
         "training: step 4/5, loss 0.5, ETA 0 s",
-        "training: step 5/5, ETA 0 s",
+        "training: step 5/5, took 0 s",
     ]
 
 
@@ -68,7 +68,7 @@ def test_a_quick_task_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
             shown.stage("trying")
     assert capsys.readouterr().err == ""
     shown.progress("denoising", 4, 4, "step", last_line=True)
-    assert capsys.readouterr().err == "denoising: step 4/4\n"
+    assert capsys.readouterr().err == "denoising: step 4/4, took 0 s\n"
 
 
 @pytest.mark.usefixtures("hurried")
@@ -123,4 +123,4 @@ def test_no_terminal_codes_in_a_pipe() -> None:
         shown.console.file = end
         shown.progress("x", 2, 2, "step", last_line=True)
     with os.fdopen(reading) as start:
-        assert start.read() == "x: step 2/2\n"
+        assert start.read() == "x: step 2/2, took 0 s\n"

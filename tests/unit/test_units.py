@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wanflow.units import duration, file_size, memory_size
+from wanflow.units import duration, file_size, measured, memory_size
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,17 @@ def test_memory_is_in_powers_of_1024(count: float, words: str) -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.02139, "0.0214 s"),
+        (3.214, "3.21 s"),
+        (48.06, "48.1 s"),
+        (99.97, "100 s"),
+        (7200, "2.0 h"),
+    ],
+)
+def test_measured_seconds_keep_three_figures(seconds: float, words: str) -> None:
+    assert measured(seconds) == words

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wanflow.cli.output import Output, output_flags
 from wanflow.config import RequestError
 from wanflow.described import described
 from wanflow.outputs import Claims
@@ -27,6 +27,7 @@ class Command:
     """A command, without importing it.
 
     module: has `NAME_flags(parser)` and `NAME(args)`.
+    page: whether it prints a page on standard output, not the path of what it made.
     brief: whether `--help` names most flags only, and `--help-all` explains them.
     """
 
@@ -34,6 +35,7 @@ class Command:
     help: str
     example: str
     brief: bool = False
+    page: bool = False
 
 
 COMMANDS = {
@@ -53,11 +55,13 @@ COMMANDS = {
         "download",
         "get the weights: resumable, parallel, verified",
         "wanflow download --local_dir T2V_A14B_weights",
+        page=True,
     ),
     "inspect": Command(
         "inspect",
         "show what a model, a weights file or a LoRA holds",
         "wanflow inspect T2V_A14B_weights",
+        page=True,
     ),
     "convert": Command(
         "convert",
@@ -70,12 +74,15 @@ COMMANDS = {
         "wanflow train --data clips --ckpt_dir nano --out my_lora",
         brief=True,
     ),
-    "doctor": Command("doctor", "examine this machine and suggest settings", "wanflow doctor"),
+    "doctor": Command(
+        "doctor", "examine this machine and suggest settings", "wanflow doctor", page=True
+    ),
     "plan": Command(
         "plan",
         "estimate memory, disk and time on this or another machine",
         "wanflow plan --gpu rtx4090 --size 832*480",
         brief=True,
+        page=True,
     ),
 }
 
@@ -119,6 +126,7 @@ def _module(name: str) -> Any:
 
 def _add_flags(name: str, parser: Parser) -> None:
     getattr(_module(name), f"{name}_flags")(parser)
+    output_flags(parser)
 
 
 def overview() -> str:
@@ -175,6 +183,7 @@ def _read(parser: Parser, words: list[str]) -> Any:
 class Alone:
     """How a process without other ranks ends; several have a `Watchdog` with the same methods."""
 
+    output: Output = field(default_factory=Output)
     rank: int = 0
     on_abort: Callable[[], None] | None = None
     ending = False
@@ -184,7 +193,8 @@ class Alone:
         """Save the state of the run, print the cause and return the exit code."""
         self.save()
         if self.rank == 0:
-            print(f"wanflow: {cause}", file=sys.stderr, flush=True)
+            self.output.error(cause)
+        self.output.conclude(code, cause)
         return code
 
     def save(self) -> None:
@@ -207,17 +217,18 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str], claims: Claims) -> int:
-    logging.basicConfig(level=logging.WARNING, format="wanflow: %(message)s", stream=sys.stderr)
-    watchdog: Watchdog | Alone = Alone()
+    output = Output.of(argv)
+    watchdog: Watchdog | Alone = Alone(output)
     try:
         ranks = described(os.environ)
-        logging.getLogger("wanflow").setLevel(logging.ERROR if ranks.rank else logging.INFO)
+        output.begin(ranks.rank)
         if ranks.world_size > 1:
-            watchdog = _join_watchdog(argv) or Alone(ranks.rank)
+            watchdog = _join_watchdog(argv, output) or Alone(output, ranks.rank)
         args = _parse(argv)
+        output.take(args)
         from wanflow.cli import checks
 
-        args.watchdog, args.claims = watchdog, claims
+        args.watchdog, args.claims, args.output = watchdog, claims, output
         watchdog.on_abort = claims.close
         checks.check(args)
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
@@ -227,7 +238,9 @@ def _run(argv: list[str], claims: Claims) -> int:
             started = devices.parse_gpus(args)
             if started is not None:
                 return launch.launch(argv, started)
-        getattr(_module(args.command), args.command)(args)
+        with output.guarded(COMMANDS[args.command].page):
+            getattr(_module(args.command), args.command)(args)
+        output.conclude()
     except SystemExit:  # --help
         watchdog.leave()
         raise
@@ -238,6 +251,7 @@ def _run(argv: list[str], claims: Claims) -> int:
         code, text = _words(error)
         if text is None and isinstance(watchdog, Alone):
             watchdog.save()
+            output.conclude(code, f"{type(error).__name__}: {error}")
             raise
         # The end of another rank breaks a collective, which is a RuntimeError here.
         sure = code != 130 and (text is not None or not isinstance(error, RuntimeError))
@@ -247,7 +261,7 @@ def _run(argv: list[str], claims: Claims) -> int:
     return 0
 
 
-def _join_watchdog(argv: list[str]) -> Watchdog | None:
+def _join_watchdog(argv: list[str], output: Output) -> Watchdog | None:
     """Begin the heartbeat of one rank of several, before anything can fail in one of them."""
     from wanflow import __version__
 
@@ -261,6 +275,7 @@ def _join_watchdog(argv: list[str]) -> Watchdog | None:
     watchdog = connect_store(*([] if given is None else [given]))
     if watchdog is not None:
         watchdog.command = [f"wanflow {__version__}", *argv]
+        watchdog.on_end = output.conclude
         watchdog.start()
     return watchdog
 

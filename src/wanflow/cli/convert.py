@@ -11,7 +11,6 @@ from wanflow.cli.parser import Parser, file_path
 from wanflow.config import RequestError
 from wanflow.convert.formats import TARGETS
 from wanflow.runtime import DTYPES
-from wanflow.units import file_size
 from wanflow.untrusted import printable
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -64,7 +63,6 @@ def convert(args: argparse.Namespace) -> None:
     from wanflow.convert.convert import convert as write
     from wanflow.convert.convert import open_model
     from wanflow.convert.formats import options
-    from wanflow.screen import Screen
 
     target = options(
         args.to,
@@ -74,9 +72,7 @@ def convert(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     model = open_model(model_path(args.source), given_parts(args))
-    with Screen() as screen:
+    with args.output.screen() as screen:
         report = screen.count_bytes("converting")
         out = write(model, args.target, target, screen.say, report)
-        written = out.rglob("*") if out.is_dir() else [out]
-        total = sum(file.stat().st_size for file in written if file.is_file())
-        screen.say(f"{out}: {file_size(total)}")
+        args.output.result(out, screen, to=args.to)

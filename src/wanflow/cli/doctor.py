@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from wanflow.cli.parser import Parser, file_path
 from wanflow.units import file_size, memory_size
 
 if TYPE_CHECKING:
+    from wanflow.cli.output import Output
     from wanflow.doctor.environment import Disk
     from wanflow.doctor.kernels import KernelResult
     from wanflow.doctor.report import Report
@@ -39,7 +39,6 @@ def doctor_flags(p: Parser) -> None:
         metavar="DIR",
         help="folder for the weights, whose disk is timed (default: .)",
     )
-    p.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -48,9 +47,7 @@ def doctor(args: argparse.Namespace) -> None:
     Raises:
         BrokenError: after the report, when a part that wanflow needs is broken.
     """
-    from wanflow.screen import show_lines
-
-    with progress() as say:
+    with progress(args.output) as say:
         try:
             from wanflow.doctor.report import examine
         except ModuleNotFoundError:
@@ -68,23 +65,19 @@ def doctor(args: argparse.Namespace) -> None:
         except Exception as error:  # a broken machine can break the plan, and needs the report most
             best = [f"none: the plan failed, {type(error).__name__}: {error}"]
     broken = [problem.text for problem in report.problems if problem.level == "broken"]
-    if args.json:
-        print(json.dumps({**report.as_dict(), "advice": best}, indent=2, ensure_ascii=False))
-    else:
-        settings = [("", f"  {line}") for line in best]
-        show_lines([*lines(report), ("", ""), ("bold", "best settings"), *settings])
+    settings = [("", f"  {line}") for line in best]
+    page = [*lines(report), ("", ""), ("bold", "best settings"), *settings]
+    args.output.page(page, **report.as_dict(), advice=best)
     if broken:
         count = f"{len(broken)} broken parts above must be repaired first"
         raise BrokenError(f"broken: {'; '.join(broken)}" if args.json else count)
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
+def progress(output: Output) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows on standard error what is tried next."""
-    from wanflow.screen import Screen
-
     try:
-        screen = Screen()
+        screen = output.screen()
     except ImportError:  # rich is missing or broken; the report names it
         yield lambda _: None
         return

@@ -16,6 +16,7 @@ from wanflow.units import file_size
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.published import Variant
+    from wanflow.cli.output import Output
     from wanflow.download.fetch import Survey
     from wanflow.download.hubs import Hub
 
@@ -75,14 +76,14 @@ def download_flags(p: Parser) -> None:
 def download(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.list:
-        return _show_variants()
+        return _show_variants(args.output)
     from wanflow.download import fetch
     from wanflow.download.hubs import OfflineError
-    from wanflow.screen import Screen
 
     variant = whole_repository(args.repo) if args.repo else find(args.variant)
     folder = args.local_dir or Path(variant.name if args.repo else variant.folder)
-    with Screen() as screen:
+    output = args.output
+    with output.screen() as screen:
         try:
             survey = fetch.download(
                 variant,
@@ -99,12 +100,20 @@ def download(args: argparse.Namespace) -> None:
             if not args.dry_run or args.repo:
                 raise
             screen.say(f"{error}; these are the published sizes")
-            for line in _published(variant, args.only):
-                screen.say(line)
-            return
-    for line in _plan(survey) if args.dry_run else _summary(survey):
-        screen.say(line)
-    if variant.name == "official" and not args.only and not args.dry_run:
+            output.document["bytes"] = sum(part.bytes for part in variant.select(args.only))
+            return output.page(("", line) for line in _published(variant, args.only))
+    output.document |= {
+        "path": str(survey.folder),
+        "bytes": survey.total,
+        "bytes_to_fetch": survey.needed,
+        "files": [{"name": file.name, "bytes": file.size} for file in survey.files],
+        "missing": [file.name for file in survey.missing],
+    }
+    if args.dry_run:
+        return output.page(("", line) for line in _plan(survey))
+    screen.say(*_summary(survey, output.took()))
+    output.path = survey.folder
+    if variant.name == "official" and not args.only:
         place = shlex.quote(str(survey.folder))
         screen.say(f'next: wanflow generate --ckpt_dir {place} --prompt "..."')
 
@@ -142,28 +151,32 @@ def _published(variant: Variant, only: list[str]) -> Iterator[str]:
 
     parts = variant.select(only)
     rows = [
-        (f"{part.bytes / 1e9:.3f}" if part.bytes else "?", part.role, " ".join(part.patterns))
+        (file_size(part.bytes) if part.bytes else "?", part.role, " ".join(part.patterns))
         for part in parts
     ]
-    yield from table_lines(("GB", "part", "files"), rows, "rll")
+    yield from table_lines(("size", "part", "files"), rows, "rll")
     total = sum(part.bytes for part in parts)
-    yield f"{total / 1e9:.1f} GB in all; what is here already is not subtracted"
+    yield f"{file_size(total)} in all; what is here already is not subtracted"
 
 
-def _summary(survey: Survey) -> Iterator[str]:
+def _summary(survey: Survey, took: str) -> Iterator[str]:
     fetched = f"{len(survey.missing)} fetched" if survey.missing else "nothing had to be fetched"
     yield (
         f"{survey.folder}: {len(survey.files)} files, {file_size(survey.total)}, every byte"
-        f" verified; {fetched}"
+        f" verified; {fetched}, in {took}"
     )
 
 
-def _show_variants() -> None:
+def _show_variants(output: Output) -> None:
     """Print the variants as a table on standard output."""
     from wanflow.screen import show_table
 
     rows = []
+    output.document["variants"] = [
+        {"name": one.name, "bytes": one.bytes, "about": one.about} for one in VARIANTS.values()
+    ]
     for variant in VARIANTS.values():
         repos = ", ".join(dict.fromkeys(part.repo for part in variant.parts))
         rows.append((variant.name, file_size(variant.bytes), f"{variant.about}; {repos}"))
-    show_table(("variant", "size", "content and source"), rows, "lrl")
+    if not output.json:
+        show_table(("variant", "size", "content and source"), rows, "lrl")

@@ -218,11 +218,10 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
         read: returns the job; rank 0 calls it for all.
     """
     from wanflow.assemble import assemble, model_record
-    from wanflow.screen import Screen
 
     info = _join(args) if world_size() > 1 else None
     follower = info is not None and info.rank > 0
-    screen = Screen(quiet=follower)  # only rank 0 shows progress
+    screen = args.output.screen(follower)  # only rank 0 shows progress
     job = _from_rank0(info, read)
     if job.target is not None and not follower:
         check_target_name(job.target, args.overwrite)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import model_path
 from wanflow.cli.parser import Parser
+from wanflow.screen import show_lines, show_table
+from wanflow.units import file_size
 
 if TYPE_CHECKING:
+    from wanflow.checkpoint.values import Finding
     from wanflow.inspect import Findings, Row
 
 MANY = 8  # names listed before the rest is a number
-COLUMNS = ("what", "file", "form", "stored as", "parameters", "tensors", "GB")
+COLUMNS = ("what", "file", "form", "stored as", "parameters", "tensors", "size")
 LAYOUTS = {
     "official": "the official layout",
     "diffusers": "Diffusers' layout",
@@ -30,7 +32,6 @@ def inspect_flags(p: Parser) -> None:
         metavar="PATH",
         help="a folder in any layout, a file, nano, or a repository in Hugging Face's cache",
     )
-    p.add_argument("--json", action="store_true", help="print one JSON document")
     p.add_argument("--hash", action="store_true", help="compute the sha256 of every file")
     p.add_argument(
         "--check",
@@ -46,25 +47,18 @@ def inspect(args: argparse.Namespace) -> None:
 
     path, values = model_path(args.path), list[Finding]()
     if args.hash or args.check:
-        from wanflow.screen import Screen
-
-        with Screen() as screen:
+        with args.output.screen() as screen:
             found = look(path, args.hash, screen.count_bytes("hashing"))
             if args.check:
                 values = list(check_values(path, screen.count_bytes("checking")))
     else:
         found = look(path)
-    if args.json:
-        document = asdict(found) | (
-            {"values": [asdict(value) for value in values]} if args.check else {}
-        )
-        print(json.dumps(document, indent=2, ensure_ascii=False))
-    else:
+    args.output.document |= asdict(found)
+    if args.check:
+        args.output.document["values"] = [asdict(value) for value in values]
+    if not args.json:
         _show(found)
-        for value in values:
-            print(f"{value.path}: {value.tensor + ': ' if value.tensor else ''}{value.what}")
-        if args.check and not values:
-            print("every value is finite, and no tensor is constant")
+        _show_values(values, args.check)
     bad = [value for value in values if value.bad]
     if bad:
         raise BadValuesError(
@@ -76,15 +70,23 @@ def inspect(args: argparse.Namespace) -> None:
 # as text
 
 
-def _show(found: Findings) -> None:
-    from wanflow.screen import show_table
+def _show_values(values: list[Finding], checked: bool) -> None:
+    lines = [
+        f"{value.path}: {value.tensor + ': ' if value.tensor else ''}{value.what}"
+        for value in values
+    ]
+    if checked and not values:
+        lines = ["every value is finite, and no tensor is constant"]
+    show_lines((("", line) for line in lines), wrap=True)
 
+
+def _show(found: Findings) -> None:
     what = (
         found.parts[0].what
         if len({row.what for row in found.parts}) == 1
         else f"{len(found.parts)} files"
     )
-    print(f"{found.path}: {found.model or what}, {LAYOUTS[found.layout]}")
+    lines = [f"{found.path}: {found.model or what}, {LAYOUTS[found.layout]}"]
     counts = found.parameters
     if counts["experts_total"] > counts["experts_active"]:
         size = (
@@ -96,19 +98,17 @@ def _show(found: Findings) -> None:
             " in a step;"
         )
         exact += f" {counts['all']:,} with all parts"
-        print(f"{size} ({exact})")
+        lines.append(f"{size} ({exact})")
     elif counts["all"]:
-        print(f"{_short(counts['all'])} parameters ({counts['all']:,})")
-    print(f"{found.tensors:,} tensors, {found.bytes:,} bytes")
-    print()
+        lines.append(f"{_short(counts['all'])} parameters ({counts['all']:,})")
+    lines.append(f"{found.tensors:,} tensors, {file_size(found.bytes)} ({found.bytes:,} bytes)")
+    show_lines((("", line) for line in (*lines, "")), wrap=True)
     show_table(COLUMNS, [_cells(row) for row in found.parts], "llllrrr")
-    for row in found.parts:
-        for line in _remarks(row, found.model):
-            print(f"{row.path}: {line}")
-    for note in found.notes:
-        print(f"note: {note}")
+    lines = [f"{row.path}: {line}" for row in found.parts for line in _remarks(row, found.model)]
+    lines += [f"note: {note}" for note in found.notes]
     if found.problem:
-        print(f"it does not load as a model: {found.problem}")
+        lines.append(f"it does not load as a model: {found.problem}")
+    show_lines((("", line) for line in lines), wrap=True)
 
 
 def _short(count: int) -> str:
@@ -130,7 +130,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         form,
         kinds,
         *numbers,
-        f"{sum(file.bytes for file in row.files) / 1e9:.3f}",
+        file_size(sum(file.bytes for file in row.files)),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +36,6 @@ def plan_flags(p: Parser) -> None:
     )
     machine.add_argument("--ram", type=float, metavar="GB", help="its RAM (default: 64)")
     machine.add_argument("--disk", type=float, metavar="GB", help="its disk (default: 150)")
-    machine.add_argument("--json", action="store_true", help="print one JSON document")
     report = p.add_argument_group("report")
     report.add_argument(
         "--peaks", action="store_true", help="also list the largest tensors at each peak"
@@ -75,10 +73,8 @@ def plan(args: argparse.Namespace) -> None:
     planned = solve(checkpoint, complete, runtime, machine, processes=processes)
     planned = rated(planned)
     time = estimate(planned) if planned.machine.rates is not None else None
-    if args.json:
-        print(json.dumps(document(planned, time), indent=2, ensure_ascii=False))
-    else:
-        print(*page(planned, time, args.peaks), sep="\n")
+    lines = (("", line) for line in page(planned, time, args.peaks))
+    args.output.page(lines, **document(planned, time))
     if not args.force:
         raise_if_unfit(planned)
 

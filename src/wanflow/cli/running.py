@@ -18,6 +18,7 @@ from wanflow.described import described
 
 if TYPE_CHECKING:
     from wanflow.api import Pipeline
+    from wanflow.cli.output import Output
     from wanflow.pipeline import Progress, Run
     from wanflow.screen import Screen
 
@@ -36,8 +37,9 @@ class StateKeeper:
     stored: the step of the state that is on the disk; None before the first.
     """
 
-    def __init__(self, run: Run, file: Path, target: Path, screen: Screen) -> None:
-        self.run, self.file, self.target, self.screen = run, file, target, screen
+    def __init__(self, run: Run, file: Path, target: Path, screen: Screen, output: Output) -> None:
+        self.run, self.file, self.target = run, file, target
+        self.screen, self.output = screen, output
         self.saved, self.warned = time.monotonic(), False
         self.stored: int | None = None
 
@@ -70,9 +72,11 @@ class StateKeeper:
             return
         self.save()
         file, target = (shlex.quote(str(path)) for path in (self.file, self.target))
-        self.screen.say(
-            f"stopped at step {step} of {self.run.request.sample_steps}; go on with: wanflow"
-            f" generate --resume {file} --save_file {target}"
+        command = f"wanflow generate --resume {file} --save_file {target}"
+        self.output.document |= {"state": str(self.file), "step": step, "resume": command}
+        self.screen.say(self.output.so_far(self.screen))
+        self.output.alert(
+            f"stopped at step {step} of {self.run.request.sample_steps}; go on with: {command}"
         )
 
 
@@ -103,7 +107,7 @@ def run_and_save(
     target, state_file = outputs.video, outputs.state
     overwrite = args.overwrite and target.exists()  # it replaces what is there now
     screen.begin(run, pipe.spec, target)
-    keeper = StateKeeper(run, state_file, target, screen)
+    keeper = StateKeeper(run, state_file, target, screen, args.output)
 
     def abort() -> None:
         try:
@@ -125,20 +129,22 @@ def run_and_save(
         if run.finished and keeper.stored != run.state.index:
             keeper.try_to_save()  # the unfinished video is gone, so there may be room
         if run.finished and keeper.stored == run.state.index:
-            screen.say(
-                f"the finished latent is stored in {state_file}; finish it with: wanflow decode"
-                f" {shlex.quote(str(state_file))}"
+            command = f"wanflow decode {shlex.quote(str(state_file))}"
+            args.output.document |= {"state": str(state_file), "resume": command}
+            args.output.alert(
+                f"the finished latent is stored in {state_file}; finish it with: {command}"
             )
         raise
     args.watchdog.on_abort = args.claims.close
     for file in {state_file, getattr(args, "resume", None) or state_file}:
         file.unlink(missing_ok=True)
-    screen.say(f"saved {target}")
     if outputs.sheet is not None:
         from wanflow.clipfiles import contact_sheet, read_frames
 
         contact_sheet(read_frames(target)[0], outputs.sheet, overwrite=args.overwrite)
+        args.output.document["contact_sheet"] = str(outputs.sheet)
         screen.say(f"frames {outputs.sheet}")
+    args.output.result(target, screen, recipe=run.recipe.to_json(), seed=run.request.seed)
 
 
 @dataclass(frozen=True)

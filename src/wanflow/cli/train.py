@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,23 +150,26 @@ def train(args: argparse.Namespace) -> None:
     """Train or measure, whichever the flags ask for."""
     if args.data is not None:
         return _finetune(args)
-    from wanflow.screen import Screen
     from wanflow.train import nano
 
-    with Screen() as screen:
+    output = args.output
+    with output.screen() as screen:
         if args.evaluate:
             how = args.prompts, args.experts, args.seen, args.wording
-            print(nano.evaluate(args.evaluate, *how, screen))
+            report = nano.evaluate(args.evaluate, *how, screen)
+            output.page([("", report)], **json.loads(report))
         else:
             work = args.work_dir or Path("build/nano")
-            nano.train(work, args.out or work / "model", args.scale, args.stage, screen)
+            out = args.out or work / "model"
+            nano.train(work, out, args.scale, args.stage, screen)
+            if args.stage in (None, "export"):
+                output.result(out, screen)
 
 
 def _finetune(args: argparse.Namespace) -> None:
     from wanflow.opening import resolve
     from wanflow.parallel.ranks import rank_and_world_size
     from wanflow.plan.gpus import this_machine
-    from wanflow.screen import Screen
     from wanflow.train.finetune import finetune
     from wanflow.train.memory import refuse
 
@@ -178,8 +182,11 @@ def _finetune(args: argparse.Namespace) -> None:
     settings = _settings(args, checkpoint)
     if not args.force:
         refuse(checkpoint, settings, this_machine(checkpoint.folder), rank_and_world_size()[1])
-    with Screen(quiet=rank_and_world_size()[0] > 0) as screen:
+    follower = rank_and_world_size()[0] > 0
+    with args.output.screen(follower) as screen:
         finetune(checkpoint, settings, screen)
+        if not follower:
+            args.output.result(args.out, screen, method=args.method, steps=settings.steps)
 
 
 def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:

@@ -89,6 +89,8 @@ class Watchdog:
         self.progress: Callable[[], int] = lambda: 0  # how many collectives this rank has entered
         # Called once before the rank exits with a failure, perhaps from another thread.
         self.on_abort: Callable[[], None] | None = None
+        # Called with the run's exit code and message before the rank exits with a failure.
+        self.on_end: Callable[[int, str], None] = lambda code, message: None
         self.ending = False  # from now on no signal interrupts the main thread
         self._leaving = False
         self._failure: Failure | None = None  # the run's
@@ -163,6 +165,7 @@ class Watchdog:
         with suppress(RuntimeError):
             while not self._turn(LEFT):
                 time.sleep(HEARTBEAT_S)
+        self.on_end(code, "" if self._failure is None else self._failure.message)
         sys.stdout.flush()
         os._exit(code)
 

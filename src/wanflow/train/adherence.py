@@ -399,5 +399,5 @@ def evaluate(
         screen.progress("measuring", tally.clips, len(scenes), "clip", tally.line())
         tally.add(read(generate(toy.caption(scene, wording), seed)), scene)
     screen.progress("measuring", tally.clips, len(scenes), "clip", tally.line(), last_line=True)
-    screen.say(str(tally))
+    screen.say(*str(tally).splitlines())
     return tally

@@ -1,0 +1,128 @@
+"""What goes to standard output and to standard error: one path or one document, and the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.common import PROMPT
+
+from wanflow.cli import main
+from wanflow.cli.output import Output
+from wanflow.screen import Screen
+
+MAKE = ["generate", "--ckpt_dir", "nano", "--device", "cpu", "--prompt", PROMPT, "--seed", "3"]
+MAKE += ["--sample_steps", "2", "--frame_num", "5", "--save_file"]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_path_is_the_one_line_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*MAKE, "a b.mp4"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "a b.mp4\n"
+    last = shown.err.splitlines()[-1]
+    size = Path("a b.mp4").stat().st_size
+    assert last.startswith(f"saved a b.mp4: {size / 1000:.0f} kB in ") and " s a step, " in last
+    assert "MiB" in last and last.endswith("of RAM")
+    assert main(["replay", "a b.mp4", "--save_file", "b.mp4", "--quiet"]) == 0
+    assert capsys.readouterr() == ("b.mp4\n", "")
+    assert main(["convert", "nano", "out", "--to", "bf16", "--quiet"]) == 0
+    assert capsys.readouterr() == ("out\n", "")
+
+
+def test_one_document_and_lines_of_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*MAKE, "a.mp4", "--json", "--contact_sheet"]) == 0
+    shown = capsys.readouterr()
+    made = json.loads(shown.out)
+    assert (made["path"], made["contact_sheet"], made["code"]) == ("a.mp4", "a_sheet.png", 0)
+    assert made["bytes"] == Path("a.mp4").stat().st_size and made["seed"] == 3
+    assert made["recipe"]["request"]["prompt"] == PROMPT
+    assert 0 < made["seconds_per_step"] < made["seconds"] and made["peak_memory"]["ram"] > 1e8
+    assert {"denoising", "decoding"} <= made["stages"].keys()
+    lines = events(shown.err)
+    done = [line for line in lines if line["event"] == "progress" and line["task"] == "denoising"]
+    assert (done[-1]["done"], done[-1]["total"], done[-1]["eta"]) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["generate", "--ckpt_dir", "nano"], 2, "--prompt is missing"),
+        (["generate", "--promt", "x"], 2, "did you mean --prompt?"),
+        (["inspect", "nowhere"], 2, "nowhere is missing"),
+        (["replay", "nowhere.mp4"], 2, "nowhere.mp4"),
+        (["plan", "--gpu", "rtx4090", "--size", "1*1"], 2, "multiple of 16"),
+        (["genrate"], 2, "did you mean generate?"),
+    ],
+)
+def test_a_failure_is_a_document_too(
+    argv: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*argv, "--json"]) == code
+    shown = capsys.readouterr()
+    failed = json.loads(shown.out)
+    assert failed["code"] == code and words in failed["error"]
+    assert events(shown.err)[-1] == {"event": "error", "text": f"wanflow: {failed['error']}"}
+    assert main([*argv, "--quiet"]) == code
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err == f"wanflow: {failed['error']}\n"
+
+
+def test_the_document_of_a_stopped_run_tells_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Screen, "decoding", stop)
+    assert main([*MAKE, "a.mp4", "--json"]) == 130
+    stopped = json.loads(capsys.readouterr().out)
+    assert (stopped["error"], stopped["code"], stopped["step"]) == ("interrupted", 130, 2)
+    assert Path(stopped["state"]).exists() and stopped["state"] in stopped["resume"]
+    assert stopped["seconds"] > 0 and stopped["seconds_per_step"] > 0
+
+
+def test_verbose_names_times_and_kernels() -> None:
+    """In a process of its own: pytest takes the log of this one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "wanflow", *MAKE, "a.mp4", "--verbose"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "a.mp4\n"
+    for words in ("reading VAE took ", "attention kernel ", "vae from ", "saved a.mp4"):
+        assert words in done.stderr, words
+
+
+def test_what_a_library_prints_stays_off_standard_output(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Output().guarded(page=False):
+        print("NCCL version 2")
+    with Output().guarded(page=True):
+        print("a page")
+    assert capsys.readouterr() == ("a page\n", "NCCL version 2\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are bytes on POSIX")
+def test_a_script_gets_the_bytes_of_a_name(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    name = os.fsdecode("圆\x1b[31m".encode() + b"\xff.mp4")
+    assert main([*MAKE, name]) == 0
+    shown = capfdbinary.readouterr()
+    assert shown.out == os.fsencode(name) + b"\n"
+    assert b"\x1b" not in shown.err and "圆\\x1b[31m".encode() in shown.err
