@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+DAY = 86_400  # seconds
+
 
 def memory_size(count: float) -> str:
     """Return bytes of memory in words: `79.1 GiB`, `512 MiB`."""
@@ -14,7 +16,10 @@ def file_size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in words: `4 s`, `2.5 min`, `3.1 h`."""
+    """Return seconds in words: `4 s`, `2.5 min`, `3.1 h`, `5 days`, `4 months`, `12 years`."""
+    for unit, length in (("years", 365 * DAY), ("months", 30 * DAY), ("days", DAY)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
     if seconds >= 7200:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"

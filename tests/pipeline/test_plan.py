@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from wanflow.advice import advice
 from wanflow.assemble import is_tiny, weights_in_float32
 from wanflow.checkpoint.checkpoint import published
 from wanflow.checkpoint.structure import expert_structure
-from wanflow.cli import main
+from wanflow.cli import command_parser, main
+from wanflow.cli.flags import request_from
+from wanflow.cli.parser import settings_from
 from wanflow.config import RequestError
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT
@@ -475,8 +478,14 @@ def test_nano_is_refused_like_a_large_model(
     refusal = capsys.readouterr().err.splitlines()[-1]
     for word in (*words, "GiB of RAM", "can be used"):
         assert word in refusal, refusal
-    with pytest.raises(RequestError, match="GiB of RAM"):
-        load("nano", device="cpu").begin(Request("a red circle", size=size, frame_num=frames))
+
+
+def test_nano_is_refused_from_python_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: ONE_GB)
+    pipe = load("nano", device="cpu")
+    assert pipe.begin(Request("a red circle")).request.size == (64, 64)
+    with pytest.raises(RequestError, match="GiB of RAM .*these fit: size"):
+        pipe.generate("a red circle", size="16384*16384", frame_num=1)
 
 
 def test_what_a_refusal_says_fits_does_fit() -> None:
@@ -730,6 +739,65 @@ def test_nanos_time_is_measured_here() -> None:
 
 
 # the command
+
+
+def answered(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, Any]]:
+    code = main(["plan", *argv, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_command_is_what_was_planned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Pasted, it is parsed to the request and the settings of the plan."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--gpu", "12gb", "--ram", "32", "--size", "832*480", "--sample_steps", "20"]
+    code, found = answered(capsys, *argv, "--prompt", "a boat; it's 'red'", "--seed", "7")
+    assert code == 0 and found["verdict"].startswith("it fits: GPU with 12 GiB, 32 GiB of RAM")
+    assert found["download"] == "wanflow download --local_dir T2V_A14B_weights"
+    program, command, *words = shlex.split(found["command"])
+    args = command_parser(command).parse_args(words)
+    assert (program, command, args.ckpt_dir) == ("wanflow", "generate", "T2V_A14B_weights")
+    request = asdict(request_from(args).complete(T2V_A14B))
+    assert json.loads(json.dumps(request)) == found["request"]
+    runtime = found["runtime"]
+    assert 0 < runtime["resident_blocks"] < 40 and runtime["stream_from"] == "ram"
+    given = settings_from(Runtime, args)
+    assert given == {name: runtime[name] for name in given}
+    left = {name for name, value in runtime.items() if value and name not in given}
+    assert left <= {"device", "dtype", "quantize_layers", "attention", "lora", "noise_device"} | {
+        "ulysses_size",
+        "ring_size",
+        "text_cache",
+    }
+    assert re.match(r"about .* on RTX 4070 Ti, .* on RTX 3060$", found["time"])
+    assert found["estimate"] is None and len(found["seconds_by_card"]) == 4
+
+
+def test_the_page_begins_with_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--ckpt_dir", "nano", "--device", "cpu", "--seed", "3"]) == 0
+    out, err = capsys.readouterr()
+    fits, time, command, blank = out.splitlines()[:4]
+    assert fits.startswith("it fits: ") and time.startswith("time: about ") and not blank
+    assert time.endswith(" on this CPU")
+    assert command.startswith("run:  wanflow generate --ckpt_dir nano --prompt 'a red circle")
+    assert command.endswith("--seed 3") or "--seed 3 " in command
+    assert "planning" in err
+
+
+def test_a_cpu_is_answered_with_a_gpu_or_nano(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = answered(capsys, "--gpu", "none", "--size", "832*480", "--frame_num", "5")
+    assert code == 2 and found["verdict"].startswith("it would take too long here: no GPU")
+    assert found["time"] == "weeks or months: use a GPU, or nano"
+    assert "--ckpt_dir nano" in found["command"] and "--gpu rtx4090" in found["instead"][0]
+
+
+def test_what_does_not_fit_is_answered_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpu", "rtx4090", "--resident_blocks", "40", "--size", "832*480", "--frame_num", "5"]
+    code, found = answered(capsys, *argv)
+    assert code == 2 and not found["fits"] and found["command"] == ""
+    assert found["verdict"].startswith("it does not fit: ") and "GPU memory" in found["verdict"]
+    assert any("leave settings open" in way for way in found["instead"])
 
 
 @pytest.mark.slow

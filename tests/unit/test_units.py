@@ -42,7 +42,17 @@ def test_memory_is_in_powers_of_1024(count: float, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (119, "119 s"), (150, "2.5 min"), (7200, "2.0 h")]
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"),
+        (119, "119 s"),
+        (150, "2.5 min"),
+        (7200, "2.0 h"),
+        (47 * 3600, "47.0 h"),
+        (5 * 86_400, "5 days"),
+        (2974 * 3600, "4 months"),
+        (1e9, "32 years"),
+    ],
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words

@@ -291,3 +291,21 @@ def settings_from(cls: type, args: argparse.Namespace) -> dict[str, Any]:
             if one.negated:
                 values[one.name] = not value
     return values
+
+
+def words_of(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that set these settings: `settings_from` reads them."""
+    words: list[str] = []
+    for name, value in values.items():
+        one = settings_of(cls)[name]
+        if value is None or not one.flags or (one.switch and not value):
+            continue
+        flag, text = f"--{one.flags[-1]}", str(not value if one.negated else value)
+        if one.kind is tuple:
+            words += [flag, *map(str, value)]
+        elif one.switch:
+            words.append(flag)
+        else:
+            text = "*".join(map(str, value)) if isinstance(value, tuple) else text
+            words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return words

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanflow.cli import devices
 from wanflow.cli.flags import generate_flags, given_parts, request_from, runtime_from
-from wanflow.cli.parser import Parser
+from wanflow.cli.parser import Parser, settings_from, words_of
 from wanflow.config import RequestError
+from wanflow.request import Request
+from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
     from wanflow.plan.gpus import Machine
+    from wanflow.plan.plan import Plan
+
+WEIGHTS = "T2V_A14B_weights"  # where `wanflow download` puts them
+PROMPT = "A fishing boat leaves a small harbour at dawn"
+PROMPT_NANO = "a red circle moves left on a blue background"
 
 
 def plan_flags(p: Parser) -> None:
@@ -53,7 +61,7 @@ def plan(args: argparse.Namespace) -> None:
     from wanflow.opening import resolve
     from wanflow.plan.estimate import estimate
     from wanflow.plan.measure import rated
-    from wanflow.plan.report import document, page
+    from wanflow.plan.report import answer, document, page
     from wanflow.plan.solve import solve
     from wanflow.plan.start import completed, raise_if_unfit
 
@@ -61,22 +69,72 @@ def plan(args: argparse.Namespace) -> None:
     request, runtime = request_from(args), runtime_from(args)
     request = replace(request, prompt=request.prompt or "any")
     given, folder = given_parts(args), Path.cwd()
-    if args.ckpt_dir is None and not given:
-        checkpoint = published()
-    else:
-        checkpoint = resolve(args.ckpt_dir, given)
-        folder = checkpoint.folder
-    complete = completed(request, checkpoint.spec)
-    machine = _machine(args, folder, here)
-    # A described machine runs a process for each GPU; this one as many as `generate` would start.
-    processes = args.num_gpus if machine.described else here
-    planned = solve(checkpoint, complete, runtime, machine, processes=processes)
-    planned = rated(planned)
+    with args.output.screen() as screen:
+        screen.say("planning, without reading weights")
+        if args.ckpt_dir is None and not given:
+            checkpoint = published()
+        else:
+            checkpoint = resolve(args.ckpt_dir, given)
+            folder = checkpoint.folder
+        complete = completed(request, checkpoint.spec)
+        machine = _machine(args, folder, here)
+        # A described machine runs a process on each GPU; this one as many as `generate` starts.
+        processes = args.num_gpus if machine.described else here
+        planned = solve(
+            checkpoint, complete, runtime, machine, processes=processes, report=screen.stage
+        )
+        screen.stage("measuring this machine")
+        planned = rated(planned)
     time = estimate(planned) if planned.machine.rates is not None else None
-    lines = (("", line) for line in page(planned, time, args.peaks))
-    args.output.page(lines, **document(planned, time))
+    first = answer(planned, time, _command(args, planned), _download(args, given))
+    lines = (*first.lines(), "", *page(planned, time, args.peaks))
+    args.output.page((("", line) for line in lines), **document(planned, time, first))
     if not args.force:
         raise_if_unfit(planned)
+
+
+def _command(args: argparse.Namespace, planned: Plan) -> str:
+    """Return the command line that runs a plan, with the settings that it chose."""
+    small = planned.checkpoint.spec.name == "nano"
+    asked = {"prompt": PROMPT_NANO if small else PROMPT, **settings_from(Request, args)}
+    words = ["wanflow", "generate"]
+    for part, file in given_parts(args).items():
+        words += [f"--{part}", str(file)]
+    if args.ckpt_dir is not None or not given_parts(args):
+        words += ["--ckpt_dir", args.ckpt_dir or WEIGHTS]
+    words += words_of(Request, {name: value for name, value in asked.items() if value != ""})
+    words += words_of(Runtime, {**settings_from(Runtime, args), **_chosen(planned)})
+    for flag in ("preset", "sample_guide_scale", "save_file"):
+        if getattr(args, flag) is not None:
+            words += [f"--{flag}", str(getattr(args, flag))]
+    if planned.layout.size > 1:
+        words += ["--gpus", args.gpus or ",".join(map(str, range(planned.layout.size)))]
+    return shlex.join(words)
+
+
+def _chosen(planned: Plan) -> dict[str, Any]:
+    """Return the settings that a plan chose and that are no defaults of a small model."""
+    runtime, layers = planned.runtime, planned.checkpoint.spec.dit.num_layers
+    names = ["cfg_parallel", "ring_size", "ulysses_size"] if planned.layout.size > 1 else []
+    if not planned.small:
+        names += ["chunk_tokens", "vae_tile", "t5_cpu", "prefetch", "dit_fsdp"]
+    chosen = {name: getattr(runtime, name) for name in names}
+    idle = (None, False, 0, 1)  # values that change nothing; True equals 1
+    chosen = {name: v for name, v in chosen.items() if v is True or v not in idle}
+    if not planned.small and planned.kind == "gpu":
+        chosen["keep_experts"] = runtime.keep_experts
+        if runtime.resident_blocks != layers:
+            chosen |= {
+                "resident_blocks": runtime.resident_blocks,
+                "stream_from": runtime.stream_from,
+            }
+    return chosen
+
+
+def _download(args: argparse.Namespace, given: object) -> str:
+    """Return the command that gets the official weights, where none are named or here."""
+    named = args.ckpt_dir is not None or given
+    return "" if named or Path(WEIGHTS).is_dir() else f"wanflow download --local_dir {WEIGHTS}"
 
 
 def _processes(args: argparse.Namespace) -> int:

@@ -197,9 +197,9 @@ def find_card(text: str) -> Card | int:
     )
 
 
-def cards_of(size: int) -> Iterator[str]:
-    """Yield the names of the known cards with so many GB."""
-    return (key for key, card in GPUS.items() if card.size == size)
+def cards_of(size: int) -> Iterator[Card]:
+    """Yield the known cards with so many GB that can run the model as it is."""
+    return (card for card in GPUS.values() if card.size == size and card.bfloat16)
 
 
 def _spelt(text: str) -> tuple[str, int | None]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wanflow.config import RequestError
-from wanflow.plan.cards import Rates
+from wanflow.plan.cards import REPORTED, Rates, cards_of
 from wanflow.plan.phases import Phase
 from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Work
@@ -66,6 +66,16 @@ def estimate(plan: Plan) -> Estimate:
         prefetches = plan.runtime.prefetch and phase.expert is not None
         before = stage.step * stage.steps if prefetches else 0.0
     return Estimate(tuple(stages), rates.source)
+
+
+def by_card(plan: Plan) -> dict[str, Estimate]:
+    """Return the estimates of the known cards with as much memory, for a machine without rates."""
+    machine = plan.machine
+    if machine.rates is not None or not machine.gpu:
+        return {}
+    size = round(machine.gpu / REPORTED / 2**30)
+    rated = {card.name: replace(machine, rates=card.rates) for card in cards_of(size)}
+    return {name: estimate(replace(plan, machine=each)) for name, each in rated.items()}
 
 
 def _stage(phase: Phase, rates: Rates, before: float) -> Stage:

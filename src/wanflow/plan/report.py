@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from wanflow.plan.cards import GB
-from wanflow.plan.estimate import Estimate
+from wanflow.plan.estimate import Estimate, by_card
 from wanflow.plan.phases import Need, Phase
 from wanflow.plan.plan import Plan
+from wanflow.plan.start import needs_gpu, ways_out
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest
 from wanflow.sampling.schedule import snr
 from wanflow.sampling.timeline import handover, timeline
 from wanflow.screen import table_lines
-from wanflow.units import duration
+from wanflow.units import duration, file_size, memory_size
 
+MINIATURE = (
+    "wanflow generate --ckpt_dir nano --prompt 'a red circle moves left on a blue background'"
+)
 SENT = {
     "qkv": "queries, keys and values",
     "out": "attention's results",
@@ -48,6 +51,68 @@ def expert_steps(request: CompleteRequest, spec: ModelSpec) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a reader wants first: whether it runs, how long it takes, and what to type.
+
+    Attributes:
+        verdict: in words.
+        time: in words.
+        command: a line for a shell: what runs it, or else the miniature.
+        download: a line that gets the weights, where they are not here.
+        instead: what else would help, where it does not run.
+    """
+
+    verdict: str
+    time: str
+    command: str
+    download: str = ""
+    instead: tuple[str, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines for the head of the page."""
+        yield self.verdict
+        yield f"time: {self.time}"
+        if self.command:
+            yield f"run:  {self.command}"
+        if self.download:
+            yield f"      the weights, before that: {self.download}"
+        yield from (f"instead: {way}" for way in self.instead)
+
+
+def answer(plan: Plan, time: Estimate | None, command: str, download: str = "") -> Answer:
+    """Return the answer of a traced plan.
+
+    Args:
+        plan: the plan.
+        time: of the machine, if its rates are known.
+        command: what runs the plan.
+        download: what gets its weights.
+    """
+    where = plan.machine.words()
+    if not plan.fits:
+        short = "; ".join(plan.short)
+        return Answer(
+            f"it does not fit: {short}; on {where}", _time_words(plan, time), "", "", ways_out(plan)
+        )
+    if plan.kind == "cpu" and needs_gpu(plan.checkpoint):
+        ways = ("wanflow plan --gpu rtx4090 says what a machine with that GPU would take",)
+        words = "weeks or months" if time is None else _time_words(plan, time)
+        words += ": use a GPU, or nano"
+        return Answer(f"it would take too long here: {where}", words, MINIATURE, "", ways)
+    return Answer(f"it fits: {where}", _time_words(plan, time), command, download)
+
+
+def _time_words(plan: Plan, time: Estimate | None) -> str:
+    if time is not None:
+        where = "" if plan.kind == "gpu" else " on this CPU"
+        return f"about {_time(time.seconds)}{where}"
+    cards = sorted((each.seconds, name) for name, each in by_card(plan).items())
+    if cards:
+        return f"about {', '.join(f'{_time(each)} on {name}' for each, name in cards)}"
+    return "not estimated, since the machine's speed is not known; name a card, as in --gpu rtx3060"
+
+
 def page(plan: Plan, estimate: Estimate | None, peaks: bool = False) -> Iterator[str]:
     """Yield the lines of a traced plan; `peaks` adds the largest tensors of each phase."""
     needed, request, machine = _need(plan), plan.request, plan.machine
@@ -55,8 +120,6 @@ def page(plan: Plan, estimate: Estimate | None, peaks: bool = False) -> Iterator
     frames = f"{request.frame_num} frame{'s' if request.frame_num > 1 else ''}"
     steps = f"{request.sample_steps} steps ({request.sample_solver})"
     yield f"{spec.name}: {width}*{height}, {frames}, {steps}"
-    yield f"on {machine.words()}"
-    yield ""
     yield from _expert_lines(request, spec)
     yield ""
     yield "how it runs"
@@ -66,7 +129,7 @@ def page(plan: Plan, estimate: Estimate | None, peaks: bool = False) -> Iterator
     yield from _memory_lines(plan, peaks)
     if plan.layout.size > 1:
         yield from _sent_lines(plan)
-    yield f"disk: {needed.disk / GB:.0f} GB, of {machine.disk_free / GB:.0f}"
+    yield f"disk: {file_size(needed.disk)}, of {file_size(machine.disk_free)}"
     yield ""
     yield from _work_lines(needed)
     yield from _time_lines(estimate)
@@ -75,9 +138,6 @@ def page(plan: Plan, estimate: Estimate | None, peaks: bool = False) -> Iterator
             f"this is for {plan.layout.size} of {machine.gpus} GPUs: --num_gpus plans for more,"
             " and generate --gpus uses them"
         )
-    if not plan.fits:
-        yield ""
-        yield f"it does not fit: {'; '.join(plan.short)}"
 
 
 def _need(plan: Plan) -> Need:
@@ -101,15 +161,17 @@ def _expert_lines(request: CompleteRequest, spec: ModelSpec) -> Iterator[str]:
 
 def _memory_lines(plan: Plan, peaks: bool) -> Iterator[str]:
     needed, several = _need(plan), plan.layout.size > 1
-    title = f"memory{' of each process' if several else ''}, GB"
-    rows = [(p.name, *map(_gb, (p.weights, p.activations, p.device, p.ram))) for p in needed.phases]
-    rows.append(("at most", "", "", _gb(needed.device.device), _gb(needed.ram.ram)))
+    title = f"memory{' of each process' if several else ''}, GiB"
+    rows = [
+        (p.name, *map(_gib, (p.weights, p.activations, p.device, p.ram))) for p in needed.phases
+    ]
+    rows.append(("at most", "", "", _gib(needed.device.device), _gib(needed.ram.ram)))
     yield from table_lines((title, "weights", "activations", "GPU", "RAM"), rows, "lrrrr")
     machine = plan.machine
-    ram_free = f"{machine.ram_free / GB:.1f} GB of RAM free"
+    ram_free = f"{memory_size(machine.ram_free)} of RAM free"
     if plan.kind == "gpu":
         each = " on each" if several else ""
-        yield f"  here: {machine.gpu_free / GB:.1f} GB of GPU memory{each}, {ram_free}"
+        yield f"  here: {memory_size(machine.gpu_free)} of GPU memory{each}, {ram_free}"
     else:
         yield f"  here: {ram_free}; files that are read are cache, which can be dropped"
     if several:
@@ -145,7 +207,6 @@ def _work_lines(needed: Need) -> Iterator[str]:
 
 def _time_lines(estimate: Estimate | None) -> Iterator[str]:
     if estimate is None:
-        yield "time: not estimated, since the machine's speed is not known"
         return
     yield f"time: about {_time(estimate.seconds)} (rates: {estimate.source})"
     for stage in estimate.stages:
@@ -160,8 +221,8 @@ def _times(steps: int) -> str:
     return f"{steps} x " if steps > 1 else ""
 
 
-def _gb(count: int) -> str:
-    return f"{count / GB:.1f}" if count else "-"
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}" if count else "-"
 
 
 def _flops(count: float) -> str:
@@ -181,11 +242,12 @@ def _time(seconds: float) -> str:
     return duration(seconds) if seconds >= 120 else f"{seconds:.1f} s"
 
 
-def document(plan: Plan, estimate: Estimate | None) -> dict[str, Any]:
-    """Return everything on the page, for programs: bytes, seconds, FLOPs."""
+def document(plan: Plan, estimate: Estimate | None, first: Answer) -> dict[str, Any]:
+    """Return the answer and everything on the page, for programs: bytes, seconds, FLOPs."""
     needed, checkpoint, spec = _need(plan), plan.checkpoint, plan.checkpoint.spec
     parts = (*spec.expert_names, "t5", "vae")
     return {
+        **asdict(first),
         "model": {
             "name": spec.name,
             "parameters": {part: checkpoint.parameters(part) for part in parts},
@@ -204,6 +266,7 @@ def document(plan: Plan, estimate: Estimate | None) -> dict[str, Any]:
         "ram_bytes": needed.ram.ram,
         "disk_bytes": needed.disk,
         "phases": [_phase(phase) for phase in needed.phases],
+        "seconds_by_card": {name: each.seconds for name, each in by_card(plan).items()},
         "estimate": None if estimate is None else {"seconds": estimate.seconds, **asdict(estimate)},
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import TypeVar
@@ -51,20 +51,23 @@ def solve(
     machine: Machine,
     processes: int = 1,
     per_machine: int | None = None,
+    report: Callable[[str], object] = str,
 ) -> Plan:
     """Return a traced plan in which no setting is open; set ones stay, even if they do not fit.
 
-    The arguments and errors are those of `set_up`.
+    `report` is called with what is planned next. The other arguments and errors are those of
+    `set_up`.
     """
     plan = set_up(checkpoint, request, runtime, machine, processes, per_machine)
-    return completed_plan(plan)
+    return completed_plan(plan, report)
 
 
-def completed_plan(plan: Plan) -> Plan:
+def completed_plan(plan: Plan, report: Callable[[str], object] = str) -> Plan:
     """Return a plan that `set_up` began, traced and without an open setting."""
     on_gpu_here = plan.kind == "gpu" and not plan.machine.described
     device = torch.device("cuda" if on_gpu_here else "cpu")
-    traces = Traces(plan.checkpoint, plan.request, plan.dtype, device, plan.layout, plan.here)
+    how = plan.dtype, device, plan.layout, plan.here, report
+    traces = Traces(plan.checkpoint, plan.request, *how)
     if not plan.small:
         return _Solver(plan, traces).solved()
     plan = plan.all_resident()

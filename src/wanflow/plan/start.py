@@ -61,9 +61,14 @@ def make_plan(
     return plan
 
 
+def needs_gpu(checkpoint: Checkpoint) -> bool:
+    """Return whether a model is of full size, and would run on a CPU for weeks."""
+    return expert_parameters(checkpoint) * 4 > FULL_SIZE
+
+
 def refuse_without_gpu(checkpoint: Checkpoint, machine: Machine) -> None:
-    """Raise RequestError for a model of full size, which would run on a CPU for days."""
-    if expert_parameters(checkpoint) * 4 <= FULL_SIZE:
+    """Raise RequestError for a model that needs a GPU."""
+    if not needs_gpu(checkpoint):
         return
     spec = checkpoint.spec
     files = [checkpoint.file_bytes(name) for name in spec.expert_names]
@@ -93,20 +98,25 @@ def raise_if_unfit(plan: Plan) -> None:
             f"{name}: size {width}*{height} with frame_num {plan.request.frame_num} needs"
             f" {'; and '.join(plan.short)}{fit} (force starts it anyway)"
         )
-    ways = list(plan.offers)
-    if plan.kind == "gpu":
-        ways.append(
-            "leave settings open that you set (--resident_blocks, --keep_experts and the like):"
-            f" {LEAST[0]} GB of GPU memory and {LEAST[1]} GB of RAM are enough at 1280*720 then"
-        )
-        ways.append("free memory that other programs hold")
-    else:
-        ways += ["try --dtype bfloat16", "close other programs", "use a larger machine"]
     raise RequestError(
         f"{name} with these settings needs {'; and '.join(plan.short)}",
         f"  here: {plan.machine.words()}",
-        f"  do: {', or '.join(ways)} {FORCE}",
+        f"  do: {', or '.join(ways_out(plan))} {FORCE}",
     )
+
+
+def ways_out(plan: Plan) -> tuple[str, ...]:
+    """Return what would make a plan fit that does not, in words."""
+    if plan.small:
+        return plan.offers
+    if plan.kind == "gpu":
+        return (
+            *plan.offers,
+            "leave settings open that you set (--resident_blocks, --keep_experts and the like):"
+            f" {LEAST[0]} GB of GPU memory and {LEAST[1]} GB of RAM are enough at 1280*720 then",
+            "free memory that other programs hold",
+        )
+    return (*plan.offers, "try --dtype bfloat16", "close other programs", "use a larger machine")
 
 
 def _refuse_small(plan: Plan) -> None:

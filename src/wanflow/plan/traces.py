@@ -114,6 +114,7 @@ class Traces:
     Args:
         device: that the experts run on; what a device lacks, such as float8, changes their form.
         here: how many ranks one machine has.
+        report: called with what is traced next.
     """
 
     TRACED_BLOCKS = 1  # of an expert; a test traces all and compares
@@ -126,7 +127,9 @@ class Traces:
         device: torch.device,
         layout: Layout = Layout(),  # noqa: B008 (it is frozen)
         here: int = 1,
+        report: Callable[[str], object] = str,
     ) -> None:
+        self.report = report
         self.checkpoint, self.request, self.dtype, self.device = checkpoint, request, dtype, device
         self.spec, self.layout, self.here = checkpoint.spec, layout, here
         self.steps = timeline(request, self.spec)
@@ -143,7 +146,8 @@ class Traces:
 
     def of(self, request: CompleteRequest) -> Traces:
         """Return the traces of another request."""
-        return Traces(self.checkpoint, request, self.dtype, self.device, self.layout, self.here)
+        how = self.dtype, self.device, self.layout, self.here, self.report
+        return Traces(self.checkpoint, request, *how)
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._done:
@@ -234,6 +238,7 @@ class Traces:
         gathered: int,
         gloo: bool,
     ) -> Traced:
+        self.report(f"planning a step of the {expert}-noise expert")
         # Quantised leaves unpack weights in many operations, so `_leaves` traces each form once.
         spec = replace(self.spec, dit=replace(self.spec.dit, num_layers=self.TRACED_BLOCKS))
         model: Any = self._plain(spec, runtime)
@@ -307,6 +312,7 @@ class Traces:
     @cached_property
     def text(self) -> Traced:
         """The text encoder on the prompts, one at a time."""
+        self.report("planning the text encoder")
         encoder = self._text_encoder()
         block = _first(encoder.blocks)
         encoder.blocks = cast(Any, nn.ModuleList([block]))
@@ -322,6 +328,7 @@ class Traces:
 
     def decode(self, tile: int) -> Traced:
         """Trace the VAE in float32: in strips on several ranks, else in tiles or full frames."""
+        self.report("planning the VAE")
         vae, shape = self.spec.vae, self.latent_shape
         if self.layout.size > 1:
             return self._once("decode", lambda: decoding.strips(vae, shape, self.layout))
