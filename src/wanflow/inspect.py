@@ -132,10 +132,16 @@ class Findings:
     parts: list[Row]
 
 
-def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> Findings:
-    """Return all that the headers of a file or folder say, and with `hashes` every file's sha256.
+def inspect(
+    path: Path, hashes: bool = False, report: Report | None = None, on_file: Report | None = None
+) -> Findings:
+    """Return all that the headers of a file or folder say.
 
-    `report` is called with bytes hashed, and bytes in all, file by file.
+    Args:
+        path: a file or folder.
+        hashes: compute the sha256 of every file.
+        report: called with bytes hashed, and bytes in all, file by file.
+        on_file: called with files read, and files in all; the shards of one part count as one.
 
     Raises:
         RequestError: for a path that is missing, or holds nothing readable.
@@ -157,12 +163,12 @@ def inspect(path: Path, hashes: bool = False, report: Report | None = None) -> F
             pieces = open_tokenizer(path).get_vocab_size()
             rows = [replace(_tokenizer(path, path, hashes, report), notes=[f"{pieces:,} pieces"])]
         else:
-            groups = weight_groups(path) if path.is_dir() else [path]
-            rows = [
-                row
-                for group in groups
-                for row in rows_of(group, path, opened, checked, hashes, report)
-            ]
+            groups = list(weight_groups(path)) if path.is_dir() else [path]
+            rows = []
+            for number, group in enumerate(groups, 1):
+                rows += rows_of(group, path, opened, checked, hashes, report)
+                if on_file is not None:
+                    on_file(number, len(groups))
     if not rows:
         raise RequestError(f"{path} holds no weights: no {', '.join(sorted(ENDINGS))} file")
     if all(row.what == UNREADABLE for row in rows):

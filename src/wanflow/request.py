@@ -209,7 +209,7 @@ class Request:
         geometry = geometry_of(spec)
         values["size"] = parse_size(values["size"], geometry)
         if isinstance(self.seed, int) and self.seed < 0:
-            values["seed"] = secrets.randbelow(2**63)
+            values["seed"] = secrets.randbelow(2**32)  # a person can type it
         complete = CompleteRequest(**values)
         geometry.check_frames(complete.frame_num)
         return complete

@@ -34,6 +34,7 @@ logger = logging.getLogger("wanflow")
 EVERY = 2.0  # seconds between two lines of progress where there is no terminal
 MANY = 100  # of a long task: a line for each percent of the time it has taken
 DRAW = 0.1  # seconds between two updates of a bar
+CLOCK = 80  # columns from which the time that has passed is shown
 EVENT = 0.5  # seconds between two JSON lines of a task
 
 
@@ -141,9 +142,11 @@ def _paragraphs(
             if cell
         ]
         yield Text(title, "bold")
-        for cell in (named[0], ", ".join(named[1:])) if named else ():
+        # A short cell stays in one piece; \0 stands for its spaces.
+        whole = [cell.replace(" ", "\0") if len(cell) < width // 2 else cell for cell in named]
+        for cell in (whole[0], ", ".join(whole[1:])) if whole else ():
             lines = textwrap.wrap(cell, width - 2, break_long_words=False, break_on_hyphens=False)
-            yield from (Text("  " + line) for line in lines)
+            yield from (Text("  " + line.replace("\0", " ")) for line in lines)
 
 
 @dataclass
@@ -281,7 +284,8 @@ class Screen:
         if task is None:
             task = self._tasks[what] = _Task(what, unit, done, now, now)
             if self.live and not self.console.quiet:
-                task.bar = self._display().add_task(what, total=total or None, text="")
+                text = task.text(done, total, "", self._room()) if total else ""
+                task.bar = self._display().add_task(what, total=total or None, text=text)
         since = now - task.shown
         if task.bar is not None and self._bars is not None:
             if since > DRAW or ends:
@@ -289,7 +293,7 @@ class Screen:
                 self._bars.update(task.bar, completed=done, total=total or None, text=text)
                 task.shown = now
         elif self.events:
-            if (since > EVENT or ends) and not self.console.quiet:
+            if (since > EVENT or ends or since == 0) and not self.console.quiet:
                 print_event("progress", **task.facts(done, total, note))
                 task.shown = now
         elif since > max(EVERY, (now - task.began) / MANY) or (
@@ -317,8 +321,8 @@ class Screen:
     def _room(self) -> int:
         """Return the columns that a task's text has beside its name and its bar."""
         names = max(len(what) for what in self._tasks)
-        bar = _bar_width(self.console.width)
-        return self.console.width - names - 1 - (bar + 1 if bar else 0)
+        width, bar = self.console.width, _bar_width(self.console.width)
+        return width - names - 1 - (bar + 1 if bar else 0) - (8 if width >= CLOCK else 0)
 
     def _display(self) -> Bars:
         from rich import progress as rich
@@ -326,9 +330,10 @@ class Screen:
         if self._bars is None:
             what = rich.TextColumn("{task.description}", markup=False)
             text = rich.TextColumn("{task.fields[text]}", markup=False)
-            bar = _bar_width(self.console.width)
-            columns = (what, rich.BarColumn(bar_width=bar), text) if bar else (what, text)
-            self._bars = rich.Progress(*columns, console=self.console)
+            width, bar = self.console.width, _bar_width(self.console.width)
+            columns = [what, rich.BarColumn(bar_width=bar), text] if bar else [what, text]
+            clock = [rich.TimeElapsedColumn()] if width >= CLOCK else []
+            self._bars = rich.Progress(*columns, *clock, console=self.console)
             self._bars.start()
             atexit.register(self._bars.stop)  # gives the cursor back, however the process ends
         return self._bars

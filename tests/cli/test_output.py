@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from helpers.common import PROMPT
 
 from wanflow.cli import main
+from wanflow.cli.inspect import _whole
 from wanflow.cli.output import Output
 from wanflow.screen import Screen
 
@@ -126,3 +128,19 @@ def test_a_script_gets_the_bytes_of_a_name(capfdbinary: pytest.CaptureFixture[by
     shown = capfdbinary.readouterr()
     assert shown.out == os.fsencode(name) + b"\n"
     assert b"\x1b" not in shown.err and "圆\\x1b[31m".encode() in shown.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes descriptors as a POSIX shell does")
+@pytest.mark.parametrize("argv", [["inspect", "nowhere"], [*MAKE, "a.mp4", "--dtype", "nonsense"]])
+def test_errors_stay_off_standard_output_where_standard_error_is_closed(argv: list[str]) -> None:
+    command = shlex.join([sys.executable, "-m", "wanflow", *argv]) + " 2>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_folder_is_hashed_as_one_task() -> None:
+    shown: list[tuple[int, int]] = []
+    report = _whole(lambda done, total: shown.append((done, total)), 30)
+    for done, size in ((5, 10), (10, 10), (8, 20), (20, 20)):
+        report(done, size)
+    assert shown == [(5, 30), (10, 30), (18, 30), (30, 30)]

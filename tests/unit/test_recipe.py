@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from wanflow.config import RequestError
+from wanflow.presets import NANO
 from wanflow.recipe import Recipe
+from wanflow.request import Request
 
 # As version 0.1.0 wrote it.
 RECIPE: dict[str, Any] = {
@@ -182,3 +184,8 @@ def test_what_is_of_another_type_or_range_is_refused(path: str, value: object) -
 def test_what_is_no_recipe_is_refused(value: object) -> None:
     with pytest.raises(RequestError, match=r"old\.mp4"):
         Recipe.from_json(value, "old.mp4")
+
+
+def test_a_drawn_seed_can_be_typed_and_a_longer_one_given() -> None:
+    assert all(Request("x").complete(NANO).seed < 2**32 for _ in range(20))
+    assert Request("x", seed=2**63 - 1).complete(NANO).seed == 2**63 - 1

@@ -304,6 +304,20 @@ def _words(error: BaseException) -> tuple[int, str | None]:
     return 1, None
 
 
+def open_streams() -> None:
+    """Give standard streams that are closed a place, and letters that one lacks an escape.
+
+    Python's `print` takes standard output where standard error is closed, and a file that is opened
+    then would take its number.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def entry(argv: list[str] | None = None) -> NoReturn:
     """Run the `wanflow` command, or `generate.py`."""
+    open_streams()
     sys.exit(main(sys.argv[1:] if argv is None else argv))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import model_path
@@ -14,6 +16,7 @@ from wanflow.units import file_size
 if TYPE_CHECKING:
     from wanflow.checkpoint.values import Finding
     from wanflow.inspect import Findings, Row
+    from wanflow.screen import Screen
 
 MANY = 8  # names listed before the rest is a number
 COLUMNS = ("what", "file", "form", "stored as", "parameters", "tensors", "size")
@@ -46,13 +49,13 @@ def inspect(args: argparse.Namespace) -> None:
     from wanflow.inspect import inspect as look
 
     path, values = model_path(args.path), list[Finding]()
-    if args.hash or args.check:
-        with args.output.screen() as screen:
-            found = look(path, args.hash, screen.count_bytes("hashing"))
-            if args.check:
-                values = list(check_values(path, screen.count_bytes("checking")))
-    else:
-        found = look(path)
+    with args.output.screen() as screen:
+        found = look(path, on_file=partial(_count_files, screen))
+        if args.hash:
+            found = look(path, True, _whole(screen.count_bytes("hashing"), found.bytes))
+        if args.check:
+            total = sum(row.bytes for row in found.parts)
+            values = list(check_values(path, _whole(screen.count_bytes("checking"), total)))
     args.output.document |= asdict(found)
     if args.check:
         args.output.document["values"] = [asdict(value) for value in values]
@@ -65,6 +68,27 @@ def inspect(args: argparse.Namespace) -> None:
             f"{path}: {len(bad)} tensors are damaged:"
             f" {', '.join(value.tensor or value.path for value in bad[:MANY])}"
         )
+
+
+# progress
+
+
+def _count_files(screen: Screen, done: int, total: int) -> None:
+    if total > MANY:  # a few headers take milliseconds
+        screen.progress("reading headers", done, total, "file")
+
+
+def _whole(report: Callable[[int, int], None], total: int) -> Callable[[int, int], None]:
+    """Return a callback for one file after the other, which reports their sum."""
+    before = 0
+
+    def on_part(done: int, size: int) -> None:
+        nonlocal before
+        report(min(before + done, total), total)
+        if done >= size:
+            before += size
+
+    return on_part
 
 
 # as text

@@ -87,6 +87,7 @@ class Output:
 
     def error(self, text: str) -> None:
         """Print what ended the command."""
+        text = "\n".join(map(plain, text.split("\n")))
         if self.json:
             print_event("error", text=f"wanflow: {text}")
         else:
