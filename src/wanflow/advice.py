@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.nano_words import cannot_draw, knows_this_world
 from wanflow.request import CompleteRequest
 
 
@@ -38,4 +39,6 @@ def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:
             " square, triangle, star, cross), its colour, size and motion, and the background's"
             " colour"
         )
+    if not request.lora and knows_this_world(checkpoint.vocabulary):
+        notes += cannot_draw(spec.name, request.prompt)
     return notes

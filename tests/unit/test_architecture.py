@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("untrusted",),
     ("config",),
-    ("files", "units"),
+    ("files", "units", "nano_words"),
 )
 LEVEL = {name: len(LAYERS) - n for n, names in enumerate(LAYERS) for name in names}
 KERNELS = {

@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import model_path
 from wanflow.cli.parser import Parser
+from wanflow.config import RequestError
 from wanflow.screen import show_lines, show_table
 from wanflow.units import file_size
 
@@ -41,6 +43,9 @@ def inspect_flags(p: Parser) -> None:
         action="store_true",
         help="read every tensor; exit code 1 if one holds NaN or infinity",
     )
+    p.add_argument(
+        "--words", action="store_true", help="list the words that a prompt for nano is made of"
+    )
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -49,6 +54,8 @@ def inspect(args: argparse.Namespace) -> None:
     from wanflow.inspect import inspect as look
 
     path, values = model_path(args.path), list[Finding]()
+    if args.words:
+        return _show_words(args, path)
     with args.output.screen() as screen:
         found = look(path, on_file=partial(_count_files, screen))
         if args.hash:
@@ -68,6 +75,26 @@ def inspect(args: argparse.Namespace) -> None:
             f"{path}: {len(bad)} tensors are damaged:"
             f" {', '.join(value.tensor or value.path for value in bad[:MANY])}"
         )
+
+
+def _show_words(args: argparse.Namespace, path: Path) -> None:
+    """Print the prompt box of a model that knows few words.
+
+    Raises:
+        RequestError: for a model that takes any prompt.
+    """
+    from wanflow.checkpoint.checkpoint import open_checkpoint
+    from wanflow.nano_words import EXAMPLE, GRAMMAR, box_lines, knows_this_world, prompt_box
+
+    checkpoint = open_checkpoint(path)
+    known = checkpoint.vocabulary
+    if not knows_this_world(known):
+        raise RequestError(
+            f"{path} has no list of words: {checkpoint.spec.name} takes any prompt (try: wanflow"
+            " inspect nano --words)"
+        )
+    facts = {"grammar": GRAMMAR, "example": EXAMPLE, "words": prompt_box(known)}
+    args.output.page((("", line) for line in box_lines(args.path, known)), **facts)
 
 
 # progress

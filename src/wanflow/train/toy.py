@@ -19,87 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RGB = tuple[int, int, int]  # 0..255
+from wanflow import nano_words
 
-COLOURS: dict[str, RGB] = {
-    "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
-    "purple": (150, 50, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220),
-    "white": (245, 245, 245),
-}  # fmt: skip
-BACKGROUNDS: dict[str, RGB] = {"black": (15, 15, 18), "gray": (128, 128, 128)} | {
-    name: COLOURS[name] for name in ("white", "red", "green", "blue", "yellow", "purple")
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-MOTIONS = ("left", "right", "up", "down", "grows", "shrinks", "still", "spins")
+RGB = nano_words.RGB
+COLOURS, BACKGROUNDS = nano_words.COLOURS, nano_words.BACKGROUNDS
+SHAPES, MOTIONS = nano_words.SHAPES, nano_words.MOTIONS
+NAMES, VERBS = nano_words.NAMES, nano_words.VERBS
 SIZES = {"small": 0.18, "medium": 0.24, "large": 0.31}
 SPEEDS = {"slow": 0.65, "normal": 1.0, "fast": 1.4}
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 TRAVEL = 0.33  # of the side, at normal speed
 GROWTH = 1.5  # from first frame to last, at normal speed
 TURN = math.radians(120)
-
-# The words for a value, the plain one first; an empty word is left out.
-NAMES = {
-    value: tuple(words.split(", "))
-    for value, words in {
-        "red": "red",
-        "green": "green",
-        "blue": "blue",
-        "yellow": "yellow",
-        "purple": "purple, violet",
-        "orange": "orange",
-        "cyan": "cyan, turquoise",
-        "white": "white",
-        "black": "black",
-        "gray": "gray, grey",
-        "circle": "circle, disc, ball",
-        "square": "square, box",
-        "triangle": "triangle",
-        "star": "star, five-pointed star",
-        "cross": "cross, plus sign",
-        "small": "small, tiny, little",
-        "medium": "",
-        "large": "large, big, huge",
-        "slow": "slowly, gently",
-        "normal": "",
-        "fast": "quickly, fast, rapidly",
-    }.items()
-}
-# Each verb as a finite form and a continuous one.
-VERBS = {
-    motion: tuple(tuple(verb.split("/")) for verb in verbs.split(", "))
-    for motion, verbs in {
-        "left": (
-            "moves left/moving left, slides left/sliding left, moves to the left/moving to "
-            "the left, goes left/going left, drifts left/drifting left"
-        ),
-        "right": (
-            "moves right/moving right, slides right/sliding right, moves to the right/moving "
-            "to the right, goes right/going right, drifts right/drifting right"
-        ),
-        "up": (
-            "moves up/moving up, rises/rising, slides up/sliding up, goes up/going up, floats "
-            "upwards/floating upwards, moves upward/moving upward"
-        ),
-        "down": (
-            "moves down/moving down, falls/falling, slides down/sliding down, drops/dropping, "
-            "sinks downwards/sinking downwards, goes down/going down"
-        ),
-        "grows": (
-            "grows/growing, gets bigger/getting bigger, expands/expanding, gets "
-            "larger/getting larger"
-        ),
-        "shrinks": "shrinks/shrinking, gets smaller/getting smaller, contracts/contracting",
-        "still": (
-            "stays still/staying still, does not move/not moving, stands still/standing "
-            "still, is static/resting, stays in place/staying in place"
-        ),
-        "spins": (
-            "spins/spinning, rotates/rotating, turns around/turning around, spins "
-            "around/spinning around"
-        ),
-    }.items()
-}
 
 
 OPENINGS = (
