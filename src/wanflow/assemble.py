@@ -31,6 +31,7 @@ from wanflow.recipe import ModelRecord, Recipe
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime, choose_device, choose_dtype, recorded
 from wanflow.sampling.solvers import SolverState, Velocity
+from wanflow.threads import on_free_threads
 from wanflow.transforms import attention
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ def make_engine(
     def agree(stop: bool) -> bool:
         return stop if ctx is None else bool(ctx.from_rank0(int(stop)))
 
-    return Engine(spec, parts.device, record, check, share, velocity, decode, agree)
+    engine = Engine(spec, parts.device, record, check, share, velocity, decode, agree)
+    return on_free_threads(engine) if ctx is None and parts.device.type == "cpu" else engine
 
 
 def model_record(checkpoint: Checkpoint) -> ModelRecord:

@@ -10,12 +10,14 @@ import platform
 import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+READINGS, READING_S = 5, 0.01  # of what runs: a process that works for a moment does not count
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
 
 
@@ -116,10 +118,11 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 def usable_cores(root: Path = Path("/")) -> float:
     """Return how many cores this process may use, by its affinity and a container's quota."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = float(len(os.sched_getaffinity(0)))
-    else:
-        cores = float(os.cpu_count() or 1)
+    # From Python 3.13 on, the affinity and what the user says by PYTHON_CPU_COUNT.
+    count = getattr(os, "process_cpu_count", None)
+    if count is None and hasattr(os, "sched_getaffinity"):
+        count = lambda: len(os.sched_getaffinity(0))  # noqa: E731
+    cores = float((count or os.cpu_count)() or 1)
     for folder in _cgroups(root, "cpu"):
         quota = _text(folder / "cpu.max").split() or [
             _text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
@@ -127,6 +130,21 @@ def usable_cores(root: Path = Path("/")) -> float:
         if len(quota) == 2 and all(number.isdigit() for number in quota) and int(quota[1]):
             cores = min(cores, int(quota[0]) / int(quota[1]))
     return round(cores, 2)
+
+
+def free_cores(root: Path = Path("/")) -> int:
+    """Return how many of `usable_cores` others leave free now, at least 1.
+
+    Linux counts what runs; elsewhere all count as free.
+    """
+    others = []
+    for _ in range(READINGS):
+        # "0.20 0.18 0.12 1/80 11206": one of 80 runs, which is this process.
+        running = re.search(r" (\d+)/\d+ ", _text(root / "proc/loadavg"))
+        others.append(int(running[1]) - 1 if running else 0)
+        time.sleep(READING_S)
+    idle = (os.cpu_count() or 1) - min(others)
+    return max(1, min(int(usable_cores(root)), idle))
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int, bool]:

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("opening",),
     ("plan", "convert", "inspect", "doctor", "extend"),
     ("assemble",),
-    ("advice", "loaders", "download"),
+    ("advice", "loaders", "download", "threads"),
     ("lora",),
     ("checkpoint",),
     ("screen", "hardware", "clipfiles", "outputs", "web"),

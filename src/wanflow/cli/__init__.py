@@ -320,4 +320,7 @@ def open_streams() -> None:
 def entry(argv: list[str] | None = None) -> NoReturn:
     """Run the `wanflow` command, or `generate.py`."""
     open_streams()
+    # Threads that wait for each other spin, which costs a busy machine many times their work. The
+    # library of threads reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(main(sys.argv[1:] if argv is None else argv))

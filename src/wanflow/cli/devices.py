@@ -51,9 +51,9 @@ def parse_gpus(args: argparse.Namespace) -> Ranks | None:
     if len(names) == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
         return None
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // len(names)))
+    from wanflow.hardware import usable_cores
+
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(usable_cores()) // len(names)))
     return Ranks(len(names), {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": threads}, flags)
 
 
