@@ -99,6 +99,11 @@ class Claims:
                     self._release(name)
         raise AssertionError("names never end")
 
+    def give_back(self, path: Path) -> None:
+        """Give one name back, if it is held."""
+        if _claim_of(path) in self._held:
+            self._release(_claim_of(path))
+
     def close(self) -> None:
         """Give every name back."""
         for name in list(self._held):

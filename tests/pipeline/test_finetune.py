@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +29,7 @@ from wanflow.config import DiTConfig
 from wanflow.media import VideoWriter, save_picture, to_uint8
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.opening import resolve
+from wanflow.outputs import Claims
 from wanflow.plan.gpus import Machine
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.screen import Screen
@@ -143,6 +146,39 @@ def test_clips_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     assert "metadata.jsonl" in refusal(lambda: find_clips(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metadata.jsonl", "[" * 100_000, "line 1: JSON of more than"),
+        ("metadata.jsonl", '{"file_name": 7, "text": "x"}', "row 1 has no file_name and text"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": ["x"]}', "row 1 has no"),
+        ("metadata.jsonl", "[1]", "row 1 has no"),
+        ("metadata.jsonl", '{"file_name": "' + "x" * 300 + '.mp4", "text": "x"}', "not exist"),
+        ("metadata.jsonl", '{"file_name": "\\u0000.mp4", "text": "x"}', "not exist"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": "\\ud800"}', "is no Unicode text"),
+        ("metadata.jsonl", '{"a": "' + "x" * 2_000_000 + '"}', "more than 1,048,576 bytes"),
+        ("metadata.csv", "file_name,text\na.mp4," + "x" * 200_000, "is no table"),
+        ("metadata.csv", "file_name\n\0\n", "metadata.csv"),
+        ("metadata.jsonl", "\udcff", "cannot be read as text"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / name).write_text(text, errors="surrogateescape")
+    assert words in refusal(lambda: find_clips(tmp_path))
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    assert "metadata.jsonl is a pipe" in refusal(lambda: find_clips(tmp_path))
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "a.txt").write_text("a red circle")
+    (tmp_path / "a.mp4").unlink()
+    os.mkfifo(tmp_path / "a.mp4")
+    assert "a.mp4 is a pipe" in refusal(lambda: find_clips(tmp_path))
+
+
 def test_what_was_encoded_is_not_encoded_again(folder: Path, tmp_path: Path) -> None:
     seen: list[str] = []
 
@@ -177,6 +213,12 @@ def test_what_was_encoded_is_not_encoded_again(folder: Path, tmp_path: Path) -> 
     assert seen == ["t5", "vae", "vae"]
     run(replace(FORM, frame_num=13))
     assert seen == ["t5", "vae", "vae", "vae"]
+    for file in (samples[2].latent_file, samples[2].text_file):  # cut, as by a full disk
+        file.write_bytes(file.read_bytes()[:-8])
+        assert "is damaged or gone" in refusal(lambda: (samples[2].latent(), samples[2].text(99)))
+        run()
+        samples[2].latent(), samples[2].text(99)
+    assert seen == ["t5", "vae", "vae", "vae", "vae", "t5"]
 
 
 # The objective
@@ -305,11 +347,8 @@ def test_a_stopped_training_gives_the_same_lora(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = settings(folder, tmp_path, experts=("low",), save_seconds=0.0)
-    whole = load_file(
-        finetune(resolve("nano"), replace(wanted, out=tmp_path / "a", work=tmp_path / "w1"), quiet)[
-            0
-        ]
-    )
+    first = replace(wanted, out=tmp_path / "a", work=tmp_path / "w1")
+    (whole,) = finetune(resolve("nano"), first, quiet)
     steps = 0
     real = Objective.__call__
 
@@ -325,8 +364,16 @@ def test_a_stopped_training_gives_the_same_lora(
     with pytest.raises(KeyboardInterrupt):
         finetune(resolve("nano"), second, quiet)
     assert not (tmp_path / "b").exists()
-    again = load_file(finetune(resolve("nano"), second, quiet)[0])
-    assert steps == 3 + 2 and all(torch.equal(again[name], value) for name, value in whole.items())
+    (again,) = finetune(resolve("nano"), second, quiet)
+    assert steps == 3 + 2 and again.read_bytes() == whole.read_bytes()
+    # What was trained is taken from the work folder, unless it is damaged there.
+    (trained,) = (tmp_path / "w2").glob("low-*.safetensors")
+    trained.write_bytes(trained.read_bytes()[:-1])
+    assert "exists" in refusal(lambda: finetune(resolve("nano"), second, quiet))
+    (again,) = finetune(resolve("nano"), replace(second, overwrite=True), quiet)
+    assert steps == 5 and again.read_bytes() == whole.read_bytes()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["a", "b", "w1", "w2"]
 
 
 def test_a_training_that_was_stopped_between_the_experts_goes_on(
@@ -402,6 +449,106 @@ def test_full_fine_tuning_writes_a_model(folder: Path, tmp_path: Path) -> None:
 # The command, and what does not fit
 
 
+def command(folder: Path, out: Path, *more: str) -> list[str]:
+    given = ["train", "--data", str(folder), "--ckpt_dir", "nano", "--out", str(out)]
+    return [*given, "--batch", "2", "--rank", "2", "--device", "cpu", *more]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--steps 0", "--steps must be from 1"),
+        ("--steps -3", "--steps must be from 1"),
+        ("--batch 0", "--batch must be from 1"),
+        ("--rank 0", "--rank must be from 1"),
+        ("--rank 100000", "--rank must be from 1 to 4,096 (got 100000)"),
+        ("--save_every nan", "--save_every must be from 0"),
+        ("--save_every inf", "--save_every must be from 0"),
+        ("--save_every -1", "--save_every must be from 0"),
+        ("--seed 100000000000000000000", "--seed must be from 0"),
+        ("--seed -1", "--seed must be from 0"),
+        ("--alpha 0", "--alpha between"),
+        ("--alpha inf", "--alpha between"),
+        ("--learning_rate 0", "--learning_rate"),
+        ("--learning_rate nan", "--learning_rate"),
+        ("--caption_dropout nan", "--caption_dropout"),
+        ("--train_shift inf", "--train_shift"),
+        ("--grad_accum 0", "--grad_accum must be"),
+        ("--fps nan", "fps"),
+        ("--out ~nosuchuser/x", "not a usable path"),
+    ],
+)
+def test_values_that_no_training_takes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, words: str
+) -> None:
+    assert main(command(folder, tmp_path / "x", *flags.split())) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_nano_and_evaluation_check_their_values(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in ("--nano --scale nan", "--nano --scale 0", "--evaluate nano --prompts 0"):
+        assert main(["train", *flags.split()]) == 2
+        assert flags.split()[-2] in capsys.readouterr().err
+
+
+def test_an_output_that_is_taken_is_refused_before_the_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "low_noise_lora.safetensors").write_text("mine")
+    (taken / "thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out, more, words in (
+        (tmp_path / "file", "", "--out"),
+        (tmp_path / "file" / "x", "", "cannot write"),
+        (Path("/proc/x"), f"--work_dir {tmp_path / 'w'}", "cannot write /proc/x"),
+        (tmp_path / ("x" * 250), f"--work_dir {tmp_path / 'w'}", "too long"),
+        (taken, "", "low_noise_lora.safetensors exists; name another --out"),
+        (taken, "--method full", "exists; name another place"),
+        (taken, "--method full --overwrite", "thesis.tex, so it is more than a model"),
+        (tmp_path / "x", f"--work_dir {tmp_path / 'file'}", "--work_dir"),
+        (tmp_path / "x", f"--method full --work_dir {tmp_path / 'x' / 'w'}", "overlap"),
+    ):
+        assert main(command(folder, out, *more.split())) == 2, more
+        assert words in capsys.readouterr().err
+    with Claims() as others:
+        for name in ("x", "x_training"):
+            others.take(tmp_path / name)
+            assert main(command(folder, tmp_path / "x")) == 2
+            assert f"{name} is being made by another run" in capsys.readouterr().err
+            others.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_a_training_that_is_stopped_prints_the_command_that_goes_on(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = Objective.__call__
+
+    def stop(self: Objective, step: int, rng: Any, generator: Any) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step, rng, generator)
+
+    monkeypatch.setattr(Objective, "__call__", stop)
+    given = command(folder, tmp_path / "my lora", "--steps", "3", "--train_experts", "low")
+    assert main(given) == 130
+    said = capsys.readouterr().err
+    work = tmp_path / "my lora_training"
+    assert f"the state of the training are in {work}\n" in said
+    assert f"stopped at step 2 of 3; its state is {work}/low-" in said
+    monkeypatch.setattr(Objective, "__call__", real)
+    line = next(line for line in said.splitlines() if line.startswith("go on with: "))
+    again = shlex.split(line.removeprefix("go on with: wanflow "))
+    assert again == given and main(again) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my lora", "my lora_training"]
+    assert "is needed no longer" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
@@ -439,7 +586,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for more, words in (
         (["--targets", "norm"], "must be some of"),
         (["--batch", "3", "--grad_accum", "2"], "equal parts"),
-        (["--rank", "0"], "at least 1 (got 0)"),
+        (["--rank", "0"], "from 1 to 4,096 (got 0)"),
         (["--frame_num", "6"], "nearest is"),
         (["--size", "50*50"], "multiple of 16"),
         (["--fsdp"], "torchrun"),

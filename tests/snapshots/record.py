@@ -53,6 +53,9 @@ INTENDED: dict[str, str] = {
     "flags/wanflow plan/--figures": "its tables are the page docs/explain/figures.md",
 }
 
+# Readers of flags that only add words to what they refuse.
+TYPES = {"file_path": "Path"}
+
 # Where classes live that wanflow itself does not name.
 MODELS = {
     "WanDiT": "wanflow.models.dit",
@@ -367,7 +370,7 @@ def taken(action: argparse.Action) -> dict[str, Any]:
         "options": list(action.option_strings),
         "dest": action.dest,
         "kind": type(action).__name__,
-        "type": getattr(action.type, "__name__", None),
+        "type": TYPES.get(kind := getattr(action.type, "__name__", None), kind),
         "default": simple(action.default),
         "const": simple(action.const),
         "choices": None if several or action.choices is None else [*map(simple, action.choices)],

@@ -229,6 +229,7 @@ def _run(argv: list[str], claims: Claims) -> int:
         from wanflow.cli import checks
 
         args.watchdog, args.claims, args.output = watchdog, claims, output
+        args.argv = argv
         watchdog.on_abort = claims.close
         checks.check(args)
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from wanflow.cli.flags import config_flag
 from wanflow.cli.parser import Parser, file_path
+from wanflow.cli.running import world_size
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.checkpoint import Checkpoint
     from wanflow.train.finetune import FineTune
+    from wanflow.train.stopping import Stop
+
+MOST_PROMPTS = 1_000_000
+T = TypeVar("T")
 
 
 def train_flags(p: Parser) -> None:
@@ -109,12 +115,13 @@ def _running_flags(group: argparse._ArgumentGroup) -> None:
         help="seconds between two saved states",
     )
     config_flag(group)
+    add("--overwrite", action="store_true", help="replace what --out holds of these files")
     add("--force", action="store_true", help="start although memory does not suffice")
     add(
         "--work_dir",
         type=file_path,
         metavar="DIR",
-        help="folder of the training state (default: build/train; build/nano for --nano)",
+        help="folder of encoded clips and states (default: OUT_training; build/nano for --nano)",
     )
 
 
@@ -148,29 +155,56 @@ def _nano_flags(p: Parser) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train or measure, whichever the flags ask for."""
-    if args.data is not None:
-        return _finetune(args)
+    from wanflow.train.stopping import stopping
+
+    if args.evaluate and args.data is None:
+        return _evaluate(args)
+    with stopping() as stop:
+        try:
+            (_train_nano if args.data is None else _finetune)(args, stop)
+        except KeyboardInterrupt:
+            if args.output.rank == 0:
+                command = shlex.join(["wanflow", *args.argv])
+                args.output.alert(f"go on with: {command}{_under_torchrun()}")
+            raise
+
+
+def _under_torchrun() -> str:
+    size = world_size()
+    return f" (under torchrun, as before: {size} processes)" if size > 1 else ""
+
+
+def _evaluate(args: argparse.Namespace) -> None:
     from wanflow.train import nano
 
-    output = args.output
-    with output.screen() as screen:
-        if args.evaluate:
-            how = args.prompts, args.experts, args.seen, args.wording
-            report = nano.evaluate(args.evaluate, *how, screen)
-            output.page([("", report)], **json.loads(report))
-        else:
-            work = args.work_dir or Path("build/nano")
-            out = args.out or work / "model"
-            nano.train(work, out, args.scale, args.stage, screen)
-            if args.stage in (None, "export"):
-                output.result(out, screen)
+    if not 1 <= args.prompts <= MOST_PROMPTS:
+        raise RequestError(f"--prompts must be from 1 to {MOST_PROMPTS:,} (got {args.prompts})")
+    with args.output.screen() as screen:
+        how = args.prompts, args.experts, args.seen, args.wording
+        report = nano.evaluate(args.evaluate, *how, screen)
+        args.output.page([("", report)], **json.loads(report))
 
 
-def _finetune(args: argparse.Namespace) -> None:
+def _train_nano(args: argparse.Namespace, stop: Stop) -> None:
+    from wanflow.train import nano
+
+    if not 0 < args.scale <= 100:
+        raise RequestError(f"--scale must be above 0 and at most 100 (got {args.scale:g})")
+    work = args.work_dir or Path("build/nano")
+    out = args.out or work / "model"
+    # The model in the work folder is the training's own.
+    overwrite = args.overwrite or args.out is None
+    with args.output.screen() as screen:
+        nano.train(work, out, args.scale, args.stage, screen, overwrite, stop)
+        if args.stage in (None, "export"):
+            args.output.result(out, screen)
+
+
+def _finetune(args: argparse.Namespace, stop: Stop) -> None:
     from wanflow.opening import resolve
     from wanflow.parallel.ranks import rank_and_world_size
     from wanflow.plan.gpus import this_machine
-    from wanflow.train.finetune import finetune
+    from wanflow.train.finetune import check_outputs, finetune
     from wanflow.train.memory import refuse
 
     if args.ckpt_dir is None or args.out is None:
@@ -180,11 +214,12 @@ def _finetune(args: argparse.Namespace) -> None:
         )
     checkpoint = resolve(args.ckpt_dir)
     settings = _settings(args, checkpoint)
+    check_outputs(checkpoint, settings)
     if not args.force:
         refuse(checkpoint, settings, this_machine(checkpoint.folder), rank_and_world_size()[1])
     follower = rank_and_world_size()[0] > 0
     with args.output.screen(follower) as screen:
-        finetune(checkpoint, settings, screen)
+        finetune(checkpoint, settings, screen, stop)
         if not follower:
             args.output.result(args.out, screen, method=args.method, steps=settings.steps)
 
@@ -205,21 +240,21 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
     asked = Request("any", size=size, frame_num=args.frame_num, fps=args.fps, seed=0).complete(
         preset
     )  # checks them
-    rate = args.learning_rate or (1e-3 if small else 1e-4) / (1 if args.method == "lora" else 10)
+    rate = (1e-3 if small else 1e-4) / (1 if args.method == "lora" else 10)
     return FineTune(
         data=args.data,
         out=args.out,
-        work=args.work_dir or Path("build/train"),
+        work=args.work_dir or args.out.with_name(f"{args.out.name}_training"),
         form=Form(asked.size, asked.frame_num, asked.fps),
         method=args.method,
         experts=preset.expert_names if args.train_experts == "both" else (args.train_experts,),
         rank=args.rank,
-        alpha=args.alpha or float(args.rank),
+        alpha=_given(args.alpha, float(args.rank)),
         targets=tuple(part.strip() for part in args.targets.split(",") if part.strip()),
-        steps=args.steps or (300 if small else 2000),
-        batch=args.batch or (16 if small else 1),
+        steps=_given(args.steps, 300 if small else 2000),
+        batch=_given(args.batch, 16 if small else 1),
         accumulate=args.grad_accum,
-        learning_rate=rate,
+        learning_rate=_given(args.learning_rate, rate),
         dropout=args.caption_dropout,
         shift=args.train_shift,
         checkpointing=args.activation_checkpointing,
@@ -228,4 +263,9 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
         fsdp=args.fsdp,
         seed=args.seed,
         save_seconds=args.save_every,
+        overwrite=args.overwrite,
     )
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value

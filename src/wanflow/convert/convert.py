@@ -92,7 +92,7 @@ def convert(
         OSError: when the disk refuses.
     """
     out = _place(model, out, options)
-    _refuse_taken(model, out, options.overwrite)
+    refuse_taken(model, out, options.overwrite)
     made = plan(model, options, out.name)
     refuse_without_room(out, made.nbytes, "the conversion")
     for note in made.notes:
@@ -121,7 +121,7 @@ def convert(
         with atomic_path(out, overwrite=replaced, spare=spare) as part:
             _write(made, part, count, single_kind(model) is not None)
             if replaced:
-                _refuse_taken(model, out, overwrite=True)  # again, as hours have passed
+                refuse_taken(model, out, overwrite=True)  # again, as hours have passed
     return out
 
 
@@ -161,22 +161,26 @@ def _place(model: Checkpoint, out: Path, options: Options) -> Path:
     return out / f"{stem}-{options.to}{endings[0]}"
 
 
-def _refuse_taken(model: Checkpoint, out: Path, overwrite: bool) -> None:
+def refuse_taken(model: Checkpoint, out: Path, overwrite: bool) -> None:
     """Raise a RequestError for a path that the conversion must not replace."""
     real = out.resolve()
     for file in source_paths(model):
         source = file.resolve()
         if real == source or real in source.parents or (source.is_dir() and source in real.parents):
             raise RequestError(f"{out} and the source {file} overlap; name another place")
+    if out.is_file() and single_kind(model) is None:
+        raise RequestError(f"{out} is a file, and the result is not; name another place")
+    if out.is_dir() and single_kind(model) is not None:
+        raise RequestError(f"{out} is a folder, and the result is not; name another place")
+    refuse_folder(out, overwrite)
+
+
+def refuse_folder(out: Path, overwrite: bool) -> None:
+    """Raise a RequestError for a place that is taken, or holds more than a model."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
         raise RequestError(f"{out} exists; name another place, or give --overwrite")
-    if out.is_dir() != (single_kind(model) is None):
-        raise RequestError(
-            f"{out} is {'a folder' if out.is_dir() else 'a file'}, and the result is not; name"
-            " another place"
-        )
     for file in out.rglob("*") if out.is_dir() else ():
         if file.is_file() and file.suffix not in REPLACEABLE:
             raise RequestError(

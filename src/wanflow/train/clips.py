@@ -10,26 +10,34 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanflow.clipfiles import stream_frames
 from wanflow.config import RequestError
-from wanflow.files import atomic_path
 from wanflow.geometry import COMMON
 from wanflow.screen import Screen
+from wanflow.train.saving import is_whole, read_tensor, write_tensors
+from wanflow.untrusted import (
+    JSON_BYTES,
+    check_regular,
+    open_regular,
+    parse_json,
+    printable,
+    read_bytes,
+)
 
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 LISTS = ("metadata.jsonl", "captions.jsonl", "metadata.csv")
+CAPTION_BYTES, LINE_BYTES = 1 << 20, 1 << 20
 EPSILON = 1e-4  # seconds by which the times in a file may be off
 T = TypeVar("T")
 U = TypeVar("U")
@@ -69,10 +77,10 @@ def find_clips(folder: Path) -> list[Clip]:
     table = next((folder / name for name in LISTS if (folder / name).exists()), None)
     if table is not None:
         captions = _listed(table)
-        missing = sorted(name for name in captions if not (folder / name).is_file())
+        missing = sorted(name for name in captions if not _is_file(folder / name))
         if missing:
             raise RequestError(
-                f"{table} names {missing[0]}, which does not exist ({len(missing)} of"
+                f"{table} names {printable(missing[0])}, which does not exist ({len(missing)} of"
                 f" {len(captions)} are missing)"
             )
         clips = [Clip(folder / name, captions[name]) for name in sorted(captions)]
@@ -92,36 +100,60 @@ def find_clips(folder: Path) -> list[Clip]:
                 f" {folder}"
             )
         clips = [Clip(file, _text(file.with_suffix(".txt"))) for file in files]
-    empty = [clip.path.name for clip in clips if not clip.caption.strip()]
-    if empty:
-        raise RequestError(f"the caption of {empty[0]} in {folder} is empty")
+    for clip in clips:
+        name = printable(clip.path.name)
+        if not clip.caption.strip():
+            raise RequestError(f"the caption of {name} in {folder} is empty")
+        try:
+            clip.caption.encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"the caption of {name} in {folder} is no Unicode text") from None
+        check_regular(clip.path)
     return clips
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, limit: int = CAPTION_BYTES) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read as text: {error}") from None
+        return read_bytes(file, limit).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{printable(file)} cannot be read as text: {error}") from None
 
 
 def _listed(table: Path) -> dict[str, str]:
     """Return {file name: caption} of a list."""
-    text = _text(table)
+    text = _text(table, JSON_BYTES)
     try:
-        rows = (
+        rows: list[Any] = (
             list(csv.DictReader(io.StringIO(text)))
             if table.suffix == ".csv"
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
+            else [
+                parse_json(line, f"{table}, line {number}", LINE_BYTES)
+                for number, line in enumerate(text.splitlines(), 1)
+                if line.strip()
+            ]
         )
-        found = {
-            str(row["file_name"]): str(row.get("text") or row.get("caption") or "") for row in rows
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{table} is no list of file_name and text ({error!r})") from None
+    except csv.Error as error:
+        raise RequestError(f"{printable(table)} is no table ({error})") from None
+    found: dict[str, str] = {}
+    for number, row in enumerate(rows, 1):
+        listed = row if isinstance(row, dict) else {}
+        name, caption = listed.get("file_name"), listed.get("text") or listed.get("caption") or ""
+        if not isinstance(name, str) or not name or not isinstance(caption, str):
+            raise RequestError(
+                f"{printable(table)}: row {number} has no file_name and text (or caption), both"
+                " text"
+            )
+        found[name] = caption
     if not found:
-        raise RequestError(f"{table} lists no clips")
+        raise RequestError(f"{printable(table)} lists no clips")
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def read_clip(path: Path, form: Form) -> Tensor:
@@ -180,11 +212,11 @@ class Sample:
 
     def latent(self) -> Tensor:
         """Return the latent, [z, t, h, w] float32, normalised."""
-        return load_file(self.latent_file)["latent"].float()
+        return read_tensor(self.latent_file, "latent").float()
 
     def text(self, length: int) -> Tensor:
         """Return the text states, [length, D], zero past the caption's end."""
-        states = load_file(self.text_file)["text"]
+        states = read_tensor(self.text_file, "text")
         return F.pad(states, (0, 0, 0, length - len(states)))
 
 
@@ -193,8 +225,8 @@ def _key(*parts: str) -> str:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+    with open_regular(file) as data:
+        return hashlib.file_digest(cast(BufferedReader, data), "sha256").hexdigest()
 
 
 def prepare(
@@ -244,13 +276,12 @@ def _encode(
     name: str,
     screen: Screen,
 ) -> None:
-    """Write the missing files, each with one tensor of this name."""
-    missing = [(item, file) for item, file in files.items() if not file.exists()]
+    """Write the missing and the damaged files, each with one tensor of this name."""
+    missing = [(item, file) for item, file in files.items() if not is_whole(file, name)]
     if not missing:
         return
     encode = load()
     for number, (item, file) in enumerate(missing):
         screen.progress(f"encoding {what}", number, len(missing))
-        with atomic_path(file, overwrite=True) as part:
-            save_file({name: encode(read(item)).contiguous().cpu()}, part)
+        write_tensors(file, {name: encode(read(item))})
     screen.progress(f"encoding {what}", len(missing), len(missing))

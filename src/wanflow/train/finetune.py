@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,11 +31,13 @@ from wanflow.checkpoint.load import (
     load_vae,
 )
 from wanflow.config import TRAIN_STEPS, RequestError
-from wanflow.convert.convert import convert, open_model
+from wanflow.convert.convert import convert, open_model, refuse_taken
 from wanflow.convert.formats import options
 from wanflow.files import atomic_path
 from wanflow.geometry import geometry_of
+from wanflow.media import check_target
 from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
+from wanflow.outputs import Claims, refuse_without_room
 from wanflow.parallel.fsdp import gather, shard
 from wanflow.parallel.ranks import (
     DistInfo,
@@ -47,17 +49,29 @@ from wanflow.parallel.ranks import (
 from wanflow.presets import Expert
 from wanflow.runtime import choose_text_dtype, dtype_name, is_small
 from wanflow.screen import Screen
-from wanflow.train.clips import Form, Sample, find_clips, prepare
+from wanflow.train.clips import Clip, Form, Sample, find_clips, prepare
 from wanflow.train.experts import plain_attention, sigma_range, sigmas
 from wanflow.train.loop import Train, fit
+from wanflow.train.saving import is_whole, write_tensors
+from wanflow.train.stopping import Stop
 from wanflow.transforms.deltas import LowRank
 from wanflow.transforms.lora import Adapters
+from wanflow.units import file_size
 
 Method = Literal["lora", "full"]
 TARGETS: dict[str, tuple[str, ...]] = {
     "self_attn": ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
     "cross_attn": ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
     "ffn": ("ffn.0", "ffn.2"),
+}
+# {field: (flag, smallest, largest)}
+WHOLE = {
+    "rank": ("rank", 1, 4096),
+    "steps": ("steps", 1, 10**8),
+    "batch": ("batch", 1, 65_536),
+    "accumulate": ("grad_accum", 1, 65_536),
+    "seed": ("seed", 0, 2**32 - 1),  # a step's generator takes a million times as much
+    "save_seconds": ("save_every", 0, 10**6),
 }
 NAME = "finetune"  # of the trained adapter
 FEW_TOKENS = 256  # up to here two matmuls train faster on a CPU than fused attention
@@ -76,6 +90,7 @@ class FineTune:
     alpha: the LoRA's output is multiplied by alpha / rank.
     shift: crowds the training sigmas towards noise, as sampling does.
     dropout: share of captions replaced by the empty one, which guidance needs.
+    overwrite: replace LoRA files, or a model, that are there at the start.
     """
 
     data: Path
@@ -99,12 +114,14 @@ class FineTune:
     fsdp: bool = False
     seed: int = 0
     save_seconds: float = 60.0
+    overwrite: bool = field(default=False, repr=False)  # a state is named after the others
 
     def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                flag = "grad_accum" if name == "accumulate" else name
-                raise RequestError(f"--{flag} must be at least 1 (got {getattr(self, name)})")
+        for name, (flag, low, high) in WHOLE.items():
+            if not low <= getattr(self, name) <= high:  # also false for NaN
+                raise RequestError(
+                    f"--{flag} must be from {low:,} to {high:,} (got {getattr(self, name)})"
+                )
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
             raise RequestError(
@@ -128,26 +145,51 @@ class FineTune:
             )
 
 
-def finetune(checkpoint: Checkpoint, settings: FineTune, screen: Screen) -> list[Path]:
+def finetune(
+    checkpoint: Checkpoint, settings: FineTune, screen: Screen, stop: Stop | None = None
+) -> list[Path]:
     """Train, and return the files (LoRA) or the folder (full) written.
 
     Under torchrun with `fsdp` the model in training is sharded over the ranks. Each rank encodes
     its share of the clips; rank 0 saves and writes.
 
     Raises:
-        RequestError: for clips that cannot be used, or an output that exists.
+        RequestError: for clips that cannot be used, an output that exists or cannot be written, and
+            a work folder in which another training is going on.
+        KeyboardInterrupt: when it was stopped; the same call goes on.
     """
-    _refuse_existing(settings)
-    clips = find_clips(settings.data)
-    form, (rank, size) = settings.form, rank_and_world_size()
-    width, height = form.size
-    screen.say(f"{len(clips)} clips, {form.frame_num} frames of {width}*{height} each")
-    _refuse_processes(settings, size)
+    (rank, size), stop = rank_and_world_size(), stop or Stop()
+    with Claims() as claims:
+        if rank == 0:
+            check_outputs(checkpoint, settings)
+            for path in (settings.out, settings.work):
+                claims.take(path)
+        replaced = {path for path in _outputs(settings) if os.path.lexists(path)}
+        clips = find_clips(settings.data)
+        width, height = settings.form.size
+        frames = f"{settings.form.frame_num} frames of {width}*{height}"
+        screen.say(f"{len(clips)} clips, {frames} each")
+        screen.say(f"encoded clips and the state of the training are in {settings.work}")
+        _refuse_processes(settings, size)
+        trained = _trained(checkpoint, settings, clips, screen, stop)
+        written = _write(checkpoint, settings, trained, replaced, screen, claims)
+        screen.say(
+            f"{settings.work} ({file_size(_bytes_in(settings.work))}) is needed no longer, unless"
+            " you train on these clips again"
+        )
+        return written
+
+
+def _trained(
+    checkpoint: Checkpoint, settings: FineTune, clips: list[Clip], screen: Screen, stop: Stop
+) -> dict[Expert, Path]:
+    """Encode the clips, and return the file of each trained expert in the work folder."""
+    rank, size = rank_and_world_size()
     info = join_group(torch.device(settings.device)) if size > 1 else None
     try:
         samples, empty = prepare(
             clips,
-            form,
+            settings.form,
             settings.work / "cache",
             fingerprint(checkpoint),
             lambda: _clip_encoder(checkpoint, settings),
@@ -157,26 +199,80 @@ def finetune(checkpoint: Checkpoint, settings: FineTune, screen: Screen) -> list
         )
         if info is not None:
             broadcast_from_rank0(info, lambda: None)  # until every rank has encoded its share
-        trained = {
-            which: _train(checkpoint, which, settings, samples, empty, screen, info)
+        return {
+            which: _train(checkpoint, which, settings, samples, empty, screen, info, stop)
             for which in settings.experts
         }
     finally:
         leave_group()
+
+
+def _write(
+    checkpoint: Checkpoint,
+    settings: FineTune,
+    trained: dict[Expert, Path],
+    replaced: set[Path],
+    screen: Screen,
+    claims: Claims,
+) -> list[Path]:
+    """Copy the LoRAs to their place, or write the model, on rank 0; return what there is then."""
+    rank, _ = rank_and_world_size()
     if settings.method == "lora":
         files = [settings.out / FILES[which] for which in trained]
         for source, file in zip(trained.values(), files, strict=True):
             if rank == 0:  # a copy: a training of one expert can still go on with the other
-                with atomic_path(file, overwrite=False) as part:
-                    shutil.copyfile(source, part)
+                try:
+                    with atomic_path(file, overwrite=file in replaced) as part:
+                        shutil.copyfile(source, part)
+                except FileExistsError:
+                    raise RequestError(
+                        f"{file} appeared meanwhile and is kept; the LoRA is {source}"
+                    ) from None
             screen.say(f"saved {file}")
         return files
     if rank == 0:
         screen.say(f"writing {settings.out}")
         model = open_model(checkpoint.folder, dict(trained.items()))
-        target = options("official", dtype_name(settings.dtype))
+        target = options("official", dtype_name(settings.dtype), overwrite=settings.out in replaced)
+        claims.give_back(settings.out)  # the conversion claims it
         convert(model, settings.out, target, screen.say, screen.count_bytes("converting"))
     return [settings.out]
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _outputs(settings: FineTune) -> list[Path]:
+    if settings.method == "full":
+        return [settings.out]
+    return [settings.out / FILES[which] for which in settings.experts]
+
+
+def check_outputs(checkpoint: Checkpoint, settings: FineTune) -> None:
+    """Refuse an output or a work folder that exists or cannot be written, before the training.
+
+    Raises:
+        RequestError: naming it.
+    """
+    out, work = settings.out, settings.work
+    for flag, folder in (("out", out), ("work_dir", work)):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise RequestError(f"--{flag} {folder} is no folder; name another place")
+    if settings.method == "full":
+        refuse_taken(checkpoint, out, settings.overwrite)
+        real, other = out.resolve(), work.resolve()
+        if real == other or real in other.parents or other in real.parents:
+            raise RequestError(f"--out {out} and --work_dir {work} overlap; name another --out")
+        check_target(
+            out.with_name(f"{out.name}.json"), overwrite=True
+        )  # room for a name next to it
+        return
+    for path in _outputs(settings):
+        if os.path.lexists(path) and not settings.overwrite:
+            raise RequestError(f"{path} exists; name another --out, or give --overwrite")
+        if out.is_dir():
+            check_target(path, overwrite=True)
 
 
 def _refuse_processes(settings: FineTune, size: int) -> None:
@@ -195,15 +291,6 @@ def _refuse_processes(settings: FineTune, size: int) -> None:
             f"--batch must divide into {size} processes times --grad_accum equal parts (got"
             f" {settings.batch} and {settings.accumulate})"
         )
-
-
-def _refuse_existing(settings: FineTune) -> None:
-    outputs = [settings.out]
-    if settings.method == "lora":
-        outputs = [settings.out / FILES[which] for which in settings.experts]
-    for path in outputs:
-        if path.exists():
-            raise RequestError(f"{path} exists; name another --out, or remove it")
 
 
 @torch.no_grad()
@@ -239,13 +326,15 @@ def _train(
     empty: Path,
     screen: Screen,
     info: DistInfo | None,
+    stop: Stop,
 ) -> Path:
     """Train one expert and return its file in the work folder, unless this training wrote it."""
     state = settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt"
     file = state.with_suffix(".safetensors")
-    if file.exists():
+    if is_whole(file):
         screen.say(f"{which}-noise expert: trained already ({file})")
         return file
+    stop.here()
     screen.say(f"{which}-noise expert: begins")
     full, spec = settings.method == "full", checkpoint.spec
     dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
@@ -276,18 +365,21 @@ def _train(
         save_seconds=settings.save_seconds,
         dtype=settings.dtype,
     )
-    fit(model, objective, training, state, screen, info)
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    if not state.exists() and (info is None or info.rank == 0):
+        # Parameters, average and two moments in float32; the old state until the new is whole.
+        refuse_without_room(state, 2 * trained * 4 * 4, "the state of the training")
+    fit(model, objective, training, state, screen, info, stop)
     if adapters is None:
-        about = {"format": "pt"}
+        about = {}
         named = {name: value.detach() for name, value in model.named_parameters()}
         tensors = gather({name: value.to(settings.dtype) for name, value in named.items()})
     else:
         about = _about(checkpoint, which, settings)
         tensors = gather(lora_tensors(adapters, settings.alpha))
     if tensors is not None:
-        with atomic_path(file, overwrite=True) as part:
-            values = {name: value.contiguous() for name, value in tensors.items()}
-            save_file(values, part, metadata=about)
+        write_tensors(file, tensors, about)
+    stop.here()
     return file
 
 
@@ -355,7 +447,7 @@ def _about(checkpoint: Checkpoint, which: Expert, settings: FineTune) -> dict[st
         "batch": settings.batch,
         "learning_rate": settings.learning_rate,
     }
-    return {"format": "pt", "wanflow": json.dumps(about)}
+    return {"wanflow": json.dumps(about)}
 
 
 def checkpointed(

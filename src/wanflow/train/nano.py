@@ -15,22 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from wanflow.api import Pipeline
 from wanflow.assemble import make_engine
 from wanflow.config import RequestError
 from wanflow.convert.configs import as_json, official, tokenizer_config
+from wanflow.convert.convert import refuse_folder
 from wanflow.files import atomic_path
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.opening import NANO_FOLDER, load, resolve
+from wanflow.outputs import Claims
 from wanflow.presets import NANO, Expert, ModelSpec
 from wanflow.screen import Screen
 from wanflow.train import adherence, autoencoder, experts, text, toy
 from wanflow.train.loop import Train, fit
+from wanflow.train.saving import is_whole, read_state, write_tensors
+from wanflow.train.stopping import Stop
 from wanflow.units import file_size
 
 CLIPS = 9000  # cached for the experts
@@ -55,19 +59,49 @@ DEFAULT_KEYS = (
 )
 
 
-def train(work: Path, out: Path, scale: float, only: str | None, screen: Screen) -> None:
-    """Run all stages, or one. `scale` shortens every stage, for a trial."""
+def train(
+    work: Path,
+    out: Path,
+    scale: float,
+    only: str | None,
+    screen: Screen,
+    overwrite: bool = False,
+    stop: Stop | None = None,
+) -> None:
+    """Run all stages, or one.
+
+    Args:
+        work: the folder of every stage's state; a stage is claimed while it runs.
+        out: the folder of the model.
+        scale: shortens every stage, for a trial.
+        only: the stage to run; None runs all.
+        screen: shows progress.
+        overwrite: replace a model in `out`.
+        stop: asks for the end.
+
+    Raises:
+        RequestError: for a stage that another training runs, and an `out` that is taken.
+    """
+    stages = STAGES if only is None else (only,)
+    stop = stop or Stop()
+    if "export" in stages:
+        refuse_folder(out, overwrite)
     work.mkdir(parents=True, exist_ok=True)
+    screen.say(f"the state of the training is in {work}")
     torch.manual_seed(0)
-    stages = {"text": _text, "vae": _vae, "cache": _cache}
-    for stage in STAGES if only is None else (only,):
-        screen.say(f"{stage}: begins")
-        if stage == "export":
-            export(work, out, screen)
-        elif stage in NANO.expert_names:
-            _expert(work, stage, scale, screen)
-        else:
-            stages[stage](work, scale, screen)
+    for stage in stages:
+        stop.here()
+        with Claims() as claims:
+            claims.take(work / stage)
+            screen.say(f"{stage}: begins")
+            if stage == "export":
+                export(work, out, screen)
+            elif stage in NANO.expert_names:
+                _expert(work, stage, scale, screen, stop)
+            elif stage == "cache":
+                _cache(work, scale, screen)
+            else:
+                {"text": _text, "vae": _vae}[stage](work, scale, screen, stop)
 
 
 def _short(settings: Train, scale: float) -> Train:
@@ -75,9 +109,10 @@ def _short(settings: Train, scale: float) -> Train:
 
 
 def _needs(file: Path, stage: str) -> Path:
-    if not file.exists():
+    if not file.exists() or (file.suffix == ".safetensors" and not is_whole(file)):
         raise RequestError(
-            f"{file} is missing: run stage {stage} first (wanflow train --nano --stage {stage})"
+            f"{file} is missing or damaged: run stage {stage} first (wanflow train --nano --stage"
+            f" {stage})"
         )
     return file
 
@@ -86,7 +121,7 @@ def _tokenizer(work: Path) -> Tokenizer:
     return Tokenizer(_needs(work / "tokenizer.json", "text"), NANO.dit.text_len)
 
 
-def _text(work: Path, scale: float, screen: Screen) -> None:
+def _text(work: Path, scale: float, screen: Screen, stop: Stop) -> None:
     text.build_tokenizer(work / "tokenizer.json")
     tokenizer = _tokenizer(work)
     tagger = text.Tagger(NANO.text)
@@ -94,13 +129,14 @@ def _text(work: Path, scale: float, screen: Screen) -> None:
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         return tagger.loss(*text.tagged(tokenizer, rng, TEXT.batch))
 
-    fit(tagger, loss, _short(TEXT, scale), work / "text.pt", screen)
-    save_file(tagger.encoder.state_dict(), work / "text.safetensors")
+    fit(tagger, loss, _short(TEXT, scale), work / "text.pt", screen, stop=stop)
+    stop.here()
+    write_tensors(work / "text.safetensors", tagger.encoder.state_dict())
     accuracy = tagger.accuracy(*text.tagged(tokenizer, random.Random(-1), 1000))
     screen.say(f"captions with every word tagged right: {accuracy:.3f}")
 
 
-def _vae(work: Path, scale: float, screen: Screen) -> None:
+def _vae(work: Path, scale: float, screen: Screen, stop: Stop) -> None:
     vae = WanVAE(NANO.vae)
     autoencoder.initialise(vae)
     settings = _short(VAE, scale)
@@ -110,14 +146,15 @@ def _vae(work: Path, scale: float, screen: Screen) -> None:
         videos, weight = autoencoder.clips(rng, count, frames, NANO.size[0], crop)
         return autoencoder.loss(vae, videos, weight, generator)
 
-    fit(vae, loss, settings, work / "vae.pt", screen)
+    fit(vae, loss, settings, work / "vae.pt", screen, stop=stop)
+    stop.here()
     # The log variance is not learned: it is the noise that training added.
     with torch.no_grad():
         half = NANO.vae.z_dim
         vae.conv1.weight[half:].zero_()
         assert vae.conv1.bias is not None
         vae.conv1.bias[half:].fill_(2 * torch.tensor(autoencoder.NOISE).log())
-    save_file(vae.state_dict(), work / "vae.safetensors")
+    write_tensors(work / "vae.safetensors", vae.state_dict())
     mean, std = autoencoder.statistics(vae, random.Random(0), NANO.size[0])
     (work / "latent.json").write_text(json.dumps({"latent_mean": mean, "latent_std": std}))
     count = max(2, round(200 * scale))
@@ -155,15 +192,12 @@ def _cache(work: Path, scale: float, screen: Screen) -> None:
     cache = experts.precompute(
         vae, encoder.eval(), tokenizer, 0, count, NANO.frame_num, side, screen
     )
-    with atomic_path(work / "cache.safetensors", overwrite=True) as part:
-        save_file(
-            {"latents": cache.latents, "texts": cache.texts, "empty": cache.empty.contiguous()},
-            part,
-        )
+    values = {"latents": cache.latents, "texts": cache.texts, "empty": cache.empty}
+    write_tensors(work / "cache.safetensors", values)
     screen.say(f"{count} clips cached; latent standard deviation {cache.latents.float().std():.3f}")
 
 
-def _expert(work: Path, which: Expert, scale: float, screen: Screen) -> None:
+def _expert(work: Path, which: Expert, scale: float, screen: Screen, stop: Stop) -> None:
     cache = experts.Cache(**load_file(_needs(work / "cache.safetensors", "cache")))
     settings = _short(EXPERT[which], scale)
     low, high = experts.sigma_range(NANO, which)
@@ -178,8 +212,9 @@ def _expert(work: Path, which: Expert, scale: float, screen: Screen) -> None:
         sigma = experts.sigmas(settings.batch, low, high, SHIFT, generator)
         return experts.flow_loss(model, latents, texts, sigma, noise)
 
-    fit(model, loss, settings, work / f"{which}.pt", screen)
-    save_file(model.state_dict(), work / f"{which}.safetensors")
+    fit(model, loss, settings, work / f"{which}.pt", screen, stop=stop)
+    stop.here()
+    write_tensors(work / f"{which}.safetensors", model.state_dict())
 
 
 def export(work: Path, out: Path, screen: Screen) -> None:
@@ -188,18 +223,22 @@ def export(work: Path, out: Path, screen: Screen) -> None:
     An expert still in training is taken from its saved state, with its averaged weights.
     """
     made = preset(work)
-    shutil.rmtree(out, ignore_errors=True)
+    with atomic_path(out, overwrite=True) as part:
+        _export(made, work, part)
+    total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    screen.say(f"exported to {out}: {file_size(total)} (copy it over {NANO_FOLDER} to embed it)")
+
+
+def _export(made: ModelSpec, work: Path, out: Path) -> None:
     for which, folder in made.expert_folders:
         trained = work / f"{which}.safetensors"
         if trained.exists():
             state = load_file(trained)
         else:
-            state = torch.load(_needs(work / f"{which}.pt", which), weights_only=True)["average"]
+            state = read_state(_needs(work / f"{which}.pt", which), "cpu")["average"]
         (out / folder).mkdir(parents=True)
-        save_file(
-            {k: v.bfloat16().contiguous() for k, v in state.items()},
-            out / folder / "diffusion_pytorch_model.safetensors",
-        )
+        file = out / folder / "diffusion_pytorch_model.safetensors"
+        write_tensors(file, {name: value.bfloat16() for name, value in state.items()})
         config = dict(sorted(official(made.dit).items()))
         (out / folder / "config.json").write_bytes(as_json(config))
     for source, target in (
@@ -222,8 +261,6 @@ def export(work: Path, out: Path, screen: Screen) -> None:
         "vocabulary": sorted({word for word in words if word}),
     }
     (out / "wanflow.json").write_text(json.dumps(card, indent=1) + "\n")
-    total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    screen.say(f"exported to {out}: {file_size(total)} (copy it over {NANO_FOLDER} to embed it)")
 
 
 def evaluate(
