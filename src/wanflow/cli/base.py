@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanflow.cli.checks import exists
 from wanflow.cli.flags import CKPT_DIR, PARTS, given_parts
 from wanflow.cli.parser import Parser, did_you_mean, flag_default, yes_or_no
 from wanflow.config import RequestError
@@ -16,7 +17,7 @@ from wanflow.presets import SETTINGS
 from wanflow.request import Request
 from wanflow.runtime import Runtime
 from wanflow.settings import Setting, settings_of
-from wanflow.untrusted import printable, read_bytes, read_json, user_path
+from wanflow.untrusted import check_regular, printable, read_bytes, read_json, user_path
 
 if TYPE_CHECKING:
     from wanflow.recipe import Recipe
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Parsers = Mapping[str, Callable[[], Parser]]
 CONFIG_BYTES = 1 << 16
 DIGITS = 30  # of a number in a config file
+ASSETS = Path(__file__).parents[1] / "assets"
 ALONE = ("help", "help-all", "config", "recipe", "resume")  # belong on a command line
 CHOSEN_HERE = ("device", "attention")  # of a recipe: another machine may lack its own
 LAYOUT = ("cfg_parallel", "ring_size", "ulysses_size")
@@ -57,10 +59,13 @@ def fill_in(args: argparse.Namespace, parser: Parser, words: list[str], parsers:
     if getattr(args, "config", None) is not None:
         base = read_config(user_path(args.config), parsers, args.command)
     recipe = getattr(args, "recipe", None)
-    if recipe is not None or getattr(args, "resume", None) is not None:
-        for name in _of_a_video():
+    if recipe is not None and args.resume is not None:
+        raise RequestError("--recipe begins a run and --resume continues one: leave one out")
+    resumed = getattr(args, "resume", None) is not None
+    if recipe is not None or resumed:
+        for name in _of_a_video(resumed):
             base.pop(name, None)
-    if getattr(args, "resume", None) is not None:  # its weights are those of the saved run
+    if resumed:  # its weights are those of the saved run
         for name in ("ckpt_dir", *PARTS):
             base.pop(name, None)
     elif args.command in ("generate", "plan", "train") and os.environ.get(CKPT_DIR):
@@ -75,10 +80,13 @@ def fill_in(args: argparse.Namespace, parser: Parser, words: list[str], parsers:
         _name_weights(args, args.base)
 
 
-def _of_a_video() -> Iterable[str]:
-    """Return the flags whose values a recipe has."""
+def _of_a_video(resumed: bool) -> Iterable[str]:
+    """Return the flags whose values a recipe has; a saved run takes other places for its work."""
     yield from ("preset", "sample_guide_scale")
-    yield from (name for cls in (Request, Runtime) for name in _recorded(cls))
+    for cls in (Request, Runtime):
+        for flag, one in _recorded(cls).items():
+            if cls is Request or one.fixed or not resumed:
+                yield flag
 
 
 def _recorded(cls: type) -> dict[str, Setting]:
@@ -192,6 +200,7 @@ def read_recipe(path: Path) -> Recipe:
     """
     from wanflow.recipe import Recipe
 
+    check_regular(path)
     if path.name.endswith(".safetensors"):
         from wanflow.pipeline import Run
 
@@ -225,7 +234,8 @@ def _name_weights(args: argparse.Namespace, recipe: Recipe) -> None:
     model = recipe.model
     if given_parts(args):
         return
-    if model.name == "nano" and not Path(model.folder).is_dir():
+    folder = user_path(model.folder)
+    if model.name == "nano" and (not exists(folder) or folder == ASSETS / "nano"):
         args.ckpt_dir = "nano"
     elif args.ckpt_dir is None:
         args.ckpt_dir = model.folder
