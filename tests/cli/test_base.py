@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from helpers.common import PROMPT
+
 from wanflow.cli import _parse, main
 from wanflow.cli.flags import request_from, runtime_from
 from wanflow.clipfiles import read_recipe
