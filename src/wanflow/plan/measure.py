@@ -27,7 +27,7 @@ GLOO = GB  # bytes/s between processes on one machine's CPU, assumed
 COPY = {"cpu": 10 * GB, "cuda": 20 * GB}  # bytes/s from RAM to the device, assumed
 LONG = 0.05  # seconds of one call that are enough to measure it
 ROWS, FEWEST = 4096, 16  # tokens that are measured, at most and at least
-WIDEST = 2048  # a wider matmul is no faster on a CPU, and takes seconds to fill
+WIDEST = 1024  # a wider matmul is no faster on a CPU, and takes seconds to fill
 
 
 def rated(plan: Plan) -> Plan:
