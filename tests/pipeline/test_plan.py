@@ -46,7 +46,7 @@ from wanflow.plan.start import LEAST, make_plan, raise_if_unfit
 from wanflow.plan.trace import Trace, fake, materialise
 from wanflow.plan.traces import Traces
 from wanflow.presets import NANO, T2V_A14B
-from wanflow.request import Request
+from wanflow.request import Request, with_settings
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import (
     BlockBuffers,
@@ -708,6 +708,61 @@ def test_the_page_of_figures_is_the_plans() -> None:
     # its share (docs/explain/performance.md).
     one, *_, eight = published_minutes("40 steps, as published")
     assert one == pytest.approx(45.6, rel=0.1) and 0.8 * 6.4 < eight < 6.4
+
+
+def minutes(text: str) -> Any:
+    """What `2.0 min` or `8.6 h` stands for: all that rounds to it, and a tenth of a minute."""
+    number, name = text.split()
+    unit, decimals = (60 if name == "h" else 1), len(number.partition(".")[2])
+    return pytest.approx(float(number) * unit, abs=0.5 * 10**-decimals * unit + 0.1)
+
+
+def rows(page: str, *, starts: str) -> list[list[str]]:
+    """The cells of a page's table rows whose first cell starts so."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [cells for cells in found if len(cells) > 3 and re.match(starts, cells[0])]
+
+
+CARDS = r"(\d x )?(RTX |L40S|A100|H100)"
+
+
+def test_both_readmes_have_the_same_times() -> None:
+    english, chinese = (rows(page, starts=CARDS) for page in ("README.md", "README.zh-CN.md"))
+    assert len(english) == 10
+    assert [row[1:] for row in english] == [row[1:] for row in chinese]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", rows("README.md", starts=CARDS), ids=lambda row: row[0])
+def test_the_readmes_times_are_the_plans(row: list[str]) -> None:
+    """Reading the weights included; the LoRAs of lightning4 are left out here, which is 0.1 min."""
+    card, ram = row[0].removesuffix(" RAM").split(", ")
+    count, _, name = card.rpartition(" x ")
+    machine = described(name, int(count or 1), ram=int(ram.split()[0]))
+    for cell, size, preset in zip(
+        row[3:6], ("1280*720", "832*480", "832*480"), ("", "", "lightning4"), strict=True
+    ):
+        if cell:
+            request = Request("any", seed=0, size=size)
+            request = with_settings(request, preset) if preset else request
+            complete = request.complete(T2V_A14B)
+            plan = solve(published(), complete, Runtime(), machine, processes=int(count or 1))
+            assert plan.fits and estimate(plan).seconds / 60 == minutes(cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row", rows("docs/guides/memory.md", starts="`--gpu"), ids=lambda row: row[0]
+)
+def test_the_memory_guides_table_is_the_plans(row: list[str], capsys: Any) -> None:
+    code, found = answered(capsys, *row[0].strip("`").split())
+    assert code == 0 and found["fits"]
+    assert f"{found['gpu_bytes'] / GIB:.1f}" == row[2]
+    assert f"{found['ram_bytes'] / GIB:.1f}" == row[3]
+    blocks = re.match(r"(\d+) of 40", row[1])
+    assert found["runtime"]["resident_blocks"] == (int(blocks[1]) if blocks else 40)
+    assert ("both" in row[1]) == found["runtime"]["keep_experts"]
 
 
 def test_a_slow_machine_is_measured_on_less_work(monkeypatch: pytest.MonkeyPatch) -> None:
