@@ -33,7 +33,7 @@ _HOME = {
     "Pipeline": "api",
     "Progress": "pipeline",
     "Run": "pipeline",
-    "Video": "api",
+    "Video": "video",  # api's, with more kinds of file
 }
 
 __all__ = [

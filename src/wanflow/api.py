@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wanflow.config import RequestError
-from wanflow.media import VideoWriter, recipe_tags, save_picture
+from wanflow.media import VideoWriter, Writer, one_frame, recipe_tags, save_picture
 from wanflow.pipeline import Engine, Frames, OnPart, OnStep, Run, begin, decode, denoise
 from wanflow.presets import ModelSpec
 from wanflow.request import Request, with_settings
 from wanflow.sanity import OutputError
+from wanflow.untrusted import user_path
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from wanflow.options import Encoding
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,36 @@ class Video:
     fps: float
     recipe: dict[str, Any]
 
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write an mp4 with the recipe inside, or a PNG of a single frame; return the path.
+    def __repr__(self) -> str:
+        count, height, width = self.frames.shape[:3]
+        return f"<Video: {count} frames of {width}*{height} at {self.fps:g} fps>"
+
+    def save(self, path: str | Path, overwrite: bool = False, **encoding: Unpack[Encoding]) -> Path:
+        """Write the video with its recipe inside; return the path.
 
         Write nothing where there are no frames, as in all processes but the first.
+
+        Args:
+            path: ends in .mp4, .webm, .mkv (lossless), .gif, .apng, or .png for a single frame; a
+                name without a suffix becomes a folder of PNG files.
+            overwrite: replace what is there.
+            **encoding: codec, crf and pixel_format, of those that the file can hold.
+
+        Raises:
+            RequestError: for another suffix or encoding, or a place that cannot be written.
         """
+        writer = self.writer_of(target := user_path(path), **encoding)
         if not len(self.frames):
-            return Path(path)
-        return save_frames(Path(path), iter([self.frames]), self.fps, self.recipe, overwrite)
+            return target
+        frames = iter([self.frames])
+        return save_frames(target, frames, self.fps, self.recipe, overwrite, writer)
+
+    @staticmethod
+    def writer_of(path: Path, **encoding: Unpack[Encoding]) -> Writer:
+        """Return what writes a file of this name; `wanflow.Video` knows more than .mp4 and .png."""
+        if encoding or path.suffix.lower() not in (".mp4", ".png"):
+            raise RequestError(f"{path.name}: name an .mp4 or .png, without {[*encoding]}")
+        return VideoWriter
 
 
 def save_frames(
@@ -41,6 +69,7 @@ def save_frames(
     fps: float,
     recipe: dict[str, Any],
     overwrite: bool = False,
+    writer: Writer = VideoWriter,
 ) -> Path:
     """Write frames as they come; the file appears under its name when it is complete.
 
@@ -50,20 +79,18 @@ def save_frames(
     tags = recipe_tags(recipe, recipe["request"]["prompt"])
     first = next(chunks)
     if path.suffix.lower() == ".png":
-        if any(len(chunk) for chunk in chunks) or len(first) != 1:
-            raise RequestError(
-                f"{path.name}: a PNG holds one frame; ask for frame_num 1 or name an .mp4"
-            )
+        total = len(first) + sum(map(len, chunks))
+        if total != 1:
+            raise RequestError(one_frame(path, total))
         refuse_constant(int(first.min()), int(first.max()))
         save_picture(path, first[0], tags, overwrite)
         return path
     low, high = int(first.min()), int(first.max())
-    with VideoWriter(
-        path, first.shape[2], first.shape[1], fps, tags, overwrite=overwrite
-    ) as writer:
-        writer.write(first)
+    height, width = first.shape[1:3]
+    with writer(path, width, height, fps, tags, overwrite) as opened:
+        opened.write(first)
         for chunk in chunks:
-            writer.write(chunk)
+            opened.write(chunk)
             low, high = min(low, int(chunk.min())), max(high, int(chunk.max()))
         refuse_constant(low, high)
     return path
@@ -82,10 +109,11 @@ class Pipeline:
     """A loaded model; made by `wanflow.load`.
 
     parts: what the engine's callables read from, for tools that look inside; may be None.
+    video: what it makes.
     """
 
-    def __init__(self, engine: Engine, parts: Any = None) -> None:
-        self.engine, self.parts = engine, parts
+    def __init__(self, engine: Engine, parts: Any = None, video: type[Video] = Video) -> None:
+        self.engine, self.parts, self.video = engine, parts, video
 
     @property
     def spec(self) -> ModelSpec:
@@ -144,4 +172,4 @@ class Pipeline:
         frames = np.concatenate([np.empty((0, height, width, 3), np.uint8), *self.frames(run)])
         if len(frames):
             refuse_constant(int(frames.min()), int(frames.max()))
-        return Video(frames, run.request.fps, run.recipe.to_json())
+        return self.video(frames, run.request.fps, run.recipe.to_json())

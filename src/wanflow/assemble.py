@@ -21,6 +21,7 @@ from wanflow.api import Pipeline
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
 from wanflow.checkpoint.parts import WEIGHTS
+from wanflow.choices import choose_device, choose_dtype
 from wanflow.config import RequestError
 from wanflow.geometry import geometry_of, parse_size
 from wanflow.loaders.parts import LoadedParts, Report, refuse_packed
@@ -29,10 +30,11 @@ from wanflow.loaders.velocity import make_velocity
 from wanflow.pipeline import Engine, Frames, OnPart, Run, frame_by_frame, to_frames
 from wanflow.recipe import ModelRecord, Recipe
 from wanflow.request import CompleteRequest, Request
-from wanflow.runtime import Runtime, choose_device, choose_dtype, recorded
+from wanflow.runtime import Runtime, recorded
 from wanflow.sampling.solvers import SolverState, Velocity
 from wanflow.threads import on_free_threads
 from wanflow.transforms import attention
+from wanflow.video import Video
 
 if TYPE_CHECKING:
     from wanflow.parallel.groups import Layout
@@ -92,7 +94,7 @@ def assemble(
     logger.debug("settings %s", asdict(runtime))
     for part, path in checkpoint.paths.items():
         logger.debug("%s from %s", part, path)
-    return Pipeline(make_engine(parts, admit), parts)
+    return Pipeline(make_engine(parts, admit), parts, Video)
 
 
 def make_engine(

@@ -19,10 +19,11 @@ from av.video.stream import VideoStream
 
 from wanflow.config import RequestError
 from wanflow.media import EXACT, RECIPE_KEY, Frames, save_picture
+from wanflow.untrusted import read_bytes
 
 # Formats that are read. Without this list ffmpeg also takes text files (drawn as ANSI art) and
 # playlists of other files.
-READABLE = "mp4,webm,avi,gif,png_pipe,jpeg_pipe,webp_pipe"
+READABLE = "mp4,webm,avi,gif,apng,png_pipe,jpeg_pipe,webp_pipe"
 PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 GAP = 4  # pixels between the pictures of a contact sheet
 SHEET_FRAMES = 20
@@ -32,16 +33,21 @@ SHEET_SIDE = (192, 480)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the recipe inside an mp4 or PNG that wanflow made.
+    """Return the recipe inside a video, picture or folder of frames that wanflow made.
 
     Raises:
         RequestError: if there is none, or the file is missing, damaged or something else.
     """
-    if _is_png(path):
+    if path.is_dir():
+        recipe_file = path / "recipe.json"
+        texts = {RECIPE_KEY: read_bytes(recipe_file).decode()} if recipe_file.exists() else {}
+    elif _is_png(path):
         texts = _png_texts(path)
     else:
         with _opened(path) as (container, _):
-            texts = container.metadata
+            texts = {key.lower(): text for key, text in container.metadata.items()}
+            key, _, text = texts.get("comment", "").partition("=")  # in a GIF
+            texts = {key: text} | texts
     if RECIPE_KEY not in texts:
         raise RequestError(f"{path} holds no wanflow recipe: another program made or re-encoded it")
     try:
@@ -56,9 +62,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def read_frames(path: Path) -> tuple[Frames, float]:
     """Return the frames of a video or PNG, uint8 [T, H, W, 3], and the frames per second.
 
+    Of a folder, its PNG files by name, at the rate that its recipe says.
+
     Raises:
         RequestError: if the file is missing, damaged or no video.
     """
+    if path.is_dir():
+        pictures = [read_frames(file)[0] for file in sorted(path.glob("*.png"))]
+        if len({picture.shape for picture in pictures}) != 1:
+            raise RequestError(f"{path} holds no PNG files, or of several sizes")
+        return np.concatenate(pictures), float(read_recipe(path)["request"]["fps"])
     with _opened(path) as (container, stream):
         frames = [_pixels(frame) for frame in container.decode(stream)]
         rate = stream.average_rate
@@ -160,7 +173,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    kind, options = "png_pipe" if _is_png(path) else None, {"format_whitelist": READABLE}
+    kind, options = _is_png(path), {"format_whitelist": READABLE}
     # Through a file object, so that no name is taken for an address, such as `a:b.mp4`.
     with (
         _readable(path),
@@ -185,9 +198,12 @@ def _pixels(frame: av.VideoFrame) -> Frames:
     return np.asarray(rgb, dtype=np.uint8)
 
 
-def _is_png(path: Path) -> bool:
+def _is_png(path: Path) -> str | None:
+    """Return ffmpeg's name for a PNG file, still or animated; None for any other."""
     with _readable(path), path.open("rb") as file:
-        return file.read(len(PNG_MAGIC)) == PNG_MAGIC
+        if file.read(len(PNG_MAGIC)) != PNG_MAGIC:
+            return None
+        return "apng" if b"acTL" in file.read(1 << 20) else "png_pipe"
 
 
 def _png_texts(path: Path) -> dict[str, str]:

@@ -1,8 +1,10 @@
-"""Write mp4 video and PNG pictures, with the recipe inside them; `clipfiles` reads them.
+"""Write videos and PNG pictures, with the recipe inside them.
+
+`encoding` has the kinds of file that `Video.save` knows, and `clipfiles` reads them.
 
 Shapes: T frames, H height, W width in pixels; frames are uint8 [T, H, W, 3], RGB.
 
-A file appears under its name only when it is complete (see `files`). Colours are BT.709 in limited
+A file appears under its name only when it is complete (see `files`). YUV is BT.709 in limited
 range, in values and in tags.
 """
 
@@ -12,8 +14,9 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -52,8 +55,28 @@ X264_PARAMS = "mbtree=0"
 PNG_HEADER = 33  # bytes of the magic and the IHDR chunk; other chunks come after
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How ffmpeg stores a video: container and codec, each with options, and pixels."""
+
+    container: str
+    codec: str
+    pixels: str
+    settings: Mapping[str, str]
+    options: Mapping[str, str]
+
+
+H264 = Encoding(
+    "mp4",
+    "libx264",
+    "yuv420p",
+    {"crf": "10", "x264-params": X264_PARAMS},
+    {"movflags": "+faststart+use_metadata_tags"},
+)
+
+
 class VideoWriter:
-    """Writes an mp4 (H.264, yuv420p) frame by frame, within a `with` block.
+    """Writes a video frame by frame, within a `with` block.
 
     The file appears when the block ends without an exception.
 
@@ -62,8 +85,8 @@ class VideoWriter:
         width, height: pixels, even.
         fps: frames per second.
         metadata: any keys; see `recipe_tags`.
-        crf: x264's quality, 0 (lossless) to 51.
         overwrite: replace an existing file.
+        encoding: how it is stored.
 
     Raises:
         RequestError: on entering, if the file exists or its folder cannot be written.
@@ -78,31 +101,34 @@ class VideoWriter:
         height: int,
         fps: float,
         metadata: Mapping[str, str],
-        crf: int = 10,
         overwrite: bool = False,
+        encoding: Encoding = H264,
     ) -> None:
         self.path, self.width, self.height, self.overwrite = path, width, height, overwrite
-        self._rate = Fraction(fps).limit_denominator(1001)
-        self._metadata, self._crf = dict(metadata), crf
+        self.rate = Fraction(fps).limit_denominator(1001)
+        self.metadata, self.encoding = dict(metadata), encoding
         self._convert = VideoReformatter()
         self._count = 0
 
     def __enter__(self) -> Self:
         check_target(self.path, self.overwrite)
         self._part = temporary(self.path)
-        with _explained(self.path):
+        with explained(self.path):
             # ffmpeg opens the file at the first packet, which is too late to refuse.
             self._part.touch(exist_ok=False)
-        options = {"movflags": "+faststart+use_metadata_tags"}
-        self._container = av.open(str(self._part.absolute()), "w", format="mp4", options=options)
-        self._container.metadata.update(self._metadata)
-        stream = self._container.add_stream(
-            "libx264", rate=self._rate, options={"crf": str(self._crf), "x264-params": X264_PARAMS}
+        kind, form = self.encoding, self.encoding.pixels
+        self._container = av.open(
+            str(self._part.absolute()), "w", format=kind.container, options=dict(kind.options)
         )
-        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
+        self._container.metadata.update(self.metadata)
+        stream: Any = self._container.add_stream(
+            kind.codec, rate=self.rate, options=dict(kind.settings)
+        )
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, form
         stream.thread_type = "AUTO"  # PyAV's default cuts frames into slices, which costs bytes
-        stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        stream.colorspace, stream.color_range = Colorspace.ITU709, ColorRange.MPEG
+        if form.startswith("yuv"):
+            stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+            stream.colorspace, stream.color_range = Colorspace.ITU709, ColorRange.MPEG
         self._stream = stream
         return self
 
@@ -113,18 +139,25 @@ class VideoWriter:
                 f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, {self.height},"
                 f" {self.width}, 3]"
             )
-        with _explained(self.path):
+        with explained(self.path):
             for rgb in frames:
-                frame = self._convert.reformat(
-                    av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb)),
-                    format="yuv420p",
-                    dst_colorspace=Colorspace.ITU709,
-                    dst_color_range=ColorRange.MPEG,
-                    interpolation=EXACT,
-                )
+                frame = self.convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb)))
                 frame.pts = self._count
                 self._count += 1
                 self._container.mux(self._stream.encode(frame))
+
+    def convert(self, rgb: av.VideoFrame) -> av.VideoFrame:
+        """Return a frame in the pixels of the file."""
+        return self._convert.reformat(
+            rgb,
+            format=self.encoding.pixels,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=EXACT,
+        )
+
+    def seal(self, part: Path) -> None:
+        """Change the complete file before it is published."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
@@ -139,10 +172,19 @@ class VideoWriter:
     def _finish(self) -> None:
         if not self._count:
             raise ValueError(f"no frame was written to {self.path}")
-        with _explained(self.path):
+        with explained(self.path):
             self._container.mux(self._stream.encode(None))
             self._container.close()
+            self.seal(self._part)
             publish(self._part, self.path, overwrite=self.overwrite)
+
+
+Writer = Callable[[Path, int, int, float, Mapping[str, str], bool], VideoWriter]
+
+
+def one_frame(path: Path, frames: int) -> str:
+    """Return why several frames do not fit in a picture."""
+    return f"{path.name}: a PNG holds one frame, and the run has {frames}; name an .mp4 or .apng"
 
 
 def save_picture(
@@ -154,8 +196,8 @@ def save_picture(
         RequestError, OSError: as `VideoWriter`.
     """
     check_target(path, overwrite)
-    with _explained(path):
-        write_bytes(path, _png(frame, metadata), overwrite=overwrite)
+    with explained(path):
+        write_bytes(path, png(frame, metadata), overwrite=overwrite)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -165,7 +207,7 @@ def check_target(path: Path, overwrite: bool) -> None:
         RequestError: if it exists and may not be replaced, is no plain file, its name is too long
             with the ending of a temporary file, or its folder cannot be made or written.
     """
-    with _explained(path):
+    with explained(path):
         if path.exists() and not path.is_file():  # renaming over /dev/null would destroy it
             raise RequestError(f"{path} is not a plain file; give the name of a file to make")
         if os.path.lexists(path) and not overwrite:
@@ -201,7 +243,7 @@ def to_uint8(video: Tensor) -> Frames:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn errors of an output into a RequestError, or an OSError where the disk is at fault."""
     try:
         yield
@@ -217,7 +259,8 @@ def _explained(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _png(picture: Frames, texts: Mapping[str, str]) -> bytes:
+def png(picture: Frames, texts: Mapping[str, str]) -> bytes:
+    """Return a frame [H, W, 3] as the bytes of a PNG."""
     encoder = av.VideoCodecContext.create("png", "w")
     encoder.height, encoder.width = picture.shape[:2]
     encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
@@ -226,7 +269,11 @@ def _png(picture: Frames, texts: Mapping[str, str]) -> bytes:
         *encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))),
         *encoder.encode(None),
     ]
-    data = b"".join(bytes(packet) for packet in packets)
+    return with_texts(b"".join(bytes(packet) for packet in packets), texts)
+
+
+def with_texts(data: bytes, texts: Mapping[str, str]) -> bytes:
+    """Return a PNG with these texts in it."""
     # iTXt: keyword, 0, not compressed (2 bytes), no language, no translated keyword, text.
     chunks = (
         b"iTXt" + key.encode("latin-1") + b"\0\0\0\0\0" + text.encode()

@@ -13,10 +13,11 @@ from wanflow.api import Pipeline
 from wanflow.assemble import TINY, assemble, is_tiny, weights_in_float32
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from wanflow.checkpoint.parts import PARTS, Part
+from wanflow.choices import all_resident, choose_device, with_defaults
 from wanflow.config import RequestError
 from wanflow.loaders.parts import Report
 from wanflow.request import CompleteRequest, Request
-from wanflow.runtime import Runtime, all_resident, choose_device, with_defaults
+from wanflow.runtime import Runtime
 from wanflow.untrusted import user_path
 
 if TYPE_CHECKING:

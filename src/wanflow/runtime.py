@@ -1,23 +1,17 @@
-"""Describe how to run: `Runtime`, and the rules for device, dtype, small models and batches.
-
-Standard library only; torch is imported where a value of it is made.
-"""
+"""Describe how to run: `Runtime`, and what a recipe records of it; standard library only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from wanflow.config import RequestError
 from wanflow.settings import check, setting, settings_of
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")  # what the experts compute in
-SMALL = 2 * 2**30  # bytes of an expert: up to here a model stays resident, in float32 on a CPU
-FEW_TOKENS = 8192  # up to here both guidance branches go through the model as one batch
 
 Quantization = Literal["fp8", "int8", "nf4"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("fp8", "int8", "nf4")
@@ -155,109 +149,6 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check(Runtime, self)
-
-
-def choose_device(requested: str) -> torch.device:
-    """Return the device of this name; `auto` is the first accelerator, else the CPU.
-
-    Raises:
-        RequestError: for a device that this machine lacks.
-    """
-    import torch
-
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if requested == "auto":
-        return torch.device(next(name for name, here in present.items() if here))
-    try:
-        device = torch.device(requested)
-    except RuntimeError:
-        raise RequestError(
-            f"device {requested!r} is not one PyTorch knows; use auto, cpu, cuda, cuda:1 or mps"
-        ) from None
-    if not present.get(device.type, False):
-        raise RequestError(
-            f"device {requested!r}: this machine has none; --device auto takes what is here"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(
-            f"device {requested!r}: this machine has {torch.cuda.device_count()} GPUs, numbered"
-            " from 0"
-        )
-    return device
-
-
-def is_small(expert_bytes: int) -> bool:
-    """Return whether a model, by the bytes of one expert, always stays resident."""
-    return expert_bytes < SMALL
-
-
-def with_defaults(runtime: Runtime, **values: object) -> Runtime:
-    """Return the runtime with these values where nothing is set."""
-    unset = {name: value for name, value in values.items() if getattr(runtime, name) is None}
-    return replace(runtime, **unset)  # type: ignore[arg-type]
-
-
-def all_resident(runtime: Runtime, layers: int, on_gpu: bool) -> Runtime:
-    """Return the complete runtime of a small model: all of it stays on the device."""
-    return with_defaults(
-        runtime,
-        t5_cpu=False,
-        keep_experts=True,
-        prefetch=False,
-        resident_blocks=layers,
-        chunk_tokens=0,
-        vae_tile=0,
-        stream_from="ram" if on_gpu else "disk",
-        dit_fsdp=False,
-    )
-
-
-def choose_dtype(requested: str, on_cpu: bool, float32_bytes: int) -> torch.dtype:
-    """Return the experts' dtype; `auto` is bfloat16, but float32 for a small model on a CPU.
-
-    Args:
-        requested: `auto` or one of `DTYPES`.
-        on_cpu: whether the experts compute on a CPU.
-        float32_bytes: what one expert takes in float32.
-
-    Raises:
-        RequestError: for a dtype that is none of these.
-    """
-    import torch
-
-    if requested == "auto":
-        return torch.float32 if on_cpu and is_small(float32_bytes) else torch.bfloat16
-    if requested not in DTYPES:
-        raise RequestError(f"dtype {requested!r} is none of auto, {', '.join(DTYPES)}")
-    return dtype_of_name(requested)
-
-
-def choose_text_dtype(dtype: torch.dtype, small: bool) -> torch.dtype:
-    """Return the text encoder's dtype, given the experts' dtype.
-
-    The large encoder is published in bfloat16, and its activations overflow float16.
-    """
-    import torch
-
-    return dtype if small and dtype != torch.float16 else torch.bfloat16
-
-
-def batch_guidance(cfg_batch: bool | None, tokens: int) -> bool:
-    """Return whether both branches of guidance go through the model as one batch."""
-    return tokens <= FEW_TOKENS if cfg_batch is None else cfg_batch
-
-
-def dtype_of_name(name: str) -> torch.dtype:
-    """Return torch's dtype of a name, such as `bfloat16`."""
-    import torch
-
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -238,6 +238,25 @@ def test_generate_replay_and_never_overwrite(
     assert read_recipe(Path("two.mp4")) == read_recipe(Path("one.mp4"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one.gif",
+        "one",
+        *(pytest.param(f"one.{kind}", marks=pytest.mark.slow) for kind in ("webm", "mkv", "apng")),
+    ],
+)
+def test_every_kind_of_file_is_made_and_replayed(in_tmp: Path, name: str) -> None:
+    assert main([*MAKE, "--save_file", name, "--contact_sheet"]) == 0
+    frames, _ = read_frames(Path(name))
+    assert frames.shape == (5, 64, 64, 3)
+    assert main(["replay", name]) == 0
+    again = name.replace("one", "one_replay")
+    assert np.array_equal(read_frames(Path(again))[0], frames)
+    assert read_recipe(Path(again)) == read_recipe(Path(name))
+    assert {path.name for path in in_tmp.iterdir()} == {name, again, "one_sheet.png"}
+
+
 def test_a_default_name_is_safe_and_tells_the_prompt(in_tmp: Path) -> None:
     assert main([*BASE, "--prompt", "红色的圆 / a:b*c? red circle on blue", "--seed", "1"]) == 0
     (file,) = in_tmp.iterdir()

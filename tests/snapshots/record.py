@@ -48,6 +48,7 @@ INTENDED: dict[str, str] = {
     "api/classes/Run/recipe": "a field: a typed `Recipe`, whose `to_json` is what it was",
     "api/fields/Run/request": "a property, out of the recipe",
     "api/fields/Run/made_by": "the recipe has it, typed",
+    "api/classes/Video/save": "also takes codec, crf and pixel_format",
     "api/classes/Request/complete": "`ModelSpec` replaces `Preset`",
     "api/classes/CompleteRequest/guidance": "the names of experts come from the model",
     "flags/wanflow plan/--figures": "its tables are the page docs/explain/figures.md",

@@ -32,7 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("advice", "loaders", "download", "threads"),
     ("lora",),
     ("checkpoint",),
-    ("screen", "hardware", "clipfiles", "outputs", "web"),
+    ("video",),
+    ("choices", "clipfiles", "encoding", "hardware", "outputs", "screen", "web"),
     ("transforms",),
     ("parallel",),
     ("api",),
@@ -40,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("conditioning", "media", "sanity"),
     ("recipe",),
     ("models", "sampling"),
+    ("options",),
     ("request", "runtime", "described"),
     ("geometry",),
     ("presets",),
@@ -437,7 +439,26 @@ def test_the_core_imports_nothing_of_the_rest() -> None:
         [
             f"{source} imports {target}, which is not of the core"
             for source, target in edges()
-            if unit(source) in CORE and unit(target) not in CORE
+            if unit(source) in CORE and unit(target) not in CORE and target != "wanflow.options"
+        ]
+    )
+
+
+def test_options_are_types_only() -> None:
+    """Type checkers and editors read `options`; nothing runs it."""
+    guarded = {
+        id(part)
+        for file, node in nodes()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for part in ast.walk(node)
+    }
+    places(
+        [
+            f"{file}:{node.lineno}: import it under TYPE_CHECKING"
+            for file, node in nodes()
+            if isinstance(node, ast.ImportFrom)
+            and node.module == "wanflow.options"
+            and id(node) not in guarded
         ]
     )
 

@@ -8,16 +8,27 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from wanflow.clipfiles import GAP, LABEL, _label, contact_sheet, read_frames, read_recipe
+from wanflow.clipfiles import (
+    GAP,
+    LABEL,
+    _label,
+    contact_sheet,
+    read_frames,
+    read_recipe,
+    stream_frames,
+)
 from wanflow.config import RequestError
 from wanflow.media import VideoWriter, check_target, recipe_tags, save_picture, to_uint8
+from wanflow.sanity import OutputError
 from wanflow.train.toy import COLOURS
+from wanflow.video import Video
 
 SIDE = 64
 
@@ -263,8 +274,10 @@ def test_bad_places_are_refused(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.mp4").mkdir()
     for path, words in (
         (tmp_path, "not a plain file"),
+        (tmp_path / "folder.mp4", "not a plain file"),
         (tmp_path / "file" / "a.mp4", "is a file"),
         (tmp_path / ("x" * 300), "too long"),
         (Path(os.devnull), "not a plain file"),
@@ -280,7 +293,7 @@ def test_bad_places_are_refused(
         RequestError, match=r"cannot write .*a\.mp4: Permission denied; choose another folder"
     ):
         write(tmp_path / "a.mp4", moving(1))
-    assert names(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file", "folder.mp4"]
 
 
 def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -308,6 +321,110 @@ def test_cut_off_files_are_refused(clip: Path, tmp_path: Path, suffix: str, shar
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+KINDS = ("a.mp4", "a.webm", "a.mkv", "a.gif", "a.apng", "frames")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_holds_all_frames_and_the_recipe(tmp_path: Path, name: str) -> None:
+    frames, recipe = moving(), {"request": {"prompt": "un cœur", "fps": 16.0}, "long": "é" * 3000}
+    saved = Video(frames, 16.0, recipe).save(tmp_path / name)
+    found, fps = read_frames(saved)
+    assert found.shape == frames.shape and read_recipe(saved) == recipe
+    assert fps == pytest.approx(16, rel=0.05)  # a GIF counts hundredths of a second
+    if name in ("a.mkv", "a.apng", "frames"):
+        assert np.array_equal(found, frames)
+    else:
+        assert psnr(found, frames) > 30
+    first = data_of(saved)
+    with pytest.raises(RequestError, match="exists|holds frames"):
+        Video(frames[:1], 16.0, recipe).save(saved)
+    Video(frames, 16.0, recipe).save(saved, overwrite=True)
+    assert data_of(saved) == first, "two saves differ"
+    assert names(tmp_path) == [name]
+
+
+def data_of(path: Path) -> list[bytes]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file.read_bytes() for file in files]
+
+
+def test_a_gif_keeps_the_time_and_frames_that_are_equal(tmp_path: Path) -> None:
+    still = np.repeat(moving(1), 9, axis=0)
+    saved = Video(still, 16.0, {"request": {"prompt": ""}}).save(tmp_path / "a.gif")
+    times = [at for at, _ in stream_frames(saved)]
+    assert np.allclose(times, np.arange(9) / 16, atol=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "words"),
+    [
+        ("a.mp4", {"codec": "hevc", "crf": 20, "pixel_format": "yuv444p"}, ("hevc", "yuv444p")),
+        ("a.webm", {"crf": 40, "pixel_format": "yuv444p"}, ("vp9", "yuv444p")),
+        ("a.mkv", {"codec": "h264"}, ("h264", "yuv420p")),
+        ("a.mkv", {}, ("ffv1", "bgr0")),
+    ],
+)
+def test_codec_and_pixels_are_chosen(
+    tmp_path: Path, name: str, encoding: dict[str, Any], words: tuple[str, str]
+) -> None:
+    video = Video(moving(3), 16.0, {"request": {"prompt": ""}})
+    with av.open(str(video.save(tmp_path / name, **encoding))) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt) == words
+    if "crf" in encoding:
+        other = video.save(tmp_path / f"b{name}", **encoding | {"crf": 1})
+        assert other.stat().st_size > (tmp_path / name).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "words"),
+    [
+        ("a.jpg", {}, "unknown kind of file.*mp4.*webm.*folder of frames"),
+        ("a.mp4.v2", {}, "unknown kind of file"),
+        (".mp4", {}, "unknown kind of file"),
+        ("a.png", {}, "a PNG holds one frame.*apng"),
+        ("a.mp4", {"codec": "vp9"}, "codec 'vp9': a.mp4 takes h264, hevc"),
+        ("a.webm", {"codec": 5}, "codec 5: a.webm takes vp9"),
+        ("a.mp4", {"crf": 52}, "crf 52: a.mp4 takes a whole number from 0 to 51"),
+        ("a.mp4", {"crf": True}, "crf True"),
+        ("a.mp4", {"crf": "10"}, "crf '10'"),
+        ("a.gif", {"crf": 20}, "crf 20: a.gif takes no crf"),
+        ("a.mkv", {"pixel_format": "yuv420p"}, "pixel_format 'yuv420p': a.mkv takes bgr0"),
+        ("frames", {"codec": "h264"}, "codec 'h264': frames takes png"),
+        ("~nosuchuser/a.mp4", {}, "not a usable path"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused(
+    tmp_path: Path, name: str, encoding: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=words):
+        Video(moving(2), 16.0, {"request": {"prompt": ""}}).save(name, **encoding)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
+    video = Video(moving(2), 16.0, {"request": {"prompt": ""}})
+    (tmp_path / "frames").mkdir()
+    video.save(tmp_path / "frames")  # an empty one is filled
+    (tmp_path / "frames" / "notes.txt").write_text("mine")
+    with pytest.raises(RequestError, match=r"holds notes\.txt, no frame"):
+        video.save(tmp_path / "frames", overwrite=True)
+    assert names(tmp_path / "frames") == ["00000.png", "00001.png", "notes.txt", "recipe.json"]
+
+
+def test_a_folder_whose_writing_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="constant"):
+        Video(np.zeros((3, 16, 16, 3), np.uint8), 8, {"request": {"prompt": ""}}).save(
+            tmp_path / "frames"
+        )
+    assert names(tmp_path) == []
+
+
+def test_a_video_shows_itself_in_one_line() -> None:
+    assert repr(Video(moving(2), 12.5, {})) == "<Video: 2 frames of 64*64 at 12.5 fps>"
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello\n" * 100)
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n")
@@ -319,7 +436,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "flipped.png").write_bytes(data)
     for name in ("notes.txt", "list.m3u8", "noise.mp4", "flipped.png", "missing.mp4", "."):
         for read in (read_recipe, read_frames):
-            with pytest.raises(RequestError, match=r"no video|damaged|no such file|cannot read"):
+            with pytest.raises(
+                RequestError, match=r"no video|damaged|no such|cannot|no .*recipe|no PNG"
+            ):
                 read(tmp_path / name)
     save_picture(tmp_path / "plain.png", moving(1)[0], {"comment": "hi"})
     for path in (write(tmp_path / "plain.mp4", moving(1)), tmp_path / "plain.png"):

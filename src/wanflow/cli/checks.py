@@ -196,5 +196,5 @@ def check_state(file: Path) -> None:
 
 
 def _clip(file: Path) -> None:
-    """Refuse a clip that is not there."""
-    check_regular(user_path(file))
+    """Refuse a clip that is not there, or a folder that holds no frames with their recipe."""
+    check_regular(user_path(file / "recipe.json" if file.is_dir() else file))

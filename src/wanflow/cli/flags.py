@@ -84,7 +84,12 @@ def generate_flags(p: Parser) -> None:
         help=f"folder of the weights, or nano, the miniature (default: {CKPT_DIR})",
     )
     add_settings(Request, groups)
-    add("--save_file", type=file_path, metavar="FILE", help="the .mp4 (or .png) to write")
+    add(
+        "--save_file",
+        type=file_path,
+        metavar="FILE",
+        help="the video to write: .mp4, .webm, .mkv, .gif, .apng, .png",
+    )
     add_settings(Runtime, groups)
     groups["sampling"].add_argument(
         "--sample_guide_scale",
@@ -126,7 +131,10 @@ def again_flags(p: Parser) -> None:
     groups = {name: p.add_argument_group(*GROUPS[name]) for name in names}
     run = groups["run"]
     run.add_argument(
-        "--save_file", type=file_path, metavar="FILE", help="the .mp4 (or .png) to write"
+        "--save_file",
+        type=file_path,
+        metavar="FILE",
+        help="the video to write: .mp4, .webm, .mkv, .gif, .apng, .png",
     )
     run.add_argument("--ckpt_dir", metavar="DIR", help="the weights (default: the recipe's folder)")
     run.add_argument("--force", action="store_true", help="accept other weights or a small machine")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from wanflow.choices import choose_device, choose_dtype
 from wanflow.cli.checks import check_state, machine_lines
 from wanflow.cli.flags import (
     CKPT_DIR,
@@ -26,7 +27,7 @@ from wanflow.cli.running import STATE_SUFFIX, check_target_name, run_and_save, w
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 from wanflow.request import Request
-from wanflow.runtime import Runtime, choose_device, choose_dtype
+from wanflow.runtime import Runtime
 from wanflow.settings import settings_of
 from wanflow.untrusted import printable
 
@@ -63,7 +64,7 @@ class Job:
 
 def replay_flags(p: Parser) -> None:
     """Add the flags of `wanflow replay`."""
-    p.add_argument("video", type=file_path, metavar="VIDEO", help="an .mp4 or .png made by wanflow")
+    p.add_argument("video", type=file_path, metavar="VIDEO", help="a video that wanflow made")
     again_flags(p)
 
 

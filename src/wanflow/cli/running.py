@@ -92,8 +92,8 @@ def run_and_save(
         args: of the command.
         screen: shows progress.
     """
-    from wanflow.api import save_frames
     from wanflow.sanity import OutputError
+    from wanflow.video import save_frames
 
     ctx = pipe.parts.ctx
     if ctx is not None:
@@ -195,17 +195,9 @@ def _derived(target: Path) -> tuple[Path, Path, Path]:
 
 def check_target_name(path: Path, overwrite: bool, frames: int | None = None) -> None:
     """Raise RequestError for a video of so many frames that cannot be written there."""
-    from wanflow.media import check_target
+    from wanflow.encoding import check_output
 
-    suffix = path.suffix.lower()
-    if suffix not in (".mp4", ".png"):
-        raise RequestError(f"{path}: the name must end in .mp4, or .png for one frame")
-    if suffix == ".png" and (frames or 1) > 1:
-        raise RequestError(
-            f"{path}: a PNG holds one frame, and the run has {frames}; name an .mp4, or ask for"
-            " --frame_num 1"
-        )
-    check_target(path, overwrite)
+    check_output(path, overwrite, frames)
 
 
 def automatic_targets(run: Run) -> Iterator[Path]:

@@ -229,8 +229,8 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
     import torch
 
     from wanflow.checkpoint.load import expert_bytes
+    from wanflow.choices import choose_device, dtype_of_name, is_small
     from wanflow.request import Request
-    from wanflow.runtime import choose_device, dtype_of_name, is_small
     from wanflow.train.clips import Form
     from wanflow.train.finetune import FineTune
 

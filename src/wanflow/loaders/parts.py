@@ -13,6 +13,7 @@ from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report as Bytes
 from wanflow.checkpoint.load import expert_bytes, load_expert, load_module, load_vae
 from wanflow.checkpoint.structure import build, expert_structure
+from wanflow.choices import choose_text_dtype, is_small
 from wanflow.config import RequestError
 from wanflow.loaders.placement import Changes, Placement
 from wanflow.loaders.prompts import PromptEncoder
@@ -20,7 +21,6 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.presets import Expert
 from wanflow.request import Lora
-from wanflow.runtime import choose_text_dtype, is_small
 from wanflow.transforms.attention import set_attention
 from wanflow.transforms.attention_kernels import Backend
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
+from wanflow.choices import batch_guidance
 from wanflow.conditioning import conditioning_of
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import TextStates, Trunk, WanDiT, run_blocks
 from wanflow.presets import Expert, ModelSpec
 from wanflow.request import CompleteRequest
-from wanflow.runtime import batch_guidance
 from wanflow.sampling.guidance import ONE_BATCH, TWO_PASSES, Guidance, States, guide
 from wanflow.sampling.schedule import Step
 from wanflow.sampling.solvers import Velocity

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanflow.choices import choose_device
 from wanflow.config import DiTConfig
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import Block, Conditioning, rope_table
 from wanflow.plan.cards import DISK_RATE, GB, PCIE, Rates
 from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Trace
-from wanflow.runtime import choose_device
 
 GLOO = GB  # bytes/s between processes on one machine's CPU, assumed
 COPY = {"cpu": 10 * GB, "cuda": 20 * GB}  # bytes/s from RAM to the device, assumed

@@ -9,18 +9,12 @@ import torch
 
 from wanflow.assemble import layout_of, refuse_together
 from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.choices import all_resident, choose_device, choose_dtype, is_small, with_defaults
 from wanflow.config import RequestError
 from wanflow.parallel.groups import Layout, choose_layout, sizes
 from wanflow.plan.gpus import Kind, Machine
 from wanflow.request import CompleteRequest
-from wanflow.runtime import (
-    Runtime,
-    all_resident,
-    choose_device,
-    choose_dtype,
-    is_small,
-    with_defaults,
-)
+from wanflow.runtime import Runtime
 from wanflow.sampling.timeline import timeline
 from wanflow.transforms.attention_kernels import BACKENDS
 

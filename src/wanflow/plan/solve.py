@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.choices import with_defaults
 from wanflow.geometry import geometry_of
 from wanflow.plan.cards import GB
 from wanflow.plan.gpus import Machine
@@ -28,7 +29,7 @@ from wanflow.plan.phases import (
 from wanflow.plan.plan import Plan, set_up
 from wanflow.plan.traces import Traces
 from wanflow.request import CompleteRequest
-from wanflow.runtime import Runtime, with_defaults
+from wanflow.runtime import Runtime
 from wanflow.units import file_size, memory_size
 
 T = TypeVar("T")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.structure import build, expert_structure, lay_out
+from wanflow.choices import batch_guidance, choose_text_dtype, is_small
 from wanflow.geometry import geometry_of
 from wanflow.loaders.velocity import make_velocity
 from wanflow.lora.reader import describe_adapter, open_adapter
@@ -30,7 +31,7 @@ from wanflow.plan import decoding
 from wanflow.plan.trace import Traced, Work, fake, materialise
 from wanflow.presets import Expert, ModelSpec
 from wanflow.request import CompleteRequest, Lora
-from wanflow.runtime import Runtime, batch_guidance, choose_text_dtype, is_small
+from wanflow.runtime import Runtime
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.sampling.timeline import schedule_of, timeline
 from wanflow.transforms.attention_kernels import BACKENDS

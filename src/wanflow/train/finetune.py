@@ -30,6 +30,7 @@ from wanflow.checkpoint.load import (
     load_tokenizer,
     load_vae,
 )
+from wanflow.choices import choose_text_dtype, is_small
 from wanflow.config import TRAIN_STEPS, RequestError
 from wanflow.convert.convert import convert, open_model, refuse_taken
 from wanflow.convert.formats import options
@@ -47,7 +48,7 @@ from wanflow.parallel.ranks import (
     rank_and_world_size,
 )
 from wanflow.presets import Expert
-from wanflow.runtime import choose_text_dtype, dtype_name, is_small
+from wanflow.runtime import dtype_name
 from wanflow.screen import Screen
 from wanflow.train.clips import Clip, Form, Sample, find_clips, prepare
 from wanflow.train.experts import plain_attention, sigma_range, sigmas
