@@ -84,6 +84,12 @@ COMMANDS = {
         brief=True,
         page=True,
     ),
+    "completion": Command(
+        "completion",
+        "print a script that completes command lines in a shell",
+        'eval "$(wanflow completion bash)"',
+        page=True,
+    ),
 }
 
 
@@ -96,7 +102,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"wanflow {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name in COMMANDS:
-        _add_flags(name, commands.add_parser(name, **_texts(name)))
+        _add_flags(name, commands.add_parser(name, help=COMMANDS[name].help, **_texts(name)))
     return parser
 
 
@@ -132,8 +138,9 @@ def _add_flags(name: str, parser: Parser) -> None:
 def overview() -> str:
     """Return every command in a line, with an example of each."""
     lines = [DESCRIPTION, "wanflow COMMAND --help explains a command.", ""]
+    width = max(map(len, COMMANDS))
     for name, command in COMMANDS.items():
-        lines += [f"{name:<9} {command.help}", f"{'':<9}   {command.example}"]
+        lines += [f"{name:<{width}} {command.help}", f"{'':<{width}}   {command.example}"]
     return "\n".join(lines)
 
 
