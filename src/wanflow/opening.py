@@ -70,6 +70,7 @@ def settle(
     request: Request | None = None,
     force: bool = False,
     info: DistInfo | None = None,
+    report: Callable[[str], object] = str,
 ) -> tuple[Runtime, tuple[str, ...]]:
     """Return the runtime with nothing left open, and reasons that are worth reading.
 
@@ -79,6 +80,7 @@ def settle(
         request: the largest that will be made; None: the model's default size and length.
         force: return it even if this machine is too small.
         info: one of several ranks, for all of which this decides; None: the process is alone.
+        report: called with what is planned next.
 
     Raises:
         RequestError: when the machine is too small, or for settings that exclude each other.
@@ -96,7 +98,7 @@ def settle(
         from wanflow.parallel.ranks import local_world_size
 
         processes, per_machine = info.world_size, local_world_size()
-    plan = make_plan(checkpoint, runtime, request, processes, per_machine, force)
+    plan = make_plan(checkpoint, runtime, request, processes, per_machine, force, report)
     return plan.runtime, plan.reasons if plan.need or processes > 1 else ()
 
 

@@ -80,21 +80,29 @@ def console(**known: Any) -> Console:
     return Lasting(highlight=False, emoji=False, **known)
 
 
-def show_lines(lines: Iterable[tuple[str, str]], wrap: bool = False) -> None:
+def show_lines(lines: Iterable[tuple[str, str]]) -> None:
     """Print (style, text) on standard output, coloured on a terminal; also works without rich.
 
-    Args:
-        lines: each becomes one line, whatever its text holds.
-        wrap: break lines between words on a terminal; a copied command would break with them.
+    Each is one line, whatever its text holds; a terminal gets it broken between words.
     """
     try:
         out = console()
     except ImportError:
         print(*(plain(text) for _, text in lines), sep="\n")
         return
-    soft = not (wrap and out.is_terminal)
     for style, text in lines:
-        out.print(plain(text), style=style or None, markup=False, soft_wrap=soft)
+        for line in _folded(plain(text), out):
+            out.print(line, style=style or None, markup=False, soft_wrap=True)
+
+
+def _folded(text: str, out: Console) -> list[str]:
+    """Return the lines of a text on a console; a command stays whole, so that it can be copied."""
+    if not out.is_terminal or len(text) <= out.width or "wanflow " in text:
+        return [text]
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.wrap(
+        text, out.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def show_table(
@@ -223,6 +231,8 @@ class Screen:
     def close(self) -> None:
         """End the display; the next call of `progress` begins another."""
         if self._bars is not None:
+            for bar in [bar.id for bar in self._bars.tasks if bar.total is None]:
+                self._bars.remove_task(bar)  # a stage leaves nothing behind
             self._bars.stop()
             atexit.unregister(self._bars.stop)
         self._tasks, self._bars = {}, None
@@ -241,7 +251,8 @@ class Screen:
         """Print messages, each as one line, whatever its text holds."""
         for line in lines:
             if not self.events:
-                self.console.print(plain(line), markup=False)
+                for part in _folded(plain(line), self.console):
+                    self.console.print(part, markup=False)
             elif not self.console.quiet:
                 print_event("message", text=line)
 

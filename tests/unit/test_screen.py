@@ -240,3 +240,11 @@ def test_a_step_takes_its_median_time() -> None:
     assert shown.seconds_per_step is None
     shown._step_times = [9.0, 1.0, 1.1, 1.2, 1.3]  # the first one has loaded an expert
     assert shown.seconds_per_step == 1.2
+
+
+def test_a_terminal_gets_whole_words_and_whole_commands(terminal: Screen) -> None:
+    terminal.console.width = 30
+    terminal.say("  a sentence that is longer than the line", "do: wanflow plan " + 4 * "--flags ")
+    first, second, command = text(terminal).splitlines()
+    assert (first, second) == ("  a sentence that is longer", "    than the line")
+    assert command.startswith("do: wanflow plan --flags") and len(command) > 30

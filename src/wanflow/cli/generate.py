@@ -287,7 +287,8 @@ def _decide(
     request = job.request if job.recipe is not None else _prepared(args, job.request, checkpoint)
     # A finished latent can be decoded where a denoising step would not run.
     force = args.force or (job.run is not None and job.run.finished)
-    runtime, reasons = settle(checkpoint, job.runtime, request, force, info)
+    runtime, reasons = settle(checkpoint, job.runtime, request, force, info, screen.stage)
+    screen.close()
     for reason in reasons:
         screen.say(f"plan: {reason}")
     return request, runtime

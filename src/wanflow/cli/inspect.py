@@ -128,7 +128,7 @@ def _show_values(values: list[Finding], checked: bool) -> None:
     ]
     if checked and not values:
         lines = ["every value is finite, and no tensor is constant"]
-    show_lines((("", line) for line in lines), wrap=True)
+    show_lines(("", line) for line in lines)
 
 
 def _show(found: Findings) -> None:
@@ -153,13 +153,13 @@ def _show(found: Findings) -> None:
     elif counts["all"]:
         lines.append(f"{_short(counts['all'])} parameters ({counts['all']:,})")
     lines.append(f"{found.tensors:,} tensors, {file_size(found.bytes)} ({found.bytes:,} bytes)")
-    show_lines((("", line) for line in (*lines, "")), wrap=True)
+    show_lines(("", line) for line in (*lines, ""))
     show_table(COLUMNS, [_cells(row) for row in found.parts], "llllrrr")
     lines = [f"{row.path}: {line}" for row in found.parts for line in _remarks(row, found.model)]
     lines += [f"note: {note}" for note in found.notes]
     if found.problem:
         lines.append(f"it does not load as a model: {found.problem}")
-    show_lines((("", line) for line in lines), wrap=True)
+    show_lines(("", line) for line in lines)
 
 
 def _short(count: int) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from wanflow.config import RequestError
 from wanflow.hardware import gpu_driver, least_gpu_memory_free, memory
 from wanflow.plan.cards import GB, GPUS, REPORTED, Card, Rates, apple_chip, find_card
+from wanflow.units import file_size
 
 Kind = Literal["gpu", "cpu"]
 
@@ -42,7 +43,7 @@ class Machine:
         gpu = f"{many}{self.gpu_name} with {self.gpu / 2**30:.0f} GiB" if self.gpu else "no GPU"
         if self.gpu_name and not self.gpu:
             gpu = f"{self.gpu_name}, whose GPU shares the RAM"
-        disk = f"{self.disk_free / GB:.0f} GB of {'' if self.described else 'free '}disk"
+        disk = f"{file_size(self.disk_free)} of {'' if self.described else 'free '}disk"
         return f"{gpu}, {self.ram / 2**30:.0f} GiB of RAM, {disk}"
 
 

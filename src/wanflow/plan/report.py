@@ -188,9 +188,9 @@ def _sent_lines(plan: Plan) -> Iterator[str]:
         if not phase.sent and not phase.gathered:
             continue
         total, unit = sum(phase.sent.values()), "a step" if phase.expert else "in all"
-        parts = [f"{_bytes(count)} {SENT.get(what, what)}" for what, count in phase.sent.items()]
-        gathered = f"; and gathers {_bytes(phase.gathered)} of weights" if phase.gathered else ""
-        yield f"  {phase.name}: {_bytes(total)} {unit} ({', '.join(parts)}){gathered}"
+        parts = [f"{file_size(count)} {SENT.get(what, what)}" for what, count in phase.sent.items()]
+        gathered = f"; and gathers {file_size(phase.gathered)} of weights" if phase.gathered else ""
+        yield f"  {phase.name}: {file_size(total)} {unit} ({', '.join(parts)}){gathered}"
 
 
 def _work_lines(needed: Need) -> Iterator[str]:
@@ -201,7 +201,7 @@ def _work_lines(needed: Need) -> Iterator[str]:
         for (kind, _), flops in phase.work.flops.items():
             kinds[kind] += flops
         parts = [f"{kind} {_flops(flops)}" for kind, flops in kinds.most_common() if flops]
-        parts = [", ".join(parts), f"{_bytes(phase.work.traffic)} moved by the rest"]
+        parts = [", ".join(parts), f"{file_size(phase.work.traffic)} moved by the rest"]
         yield f"  {phase.name}: {_times(phase.steps)}({'; '.join(parts)})"
 
 
@@ -230,12 +230,6 @@ def _flops(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count / 1e6:.1f} MFLOP"
-
-
-def _bytes(count: float) -> str:
-    if count < 1e8:
-        return f"{count / 1e6:.1f} MB"
-    return f"{count / 1e12:.1f} TB" if count >= 1e12 else f"{count / 1e9:.1f} GB"
 
 
 def _time(seconds: float) -> str:

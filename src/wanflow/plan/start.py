@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from wanflow.assemble import is_tiny
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.config import RequestError
@@ -12,7 +14,7 @@ from wanflow.plan.plan import Plan, expert_parameters, ranks_here, set_up
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime, dtype_name
-from wanflow.units import memory_size
+from wanflow.units import file_size, memory_size
 
 FULL_SIZE = 20 * GB  # bytes of an expert in float32 above which a model needs a GPU
 FORCE = "(--force starts it anyway)"
@@ -37,10 +39,12 @@ def make_plan(
     processes: int = 1,
     per_machine: int | None = None,
     force: bool = False,
+    report: Callable[[str], object] = str,
 ) -> Plan:
     """Plan a request on this machine; one process may plan for all.
 
-    With `force`, a plan that cannot run is returned too. The other arguments are as in `set_up`.
+    With `force`, a plan that cannot run is returned too. `report` is called with what is planned
+    next. The other arguments are as in `set_up`.
 
     Raises:
         RequestError: in three lines: what is needed, what is here, what to do.
@@ -55,7 +59,7 @@ def make_plan(
     else:
         from wanflow.plan.solve import completed_plan
 
-        plan = completed_plan(plan)
+        plan = completed_plan(plan, report)
     if not force:
         raise_if_unfit(plan)
     return plan
@@ -75,7 +79,7 @@ def refuse_without_gpu(checkpoint: Checkpoint, machine: Machine) -> None:
     in_bf16 = [checkpoint.parameters(name) * 2 for name in spec.expert_names]
     packed = ""
     if (sum(in_bf16) - sum(files)) // len(files) > GB:
-        packed = f"{spec.name}'s weights are packed here ({files[0] / GB:.0f} GB an expert). "
+        packed = f"{spec.name}'s weights are packed here ({file_size(files[0])} an expert). "
     raise RequestError(
         packed + needed_words(), f"  here: {machine.words()}", f"  do: {WHERE_ELSE} {FORCE}"
     )

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from wanflow.parallel.groups import CommStats
+from wanflow.units import memory_size
 
 Kind = Literal["matmul", "quantised", "attention", "convolution"]
 DEVICE = torch.ops.prim.device.default
@@ -35,7 +36,7 @@ class Storage:
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.nbytes / 1e9:8.3f} GB  {self.made_by} {list(self.shape)}"
+        return f"{memory_size(self.nbytes):>10}  {self.made_by} {list(self.shape)}"
 
 
 @dataclass
