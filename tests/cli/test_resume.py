@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import json
+import os
+import re
 import shlex
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.common import PROMPT
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import wanflow
-from wanflow.cli import command_parser, main
+from wanflow.api import Pipeline
+from wanflow.cli import command_parser, keeping, main
 from wanflow.cli.keeping import continuing
 from wanflow.clipfiles import read_frames
-from wanflow.pipeline import Run
+from wanflow.pipeline import OnStep, Run
 
 STATE = Path("a.latent.safetensors")
 ASKED = {"frame_num": 5, "sample_steps": 4, "seed": 7}
@@ -203,3 +212,152 @@ def test_under_torchrun_the_command_starts_with_torchrun(
     start = "torchrun --nnodes=2 --nproc_per_node=4 -m wanflow generate --resume"
     assert command == f"{start} {STATE}"
     assert continuing(argparse.Namespace(gpus="0,1"), states[2], STATE).startswith("wanflow ")
+
+
+# A state belongs to its run
+
+MAKE = ["generate", "--ckpt_dir", "nano", "--device", "cpu", "--frame_num", "5"]
+MAKE += ["--sample_steps", "4", "--prompt", PROMPT, "--save_file", "a.mp4"]
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+@pytest.mark.parametrize("step", [2, 4])
+def test_the_state_of_another_run_is_left_untouched(
+    states: dict[int, Run],
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+    more: list[str],
+) -> None:
+    states[step].save(STATE)
+    before = STATE.read_bytes()
+    said = refused(capsys, *MAKE, "--seed", "7", *more)
+    go_on = "wanflow decode" if step == 4 else "wanflow generate --resume"
+    assert f"{STATE} holds another run: step {step} of 4, seed 7, '{PROMPT}'" in said
+    assert f"go on with it ({go_on} {STATE}), delete it, or name another --save_file" in said
+    assert STATE.read_bytes() == before
+    assert [path.name for path in in_tmp.iterdir()] == [STATE.name]
+
+
+def test_a_file_that_is_no_state_is_left_untouched(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    STATE.write_bytes(b"mine")
+    assert f"{STATE} exists and is no saved run" in refused(capsys, *MAKE)
+    assert STATE.read_bytes() == b"mine"
+
+
+def test_a_run_removes_only_its_own_state(
+    states: dict[int, Run], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states[2].save(STATE)
+    states[1].save("b.latent.safetensors")  # of the same run
+    replace(states[2], id="0" * 16).save("c.latent.safetensors")
+    said = refused(capsys, "generate", "--resume", str(STATE), "--save_file", "c.mp4")
+    assert "c.latent.safetensors holds another run" in said
+    assert main(["generate", "--resume", str(STATE), "--save_file", "b.mp4"]) == 0
+    assert sorted(os.listdir()) == ["b.mp4", "c.latent.safetensors"]
+
+
+def test_a_state_that_appears_meanwhile_is_not_replaced(
+    states: dict[int, Run],
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from wanflow import api
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "the cable is out")
+
+    monkeypatch.setattr(keeping, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(Pipeline, "resume", planting(states[1]))
+    monkeypatch.setattr(api, "save_frames", broken)
+    assert main([*MAKE, "--seed", "8"]) == 1
+    assert Run.load(STATE).id == states[1].id
+    said = capsys.readouterr().err
+    assert f"{STATE} is another run's now; this one is saved in a-" in said
+    (command,) = re.findall(r"finish it with: wanflow (decode .*)$", said, re.M)
+    monkeypatch.undo()
+    os.chdir(in_tmp)
+    assert main(shlex.split(command)) == 0
+    assert Run.load(STATE).id == states[1].id and Path("a-2.mp4").exists()
+
+
+def planting(other: Run) -> Callable[..., Run]:
+    """Return `Pipeline.resume` beside which another run saves its state."""
+    real = Pipeline.resume
+
+    def resume(self: Pipeline, run: Run, on_step: OnStep | None = None) -> Run:
+        other.save(STATE)
+        return real(self, run, on_step)
+
+    return resume
+
+
+def test_a_run_of_an_earlier_version_is_resumed_over_its_own_file(
+    state: Run, whole: np.ndarray
+) -> None:
+    with safe_open(STATE, framework="pt") as file:
+        said = json.loads(file.metadata()["wanflow"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    del said["id"]
+    save_file(tensors, STATE, {"wanflow": json.dumps(said)})
+    assert main(["generate", "--resume", str(STATE), "--device", "cpu"]) == 0
+    assert os.listdir() == ["a.mp4"]
+
+
+def test_the_printed_command_works_when_pasted(
+    in_tmp: Path, whole: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped after two steps, with a file of the video's name that is to be replaced."""
+    folder = Path("a folder; $x")
+    folder.mkdir()
+    target = folder / "it's.mp4"
+    target.write_bytes(b"old")
+    flags = ["--seed", "7", "--overwrite", "--contact_sheet", "--chunk_tokens", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "resume", stopping(2))
+        assert main([*MAKE[:-1], str(target), *flags]) == 130
+    said = capsys.readouterr().err
+    assert target.read_bytes() == b"old" and "Traceback" not in said
+    (command,) = re.findall(r"stopped at step 2 of 4; go on with: wanflow (.*)$", said, re.M)
+    assert main(shlex.split(command)) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["it's.mp4", "it's_sheet.png"]
+    frames = read_frames(target)[0].astype(int)
+    assert np.abs(frames - whole).mean() < 4  # the file's compression
+
+
+def stopping(step: int) -> Callable[..., Run]:
+    """Return `Pipeline.resume` that Ctrl-C interrupts after a step."""
+    real = Pipeline.resume
+
+    def resume(self: Pipeline, run: Run, on_step: Callable[[wanflow.Progress], object]) -> Run:
+        def interrupted(progress: wanflow.Progress) -> None:
+            on_step(progress)
+            if progress.step == step:
+                raise KeyboardInterrupt
+
+        return real(self, run, interrupted)
+
+    return resume
+
+
+def test_the_command_names_a_free_file_where_the_video_appeared_meanwhile(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanflow.media import VideoWriter
+
+    finish = VideoWriter._finish
+
+    def late(self: VideoWriter) -> None:
+        self.path.write_bytes(b"mine")
+        finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoWriter, "_finish", late)
+        assert main(MAKE) == 2
+    (command,) = re.findall(r"finish it with: wanflow (decode .*)$", capsys.readouterr().err, re.M)
+    assert main(shlex.split(command)) == 0
+    assert sorted(os.listdir()) == ["a-2.mp4", STATE.name, "a.mp4"]  # decode keeps its input
+    assert Path("a.mp4").read_bytes() == b"mine"

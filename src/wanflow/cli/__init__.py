@@ -192,7 +192,7 @@ class Alone:
 
     output: Output = field(default_factory=Output)
     rank: int = 0
-    on_abort: Callable[[], None] | None = None
+    on_abort: Callable[[], object] | None = None
     ending = False
     timeout_s = 0.0
 

@@ -21,9 +21,9 @@ from wanflow.cli.flags import (
     request_from,
     runtime_from,
 )
-from wanflow.cli.keeping import continuing
+from wanflow.cli.keeping import STATE_SUFFIX, continuing, refuse_another, state_of
 from wanflow.cli.parser import Parser, file_path, settings_from
-from wanflow.cli.running import STATE_SUFFIX, check_target_name, run_and_save, world_size
+from wanflow.cli.running import check_target_name, run_and_save, world_size
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 from wanflow.request import Request
@@ -227,6 +227,7 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     if job.target is not None and not follower:
         check_target_name(job.target, args.overwrite)
         args.claims.take(job.target)
+        refuse_another(args, state_of(job.target), job.run)
     checkpoint = _open(job)
     if info is not None:
         job = replace(job, runtime=replace(job.runtime, device=str(info.device)))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +22,113 @@ from wanflow.settings import settings_of
 from wanflow.untrusted import printable
 
 if TYPE_CHECKING:
-    from wanflow.pipeline import Run
+    from wanflow.cli.output import Output
+    from wanflow.pipeline import Progress, Run
 
+STATE_SUFFIX = ".latent.safetensors"
+SAVE_SECONDS = 5.0  # between two saved states: a crash costs at most this much work and one step
 # What a saved run has decided, or what belongs to the command that began it.
 BEGUN = ("preset", "sample_guide_scale", "recipe", "config", "resume", "save_file", "task")
+
+
+class StateKeeper:
+    """Saves a run every few seconds, and when it is aborted; goes on where the disk is full.
+
+    stored: the step of the state that is on the disk; None before the first.
+
+    Args:
+        run: the run, whose state is kept on the CPU from then on.
+        file: where to save it; if another run saves there meanwhile, a name beside it.
+        go_on: returns the command that goes on with a run that is saved in a file.
+        output: of the command.
+        source: the file that the run was read from.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        file: Path,
+        go_on: Callable[[Run, Path], str],
+        output: Output,
+        source: Path | None = None,
+    ) -> None:
+        self.take(run)
+        self._place, self._go_on, self._output = file, go_on, output
+        self.file = source or file
+        self.stored = None if source is None else run.state.index
+        self._saved, self._warned = time.monotonic(), False
+
+    def __call__(self, progress: Progress) -> bool:
+        """Take the state after a step."""
+        self.take(progress.run)
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.try_to_save()
+        return True
+
+    def take(self, run: Run) -> None:
+        """Take a state, off the GPU: a thread that saves it cannot wait for what that computes."""
+        tensors = {name: value.cpu() for name, value in run.state.tensors().items()}
+        self.run = replace(run, state=type(run.state).from_tensors(run.state.index, tensors))
+
+    def save(self) -> None:
+        """Write the state unless it is on the disk; raises OSError where the disk refuses."""
+        if self.stored == self.run.state.index:
+            return
+        if os.path.lexists(self._place) and not is_of(self.run, self._place):
+            stem = self._place.name.removesuffix(STATE_SUFFIX)
+            beside = self._place.with_name(f"{stem}-{self.run.id}{STATE_SUFFIX}")
+            self._output.alert(f"{self._place} is another run's now; this one is saved in {beside}")
+            self._place = beside
+        self.run.save(self._place)
+        self.file, self.stored = self._place, self.run.state.index
+
+    def try_to_save(self) -> None:
+        """Write the state; where the disk refuses, say so once and leave it for the next time."""
+        try:
+            self.save()
+        except OSError as error:
+            if not self._warned:
+                self._output.alert(f"the state of the run is not saved for now: {error}")
+            self._warned = True
+        self._saved = time.monotonic()
+
+    def on_abort(self) -> bool:
+        """Save the run and print how to go on with it; return whether there is a state."""
+        step, steps = self.run.state.index, self.run.request.sample_steps
+        if step == 0:
+            return False
+        self.save()
+        command = self._go_on(self.run, self.file)
+        self._output.document |= {"state": str(self.file), "step": step, "resume": command}
+        self._output.alert(
+            f"the finished latent is stored in {self.file}; finish it with: {command}"
+            if self.run.finished
+            else f"stopped at step {step} of {steps}; go on with: {command}"
+        )
+        return True
+
+    def remove(self, *others: Path | None) -> None:
+        """Delete the state, and others of this run; nothing of another run's."""
+        for file in {self._place, *filter(None, others)}:
+            if is_of(self.run, file):
+                file.unlink()
+
+
+def free_name(target: Path, run: Run, overwrite: bool) -> Path:
+    """Return a name for a run's video: the given one, or one beside it if that is taken by now."""
+
+    def free(name: Path) -> bool:
+        state = state_of(name)
+        ours = not os.path.lexists(state) or is_of(run, state)
+        return ours and ((overwrite and name == target) or not os.path.lexists(name))
+
+    names = (target.with_name(f"{target.stem}-{number}{target.suffix}") for number in count(2))
+    return next(name for name in chain([target], names) if free(name))
+
+
+def state_of(target: Path) -> Path:
+    """Return where the state of a video's run is kept."""
+    return target.with_name(target.stem + STATE_SUFFIX)
 
 
 def is_of(run: Run, file: Path) -> bool:

@@ -4,80 +4,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanflow.cli.keeping import StateKeeper, continuing, free_name, refuse_another, state_of
 from wanflow.config import RequestError
 from wanflow.described import described
+from wanflow.files import remove
+from wanflow.outputs import leftovers
 
 if TYPE_CHECKING:
     from wanflow.api import Pipeline
-    from wanflow.cli.output import Output
-    from wanflow.pipeline import Progress, Run
+    from wanflow.pipeline import Run
     from wanflow.screen import Screen
-
-STATE_SUFFIX = ".latent.safetensors"
-SAVE_SECONDS = 5.0  # between two saved states: a crash costs at most this much work and one step
 
 
 def world_size() -> int:
     """Return how many ranks the environment describes; 1 where it describes none."""
     return described(os.environ).world_size
-
-
-class StateKeeper:
-    """Saves a run every few seconds, and when it is aborted; goes on where the disk is full.
-
-    stored: the step of the state that is on the disk; None before the first.
-    """
-
-    def __init__(self, run: Run, file: Path, target: Path, screen: Screen, output: Output) -> None:
-        self.run, self.file, self.target = run, file, target
-        self.screen, self.output = screen, output
-        self.saved, self.warned = time.monotonic(), False
-        self.stored: int | None = None
-
-    def __call__(self, progress: Progress) -> bool:
-        """Take the state after a step."""
-        self.run = progress.run
-        if time.monotonic() - self.saved > SAVE_SECONDS:
-            self.try_to_save()
-        return True
-
-    def save(self) -> None:
-        """Write the state; raises OSError where the disk refuses."""
-        self.run.save(self.file)
-        self.stored = self.run.state.index
-
-    def try_to_save(self) -> None:
-        """Write the state; where the disk refuses, say so once and leave it for the next time."""
-        try:
-            self.save()
-        except OSError as error:
-            if not self.warned:
-                self.screen.say(f"the state of the run is not saved for now: {error}")
-            self.warned = True
-        self.saved = time.monotonic()
-
-    def on_abort(self) -> None:
-        """Save the run, and print how to continue it."""
-        step = self.run.state.index
-        if step == 0:
-            return
-        self.save()
-        file, target = (shlex.quote(str(path)) for path in (self.file, self.target))
-        command = f"wanflow generate --resume {file} --save_file {target}"
-        self.output.document |= {"state": str(self.file), "step": step, "resume": command}
-        self.screen.say(self.output.so_far(self.screen))
-        self.output.alert(
-            f"stopped at step {step} of {self.run.request.sample_steps}; go on with: {command}"
-        )
 
 
 def run_and_save(
@@ -104,40 +52,31 @@ def run_and_save(
             pass
         return
     outputs = claim_outputs(run, target, args)
-    target, state_file = outputs.video, outputs.state
+    target = outputs.video
     overwrite = args.overwrite and target.exists()  # it replaces what is there now
     screen.begin(run, pipe.spec, target)
-    keeper = StateKeeper(run, state_file, target, screen, args.output)
-
-    def abort() -> None:
-        try:
-            keeper.on_abort()
-        finally:
-            args.claims.close()  # one rank of several ends without leaving any `with` block
-
-    args.watchdog.on_abort = abort
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    source = getattr(args, "resume", None) or getattr(args, "latent", None)
+    keeper = StateKeeper(
+        run,
+        outputs.state,
+        lambda run, file: continuing(args, run, file, free_name(target, run, args.overwrite)),
+        args.output,
+        source,
+    )
+    args.watchdog.on_abort = partial(_abort, keeper, outputs, args)
     try:
         with screen.denoising(run) as on_step:
             run = pipe.resume(run, lambda progress: keeper(progress) and on_step(progress))
-        keeper.run = run
+        keeper.take(run)
         keeper.try_to_save()
         frames = pipe.frames(run, screen.decoding())
         save_frames(target, frames, run.request.fps, run.recipe.to_json(), overwrite)
-    except (OSError, OutputError, RequestError):
-        args.watchdog.on_abort = args.claims.close
-        if run.finished and keeper.stored != run.state.index:
-            keeper.try_to_save()  # the unfinished video is gone, so there may be room
-        if run.finished and keeper.stored == run.state.index:
-            command = f"wanflow decode {shlex.quote(str(state_file))}"
-            args.output.document |= {"state": str(state_file), "resume": command}
-            args.output.alert(
-                f"the finished latent is stored in {state_file}; finish it with: {command}"
-            )
+    except OutputError:
+        if not run.finished:  # its state is broken
+            args.watchdog.on_abort = args.claims.close
         raise
     args.watchdog.on_abort = args.claims.close
-    for file in {state_file, getattr(args, "resume", None) or state_file}:
-        file.unlink(missing_ok=True)
+    keeper.remove(getattr(args, "resume", None))
     if outputs.sheet is not None:
         from wanflow.clipfiles import contact_sheet, read_frames
 
@@ -145,6 +84,18 @@ def run_and_save(
         args.output.document["contact_sheet"] = str(outputs.sheet)
         screen.say(f"frames {outputs.sheet}")
     args.output.result(target, screen, recipe=run.recipe.to_json(), seed=run.request.seed)
+
+
+def _abort(keeper: StateKeeper, outputs: Outputs, args: argparse.Namespace) -> bool:
+    """Save the run and give its names back; return whether there is a state of it."""
+    try:
+        return keeper.on_abort()
+    finally:
+        # Where the main thread is stuck, no `with` block ends: what it was writing is this run's.
+        for path in (outputs.video, outputs.state):
+            for part in leftovers(path):
+                remove(part)
+        args.claims.close()
 
 
 @dataclass(frozen=True)
@@ -177,6 +128,7 @@ def claim_outputs(run: Run, target: Path | None, args: argparse.Namespace) -> Ou
         target = target.with_suffix(".png")
     video, state, sheet = _derived(target)
     check_target_name(video, args.overwrite, run.request.frame_num)
+    refuse_another(args, state, run)
     check_target(state, overwrite=True)
     if args.contact_sheet:
         check_target(sheet, args.overwrite)
@@ -189,8 +141,7 @@ def claim_outputs(run: Run, target: Path | None, args: argparse.Namespace) -> Ou
 
 def _derived(target: Path) -> tuple[Path, Path, Path]:
     """Return a video with its state and its contact sheet."""
-    state = target.with_name(target.stem + STATE_SUFFIX)
-    return target, state, target.with_name(target.stem + "_sheet.png")
+    return target, state_of(target), target.with_name(target.stem + "_sheet.png")
 
 
 def check_target_name(path: Path, overwrite: bool, frames: int | None = None) -> None:

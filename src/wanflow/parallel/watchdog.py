@@ -88,7 +88,7 @@ class Watchdog:
         self.timeout_s = 600.0  # how late a rank may be to a collective
         self.progress: Callable[[], int] = lambda: 0  # how many collectives this rank has entered
         # Called once before the rank exits with a failure, perhaps from another thread.
-        self.on_abort: Callable[[], None] | None = None
+        self.on_abort: Callable[[], object] | None = None
         # Called with the run's exit code and message before the rank exits with a failure.
         self.on_end: Callable[[int, str], None] = lambda code, message: None
         self.ending = False  # from now on no signal interrupts the main thread
