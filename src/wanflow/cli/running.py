@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.cli.keeping import StateKeeper, continuing, free_name, refuse_another, state_of
-from wanflow.config import RequestError
 from wanflow.described import described
 from wanflow.files import remove
 from wanflow.outputs import leftovers
