@@ -71,6 +71,7 @@ def settle(
     force: bool = False,
     info: DistInfo | None = None,
     report: Callable[[str], object] = str,
+    decoding: bool = False,
 ) -> tuple[Runtime, tuple[str, ...]]:
     """Return the runtime with nothing left open, and reasons that are worth reading.
 
@@ -81,6 +82,7 @@ def settle(
         force: return it even if this machine is too small.
         info: one of several ranks, for all of which this decides; None: the process is alone.
         report: called with what is planned next.
+        decoding: a finished latent can be decoded where a denoising step would not run.
 
     Raises:
         RequestError: when the machine is too small, or for settings that exclude each other.
@@ -98,7 +100,8 @@ def settle(
         from wanflow.parallel.ranks import local_world_size
 
         processes, per_machine = info.world_size, local_world_size()
-    plan = make_plan(checkpoint, runtime, request, processes, per_machine, force, report)
+    how = processes, per_machine, force, report, decoding
+    plan = make_plan(checkpoint, runtime, request, *how)
     return plan.runtime, plan.reasons if plan.need or processes > 1 else ()
 
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -663,3 +664,19 @@ def test_a_reader_that_goes_away_stops_nothing(in_tmp: Path) -> None:
     words = shlex.join([sys.executable, "-m", "wanflow", *MAKE, "--save_file", "a.mp4"])
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} 2>&1 | head -1"], check=False)
     assert done.returncode == 0 and [path.name for path in in_tmp.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: torch.empty(2**48, dtype=torch.uint8), lambda: np.empty(2**50, np.uint8)],
+    ids=["torch", "numpy"],
+)
+def test_ram_that_runs_out_gets_words(
+    allocate: Callable[[], object],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wanflow.cli.doctor.doctor", lambda args: allocate())
+    assert main(["doctor"]) == 1
+    error = capsys.readouterr().err
+    assert "out of memory" in error and "Traceback" not in error

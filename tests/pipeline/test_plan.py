@@ -462,7 +462,7 @@ def test_the_bound_of_a_tiny_run_is_above_its_trace(size: str, frames: int) -> N
     ("size", "frames", "words"),
     [
         ("16384*16384", 1, ("size 16384*16384 with frame_num 1", "(VAE)", "these fit: size")),
-        ("256*256", 1001, ("frame_num 1001", "expert", "these fit: size 256*256 with frame_num")),
+        ("128*128", 1601, ("frame_num 1601", "expert", "these fit: size 128*128 with frame_num")),
     ],
 )
 def test_nano_is_refused_like_a_large_model(
@@ -472,11 +472,12 @@ def test_nano_is_refused_like_a_large_model(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: ONE_GB)
+    tight = replace(ONE_GB, ram_free=750 * 10**6)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: tight)
     argv = ["generate", "--ckpt_dir", "nano", "--device", "cpu", "--prompt", "a red circle"]
     assert main([*argv, "--size", size, "--frame_num", str(frames)]) == 2
     refusal = capsys.readouterr().err.splitlines()[-1]
-    for word in (*words, "GiB of RAM", "can be used"):
+    for word in (*words, " of RAM", "can be used"):
         assert word in refusal, refusal
 
 
@@ -488,9 +489,39 @@ def test_nano_is_refused_from_python_too(monkeypatch: pytest.MonkeyPatch) -> Non
         pipe.generate("a red circle", size="16384*16384", frame_num=1)
 
 
+@pytest.mark.slow
+def test_nano_decodes_in_tiles_where_full_frames_do_not_fit() -> None:
+    checkpoint, request = resolve("nano"), of(NANO, size="768*768", frame_num=1)
+    small, large = (replace(ONE_GB, ram_free=free * 10**8) for free in (12, 20))
+    tiled = solve(checkpoint, request, Runtime(device="cpu"), small)
+    assert tiled.fits and tiled.runtime.vae_tile
+    assert any("tiles" in reason for reason in tiled.reasons)
+    assert solve(checkpoint, request, Runtime(device="cpu"), large).runtime.vae_tile == 0
+    full = solve(checkpoint, request, Runtime(device="cpu", vae_tile=0), small)
+    assert not full.fits and full.offers[0].startswith("vae_tile ")
+
+
+@pytest.mark.slow
+def test_a_finished_latent_needs_room_for_the_vae_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = replace(ONE_GB, ram_free=750 * 10**6)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: tight)
+    checkpoint, on_cpu = resolve("nano"), Runtime(device="cpu")
+    large = of(NANO, size="16384*16384", frame_num=1)
+    with pytest.raises(
+        RequestError, match=r"decoding 1 frames of 16384\*16384 needs .* GiB of RAM"
+    ):
+        make_plan(checkpoint, on_cpu, large, decoding=True)
+    make_plan(checkpoint, on_cpu, large, decoding=True, force=True)
+    long = of(NANO, size="128*128", frame_num=1601)  # its steps do not fit, its VAE does
+    assert not make_plan(checkpoint, on_cpu, long, decoding=True).fits
+    with pytest.raises(RequestError, match="expert"):
+        make_plan(checkpoint, on_cpu, long)
+
+
+@pytest.mark.slow
 def test_what_a_refusal_says_fits_does_fit() -> None:
     checkpoint = resolve("nano")
-    plan = solve(checkpoint, of(NANO, size="2048*2048"), Runtime(device="cpu"), ONE_GB)
+    plan = solve(checkpoint, of(NANO, size="4112*4112"), Runtime(device="cpu"), ONE_GB)
     with pytest.raises(RequestError, match="; these fit: "):
         raise_if_unfit(plan)
     found = re.search(r"size (\S+) with frame_num (\d+)", plan.offers[-1])

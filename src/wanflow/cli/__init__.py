@@ -307,7 +307,8 @@ def _words(error: BaseException) -> tuple[int, str | None]:
         return 1, f"{error.name} is not installed; run `make install`, or pip install wanflow"
     if isinstance(error, OSError) or type(error).__name__ == "OutputError":
         return 1, str(error)
-    if type(error).__name__ == "OutOfMemoryError":
+    allocator = "DefaultCPUAllocator" in str(error)
+    if allocator or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 1, f"out of memory: {error}; try a smaller --size or fewer frames"
     return 1, None
 

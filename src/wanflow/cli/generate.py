@@ -286,9 +286,9 @@ def _decide(
     from wanflow.opening import settle
 
     request = job.request if job.recipe is not None else _prepared(args, job.request, checkpoint)
-    # A finished latent can be decoded where a denoising step would not run.
-    force = args.force or (job.run is not None and job.run.finished)
-    runtime, reasons = settle(checkpoint, job.runtime, request, force, info, screen.stage)
+    decoding = job.run is not None and job.run.finished
+    how = args.force, info, screen.stage, decoding
+    runtime, reasons = settle(checkpoint, job.runtime, request, *how)
     screen.close()
     for reason in reasons:
         screen.say(f"plan: {reason}")

@@ -13,6 +13,7 @@ from wanflow.plan.cards import GB, GPUS, REPORTED, Card, Rates, apple_chip, find
 from wanflow.units import file_size
 
 Kind = Literal["gpu", "cpu"]
+MOST = 1024  # GPUs that share a video
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,9 @@ def described(
     Raises:
         RequestError: for an unknown GPU, and for numbers out of range.
     """
-    for name, value in (("num_gpus", count), ("ram", ram), ("disk", disk)):
-        if value is not None and not 0 < value < 10**6:
-            raise RequestError(f"--{name} must be above 0 and below 1000000 (got {value:g})")
+    for name, value, most in (("num_gpus", count, MOST), ("ram", ram, 1e6), ("disk", disk, 1e6)):
+        if value is not None and not 0 < value <= most:
+            raise RequestError(f"--{name} must be above 0 and at most {most:g} (got {value:g})")
     size = (64 if ram is None else ram) * 2**30
     free = int(0.96 * size)  # the system and other programs take about 4 % of 64 GB
     space = int((150 if disk is None else disk) * GB)

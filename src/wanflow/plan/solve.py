@@ -71,11 +71,8 @@ def completed_plan(plan: Plan, report: Callable[[str], object] = str) -> Plan:
     traces = Traces(plan.checkpoint, plan.request, *how)
     if not plan.small:
         return _Solver(plan, traces).solved()
-    plan = plan.all_resident()
-    solver, needed = _Solver(plan, traces), need(traces, plan.runtime, plan.kind)
-    short = tuple(solver._short(needed))
-    offers = tuple(solver.smaller(plan.runtime)) if short else ()
-    return replace(plan, need=needed, short=short, offers=offers)
+    open_tile = plan.runtime.vae_tile is None
+    return _Solver(plan.all_resident(), traces).all_resident(open_tile)
 
 
 class _Solver:
@@ -104,6 +101,30 @@ class _Solver:
             short=short,
             offers=tuple(self._offers(runtime, bool(short))),
         )
+
+    def all_resident(self, open_tile: bool) -> Plan:
+        """Return the plan of a small model; only the tiles of its VAE are chosen."""
+        runtime = self.begun.runtime
+        if open_tile and not self.several and self._few_pixels():
+            before = tuple(self.reasons)
+            tiled = self._choose_vae(replace(runtime, vae_tile=None))
+            if self._has_room(decode_phase(self.traces, tiled, self.kind)):
+                runtime = tiled
+            else:  # and full frames take less work
+                self.reasons = list(before)
+        needed = need(self.traces, runtime, self.kind)
+        short = tuple(self._short(needed))
+        return replace(
+            self.begun,
+            runtime=runtime,
+            reasons=tuple(self.reasons),
+            need=needed,
+            short=short,
+            offers=tuple(self._smaller(runtime)) if short else (),
+        )
+
+    def _few_pixels(self) -> bool:
+        return math.prod(self.traces.request.size) <= MANY_PIXELS
 
     def _short(self, needed: Need) -> Iterator[str]:
         """Yield what does not fit, in words."""
@@ -297,11 +318,11 @@ class _Solver:
         lacks = self.kind == "gpu" and not self.begun.machine.bfloat16
         return lacks and self.begun.dtype == torch.bfloat16
 
-    def smaller(self, runtime: Runtime) -> Iterator[str]:
+    def _smaller(self, runtime: Runtime) -> Iterator[str]:
         """Yield what would fit, in words: tiles of the VAE, and a smaller or shorter video."""
         traces, tiled = self.traces, replace(runtime, vae_tile=TILES[-2])
-        few = math.prod(traces.request.size) <= MANY_PIXELS
-        if few and not runtime.vae_tile and not any(self._short(need(traces, tiled, self.kind))):
+        full = not runtime.vae_tile and not self.several and self._few_pixels()
+        if full and not any(self._short(need(traces, tiled, self.kind))):
             yield f"vae_tile {tiled.vae_tile}"
         for _ in range(4):
             needed = need(traces, runtime, self.kind)

@@ -40,17 +40,18 @@ def make_plan(
     per_machine: int | None = None,
     force: bool = False,
     report: Callable[[str], object] = str,
+    decoding: bool = False,
 ) -> Plan:
     """Plan a request on this machine; one process may plan for all.
 
     With `force`, a plan that cannot run is returned too. `report` is called with what is planned
-    next. The other arguments are as in `set_up`.
+    next. `decoding` needs room for the VAE only. The other arguments are as in `set_up`.
 
     Raises:
         RequestError: in three lines: what is needed, what is here, what to do.
     """
     machine = this_machine(checkpoint.folder, ranks_here(processes, per_machine))
-    if not force and (machine.gpu == 0 or runtime.device == "cpu"):
+    if not (force or decoding) and (machine.gpu == 0 or runtime.device == "cpu"):
         refuse_without_gpu(checkpoint, machine)  # before a trace, which takes seconds
     complete = completed(request, checkpoint.spec)
     plan = set_up(checkpoint, complete, runtime, machine, processes, per_machine)
@@ -60,7 +61,9 @@ def make_plan(
         from wanflow.plan.solve import completed_plan
 
         plan = completed_plan(plan, report)
-    if not force:
+    if decoding and not force:
+        _refuse_decoding(plan)
+    elif not force:
         raise_if_unfit(plan)
     return plan
 
@@ -121,6 +124,24 @@ def ways_out(plan: Plan) -> tuple[str, ...]:
             "free memory that other programs hold",
         )
     return (*plan.offers, "try --dtype bfloat16", "close other programs", "use a larger machine")
+
+
+def _refuse_decoding(plan: Plan) -> None:
+    """Raise RequestError where a finished latent cannot be decoded."""
+    if plan.need is None:
+        return
+    vae, machine = plan.need.phases[-1], plan.machine
+    for kind, needs, free in (
+        ("GPU memory", vae.device, machine.gpu_free),
+        ("RAM", vae.ram, machine.ram_free),
+    ):
+        if needs > free > 0:
+            width, height = plan.request.size
+            raise RequestError(
+                f"{plan.checkpoint.spec.name}: decoding {plan.request.frame_num} frames of"
+                f" {width}*{height} needs {memory_size(needs)} of {kind}, and {memory_size(free)}"
+                f" are free; use a larger machine {FORCE}"
+            )
 
 
 def _refuse_small(plan: Plan) -> None:
