@@ -91,17 +91,35 @@ def show_lines(lines: Iterable[tuple[str, str]]) -> None:
         print(*(plain(text) for _, text in lines), sep="\n")
         return
     for style, text in lines:
-        for line in _folded(plain(text), out):
+        for line in _folded(plain(text), out.width if out.is_terminal else None):
             out.print(line, style=style or None, markup=False, soft_wrap=True)
 
 
-def _folded(text: str, out: Console) -> list[str]:
-    """Return the lines of a text on a console; a command stays whole, so that it can be copied."""
-    if not out.is_terminal or len(text) <= out.width or "wanflow " in text:
+def print_line(text: str) -> None:
+    """Print a line on standard error, whatever bars are drawn there."""
+    if sys.stderr is None:  # closed; `print` would take standard output
+        return
+    width = None
+    if sys.stderr.isatty():
+        with suppress(OSError):  # of a terminal that has no size
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or None
+    print(*_folded(plain(text), width), sep="\n", file=sys.stderr, flush=True)
+
+
+def _folded(text: str, width: int | None) -> list[str]:
+    """Return a text as lines, broken between words.
+
+    A command stays whole, so that it can be copied.
+
+    Args:
+        text: one line.
+        width: of the terminal; None is none, and breaks nothing.
+    """
+    if width is None or len(text) <= width or "wanflow " in text.removeprefix("wanflow: "):
         return [text]
     indent = " " * (len(text) - len(text.lstrip()) + 2)
     return textwrap.wrap(
-        text, out.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -220,6 +238,7 @@ class Screen:
         self._tasks: dict[str, _Task] = {}
         self._bars: Bars | None = None
         self._staged = time.monotonic()
+        self._shown = 0.0  # when a line of progress was printed, of any task
         self._lock = RLock()  # weights are also read in a thread
 
     def __enter__(self) -> Screen:
@@ -251,7 +270,8 @@ class Screen:
         """Print messages, each as one line, whatever its text holds."""
         for line in lines:
             if not self.events:
-                for part in _folded(plain(line), self.console):
+                width = self.console.width if self.console.is_terminal else None
+                for part in _folded(plain(line), width):
                     self.console.print(part, markup=False)
             elif not self.console.quiet:
                 print_event("message", text=line)
@@ -307,11 +327,13 @@ class Screen:
             if (since > EVENT or ends or since == 0) and not self.console.quiet:
                 print_event("progress", **task.facts(done, total, note))
                 task.shown = now
-        elif since > max(EVERY, (now - task.began) / MANY) or (
-            ends and (last_line or task.shown > task.began)
+        elif (
+            min(since, now - self._shown) > max(EVERY, (now - task.began) / MANY)
+            or (ends and last_line)
+            or (ends and task.shown > task.began and now - self._shown > EVERY)
         ):
             self.say(f"{what}: {task.text(done, total, note)}" if total else what)
-            task.shown = now
+            task.shown = self._shown = now
         if ends:
             self._end(what)
 

@@ -16,6 +16,7 @@ from helpers.common import PROMPT
 from wanflow.cli import main
 from wanflow.cli.inspect import _whole
 from wanflow.cli.output import Output
+from wanflow.hardware import peak_memory
 from wanflow.screen import Screen
 
 MAKE = ["generate", "--ckpt_dir", "nano", "--device", "cpu", "--prompt", PROMPT, "--seed", "3"]
@@ -144,3 +145,19 @@ def test_a_folder_is_hashed_as_one_task() -> None:
     for done, size in ((5, 10), (10, 10), (8, 20), (20, 20)):
         report(done, size)
     assert shown == [(5, 30), (10, 30), (18, 30), (30, 30)]
+
+
+def test_a_document_of_several_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    several = ["--gpus", "cpu,cpu", "--ulysses_size", "3"]
+    assert main([*MAKE, "a.mp4", "--json", *several]) == 2
+    shown = capfd.readouterr()
+    failed = json.loads(shown.out)
+    assert failed["code"] == 2 and "does not make 2 ranks" in failed["error"]
+    assert events(shown.err)[-1] == {"event": "error", "text": f"wanflow: {failed['error']}"}
+
+
+def test_peak_memory(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/status").write_text("Name:\tx\nVmHWM:\t   2048 kB\nVmRSS:\t 1 kB\n")
+    assert peak_memory(tmp_path)["ram"] == 2 << 20
+    assert peak_memory()["ram"] > 50e6

@@ -248,3 +248,28 @@ def test_a_terminal_gets_whole_words_and_whole_commands(terminal: Screen) -> Non
     first, second, command = text(terminal).splitlines()
     assert (first, second) == ("  a sentence that is longer", "    than the line")
     assert command.startswith("do: wanflow plan --flags") and len(command) > 30
+
+
+def test_tasks_at_once_share_the_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now)
+    with Screen() as shown:
+        for tick in range(100):
+            now = 0.1 * tick
+            for what in ("denoising", "reading", "copying"):
+                shown.progress(what, tick, 100, "bytes")
+        now = 10.0
+        for what in ("reading", "copying", "denoising"):
+            shown.progress(what, 100, 100, "bytes", last_line=what == "denoising")
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 6 and lines[-1].startswith("denoising: ")
+
+
+def test_nothing_is_printed_where_standard_error_is_closed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    screen.print_line("a message")
+    assert capsys.readouterr().out == ""

@@ -245,7 +245,7 @@ def _run(argv: list[str], claims: Claims) -> int:
 
             started = devices.parse_gpus(args)
             if started is not None:
-                return launch.launch(argv, started)
+                return launch.launch(argv, started, output)
         with output.guarded(COMMANDS[args.command].page):
             getattr(_module(args.command), args.command)(args)
         output.conclude()
@@ -283,7 +283,7 @@ def _join_watchdog(argv: list[str], output: Output) -> Watchdog | None:
     watchdog = connect_store(*([] if given is None else [given]))
     if watchdog is not None:
         watchdog.command = [f"wanflow {__version__}", *argv]
-        watchdog.on_end = output.conclude
+        watchdog.say, watchdog.on_end = output.error, output.conclude
         watchdog.start()
     return watchdog
 

@@ -100,6 +100,7 @@ class StateKeeper:
         self.save()
         command = self._go_on(self.run, self.file)
         self._output.document |= {"state": str(self.file), "step": step, "resume": command}
+        self._output.spent()
         self._output.alert(
             f"the finished latent is stored in {self.file}; finish it with: {command}"
             if self.run.finished

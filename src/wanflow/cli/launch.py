@@ -7,15 +7,22 @@ import sys
 from pathlib import Path
 
 from wanflow.cli.devices import LAUNCHED, Ranks
+from wanflow.cli.output import Output
 
 COMMAND = [sys.executable, "-P", "-m", "wanflow"]
 
 
-def launch(argv: list[str], ranks: Ranks) -> int:
+def launch(argv: list[str], ranks: Ranks, output: Output) -> int:
     """Run the command line on the ranks; return the run's exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from wanflow.parallel.agent import run_ranks
 
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), LAUNCHED: "1"}
-    return run_ranks([*COMMAND, *argv, *ranks.flags], ranks.count, ranks.environment | environment)
+    return run_ranks(
+        [*COMMAND, *argv, *ranks.flags],
+        ranks.count,
+        ranks.environment | environment,
+        output.error,
+        output.conclude,
+    )

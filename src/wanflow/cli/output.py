@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from wanflow.config import plain
-from wanflow.screen import print_event, show_lines
+from wanflow.screen import print_event, print_line, show_lines
 from wanflow.units import file_size, measured, memory_size
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Output:
     """How a command prints, and what it has made.
 
     document: what `--json` prints at the end. path: of the result, else standard output's one line.
+    shown: the screen, once there is one.
     """
 
     json: bool = False
@@ -51,6 +52,7 @@ class Output:
     rank: int = 0
     document: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    shown: Screen | None = None
     began: float = field(default_factory=time.monotonic)
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
 
@@ -83,22 +85,24 @@ class Output:
         """Return what shows messages and progress; a follower shows nothing."""
         from wanflow.screen import Screen
 
-        return Screen(self.quiet or follower, self.json)
+        self.shown = Screen(self.quiet or follower, self.json)
+        return self.shown
 
     def error(self, text: str) -> None:
         """Print what ended the command."""
-        text = "\n".join(map(plain, text.split("\n")))
+        text = f"wanflow: {text}"
         if self.json:
-            print_event("error", text=f"wanflow: {text}")
-        else:
-            print(f"wanflow: {text}", file=sys.stderr, flush=True)
+            print_event("error", text=text)
+            return
+        for line in text.split("\n"):
+            print_line(line)
 
     def alert(self, text: str) -> None:
         """Print what a person must know, `--quiet` or not."""
         if self.json:
             print_event("message", text=text)
         else:
-            print(plain(text), file=sys.stderr, flush=True)
+            print_line(text)
 
     def page(self, lines: Iterable[tuple[str, str]], **document: Any) -> None:
         """Print (style, text) on standard output; with `--json` the document, at the end."""
@@ -110,6 +114,11 @@ class Output:
     def took(self) -> str:
         """Return the time so far, in words."""
         return measured(time.monotonic() - self.began)
+
+    def spent(self) -> None:
+        """Print what the command has cost so far."""
+        if self.shown is not None:
+            self.shown.say(self.so_far(self.shown))
 
     def so_far(self, screen: Screen) -> str:
         """Take what the command has cost so far into the document, and return it in words."""
@@ -168,10 +177,11 @@ class _LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        text = plain(record.getMessage())
+        lines = [record.getMessage()]
         if record.exc_info:
-            text += "\n" + "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+            lines += "".join(traceback.format_exception(record.exc_info[1])).splitlines()
         if self.output.json:
-            print_event(record.levelname.lower(), text=text)
-        else:
-            print(f"wanflow: {text}", file=sys.stderr, flush=True)
+            print_event(record.levelname.lower(), text="\n".join(lines))
+            return
+        for line in lines:
+            print_line(f"wanflow: {line}")

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
@@ -14,14 +15,28 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from wanflow.parallel.ranks import host_store
-from wanflow.parallel.watchdog import INTERRUPTED, Failure, announce, announced
+from wanflow.parallel.watchdog import INTERRUPTED, Failure, announce, announced, report
 
 POLL_S = 0.1
 STOP_S = 8  # from SIGTERM to SIGKILL; a rank takes 2 * GRACE_S at most
 
 
-def run_ranks(command: list[str], world_size: int, environment: dict[str, str]) -> int:
-    """Start the ranks, wait for them, and return the exit code: 0, or that of the first failure."""
+def run_ranks(
+    command: list[str],
+    world_size: int,
+    environment: dict[str, str],
+    say: Callable[[str], None] = report,
+    on_killed: Callable[[int, str], None] = lambda code, message: None,
+) -> int:
+    """Start the ranks, wait for them, and return the exit code: 0, or that of the first failure.
+
+    Args:
+        command: of each rank.
+        world_size: how many ranks.
+        environment: what each gets besides this process' own.
+        say: prints a failure that no rank announced.
+        on_killed: called with exit code and message where rank 0 was killed, and said neither.
+    """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     store, port = host_store()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
@@ -42,9 +57,11 @@ def run_ranks(command: list[str], world_size: int, environment: dict[str, str]) 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if failure is not None:
-        announce(store, failure, by=-1)
+        announce(store, failure, -1, say)
     ranks.close(timeout=STOP_S)
     failure = announced(store)
+    if failure is not None and (ranks.subprocess_handlers[0].proc.poll() or 0) < 0:
+        on_killed(*failure)
     return 0 if failure is None else failure.code
 
 

@@ -45,21 +45,21 @@ class Failure(NamedTuple):
 INTERRUPTED = Failure(130, "interrupted")
 
 
-def announce(store: Store, failure: Failure, by: int) -> None:
+def report(message: str) -> None:
+    """Print a failure."""
+    print(f"wanflow: {message}", file=sys.stderr, flush=True)
+
+
+def announce(store: Store, failure: Failure, by: int, say: Callable[[str], None] = report) -> None:
     """Make it the run's failure and print it, unless there is one."""
     value = json.dumps([*failure, by])
     if store.compare_set("failure", "", value) == value.encode():
-        report(failure.message)
+        say(failure.message)
 
 
 def announced(store: Store) -> Failure | None:
     """Return the run's failure, if there is one."""
     return Failure(*json.loads(store.get("failure"))[:2]) if store.check(["failure"]) else None
-
-
-def report(message: str) -> None:
-    """Print a failure."""
-    print(f"wanflow: {message}", file=sys.stderr, flush=True)
 
 
 class Watchdog:
@@ -89,6 +89,7 @@ class Watchdog:
         self.progress: Callable[[], int] = lambda: 0  # how many collectives this rank has entered
         # Called once before the rank exits with a failure, perhaps from another thread.
         self.on_abort: Callable[[], object] | None = None
+        self.say: Callable[[str], None] = report  # prints the run's failure
         # Called with the run's exit code and message before the rank exits with a failure.
         self.on_end: Callable[[int, str], None] = lambda code, message: None
         self.ending = False  # from now on no signal interrupts the main thread
@@ -192,7 +193,7 @@ class Watchdog:
             self._listen()
             found = announced(self.store) or self._other_command() or self._judge()
             if found is not None:
-                announce(self.store, found, self.rank)
+                announce(self.store, found, self.rank, self.say)
                 return announced(self.store)
         self._turn(LEFT)
         return None
@@ -203,7 +204,7 @@ class Watchdog:
         if self._host == 0:
             failure = self._blame(0, SILENT)
         if self.rank == (1 if self._host == 0 else 0):
-            report(failure.message)
+            self.say(failure.message)
         return failure
 
     def _listen(self) -> None:
