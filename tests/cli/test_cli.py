@@ -5,6 +5,7 @@ replay.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -656,6 +657,45 @@ def test_a_disk_that_has_room_again_keeps_the_state(
     assert tries == [4, 4]
     assert "wanflow decode a.latent.safetensors" in capsys.readouterr().err
     assert [path.name for path in in_tmp.iterdir()] == ["a.latent.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "json"), [(BrokenPipeError, False), (OSError, True), (ValueError, False)]
+)
+def test_messages_that_nobody_takes_end_no_run(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, fault: type[Exception], json: bool
+) -> None:
+    """A reader that went away, a disk or a terminal that is gone, a stream that was closed."""
+    from wanflow.cli import open_streams
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise fault(5, "gone")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    open_streams()
+    assert main([*MAKE, "--save_file", "a.mp4", *(["--json"] if json else [])]) == 0
+    assert [path.name for path in in_tmp.iterdir()] == ["a.mp4"]
+
+
+def test_an_error_in_the_middle_saves_the_run_and_says_how_to_go_on(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as weights on a disk that fails, which are read again for each step."""
+    from wanflow import pipeline
+
+    def broken(x: object, step: int, facts: object) -> None:
+        if step == 4:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "check_step", broken)
+        assert main([*MAKE, "--save_file", "a.mp4"]) == 1
+    said = capsys.readouterr().err
+    line = next(line for line in said.splitlines() if "go on with: " in line)
+    assert "stopped at step 3 of 4" in line and "Input/output error" in said
+    assert main(shlex.split(line.split("go on with: wanflow ")[1])) == 0
+    assert [path.name for path in in_tmp.iterdir()] == ["a.mp4"]
 
 
 @pytest.mark.slow

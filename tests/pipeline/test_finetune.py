@@ -340,7 +340,7 @@ def test_a_lora_is_learnt_written_and_used(
     )
     assert not np.array_equal(plain, with_it)
     assert "exists" in refusal(lambda: finetune(resolve("nano"), settings(folder, tmp_path), quiet))
-    assert re.search(r"step 12/12, loss \S+, ETA", shown)
+    assert re.search(r"step 12/12, loss \S+, took", shown)
 
 
 def test_a_stopped_training_gives_the_same_lora(

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from wanflow.cli.output import Output, output_flags
+from wanflow.cli.output import Lasting, Output, output_flags
 from wanflow.config import RequestError
 from wanflow.described import described
 from wanflow.outputs import Claims
@@ -316,6 +316,8 @@ def _words(error: BaseException) -> tuple[int, str | None]:
 def open_streams() -> None:
     """Give standard streams that are closed a place, and letters that one lacks an escape.
 
+    A run outlives the reader, the terminal or the disk of its standard error.
+
     Python's `print` takes standard output where standard error is closed, and a file that is opened
     then would take its number.
     """
@@ -324,6 +326,7 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr = cast(TextIO, Lasting(sys.stderr))
 
 
 def entry(argv: list[str] | None = None) -> NoReturn:

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -36,6 +36,36 @@ def output_flags(p: argparse.ArgumentParser) -> None:
     )
     add("--quiet", action="store_true", help="print the result and errors only")
     add("--verbose", action="store_true", help="also print timings, kernels and files")
+
+
+class Lasting:
+    """A stream for messages: where its reader, terminal or disk is gone, it drops them."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        try:
+            return self.file.write(text)
+        except (OSError, ValueError):  # ValueError: it was closed
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, or drop what it holds."""
+        try:
+            self.file.flush()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Send the rest nowhere, also what is still in a buffer when the process ends."""
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 @dataclass

@@ -229,7 +229,7 @@ def _write(
                     raise RequestError(
                         f"{file} appeared meanwhile and is kept; the LoRA is {source}"
                     ) from None
-            screen.say(f"saved {file}")
+            screen.say(f"wrote {file}")
         return files
     if rank == 0:
         screen.say(f"writing {settings.out}")
