@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from wanflow.clipfiles import read_recipe
 from wanflow.loaders import parts
 from wanflow.loaders.parts import open_expert
 from wanflow.lora import stack
-from wanflow.lora.find import find_loras
+from wanflow.lora.find import find_loras, lora_fingerprints
 from wanflow.lora.reader import read_adapter
 from wanflow.pipeline import Cancelled, Run
 from wanflow.presets import NANO, T2V_A14B
@@ -473,3 +474,13 @@ def test_a_preset_without_a_lora_is_warned_of(
 def test_a_missing_file_is_found_before_anything_is_read(lora: str) -> None:
     missing = str(Path(lora).parent / "x")
     assert missing in refusal(lambda: find_loras((Lora(missing),)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_what_is_no_regular_file_is_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        assert "give a regular file" in refusal(lambda path=path: find_loras((Lora(path),)))
+        assert "give a regular file" in refusal(lambda path=path: lora_fingerprints((Lora(path),)))
+    assert "not a usable path" in refusal(lambda: find_loras((Lora("~nosuchuser/x"),)))
+    assert "at most 64 items" in refusal(Request("a", lora=("x",) * 100_000).loras)

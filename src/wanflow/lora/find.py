@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from wanflow.checkpoint.containers import reading
 from wanflow.checkpoint.parts import expert_in_name
 from wanflow.config import RequestError
 from wanflow.request import Lora, Request
-from wanflow.untrusted import user_path
+from wanflow.untrusted import check_regular, open_regular, user_path
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -22,16 +23,21 @@ def find_loras(loras: Iterable[Lora]) -> tuple[Lora, ...]:
     A folder becomes the files in it. A file that is named for one expert applies to that one.
 
     Raises:
-        RequestError: for a missing path, or a folder that holds neither one LoRA nor one pair.
+        RequestError: for what is missing or no regular file, and for a folder that holds neither
+            one LoRA nor one pair.
     """
     found = []
     for lora in loras:
         path = user_path(lora.path)
-        if not path.exists():
-            raise RequestError(f"lora {lora.path}: there is no such file or folder")
-        for file in _files(path) if path.is_dir() else [path]:
+        folder = os.path.isdir(path)  # also False for what may not be looked at
+        if not folder:
+            try:
+                check_regular(path)
+            except RequestError as error:
+                raise RequestError(f"lora {error}") from None
+        for file in _files(path) if folder else [path]:
             settled = replace(lora, path=str(file)).resolved(expert_in_name(file.name))
-            if settled.high or settled.low or not path.is_dir():
+            if settled.high or settled.low or not folder:
                 found.append(settled)
     return tuple(found)
 
@@ -63,8 +69,8 @@ def _files(folder: Path) -> list[Path]:
 def lora_fingerprint(path: str) -> str:
     """Return 16 hex digits of a file's size and of a megabyte at its start, middle and end."""
     file = Path(path)
-    with reading(file), file.open("rb") as data:
-        size = file.stat().st_size
+    with reading(file), open_regular(file) as data:
+        size = os.fstat(data.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
         for start in (0, size // 2, max(0, size - (1 << 20))):
             data.seek(start)
