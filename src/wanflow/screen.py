@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from wanflow.config import plain
+from wanflow.config import UNSHOWN
 from wanflow.units import duration, file_size, measured
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ CLOCK = 80  # columns from which the time that has passed is shown
 EVENT = 0.5  # seconds between two JSON lines of a task
 
 
+def harmless(text: str) -> str:
+    """Return a text as one line without characters that a terminal obeys or cannot show."""
+    return UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def _bar_width(columns: int) -> int:
     """Return how long bars are: a narrow terminal has numbers in their place."""
     return 20 if columns >= 100 else 10 if columns >= 60 else 0
@@ -56,7 +61,7 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) 
         rows: a cell for each column.
         align: a letter for each column, `l` or `r`.
     """
-    rows = [[plain(cell) for cell in row] for row in (head, *rows)]
+    rows = [[harmless(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
     sides = [{"l": "<", "r": ">"}[letter] for letter in align]
     return [
@@ -88,10 +93,10 @@ def show_lines(lines: Iterable[tuple[str, str]]) -> None:
     try:
         out = console()
     except ImportError:
-        print(*(plain(text) for _, text in lines), sep="\n")
+        print(*(harmless(text) for _, text in lines), sep="\n")
         return
     for style, text in lines:
-        for line in _folded(plain(text), out.width if out.is_terminal else None):
+        for line in _folded(harmless(text), out.width if out.is_terminal else None):
             out.print(line, style=style or None, markup=False, soft_wrap=True)
 
 
@@ -103,7 +108,7 @@ def print_line(text: str) -> None:
     if sys.stderr.isatty():
         with suppress(OSError):  # of a terminal that has no size
             width = os.get_terminal_size(sys.stderr.fileno()).columns or None
-    print(*_folded(plain(text), width), sep="\n", file=sys.stderr, flush=True)
+    print(*_folded(harmless(text), width), sep="\n", file=sys.stderr, flush=True)
 
 
 def _folded(text: str, width: int | None) -> list[str]:
@@ -140,7 +145,9 @@ def show_table(
         print(*table_lines(head, rows, align), sep="\n")
         return
     columns = list(zip(head, *rows, strict=True))
-    words = [[len(plain(word)) for cell in column for word in cell.split()] for column in columns]
+    words = [
+        [len(harmless(word)) for cell in column for word in cell.split()] for column in columns
+    ]
     if sum(max(lengths, default=0) + 2 for lengths in words) + 2 > out.width:
         for line in _paragraphs(head, rows, align, out.width):
             out.print(line, soft_wrap=True)
@@ -150,7 +157,7 @@ def show_table(
         side: Any = "right" if letter == "r" else "left"
         table.add_column(name, justify=side, min_width=max(lengths, default=0))
     for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
+        table.add_row(*(Text(harmless(cell)) for cell in row))
     out.print(table)
 
 
@@ -161,7 +168,7 @@ def _paragraphs(
     from rich.text import Text
 
     for row in rows:
-        title, *cells = (plain(cell) for cell in row)
+        title, *cells = (harmless(cell) for cell in row)
         named = [
             f"{cell} {name}" if letter == "r" and cell.replace(",", "").isdigit() else cell
             for name, letter, cell in zip(head[1:], align[1:], cells, strict=True)
@@ -271,7 +278,7 @@ class Screen:
         for line in lines:
             if not self.events:
                 width = self.console.width if self.console.is_terminal else None
-                for part in _folded(plain(line), width):
+                for part in _folded(harmless(line), width):
                     self.console.print(part, markup=False)
             elif not self.console.quiet:
                 print_event("message", text=line)
@@ -306,7 +313,7 @@ class Screen:
             last_line: print a line at the end of a short task too.
         """
         with self._lock:
-            self._progress(plain(what), done, total, unit, plain(note), last_line)
+            self._progress(harmless(what), done, total, unit, harmless(note), last_line)
 
     def _progress(
         self, what: str, done: int, total: int, unit: str, note: str, last_line: bool

@@ -148,7 +148,7 @@ def test_lines_for_programs(capsys: pytest.CaptureFixture[str], monkeypatch: Any
 
 
 HOSTILE = "a\x1b]0;owned\x07\x9b31m\nwanflow: saved\u202e"
-HARMLESS = r"a\x1b]0;owned\x07\x9b31m\nwanflow: saved\u202e"
+HARMLESS = "a\ufffd]0;owned\ufffd\ufffd31m\ufffdwanflow: saved\ufffd"
 
 
 @pytest.mark.usefixtures("hurried")

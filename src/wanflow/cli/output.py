@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from wanflow.config import plain
-from wanflow.screen import print_event, print_line, show_lines
+from wanflow.screen import harmless, print_event, print_line, show_lines
 from wanflow.units import file_size, measured, memory_size
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ def _print_path(path: Path, stdout: TextIO) -> None:
     """Print a path: its own bytes for a script, harmless letters on a terminal."""
     buffer = getattr(stdout, "buffer", None)
     if buffer is None or stdout.isatty():
-        print(plain(str(path)), file=stdout, flush=True)
+        print(harmless(str(path)), file=stdout, flush=True)
         return
     stdout.flush()
     buffer.write(os.fsencode(path) + b"\n")

@@ -35,7 +35,7 @@ def run_ranks(
         world_size: how many ranks.
         environment: what each gets besides this process' own.
         say: prints a failure that no rank announced.
-        on_killed: called with exit code and message where rank 0 was killed, and said neither.
+        on_killed: called with exit code and message where rank 0 was killed before it could print.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     store, port = host_store()
