@@ -22,7 +22,8 @@ from helpers import watched
 from helpers.common import PROMPT
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from wanflow.cli import Alone, main
+from wanflow.cli import main
+from wanflow.cli.ending import Alone
 from wanflow.clipfiles import read_frames
 from wanflow.parallel import ranks as ranks_module
 from wanflow.parallel.watchdog import SILENT, Failure, Watchdog, announce, announced

@@ -6,12 +6,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
+from wanflow.cli.ending import INTERRUPTED, Alone, exit_with
 from wanflow.cli.output import Lasting, Output, output_flags
 from wanflow.config import RequestError
 from wanflow.described import described
@@ -186,35 +186,7 @@ def _read(parser: Parser, words: list[str]) -> Any:
     return args
 
 
-@dataclass
-class Alone:
-    """How a process without other ranks ends; several have a `Watchdog` with the same methods."""
-
-    output: Output = field(default_factory=Output)
-    rank: int = 0
-    on_abort: Callable[[], object] | None = None
-    ending = False
-    timeout_s = 0.0
-
-    def fail(self, code: int, cause: str, sure: bool = True) -> int:
-        """Save the state of the run, print the cause and return the exit code."""
-        self.save()
-        if self.rank == 0:
-            self.output.error(cause)
-        self.output.conclude(code, cause)
-        return code
-
-    def save(self) -> None:
-        """Call `on_abort`, once."""
-        on_abort, self.on_abort = self.on_abort, None
-        try:
-            if on_abort is not None:
-                on_abort()
-        except (OSError, RuntimeError) as error:
-            print(f"the state of the run could not be saved: {error}", file=sys.stderr)
-
-    def leave(self) -> None:
-        """End well."""
+NO_STATE = "no step was complete, so there is nothing to save"
 
 
 def main(argv: list[str]) -> int:
@@ -225,12 +197,14 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str], claims: Claims) -> int:
     output = Output.of(argv)
-    watchdog: Watchdog | Alone = Alone(output)
+    alone = Alone(output)
+    alone.hear()
+    watchdog: Watchdog | Alone = alone
     try:
         ranks = described(os.environ)
         output.begin(ranks.rank)
         if ranks.world_size > 1:
-            watchdog = _join_watchdog(argv, output) or Alone(output, ranks.rank)
+            watchdog = _join_watchdog(argv, output, alone) or alone
         args = _parse(argv)
         output.take(args)
         from wanflow.cli import checks
@@ -238,6 +212,9 @@ def _run(argv: list[str], claims: Claims) -> int:
         args.watchdog, args.claims, args.output = watchdog, claims, output
         args.argv = argv
         watchdog.on_abort = claims.close
+        if watchdog is alone and args.command in ("generate", "replay", "decode"):
+            source = getattr(args, "resume", None) or getattr(args, "latent", None)
+            alone.watch(f"{source} is as it was" if source else NO_STATE)
         checks.check(args)
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
         if getattr(args, "gpus", None) is not None and args.command != "plan":
@@ -245,6 +222,7 @@ def _run(argv: list[str], claims: Claims) -> int:
 
             started = devices.parse_gpus(args)
             if started is not None:
+                watchdog.leave()  # the agent handles signals
                 return launch.launch(argv, started, output)
         with output.guarded(COMMANDS[args.command].page):
             getattr(_module(args.command), args.command)(args)
@@ -255,21 +233,23 @@ def _run(argv: list[str], claims: Claims) -> int:
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:
+        # What a library makes of a KeyboardInterrupt is one all the same.
+        code, text = _words(KeyboardInterrupt() if alone.ending else error)
         watchdog.ending = True
-        code, text = _words(error)
         if text is None and isinstance(watchdog, Alone):
             watchdog.save()
+            watchdog.leave()
             output.conclude(code, f"{type(error).__name__}: {error}")
             raise
         # The end of another rank breaks a collective, which is a RuntimeError here.
-        sure = code != 130 and (text is not None or not isinstance(error, RuntimeError))
+        sure = code != INTERRUPTED and (text is not None or not isinstance(error, RuntimeError))
         trace = "".join(traceback.format_exception(error)).rstrip()
         return watchdog.fail(code, text or f"{type(error).__name__}: {error}\n{trace}", sure)
     watchdog.leave()
     return 0
 
 
-def _join_watchdog(argv: list[str], output: Output) -> Watchdog | None:
+def _join_watchdog(argv: list[str], output: Output, alone: Alone) -> Watchdog | None:
     """Begin the heartbeat of one rank of several, before anything can fail in one of them."""
     from wanflow import __version__
 
@@ -281,7 +261,9 @@ def _join_watchdog(argv: list[str], output: Output) -> Watchdog | None:
 
     given = _given_timeout(argv)
     watchdog = connect_store(*([] if given is None else [given]))
+    alone.rank = described(os.environ).rank  # from now on others may speak
     if watchdog is not None:
+        alone.leave()  # the watchdog handles signals
         watchdog.command = [f"wanflow {__version__}", *argv]
         watchdog.say, watchdog.on_end = output.error, output.conclude
         watchdog.start()
@@ -302,7 +284,7 @@ def _words(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, RequestError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        return INTERRUPTED, "interrupted"
     if isinstance(error, ModuleNotFoundError):
         return 1, f"{error.name} is not installed; run `make install`, or pip install wanflow"
     if isinstance(error, OSError) or type(error).__name__ == "OutputError":
@@ -335,4 +317,4 @@ def entry(argv: list[str] | None = None) -> NoReturn:
     # Threads that wait for each other spin, which costs a busy machine many times their work. The
     # library of threads reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(main(sys.argv[1:] if argv is None else argv))
+    exit_with(main(sys.argv[1:] if argv is None else argv))

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from wanflow.parallel.ranks import host_store
-from wanflow.parallel.watchdog import INTERRUPTED, Failure, announce, announced, report
+from wanflow.parallel.watchdog import INTERRUPTED, SIGNALS, Failure, announce, announced, report
 
 POLL_S = 0.1
 STOP_S = 8  # from SIGTERM to SIGKILL; a rank takes 2 * GRACE_S at most
@@ -54,7 +54,7 @@ def run_ranks(
         failure = _first_failure(ranks)
     except SignalException:
         failure = INTERRUPTED
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if failure is not None:
         announce(store, failure, -1, say)

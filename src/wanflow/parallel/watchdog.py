@@ -32,6 +32,10 @@ HEARTBEAT_TIMEOUT_S = 30.0  # a large library may hold the threads of a rank bac
 NEWS_S = 5.0  # how long a rank that sees an effect (SIGTERM, a broken connection) awaits the cause
 GRACE_S = 3.0  # for the main thread to come out of its work, and again for saving the state
 GROUP_MARGIN_S = 30.0  # torch's timeouts come after ours: NCCL's ends a rank without a message
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+IGNORED = (signal.SIG_IGN, None)  # as nohup does
 LEFT, SILENT = "left", "no heartbeat: killed, out of memory, or frozen"
 
 
@@ -109,10 +113,11 @@ class Watchdog:
     # The main thread's side
 
     def start(self) -> None:
-        """Begin the heartbeat. SIGINT and SIGTERM interrupt the main thread, once."""
+        """Begin the heartbeat. SIGINT, SIGTERM and SIGHUP interrupt the main thread, once."""
         self._signals.setblocking(False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
+        for number in SIGNALS:
+            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) not in IGNORED:
+                signal.signal(number, self._interrupt)
         # The thread hears signals, too: the main thread may be stuck in a call.
         signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         self._thread.start()
@@ -212,7 +217,9 @@ class Watchdog:
         heard, _, _ = select.select([self._wakeup], [], [], HEARTBEAT_S)
         signals = self._wakeup.recv(64) if heard else b""
         unsure = self._own is not None and not self._sure
-        if signal.SIGTERM in signals or (unsure and self._beats[0][0]):  # rank 0 has started
+        if any(number in signals for number in SIGNALS[1:]) or (
+            unsure and self._beats[0][0]
+        ):  # rank 0 has started
             self._effect_at = self._effect_at or time.monotonic()
         elif signal.SIGINT in signals and self._effect_at is None:
             self._own, self._sure = self._own or INTERRUPTED, True
