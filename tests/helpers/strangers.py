@@ -54,6 +54,7 @@ STRANGERS = {
     "recipe": "recipe_mutations:recipe",
     "hub": "hub_mutations:hub",
     "chat": "hub_mutations:chat",
+    "line": "line_mutations:line",
 }
 
 # What a command may end with: done, failed (a disk, a server), refused, interrupted.
