@@ -225,7 +225,7 @@ def make_files(folder: Path) -> None:
     (folder / "good.toml").write_text("sample_steps = 2\n[generate]\nframe_num = 5\n")
     (folder / "good.txt").write_text("words")
     x = torch.zeros(1, 16, 1, 8, 8)
-    Run(recipe, SolverState(1, x, (), x.clone())).save(folder / "good.latent.safetensors")
+    Run(recipe, SolverState(1, x, (x.clone(),), x.clone())).save(folder / "good.latent.safetensors")
     (folder / "clips").mkdir()
     (folder / "empty").touch()
     os.mkfifo(folder / "pipe")

@@ -84,7 +84,7 @@ def command(argv: Sequence[str]) -> tuple[int, str, str]:
     for line in "\n".join(texts).split("\n"):
         judge_text(line)
     if code == 2:
-        judge_refusal(texts[1])
+        judge_refusal(texts[1] or texts[0])  # `wanflow` alone shows its commands
     return code, texts[0], texts[1]
 
 

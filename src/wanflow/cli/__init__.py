@@ -191,6 +191,9 @@ NO_STATE = "no step was complete, so there is nothing to save"
 
 def main(argv: list[str]) -> int:
     """Run one command and return its exit code. One rank of several that fails does not return."""
+    for name in ("COLUMNS", "LINES"):  # a terminal's, which libraries read as they are
+        if not re.fullmatch("[1-9][0-9]{0,3}", os.environ.get(name, "80")):
+            del os.environ[name]
     with Claims() as claims:  # until the state of an aborted run is saved
         return _run(argv, claims)
 

@@ -88,6 +88,9 @@ def _train(args: argparse.Namespace) -> None:
             f"{printable(args.data)}: there is no such folder; give one with clips and captions to"
             " --data"
         )
+    from wanflow.train.limits import check_limits
+
+    check_limits(vars(args))
     if args.evaluate:
         _model(args.evaluate)
     elif args.data is not None and args.ckpt_dir is not None:

@@ -73,9 +73,8 @@ class Parser(argparse.ArgumentParser):
         unknown = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
         if unknown is not None:
             word = (unknown[1].split() or [""])[0]
-            message = f"unknown argument {short(word)}" + did_you_mean(
-                word, self._option_string_actions
-            )
+            known = self._option_string_actions if word.startswith("-") else ()
+            message = f"unknown argument {short(word)}{did_you_mean(word, known)}"
         message = re.sub(r"^argument ([^\s/]+)\S*: ", r"\1: ", message)
         for pattern, words in EXPECTED.items():
             message = re.sub(pattern, words, message, count=1, flags=re.DOTALL)

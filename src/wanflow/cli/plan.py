@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanflow.cli import devices
 from wanflow.cli.flags import generate_flags, given_parts, request_from, runtime_from
-from wanflow.cli.parser import Parser, settings_from, words_of
+from wanflow.cli.parser import Parser, number, settings_from, words_of
 from wanflow.config import RequestError
 from wanflow.request import Request
 from wanflow.runtime import Runtime
@@ -37,13 +37,14 @@ def plan_flags(p: Parser) -> None:
     )
     machine.add_argument(
         "--num_gpus",
-        type=int,
+        type=number(int, 1, 999_999),
         default=1,
         metavar="N",
         help="how many GPUs share the video; a100-80gb without --gpu",
     )
-    machine.add_argument("--ram", type=float, metavar="GB", help="its RAM (default: 64)")
-    machine.add_argument("--disk", type=float, metavar="GB", help="its disk (default: 150)")
+    gigabytes = number(float, 0.001, 10**6)
+    machine.add_argument("--ram", type=gigabytes, metavar="GB", help="its RAM (default: 64)")
+    machine.add_argument("--disk", type=gigabytes, metavar="GB", help="its disk (default: 150)")
     report = p.add_argument_group("report")
     report.add_argument(
         "--peaks", action="store_true", help="also list the largest tensors at each peak"

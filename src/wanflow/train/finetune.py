@@ -52,6 +52,7 @@ from wanflow.runtime import dtype_name
 from wanflow.screen import Screen
 from wanflow.train.clips import Clip, Form, Sample, find_clips, prepare
 from wanflow.train.experts import plain_attention, sigma_range, sigmas
+from wanflow.train.limits import check_limits
 from wanflow.train.loop import Train, fit
 from wanflow.train.saving import is_whole, write_tensors
 from wanflow.train.stopping import Stop
@@ -64,15 +65,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "self_attn": ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
     "cross_attn": ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
     "ffn": ("ffn.0", "ffn.2"),
-}
-# {field: (flag, smallest, largest)}
-WHOLE = {
-    "rank": ("rank", 1, 4096),
-    "steps": ("steps", 1, 10**8),
-    "batch": ("batch", 1, 65_536),
-    "accumulate": ("grad_accum", 1, 65_536),
-    "seed": ("seed", 0, 2**32 - 1),  # a step's generator takes a million times as much
-    "save_seconds": ("save_every", 0, 10**6),
 }
 NAME = "finetune"  # of the trained adapter
 FEW_TOKENS = 256  # up to here two matmuls train faster on a CPU than fused attention
@@ -118,11 +110,8 @@ class FineTune:
     overwrite: bool = field(default=False, repr=False)  # a state is named after the others
 
     def __post_init__(self) -> None:
-        for name, (flag, low, high) in WHOLE.items():
-            if not low <= getattr(self, name) <= high:  # also false for NaN
-                raise RequestError(
-                    f"--{flag} must be from {low:,} to {high:,} (got {getattr(self, name)})"
-                )
+        renamed = {"grad_accum": self.accumulate, "save_every": self.save_seconds}
+        check_limits({**vars(self), **renamed})
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
             raise RequestError(
