@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanflow import presets
-    from wanflow.api import Pipeline, Video
     from wanflow.config import RequestError
+    from wanflow.front import Pipeline, RequestWarning
     from wanflow.opening import load
     from wanflow.pipeline import Cancelled, Progress, Run
     from wanflow.request import Request
     from wanflow.runtime import Runtime
     from wanflow.sanity import OutputError
+    from wanflow.video import Video
 
 _HOME = {
     "load": "opening",
     "Request": "request",
     "RequestError": "config",
+    "RequestWarning": "front",
     "Runtime": "runtime",
     "Cancelled": "pipeline",
     "OutputError": "sanity",
-    "Pipeline": "api",
+    "Pipeline": "front",
     "Progress": "pipeline",
     "Run": "pipeline",
     "Video": "video",  # api's, with more kinds of file
@@ -43,6 +45,7 @@ __all__ = [
     "Progress",
     "Request",
     "RequestError",
+    "RequestWarning",
     "Run",
     "Runtime",
     "Video",

@@ -1,4 +1,4 @@
-"""Offer the public face of a loaded model: `Pipeline` makes a `Video` of a prompt."""
+"""Offer a loaded model in four calls: `Pipeline` makes a `Video` of a request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wanflow.config import RequestError
 from wanflow.media import VideoWriter, Writer, one_frame, recipe_tags, save_picture
 from wanflow.pipeline import Engine, Frames, OnPart, OnStep, Run, begin, decode, denoise
 from wanflow.presets import ModelSpec
-from wanflow.request import Request, with_settings
+from wanflow.request import Request
 from wanflow.sanity import OutputError
 from wanflow.untrusted import user_path
 
@@ -33,7 +33,7 @@ class Video:
 
     def __repr__(self) -> str:
         count, height, width = self.frames.shape[:3]
-        return f"<Video: {count} frames of {width}*{height} at {self.fps:g} fps>"
+        return f"<Video: {count} frame{'s' * (count != 1)} of {width}*{height} at {self.fps:g} fps>"
 
     def save(self, path: str | Path, overwrite: bool = False, **encoding: Unpack[Encoding]) -> Path:
         """Write the video with its recipe inside; return the path.
@@ -106,7 +106,7 @@ def refuse_constant(low: int, high: int) -> None:
 
 
 class Pipeline:
-    """A loaded model; made by `wanflow.load`.
+    """A loaded model. `front` adds `generate`: begin a request, resume it, finish it.
 
     parts: what the engine's callables read from, for tools that look inside; may be None.
     video: what it makes.
@@ -119,30 +119,6 @@ class Pipeline:
     def spec(self) -> ModelSpec:
         """The model's shapes and defaults."""
         return self.engine.spec
-
-    def generate(self, prompt: str, on_step: OnStep | None = None, **request: Any) -> Video:
-        """Make a video.
-
-        Args:
-            prompt: what the video shows.
-            on_step: called after each step with a `Progress`; returning False cancels.
-            **request: fields of `wanflow.Request` (negative_prompt, size, frame_num, sample_steps,
-                sample_shift, sample_solver, cfg_high, cfg_low, boundary, fps, seed, lora, ...), and
-                `preset`, the name of a step preset.
-
-        Raises:
-            RequestError: for invalid values.
-            Cancelled: when `on_step` returned False; it carries the run, which `resume` continues.
-            OutputError: when the result is NaN or constant.
-        """
-        settings = request.pop("preset", None)
-        unknown = sorted(set(request) - set(Request.__dataclass_fields__))
-        if unknown:
-            known = ", ".join(sorted([*Request.__dataclass_fields__, "preset"]))
-            raise RequestError(f"generate does not know {', '.join(unknown)}; it knows {known}")
-        asked = Request(prompt, **request)
-        run = self.begin(with_settings(asked, settings) if settings else asked)
-        return self.finish(self.resume(run, on_step))
 
     def begin(self, request: Request) -> Run:
         """Complete a request and draw its noise: a run at step 0. Reads no weights."""
@@ -166,10 +142,11 @@ class Pipeline:
         """
         return decode(self.engine, run, on_part)
 
-    def finish(self, run: Run) -> Video:
+    def finish(self, run: Run, on_part: OnPart | None = None) -> Video:
         """Decode a finished run. Of several processes the first one gets a video with frames."""
         width, height = run.request.size
-        frames = np.concatenate([np.empty((0, height, width, 3), np.uint8), *self.frames(run)])
+        chunks = self.frames(run, on_part)
+        frames = np.concatenate([np.empty((0, height, width, 3), np.uint8), *chunks])
         if len(frames):
             refuse_constant(int(frames.min()), int(frames.max()))
         return self.video(frames, run.request.fps, run.recipe.to_json())

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from wanflow import __version__
-from wanflow.api import Pipeline
+from wanflow.advice import advice
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
 from wanflow.checkpoint.parts import WEIGHTS
 from wanflow.choices import choose_device, choose_dtype
 from wanflow.config import RequestError
+from wanflow.front import Display, Pipeline
 from wanflow.geometry import geometry_of, parse_size
 from wanflow.loaders.parts import LoadedParts, Report, refuse_packed
 from wanflow.loaders.placement import Placement
@@ -34,7 +35,6 @@ from wanflow.runtime import Runtime, recorded
 from wanflow.sampling.solvers import SolverState, Velocity
 from wanflow.threads import on_free_threads
 from wanflow.transforms import attention
-from wanflow.video import Video
 
 if TYPE_CHECKING:
     from wanflow.parallel.groups import Layout
@@ -52,6 +52,7 @@ def assemble(
     report: Report | None = None,
     info: DistInfo | None = None,
     admit: Callable[[CompleteRequest], None] | None = None,
+    display: Display | None = None,
 ) -> Pipeline:
     """Return the pipeline of a model; weights are read when they are first needed.
 
@@ -61,6 +62,7 @@ def assemble(
         report: called while weights are read.
         info: this rank, of several that call this with the same runtime; None: it is alone.
         admit: raises RequestError for a request that is too large for this machine.
+        display: shows the runs of `generate`.
 
     Raises:
         RequestError: for a runtime that this machine, this model or this layout cannot follow.
@@ -94,7 +96,9 @@ def assemble(
     logger.debug("settings %s", asdict(runtime))
     for part, path in checkpoint.paths.items():
         logger.debug("%s from %s", part, path)
-    return Pipeline(make_engine(parts, admit), parts, Video)
+    return Pipeline(
+        make_engine(parts, admit), parts, lambda asked: advice(asked, checkpoint), display
+    )
 
 
 def make_engine(

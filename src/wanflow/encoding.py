@@ -70,6 +70,9 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Mapping[str, str]]] = {
 
 def writer_of(path: Path, **encoding: Unpack[options.Encoding]) -> Writer:
     """Return what writes a file of this name, see `choose_encoding`."""
+    known = ("codec", "crf", "pixel_format")
+    for name in set(encoding) - set(known):
+        raise RequestError(f"save does not know {name}; it knows overwrite, {', '.join(known)}")
     chosen = choose_encoding(path, **encoding)
     if not path.suffix:
         return FrameFolder

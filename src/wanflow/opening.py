@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanflow.api import Pipeline
+import torch
+
 from wanflow.assemble import TINY, assemble, is_tiny, weights_in_float32
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from wanflow.checkpoint.parts import PARTS, Part
 from wanflow.choices import all_resident, choose_device, with_defaults
 from wanflow.config import RequestError
+from wanflow.front import Display, Pipeline, RequestWarning, refuse_unknown
 from wanflow.loaders.parts import Report
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
-from wanflow.untrusted import user_path
+from wanflow.untrusted import shown, user_path
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
+    from wanflow.options import LoadOptions
     from wanflow.parallel.ranks import DistInfo
 
 logger = logging.getLogger("wanflow")
@@ -28,7 +36,9 @@ logger = logging.getLogger("wanflow")
 NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
 
 
-def resolve(model: str | Path | None, given: Mapping[Part, str | Path] | None = None) -> Checkpoint:
+def resolve(
+    model: str | os.PathLike[str] | None, given: Mapping[Part, str | Path] | None = None
+) -> Checkpoint:
     """Return the opened files of a model.
 
     Args:
@@ -124,11 +134,12 @@ def admission(checkpoint: Checkpoint, runtime: Runtime) -> Callable[[CompleteReq
 
 
 def load(
-    model: str | Path | None = "nano",
+    model: str | os.PathLike[str] | None = "nano",
     report: Report | None = None,
     plan_for: Request | None = None,
     force: bool = False,
-    **options: Any,
+    progress: bool = True,
+    **options: Unpack[LoadOptions],
 ) -> Pipeline:
     """Return a pipeline for a model, with the settings that fit this machine.
 
@@ -138,9 +149,12 @@ def load(
     Args:
         model: `"nano"`, or a folder in any layout, or a repository's name if Hugging Face's cache
             has it.
-        report: called while weights are read, with (what, bytes done, bytes in all).
+        report: called while weights are read, with (what, bytes done, bytes in all), in place of a
+            bar.
         plan_for: the largest request that will be made; None: the model's default size and length.
         force: load although the machine is too small for that.
+        progress: show bars on a terminal or in a notebook, while weights are read and while videos
+            are made.
         options: high, low, t5, vae, tokenizer: files in place of the model's own; and the fields of
             `wanflow.Runtime` (device, dtype, resident_blocks, quantize, ...); what is left out is
             settled for the machine.
@@ -149,26 +163,47 @@ def load(
         RequestError: when weights are missing or damaged, or the machine is too small or lacks what
             was asked for.
     """
-    given = {part: options.pop(part) for part in PARTS if options.get(part) is not None}
-    unknown = sorted(set(options) - {f.name for f in fields(Runtime)})
-    if unknown:
-        known = ", ".join([*(f.name for f in fields(Runtime)), *PARTS])
-        raise RequestError(f"load does not know {', '.join(unknown)}; it knows {known}")
+    settings: dict[str, Any] = {**options}
+    refuse_unknown("load", settings, [*(f.name for f in fields(Runtime)), *PARTS])
+    given = {part: settings.pop(part) for part in PARTS if settings.get(part) is not None}
+    _check_types(model, report, plan_for, given)
     from wanflow.parallel import ranks
 
-    runtime, info = Runtime(**options), None
+    one_thread_after_fork()
+    runtime, info = Runtime(**settings), None
     if ranks.rank_and_world_size()[1] > 1:
         info = ranks.join_group(choose_device(runtime.device))
         runtime = replace(runtime, device=str(info.device))
     checkpoint = resolve(model, given)
     if info is None or info.rank == 0:
         for note in checkpoint.notes:
-            logger.warning(note)
+            warnings.warn(note, RequestWarning, stacklevel=2)
+    display = Display(progress and (info is None or info.rank == 0))
+    report = report or display.report
     if info is None:
         settled, _ = settle(checkpoint, runtime, plan_for, force)
         admit = None if force else admission(checkpoint, settled)
-        return assemble(checkpoint, settled, report, admit=admit)
+        return assemble(checkpoint, settled, report, admit=admit, display=display)
     settled, _ = ranks.broadcast_from_rank0(
         info, lambda: settle(checkpoint, runtime, plan_for, force, info)
     )
-    return assemble(checkpoint, settled, report if info.rank == 0 else None, info)
+    report = report if info.rank == 0 else None
+    return assemble(checkpoint, settled, report, info, display=display)
+
+
+def _check_types(model: object, report: object, plan_for: object, given: dict[Any, Any]) -> None:
+    """Raise RequestError for arguments of `load` that are of another kind."""
+    for name, value in {"model": model, **given}.items():
+        if value is not None and not isinstance(value, str | os.PathLike):
+            raise RequestError(f"{name} must be the name of a file or folder (got {shown(value)})")
+    if report is not None and not callable(report):
+        raise RequestError(f"report must be a function (got {shown(report)})")
+    if plan_for is not None and not isinstance(plan_for, Request):
+        raise RequestError(f"plan_for must be a wanflow.Request (got {shown(plan_for)})")
+
+
+@cache
+def one_thread_after_fork() -> None:
+    """Keep a forked child from waiting for the threads of its parent, which it does not have."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))

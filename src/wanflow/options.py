@@ -6,7 +6,7 @@ A test compares them with the fields that they name.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from wanflow.config import Solver
     from wanflow.runtime import Quantization
 
-LoraFiles = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+LoraFiles = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class Encoding(TypedDict, total=False):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,11 +45,11 @@ HEADER_BYTES = 16 << 20  # of a saved run, which holds little but its recipe
 
 
 class Cancelled(Exception):
-    """The callback stopped the run; `run` continues it."""
+    """The callback stopped the run; `run` continues it, and `videos` were made before it."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(f"cancelled after step {run.state.index}")
-        self.run = run
+        self.run, self.videos = run, list[Any]()
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Run:
     recipe: Recipe
     state: SolverState
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def __repr__(self) -> str:
+        asked, (width, height) = self.request, self.request.size
+        done = f"step {self.state.index} of {asked.sample_steps}"
+        frames = f"{asked.frame_num} frame{'s' * (asked.frame_num != 1)} of {width}*{height}"
+        return f"<Run: {done}, {frames}, seed {asked.seed}>"
 
     @property
     def request(self) -> CompleteRequest:
@@ -158,7 +165,7 @@ class Progress:
     sigma: float
     snr: float
     expert: Expert
-    latents: Tensor  # [1, z, t, h, w] float32
+    latents: Tensor = field(repr=False)  # [1, z, t, h, w] float32
     run: Run
 
 

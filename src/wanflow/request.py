@@ -13,7 +13,7 @@ from typing import Any
 from wanflow.config import TRAIN_STEPS, RequestError, Solver
 from wanflow.geometry import COMMON, geometry_of, parse_size
 from wanflow.presets import SETTINGS, Expert, ModelSpec
-from wanflow.settings import check, setting
+from wanflow.settings import adopt, check, setting
 from wanflow.untrusted import shown
 
 
@@ -161,7 +161,7 @@ class Request:
     fps: float | None = setting(
         None, group="video", range=(1, 240), metavar="N", help="frames per second of the file"
     )
-    seed: int = setting(
+    seed: int | None = setting(
         -1,
         group="video",
         flag=("base_seed", "seed"),
@@ -193,12 +193,18 @@ class Request:
         help="steps that use --cfg_start",
     )
 
+    def __post_init__(self) -> None:
+        adopt(Request, self)
+        if self.seed is None:
+            object.__setattr__(self, "seed", -1)
+
     def complete(self, spec: ModelSpec) -> CompleteRequest:
         """Fill in the model's defaults and check every value.
 
         Raises:
             RequestError: naming the field, its value, and what it may be.
         """
+        check(Request, self)
         values: dict[str, Any] = {}
         for field in fields(CompleteRequest):
             value = getattr(self, field.name)
@@ -216,9 +222,8 @@ class Request:
 
     def loras(self) -> tuple[Lora, ...]:
         """Return the LoRAs, each with its first step; strengths stay as given."""
-        texts = (self.lora,) if isinstance(self.lora, str) else self.lora or ()
-        check(Request, replace(self, lora=texts))
-        loras = (parse_lora(text) for text in texts)
+        check(Request, self)
+        loras = (parse_lora(text) for text in self.lora or ())
         return tuple(
             replace(lora, first=lora.first or (None if lora.last else self.lora_from))
             for lora in loras

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from wanflow.settings import check, setting, settings_of
+from wanflow.settings import adopt, check, setting, settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +148,7 @@ class Runtime:
     )
 
     def __post_init__(self) -> None:
+        adopt(Runtime, self)
         check(Runtime, self)
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
+from numbers import Number
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wanflow.config import RequestError
@@ -60,17 +61,30 @@ class Setting:
         """Return the values that are valid, in words."""
         if self.choices:
             return f"one of {', '.join(choice for choice in self.choices if choice)}"
+        text = "text" if len(self.types) == 1 else "text or two whole numbers"
         kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(self.kind)
         if self.range is None or kind is None:
-            return kind or ("a list of texts" if self.kind is tuple else "text")
+            return kind or ("a list of texts" if self.kind is tuple else text)
         low, high = self.range
         if high < NO_LIMIT:
             return f"{kind} from {low:,} to {high:,}"
         return f"{kind}, {low:,} or more" if low > -NO_LIMIT else kind
 
+    def plain(self, value: Any) -> Any:
+        """Return numbers of numpy, names of torch, paths and single items of a list as our own."""
+        if isinstance(value, str | os.PathLike) and self.types == (tuple,):
+            value = (value,)
+        if isinstance(value, list | tuple):
+            return tuple(os.fspath(x) if isinstance(x, os.PathLike) else x for x in value)
+        if isinstance(value, os.PathLike) and self.metavar == "DIR":
+            return os.fspath(value)
+        if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+            return str(value).removeprefix("torch.")
+        return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+
     def check(self, value: Any) -> None:
         """Raise RequestError for a value that is invalid."""
-        accepted = {float: float | int, str: str | os.PathLike, tuple: tuple | list}
+        accepted = {float: float | int, tuple: tuple | list}
         valid = isinstance(value, tuple(accepted.get(kind, kind) for kind in self.types))
         valid = valid and (bool in self.types or not isinstance(value, bool))
         if valid and isinstance(value, str | tuple | list) and len(value) > self.longest:
@@ -134,6 +148,12 @@ def _setting(one: Field[Any], hint: Any) -> Setting:
         flags=flags,
         **known,
     )
+
+
+def adopt(cls: type, values: Any) -> None:
+    """Replace what stands for a value of a settings dataclass by the value; see `Setting.plain`."""
+    for one in settings_of(cls).values():
+        object.__setattr__(values, one.name, one.plain(getattr(values, one.name)))
 
 
 def check(cls: type, values: Any, complete: bool = False) -> None:

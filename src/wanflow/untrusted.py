@@ -39,7 +39,7 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} too long to show"
 
 
-def user_path(path: str | Path) -> Path:
+def user_path(path: str | os.PathLike[str]) -> Path:
     """Return a path with `~` and `~name` replaced by a home folder.
 
     Raises:
@@ -48,7 +48,7 @@ def user_path(path: str | Path) -> Path:
     try:
         found = Path(path).expanduser()
         os.fspath(found).encode("utf-8", "surrogateescape")
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise RequestError(f"{printable(path)}: not a usable path ({error})") from None
     if "\0" in os.fspath(found):
         raise RequestError(f"{printable(path)}: a path holds no null character")

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("advice", "loaders", "download", "threads"),
     ("lora",),
     ("checkpoint",),
+    ("front",),
     ("video",),
     ("choices", "clipfiles", "encoding", "hardware", "outputs", "screen", "web"),
     ("transforms",),

@@ -87,6 +87,11 @@ class LoadedParts:
             states = torch.empty(shape, dtype=self.texts.dtype, device=self.device)
         return states if self.ctx is None else self.ctx.world.broadcast("text", states)
 
+    def remember(self, prompts: list[str]) -> None:
+        """Encode prompts that several runs will ask for, so that each is encoded once."""
+        if self.ctx is None or self.ctx.info.rank == 0:
+            self.texts.remember(prompts, self._free)
+
     @property
     def loras(self) -> LoraStack:
         """The LoRAs in use; made when it is first asked for."""

@@ -40,6 +40,7 @@ class PromptEncoder:
         self.resident, self.report = resident, report
         self._tokenizer: Tokenizer | None = None
         self._encoder: UMT5Encoder | None = None
+        self._kept: dict[str, Tensor] = {}
         self._cache = None
         if cache is not None and not resident:
             from wanflow.loaders.prompt_cache import TextCache, text_key
@@ -55,7 +56,7 @@ class PromptEncoder:
             prompts: texts of any length.
             make_room: called before an encoder is streamed, and after.
         """
-        known = {prompt: self._cache.get(prompt) if self._cache else None for prompt in prompts}
+        known = {prompt: self._known(prompt) for prompt in prompts}
         missing = [prompt for prompt, states in known.items() if states is None]
         if missing and self.resident:
             known.update(zip(missing, self._encode(missing), strict=True))
@@ -65,9 +66,19 @@ class PromptEncoder:
             make_room()
         return [states for prompt in prompts if (states := known[prompt]) is not None]
 
+    def remember(self, prompts: list[str], make_room: Callable[[], None]) -> None:
+        """Encode prompts and keep their states in RAM, in place of those that were kept before."""
+        states = self(prompts, make_room)
+        self._kept = {prompt: one.cpu() for prompt, one in zip(prompts, states, strict=True)}
+
     def close(self) -> None:
-        """Free the encoder."""
-        self._encoder = None
+        """Free the encoder, and what is remembered."""
+        self._encoder, self._kept = None, {}
+
+    def _known(self, prompt: str) -> Tensor | None:
+        if prompt in self._kept:
+            return self._kept[prompt].to(self.device)
+        return self._cache.get(prompt) if self._cache else None
 
     def _tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         if self._tokenizer is None:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from wanflow.api import Pipeline
 from wanflow.assemble import make_engine
 from wanflow.config import RequestError
 from wanflow.convert.configs import as_json, official, tokenizer_config
 from wanflow.convert.convert import refuse_folder
 from wanflow.files import atomic_path
+from wanflow.front import Pipeline
 from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
