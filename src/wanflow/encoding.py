@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -201,8 +202,12 @@ class FrameFolder(VideoWriter):
                 (self._part / f"{next(self._numbers):05}.png").write_bytes(png(frame, {}))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with explained(self.path):
-            if kind is None:
-                (self._part / "recipe.json").write_text(self.metadata[RECIPE_KEY])
-                publish(self._part, self.path, overwrite=self.overwrite)
-            remove(self._part)
+        try:
+            with explained(self.path):
+                if kind is None:
+                    (self._part / "recipe.json").write_text(self.metadata[RECIPE_KEY])
+                    check_output(self.path, self.overwrite)  # again: other files may have come
+                    publish(self._part, self.path, overwrite=self.overwrite)
+        finally:
+            with suppress(OSError):
+                remove(self._part)

@@ -64,6 +64,7 @@ class Claims:
         try:
             with suppress(FileNotFoundError):
                 temporary(path).lstat()  # refuses a name that is too long with its ending
+            _refuse_foreign(name)
             lock.acquire(timeout=0.2)  # a claim that ends at this moment costs one retry
             name.write_text(f"{os.getpid()}\n")
         except Timeout:
@@ -117,17 +118,31 @@ class Claims:
 
 
 def _claim_of(path: Path) -> Path:
+    if path.name in ("", ".."):
+        raise RequestError(f"{path} is no name of a new file or folder; give one")
     path = Path(os.path.abspath(path))
     return path.with_name(path.name + CLAIM)
+
+
+def _refuse_foreign(name: Path) -> None:
+    """Raise RequestError for a file that has a claim's name and is none: it would be deleted."""
+    if name.is_symlink() or (name.exists() and not _process(name).isdigit()):
+        raise RequestError(f"{name} is in the way and no claim of ours; rename it")
+
+
+def _process(name: Path) -> str:
+    """Return the process in a claim; "0" where it has not been written yet."""
+    with name.open("rb") as file:
+        return file.read(20).decode("ascii", "replace").strip() or "0"
 
 
 def _holder(name: Path) -> str:
     """Return who holds a claim, in words, as far as its file says so."""
     try:
-        process = name.read_bytes()[:20].decode("ascii").strip()
-    except (OSError, ValueError):
-        process = ""
-    who = f"process {process}, " if process.isdigit() else ""
+        process = _process(name)
+    except OSError:
+        process = "0"
+    who = f"process {process}, " if process.isdigit() and int(process) else ""
     return f" ({who}its claim is {name})"
 
 

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -709,6 +710,17 @@ def test_overwrite_keeps_what_came_into_the_folder_meanwhile(exact: Path, tmp_pa
         lambda: convert(open_model(exact, {}), out, how, lambda text: None, report)
     )
     assert (out / "Wan2.1_VAE.pth").exists() and (out / "thesis.tex").exists()
+
+
+def test_a_target_without_a_name_is_refused(
+    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    for place in (".", "..", ""):
+        again = partial(run, exact, Path(place), "bf16", overwrite=True)
+        assert "no name of a new" in refusal(again)
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
 
 
 def test_two_conversions_never_make_one_folder(exact: Path, tmp_path: Path) -> None:

@@ -359,7 +359,8 @@ def test_a_stopped_training_gives_the_same_lora(
             raise KeyboardInterrupt
         return real(self, step, rng, generator)
 
-    second = replace(wanted, out=tmp_path / "b", work=tmp_path / "w2")
+    monkeypatch.chdir(tmp_path)
+    second = replace(wanted, out=Path("b"), work=Path("w2"))
     monkeypatch.setattr(Objective, "__call__", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune(resolve("nano"), second, quiet)
@@ -492,7 +493,10 @@ def test_nano_and_evaluation_check_their_values(capsys: pytest.CaptureFixture[st
 
 
 def test_an_output_that_is_taken_is_refused_before_the_training(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -512,6 +516,11 @@ def test_an_output_that_is_taken_is_refused_before_the_training(
     ):
         assert main(command(folder, out, *more.split())) == 2, more
         assert words in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    Path("training").touch()
+    assert main(command(folder, Path("."))) == 2
+    assert "--work_dir training is no folder" in capsys.readouterr().err
+    Path("training").unlink()
     with Claims() as others:
         for name in ("x", "x_training"):
             others.take(tmp_path / name)

@@ -25,7 +25,8 @@ from wanflow.clipfiles import (
     stream_frames,
 )
 from wanflow.config import RequestError
-from wanflow.media import VideoWriter, check_target, recipe_tags, save_picture, to_uint8
+from wanflow.encoding import FrameFolder
+from wanflow.media import RECIPE_KEY, VideoWriter, check_target, recipe_tags, save_picture, to_uint8
 from wanflow.sanity import OutputError
 from wanflow.train.toy import COLOURS
 from wanflow.video import Video
@@ -411,6 +412,21 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"holds notes\.txt, no frame"):
         video.save(tmp_path / "frames", overwrite=True)
     assert names(tmp_path / "frames") == ["00000.png", "00001.png", "notes.txt", "recipe.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_comes_into_a_folder_meanwhile_is_kept(tmp_path: Path, overwrite: bool) -> None:
+    path = tmp_path / "frames"
+    if overwrite:
+        Video(moving(2), 16.0, {"request": {"prompt": ""}}).save(path)
+    with (
+        pytest.raises(RequestError, match=r"holds thesis\.tex"),
+        FrameFolder(path, SIDE, SIDE, 16, {RECIPE_KEY: "{}"}, overwrite=overwrite) as writer,
+    ):
+        writer.write(moving(3))
+        path.mkdir(exist_ok=True)
+        (path / "thesis.tex").write_text("mine")
+    assert (path / "thesis.tex").read_text() == "mine" and names(tmp_path) == ["frames"]
 
 
 def test_a_folder_whose_writing_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -66,6 +66,24 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
             assert str(path) in said and "choose another folder" in said
 
 
+def test_a_file_that_only_looks_like_a_claim_is_kept(tmp_path: Path) -> None:
+    claim = tmp_path / "a.mp4.claim"
+    with Claims() as claims:
+        for make in (
+            lambda: claim.write_text("a letter"),
+            lambda: claim.symlink_to("b"),
+            claim.mkdir,
+        ):
+            make()
+            assert "a.mp4" in refusal(lambda: claims.take(tmp_path / "a.mp4"))
+            assert claim.is_symlink() or claim.is_dir() or claim.read_text() == "a letter"
+            claim.rmdir() if claim.is_dir() else claim.unlink()
+        claim.touch()  # of a process that was killed at this very moment
+        claims.take(tmp_path / "a.mp4")
+        for path in (".", "..", "/"):
+            assert "is no name of a new" in refusal(lambda path=path: claims.take(Path(path)))
+
+
 def test_the_next_free_name_is_claimed(tmp_path: Path) -> None:
     (tmp_path / "1.state").touch()
     names = [(tmp_path / f"{n}.mp4", tmp_path / f"{n}.state") for n in range(1, 9)]

@@ -165,6 +165,7 @@ def train(args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             if args.output.rank == 0:
                 command = shlex.join(["wanflow", *args.argv])
+                args.output.document["resume"] = command
                 args.output.alert(f"go on with: {command}{_under_torchrun()}")
             raise
 
@@ -244,7 +245,7 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
     return FineTune(
         data=args.data,
         out=args.out,
-        work=args.work_dir or args.out.with_name(f"{args.out.name}_training"),
+        work=args.work_dir or _work_dir(args.out),
         form=Form(asked.size, asked.frame_num, asked.fps),
         method=args.method,
         experts=preset.expert_names if args.train_experts == "both" else (args.train_experts,),
@@ -265,6 +266,12 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
         save_seconds=args.save_every,
         overwrite=args.overwrite,
     )
+
+
+def _work_dir(out: Path) -> Path:
+    """Return a folder next to the output; within it where that is `.`, `..` or `/`."""
+    named = out.name not in ("", "..")
+    return out.with_name(f"{out.name}_training") if named else out / "training"
 
 
 def _given(value: T | None, default: T) -> T:

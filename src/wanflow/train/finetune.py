@@ -34,6 +34,7 @@ from wanflow.choices import choose_text_dtype, is_small
 from wanflow.config import TRAIN_STEPS, RequestError
 from wanflow.convert.convert import convert, open_model, refuse_taken
 from wanflow.convert.formats import options
+from wanflow.convert.targets import plan
 from wanflow.files import atomic_path
 from wanflow.geometry import geometry_of
 from wanflow.media import check_target
@@ -152,7 +153,8 @@ def finetune(
     with Claims() as claims:
         if rank == 0:
             check_outputs(checkpoint, settings)
-            for path in (settings.out, settings.work):
+            into = settings.method == "lora" and settings.out.is_dir()  # next to other files
+            for path in (*(_outputs(settings) if into else [settings.out]), settings.work):
                 claims.take(path)
         replaced = {path for path in _outputs(settings) if os.path.lexists(path)}
         clips = find_clips(settings.data)
@@ -251,6 +253,8 @@ def check_outputs(checkpoint: Checkpoint, settings: FineTune) -> None:
             raise RequestError(f"--{flag} {folder} is no folder; name another place")
     if settings.method == "full":
         refuse_taken(checkpoint, out, settings.overwrite)
+        target = options("official", dtype_name(settings.dtype))
+        refuse_without_room(out, plan(checkpoint, target, out.name).nbytes, "the model")
         real, other = out.resolve(), work.resolve()
         if real == other or real in other.parents or other in real.parents:
             raise RequestError(f"--out {out} and --work_dir {work} overlap; name another --out")
