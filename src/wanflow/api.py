@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,19 +36,12 @@ class Video:
         count, height, width = self.frames.shape[:3]
         return f"<Video: {count} frame{'s' * (count != 1)} of {width}*{height} at {self.fps:g} fps>"
 
-    def save(self, path: str | Path, overwrite: bool = False, **encoding: Unpack[Encoding]) -> Path:
+    def save(
+        self, path: str | os.PathLike[str], overwrite: bool = False, **encoding: Unpack[Encoding]
+    ) -> Path:
         """Write the video with its recipe inside; return the path.
 
         Write nothing where there are no frames, as in all processes but the first.
-
-        Args:
-            path: ends in .mp4, .webm, .mkv (lossless), .gif, .apng, or .png for a single frame; a
-                name without a suffix becomes a folder of PNG files.
-            overwrite: replace what is there.
-            **encoding: codec, crf and pixel_format, of those that the file can hold.
-
-        Raises:
-            RequestError: for another suffix or encoding, or a place that cannot be written.
         """
         writer = self.writer_of(target := user_path(path), **encoding)
         if not len(self.frames):

@@ -19,6 +19,7 @@ from wanflow.request import CompleteRequest, Request, with_settings
 from wanflow.settings import check
 from wanflow.untrusted import shown
 from wanflow.video import Video
+from wanflow.wording import without_flags
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -131,7 +132,7 @@ class Pipeline(api.Pipeline):
         """
         _refuse_no_function(on_step)
         requests, many = requests_of(prompt, request)
-        with self._turn():
+        with without_flags(), self._turn():
             notes = [note for one in requests for note in self._notes(one)]
             for note in dict.fromkeys(notes):
                 warnings.warn(note, RequestWarning, stacklevel=2)

@@ -24,6 +24,7 @@ from wanflow.loaders.parts import Report
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
 from wanflow.untrusted import shown, user_path
+from wanflow.wording import in_fields, without_flags
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -170,25 +171,26 @@ def load(
     from wanflow.parallel import ranks
 
     one_thread_after_fork()
-    runtime, info = Runtime(**settings), None
-    if ranks.rank_and_world_size()[1] > 1:
-        info = ranks.join_group(choose_device(runtime.device))
-        runtime = replace(runtime, device=str(info.device))
-    checkpoint = resolve(model, given)
-    if info is None or info.rank == 0:
-        for note in checkpoint.notes:
-            warnings.warn(note, RequestWarning, stacklevel=2)
-    display = Display(progress and (info is None or info.rank == 0))
-    report = report or display.report
-    if info is None:
-        settled, _ = settle(checkpoint, runtime, plan_for, force)
-        admit = None if force else admission(checkpoint, settled)
-        return assemble(checkpoint, settled, report, admit=admit, display=display)
-    settled, _ = ranks.broadcast_from_rank0(
-        info, lambda: settle(checkpoint, runtime, plan_for, force, info)
-    )
-    report = report if info.rank == 0 else None
-    return assemble(checkpoint, settled, report, info, display=display)
+    with without_flags():
+        runtime, info = Runtime(**settings), None
+        if ranks.rank_and_world_size()[1] > 1:
+            info = ranks.join_group(choose_device(runtime.device))
+            runtime = replace(runtime, device=str(info.device))
+        checkpoint = resolve(model, given)
+        if info is None or info.rank == 0:
+            for note in checkpoint.notes:
+                warnings.warn(in_fields(note), RequestWarning, stacklevel=2)
+        display = Display(progress and (info is None or info.rank == 0))
+        report = report or display.report
+        if info is None:
+            settled, _ = settle(checkpoint, runtime, plan_for, force)
+            admit = None if force else admission(checkpoint, settled)
+            return assemble(checkpoint, settled, report, admit=admit, display=display)
+        settled, _ = ranks.broadcast_from_rank0(
+            info, lambda: settle(checkpoint, runtime, plan_for, force, info)
+        )
+        report = report if info.rank == 0 else None
+        return assemble(checkpoint, settled, report, info, display=display)
 
 
 def _check_types(model: object, report: object, plan_for: object, given: dict[Any, Any]) -> None:

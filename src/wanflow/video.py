@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wanflow import api
 from wanflow.encoding import writer_of
 from wanflow.media import Frames
+from wanflow.wording import without_flags
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from wanflow import options
 
 
 class Video(api.Video):
     """A finished video: frames uint8 [T, H, W, 3], frames per second, and its recipe."""
 
     writer_of = staticmethod(writer_of)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        overwrite: bool = False,
+        **encoding: Unpack[options.Encoding],
+    ) -> Path:
+        """Write the video with its recipe inside; return the path.
+
+        Write nothing where there are no frames, as in all processes but the first.
+
+        Args:
+            path: ends in .mp4, .webm, .mkv (lossless), .gif, .apng, or .png for a single frame; a
+                name without a suffix becomes a folder of PNG files.
+            overwrite: replace what is there.
+            **encoding: codec, crf and pixel_format, of those that the file can hold.
+
+        Raises:
+            RequestError: for another suffix or encoding, or a place that cannot be written.
+        """
+        with without_flags():
+            return super().save(path, overwrite, **encoding)
 
 
 def save_frames(

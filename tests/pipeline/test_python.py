@@ -180,6 +180,19 @@ def test_what_cannot_be_loaded_is_refused_in_words(
         wanflow.load(model, **wrong)
 
 
+def test_refusals_speak_of_fields(nano: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="frames: vae_tile 256"):
+        wanflow.load("nano", vae_tile=16)
+    with pytest.raises(RequestError, match="device auto takes"):
+        wanflow.load("nano", device="mps" if torch.cuda.is_available() else "cuda")
+    with pytest.raises(RequestError, match=r"`wanflow download --local_dir .*`"):
+        wanflow.load(tmp_path / "missing")
+    video = nano.generate(PROMPT, seed=1, **FEW)
+    video.save(tmp_path / "a.png")
+    with pytest.raises(RequestError, match="exists; choose another name or pass overwrite"):
+        video.save(tmp_path / "a.png")
+
+
 def test_a_pipeline_is_not_copied(nano: Pipeline) -> None:
     for make in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(RequestError, match="not copied or pickled"):

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("front",),
     ("video",),
-    ("choices", "clipfiles", "encoding", "hardware", "outputs", "screen", "web"),
+    ("choices", "clipfiles", "encoding", "wording", "hardware", "outputs", "screen", "web"),
     ("transforms",),
     ("parallel",),
     ("api",),
