@@ -187,6 +187,13 @@ def test_an_invalid_value_is_named_with_what_was_expected(
     assert words in line and "--help" in line
 
 
+def test_two_dashes_are_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse drops them, and makes an empty list of what is left."""
+    assert command_parser("generate").parse_args(["--prompt=--"]).prompt == "--"
+    assert main(["train", "--nano", "--rank=--"]) == 2
+    assert "--rank must be" in capsys.readouterr().err
+
+
 def test_what_resembles_nothing_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--xyzzy"]) == 2
     assert "did you mean" not in capsys.readouterr().err

@@ -61,7 +61,7 @@ FILES = (
     *("é" * 130 + ".mp4", "x/" * 2000, "nano", "Nano", "a/b", "~", "~root/x", "~/x.mp4"),
 )
 TEXTS = (
-    *("a\x00b".replace("\0", "\x01"), os.fsdecode(b"\xff\xfe\x80"), "\x1b]0;t\x07", "\u202ex\r\n"),
+    *("a\x01b", os.fsdecode(b"\xff\xfe\x80"), "\x1b]0;t\x07", "\u202ex\r\n"),
     *("%(prog)s", "{}", "@file", "--", "-x", "=", "a=b", "x" * 100_000, " ", "'", '"', "\\", "*"),
     *("0,1", "cpu,cpu", "cpu," * 5000, "0," * 100, "cfg2xulysses4", "cfg9xring9", "auto", "cuda:9"),
     *(
@@ -91,7 +91,6 @@ ENVIRONMENT = {
     "LINES": ("junk", "0"),
     "TERM": ("dumb", "", "junk\x1b"),
     "NO_COLOR": ("", "1"),
-    "FORCE_COLOR": ("1",),
     "LANG": ("C", "junk"),
     "HOME": (None, "", "/nowhere", "relative", "\x1b[2J"),
     "XDG_CACHE_HOME": (None, "", "pipe", "/proc/x", "\x01"),
@@ -164,14 +163,15 @@ def mutated(rng: Random, words: list[str], actions: list[argparse.Action]) -> li
     """The words with one change."""
     way = rng.random()
     at = rng.randrange(len(words)) if words else 0
-    if way < 0.55 or not words:
+    at = max(at, 1) if len(words) > 1 and rng.random() < 0.9 else at  # not always the command
+    if way < 0.7 or not words:
         return added(rng, words, actions) if actions else [rng.choice((*NAMES, *TEXTS))]
-    if way < 0.7:
+    if way < 0.8:
         return [*words[:at], *words[at + 1 :]]
-    if way < 0.85:
+    if way < 0.95:
         odd = rng.choice((*TEXTS, *NAMES, *FILES, text(rng, words[at])))
         return [*words[:at], odd, *words[at + 1 :]]
-    if way < 0.95:
+    if way < 0.98:
         return [
             *words[:at],
             rng.choice((words[at] * 2, words[at][::-1], words[at].upper())),
@@ -180,22 +180,14 @@ def mutated(rng: Random, words: list[str], actions: list[argparse.Action]) -> li
     return words * rng.choice((2, 50))
 
 
-def usable(words: list[str]) -> list[str]:
-    """The words as a system can hand them over: no null character, surrogates only for bytes."""
-    return [
-        word.replace("\0", "").encode("utf-8", "replace").decode()
-        if _odd(word)
-        else word.replace("\0", "")
-        for word in words
-    ]
-
-
-def _odd(word: str) -> bool:
+def usable(word: str) -> str:
+    """The word as a system can hand it over: no null character, surrogates only for bytes."""
+    word = word.replace("\0", "")
     try:
         os.fsencode(word)
     except UnicodeEncodeError:
-        return True
-    return False
+        return word.encode("utf-8", "replace").decode()
+    return word
 
 
 @contextmanager
@@ -250,7 +242,7 @@ def line(folder: Path) -> Attempt:
         for _ in range(rng.choice((1, 1, 1, 2, 2, 4))):
             words = mutated(rng, words, actions)
         with surroundings(rng):
-            return command(usable(words))
+            return command([*map(usable, words)])
 
     return attempt
 

@@ -91,6 +91,13 @@ class Parser(argparse.ArgumentParser):
                 f"{did_you_mean(str(value), names)}",
             )
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.nargs is None and action.option_strings and arg_strings == ["--"]:
+            value = self._get_value(action, "--")  # of `--flag=--`, which argparse drops
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
     def given(self, args: list[str]) -> dict[str, Any]:
         """Return what the words themselves set, by destination, without any default."""
         defaults = {action: action.default for action in self._actions}
