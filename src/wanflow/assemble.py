@@ -219,11 +219,13 @@ def weights_in_float32(checkpoint: Checkpoint) -> int:
     return 4 * sum(checkpoint.parameters(part) for part in WEIGHTS)
 
 
-def is_tiny(checkpoint: Checkpoint, request: Request | CompleteRequest | None = None) -> bool:
+def is_tiny(
+    checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteRequest | None = None
+) -> bool:
     """Return whether a run takes less than `TINY`, by a bound that needs no trace.
 
     A test holds the bound to the trace: bytes of a decode for each pixel, of a step for each token,
-    and of the finished frames.
+    and of the finished frames. Plain attention adds matrices of scores.
     """
     spec = checkpoint.spec
     geometry = geometry_of(spec)
@@ -231,7 +233,9 @@ def is_tiny(checkpoint: Checkpoint, request: Request | CompleteRequest | None = 
     frames = (request and request.frame_num) or spec.frame_num
     pixels, tokens = size[0] * size[1], geometry.tokens(size, frames)
     decoding, step = 160 * spec.vae.dim * pixels, 32 * (spec.dit.dim + spec.dit.ffn_dim) * tokens
-    return weights_in_float32(checkpoint) + decoding + step + 6 * frames * pixels <= TINY
+    scores = 32 * spec.dit.num_heads * tokens**2 if runtime.attention == "math" else 0
+    taken = weights_in_float32(checkpoint) + decoding + step + scores
+    return taken + 6 * frames * pixels <= TINY
 
 
 def _refuse(runtime: Runtime, layers: int) -> None:

@@ -99,7 +99,7 @@ def settle(
         RequestError: when the machine is too small, or for settings that exclude each other.
     """
     layout = runtime.cfg_parallel, (runtime.ring_size or 1) > 1, (runtime.ulysses_size or 1) > 1
-    if info is None and not any(layout) and is_tiny(checkpoint, request):
+    if info is None and not any(layout) and is_tiny(checkpoint, runtime, request):
         alone = with_defaults(runtime, cfg_parallel=False, ring_size=1, ulysses_size=1)
         on_gpu = choose_device(runtime.device).type == "cuda"
         return all_resident(alone, checkpoint.spec.dit.num_layers, on_gpu), ()
@@ -126,7 +126,7 @@ def admission(checkpoint: Checkpoint, runtime: Runtime) -> Callable[[CompleteReq
         return None
 
     def admit(request: CompleteRequest) -> None:
-        if not is_tiny(checkpoint, request):
+        if not is_tiny(checkpoint, runtime, request):
             from wanflow.plan.start import make_plan
 
             make_plan(checkpoint, runtime, request)

@@ -448,14 +448,14 @@ def test_the_bound_of_a_tiny_run_is_above_its_trace(size: str, frames: int) -> N
     checkpoint = resolve("nano")
     request = of(NANO, size=size, frame_num=frames)
     plan = solve(checkpoint, request, Runtime(device="cpu"), described("none"))
-    assert plan.need is not None and is_tiny(checkpoint, request)
+    assert plan.need is not None and is_tiny(checkpoint, Runtime(), request)
     taken = max(p.weights + p.activations + p.frames for p in plan.need.phases)
     pixels = plan.request.size[0] * plan.request.size[1]
     tokens = geometry_of(NANO).tokens(plan.request.size, frames)
     step = 32 * (NANO.dit.dim + NANO.dit.ffn_dim) * tokens
     bound = weights_in_float32(checkpoint) + 160 * NANO.vae.dim * pixels + step
     assert taken <= bound + 6 * frames * pixels
-    assert not is_tiny(checkpoint, of(NANO, size="512*512", frame_num=1))
+    assert not is_tiny(checkpoint, Runtime(), of(NANO, size="512*512", frame_num=1))
 
 
 @pytest.mark.parametrize(
@@ -528,6 +528,25 @@ def test_what_a_refusal_says_fits_does_fit() -> None:
     assert found is not None
     smaller = of(NANO, size=found[1], frame_num=int(found[2]))
     assert solve(checkpoint, smaller, Runtime(device="cpu"), ONE_GB).fits
+
+
+def test_plain_attention_is_planned_with_its_scores() -> None:
+    """`math` holds a matrix of 1024 x 1024 scores for each head, in float32; others none."""
+    checkpoint, request = resolve("nano"), of(NANO, size="512*512", frame_num=1)
+    peaks = {}
+    for kernel in ("auto", "math"):
+        runtime = Runtime(device="cpu", attention=kernel, chunk_tokens=0)
+        traces = Traces(checkpoint, request, torch.float32, torch.device("cpu"))
+        peaks[kernel] = traces.step("high", 2, runtime, False).activations
+    scores = NANO.dit.num_heads * 1024**2 * 4
+    tokens = geometry_of(NANO).tokens((512, 512), 1)
+    assert tokens == 1024 and peaks["math"] - peaks["auto"] > scores
+    assert peaks["math"] < peaks["auto"] + 32 * NANO.dit.num_heads * tokens**2, (
+        "the bound of a tiny"
+    )
+    plain = of(NANO, size="256*256", frame_num=65)
+    assert is_tiny(checkpoint, Runtime(), plain)
+    assert not is_tiny(checkpoint, Runtime(attention="math"), plain)
 
 
 def test_force_admits_what_may_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanflow.config import RequestError
+from wanflow.untrusted import printable
 
 GB, TERA = 10**9, 10**12
 
@@ -114,9 +115,10 @@ AMD = f"{SHEET}; wanflow was never run on AMD"
 # total; memory at 80 % of the data sheet.
 # `_sheet`: NVIDIA's white papers of GA102, Ada and RTX Blackwell give the tensor rates of 3080,
 # 3090, 4080, 4090, 5080 and 5090. Those of other GeForce cards are 512 FLOP a clock and
-# multiprocessor, as there, times their boost clock. The others have data sheets of their own. The
-# T4's (65 TFLOP/s in float16, 130 in int8, 8.1 in float32, PCIe 3.0) names neither bfloat16 nor
-# TF32. An MI300X reaches less than half of its sheet in public comparisons of matmuls.
+# multiprocessor, as there, times their boost clock. The others have data sheets of their own. Those
+# of T4 (65 TFLOP/s in float16, 130 in int8, 8.1 in float32, PCIe 3.0), V100 (125, none, 15.7) and
+# RTX 2080 Ti (53.8, 215, 13.4; the white paper of Turing) name neither bfloat16 nor TF32. An MI300X
+# reaches less than half of its sheet in public comparisons of matmuls.
 GPUS = {
     #                        name  GB   GiB  matmul att. f32  low  mem. bus
     "a100-80gb": _calibrated("A100", 80, 79.1, 255, 215, 30, 374, 1.63, 25, link=NVLINK3),
@@ -127,6 +129,13 @@ GPUS = {
     "h20": _calibrated("H20", 96, 95.0, 129, 129, 14, 178, 3.2, 50, link=NVLINK4),
     "a100-40gb": _calibrated("A100", 40, 39.4, 255, 215, 30, 374, 1.24, 25, link=NVLINK3),
     "t4": _calibrated("T4", 16, 14.5, 49, 44, 6, 78, 0.26, 12, source=SHEET, bfloat16=False),
+    "rtx2080ti": _calibrated(
+        "RTX 2080 Ti", 11, 10.5, 40, 37, 9, 129, 0.49, 12, source=SHEET, bfloat16=False
+    ),
+    "v100": _calibrated("V100", 32, 31.7, 94, 85, 11, 0, 0.72, 12, source=SHEET, bfloat16=False),
+    "v100-16gb": _calibrated(
+        "V100", 16, 15.7, 94, 85, 11, 0, 0.72, 12, source=SHEET, bfloat16=False
+    ),
     #                  name        GB  GiB   bf16   low    tf32   mem.   bus
     "rtx5090": _sheet("RTX 5090", 32, 31.3, 209.5, 419.0, 104.8, 1.792, 50),
     "rtx5080": _sheet("RTX 5080", 16, 15.4, 112.6, 225.1, 56.3, 0.960, 50),
@@ -177,6 +186,7 @@ def find_card(text: str) -> Card | int:
         RequestError: with the nearest name, for one that is unknown.
     """
     model, size = _spelt(text)
+    text = printable(text, 40)
     found = [card for card in GPUS.values() if _spelt(card.name)[0] == model]
     fitting = [card for card in found if size in (None, card.size)]
     if fitting:
@@ -204,7 +214,7 @@ def cards_of(size: int) -> Iterator[Card]:
 
 def _spelt(text: str) -> tuple[str, int | None]:
     """Return the model in a name, without makers and series, and the GB of memory in it."""
-    text = text.lower().replace("_", " ")
+    text = text[:80].lower().replace("_", " ")
     size = re.search(r"(?<![\da-z])(\d{1,4})\s*-?gi?b?(?![a-z\d])", text)
     if size:
         text = text.replace(size[0], " ")

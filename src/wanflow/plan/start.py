@@ -55,7 +55,7 @@ def make_plan(
         refuse_without_gpu(checkpoint, machine)  # before a trace, which takes seconds
     complete = completed(request, checkpoint.spec)
     plan = set_up(checkpoint, complete, runtime, machine, processes, per_machine)
-    if plan.small and is_tiny(checkpoint, complete):
+    if plan.small and is_tiny(checkpoint, runtime, complete):
         plan = plan.all_resident()
     else:
         from wanflow.plan.solve import completed_plan

@@ -46,6 +46,7 @@ Shape = tuple[int, ...]
 
 # On fake CPU tensors this kernel stays one operation, with the log-sum-exp too.
 KERNEL = BACKENDS["sdpa"]
+MATH = "math"  # the only kernel that holds a matrix of scores
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class Traces:
         key = (
             "step",
             *self._form(expert, runtime),
-            (runtime.chunk_tokens, runtime.cfg_batch, gathered, gloo),
+            (runtime.chunk_tokens, runtime.cfg_batch, runtime.attention == MATH, gathered, gloo),
             (self.steps[index].guided, min(index, 2), streamed, loras),
         )
         return self._once(
@@ -253,7 +254,8 @@ class Traces:
                 model = Streaming(plain, lambda *_: None, (), torch.device("cpu"), worker=worker)
             if loras:
                 _attach(plain, loras)
-            connect(plain, group, KERNEL.attend, KERNEL.with_lse)
+            kernel = BACKENDS[MATH] if runtime.attention == MATH else KERNEL
+            connect(plain, group, kernel.attend, kernel.with_lse)
             trace.repeat(plain.blocks[0], 1 + further)
             if gathered:
                 _hold_gathered(plain, gathered, self.layers > 1, gloo)
