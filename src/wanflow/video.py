@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from wanflow import api
@@ -44,6 +46,15 @@ class Video(api.Video):
         """
         with without_flags():
             return super().save(path, overwrite, **encoding)
+
+    def _repr_html_(self) -> str:
+        """Return the video as notebooks show it."""
+        if not len(self.frames):
+            return repr(self)
+        with TemporaryDirectory() as folder:
+            data = self.save(Path(folder, "video.mp4")).read_bytes()
+        source = f"data:video/mp4;base64,{b64encode(data).decode()}"
+        return f'<video controls autoplay loop muted src="{source}"></video>'
 
 
 def save_frames(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -251,6 +253,23 @@ def test_bars_are_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stderr", quiet)
     pipe.generate(PROMPT, seed=1, **FEW)
     assert not quiet.texts
+
+
+@pytest.mark.slow
+def test_the_guide_runs(in_tmp: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "guides" / "python.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) > 4
+    with warnings.catch_warnings():
+        exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "guide"})
+    made = {path.name for path in in_tmp.iterdir()}
+    assert made == {"out.mp4", "out.webm", "exact.mkv", "wide.mp4", "half.latent.safetensors"}
+
+
+def test_a_notebook_shows_the_video(nano: Pipeline) -> None:
+    shown = nano.generate(PROMPT, seed=1, frame_num=5, sample_steps=1)._repr_html_()
+    data = base64.b64decode(re.search('src="data:video/mp4;base64,([^"]+)"', shown)[1])
+    assert data[4:8] == b"ftyp"
 
 
 # --- threads and processes ---
