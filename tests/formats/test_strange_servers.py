@@ -194,6 +194,26 @@ def test_a_retry_after_that_is_no_number(hub: Hub, folder: Path) -> None:
         assert stream.request(threading.Event()) == (0.0, "the server answered 429")
 
 
+def test_a_file_whose_head_trickles_is_given_up(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "HEAD_SECONDS", 0.3)
+
+    def write(handler: Any) -> None:
+        for _ in range(100):
+            handler.wfile.write(b"\r\n")
+            time.sleep(0.05)
+
+    def answers(path: str) -> Answer:
+        if "/resolve/" in path:
+            return Answer(write=write)
+        return listing(json.dumps([ENTRY]).encode())(path)
+
+    with server(answers) as (url, _):
+        assert run(url, folder) == 1
+    assert "did not answer" in errors(capsys)
+
+
 def test_a_file_that_trickles_is_given_up(
     hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,7 +151,8 @@ def hub(folder: Path) -> Attempt:
     for module in (hubs, transfer):
         module.PAUSES = (0.0, 0.0)  # type: ignore[attr-defined]
         module.TIMEOUT = 1.0  # type: ignore[attr-defined]
-    hubs.ANSWER_SECONDS, transfer.WINDOW, transfer.PATIENCE = 1.0, 1.0, 0.0
+    hubs.ANSWER_SECONDS = transfer.HEAD_SECONDS = transfer.WINDOW = 1.0
+    transfer.PATIENCE = 0.0
     answers: dict[str, Answer] = {}
 
     def give(path: str) -> Answer:

@@ -13,6 +13,7 @@ import re
 import stat
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -24,9 +25,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from wanflow.config import RequestError
 from wanflow.files import publish
+from wanflow.web import SlowError, within
 
 BLOCK = 4 << 20  # bytes hashed at a time
 TIMEOUT = 30.0  # seconds without a byte
+HEAD_SECONDS = 60.0  # until an answer begins
 SLOWEST, WINDOW = 1000, 60.0  # bytes a second, over this many seconds: below, ask again
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between attempts; an attempt that brings bytes resets
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # statuses worth another attempt
@@ -199,7 +202,7 @@ def _fill(remote: RemoteFile, out: IO[bytes], stop: Event, on_bytes: OnBytes, sa
         before, begin = out.tell(), time.monotonic()
         try:
             wait, why = stream.request(stop)
-        except NETWORK_ERROR as error:
+        except (NETWORK_ERROR, SlowError) as error:
             wait, why = 0.0, f"{type(error).__name__}: {error}".rstrip(": ")
         out.flush()
         have = out.tell()
@@ -238,9 +241,13 @@ class _Stream:
         headers = {**self.remote.headers, "Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
-        with get_session().stream(
-            "GET", self.remote.url, headers=headers, timeout=TIMEOUT, follow_redirects=True
-        ) as response:
+        session = get_session()
+        url = self.remote.url
+        asked = session.build_request("GET", url, headers=headers, timeout=TIMEOUT)
+        response = within(  # the limit of a socket counts from byte to byte
+            HEAD_SECONDS, lambda: session.send(asked, stream=True, follow_redirects=True)
+        )
+        with closing(response):
             status = response.status_code
             # A storage host answers 403 when its signed address has expired; the hub signs another.
             redirected = urlsplit(str(response.url)).netloc != urlsplit(self.remote.url).netloc
