@@ -200,8 +200,9 @@ def test_a_file_whose_head_trickles_is_given_up(
     monkeypatch.setattr(transfer, "HEAD_SECONDS", 0.3)
 
     def write(handler: Any) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
         for _ in range(100):
-            handler.wfile.write(b"\r\n")
+            handler.wfile.write(b"x")
             time.sleep(0.05)
 
     def answers(path: str) -> Answer:
@@ -274,8 +275,9 @@ def test_words_that_no_server_takes(
 
 def test_a_dry_run_without_a_network(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("http://127.0.0.1:9", folder, "--dry_run") == 0
-    text = errors(capsys)
-    assert "0.508" in text and "0.5 GB in all" in text and not folder.exists()
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert "508 MB  vae" in text and "508 MB in all" in text and not folder.exists()
 
 
 def test_a_ledger_that_names_files_elsewhere(hub: Hub, folder: Path) -> None:

@@ -28,7 +28,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +66,9 @@ from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokeniz
 from wanflow.checkpoint.source import open_source
 from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.checkpoint.values import BadValuesError, check_values
+from wanflow.cli import command_parser
 from wanflow.cli import inspect as command
+from wanflow.cli.output import Output
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.lora.reader import read_adapter
 from wanflow.models.dit import WanDiT
@@ -279,10 +281,14 @@ def read_all(path: Path) -> None:
 
 def look(path: Path) -> None:
     """`wanflow inspect`, in both its forms, as it prints them."""
-    for as_json in (False, True):
+    for argv in (["inspect", str(path)], ["inspect", str(path), "--json"]):
+        output, args = Output.of(argv), command_parser("inspect").parse_args(argv[1:])
+        output.take(args)
+        args.output = output
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         with contextlib.redirect_stdout(out):
-            command.inspect(Namespace(path=str(path), json=as_json, hash=False, check=False))
+            command.inspect(args)
+            output.conclude()
         out.flush()
 
 
