@@ -55,6 +55,10 @@ INTENDED: dict[str, str] = {
     "api/classes/Video/save": "also takes codec, crf and pixel_format",
     "api/classes/Request/complete": "`ModelSpec` replaces `Preset`",
     "api/classes/CompleteRequest/guidance": "the names of experts come from the model",
+    **{
+        f"flags/wanflow {command}/--timeout/type": "`number` of the parser reads it, with a range"
+        for command in ("generate", "replay", "decode", "plan")
+    },
     "flags/wanflow plan/--figures": "its tables are the page docs/explain/figures.md",
 }
 
