@@ -22,6 +22,7 @@ from helpers import watched
 from helpers.common import PROMPT
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+import wanflow
 from wanflow.cli import main
 from wanflow.cli.ending import Alone
 from wanflow.clipfiles import read_frames
@@ -315,6 +316,9 @@ def test_a_server_that_never_answers_is_not_waited_for(
             monkeypatch.setenv(name, value)
         began = time.monotonic()
         assert main(["generate", *REQUEST, "--timeout", "0.3"]) == 1
+        monkeypatch.setattr(ranks_module, "JOIN_S", 0.2)
+        with pytest.raises(ConnectionError, match="cannot reach rank 0 at 127.0.0.1"):
+            wanflow.load("nano", device="cpu")
     assert time.monotonic() - began < 10
     message = capsys.readouterr().err
     assert "rank 1 of 2: cannot reach rank 0" in message and "within 0.3 s" in message

@@ -123,6 +123,7 @@ def join_group(device: torch.device, timeout_s: float = 600.0) -> DistInfo:
 
     Raises:
         RequestError: for a device without collectives, a missing GPU, an incomplete description.
+        ConnectionError: when rank 0, or the elastic agent, cannot be reached.
     """
     rank, world_size = rank_and_world_size()
     if world_size <= 1:
@@ -145,6 +146,8 @@ def join_group(device: torch.device, timeout_s: float = 600.0) -> DistInfo:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # It refuses soon, and in words, what torch waits for; rank 0 hosts the store until then.
+        reached = connect_store(min(JOIN_S, timeout_s))
         dist.init_process_group(
             BACKENDS[device.type],
             rank=rank,
@@ -152,6 +155,7 @@ def join_group(device: torch.device, timeout_s: float = 600.0) -> DistInfo:
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
+        del reached
     return DistInfo(rank, world_size, device, timeout_s)
 
 
