@@ -162,3 +162,9 @@ def test_peak_memory(tmp_path: Path) -> None:
     (tmp_path / "proc/self/status").write_text("Name:\tx\nVmHWM:\t   2048 kB\nVmRSS:\t 1 kB\n")
     assert peak_memory(tmp_path)["ram"] == 2 << 20
     assert peak_memory()["ram"] > 50e6
+
+
+def test_a_script_of_completions_is_a_document_too(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash", "--json"]) == 0
+    assert "complete " in json.loads(capsys.readouterr().out)["script"]

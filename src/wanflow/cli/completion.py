@@ -28,7 +28,10 @@ def completion(args: argparse.Namespace) -> None:
     for command in commands.choices.values():
         for action in command._actions:
             _complete_files(action, shtab)
-    print(shtab.complete(parser, args.shell), end="")
+    script = shtab.complete(parser, args.shell)
+    args.output.document["script"] = script
+    if not args.json:
+        print(script, end="")
 
 
 def _complete_files(action: Any, shtab: Any) -> None:
