@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wanflow.options import Encoding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Video:
     """A finished video: frames uint8 [T, H, W, 3], frames per second, and its recipe."""
 
@@ -70,7 +70,7 @@ def save_frames(
     Raises:
         OutputError: when all frames are one constant; nothing is left under `path`.
     """
-    tags = recipe_tags(recipe, recipe["request"]["prompt"])
+    tags = recipe_tags(recipe, str(recipe.get("request", {}).get("prompt", "")))
     first = next(chunks)
     if path.suffix.lower() == ".png":
         total = len(first) + sum(map(len, chunks))

@@ -96,9 +96,9 @@ def assemble(
     logger.debug("settings %s", asdict(runtime))
     for part, path in checkpoint.paths.items():
         logger.debug("%s from %s", part, path)
-    return Pipeline(
-        make_engine(parts, admit), parts, lambda asked: advice(asked, checkpoint), display
-    )
+    engine, speaks = make_engine(parts, admit), info is None or info.rank == 0
+    advise = partial(advice, checkpoint=checkpoint) if speaks else None
+    return Pipeline(engine, parts, advise, display)
 
 
 def make_engine(

@@ -25,6 +25,7 @@ from wanflow.untrusted import read_bytes
 # playlists of other files.
 READABLE = "mp4,webm,avi,gif,apng,png_pipe,jpeg_pipe,webp_pipe"
 PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+SEGMENT = b"\x18\x53\x80\x67"  # of Matroska; its length follows
 GAP = 4  # pixels between the pictures of a contact sheet
 SHEET_FRAMES = 20
 LABEL = 14  # pixels: the height of a frame's number on a sheet
@@ -187,9 +188,29 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         # The index stands first in our files, so one that was cut off opens well and would only
         # miss its end.
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        if end > path.stat().st_size:
+        if end > path.stat().st_size or _cut_off(path, container.format.name):
             raise RequestError(f"{path} is cut off: copy or download it again")
         yield container, stream
+
+
+def _cut_off(path: Path, kind: str) -> bool:
+    """Return whether a file misses its end, of kinds that would only show fewer frames."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        begin = file.read(4096)
+        file.seek(max(0, size - 4096))
+        tail = file.read()
+    if kind == "gif":
+        return not tail.rstrip(b"\0").endswith(b";")
+    if kind == "apng":
+        return PNG_END not in tail
+    place = begin.find(SEGMENT) + len(SEGMENT)
+    if "matroska" not in kind or place < len(SEGMENT) or place >= len(begin):
+        return False
+    # The number of leading zeros is that of the bytes that follow; all ones: unknown, a stream.
+    width = 9 - begin[place].bit_length()
+    length = int.from_bytes(begin[place : place + width], "big") & ((1 << 7 * width) - 1)
+    return length != (1 << 7 * width) - 1 and place + width + length > size
 
 
 def _pixels(frame: av.VideoFrame) -> Frames:

@@ -71,9 +71,6 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Mapping[str, str]]] = {
 
 def writer_of(path: Path, **encoding: Unpack[options.Encoding]) -> Writer:
     """Return what writes a file of this name, see `choose_encoding`."""
-    known = ("codec", "crf", "pixel_format")
-    for name in set(encoding) - set(known):
-        raise RequestError(f"save does not know {name}; it knows overwrite, {', '.join(known)}")
     chosen = choose_encoding(path, **encoding)
     if not path.suffix:
         return FrameFolder
@@ -82,13 +79,21 @@ def writer_of(path: Path, **encoding: Unpack[options.Encoding]) -> Writer:
 
 
 def choose_encoding(
-    path: Path, codec: str | None = None, crf: int | None = None, pixel_format: str | None = None
+    path: Path,
+    codec: str | None = None,
+    crf: int | None = None,
+    pixel_format: str | None = None,
+    **unknown: object,
 ) -> Encoding:
     """Return how a file of this name is stored; None takes what is usual there.
 
     Raises:
         RequestError: for a suffix that no kind has, and for what such a file cannot hold.
     """
+    for name in unknown:
+        raise RequestError(
+            f"save does not know {name}; it knows overwrite, codec, crf and pixel_format"
+        )
     suffix = path.suffix.lower()
     if suffix not in KINDS or path.name.lower() in KINDS:
         raise RequestError(

@@ -9,9 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from wanflow import api
-from wanflow.encoding import writer_of
+from wanflow.config import RequestError
+from wanflow.encoding import choose_encoding, writer_of
 from wanflow.media import Frames
+from wanflow.untrusted import user_path
 from wanflow.wording import without_flags
 
 if TYPE_CHECKING:
@@ -45,7 +49,21 @@ class Video(api.Video):
             RequestError: for another suffix or encoding, or a place that cannot be written.
         """
         with without_flags():
+            self._check(choose_encoding(user_path(path), **encoding).pixels)
             return super().save(path, overwrite, **encoding)
+
+    def _check(self, pixels: str) -> None:
+        """Raise RequestError for frames that no file of these pixels can hold."""
+        frames, shape = self.frames, self.frames.shape
+        if frames.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+            raise RequestError(
+                f"frames are {frames.dtype} {list(shape)}; expected uint8 [T, H, W, 3]"
+            )
+        if pixels in ("yuv420p", "yuv422p") and (shape[1] % 2 or shape[2] % 2):
+            raise RequestError(
+                f"frames of {shape[2]}*{shape[1]}: {pixels} needs even sides; take pixel_format"
+                " yuv444p, or an .mkv"
+            )
 
     def _repr_html_(self) -> str:
         """Return the video as notebooks show it."""

@@ -307,6 +307,31 @@ def test_frames_of_another_kind_are_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("share", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("suffix", [".webm", ".mkv", ".gif", ".apng"])
+def test_files_without_their_end_give_no_frames(tmp_path: Path, suffix: str, share: float) -> None:
+    recipe = {"request": {"prompt": "", "fps": 16.0}}
+    path = Video(moving(), 16.0, recipe).save(tmp_path / f"a{suffix}")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(RequestError, match="cut off"):
+        read_frames(path)
+
+
+def test_a_video_made_by_hand(tmp_path: Path) -> None:
+    video = Video(moving(2), 16.0, {})
+    assert video == video and video != Video(moving(2), 16.0, {})
+    assert read_recipe(video.save(tmp_path / "a.mp4")) == {}
+    for frames, name, words in (
+        (moving(2).astype(np.float32), "b.mp4", "expected uint8"),
+        (moving(2)[0], "b", "expected uint8"),
+        (moving(2, 33, 64), "b.mp4", "needs even sides"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            Video(frames, 16.0, {}).save(tmp_path / name)
+    assert Video(moving(2, 33, 63), 16.0, {}).save(tmp_path / "b.mkv").exists()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.95, 0.999])
 @pytest.mark.parametrize("suffix", [".mp4", ".png"])
 def test_cut_off_files_are_refused(clip: Path, tmp_path: Path, suffix: str, share: float) -> None:
@@ -393,6 +418,7 @@ def test_codec_and_pixels_are_chosen(
         ("a.mkv", {"pixel_format": "yuv420p"}, "pixel_format 'yuv420p': a.mkv takes bgr0"),
         ("frames", {"codec": "h264"}, "codec 'h264': frames takes png"),
         ("~nosuchuser/a.mp4", {}, "not a usable path"),
+        ("a.mp4", {"codek": "h264"}, "save does not know codek; it knows overwrite, codec"),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused(
