@@ -187,6 +187,53 @@ def test_an_invalid_value_is_named_with_what_was_expected(
     assert words in line and "--help" in line
 
 
+OFFICIAL = (
+    *("task", "size", "frame_num", "ckpt_dir", "offload_model", "ulysses_size", "t5_fsdp"),
+    *("t5_cpu", "dit_fsdp", "save_file", "prompt", "use_prompt_extend", "prompt_extend_method"),
+    *("prompt_extend_model", "prompt_extend_target_lang", "base_seed", "image", "sample_solver"),
+    *("sample_steps", "sample_shift", "sample_guide_scale", "convert_model_dtype"),
+    *("src_root_path", "refert_num", "replace_flag", "use_relighting_lora", "num_clip", "audio"),
+    *("enable_tts", "tts_prompt_audio", "tts_prompt_text", "tts_text", "pose_video"),
+    *("start_from_ref", "infer_frames"),
+)
+
+
+def test_the_beginning_of_an_official_flag_means_what_it_means_there() -> None:
+    """Or it is refused, where one of our flags begins so too; it never becomes another flag."""
+    parser, taken = command_parser("generate"), 0
+    for flag in OFFICIAL:
+        for end in range(1, len(flag)):
+            beginning = flag[:end]
+            if [name for name in OFFICIAL if name.startswith(beginning)] != [flag]:
+                continue  # ambiguous there
+            meant = [
+                name for name in parser._option_string_actions if name.startswith(f"--{beginning}")
+            ]
+            assert f"--{flag}" in meant
+            if len(meant) > 1 and f"--{beginning}" not in meant:
+                with pytest.raises(RequestError, match=f"--{flag}"):
+                    parser._parse_optional(f"--{beginning}")
+                continue
+            found = parser._parse_optional(f"--{beginning}")
+            action = (found[0] if isinstance(found, list) else found)[0]
+            assert f"--{flag}" in action.option_strings, beginning
+            taken += 1
+    assert taken > 50
+
+
+def test_the_beginning_of_a_flag_stands_for_it_on_generate_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = command_parser("generate").parse_args(["--sample_st", "4", "--offl=true"])
+    assert (args.sample_steps, args.offload_model) == (4, True)
+    assert main(["generate", "--sample_s", "4"]) == 2
+    assert "--sample_s may mean --sample_solver, --sample_steps, --sample_sh" in (
+        capsys.readouterr().err
+    )
+    assert main(["replay", "x", "--overwr"]) == 2
+    assert "did you mean --overwrite?" in capsys.readouterr().err
+
+
 def test_two_dashes_are_a_value(capsys: pytest.CaptureFixture[str]) -> None:
     """argparse drops them, and makes an empty list of what is left."""
     assert command_parser("generate").parse_args(["--prompt=--"]).prompt == "--"
