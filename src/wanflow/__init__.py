@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 
-__version__ = "0.1.0"
+__version__ = "0.4.0"  # the one home of the version; CHANGELOG.md has its heading
 
 
 def __getattr__(name: str) -> Any:

@@ -597,6 +597,7 @@ def test_as_text_where_all_is_fine(tmp_path: Path) -> None:
         "auto picks it",
         "_scaled_mm",
         "best settings",
+        "WANFLOW_CKPT_DIR, the default of --ckpt_dir: ",
     ):
         assert words in text, words
     assert "no problem found" in text or "note:" in text

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+import wanflow
 from wanflow.cli import build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -112,3 +114,10 @@ def test_plain_words() -> None:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             found += [f"{name(path)}:{number}: {match[0]}" for match in BANNED.finditer(line)]
     assert not found, "\n" + "\n".join(found)
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[0] == wanflow.__version__ and len(set(headings)) == len(headings)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert "version" in project["project"]["dynamic"] and "version" not in project["project"]

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli.flags import model_path
+from wanflow.cli.flags import CKPT_DIR, model_path
 from wanflow.cli.parser import Parser, file_path
 from wanflow.units import file_size, memory_size
 
@@ -66,6 +66,8 @@ def doctor(args: argparse.Namespace) -> None:
             best = [f"none: the plan failed, {type(error).__name__}: {error}"]
     broken = [problem.text for problem in report.problems if problem.level == "broken"]
     settings = [("", f"  {line}") for line in best]
+    named = os.environ.get(CKPT_DIR)
+    settings.append(("", f"  {CKPT_DIR}, the default of --ckpt_dir: {named or 'not set'}"))
     page = [*lines(report), ("", ""), ("bold", "best settings"), *settings]
     args.output.page(page, **report.as_dict(), advice=best)
     if broken:
