@@ -6,6 +6,7 @@ No other file knows how many pixels a latent pixel covers, or how many latent pi
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from operator import index
 
@@ -115,7 +116,7 @@ def parse_size(value: str | Size, geometry: Geometry = COMMON) -> Size:
         RequestError: for other values, and for sides that the geometry does not take.
     """
     try:
-        parts = value.lower().replace("x", "*").split("*") if isinstance(value, str) else value
+        parts = re.split("[*x\u00d7]", value.lower()) if isinstance(value, str) else value
         width, height = (int(part) if isinstance(part, str) else index(part) for part in parts)
     except (ValueError, TypeError):
         raise RequestError(f"size {shown(value)} is not WIDTH*HEIGHT, such as 1280*720") from None

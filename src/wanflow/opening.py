@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from wanflow.checkpoint.parts import PARTS, Part
 from wanflow.choices import all_resident, choose_device, with_defaults
 from wanflow.config import RequestError
 from wanflow.front import Display, Pipeline, RequestWarning, refuse_unknown
+from wanflow.geometry import geometry_of, parse_size
 from wanflow.loaders.parts import Report
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
@@ -116,20 +118,36 @@ def settle(
     return plan.runtime, plan.reasons if plan.need or processes > 1 else ()
 
 
-def admission(checkpoint: Checkpoint, runtime: Runtime) -> Callable[[CompleteRequest], None] | None:
-    """Return what refuses requests that a small model cannot run here; None for a large one.
+def admission(
+    checkpoint: Checkpoint, runtime: Runtime, planned: Request | None = None
+) -> Callable[[CompleteRequest], None]:
+    """Return what refuses a request that a loaded model cannot run here.
 
-    A large model is planned for its largest request when it is loaded. With its weights in memory,
-    what is free says little.
+    Args:
+        checkpoint: the model's files.
+        runtime: how it was loaded.
+        planned: the largest request that a model which is not tiny was loaded for.
     """
-    if weights_in_float32(checkpoint) > TINY:
-        return None
+    tiny, spec = weights_in_float32(checkpoint) <= TINY, checkpoint.spec
+    size = parse_size((planned and planned.size) or spec.size, geometry_of(spec))
+    frames = (planned and planned.frame_num) or spec.frame_num
 
     def admit(request: CompleteRequest) -> None:
-        if not is_tiny(checkpoint, runtime, request):
-            from wanflow.plan.start import make_plan
+        known = not tiny and request.frame_num <= frames and prod(request.size) <= prod(size)
+        if known or is_tiny(checkpoint, runtime, request):
+            return
+        from wanflow.plan.start import make_plan
 
-            make_plan(checkpoint, runtime, request)
+        try:
+            make_plan(checkpoint, runtime, request, loaded=not tiny)
+        except RequestError as error:
+            if tiny:
+                raise
+            width, height = request.size
+            raise RequestError(
+                f"{error.args[0]}; load the model for it: plan_for=wanflow.Request(prompt,"
+                f" size=({width}, {height}), frame_num={request.frame_num})"
+            ) from None
 
     return admit
 
@@ -184,7 +202,7 @@ def load(
         report = report or display.report
         if info is None:
             settled, _ = settle(checkpoint, runtime, plan_for, force)
-            admit = None if force else admission(checkpoint, settled)
+            admit = None if force else admission(checkpoint, settled, plan_for)
             return assemble(checkpoint, settled, report, admit=admit, display=display)
         settled, _ = ranks.broadcast_from_rank0(
             info, lambda: settle(checkpoint, runtime, plan_for, force, info)

@@ -34,7 +34,7 @@ from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.opening import NANO_FOLDER, load, resolve
+from wanflow.opening import NANO_FOLDER, admission, load, resolve
 from wanflow.plan import measure
 from wanflow.plan.cards import GPUS, Rates, find_card
 from wanflow.plan.estimate import estimate
@@ -528,6 +528,23 @@ def test_what_a_refusal_says_fits_does_fit() -> None:
     assert found is not None
     smaller = of(NANO, size=found[1], frame_num=int(found[2]))
     assert solve(checkpoint, smaller, Runtime(device="cpu"), ONE_GB).fits
+
+
+@pytest.mark.slow
+def test_a_loaded_large_model_refuses_more_than_it_was_planned_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it holds already does not count as taken."""
+    card = described("12gb", ram=32)
+    runtime = plan_for(card, size="832*480").runtime
+    full = replace(card, gpu_free=GB, ram_free=GB)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: full)
+    admit = admission(published(), runtime, Request("x", size="832*480"))
+    admit(of(T2V_A14B, size="832*480", frame_num=17))
+    admit(of(T2V_A14B, size="832*480", frame_num=85))
+    words = r"GPU memory .*plan_for=wanflow.Request\(prompt, size=\(1280, 720\), frame_num=81\)"
+    with pytest.raises(RequestError, match=words):
+        admit(of(T2V_A14B))
 
 
 def test_plain_attention_is_planned_with_its_scores() -> None:

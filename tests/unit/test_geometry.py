@@ -56,7 +56,9 @@ def test_lengths(frames: int, longest: int, nearest: int) -> None:
             COMMON.check_frames(frames)
 
 
-@pytest.mark.parametrize("size", ["1280*720", "1280x720", "1280X720", (1280, 720), [1280, 720]])
+@pytest.mark.parametrize(
+    "size", ["1280*720", "1280x720", "1280X720", "1280\u00d7720", (1280, 720), [1280, 720]]
+)
 def test_sizes_are_read(size: str | tuple[int, int]) -> None:
     assert parse_size(size) == (1280, 720)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from wanflow.assemble import is_tiny
 from wanflow.checkpoint.checkpoint import Checkpoint
@@ -41,16 +42,20 @@ def make_plan(
     force: bool = False,
     report: Callable[[str], object] = str,
     decoding: bool = False,
+    loaded: bool = False,
 ) -> Plan:
     """Plan a request on this machine; one process may plan for all.
 
     With `force`, a plan that cannot run is returned too. `report` is called with what is planned
-    next. `decoding` needs room for the VAE only. The other arguments are as in `set_up`.
+    next. `decoding` needs room for the VAE only. What a `loaded` model holds does not count
+    against it: all memory of the machine is taken for free. The other arguments are as in `set_up`.
 
     Raises:
         RequestError: in three lines: what is needed, what is here, what to do.
     """
     machine = this_machine(checkpoint.folder, ranks_here(processes, per_machine))
+    if loaded:
+        machine = replace(machine, gpu_free=machine.gpu, ram_free=machine.ram)
     if not (force or decoding) and (machine.gpu == 0 or runtime.device == "cpu"):
         refuse_without_gpu(checkpoint, machine)  # before a trace, which takes seconds
     complete = completed(request, checkpoint.spec)
