@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from wanflow.config import RequestError
 from wanflow.files import temporary
 from wanflow.units import file_size
+from wanflow.untrusted import printable
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -120,6 +121,10 @@ class Claims:
 def _claim_of(path: Path) -> Path:
     if path.name in ("", ".."):
         raise RequestError(f"{path} is no name of a new file or folder; give one")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # the library of safetensors could not read a state back
+        raise RequestError(f"{printable(path)} is no UTF-8 name; choose another") from None
     path = Path(os.path.abspath(path))
     return path.with_name(path.name + CLAIM)
 
@@ -148,8 +153,8 @@ def _holder(name: Path) -> str:
 
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the disk that holds `path`, or will hold it."""
-    place = path.resolve()
-    while not place.exists():
+    place = path.absolute()
+    while not os.path.exists(place):  # also false for a name that is too long
         place = place.parent
     return shutil.disk_usage(place).free
 

@@ -549,6 +549,7 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         ("dangling.mp4", "exists"),
         ("/proc/a.mp4", "cannot write /proc/a.mp4"),
         ("~nosuchuser/a.mp4", "not a usable path"),
+        ("\udcff.mp4", "no UTF-8 name"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_first_step(

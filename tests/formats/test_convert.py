@@ -720,6 +720,8 @@ def test_a_target_without_a_name_is_refused(
     for place in (".", "..", ""):
         again = partial(run, exact, Path(place), "bf16", overwrite=True)
         assert "no name of a new" in refusal(again)
+    for name in ("x" * 999, "x" * 250):
+        assert "too long" in refusal(lambda name=name: run(exact, tmp_path / name, "bf16"))
     assert [path.name for path in tmp_path.rglob("*")] == ["a"]
 
 

@@ -197,7 +197,7 @@ def continuing(args: argparse.Namespace, run: Run, file: Path, target: Path | No
             and not action.dest.startswith(("use_prompt", "prompt_"))
         ):
             words += [action.option_strings[0], *(() if action.nargs == 0 else _texts(value))]
-    return shlex.join([*_launcher(args), *words])
+    return shlex.join([*launcher(args), *words])
 
 
 def _path(path: Path) -> str:
@@ -210,7 +210,7 @@ def _texts(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def _launcher(args: argparse.Namespace) -> list[str]:
+def launcher(args: argparse.Namespace) -> list[str]:
     """Return what starts the command: torchrun where torchrun has started this one."""
     if getattr(args, "gpus", None) is not None or "TORCHELASTIC_RUN_ID" not in os.environ:
         return ["wanflow"]

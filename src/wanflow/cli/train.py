@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from wanflow.cli.flags import config_flag
+from wanflow.cli.keeping import launcher
 from wanflow.cli.parser import Parser, file_path
-from wanflow.cli.running import world_size
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 
@@ -164,15 +164,10 @@ def train(args: argparse.Namespace) -> None:
             (_train_nano if args.data is None else _finetune)(args, stop)
         except KeyboardInterrupt:
             if args.output.rank == 0:
-                command = shlex.join(["wanflow", *args.argv])
+                command = shlex.join([*launcher(args), *args.argv])
                 args.output.document["resume"] = command
-                args.output.alert(f"go on with: {command}{_under_torchrun()}")
+                args.output.alert(f"go on with: {command}")
             raise
-
-
-def _under_torchrun() -> str:
-    size = world_size()
-    return f" (under torchrun, as before: {size} processes)" if size > 1 else ""
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -168,9 +168,9 @@ def refuse_taken(model: Checkpoint, out: Path, overwrite: bool) -> None:
         source = file.resolve()
         if real == source or real in source.parents or (source.is_dir() and source in real.parents):
             raise RequestError(f"{out} and the source {file} overlap; name another place")
-    if out.is_file() and single_kind(model) is None:
+    if os.path.isfile(out) and single_kind(model) is None:
         raise RequestError(f"{out} is a file, and the result is not; name another place")
-    if out.is_dir() and single_kind(model) is not None:
+    if os.path.isdir(out) and single_kind(model) is not None:
         raise RequestError(f"{out} is a folder, and the result is not; name another place")
     refuse_folder(out, overwrite)
 

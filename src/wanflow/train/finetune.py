@@ -153,7 +153,7 @@ def finetune(
     with Claims() as claims:
         if rank == 0:
             check_outputs(checkpoint, settings)
-            into = settings.method == "lora" and settings.out.is_dir()  # next to other files
+            into = settings.method == "lora" and os.path.isdir(settings.out)  # next to other files
             for path in (*(_outputs(settings) if into else [settings.out]), settings.work):
                 claims.take(path)
         replaced = {path for path in _outputs(settings) if os.path.lexists(path)}
@@ -265,7 +265,7 @@ def check_outputs(checkpoint: Checkpoint, settings: FineTune) -> None:
     for path in _outputs(settings):
         if os.path.lexists(path) and not settings.overwrite:
             raise RequestError(f"{path} exists; name another --out, or give --overwrite")
-        if out.is_dir():
+        if os.path.isdir(out):
             check_target(path, overwrite=True)
 
 
