@@ -13,6 +13,7 @@ from helpers.common import PROMPT
 from wanflow.cli import _parse, main
 from wanflow.cli.flags import request_from, runtime_from
 from wanflow.clipfiles import read_recipe
+from wanflow.config import RequestError
 
 SHORT = ["--sample_steps", "2", "--frame_num", "5", "--device", "cpu"]
 
@@ -187,7 +188,9 @@ def test_flags_override_a_recipe(made: dict[str, Any], capsys: pytest.CaptureFix
 def test_a_recipe_without_flags_names_its_weights(made: dict[str, Any]) -> None:
     made["model"] |= {"name": "x", "folder": "/their/weights", "parts": {"vae": "/their/vae"}}
     write(json.dumps(made), "r.json")
-    args = _parse(["generate", "--recipe", "r.json"])
+    with pytest.raises(RequestError, match="vae /their/vae"):
+        _parse(["generate", "--recipe", "r.json"])
+    args = _parse(["generate", "--recipe", "r.json", "--trust_paths"])
     assert (args.ckpt_dir, args.vae) == ("/their/weights", Path("/their/vae"))
     args = _parse(["generate", "--recipe", "r.json", "--ckpt_dir", "mine"])
     assert (args.ckpt_dir, args.vae) == ("mine", None)

@@ -26,7 +26,7 @@ OWN = {
     *("-h", "--help", "--help-all", "--json", "--quiet", "--verbose"),
     *("--ckpt_dir", "--high", "--low", "--t5", "--vae", "--tokenizer"),
     *("--save_file", "--overwrite", "--contact_sheet", "--resume", "--force"),
-    *("--config", "--recipe"),
+    *("--config", "--recipe", "--lora_dir", "--trust_paths"),
     *("--gpus", "--timeout", "--parallel", "--preset", "--sample_guide_scale"),
     *("--task", "--t5_fsdp", "--convert_model_dtype", "--use_prompt_extend"),
     *("--prompt_extend_method", "--prompt_extend_model", "--prompt_extend_target_lang"),

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanflow.cli.checks import exists
 from wanflow.cli.flags import CKPT_DIR, PARTS, given_parts
 from wanflow.cli.parser import Parser, did_you_mean, flag_default, yes_or_no
+from wanflow.cli.trust import is_embedded, with_trusted_paths
 from wanflow.config import RequestError
 from wanflow.presets import SETTINGS
 from wanflow.request import Request
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Parsers = Mapping[str, Callable[[], Parser]]
 CONFIG_BYTES = 1 << 16
 DIGITS = 30  # of a number in a config file
-ASSETS = Path(__file__).parents[1] / "assets"
-ALONE = ("help", "help-all", "config", "recipe", "resume")  # belong on a command line
+# They belong on a command line.
+ALONE = ("help", "help-all", "config", "recipe", "resume", "trust_paths")
 CHOSEN_HERE = ("device", "attention")  # of a recipe: another machine may lack its own
 LAYOUT = ("cfg_parallel", "ring_size", "ulysses_size")
 # A flag that decides what others decide too: where it is given, their base does not count.
@@ -72,6 +72,9 @@ def fill_in(args: argparse.Namespace, parser: Parser, words: list[str], parsers:
         base.setdefault("ckpt_dir", os.environ[CKPT_DIR])
     if recipe is not None:
         args.base = read_recipe(user_path(recipe))
+        args.lora_dir = args.lora_dir or base.get("lora_dir")
+        own = "ckpt_dir" in given or "ckpt_dir" in base or bool(given_parts(args))
+        args.base = with_trusted_paths(args, args.base, recipe, not own, "lora" not in decided)
         base |= _settings(args.base)
     for name, value in base.items():
         if name not in decided:
@@ -204,7 +207,7 @@ def read_recipe(path: Path) -> Recipe:
     if path.name.endswith(".safetensors"):
         from wanflow.pipeline import Run
 
-        return Run.load(path).recipe
+        return Run.header(path)[0]
     if path.suffix.lower() == ".json":
         value = read_json(path)
         # The document of `--json` holds the recipe among other things.
@@ -234,8 +237,7 @@ def _name_weights(args: argparse.Namespace, recipe: Recipe) -> None:
     model = recipe.model
     if given_parts(args):
         return
-    folder = user_path(model.folder)
-    if model.name == "nano" and (not exists(folder) or folder == ASSETS / "nano"):
+    if is_embedded(model):
         args.ckpt_dir = "nano"
     elif args.ckpt_dir is None:
         args.ckpt_dir = model.folder

@@ -136,7 +136,7 @@ def again_flags(p: Parser) -> None:
         metavar="FILE",
         help="the video to write: .mp4, .webm, .mkv, .gif, .apng, .png",
     )
-    run.add_argument("--ckpt_dir", metavar="DIR", help="the weights (default: the recipe's folder)")
+    run.add_argument("--ckpt_dir", metavar="DIR", help="the weights, in place of the recipe's")
     run.add_argument("--force", action="store_true", help="accept other weights or a small machine")
     run_flags(run, groups["parallel"])
     add_settings(Runtime, groups, fixed=False)
@@ -153,8 +153,26 @@ def config_flag(group: argparse._ActionsContainer) -> None:
     )
 
 
+def trust_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags that say which of the files that a recipe names are read."""
+    group.add_argument(
+        "--lora_dir",
+        type=file_path,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="folders of LoRAs that a recipe or a saved run may read",
+    )
+    group.add_argument(
+        "--trust_paths",
+        action="store_true",
+        help="read every file that a recipe or a saved run names",
+    )
+
+
 def run_flags(run: argparse._ActionsContainer, several: argparse._ActionsContainer) -> None:
     """Add the flags of every command that makes a video."""
+    trust_flags(run)
     run.add_argument("--overwrite", action="store_true", help="replace an existing file")
     run.add_argument(
         "--contact_sheet", action="store_true", help="also write a PNG that shows the frames"

@@ -24,6 +24,7 @@ from wanflow.cli.flags import (
 from wanflow.cli.keeping import STATE_SUFFIX, continuing, refuse_another, state_of
 from wanflow.cli.parser import Parser, file_path, settings_from
 from wanflow.cli.running import check_target_name, run_and_save, world_size
+from wanflow.cli.trust import is_embedded, with_trusted_paths
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 from wanflow.request import Request
@@ -120,9 +121,11 @@ def _saved_job(args: argparse.Namespace, file: Path) -> Job:
             raise RequestError(f"{steps}: its latent is finished; decode it with: {command}")
         _refuse_changes(args, run.recipe)
     target = file.with_name(file.name.removesuffix(STATE_SUFFIX) + ".mp4")
-    job = _recorded_job(args, run.recipe, target)
+    recipe = with_trusted_paths(args, run.recipe, file, args.ckpt_dir is None)
+    job = _recorded_job(args, recipe, target)
     # Its noise is drawn already, so a machine without that device can go on.
-    return replace(job, run=run, runtime=replace(job.runtime, noise_device="cpu"))
+    runtime = replace(job.runtime, noise_device="cpu")
+    return replace(job, run=replace(run, recipe=recipe), runtime=runtime)
 
 
 def _replay_job(args: argparse.Namespace) -> Job:
@@ -130,6 +133,7 @@ def _replay_job(args: argparse.Namespace) -> Job:
     from wanflow.recipe import Recipe
 
     recipe = Recipe.from_json(read_recipe(args.video), args.video)
+    recipe = with_trusted_paths(args, recipe, args.video, args.ckpt_dir is None)
     target = args.video.with_name(f"{args.video.stem}_replay{args.video.suffix}")
     return _recorded_job(args, recipe, target)
 
@@ -156,8 +160,7 @@ def _recorded_job(args: argparse.Namespace, recipe: Recipe, target: Path) -> Job
         free["vae_tile"] = None  # several ranks decode in strips
     model, parts = args.ckpt_dir, given_parts(args)
     if model is None:
-        here = recipe.model.name != "nano" or Path(recipe.model.folder).is_dir()
-        model = recipe.model.folder if here else "nano"
+        model = "nano" if is_embedded(recipe.model) else recipe.model.folder
         recorded: dict[Any, str] = recipe.model.parts
         parts = parts or {part: Path(path) for part, path in recorded.items()}
     request = Request(**asdict(recipe.request))

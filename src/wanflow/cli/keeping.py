@@ -187,6 +187,9 @@ def continuing(args: argparse.Namespace, run: Run, file: Path, target: Path | No
         generate_flags(parser)
     if target is not None:
         words += ["--save_file", _path(target)]
+    begun = getattr(args, "resume", ...) is None and not args.trust_paths
+    if run.request.lora and begun:
+        words.append("--trust_paths")  # flags of the command that began it named these files
     decided = {one.flags[0] for one in settings_of(Request).values() if one.flags}
     decided |= {one.flags[0] for one in settings_of(Runtime).values() if one.fixed}
     for action in parser._actions:
