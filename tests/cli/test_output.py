@@ -168,3 +168,17 @@ def test_a_script_of_completions_is_a_document_too(capsys: pytest.CaptureFixture
     pytest.importorskip("shtab")
     assert main(["completion", "bash", "--json"]) == 0
     assert "complete " in json.loads(capsys.readouterr().out)["script"]
+
+
+@pytest.mark.parametrize(("flag", "shown"), [("--json", True), ("--quiet", False)])
+def test_warnings_of_libraries_are_log_lines(flag: str, shown: bool) -> None:
+    """In a process of its own: pytest takes the log and the warnings of this one."""
+    code = (
+        "import warnings, wanflow.cli as cli\n"
+        "cli._module = lambda name: warnings.warn('a library warns') or cli.import_module(\n"
+        "    f'wanflow.cli.{cli.COMMANDS[name].module}')\n"
+        f"cli.entry(['download', '--list', {flag!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert any("a library warns" in line["text"] for line in lines) is shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -320,4 +321,6 @@ def entry(argv: list[str] | None = None) -> NoReturn:
     # Threads that wait for each other spin, which costs a busy machine many times their work. The
     # library of threads reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    exit_with(main(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    logging.captureWarnings(not {"--json", "--quiet"}.isdisjoint(argv))  # they become log lines
+    exit_with(main(argv))
