@@ -147,11 +147,17 @@ class Pipeline(api.Pipeline):
                     raise
         return videos if many else videos[0]
 
+    def begin(self, request: Request) -> Run:
+        """Complete a request and draw its noise: a run at step 0. Reads no weights."""
+        _refuse_other("begin", request, Request)
+        return super().begin(request)
+
     def resume(self, run: Run, on_step: OnStep | None = None) -> Run:
         """Denoise a run from its state to its end; see `wanflow.pipeline.denoise`.
 
         Several processes continue the first one's state, and its `on_step` decides for all.
         """
+        _refuse_other("resume", run, Run)
         _refuse_no_function(on_step)
         with self._turn():
             return super().resume(run, on_step and self._turn.watched(on_step))
@@ -161,6 +167,7 @@ class Pipeline(api.Pipeline):
 
         Of several processes the first one gets the frames; each must go through to the end.
         """
+        _refuse_other("frames", run, Run)
         chunks = super().frames(run, on_part)
         while True:
             with self._turn():  # not while the caller uses a chunk
@@ -168,6 +175,13 @@ class Pipeline(api.Pipeline):
             if chunk is None:
                 return
             yield chunk
+
+    def finish(self, run: Run, on_part: OnPart | None = None) -> Video:
+        """Decode a finished run. Of several processes the first one gets a video with frames."""
+        _refuse_other("finish", run, Run)
+        video = super().finish(run, on_part)
+        assert isinstance(video, Video)
+        return video
 
     def _notes(self, request: Request) -> Iterable[str]:
         """Check a request before the first of all is made; return what to know about it."""
@@ -178,9 +192,7 @@ class Pipeline(api.Pipeline):
         run = self.begin(request)
         with self._display.showing(run, progress) as (watch, on_part):
             run = self.resume(run, _both(on_step, watch))
-            video = self.finish(run, on_part)
-        assert isinstance(video, Video)
-        return video
+            return self.finish(run, on_part)
 
 
 class Turn:
@@ -332,6 +344,11 @@ def refuse_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> Non
         hint = ELSEWHERE.get(name) or (near[0] if near else "")
         also = f"did you mean {hint}?" if hint else f"it knows {', '.join(sorted(known))}"
         raise RequestError(f"{what} does not know {shown(name)[1:-1]}; {also}")
+
+
+def _refuse_other(call: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise RequestError(f"{call} takes a wanflow.{kind.__name__} (got {shown(value)})")
 
 
 def _refuse_no_function(on_step: object) -> None:

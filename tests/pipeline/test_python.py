@@ -153,6 +153,17 @@ def test_what_no_video_can_be_made_of_is_refused_in_words(
     assert "\n" not in str(refused.value) and "--" not in str(refused.value)
 
 
+def test_runs_and_requests_are_not_mixed_up(nano: Pipeline) -> None:
+    for call, words in (
+        (nano.begin, "begin takes a wanflow.Request"),
+        (nano.resume, "resume takes a wanflow.Run"),
+        (nano.finish, "finish takes a wanflow.Run"),
+        (lambda value: list(nano.frames(value)), "frames takes a wanflow.Run"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            call("a red circle")
+
+
 def test_a_list_is_checked_before_its_first_video(nano: Pipeline) -> None:
     steps: list[wanflow.Progress] = []
     with pytest.raises(RequestError, match="prompt is empty"):
