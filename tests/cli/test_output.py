@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ from helpers.common import PROMPT
 
 from wanflow.cli import main
 from wanflow.cli.inspect import _whole
-from wanflow.cli.output import Output
+from wanflow.cli.output import Output, _LogLines
 from wanflow.hardware import peak_memory
 from wanflow.screen import Screen
 
@@ -99,17 +100,21 @@ def test_the_document_of_a_stopped_run_tells_how_to_go_on(
     assert stopped["seconds"] > 0 and stopped["seconds_per_step"] > 0
 
 
-def test_verbose_names_times_and_kernels() -> None:
-    """In a process of its own: pytest takes the log of this one."""
-    done = subprocess.run(
-        [sys.executable, "-m", "wanflow", *MAKE, "a.mp4", "--verbose"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "a.mp4\n"
-    for words in ("reading VAE took ", "attention kernel ", "vae from ", "saved a.mp4"):
-        assert words in done.stderr, words
+def test_verbose_names_times_and_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    assert main([*MAKE, "a.mp4", "--verbose"]) == 0
+    for words in ("reading VAE took ", "attention kernel ", "vae from "):
+        assert any(words in message for message in caplog.messages), words
+    caplog.clear()
+    assert main([*MAKE, "b.mp4"]) == 0
+    assert not [record for record in caplog.records if record.levelname == "DEBUG"]
+
+
+def test_the_log_is_lines_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("wanflow", logging.WARNING, "", 0, "a\x1b[31m\nb", None, None)
+    _LogLines(Output()).emit(record)
+    assert capsys.readouterr() == ("", "wanflow: a\ufffd[31m\ufffdb\n")
+    _LogLines(Output(json=True)).emit(record)
+    assert events(capsys.readouterr().err) == [{"event": "warning", "text": "a\x1b[31m\nb"}]
 
 
 def test_what_a_library_prints_stays_off_standard_output(
