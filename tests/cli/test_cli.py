@@ -579,6 +579,25 @@ def test_a_contact_sheet_that_exists_is_refused_or_replaced(
     assert read_frames(sheet)[0].shape[0] == 1
 
 
+def test_a_sheet_that_appears_meanwhile_is_kept_and_so_is_the_video(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanflow.media import VideoWriter
+
+    finish = VideoWriter._finish
+
+    def late(self: VideoWriter) -> None:
+        Path("a_sheet.png").write_bytes(b"mine")
+        finish(self)
+
+    monkeypatch.setattr(VideoWriter, "_finish", late)
+    assert main([*MAKE, "--save_file", "a.mp4", "--contact_sheet", "--overwrite"]) == 2
+    said = capsys.readouterr().err
+    assert "saved a.mp4" in said and "a_sheet.png exists" in said
+    assert Path("a_sheet.png").read_bytes() == b"mine"
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["a.mp4", "a_sheet.png"]
+
+
 def test_a_name_that_another_run_is_making_is_refused(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

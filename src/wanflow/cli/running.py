@@ -76,13 +76,15 @@ def run_and_save(
         raise
     args.watchdog.on_abort = args.claims.close
     keeper.remove(getattr(args, "resume", None))
-    if outputs.sheet is not None:
-        from wanflow.clipfiles import contact_sheet, read_frames
+    try:
+        if outputs.sheet is not None:
+            from wanflow.clipfiles import contact_sheet, read_frames
 
-        contact_sheet(read_frames(target)[0], outputs.sheet, overwrite=args.overwrite)
-        args.output.document["contact_sheet"] = str(outputs.sheet)
-        screen.say(f"frames {outputs.sheet}")
-    args.output.result(target, screen, recipe=run.recipe.to_json(), seed=run.request.seed)
+            contact_sheet(read_frames(target)[0], outputs.sheet, overwrite=outputs.replaces)
+            args.output.document["contact_sheet"] = str(outputs.sheet)
+            screen.say(f"frames {outputs.sheet}")
+    finally:  # the video is there, whatever becomes of its sheet
+        args.output.result(target, screen, recipe=run.recipe.to_json(), seed=run.request.seed)
 
 
 def _abort(keeper: StateKeeper, outputs: Outputs, args: argparse.Namespace) -> bool:
@@ -99,11 +101,15 @@ def _abort(keeper: StateKeeper, outputs: Outputs, args: argparse.Namespace) -> b
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files that a run writes; all are claimed. sheet: only where it is asked for."""
+    """The files that a run writes; all are claimed.
+
+    sheet: only where it is asked for. replaces: whether one is there that may be replaced.
+    """
 
     video: Path
     state: Path
     sheet: Path | None
+    replaces: bool
 
 
 def claim_outputs(run: Run, target: Path | None, args: argparse.Namespace) -> Outputs:
@@ -135,7 +141,8 @@ def claim_outputs(run: Run, target: Path | None, args: argparse.Namespace) -> Ou
         args.claims.take(path)
     # A solver holds up to four tensors of the latent's size.
     refuse_without_room(state, 4 * run.state.x.nbytes, "the state of the run")
-    return Outputs(video, state, sheet if args.contact_sheet else None)
+    replaces = args.overwrite and sheet.exists()  # what is there now, and nothing that comes
+    return Outputs(video, state, sheet if args.contact_sheet else None, replaces)
 
 
 def _derived(target: Path) -> tuple[Path, Path, Path]:
