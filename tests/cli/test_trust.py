@@ -139,3 +139,38 @@ def test_the_printed_command_goes_on_with_a_run_of_ones_own(
     assert f"lora {lora}" in refused(capsys, "generate", "--resume", state)
     assert main(command) == 0
     assert Path("a.png").read_bytes() == Path("whole.png").read_bytes()
+
+
+def test_inspect_shows_how_a_file_was_made(
+    in_tmp: Path, nano: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = nano.generate("a red circle", seed=5, size="64*64", frame_num=5, sample_steps=2)
+    for name in ("a.mp4", "a.webm", "a.mkv", "a.gif", "a.apng", "frames"):
+        video.save(name)
+        assert main(["inspect", name]) == 0
+        told = capsys.readouterr().out
+        assert all(
+            word in told
+            for word in ("a red circle", "64*64, 5 frames", "2, unipc", f"wanflow replay {name}\n")
+        ), told
+    assert main(["inspect", "a.mp4", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["recipe"] == json.loads(json.dumps(video.recipe)) and document["files"] == []
+
+    run = nano.begin(wanflow.Request("a red circle", size="64*64", frame_num=1, sample_steps=2))
+    run.save("x.latent.safetensors")
+    assert main(["inspect", "x.latent.safetensors"]) == 0
+    told = capsys.readouterr().out
+    assert "step 0 of 2" in told and "wanflow generate --resume x.latent.safetensors" in told
+    nano.resume(run).save("x.latent.safetensors")
+    assert main(["inspect", "x.latent.safetensors", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["step"], document["finished"]) == (2, True)
+    assert document["command"] == "wanflow decode x.latent.safetensors"
+
+    stranger = picture(in_tmp / "s.png", request={"lora": ["/x/\x1b[2J.safetensors@1.0"]})
+    assert main(["inspect", str(stranger)]) == 0
+    told = capsys.readouterr().out
+    assert "\x1b" not in told and "--trust_paths" in told and "/x/" in told
+    save_picture(in_tmp / "plain.png", np.zeros((16, 16, 3), np.uint8), {})
+    assert "no wanflow recipe" in refused(capsys, "inspect", "plain.png")

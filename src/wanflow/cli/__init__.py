@@ -60,7 +60,7 @@ COMMANDS = {
     ),
     "inspect": Command(
         "inspect",
-        "show what a model, a weights file or a LoRA holds",
+        "show what a model, a weights file, a LoRA, a video or a saved run holds",
         "wanflow inspect T2V_A14B_weights",
         page=True,
     ),

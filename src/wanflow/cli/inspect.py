@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import model_path
+from wanflow.cli.made import is_made, show_made
 from wanflow.cli.parser import Parser
 from wanflow.config import RequestError
 from wanflow.screen import show_lines, show_table
@@ -35,7 +36,8 @@ def inspect_flags(p: Parser) -> None:
     p.add_argument(
         "path",
         metavar="PATH",
-        help="a folder in any layout, a file, nano, or a repository in Hugging Face's cache",
+        help="a folder in any layout, a file, nano, a repository in Hugging Face's cache, a video,"
+        " a picture or a saved run",
     )
     p.add_argument("--hash", action="store_true", help="compute the sha256 of every file")
     p.add_argument(
@@ -49,13 +51,19 @@ def inspect_flags(p: Parser) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print what a path holds; raise BadValuesError after `--check` if values are damaged."""
+    """Print what a path holds, or how it was made.
+
+    Raises:
+        BadValuesError: after `--check`, if values are damaged.
+    """
     from wanflow.checkpoint.values import BadValuesError, Finding, check_values
     from wanflow.inspect import inspect as look
 
     path, values = model_path(args.path), list[Finding]()
     if args.words:
         return _show_words(args, path)
+    if is_made(path):
+        return show_made(args, path)
     with args.output.screen() as screen:
         found = look(path, on_file=partial(_count_files, screen))
         if args.hash:
