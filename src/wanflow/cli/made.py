@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from wanflow.cli.trust import named_files
 from wanflow.recipe import Recipe
@@ -47,7 +48,7 @@ def show_made(args: argparse.Namespace, path: Path) -> None:
 
         recipe = Recipe.from_json(read_recipe(path), path)
     command, files = _command(path, recipe, step), named_files(recipe)
-    document = {
+    document: dict[str, Any] = {
         "path": str(path),
         "kind": "video" if step is None else "saved run",
         "recipe": recipe.to_json(),
