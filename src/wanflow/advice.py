@@ -10,6 +10,7 @@ import re
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.nano_words import cannot_draw, knows_this_world
 from wanflow.request import CompleteRequest
+from wanflow.untrusted import printable
 
 
 def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:
@@ -34,8 +35,9 @@ def advice(request: CompleteRequest, checkpoint: Checkpoint) -> list[str]:
     words = re.findall(r"[^\W_]+", request.prompt.lower())
     unknown = [word for word in dict.fromkeys(words) if word not in checkpoint.vocabulary]
     if unknown and not request.lora:  # which may teach it more words
+        listed = printable(", ".join(unknown[:8]))
         notes.append(
-            f"{spec.name} does not know {', '.join(unknown[:8])}: it draws one shape (circle,"
+            f"{spec.name} does not know {listed}: it draws one shape (circle,"
             " square, triangle, star, cross), its colour, size and motion, and the background's"
             " colour"
         )

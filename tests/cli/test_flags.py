@@ -268,6 +268,7 @@ WITHOUT_TORCH = [
     *(NANO + "--recipe /nowhere", NANO + "--recipe there.json"),
     *("generate --resume /nowhere", "replay /nowhere", "replay .", "decode /nowhere"),
     *("inspect /nowhere", "convert /nowhere x --to fp8", "convert nano x --to fp9"),
+    "convert nano there.mp4 --to fp8",
     *("train", "train --data /nowhere --ckpt_dir nano --out x", "train --evaluate /nowhere"),
     *("plan --size 33*33", "plan --gpu potato", "doctor --x", "download --variant x"),
     *("completion tcsh", "--help", "--version", "generate --help", "plan --help-all"),

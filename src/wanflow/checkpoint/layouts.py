@@ -15,7 +15,16 @@ from typing import Any
 
 from wanflow.checkpoint.containers import TensorSource, read_json, weight_files
 from wanflow.checkpoint.infer_config import BY_TYPE, ONLY, refuse_relatives
-from wanflow.checkpoint.parts import EXPERTS, FLAGS, PARTS, WEIGHTS, WORDS, Part, expert_in_name
+from wanflow.checkpoint.parts import (
+    ENDINGS,
+    EXPERTS,
+    FLAGS,
+    PARTS,
+    WEIGHTS,
+    WORDS,
+    Part,
+    expert_in_name,
+)
 from wanflow.checkpoint.source import describe, is_lora, kinds_in, official
 from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B, Expert
@@ -36,7 +45,6 @@ TOKENIZERS = (
 DIT_FIELDS = {"num_attention_heads": "num_heads", "eps": "eps"}
 T5_FIELDS = {"relative_attention_max_distance": "max_dist", "layer_norm_epsilon": "eps"}
 VAE_FIELDS = {"latents_mean": "latent_mean", "latents_std": "latent_std"}
-ENDINGS = {".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin"}
 DEPTH, MANY = 4, 400  # of folders that are searched for loose files; files of one model at most
 
 

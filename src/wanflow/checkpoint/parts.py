@@ -20,6 +20,7 @@ WORDS: dict[Part, str] = {
     "vae": "the VAE",
     "tokenizer": "the tokenizer",
 }
+ENDINGS = {".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin"}  # of files of weights
 FLAGS = ", ".join(f"--{part}" for part in WEIGHTS)
 
 

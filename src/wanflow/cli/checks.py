@@ -47,7 +47,7 @@ def check(args: argparse.Namespace) -> None:
         "decode": lambda args: check_state(args.latent),
         "plan": _planned,
         "inspect": lambda args: _model(args.path, to_load=False),
-        "convert": lambda args: _model(args.source),
+        "convert": _converted,
         "train": _train,
     }
     if args.command in checks:
@@ -75,6 +75,13 @@ def _planned(args: argparse.Namespace) -> None:
     _check_request(replace(request_from(args), prompt="any"))
     _check_runtime(runtime_from(args))
     _weights(args)
+
+
+def _converted(args: argparse.Namespace) -> None:
+    from wanflow.convert.taken import refuse_folder
+
+    _model(args.source)
+    refuse_folder(args.target, args.overwrite)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -184,7 +191,7 @@ def machine_lines(folder: str | None) -> list[str]:
     from wanflow.plan.needed import WHERE_ELSE, enough_for_full_size, needed_words
 
     path = user_path(folder)
-    lines = [] if path.is_dir() else [f"  weights: there is no folder {folder}"]
+    lines = [] if path.is_dir() else [f"  weights: there is no folder {printable(folder)}"]
     machine = this_machine(path.absolute(), ask_torch=False)
     if not enough_for_full_size(machine):
         lines += [f"  {needed_words()}", f"  here: {machine.words()}", f"  do: {WHERE_ELSE}"]

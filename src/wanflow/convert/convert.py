@@ -15,19 +15,17 @@ from pathlib import Path
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from wanflow.checkpoint.containers import Report, reading, weight_files
 from wanflow.checkpoint.infer_config import config_of, refuse_relatives
-from wanflow.checkpoint.layouts import ENDINGS, FOLDERS
+from wanflow.checkpoint.layouts import FOLDERS
 from wanflow.checkpoint.parts import PARTS, Part, kind_of
 from wanflow.checkpoint.source import is_lora, kinds_in, official, open_source
 from wanflow.checkpoint.structure import check, module_of
 from wanflow.config import RequestError
 from wanflow.convert.formats import Options
+from wanflow.convert.taken import refuse_folder
 from wanflow.convert.targets import SINGLE, Plan, plan, single_kind, source_paths
 from wanflow.files import atomic_path, remove
 from wanflow.outputs import Claims, leftovers, refuse_without_room
 from wanflow.presets import T2V_A14B
-
-# File endings in a folder that --overwrite may replace; any other shows that it is no model's.
-REPLACEABLE = {*ENDINGS, ".json", ".model", ".md", ".txt", ".part", ""}
 
 
 def open_model(path: Path, given: Mapping[Part, Path]) -> Checkpoint:
@@ -173,17 +171,3 @@ def refuse_taken(model: Checkpoint, out: Path, overwrite: bool) -> None:
     if os.path.isdir(out) and single_kind(model) is not None:
         raise RequestError(f"{out} is a folder, and the result is not; name another place")
     refuse_folder(out, overwrite)
-
-
-def refuse_folder(out: Path, overwrite: bool) -> None:
-    """Raise a RequestError for a place that is taken, or holds more than a model."""
-    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise RequestError(f"{out} exists; name another place, or give --overwrite")
-    for file in out.rglob("*") if out.is_dir() else ():
-        if file.is_file() and file.suffix not in REPLACEABLE:
-            raise RequestError(
-                f"{out} holds {file.relative_to(out)}, so it is more than a model, and --overwrite"
-                " does not replace it; name another place"
-            )

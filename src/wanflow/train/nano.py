@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from wanflow.assemble import make_engine
 from wanflow.config import RequestError
 from wanflow.convert.configs import as_json, official, tokenizer_config
-from wanflow.convert.convert import refuse_folder
+from wanflow.convert.taken import refuse_folder
 from wanflow.files import atomic_path
 from wanflow.front import Pipeline
 from wanflow.models.dit import WanDiT
