@@ -22,7 +22,6 @@ from wanflow.checkpoint.infer_config import config_of, relative
 from wanflow.checkpoint.key_maps import Kind, detect, strip
 from wanflow.checkpoint.layouts import (
     DIFFUSERS,
-    ENDINGS,
     FOLDERS,
     TOKENIZERS,
     config_beside,
@@ -31,7 +30,7 @@ from wanflow.checkpoint.layouts import (
     which_expert,
 )
 from wanflow.checkpoint.ledger import LEDGER, Ledger
-from wanflow.checkpoint.parts import EXPERTS, WORDS, Part
+from wanflow.checkpoint.parts import ENDINGS, EXPERTS, WORDS, Part
 from wanflow.checkpoint.published import known_sha256, published_as
 from wanflow.checkpoint.source import (
     OfficialSource,
