@@ -306,7 +306,7 @@ def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> N
         "--frame_num",
         "33",
         "--sample_steps",
-        "40",
+        "120",  # so that the first line of progress comes before the last step
         "--prompt",
         PROMPT,
         "--seed",
