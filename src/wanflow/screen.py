@@ -6,6 +6,7 @@ import atexit
 import json
 import logging
 import os
+import re
 import sys
 import textwrap
 import time
@@ -120,7 +121,7 @@ def _folded(text: str, width: int | None) -> list[str]:
         text: one line.
         width: of the terminal; None is none, and breaks nothing.
     """
-    if width is None or len(text) <= width or "wanflow " in text.removeprefix("wanflow: "):
+    if width is None or len(text) <= width or re.search(r"wanflow [a-z]", text):
         return [text]
     indent = " " * (len(text) - len(text.lstrip()) + 2)
     return textwrap.wrap(
