@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from wanflow.untrusted import printable
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 DESCRIPTION = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # besides WORLD_SIZE
 JOIN_S = 60.0  # for a rank to reach the store, and for all ranks to be there
+TRY_S = 0.2  # between two tries
 MARGIN_S = 5.0  # by which torch may be late to its own time-out
 STORE_TIMEOUT_S = 300.0  # for an answer of the store
 T = TypeVar("T")
@@ -72,8 +74,9 @@ def connect_store(join_s: float = JOIN_S) -> Watchdog | None:
     def connect() -> None:
         limit, hosts = timedelta(seconds=join_s), rank0_hosts and rank == 0
         try:
+            _reach(address, port, join_s, hosts)  # torch prints its stack where it cannot
             found.append(TCPStore(address, port, world_size, hosts, limit, **options))
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
             found.append(RuntimeError(str(error)))
 
     # A server of another program that never answers holds the constructor for ever.
@@ -90,6 +93,27 @@ def connect_store(join_s: float = JOIN_S) -> Watchdog | None:
         )
     store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
     return Watchdog(_own_keys(store), rank, world_size, rank0_hosts, join_s)
+
+
+def _reach(address: str, port: int, seconds: float, hosts: bool) -> None:
+    """Wait until a server takes connections; for the rank that hosts it, until the name is known.
+
+    Raises:
+        OSError, ValueError: that of the last try.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if hosts:
+                socket.getaddrinfo(address, port)
+            else:
+                left = max(0.1, end - time.monotonic())
+                socket.create_connection((address, port), left).close()
+            return
+        except (OSError, ValueError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(TRY_S)
 
 
 def host_store() -> tuple[Store, int]:
