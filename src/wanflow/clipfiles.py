@@ -5,8 +5,9 @@ The files are from strangers; what writes ours is in `media`. Frames are uint8 [
 
 from __future__ import annotations
 
-import json
 import math
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,17 @@ from av.video.stream import VideoStream
 
 from wanflow.config import RequestError
 from wanflow.media import EXACT, RECIPE_KEY, Frames, save_picture
-from wanflow.untrusted import read_bytes
+from wanflow.untrusted import open_regular, parse_json, printable, read_bytes
 
 # Formats that are read. Without this list ffmpeg also takes text files (drawn as ANSI art) and
 # playlists of other files.
 READABLE = "mp4,webm,avi,gif,apng,png_pipe,jpeg_pipe,webp_pipe"
 PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 SEGMENT = b"\x18\x53\x80\x67"  # of Matroska; its length follows
+RECIPE_LENGTH = 1 << 20  # characters
+PICTURE_BYTES = 512 << 20
+MAX_PIXELS = 1 << 28  # of a frame: 16384 * 16384, the largest that wanflow makes
+MAX_BYTES = 4 << 30  # of all frames at once
 GAP = 4  # pixels between the pictures of a contact sheet
 SHEET_FRAMES = 20
 LABEL = 14  # pixels: the height of a frame's number on a sheet
@@ -41,7 +46,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         recipe_file = path / "recipe.json"
-        texts = {RECIPE_KEY: read_bytes(recipe_file).decode()} if recipe_file.exists() else {}
+        texts = (
+            {RECIPE_KEY: read_bytes(recipe_file).decode(errors="replace")}
+            if recipe_file.exists()
+            else {}
+        )
     elif _is_png(path):
         texts = _png_texts(path)
     else:
@@ -51,12 +60,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
             texts = {key: text} | texts
     if RECIPE_KEY not in texts:
         raise RequestError(f"{path} holds no wanflow recipe: another program made or re-encoded it")
-    try:
-        recipe = json.loads(texts[RECIPE_KEY])
-    except ValueError:
-        recipe = None
+    recipe = parse_json(texts[RECIPE_KEY], path, RECIPE_LENGTH)
     if not isinstance(recipe, dict):
-        raise RequestError(f"{path}: its wanflow recipe is damaged")
+        raise RequestError(f"{printable(path)}: its wanflow recipe is damaged")
     return recipe
 
 
@@ -74,7 +80,12 @@ def read_frames(path: Path) -> tuple[Frames, float]:
             raise RequestError(f"{path} holds no PNG files, or of several sizes")
         return np.concatenate(pictures), float(read_recipe(path)["request"]["fps"])
     with _opened(path) as (container, stream):
-        frames = [_pixels(frame) for frame in container.decode(stream)]
+        frames, size = [], 0
+        for frame in container.decode(stream):
+            frames.append(_pixels(frame))
+            size += frames[-1].nbytes
+            if size > MAX_BYTES:
+                raise RequestError(f"{printable(path)}: its frames take more than 4 GiB")
         rate = stream.average_rate
         if not frames or not rate:
             raise RequestError(f"{path} holds no frames")
@@ -163,6 +174,12 @@ def _readable(path: Path) -> Iterator[None]:
         ValueError,
         IndexError,
         SyntaxError,  # Pillow's for a damaged chunk
+        RuntimeError,
+        EOFError,
+        ArithmeticError,
+        MemoryError,
+        struct.error,
+        zlib.error,
     ) as error:  # before OSError: some of ffmpeg's are both
         raise RequestError(
             f"{path} is no video or picture, or is damaged"
@@ -174,11 +191,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    kind, options = _is_png(path), {"format_whitelist": READABLE}
+    kind, options = _is_png(path), {"format_whitelist": READABLE, "max_pixels": str(MAX_PIXELS)}
     # Through a file object, so that no name is taken for an address, such as `a:b.mp4`.
     with (
         _readable(path),
-        path.open("rb") as file,
+        open_regular(path) as file,
         av.open(file, "r", kind, options, metadata_errors="replace") as container,
     ):
         if not container.streams.video:
@@ -221,7 +238,7 @@ def _pixels(frame: av.VideoFrame) -> Frames:
 
 def _is_png(path: Path) -> str | None:
     """Return ffmpeg's name for a PNG file, still or animated; None for any other."""
-    with _readable(path), path.open("rb") as file:
+    with _readable(path), open_regular(path) as file:
         if file.read(len(PNG_MAGIC)) != PNG_MAGIC:
             return None
         return "apng" if b"acTL" in file.read(1 << 20) else "png_pipe"
@@ -231,8 +248,15 @@ def _png_texts(path: Path) -> dict[str, str]:
     """Return the texts of a PNG, after checking every chunk."""
     from PIL import Image
 
-    with _readable(path), Image.open(path, formats=["PNG"]) as picture:
-        picture.verify()
+    if path.stat().st_size > PICTURE_BYTES:
+        raise RequestError(f"{printable(path)}: more than 512 MiB, too long for a picture")
+    try:
+        with _readable(path), Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+            found = dict(picture.info)
+    except Image.DecompressionBombError:
+        raise RequestError(f"{printable(path)}: more pixels than a picture has") from None
+    with _readable(path):
         if PNG_END not in path.read_bytes():  # Pillow does not read the last checksum
             raise RequestError(f"{path} is cut off: copy or download it again")
-        return {str(key): text for key, text in picture.info.items() if isinstance(text, str)}
+        return {str(key): text for key, text in found.items() if isinstance(text, str)}

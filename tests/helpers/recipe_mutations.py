@@ -5,17 +5,33 @@ from __future__ import annotations
 import copy
 import json
 import math
+import struct
+import zlib
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from helpers.mutations import NAMES, NUMBERS, VALUES, dump, nested, of_value, text
-from helpers.strangers import Attempt
-from wanflow.recipe import Recipe
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from helpers.mutations import (
+    NAMES,
+    NUMBERS,
+    VALUES,
+    dump,
+    nested,
+    of_bytes,
+    of_safetensors,
+    of_value,
+    text,
+)
+from helpers.strangers import Attempt, command
 from wanflow.request import Request
 from wanflow.runtime import Runtime
 from wanflow.settings import Setting, settings_of
-from wanflow.untrusted import parse_json
 
 GOOD: dict[str, Any] = {
     "request": {
@@ -170,11 +186,149 @@ def recipe_text(rng: Random, good: dict[str, Any] = GOOD) -> bytes:
     return dump(rng, value) if rng.random() < 0.2 else json.dumps(value).encode()
 
 
-def recipe(folder: Path) -> Attempt:
-    """What `replay` reads out of a video."""
+def fingerprinted() -> dict[str, Any]:
+    """A good recipe of the miniature as it is here."""
+    from wanflow.assemble import model_record
+    from wanflow.opening import resolve
 
-    def attempt(rng: Random) -> None:
-        source = folder / "x.png"
-        Recipe.from_json(parse_json(recipe_text(rng), source), source).settings()
+    here = model_record(resolve("nano"))
+    return {**GOOD, "model": {**GOOD["model"], **asdict(here)}}
+
+
+def up_to_the_weights() -> None:
+    """Let commands end where a run would begin: its LoRAs are read, its first step is not taken."""
+    from wanflow.cli import generate
+
+    def check(pipe: Any, run: Any, *_: Any) -> None:
+        pipe.check(run)
+
+    generate.run_and_save = check
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(rng: Random, good: bytes, text: bytes) -> bytes:
+    """A PNG with a text in one of the four ways that PNG knows, or with too much of it."""
+    key = b"wanflow\0"
+    bomb = zlib.compress(b" " * (64 << 20)) if rng.random() < 0.02 else zlib.compress(text)
+    made = rng.choice(
+        (
+            chunk(b"iTXt", key + b"\0\0\0\0" + text),
+            chunk(b"iTXt", key + b"\0\0\0\0" + text),
+            chunk(b"iTXt", key + b"\0\0\0\0" + text) * rng.choice((1, 2, 300)),
+            chunk(b"iTXt", key + b"\1\0\0\0" + bomb),
+            chunk(b"zTXt", key + b"\0" + bomb),
+            chunk(b"tEXt", key + text),
+        )
+    )
+    head = bytearray(good[:33])
+    if rng.random() < 0.1:  # other sides
+        sides = (rng.choice((0, 1, 16, 30_000, 2**31 - 1, 2**32 - 1)) for _ in range(2))
+        head[16:24] = struct.pack(">II", *sides)
+        head[29:33] = struct.pack(">I", zlib.crc32(head[12:29]))
+    return bytes(head) + made + good[33:]
+
+
+def clips(folder: Path, good: dict[str, Any]) -> dict[str, bytes]:
+    """A good file of every kind that holds a recipe, by suffix."""
+    from wanflow import Video
+
+    frames = np.random.default_rng(0).integers(0, 255, (1, 16, 16, 3), np.uint8)
+    files = {}
+    for suffix in (".png", ".mp4", ".webm", ".mkv", ".gif", ".apng"):
+        place = folder / f"good{suffix}"
+        Video(frames, 8, good).save(place)
+        files[suffix] = place.read_bytes()
+    return files
+
+
+def recipe(folder: Path) -> Attempt:
+    """A video or a picture of a stranger: what `inspect`, `replay` and `--recipe` make of it."""
+    good = fingerprinted()
+    files = clips(folder, good)
+    up_to_the_weights()
+
+    def attempt(rng: Random) -> tuple[int, str, str]:
+        suffix = rng.choice((".png", ".png", ".png", *files))
+        path = folder / f"x{suffix}"
+        if suffix == ".png" and rng.random() < 0.85:
+            path.write_bytes(png_with(rng, files[suffix], recipe_text(rng, good)))
+        else:
+            raw = json.dumps(good).encode()
+            odd = files[suffix].replace(raw, recipe_text(rng, good)[: len(raw)].ljust(len(raw)))
+            path.write_bytes(odd if rng.random() < 0.5 else of_bytes(rng, files[suffix]))
+        return hand_in(rng, path, ["replay", str(path)])
+
+    return attempt
+
+
+def hand_in(rng: Random, path: Path, make: list[str]) -> tuple[int, str, str]:
+    """Inspect a file, or make the video of its recipe, with flags that a person may add."""
+    if rng.random() < 0.3:
+        return command(["inspect", str(path), *(["--json"] if rng.random() < 0.5 else [])])
+    if rng.random() < 0.1:
+        make = ["generate", "--recipe", str(path)]
+    flags = [flag for flag in ("--force", "--trust_paths") if rng.random() < 0.3]
+    flags += ["--lora_dir", str(path.parent)] if rng.random() < 0.2 else []
+    flags += ["--ckpt_dir", "nano"] if rng.random() < 0.3 else []
+    # Without a name of ours the target would lie beside files of other seeds.
+    return command([*make, *flags, "--overwrite", "--save_file", str(path.parent / "out.mp4")])
+
+
+def of_state(rng: Random, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state with one of another shape, kind or content, or too many or few."""
+    found = dict(tensors)
+    name = rng.choice(list(found))
+    x = found[name]
+    odd: tuple[Tensor | None, ...] = (
+        None,
+        x[:, :8],
+        x[..., :1],
+        x.repeat(1, 1, 1, 1, 2),
+        x.flatten(),
+        torch.zeros(()),
+        torch.zeros(0),
+        x.bool(),
+        x.to(torch.float8_e4m3fn),
+        x.to(torch.int8),
+        x.half(),
+        x.double(),
+        x * float("nan"),
+        x * 1e38 * 1e10,
+        x * 1e30,
+        torch.zeros_like(x),
+        x.to(torch.complex64),
+    )
+    value = rng.choice(odd)
+    if value is None:
+        del found[name]
+    else:
+        found[rng.choice((name, name, name, text(rng, name)))] = value
+    return found
+
+
+def saved_run(folder: Path) -> Attempt:
+    """A saved run of a stranger: what `inspect`, `--resume` and `decode` make of it."""
+    good = fingerprinted()
+    up_to_the_weights()
+    shape, path = (1, 16, 1, 8, 8), folder / "x.latent.safetensors"
+    state = {name: torch.randn(shape) for name in ("x", "data.0", "origin")}
+
+    def attempt(rng: Random) -> tuple[int, str, str]:
+        finished = rng.random() < 0.4
+        recipe = recipe_value(rng, good) if rng.random() < 0.6 else good
+        stored: dict[str, Any] = {"recipe": recipe, "index": 2 if finished else 1, "id": "0" * 16}
+        if rng.random() < 0.4:
+            stored[rng.choice(("index", "id"))] = rng.choice((*VALUES, *NAMES, -1, 3, 1.0))
+        tensors = of_state(rng, state) if rng.random() < 0.5 else state
+        said = dump(rng, stored) if rng.random() < 0.1 else json.dumps(stored).encode()
+        metadata = {"wanflow": said.decode("utf-8", "replace")}
+        tensors = {name.encode("utf-8", "replace").decode(): x for name, x in tensors.items()}
+        data = save({key: value.contiguous().clone() for key, value in tensors.items()}, metadata)
+        path.write_bytes(of_safetensors(rng, data) if rng.random() < 0.2 else data)
+        make = ["decode", str(path)] if finished else ["generate", "--resume", str(path)]
+        return hand_in(rng, path, make)
 
     return attempt

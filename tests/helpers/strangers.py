@@ -52,6 +52,7 @@ FEW, MANY = 30, 300
 # kind: the function that makes its attempts, as module:function
 STRANGERS = {
     "recipe": "recipe_mutations:recipe",
+    "saved run": "recipe_mutations:saved_run",
     "hub": "hub_mutations:hub",
     "chat": "hub_mutations:chat",
     "line": "line_mutations:line",
