@@ -60,7 +60,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
             texts = {key: text} | texts
     if RECIPE_KEY not in texts:
         raise RequestError(f"{path} holds no wanflow recipe: another program made or re-encoded it")
-    recipe = parse_json(texts[RECIPE_KEY], path, RECIPE_LENGTH)
+    try:
+        recipe = parse_json(texts[RECIPE_KEY], path, RECIPE_LENGTH)
+    except RequestError as error:
+        raise RequestError(f"{error}; its wanflow recipe is damaged") from None
     if not isinstance(recipe, dict):
         raise RequestError(f"{printable(path)}: its wanflow recipe is damaged")
     return recipe

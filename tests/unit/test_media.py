@@ -7,6 +7,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -541,3 +543,22 @@ def test_to_uint8_cuts_off() -> None:
     )
     with pytest.raises(ValueError, match="not \\[3, T, H, W\\]"):
         to_uint8(torch.zeros(2, 3, 1, 4, 4))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_and_pictures_without_bounds_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(RequestError, match="regular file"):
+            read_recipe(path)
+        with pytest.raises(RequestError, match="regular file"):
+            read_frames(path)
+    path = tmp_path / "huge.png"
+    save_picture(path, np.zeros((16, 16, 3), np.uint8), {})
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", 2**30, 2**30)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+    for read in (read_recipe, read_frames):
+        with pytest.raises(RequestError, match=r"huge\.png"):
+            read(path)
