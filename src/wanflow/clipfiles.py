@@ -81,7 +81,11 @@ def read_frames(path: Path) -> tuple[Frames, float]:
         pictures = [read_frames(file)[0] for file in sorted(path.glob("*.png"))]
         if len({picture.shape for picture in pictures}) != 1:
             raise RequestError(f"{path} holds no PNG files, or of several sizes")
-        return np.concatenate(pictures), float(read_recipe(path)["request"]["fps"])
+        request = read_recipe(path).get("request")
+        fps = request.get("fps") if isinstance(request, dict) else None
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1000:
+            raise RequestError(f"{path}: its recipe names no frames per second")
+        return np.concatenate(pictures), float(fps)
     with _opened(path) as (container, stream):
         frames, size = [], 0
         for frame in container.decode(stream):

@@ -457,6 +457,18 @@ def test_a_file_that_comes_into_a_folder_meanwhile_is_kept(tmp_path: Path, overw
     assert (path / "thesis.tex").read_text() == "mine" and names(tmp_path) == ["frames"]
 
 
+def test_a_folder_of_a_stranger_is_read_with_care(tmp_path: Path) -> None:
+    folder = Video(moving(2), 16.0, {"request": {"prompt": "", "fps": 16.0}}).save(tmp_path / "a")
+    for text in (b"\xff\xfe", b"[" * 10_000, b"{}", b'{"request": {"fps": "16"}}'):
+        (folder / "recipe.json").write_bytes(text)
+        with pytest.raises(RequestError, match="recipe"):
+            read_frames(folder)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "00002.png")
+        with pytest.raises(RequestError, match="regular file"):
+            read_frames(folder)
+
+
 def test_a_folder_whose_writing_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="constant"):
         Video(np.zeros((3, 16, 16, 3), np.uint8), 8, {"request": {"prompt": ""}}).save(

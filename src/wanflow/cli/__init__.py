@@ -60,7 +60,7 @@ COMMANDS = {
     ),
     "inspect": Command(
         "inspect",
-        "show what a model, a weights file, a LoRA, a video or a saved run holds",
+        "show what a model, weights, a LoRA, a video or a saved run holds",
         "wanflow inspect T2V_A14B_weights",
         page=True,
     ),
@@ -87,7 +87,7 @@ COMMANDS = {
     ),
     "completion": Command(
         "completion",
-        "print a script that completes command lines in a shell",
+        "print a script for a shell to complete commands",
         'eval "$(wanflow completion bash)"',
         page=True,
     ),
