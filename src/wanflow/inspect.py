@@ -305,7 +305,9 @@ def _model_of(config: Config) -> str:
         if config == T2V_A14B.dit:
             return EITHER
         # The width of nano's heads is its own, and tensors do not show it.
-        if replace(config, num_heads=NANO.dit.num_heads, text_len=NANO.dit.text_len) == NANO.dit:
+        heads, length = NANO.dit.num_heads, NANO.dit.text_len
+        same_width = config.dim == NANO.dit.dim
+        if same_width and replace(config, num_heads=heads, text_len=length) == NANO.dit:
             return NANO.name
         return f"another size of Wan: width {config.dim}, {config.num_layers} blocks"
     if isinstance(config, TextConfig):

@@ -7,6 +7,7 @@ anything parses it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -110,7 +111,7 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
 
 
 def parse_json(data: bytes | str, source: object, limit: int = JSON_BYTES) -> Any:
-    """Return the value of a JSON text: at most `JSON_DEPTH` levels, finite numbers, UTF-8.
+    """Return the value of a JSON text: at most `JSON_DEPTH` levels, finite numbers, no key twice.
 
     Args:
         data: the text.
@@ -124,7 +125,9 @@ def parse_json(data: bytes | str, source: object, limit: int = JSON_BYTES) -> An
     if len(data) > limit:
         raise RequestError(f"{where}: more than {limit:,} bytes of JSON")
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
+        value = json.loads(
+            data, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
+        )
     except RecursionError:
         raise RequestError(f"{where}: JSON of more than {JSON_DEPTH} levels") from None
     except ValueError as error:  # of UTF-8 too, and of numbers with thousands of digits
@@ -144,6 +147,19 @@ def parse_json(data: bytes | str, source: object, limit: int = JSON_BYTES) -> An
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(float(text)):
+        raise ValueError(f"{printable(text)} is too large a number")
+    return float(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key is given twice")
+    return value
 
 
 def _refuse_irregular(path: Path, status: os.stat_result) -> None:

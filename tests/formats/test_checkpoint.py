@@ -348,7 +348,7 @@ BAD_SAFETENSORS = {
     "header of exabytes": (struct.pack("<Q", 1 << 62) + b"{}", "not a safetensors file"),
     "header not JSON": (struct.pack("<Q", 4) + b"\xff\xfe{}", "header is damaged"),
     "header a list": (header([]), "header is damaged"),  # type: ignore[arg-type]
-    "header nests": (struct.pack("<Q", 100_000) + b"[" * 100_000, "nests too deeply"),
+    "header nests": (struct.pack("<Q", 100_000) + b"[" * 100_000, "more than 64 levels"),
     "a name twice": (struct.pack("<Q", 15) + b'{"a":1,  "a":2}', "given twice"),
     "data cut off": (header({"x": entry()}, b"1234"), "cut off"),
     "data too long": (header({"x": entry()}, b"123456789"), "longer than it should be"),
@@ -390,7 +390,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     shrunk = replace(source, file=OpenedFile.of(path))
     assert "breaks off" in refusal(lambda: shrunk.read("x"))
     path.unlink()
-    assert "cannot be read" in refusal(lambda: source.read("x"))
+    assert "no such file" in refusal(lambda: source.read("x"))
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "later"])
@@ -504,15 +504,15 @@ def test_no_file_no_permission_no_regular_file(
     assert "is missing" in refusal(lambda: open_source(path))
     assert "not a regular file" in refusal(lambda: open_source(Path("/dev/null")))
     save_file({"x": torch.ones(2)}, path)
-    real = Path.open
+    real = os.open
 
-    def denied(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self == path:
+    def denied(opened: Any, *args: Any, **kwargs: Any) -> Any:
+        if opened == path:
             raise PermissionError(13, "Permission denied", str(path))
-        return real(self, *args, **kwargs)
+        return real(opened, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", denied)  # chmod would not stop root
-    assert refusal(lambda: open_source(path)) == f"{path} cannot be read: Permission denied"
+    monkeypatch.setattr(os, "open", denied)  # chmod would not stop root
+    assert refusal(lambda: open_source(path)) == f"cannot read {path}: Permission denied"
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "index"])

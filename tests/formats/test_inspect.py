@@ -400,7 +400,7 @@ def test_check_unpacks_what_is_packed(tmp_path: Path) -> None:
     }
     assert found["blocks.1.ffn.0.weight"] == "1 NaN of 102,400 values" and len(found) == 3
     assert (
-        "is zero, NaN or infinite" in found["blocks.2.ffn.0.weight"]
+        "is zero, negative, NaN or infinite" in found["blocks.2.ffn.0.weight"]
         and "is zero" in found["blocks.3.ffn.0.weight"]
     )
     source = wanflow.checkpoint.source.open_source(tmp_path / "x.gguf")

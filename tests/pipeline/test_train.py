@@ -21,6 +21,7 @@ from torch import nn
 import wanflow
 from wanflow.api import Pipeline
 from wanflow.checkpoint.load import load_text_encoder, load_tokenizer
+from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.config import RequestError
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.outputs import Claims
@@ -359,7 +360,7 @@ def test_prompts_in_other_words_are_understood_alike(nano: Pipeline) -> None:
 
 def test_the_tokenizer_knows_its_words_and_survives_any_other(tmp_path: Path) -> None:
     text.build_tokenizer(tmp_path / "tokenizer.json")
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json", 32)
+    tokenizer = Tokenizer(open_tokenizer(tmp_path / "tokenizer.json"), 32)
     ids, mask = tokenizer(
         ["A red CIRCLE moves left", "a red circle moves left", "红色 🙂 \x00 zzz"]
     )

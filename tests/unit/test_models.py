@@ -13,6 +13,7 @@ import torch
 from helpers.memory import measurable, measured
 from torch import Tensor, nn
 
+from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
 from wanflow.models.dit import Block, Conditioning, Head, Linear, WanDiT, run_blocks
 from wanflow.models.tokenizer import Tokenizer, clean
@@ -379,7 +380,7 @@ def test_clean(prompt: str, expected: str) -> None:
 
 
 def test_tokenizer_pads_and_ends(tokenizer_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = Tokenizer(tokenizer_file, 12)
+    tokenizer = Tokenizer(open_tokenizer(tokenizer_file), 12)
     ids, mask = tokenizer(["a red circle", "", "a &lt;red&gt; circle moves left"])
     assert ids.shape == mask.shape == (3, 12) and ids.dtype == mask.dtype == torch.int64
     for row, marks in zip(ids.tolist(), mask.tolist(), strict=True):
@@ -394,7 +395,7 @@ def test_tokenizer_pads_and_ends(tokenizer_file: Path, caplog: pytest.LogCapture
 def test_long_prompt_is_cut_with_a_warning(
     tokenizer_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = Tokenizer(tokenizer_file, 6)
+    tokenizer = Tokenizer(open_tokenizer(tokenizer_file), 6)
     with caplog.at_level(logging.WARNING, logger="wanflow"):
         fits, _ = tokenizer(["a red circle moves left"])
         assert not caplog.records
@@ -411,16 +412,16 @@ def test_long_prompt_is_cut_with_a_warning(
 def test_warning_of_a_very_long_prompt_is_short(
     tokenizer_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Tokenizer(tokenizer_file, 4)(["red " * 5000])
+    Tokenizer(open_tokenizer(tokenizer_file), 4)(["red " * 5000])
     assert len(caplog.records[0].getMessage()) < 300
 
 
 def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="is missing"):
-        Tokenizer(tmp_path / "no.json", 8)
+        open_tokenizer(tmp_path / "no.json")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(RequestError, match="not a readable tokenizer"):
-        Tokenizer(tmp_path / "bad.json", 8)
+        open_tokenizer(tmp_path / "bad.json")
 
 
 # --- the text encoder ---

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanflow.checkpoint.containers import TensorInfo, TensorSource, read_json, reading, weight_files
+from wanflow.checkpoint.containers import TensorInfo, TensorSource, read_json, reading
+from wanflow.checkpoint.folders import weight_files
 from wanflow.checkpoint.infer_config import (
     SHEET,
     configure,

@@ -8,11 +8,9 @@ file ever runs, and no size in a header counts before the file's own size confir
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -23,15 +21,18 @@ import torch
 from torch import Tensor
 
 from wanflow.config import RequestError, plain
+from wanflow.untrusted import open_regular, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from wanflow.transforms.packed import Packed
 
-HEADER_LIMIT = 100 << 20  # safetensors' own limit; a full-size expert's header is 0.1 MB
+HEADER_LIMIT = 16 << 20  # bytes; a full-size expert's header has 0.1 MB
+MOST_TENSORS = 1 << 16  # of a file or an index; a full-size expert has 1,095
+MOST_SIDES = 8
+LONGEST_NAME = 1000  # characters of a tensor's name
 CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
 VALUES = 1 << 20  # of a streamed piece: 4 MB in float32; larger ones leave the CPU's cache
 MOST_VALUES = 1 << 48  # of a shape; torch multiplies the sides for the strides, even next to a 0
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
 AGAIN = "download it again"
 
 DTYPES = {
@@ -47,6 +48,17 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+}
+# Of safetensors, and not read: what holds them.
+UNREAD = {
+    "F8_E8M0": "mxfp8 or mxfp4 weights",
+    "F4": "fp4 weights",
+    "F6_E2M3": "fp6 weights",
+    "F6_E3M2": "fp6 weights",
+    "F8_E4M3FNUZ": "fp8 weights of another kind",
+    "F8_E5M2FNUZ": "fp8 weights of another kind",
+    "C64": "complex numbers",
+    **dict.fromkeys(("U16", "U32", "U64"), "packed integers"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -155,38 +167,34 @@ def refuse_unreadable(path: Path) -> int:
             raise RequestError(f"{path} is missing; {AGAIN}")
         if not path.is_file():
             raise RequestError(f"{path} is not a regular file")
-        with path.open("rb"):
-            size = path.stat().st_size
+    with opened_raw(path) as file:
+        size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise RequestError(f"{path} is empty; {AGAIN}")
     return size
+
+
+@contextmanager
+def opened_raw(path: Path) -> Iterator[FileIO]:
+    """Yield a regular file, unbuffered; RequestError for what cannot be read, or is none."""
+    with reading(path), open_regular(path) as file:
+        raw: Any = file.raw  # type: ignore[attr-defined]
+        yield raw
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file; RequestError for any other content."""
     if refuse_unreadable(path) > HEADER_LIMIT:
         raise RequestError(f"{path} is too large for JSON that describes a model; {AGAIN}")
-    with reading(path):
-        data = path.read_bytes()
     try:
-        return _json_object(data)
+        return _json_object(read_bytes(path, HEADER_LIMIT))
     except ValueError as error:
         raise RequestError(f"{path} is not a JSON object ({error}); {AGAIN}") from None
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
     """Parse an object; ValueError for other JSON, absurd nesting, or a key that is given twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise ValueError(f"the key {twice[0]!r} is given twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("it nests too deeply") from None
+    value = parse_json(data, "its text", HEADER_LIMIT)
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}")
     return value
@@ -202,8 +210,11 @@ def fill(part: Tensor, file: FileIO, path: Path) -> None:
         done += count
 
 
-def refuse_odd_names(path: Path, names: Iterable[str]) -> None:
+def refuse_odd_names(path: Path, names: Collection[str]) -> None:
     """Raise a RequestError for a tensor name that a terminal cannot show as it is."""
+    longest = max(map(len, names), default=0)
+    if longest > LONGEST_NAME:
+        raise RequestError(f"{path} is damaged: a tensor's name has {longest:,} letters; {AGAIN}")
     invalid = next((name for name in names if plain(name) != name), None)
     if invalid is not None:
         raise RequestError(f"{path} is damaged: a tensor is called {invalid!r}; {AGAIN}")
@@ -227,7 +238,7 @@ class OpenedFile:
     @contextmanager
     def at(self, start: int) -> Iterator[FileIO]:
         """Yield the file at a byte; RequestError if the file has changed or cannot be read."""
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
+        with opened_raw(self.path) as file:
             stat = os.fstat(file.fileno())
             if (stat.st_size, int(stat.st_mtime)) != (self.size, self.seconds):
                 raise RequestError(f"{self.path} has changed since it was opened; start again")
@@ -320,7 +331,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     """
     opened = OpenedFile.of(path)
     size, broken = opened.size, f"{path} is not a safetensors file, or its header is damaged"
-    with reading(path), path.open("rb") as file:
+    with opened_raw(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > HEADER_LIMIT:
             raise RequestError(f"{broken}; {AGAIN}")
@@ -332,10 +343,15 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         text = file.read(length)
     try:
         header = _json_object(text)
+        _refuse_unread(path, header)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is not an object")
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not all text")
         tensors, starts, end = _layout(header)
+    except _UnreadError:
+        raise
     except ValueError as error:
         raise RequestError(f"{broken} ({error}); {AGAIN}") from None
     if 8 + length + end != size:
@@ -349,11 +365,27 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     return SafetensorsFile(path, tensors, opened, starts, files=[path], metadata=metadata)
 
 
+class _UnreadError(RequestError):
+    """A sound file, in a format that wanflow does not read."""
+
+
+def _refuse_unread(path: Path, header: dict[str, Any]) -> None:
+    for name, entry in header.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if isinstance(dtype, str) and dtype in UNREAD:
+            raise _UnreadError(
+                f"{path} holds {UNREAD[dtype]} ({name} has the dtype {dtype!r}), which wanflow does"
+                " not read; take an fp8 file with float32 scales, GGUF, or one of 16 or 32 bits"
+            )
+
+
 def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, int], int]:
     """Return infos, first bytes and total bytes in a header; ValueError for gaps or overlaps."""
     tensors: dict[str, TensorInfo] = {}
     starts: dict[str, int] = {}
     spans = []
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"it names {len(header):,} tensors, and at most {MOST_TENSORS:,} are read")
     for name, entry in header.items():
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise ValueError(f"{name} is not described")
@@ -378,127 +410,8 @@ def _layout(header: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, in
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-# folders of safetensors
-
-
-@dataclass(frozen=True)
-class ShardedFolder(TensorSource):
-    """Safetensors files that an index ties together."""
-
-    shards: Mapping[str, SafetensorsFile]  # the file of each tensor
-
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
-    ) -> Tensor:
-        return self.shards[name].read(name, dtype, rows)
-
-    def stream(self, name: str) -> Iterator[Tensor]:
-        return self.shards[name].stream(name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that a model's folder needs: an index and its shards, or a single file.
-
-    `diffusion_pytorch_model.safetensors.index.json` comes first; one variant of it (`-bf16`,
-    `.fp16`) serves as well. A file in the list may be missing.
-
-    Raises:
-        RequestError: for several models, or an index that is broken or leads out of the folder.
-    """
-    indexes = sorted(
-        file
-        for file in folder.glob("*.json")
-        if ".safetensors" in file.name and ".index" in file.name
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_SIDES
+        and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
     )
-    index = _only(indexes, folder / INDEX)
-    if index is not None:
-        return [index, *_indexed(index, _weight_map(index))]
-    single = sorted(file for file in folder.glob("*.safetensors") if "-of-" not in file.name)
-    return [_only(single, folder / "diffusion_pytorch_model.safetensors") or folder / INDEX]
-
-
-def _only(files: list[Path], preferred: Path) -> Path | None:
-    if preferred in files:
-        return preferred
-    if len(files) > 1:
-        raise RequestError(
-            f"{preferred.parent} holds several models: {', '.join(file.name for file in files)};"
-            " move all but one away"
-        )
-    return files[0] if files else None
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    mapping = read_json(index).get("weight_map")
-    if (
-        not isinstance(mapping, dict)
-        or not mapping
-        or not all(isinstance(file, str) for file in mapping.values())
-    ):
-        raise RequestError(f"{index} has no weight_map of tensor names to file names; {AGAIN}")
-    return mapping
-
-
-def _indexed(index: Path, mapping: dict[str, str]) -> list[Path]:
-    """Return the shards that an index names; each must be a file of the index's folder."""
-    home = index.parent.resolve()
-    cache = (
-        home.parents[2] if len(home.parents) > 2 and home.parents[1].name == "snapshots" else None
-    )
-    files = []
-    for name in sorted(set(mapping.values())):
-        file = index.parent / name
-        simple = name == file.name and not set(name) & set('/\\:*?"<>|\0')
-        if not simple or not name.endswith(".safetensors"):
-            raise RequestError(
-                f"{index} names {name!r}, which is not a safetensors file of its own folder;"
-                f" {AGAIN}"
-            )
-        real = Path(os.path.realpath(file))
-        # Only Hugging Face's cache may lead outside: it links each snapshot's files to its blobs.
-        if real.parent != home and not (cache and real.parent == cache / "blobs"):
-            raise RequestError(
-                f"{file} is a link out of its folder, to {real}; put the file itself there, or link"
-                " the folder"
-            )
-        files.append(file)
-    return files
-
-
-def open_folder(folder: Path) -> TensorSource:
-    """Open a folder with an index and its shards, or with one safetensors file.
-
-    Raises:
-        RequestError: naming what is missing, broken, or not where the index says.
-    """
-    files = weight_files(folder)
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise RequestError(
-            f"{folder} lacks {len(missing)} of {len(files)} files: {', '.join(missing)}; {AGAIN}"
-        )
-    if len(files) == 1:
-        return open_safetensors(files[0])
-    index, *files = files
-    shards = {file.name: open_safetensors(file) for file in files}
-    mapping = _weight_map(index)
-    for name, file in mapping.items():
-        if name not in shards[file].tensors:
-            raise RequestError(
-                f"{folder / file} lacks {name}, which {index.name} lists; index and shards are of"
-                f" different downloads; {AGAIN}"
-            )
-    for file, shard in shards.items():
-        extra = [name for name in shard.tensors if mapping.get(name) != file]
-        if extra:
-            raise RequestError(
-                f"{folder / file} holds {extra[0]}, which {index.name} puts elsewhere; index and"
-                f" shards are of different downloads; {AGAIN}"
-            )
-    sources = {name: shards[file] for name, file in mapping.items()}
-    tensors = {name: source.tensors[name] for name, source in sources.items()}
-    container = f"safetensors, {len(files)} shards"
-    return ShardedFolder(folder, tensors, sources, files=files, container=container)

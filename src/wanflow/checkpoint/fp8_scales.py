@@ -10,6 +10,7 @@ A file whose weights were only rounded to fp8 has no scales.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,8 @@ HEADER = "_quantization_metadata"
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 # A weight that is scaled to fill fp8's range exceeds this; no published weight comes near it.
 SUSPICIOUS = 100.0
+# Between these lie the scales of published weights, with much room.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-12, 1e6
 NOTE_LIMIT = 1 << 16  # bytes of a `comfy_quant` note; real ones have under a hundred
 
 
@@ -57,11 +60,7 @@ class ScaledSource(TensorSource):
             self._refuse_if_scaled(name, data)
             return Packed(info.packing, tuple(data.shape), data)
         scale = self.inner.read(self.scales[name], torch.float32)
-        if not torch.isfinite(scale).all() or not scale.all():
-            raise RequestError(
-                f"{self.path}: the scale {self.scales[name]} is zero, NaN or infinite; the file is"
-                f" damaged; {AGAIN}"
-            )
+        self._refuse_wild(self.scales[name], scale, data)
         if scale.ndim == 1:
             scale = scale.view(()) if scale.numel() == 1 else scale.view(-1, 1)
         if rows is not None and scale.numel() > 1:
@@ -72,6 +71,22 @@ class ScaledSource(TensorSource):
         if self.tensors[name].packing is None:
             return self.inner.stream(name)
         return stream_packed(self.packed(name))
+
+    def _refuse_wild(self, name: str, scale: Tensor, data: Tensor) -> None:
+        """Raise a RequestError for scales that no weight has: the video would be noise."""
+        if not scale.numel():
+            return
+        low, high = (float(value) for value in torch.aminmax(scale))
+        if not 0 < low <= high < math.inf:
+            raise RequestError(
+                f"{self.path}: the scale {name} is zero, negative, NaN or infinite; the file is"
+                f" damaged; {AGAIN}"
+            )
+        if high > LARGEST_SCALE or (high < SMALLEST_SCALE and bool(data.float().any())):
+            raise RequestError(
+                f"{self.path}: the scale {name} is {high:g}, as no weight has it (expected between"
+                f" {SMALLEST_SCALE:g} and {LARGEST_SCALE:g}); the file is damaged; {AGAIN}"
+            )
 
     def _refuse_if_scaled(self, name: str, data: Tensor) -> None:
         if not data.numel():
@@ -108,6 +123,7 @@ def pair_scales(source: TensorSource) -> TensorSource:
     }
     if not fp8 and not scale_of and not formats and not sentinel:
         return source
+    _refuse_int8(source, scale_of)
     _refuse_foreign(source, formats)
     if sentinel or scale_of or formats:
         _refuse_unscaled(source, fp8, scale_of)
@@ -126,6 +142,17 @@ def pair_scales(source: TensorSource) -> TensorSource:
         container=source.container,
         metadata=source.metadata,
     )
+
+
+def _refuse_int8(source: TensorSource, scale_of: Mapping[str, str]) -> None:
+    """Refuse what LightX2V and others write: integers with a scale a row."""
+    name = next((n for n in scale_of if n in source.tensors), None)
+    if name is not None and source.tensors[name].dtype in (torch.int8, torch.uint8):
+        raise RequestError(
+            f"{source.path} holds int8 weights with scales ({name}), as LightX2V writes them, which"
+            " wanflow does not read; take the model's fp8, GGUF or 16-bit file (--quantize int8"
+            " gives that form in memory)"
+        )
 
 
 def _refuse_unscaled(source: TensorSource, fp8: set[str], scale_of: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from wanflow.presets import T2V_A14B
 
 ONLY = "wanflow runs Wan2.2-T2V-A14B (text to video)"
 SHEET = "wanflow.json"
+LARGEST_SIZE = 1 << 20  # in a config; the largest published one is a vocabulary of 256,384
 HEAD_DIM = 128  # of every published Wan model; tensors do not show the number of heads
 
 # Relatives of the model, by the first thing that identifies them.
@@ -195,15 +196,19 @@ def configure(cls: type[C], found: Shapes, declared: Mapping[str, Any], file: Pa
             )
     for field in fields(cls):
         value, kind = declared.get(field.name, field.default), type(field.default)
-        good = isinstance(value, int | float) if kind is float else type(value) is kind
+        good = _number(value) if kind is float else type(value) is kind
         if kind is tuple and good:
-            good = all(isinstance(item, int | float) for item in value)
-        if not good or (kind is int and value < 1):
+            good = len(value) <= MOST_BLOCKS and all(_number(item) for item in value)
+        if not good or (kind is int and not 1 <= value <= LARGEST_SIZE):
             raise RequestError(
                 f"{file}: {field.name} {value!r} is not a valid value; the published model has"
                 f" {field.default!r}"
             )
     return from_mapping(cls, {**declared, **found}, str(file))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1 << 63 and math.isfinite(value)
 
 
 def config_of(kind: Kind, source: TensorSource) -> DiTConfig | TextConfig | VAEConfig:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanflow.checkpoint.containers import TensorSource, read_json, weight_files
+from wanflow.checkpoint.containers import AGAIN, TensorSource, read_json
+from wanflow.checkpoint.folders import weight_files
 from wanflow.checkpoint.infer_config import BY_TYPE, ONLY, refuse_relatives
 from wanflow.checkpoint.parts import (
     ENDINGS,
@@ -97,9 +98,15 @@ def find(
 
         if carries_tokenizer(opened(text)):
             parts["tokenizer"] = text
-    missing = sorted(
-        {name for part, path in parts.items() for name in _missing(path, folder, part in given)}
-    )
+    for part, path in given.items():
+        lost = list(_missing(path, path, config=False))
+        if lost:
+            raise RequestError(
+                f"{path}, named as {WORDS[part]} (--{part}), lacks {', '.join(lost)}; {AGAIN}, or"
+                " name another"
+            )
+    own = {path: part for part, path in parts.items() if part not in given}
+    missing = sorted({name for path in own for name in _missing(path, folder)})
     missing += [WORDS[part] for part in PARTS if part not in parts]
     if missing:
         flags = [f"--{part}" for part in PARTS if part not in parts]
@@ -124,13 +131,16 @@ def _help(folder: Path) -> str:
     return how_to_get(folder)
 
 
-def _missing(path: Path, folder: Path, given: bool) -> Iterator[str]:
-    """Yield the names of the files that a part needs and that are missing."""
+def _missing(path: Path, folder: Path, config: bool = True) -> Iterator[str]:
+    """Yield the names of the files that a part needs and that are missing.
+
+    A folder of a layout has a config.json (`config`); one that the user named need not.
+    """
     if path.is_file():
         return
     needed = weight_files(path) if path.is_dir() or not path.suffix else [path]
     in_layout = path.parent == folder and path.name in (*FOLDERS.values(), *DIFFUSERS.values())
-    if not path.suffix or (path.is_dir() and not given and in_layout):
+    if config and (not path.suffix or (path.is_dir() and in_layout)):
         needed = [path / "config.json", *needed]
     for file in needed:
         if not file.exists():
@@ -246,7 +256,7 @@ def weight_groups(folder: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(folder):
         deep = len(Path(place).relative_to(folder).parts) >= DEPTH
         folders[:] = [] if deep else sorted(name for name in folders if not name.startswith("."))
-        if any(name.endswith(".safetensors.index.json") for name in files):
+        if any(name.endswith((".safetensors.index.json", ".bin.index.json")) for name in files):
             yield Path(place)
             continue
         for name in sorted(files):

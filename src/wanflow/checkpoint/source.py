@@ -17,11 +17,12 @@ from torch import Tensor
 from wanflow.checkpoint.containers import (
     AGAIN,
     TensorSource,
-    open_folder,
     open_safetensors,
+    opened_raw,
     reading,
     refuse_unreadable,
 )
+from wanflow.checkpoint.folders import open_folder
 from wanflow.checkpoint.key_maps import PREFIXES, Kind, strip, to_official
 from wanflow.checkpoint.torch_zip import open_torch
 from wanflow.config import RequestError
@@ -73,16 +74,21 @@ TORCH_SUFFIXES = ("", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def open_source(path: Path) -> TensorSource:
-    """Open any container of tensors: safetensors, GGUF, a torch zip, a folder of safetensors.
+    """Open any container of tensors: safetensors, GGUF, a torch zip, a folder of these.
 
     Raises:
         RequestError: naming the file and what to do, for anything missing, broken or hostile.
     """
+    return _with_scales(open_container(path))
+
+
+def open_container(path: Path) -> TensorSource:
+    """Open a container with its tensors as they are named and stored; raises as `open_source`."""
     with reading(path):
         if path.is_dir():
-            return _with_scales(open_folder(path))
+            return open_folder(path)
     refuse_unreadable(path)
-    with reading(path), path.open("rb") as file:
+    with opened_raw(path) as file:
         start = file.read(24)
     if start[:4] == b"GGUF":
         from wanflow.checkpoint.gguf import open_gguf
@@ -93,13 +99,13 @@ def open_source(path: Path) -> TensorSource:
             raise RequestError(f"{path} {what}")
     zipped = start[:2] == b"PK"
     if not zipped and (start[8:9] == b"{" or path.suffix == ".safetensors"):
-        return _with_scales(open_safetensors(path))
+        return open_safetensors(path)
     if not zipped and path.suffix not in TORCH_SUFFIXES:
         raise RequestError(
             f"{path} is not a file of weights (.safetensors, .gguf, .pth) or a folder of them;"
             " get the weights with `wanflow download`"
         )
-    return _with_scales(open_torch(path))
+    return open_torch(path)
 
 
 def _with_scales(source: TensorSource) -> TensorSource:

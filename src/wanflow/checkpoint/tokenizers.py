@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
-from wanflow.checkpoint.containers import AGAIN, TensorSource, reading, refuse_unreadable
+from wanflow.checkpoint.containers import AGAIN, TensorSource, opened_raw, refuse_unreadable
 from wanflow.checkpoint.source import EMBEDDED, open_source
 from wanflow.config import RequestError
-from wanflow.models.tokenizer import read
+from wanflow.untrusted import parse_json, printable, read_bytes
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.gguf import GGUFFile
 
-LIMIT = 64 << 20  # bytes of a tokenizer; the published ones have 5 and 17 MB
+LIMIT = 20 << 20  # bytes of a tokenizer; the published ones have 5 and 17 MB
+MOST_PIECES = 1 << 20  # UMT5 has 256,384
+MOST_GROWTH = 64  # times that cleaning may lengthen a text; T5's own makes 18 letters of one
+LONGEST_STEP = 1000  # characters that a step of cleaning puts somewhere
 TRIAL = "a Ａ, 日\U0010ffff"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # sentencepiece's types of pieces
 
@@ -70,16 +72,15 @@ def open_tokenizer(path: Path, source: TensorSource | None = None) -> Tokenizer:
 
 def _open(path: Path) -> Tokenizer:
     size = refuse_unreadable(path)
-    with reading(path), path.open("rb") as file:
+    with opened_raw(path) as file:
         start = file.read(16)
-        if start.lstrip()[:1] == b"{":
-            if size > LIMIT:
-                raise RequestError(f"{path} is too large for a tokenizer; {AGAIN}")
-            _check_json(start + file.read(), path)
-            return read(path)
-        # The first field of a sentencepiece model is a piece.
-        if start[:1] == b"\n" and size <= LIMIT:
-            return build(_parse(start + file.read(), path), path)
+    if start.lstrip()[:1] == b"{":
+        if size > LIMIT:
+            raise RequestError(f"{path} is too large for a tokenizer; {AGAIN}")
+        return _from_json(read_bytes(path, LIMIT), path)
+    # The first field of a sentencepiece model is a piece.
+    if start[:1] == b"\n" and size <= LIMIT:
+        return build(_parse(read_bytes(path, LIMIT), path), path)
     return _inside(open_source(path))
 
 
@@ -168,22 +169,96 @@ def _closed(data: bytes) -> bool:
         texts.decode()
     except UnicodeDecodeError:
         return False
+    if max(map(len, texts.split(b"\0"))) > MOST_GROWTH:  # of what one letter becomes
+        return False
     # No string begins after the end, or within a character.
     starts = np.unique(units[children[units[inner] & 256 != 0]] & 0x7FFFFFFF).tolist()
     return all(start < len(texts) and texts[start] & 0xC0 != 0x80 for start in starts)
 
 
-def _check_json(data: bytes, path: Path) -> None:
-    """Check the tables in a `tokenizer.json` before the library reads it."""
+def _from_json(data: bytes, path: Path) -> Tokenizer:
+    """Return the engine of a `tokenizer.json`, of which only what T5's tokenizers have is kept.
+
+    What the library gets is written from what was checked, so that no second reading differs.
+    """
+    parsed = parse_json(data, path, LIMIT)
     try:
-        if re.search(rb"\\u00[2-7]", data):  # a key that is spelled in escapes
-            data = json.dumps(json.loads(data)).encode()
-        for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', data):
-            check_charsmap(base64.b64decode(found[1], validate=True), path)
-    except RequestError:
+        growth, added = _growth(parsed.get("normalizer"), path)
+        more = _growth(parsed.get("pre_tokenizer"), path)
+        if growth * more[0] > MOST_GROWTH or added + more[1] > LONGEST_STEP:
+            raise ValueError(f"its cleaning makes a text more than {MOST_GROWTH} times as long")
+        # wanflow pads, cuts and ends prompts itself.
+        parsed |= {"padding": None, "truncation": None, "post_processor": None}
+        if _growth(parsed.get("decoder"), path)[0] > MOST_GROWTH:
+            parsed["decoder"] = None
+        return Tokenizer.from_str(json.dumps(parsed, ensure_ascii=False))
+    except (KeyboardInterrupt, SystemExit, RequestError):
         raise
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is not a readable tokenizer: {error}") from None
+    except BaseException as error:  # a panic of the library is no Exception
+        raise RequestError(
+            f"{path} is not a readable tokenizer: {printable(error)}; {AGAIN}"
+        ) from None
+
+
+# Steps that leave a text's length as it is, or at most double it.
+PLAIN_STEPS = {
+    **dict.fromkeys(("Strip", "StripAccents", "Lowercase", "Nmt", "NFC", "BertNormalizer"), 1),
+    **dict.fromkeys(("NFD", "NFKC", "NFKD", "ByteLevel"), 2),
+    **dict.fromkeys(("Metaspace", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits"), 2),
+    **dict.fromkeys(("BertPreTokenizer", "UnicodeScripts", "FixedLength"), 1),
+    **dict.fromkeys(("ByteFallback", "Fuse", "WordPiece", "CTC", "BPEDecoder"), 2),
+}
+
+
+def _growth(step: Any, path: Path) -> tuple[int, int]:
+    """Return how many times longer a step of cleaning makes a text, and by how many letters more.
+
+    Raises:
+        ValueError: for an unknown step, or a pattern that may take for ever.
+        RequestError: for a table that leads outside itself.
+    """
+    if step is None:
+        return 1, 0
+    kind = step["type"]
+    if kind == "Sequence":
+        (steps,) = (step[key] for key in STEP_LISTS if key in step)
+        times, more = 1, 0
+        for one in steps:
+            factor, letters = _growth(one, path)
+            times, more = times * factor, more + letters
+            if times > MOST_GROWTH or more > LONGEST_STEP:
+                break
+        return times, more
+    if kind == "Precompiled":
+        table = base64.b64decode(step["precompiled_charsmap"], validate=True)
+        check_charsmap(table, path)
+        return 1, 0
+    if kind == "Prepend":
+        return 1, len(step["prepend"])
+    if kind in ("Replace", "Split"):
+        shortest = _shortest(step["pattern"])
+        content = len(step.get("content", ""))
+        return max(1, -(-content // shortest)), 0
+    return PLAIN_STEPS[kind], 0
+
+
+STEP_LISTS = ("normalizers", "pretokenizers", "decoders")
+
+
+def _shortest(pattern: Any) -> int:
+    """Return the least length that a pattern of a step matches.
+
+    A regular expression has no group, no choice and one repetition at most: others take for ever
+    on some texts.
+    """
+    ((kind, text),) = pattern.items()
+    if not isinstance(text, str) or not text:
+        raise ValueError("a step without a pattern")
+    if kind == "String":
+        return len(text)
+    if set(text) & set("(|") or sum(text.count(sign) for sign in "*+?{") > 1:
+        raise ValueError(f"the pattern {printable(text)!r}")
+    return 1
 
 
 def _from_gguf(source: GGUFFile) -> Pieces:
@@ -202,7 +277,10 @@ def _from_gguf(source: GGUFFile) -> Pieces:
             f" {len(types)} types; {AGAIN}"
         )
     charsmap = "tokenizer.ggml.precompiled_charsmap"
-    raw = bytes(value & 255 for value in source.array(charsmap)) if charsmap in meta else b""
+    table = source.array(charsmap) if charsmap in meta else []
+    if not all(isinstance(value, int) for value in table):
+        raise RequestError(f"{source.path}: its normaliser's table holds no bytes; {AGAIN}")
+    raw = bytes(value & 255 for value in table)
     prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
     fold = meta.get("tokenizer.ggml.remove_extra_whitespaces", True)
     return Pieces(list(zip(tokens, scores, strict=True)), types, raw, bool(prefix), bool(fold))
@@ -264,6 +342,8 @@ def _parse(data: bytes, path: Path) -> Pieces:
                 ):
                     raise ValueError("a piece is malformed")
                 pieces.append((text.decode(), struct.unpack("<f", score)[0]))
+                if len(pieces) > MOST_PIECES:
+                    raise ValueError(f"it has more than {MOST_PIECES:,} pieces")
                 types.append(kind)
             elif number == 3 and isinstance(value, bytes):
                 normaliser = dict(_fields(value))

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from wanflow.checkpoint.containers import Report, reading, weight_files
+from wanflow.checkpoint.containers import Report, reading
+from wanflow.checkpoint.folders import weight_files
 from wanflow.checkpoint.infer_config import config_of, refuse_relatives
 from wanflow.checkpoint.layouts import FOLDERS
 from wanflow.checkpoint.parts import PARTS, Part, kind_of

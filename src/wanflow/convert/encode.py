@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from wanflow.checkpoint.containers import DTYPES, NAMES, TensorInfo
-from wanflow.checkpoint.fp8_scales import LARGEST
+from wanflow.checkpoint.fp8_scales import LARGEST, SMALLEST_SCALE
 from wanflow.checkpoint.key_maps import Dialect, Kind, from_official
 from wanflow.checkpoint.source import OfficialSource
 from wanflow.checkpoint.values import extremes, finite
@@ -151,7 +151,7 @@ def _scaled(source: OfficialSource, name: str, new: str) -> list[TensorSpec]:
                 raise _unfit(source, name, piece, torch.float32)
             largest = max(largest, -low, high)
         if largest:
-            scale.fill_(max(largest / LARGEST[FP8], torch.finfo(torch.float32).tiny))
+            scale.fill_(max(largest / LARGEST[FP8], SMALLEST_SCALE))
         for piece in source.stream(name):
             yield (piece.float() / scale).clamp_(-LARGEST[FP8], LARGEST[FP8]).to(DTYPES[FP8])
 

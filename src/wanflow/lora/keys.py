@@ -6,7 +6,6 @@ parsed here too.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from wanflow.checkpoint.containers import TensorSource, read_json
 from wanflow.config import RequestError
 from wanflow.presets import Expert
+from wanflow.untrusted import parse_json
 
 HIGH, LOW = EXPERTS = ("high", "low")  # that one file may tell apart
 # Prefix of a module's path -> its naming, and the expert it means in a file for both.
@@ -63,6 +63,8 @@ TEXT = re.compile(r"(?:base_model\.model\.)?(?:text_encoders?|lora_te\d?|te\d?|c
 MODULATION = re.compile(r"(?:^|[._])(?:modulation|scale_shift_table)$")
 
 IS_TEXT, NO_PART = "text-encoder module", "no part of any known adapter"
+WHOLE = "complete weights of PEFT's modules_to_save, which are not used"
+MOST_PATTERNS = 4096
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def parse_keys(names: Iterable[str]) -> tuple[list[AdapterModule], dict[str, str
     for name in names:
         key = _parse_key(name)
         if key is None:
-            unused[name] = IS_TEXT if TEXT.match(name) else NO_PART
+            whole = name.startswith("base_model.model.") and name.endswith((".weight", ".bias"))
+            unused[name] = IS_TEXT if TEXT.match(name) else WHOLE if whole else NO_PART
             continue
         module = modules.setdefault((key.component, key.expert, key.path), AdapterModule(key))
         if key.part in module.keys:
@@ -176,8 +179,8 @@ def peft_configs(source: TensorSource) -> dict[str, PeftConfig]:
     header = getattr(source, "metadata", {}).get("lora_adapter_metadata")
     if header is not None:
         try:
-            raw |= json.loads(header)
-        except (TypeError, ValueError, RecursionError):
+            raw |= dict(parse_json(header, "the header"))
+        except (TypeError, ValueError):
             raise RequestError(
                 f"{source.path}: the lora_adapter_metadata in its header is not a JSON object"
             ) from None
@@ -209,6 +212,11 @@ def _peft_config(section: Mapping[str, Any], source: TensorSource) -> PeftConfig
             raise RequestError(
                 f"{source.path}: {name} of its configuration is {values!r}; expected numbers by"
                 " module"
+            )
+        if len(values) > MOST_PATTERNS:
+            raise RequestError(
+                f"{source.path}: {name} of its configuration names {len(values):,} modules; at most"
+                f" {MOST_PATTERNS:,} are read"
             )
         return {module: number(value, name) for module, value in values.items()}
 

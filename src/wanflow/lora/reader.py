@@ -13,7 +13,6 @@ taken as they are.
 from __future__ import annotations
 
 import math
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanflow.checkpoint.containers import TensorSource, open_folder, open_safetensors, reading
+from wanflow.checkpoint.containers import TensorSource, reading
 from wanflow.checkpoint.key_maps import from_official
 from wanflow.checkpoint.parts import expert_in_name
-from wanflow.checkpoint.torch_zip import open_torch
+from wanflow.checkpoint.source import open_container
 from wanflow.config import RequestError
 from wanflow.lora.keys import (
     EXPERTS,
@@ -355,9 +354,7 @@ def open_adapter(path: Path) -> TensorSource:
     known = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
     with reading(path):
         file = next((path / name for name in known if (path / name).is_file()), path)
-        if file.is_dir():
-            return open_folder(file)
-        return open_torch(file) if zipfile.is_zipfile(file) else open_safetensors(file)
+    return open_container(file)
 
 
 def read_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import logging
 import re
-from pathlib import Path
 
 import ftfy
 import torch
@@ -23,32 +22,16 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def read(file: Path) -> Engine:
-    """Return the engine of a `tokenizer.json`; RequestError when it is none or missing."""
-    if not file.is_file():
-        raise RequestError(
-            f"the tokenizer is missing: {file} (it comes with the weights, folder google/umt5-xxl)"
-        )
-    try:
-        return Engine.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except (
-        BaseException
-    ) as error:  # of a malformed file the library makes a bare Exception, or a panic, which is none
-        raise RequestError(f"{file} is not a readable tokenizer: {error}") from None
-
-
 class Tokenizer:
     """T5's tokenizer: pads to a fixed length, and truncates longer prompts with a warning."""
 
-    def __init__(self, source: Path | Engine, length: int) -> None:
-        """Take an engine or read a `tokenizer.json`; `length` is the model's text_len.
+    def __init__(self, engine: Engine, length: int) -> None:
+        """Take an engine; `length` is the model's text_len.
 
         Raises:
-            RequestError: when the file is missing or not a tokenizer.
+            RequestError: when it is not T5's.
         """
-        self.engine = source if isinstance(source, Engine) else read(source)
+        self.engine = engine
         self.engine.no_padding()
         self.engine.no_truncation()
         self.length = length

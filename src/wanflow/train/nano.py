@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from wanflow.assemble import make_engine
+from wanflow.checkpoint.tokenizers import open_tokenizer
 from wanflow.config import RequestError
 from wanflow.convert.configs import as_json, official, tokenizer_config
 from wanflow.convert.taken import refuse_folder
@@ -118,7 +119,8 @@ def _needs(file: Path, stage: str) -> Path:
 
 
 def _tokenizer(work: Path) -> Tokenizer:
-    return Tokenizer(_needs(work / "tokenizer.json", "text"), NANO.dit.text_len)
+    engine = open_tokenizer(_needs(work / "tokenizer.json", "text"))
+    return Tokenizer(engine, NANO.dit.text_len)
 
 
 def _text(work: Path, scale: float, screen: Screen, stop: Stop) -> None:
