@@ -295,6 +295,19 @@ def test_a_table_that_makes_books_of_letters(tmp_path: Path) -> None:
     assert "normaliser" in refusal(lambda: open_tokenizer(path))
 
 
+def test_a_piece_on_which_the_library_would_overflow_its_stack(tmp_path: Path) -> None:
+    parsed = json.loads((NANO / "google/umt5-xxl/tokenizer.json").read_bytes())
+    parsed["model"]["vocab"][5][0] = "[" * 200_000
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(parsed))
+    assert "200,000 letters" in refusal(lambda: open_tokenizer(path))
+    size = 100_000
+    piece = b"\n" + b"\xa0\x8d\x06" + b"x" * size
+    pieces = [b"\x0a\xa4\x8d\x06" + piece, b"\n\x05\n\x01u\x18\x02"]
+    (tmp_path / "spiece.model").write_bytes(b"".join(pieces))
+    assert "100,000 letters" in refusal(lambda: open_tokenizer(tmp_path / "spiece.model"))
+
+
 def test_tokenizers_of_any_length(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(b"{" + b" " * (21 << 20))
@@ -421,6 +434,9 @@ def test_patterns_of_peft_are_counted(tmp_path: Path) -> None:
     save_file(state, path, {"lora_adapter_metadata": header})
     shapes = {"blocks.0.self_attn.q.weight": (32, 32)}
     assert "at most 4,096" in refusal(lambda: read_adapter(path, shapes))
+    huge = json.dumps({"r": 10**400, "lora_alpha": 2})
+    save_file(state, path, {"lora_adapter_metadata": huge})
+    assert "expected a number" in refusal(lambda: read_adapter(path, shapes))
     save_file(state, path, {"lora_adapter_metadata": "[" * 5000})
     assert "lora_adapter_metadata" in refusal(lambda: read_adapter(path, shapes))
 

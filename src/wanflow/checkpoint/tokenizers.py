@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LIMIT = 20 << 20  # bytes of a tokenizer; the published ones have 5 and 17 MB
 MOST_PIECES = 1 << 20  # UMT5 has 256,384
 MOST_GROWTH = 64  # times that cleaning may lengthen a text; T5's own makes 18 letters of one
-LONGEST_STEP = 1000  # characters that a step of cleaning puts somewhere
+LONGEST_STEP = 1000  # characters that a step of cleaning puts somewhere, and of a piece
 TRIAL = "a Ａ, 日\U0010ffff"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # sentencepiece's types of pieces
 
@@ -117,6 +117,7 @@ def build(model: Pieces, path: Path) -> Tokenizer:
     if unknown is None:
         raise RequestError(f"{path}: its tokenizer has no unknown piece; {AGAIN}")
     try:
+        _refuse_long(piece for piece, _ in model.pieces)
         # A model that falls back to bytes has a piece for every byte.
         bytewise = model.types.count(BYTE) == 256
         engine = Tokenizer(Unigram(model.pieces, unk_id=unknown, byte_fallback=bytewise))
@@ -140,6 +141,13 @@ def build(model: Pieces, path: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception for a malformed model
         raise RequestError(f"{path}: its tokenizer is damaged ({error}); {AGAIN}") from None
     return engine
+
+
+def _refuse_long(pieces: Iterable[str]) -> None:
+    """Raise a ValueError for a piece on which the library's tree recurses beyond its stack."""
+    longest = max(map(len, pieces), default=0)
+    if longest > LONGEST_STEP:
+        raise ValueError(f"a piece of {longest:,} letters")
 
 
 def check_charsmap(data: bytes, path: Path) -> None:
@@ -187,6 +195,10 @@ def _from_json(data: bytes, path: Path) -> Tokenizer:
         more = _growth(parsed.get("pre_tokenizer"), path)
         if growth * more[0] > MOST_GROWTH or added + more[1] > LONGEST_STEP:
             raise ValueError(f"its cleaning makes a text more than {MOST_GROWTH} times as long")
+        if not isinstance(parsed["model"], dict):
+            raise ValueError("its model is no object")
+        vocabulary = parsed["model"].get("vocab", ())
+        _refuse_long(piece if isinstance(vocabulary, dict) else piece[0] for piece in vocabulary)
         # wanflow pads, cuts and ends prompts itself.
         parsed |= {"padding": None, "truncation": None, "post_processor": None}
         if _growth(parsed.get("decoder"), path)[0] > MOST_GROWTH:

@@ -6,7 +6,6 @@ parsed here too.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -200,7 +199,7 @@ def peft_configs(source: TensorSource) -> dict[str, PeftConfig]:
 def _peft_config(section: Mapping[str, Any], source: TensorSource) -> PeftConfig:
     def number(value: Any, name: str) -> float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
+        if not is_number or not abs(value) < 1 << 63:  # nor NaN, nor infinity
             raise RequestError(
                 f"{source.path}: {name} of its configuration is {value!r}; expected a number"
             )
