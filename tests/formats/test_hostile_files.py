@@ -318,6 +318,16 @@ def test_tokenizers_of_any_length(tmp_path: Path) -> None:
     assert "pieces" in refusal(lambda: open_tokenizer(tmp_path / "spiece.model"))
 
 
+def test_a_tokenizer_in_no_bytes_and_an_embedding_of_no_sides(tmp_path: Path) -> None:
+    path = tmp_path / "t5.safetensors"
+    save_file({"spiece_model": torch.ones(5).bfloat16(), "shared.weight": torch.zeros(2, 2)}, path)
+    assert "holds no tokenizer" in refusal(lambda: open_tokenizer(path))
+    model = Path(shutil.copytree(NANO, tmp_path / "model"))
+    file = model / "high_noise_model/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"patch_embedding.weight": torch.tensor(1.0)}, file)
+    assert "patch_embedding.weight" in refusal(lambda: open_checkpoint(model))
+
+
 # what is no file
 
 

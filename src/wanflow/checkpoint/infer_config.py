@@ -48,7 +48,7 @@ def relative(source: TensorSource, config: Mapping[str, Any]) -> str | None:
     known = patches is not None and len(patches.shape) == 5
     channels = patches.shape[1] if patches is not None and known else config.get("in_dim")
     name = BY_CHANNELS.get(channels) if isinstance(channels, int) else None
-    if channels == T2V_A14B.dit.in_dim and patches is not None:
+    if channels == T2V_A14B.dit.in_dim and patches is not None and known:
         name = BY_WIDTH.get(patches.shape[0])
     if name:
         return name

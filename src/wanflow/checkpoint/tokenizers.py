@@ -92,7 +92,8 @@ def _inside(source: TensorSource) -> Tokenizer:
     if isinstance(source, GGUFFile):
         return build(_from_gguf(source), path)
     held = _embedded(source)
-    if held is None or source.tensors[held].nbytes > LIMIT:
+    info = None if held is None else source.tensors[held]
+    if held is None or info is None or info.nbytes > LIMIT or info.dtype.itemsize != 1:
         raise RequestError(
             f"{path} holds no tokenizer; name one with --tokenizer (tokenizer.json or spiece.model"
             " of google/umt5-xxl)"
