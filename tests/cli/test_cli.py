@@ -147,7 +147,7 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
     # On a busy machine one process may say it before all have found it out, and then says which it
     # is.
     (said,) = re.findall(r"^wanflow: (?:rank \d of 4: )?(.*)$", done.stderr, re.M)
-    assert said.startswith("T2V_A14B_weights is missing")
+    assert said.startswith("./T2V_A14B_weights is missing")
     assert "80 GB" in done.stderr
     assert "exitcode  : 2" in done.stderr
 

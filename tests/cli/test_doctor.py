@@ -631,6 +631,7 @@ def test_as_json_beside_a_package_that_is_broken_and_talks(tmp_path: Path) -> No
         "packages",
         "problems",
         "advice",
+        "code",
     }
     assert {
         "level": "warning",

@@ -819,6 +819,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "the VAE stays as it is" in capsys.readouterr().err
     assert TARGETS is command.TARGETS
     assert command.size("1.5GB") == 1_500_000_000 and command.size("2MiB") == 2 << 20
+    words[2] = str(tmp_path / "another")
     assert main([*words, "--parts", "head"]) == 2
     assert "none of high, low" in capsys.readouterr().err
 

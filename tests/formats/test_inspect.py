@@ -504,11 +504,11 @@ def full() -> Iterator[Path]:
 
 
 TIMED = """
-import argparse, json, sys, time
+import json, sys, time
 import torch
-from wanflow.cli import inspect
+from wanflow.cli import inspect, main
 start = time.process_time()
-inspect.inspect(argparse.Namespace(path=sys.argv[1], json=True, hash=False, check=False))
+assert main(["inspect", sys.argv[1], "--json"]) == 0
 print(json.dumps({"seconds": time.process_time() - start}), file=sys.stderr)
 """
 
