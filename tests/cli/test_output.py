@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from helpers.common import PROMPT
 
 from wanflow.cli import main
+from wanflow.cli.ending import SIGNALS
 from wanflow.cli.inspect import _whole
 from wanflow.cli.output import Output, _LogLines
 from wanflow.hardware import peak_memory
@@ -155,7 +157,9 @@ def test_a_folder_is_hashed_as_one_task() -> None:
 @pytest.mark.slow
 def test_a_document_of_several_ranks(capfd: pytest.CaptureFixture[str]) -> None:
     several = ["--gpus", "cpu,cpu", "--ulysses_size", "3"]
+    before = [signal.getsignal(number) for number in SIGNALS]
     assert main([*MAKE, "a.mp4", "--json", *several]) == 2
+    assert [signal.getsignal(number) for number in SIGNALS] == before  # the launcher gives back
     shown = capfd.readouterr()
     failed = json.loads(shown.out)
     assert failed["code"] == 2 and "does not make 2 ranks" in failed["error"]

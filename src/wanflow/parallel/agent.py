@@ -49,16 +49,21 @@ def run_ranks(
         envs={n: {**shared, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(world_size)},
         logs_specs=DefaultLogsSpecs(os.devnull),
     )
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         ranks.start()
         failure = _first_failure(ranks)
     except SignalException:
         failure = INTERRUPTED
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if failure is not None:
-        announce(store, failure, -1, say)
-    ranks.close(timeout=STOP_S)
+    try:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if failure is not None:
+            announce(store, failure, -1, say)
+        ranks.close(timeout=STOP_S)
+    finally:
+        for number, handler in before.items():  # None: not set by Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
     failure = announced(store)
     if failure is not None and (ranks.subprocess_handlers[0].proc.poll() or 0) < 0:
         on_killed(*failure)
