@@ -1,15 +1,23 @@
-"""Read what a launcher wrote into the environment: which rank this process is, of how many."""
+"""Read what a launcher left this process: its rank, of how many, and the signals that it hears."""
 
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from wanflow.config import RequestError
 from wanflow.untrusted import printable
 
 MOST_RANKS = 65_536
+# That ask a process to end; Windows has no SIGHUP.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+IGNORED = (signal.SIG_IGN, None)  # as nohup does; None is a handler that is not of Python
 
 
 @dataclass(frozen=True)
@@ -60,3 +68,20 @@ def _number(environment: Mapping[str, str], name: str, low: int, high: int) -> i
             f" {low:,} to {high:,} (unset {name})"
         )
     return int(text)
+
+
+def take_over(handler: Any) -> dict[int, Any]:
+    """Handle `SIGNALS` by a handler; return those of before, for `give_back`.
+
+    A signal that is ignored stays ignored. Threads other than the main one have no handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heard = [number for number in SIGNALS if signal.getsignal(number) not in IGNORED]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def give_back(handlers: Mapping[int, Any]) -> None:
+    """Handle signals as before; a handler that is not of Python becomes the system's."""
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

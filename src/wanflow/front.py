@@ -256,13 +256,9 @@ class Display:
         from wanflow.screen import Screen
 
         self._screen = screen = Screen()
-
-        def on_part(done: int, total: int) -> None:
-            screen.progress("decoding", done, total, "part")
-
         try:
             with screen.denoising(run) as watch:
-                yield watch, on_part
+                yield watch, screen.decoded
         finally:
             self._screen = None
             screen.close()

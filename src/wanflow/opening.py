@@ -23,6 +23,7 @@ from wanflow.config import RequestError
 from wanflow.front import Display, Pipeline, RequestWarning, refuse_unknown
 from wanflow.geometry import geometry_of, parse_size
 from wanflow.loaders.parts import Report
+from wanflow.presets import NANO_FOLDER
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
 from wanflow.untrusted import shown, user_path
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from wanflow.parallel.ranks import DistInfo
 
 logger = logging.getLogger("wanflow")
-
-NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
 
 
 def resolve(

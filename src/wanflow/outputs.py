@@ -151,6 +151,12 @@ def _holder(name: Path) -> str:
     return f" ({who}its claim is {name})"
 
 
+def bytes_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the disk that holds `path`, or will hold it."""
     place = path.absolute()

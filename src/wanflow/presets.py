@@ -8,6 +8,7 @@ Sources: the official configuration of Wan2.2-T2V-A14B (defaults, boundary, nega
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from wanflow.config import TRAIN_STEPS, DiTConfig, Solver, TextConfig, VAEConfig
@@ -114,6 +115,7 @@ TI2V_5B = DiTConfig(
 
 # The miniature inside the package. `wanflow.json` next to its weights has its latent statistics,
 # which come from training.
+NANO_FOLDER = Path(__file__).parent / "assets" / "nano"  # its weights, in the package
 NANO = ModelSpec(
     name="nano",
     task="t2v-nano",

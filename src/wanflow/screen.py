@@ -424,5 +424,9 @@ class Screen:
 
     def decoding(self) -> OnPart:
         """Return the callback that shows how far the VAE is."""
-        self.progress("decoding", 0, 0, "part")
-        return lambda done, total: self.progress("decoding", done, total, "part")
+        self.decoded(0, 0)
+        return self.decoded
+
+    def decoded(self, done: int, total: int) -> None:
+        """Show how many parts of the latent are decoded."""
+        self.progress("decoding", done, total, "part")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.common import PROMPT
+from helpers.common import PROMPT, let_appear
 
 from wanflow.cli import build_parser, main
 from wanflow.clipfiles import read_frames, read_recipe
@@ -367,15 +367,7 @@ def test_when_writing_fails_the_latent_is_kept_and_decode_finishes(
 def test_a_file_that_appears_meanwhile_is_not_replaced(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanflow.media import VideoWriter
-
-    finish = VideoWriter._finish
-
-    def late(self: VideoWriter) -> None:
-        self.path.write_bytes(b"mine")
-        finish(self)
-
-    monkeypatch.setattr(VideoWriter, "_finish", late)
+    let_appear(monkeypatch, "a.mp4")
     assert main([*MAKE, "--save_file", "a.mp4"]) == 2
     said = capsys.readouterr().err
     assert "exists" in said and "wanflow decode a.latent.safetensors" in said
@@ -582,15 +574,7 @@ def test_a_contact_sheet_that_exists_is_refused_or_replaced(
 def test_a_sheet_that_appears_meanwhile_is_kept_and_so_is_the_video(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanflow.media import VideoWriter
-
-    finish = VideoWriter._finish
-
-    def late(self: VideoWriter) -> None:
-        Path("a_sheet.png").write_bytes(b"mine")
-        finish(self)
-
-    monkeypatch.setattr(VideoWriter, "_finish", late)
+    let_appear(monkeypatch, "a_sheet.png")
     assert main([*MAKE, "--save_file", "a.mp4", "--contact_sheet", "--overwrite"]) == 2
     said = capsys.readouterr().err
     assert "saved a.mp4" in said and "a_sheet.png exists" in said

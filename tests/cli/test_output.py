@@ -16,9 +16,9 @@ import pytest
 from helpers.common import PROMPT
 
 from wanflow.cli import main
-from wanflow.cli.ending import SIGNALS
 from wanflow.cli.inspect import _whole
 from wanflow.cli.output import Output, _LogLines
+from wanflow.described import SIGNALS
 from wanflow.hardware import peak_memory
 from wanflow.screen import Screen
 

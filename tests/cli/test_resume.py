@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.common import PROMPT
+from helpers.common import PROMPT, let_appear
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -346,16 +346,8 @@ def stopping(step: int) -> Callable[..., Run]:
 def test_the_command_names_a_free_file_where_the_video_appeared_meanwhile(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanflow.media import VideoWriter
-
-    finish = VideoWriter._finish
-
-    def late(self: VideoWriter) -> None:
-        self.path.write_bytes(b"mine")
-        finish(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(VideoWriter, "_finish", late)
+        let_appear(patch, "a.mp4")
         assert main(MAKE) == 2
     (command,) = re.findall(r"finish it with: wanflow (decode .*)$", capsys.readouterr().err, re.M)
     assert main(shlex.split(command)) == 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wanflow.checkpoint.key_maps import Kind
 from wanflow.checkpoint.source import OfficialSource, official, open_source
 from wanflow.config import DiTConfig, RequestError
+from wanflow.media import VideoWriter
 
 M = TypeVar("M", bound=nn.Module)
 # Small enough that a run takes a fraction of a second.
@@ -56,3 +57,14 @@ def same_bits(a: Tensor | None, b: Tensor) -> bool:
         and a.shape == b.shape
         and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )
+
+
+def let_appear(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let another program write a file, `mine`, just before a video is published."""
+    finish = VideoWriter._finish
+
+    def late(self: VideoWriter) -> None:
+        Path(name).write_bytes(b"mine")
+        finish(self)
+
+    patch.setattr(VideoWriter, "_finish", late)

@@ -15,11 +15,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from wanflow.cli.output import Output
+from wanflow.described import give_back, take_over
 
 INTERRUPTED = 130
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 # From a signal to the end of the process where the main thread does not get there: one operation on
 # a CPU may take minutes, and Python handles a signal only after it.
 STUCK_S = 3.0
@@ -49,11 +47,7 @@ class Alone:
 
     def hear(self) -> None:
         """Let the first signal interrupt the main thread; one that is ignored stays ignored."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._handlers[number] = signal.signal(number, self._interrupt)
+        self._handlers = take_over(self._interrupt)
 
     def watch(self, nothing: str) -> None:
         """End the process within seconds of a signal from now on, and at once at a second Ctrl-C.
@@ -97,8 +91,8 @@ class Alone:
 
     def leave(self) -> None:
         """End well: handle signals as before."""
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+        give_back(self._handlers)
+        self._handlers = {}
         if self._wakeup is not None and self._signals is not None:
             signal.set_wakeup_fd(-1)
             self._signals.close()  # which ends the thread

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from wanflow.cli.parser import Parser, add_settings, file_path, number, settings_from, short
 from wanflow.config import RequestError
-from wanflow.presets import SETTINGS
+from wanflow.presets import NANO_FOLDER, SETTINGS
 from wanflow.request import SCALE, Request, with_settings
 from wanflow.runtime import Runtime
 from wanflow.untrusted import user_path
@@ -77,19 +77,13 @@ def parallel(text: str) -> dict[str, int]:
 def generate_flags(p: Parser) -> None:
     """Add every flag of `wanflow generate`."""
     groups = {name: p.add_argument_group(*texts) for name, texts in GROUPS.items()}
-    add = groups["main"].add_argument
-    add(
+    groups["main"].add_argument(
         "--ckpt_dir",
         metavar="DIR",
         help=f"folder of the weights, or nano, the miniature (default: {CKPT_DIR})",
     )
     add_settings(Request, groups)
-    add(
-        "--save_file",
-        type=file_path,
-        metavar="FILE",
-        help="the video to write: .mp4, .webm, .mkv, .gif, .apng, .png",
-    )
+    target_flag(groups["main"])
     add_settings(Runtime, groups)
     groups["sampling"].add_argument(
         "--sample_guide_scale",
@@ -130,17 +124,22 @@ def again_flags(p: Parser) -> None:
     names = ("run", "memory", "parallel")
     groups = {name: p.add_argument_group(*GROUPS[name]) for name in names}
     run = groups["run"]
-    run.add_argument(
-        "--save_file",
-        type=file_path,
-        metavar="FILE",
-        help="the video to write: .mp4, .webm, .mkv, .gif, .apng, .png",
-    )
+    target_flag(run)
     run.add_argument("--ckpt_dir", metavar="DIR", help="the weights, in place of the recipe's")
     run.add_argument("--force", action="store_true", help="accept other weights or a small machine")
     run_flags(run, groups["parallel"])
     add_settings(Runtime, groups, fixed=False)
     part_flags(p.add_argument_group("single files", "In place of those that the recipe names."))
+
+
+def target_flag(group: argparse._ActionsContainer) -> None:
+    """Add the flag that names the video."""
+    group.add_argument(
+        "--save_file",
+        type=file_path,
+        metavar="FILE",
+        help="the video to write: .mp4, .webm, .mkv, .gif, .apng, .png",
+    )
 
 
 def config_flag(group: argparse._ActionsContainer) -> None:
@@ -278,8 +277,6 @@ def given_parts(args: argparse.Namespace) -> dict[Part, Path]:
 def model_path(text: str) -> Path:
     """Return the folder or file of a path, of nano, or of a cached repository."""
     if text == "nano":
-        from wanflow.opening import NANO_FOLDER
-
         return NANO_FOLDER
     path = user_path(text)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from wanflow.outputs import bytes_of
 from wanflow.screen import harmless, print_event, print_line, show_lines
 from wanflow.units import file_size, measured, memory_size
 
@@ -168,8 +169,7 @@ class Output:
 
     def result(self, path: Path, screen: Screen, **facts: Any) -> None:
         """Take the file or folder that the command made, and print the last line about it."""
-        files = path.rglob("*") if path.is_dir() else [path]
-        size = sum(file.stat().st_size for file in files if file.is_file())
+        size = bytes_of(path)
         self.path = path
         self.document |= {"path": str(path), "bytes": size, **facts}
         screen.say(f"saved {path}: {file_size(size)} in {self.so_far(screen)}")

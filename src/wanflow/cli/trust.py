@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from wanflow.cli.flags import CKPT_DIR, PARTS
 from wanflow.config import RequestError
+from wanflow.presets import NANO_FOLDER
 from wanflow.untrusted import printable, user_path
 
 if TYPE_CHECKING:
     from wanflow.recipe import ModelRecord, Recipe
 
 logger = logging.getLogger("wanflow")
-NANO = Path(__file__).parents[1] / "assets" / "nano"
 SHOWN = 12  # files that a message names
 
 
@@ -74,7 +74,7 @@ def with_trusted_paths(
 def is_embedded(model: ModelRecord) -> bool:
     """Return whether a recipe's model is the miniature inside wanflow, wherever that lay."""
     folder = user_path(model.folder)
-    return model.name == "nano" and (folder == NANO or not os.path.lexists(folder))
+    return model.name == "nano" and (folder == NANO_FOLDER or not os.path.lexists(folder))
 
 
 def named_files(recipe: Recipe) -> list[tuple[str, str]]:

@@ -14,8 +14,9 @@ from torch.distributed.elastic.multiprocessing import (
     SubprocessContext,
 )
 
+from wanflow.described import SIGNALS, give_back
 from wanflow.parallel.ranks import host_store
-from wanflow.parallel.watchdog import INTERRUPTED, SIGNALS, Failure, announce, announced, report
+from wanflow.parallel.watchdog import INTERRUPTED, Failure, announce, announced, report
 
 POLL_S = 0.1
 STOP_S = 8  # from SIGTERM to SIGKILL; a rank takes 2 * GRACE_S at most
@@ -62,8 +63,7 @@ def run_ranks(
             announce(store, failure, -1, say)
         ranks.close(timeout=STOP_S)
     finally:
-        for number, handler in before.items():  # None: not set by Python
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        give_back(before)
     failure = announced(store)
     if failure is not None and (ranks.subprocess_handlers[0].proc.poll() or 0) < 0:
         on_killed(*failure)

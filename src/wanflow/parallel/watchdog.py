@@ -22,6 +22,7 @@ from contextlib import suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from wanflow.described import IGNORED, SIGNALS
 from wanflow.untrusted import printable
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ HEARTBEAT_TIMEOUT_S = 30.0  # a large library may hold the threads of a rank bac
 NEWS_S = 5.0  # how long a rank that sees an effect (SIGTERM, a broken connection) awaits the cause
 GRACE_S = 3.0  # for the main thread to come out of its work, and again for saving the state
 GROUP_MARGIN_S = 30.0  # torch's timeouts come after ours: NCCL's ends a rank without a message
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
-IGNORED = (signal.SIG_IGN, None)  # as nohup does
 LEFT, SILENT = "left", "no heartbeat: killed, out of memory, or frozen"
 
 

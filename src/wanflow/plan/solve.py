@@ -91,16 +91,7 @@ class _Solver:
         runtime = self._choose_text(self.begun.runtime)
         runtime = self._choose_experts(runtime)
         runtime = self._choose_vae(runtime)
-        needed = need(self.traces, runtime, self.kind)
-        short = tuple(self._short(needed))
-        return replace(
-            self.begun,
-            runtime=runtime,
-            reasons=tuple(self.reasons),
-            need=needed,
-            short=short,
-            offers=tuple(self._offers(runtime, bool(short))),
-        )
+        return self._plan(runtime, self._offers)
 
     def all_resident(self, open_tile: bool) -> Plan:
         """Return the plan of a small model; only the tiles of its VAE are chosen."""
@@ -112,6 +103,10 @@ class _Solver:
                 runtime = tiled
             else:  # and full frames take less work
                 self.reasons = list(before)
+        return self._plan(runtime, self._smaller)
+
+    def _plan(self, runtime: Runtime, offers: Callable[[Runtime, bool], Iterator[str]]) -> Plan:
+        """Return the plan of a runtime; `offers` gets it, and whether something does not fit."""
         needed = need(self.traces, runtime, self.kind)
         short = tuple(self._short(needed))
         return replace(
@@ -120,7 +115,7 @@ class _Solver:
             reasons=tuple(self.reasons),
             need=needed,
             short=short,
-            offers=tuple(self._smaller(runtime)) if short else (),
+            offers=tuple(offers(runtime, bool(short))),
         )
 
     def _few_pixels(self) -> bool:
@@ -318,8 +313,10 @@ class _Solver:
         lacks = self.kind == "gpu" and not self.begun.machine.bfloat16
         return lacks and self.begun.dtype == torch.bfloat16
 
-    def _smaller(self, runtime: Runtime) -> Iterator[str]:
+    def _smaller(self, runtime: Runtime, short: bool) -> Iterator[str]:
         """Yield what would fit, in words: tiles of the VAE, and a smaller or shorter video."""
+        if not short:
+            return
         traces, tiled = self.traces, replace(runtime, vae_tile=TILES[-2])
         full = not runtime.vae_tile and not self.several and self._few_pixels()
         if full and not any(self._short(need(traces, tiled, self.kind))):

@@ -39,7 +39,7 @@ from wanflow.files import atomic_path
 from wanflow.geometry import geometry_of
 from wanflow.media import check_target
 from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
-from wanflow.outputs import Claims, refuse_without_room
+from wanflow.outputs import Claims, bytes_of, refuse_without_room
 from wanflow.parallel.fsdp import gather, shard
 from wanflow.parallel.ranks import (
     DistInfo,
@@ -166,7 +166,7 @@ def finetune(
         trained = _trained(checkpoint, settings, clips, screen, stop)
         written = _write(checkpoint, settings, trained, replaced, screen, claims)
         screen.say(
-            f"{settings.work} ({file_size(_bytes_in(settings.work))}) is needed no longer, unless"
+            f"{settings.work} ({file_size(bytes_of(settings.work))}) is needed no longer, unless"
             " you train on these clips again"
         )
         return written
@@ -229,10 +229,6 @@ def _write(
         claims.give_back(settings.out)  # the conversion claims it
         convert(model, settings.out, target, screen.say, screen.count_bytes("converting"))
     return [settings.out]
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _outputs(settings: FineTune) -> list[Path]:

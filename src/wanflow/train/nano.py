@@ -28,9 +28,9 @@ from wanflow.models.dit import WanDiT
 from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.opening import NANO_FOLDER, load, resolve
-from wanflow.outputs import Claims
-from wanflow.presets import NANO, Expert, ModelSpec
+from wanflow.opening import load, resolve
+from wanflow.outputs import Claims, bytes_of
+from wanflow.presets import NANO, NANO_FOLDER, Expert, ModelSpec
 from wanflow.screen import Screen
 from wanflow.train import adherence, autoencoder, experts, text, toy
 from wanflow.train.loop import Train, fit
@@ -227,8 +227,8 @@ def export(work: Path, out: Path, screen: Screen) -> None:
     made = preset(work)
     with atomic_path(out, overwrite=True) as part:
         _export(made, work, part)
-    total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    screen.say(f"exported to {out}: {file_size(total)} (copy it over {NANO_FOLDER} to embed it)")
+    size = file_size(bytes_of(out))
+    screen.say(f"exported to {out}: {size} (copy it over {NANO_FOLDER} to embed it)")
 
 
 def _export(made: ModelSpec, work: Path, out: Path) -> None:

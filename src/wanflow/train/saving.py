@@ -14,13 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wanflow.checkpoint.containers import DTYPES
+from wanflow.checkpoint.containers import NAMES
 from wanflow.config import RequestError
 from wanflow.convert.write import TensorSpec, write_safetensors
 from wanflow.files import atomic_path
 from wanflow.untrusted import check_regular, printable
-
-KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 def write_tensors(
@@ -31,7 +29,7 @@ def write_tensors(
         TensorSpec(
             name,
             tuple(value.shape),
-            KINDS[value.dtype],
+            NAMES[value.dtype],
             lambda value=value: iter([value.detach().cpu().contiguous()]),  # type: ignore[misc]
         )
         for name, value in tensors.items()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+from wanflow.described import give_back, take_over
 
 
 @dataclass
@@ -42,14 +40,8 @@ def stopping() -> Iterator[Stop]:
     no handlers.
     """
     stop = Stop()
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in SIGNALS:
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, stop)
+    before = take_over(stop)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back(before)
