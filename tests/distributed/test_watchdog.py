@@ -11,6 +11,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,6 +341,21 @@ def test_ranks_with_different_commands_are_refused() -> None:
         "rank 1 of 2: its command has 4\N{REPLACEMENT CHARACTER} where that of rank 0 has 3; give"
         " every rank the same"
     )
+
+
+def test_a_rank_begins_nothing_before_its_command_is_that_of_rank_0() -> None:
+    store = HashStore()
+    second = Watchdog(store, 1, 2)
+    second.command = ["wanflow 1", "generate"]
+    agreed = threading.Thread(target=second.agree, daemon=True)
+    agreed.start()
+    assert second._other_command() is None
+    agreed.join(0.2)
+    assert agreed.is_alive()
+    store.set("command", json.dumps(second.command))
+    assert second._other_command() is None
+    agreed.join(10)
+    assert not agreed.is_alive()
 
 
 def test_a_rank_that_never_joins_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

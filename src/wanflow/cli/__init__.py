@@ -209,6 +209,7 @@ def _run(argv: list[str], claims: Claims) -> int:
         output.begin(ranks.rank)
         if ranks.world_size > 1:
             watchdog = _join_watchdog(argv, output, alone) or alone
+            watchdog.agree()  # before anything begins that a refusal would have to undo
         args = _parse(argv)
         output.take(args)
         from wanflow.cli import checks

@@ -84,7 +84,9 @@ class Watchdog:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.join_s = join_s
         self.command: list[str] = []  # of this rank; that of every rank must be the same
-        self._compared = rank == 0  # with the command of rank 0
+        self._agreed = threading.Event()  # the command of rank 0 is this rank's
+        if rank == 0:
+            self._agreed.set()
         self._host = 0 if rank0_hosts else None
         self.timeout_s = 600.0  # how late a rank may be to a collective
         self.progress: Callable[[], int] = lambda: 0  # how many collectives this rank has entered
@@ -118,6 +120,10 @@ class Watchdog:
         # The thread hears signals, too: the main thread may be stuck in a call.
         signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         self._thread.start()
+
+    def agree(self) -> None:
+        """Wait until rank 0 has said its command and it is this rank's; else be interrupted."""
+        self._agreed.wait()
 
     def fail(self, code: int, cause: str, sure: bool = True) -> NoReturn:
         """End this rank, and with it the run, with a failure.
@@ -192,11 +198,11 @@ class Watchdog:
         if self.rank == 0:
             self.store.set("command", json.dumps(self.command))
         while not (self._turn() and self._leaving):
-            self._listen()
             found = announced(self.store) or self._other_command() or self._judge()
             if found is not None:
                 announce(self.store, found, self.rank, self.say)
                 return announced(self.store)
+            self._listen()
         self._turn(LEFT)
         return None
 
@@ -239,11 +245,12 @@ class Watchdog:
         return self.rank != self._host or all(found == LEFT for found, _ in self._beats[1:])
 
     def _other_command(self) -> Failure | None:
-        """Return a refusal if rank 0 was given another command; compares once."""
-        if self._compared or not self.store.check(["command"]):
+        """Return a refusal if rank 0 was given another command."""
+        if self._agreed.is_set() or not self.store.check(["command"]):
             return None
-        self._compared, first = True, json.loads(self.store.get("command"))
+        first = json.loads(self.store.get("command"))
         if self.command == first:
+            self._agreed.set()
             return None
         mine, other = next(
             pair for pair in zip_longest(self.command, first, fillvalue="") if pair[0] != pair[1]
