@@ -71,6 +71,7 @@ class LoadOptions(TypedDict, total=False):
     quantize_layers: Literal["ffn", "all"]
     attention: str
     text_cache: str | os.PathLike[str] | None
+    machine_cache: str | os.PathLike[str] | None
     cfg_parallel: bool | None
     ring_size: int | None
     ulysses_size: int | None

@@ -125,6 +125,12 @@ class Runtime:
         metavar="DIR",
         help="folder that caches encoded prompts (default: the user's cache); none: no cache",
     )
+    machine_cache: str | None = setting(
+        None,
+        group="memory",
+        metavar="DIR",
+        help="folder of what was measured on this machine (default: the user's cache); none: none",
+    )
     cfg_parallel: bool | None = setting(
         None, group="parallel", metavar="BOOL", help="half of the processes per guidance branch"
     )

@@ -891,6 +891,7 @@ def test_the_command_is_what_was_planned(
         "ulysses_size",
         "ring_size",
         "text_cache",
+        "machine_cache",
     }
     assert re.match(r"about .* on RTX 4070 Ti, .* on RTX 3060$", found["time"])
     assert found["estimate"] is None and len(found["seconds_by_card"]) == 4

@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("request", "runtime", "described"),
     ("geometry",),
     ("presets",),
-    ("settings",),
+    ("settings", "remembered"),
     ("untrusted",),
     ("config",),
     ("files", "units", "nano_words"),

@@ -8,7 +8,7 @@ from typing import Any
 from wanflow.cli.parser import Parser, file_path
 
 SHELLS = ("bash", "zsh", "fish")
-FOLDERS = ("ckpt_dir", "local_dir", "data", "out", "work_dir", "text_cache")
+FOLDERS = ("ckpt_dir", "local_dir", "data", "out", "work_dir", "text_cache", "machine_cache")
 PATHS = ("path", "source", "lora", "evaluate")  # texts that are files or folders, or other names
 
 

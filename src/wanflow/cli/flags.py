@@ -254,16 +254,20 @@ def runtime_from(args: argparse.Namespace) -> Runtime:
             "ring_size": args.parallel["ring"],
             "ulysses_size": args.parallel["ulysses"],
         }
-    return Runtime(**{**values, "text_cache": text_cache(args.text_cache)})
+    caches = {
+        "text_cache": cache_folder(args.text_cache, "text"),
+        "machine_cache": cache_folder(args.machine_cache, "machine"),
+    }
+    return Runtime(**{**values, **caches})
 
 
-def text_cache(named: str | None) -> str | None:
-    """Return the folder of encoded prompts: the named one, the user's cache, or none."""
+def cache_folder(named: str | None, what: str) -> str | None:
+    """Return the folder that was named, that of the user's cache, or none."""
     if named is not None:
         return None if named == "none" else named
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     try:
-        return str(user_path(base or "~/.cache") / "wanflow" / "text")
+        return str(user_path(base or "~/.cache") / "wanflow" / what)
     except RequestError:  # a user without a home
         return None
 
