@@ -33,7 +33,8 @@ class Remembered:
         text = json.dumps([str(one) for one in machine])
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._file = None if folder is None else Path(folder) / f"{name}.json"
-        self._machine, self._values = text, self._read()
+        self._machine = text
+        self._values = self._read()
 
     def get(self, *key: object) -> Any:
         """Return the JSON value of a key, None if there is none; the caller checks its type."""

@@ -122,7 +122,7 @@ class Watchdog:
         self._thread.start()
 
     def agree(self) -> None:
-        """Wait until rank 0 has said its command and it is this rank's; else be interrupted."""
+        """Wait until rank 0 has stored its command, if it is this one; else be interrupted."""
         self._agreed.wait()
 
     def fail(self, code: int, cause: str, sure: bool = True) -> NoReturn:
