@@ -60,9 +60,10 @@ class Remembered:
             found = {} if self._file is None else read_json(self._file, LARGEST)
         except (OSError, RequestError):
             return {}
-        values = found.get("values") if isinstance(found, dict) else None
-        same = isinstance(values, dict) and found.get("machine") == self._machine
-        return dict(values) if same else {}
+        if not isinstance(found, dict) or found.get("machine") != self._machine:
+            return {}
+        values = found.get("values")
+        return values if isinstance(values, dict) else {}
 
 
 def of_device(folder: str | Path | None, device: torch.device) -> Remembered:
