@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 Changes = Mapping[str, Change]  # by parameter: what the loader does to it
 
 
+def host_copies(ranks: int, system: str = "linux") -> int:
+    """Return how many copies of streamed or prefetched blocks the RAM of a machine holds.
+
+    Its ranks share one, in memory that the kernel frees with the last of them. Other systems than
+    Linux have none like it, and there each rank holds its own.
+
+    Args:
+        ranks: of one run on this machine.
+        system: of the machine, as in `sys.platform`.
+    """
+    return 1 if system == "linux" else ranks
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where an expert is placed, and in which form.
