@@ -180,17 +180,10 @@ class SelfAttention(Attention):
     chunk = 0  # as in Block
 
     def forward(
-        self, x: Tensor, rope: Tensor, modulated_input: Callable[[Tensor, slice], Tensor]
+        self, project: Callable[[slice], tuple[Tensor, Tensor, Tensor]], length: int
     ) -> Tensor:
-        """Map x [B, L, d], rope [L, K/2] -> [B, L, d].
-
-        `modulated_input` takes some tokens of x and their range, and returns what is projected.
-        """
-        q, k, v = by_chunks(
-            lambda part: self.qkv(modulated_input(x[:, part], part), rope[part]),
-            x.shape[1],
-            self.chunk,
-        )
+        """Attend `length` tokens: [B, L, d]. `project` returns q, k, v of a range of them."""
+        q, k, v = by_chunks(project, length, self.chunk)
         mixed = self.attend(q, k, v).flatten(2)
         del q, k, v  # three of the largest tensors there are
         return cast(Tensor, self.o(mixed))
@@ -249,45 +242,28 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Conditioning, text: tuple[Tensor, Tensor]) -> Tensor:
         """Map x [B, L, d] float32 -> [B, L, d] float32."""
-        table = conditioning.modulation + self.modulation.float()
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
         mixed = self.self_attn(
-            x,
-            conditioning.rope,
-            lambda tokens, part: self.attention_input(
-                tokens, conditioning.part(part), shift1, scale1
-            ),
+            lambda part: self.before(x[:, part], conditioning.part(part)), x.shape[1]
         )
-        rest = (gate1, shift2, scale2, gate2)
         (y,) = by_chunks(
-            lambda part: (
-                self.cross_attn_and_ffn(
-                    x[:, part], mixed[:, part], conditioning.part(part), text, rest
-                ),
-            ),
+            lambda part: (self.after(x[:, part], mixed[:, part], conditioning.part(part), text),),
             x.shape[1],
             self.chunk,
         )
         return y
 
-    def attention_input(
-        self, x: Tensor, conditioning: Conditioning, shift: Tensor, scale: Tensor
-    ) -> Tensor:
-        """Tokens [B, n, d] -> what self-attention projects, in the dtype of its weights."""
-        rows = conditioning.rows
-        h = modulated(self.norm1(x), rows(shift), rows(scale))
-        return h.to(self.self_attn.q.compute_dtype)
+    def before(self, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, n, d] -> queries, keys and values of self-attention, [B, n, N, K] each."""
+        shift, scale = (conditioning.modulation + self.modulation.float()).unbind(2)[:2]
+        h = modulated(self.norm1(x), conditioning.rows(shift), conditioning.rows(scale))
+        return self.self_attn.qkv(h.to(self.self_attn.q.compute_dtype), conditioning.rope)
 
-    def cross_attn_and_ffn(
-        self,
-        x: Tensor,
-        mixed: Tensor,
-        conditioning: Conditioning,
-        text: tuple[Tensor, Tensor],
-        modulation: tuple[Tensor, Tensor, Tensor, Tensor],
+    def after(
+        self, x: Tensor, mixed: Tensor, conditioning: Conditioning, text: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Tokens [B, n, d] and what self-attention made of them -> the block's output [B, n, d]."""
-        rows, (gate1, shift2, scale2, gate2) = conditioning.rows, modulation
+        table, rows = conditioning.modulation + self.modulation.float(), conditioning.rows
+        gate1, shift2, scale2, gate2 = table.unbind(2)[2:]
         y = torch.addcmul(x, mixed.float(), rows(gate1))
         y = y + self.cross_attn(self.norm3(y), text).float()
         h = modulated(self.norm2(y), rows(shift2), rows(scale2))
