@@ -77,6 +77,8 @@ def assemble(
     _refuse(runtime, spec.dit.num_layers)
     refuse_together(runtime, spec.dit.num_layers, 1 if ctx is None else ctx.layout.size)
     device = choose_device(runtime.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels of packages launch on the current one
     float32_bytes = expert_bytes(checkpoint, torch.float32)
     dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes)
     head_dim = spec.dit.dim // spec.dit.num_heads

@@ -18,8 +18,15 @@ SMALL = 2 * 2**30  # bytes of an expert: up to here a model stays resident, in f
 FEW_TOKENS = 8192  # up to here both guidance branches go through the model as one batch
 
 
-def choose_device(requested: str) -> torch.device:
-    """Return the device of this name; `auto` is the first accelerator, else the CPU.
+def choose_device(requested: str, alone: bool = True) -> torch.device:
+    """Return the device of this name; `auto` is an accelerator, else the CPU.
+
+    Of several NVIDIA GPUs, `auto` and `cuda` are the one with the most free memory. That changes
+    while a run works, so a run asks once and hands on the answer.
+
+    Args:
+        requested: `auto`, or a name that PyTorch knows.
+        alone: False for one of several ranks, each of which has a GPU of its own: none is chosen.
 
     Raises:
         RequestError: for a device that this machine lacks.
@@ -32,7 +39,7 @@ def choose_device(requested: str) -> torch.device:
         "cpu": True,
     }
     if requested == "auto":
-        return torch.device(next(name for name, here in present.items() if here))
+        requested = next(name for name, here in present.items() if here)
     try:
         device = torch.device(requested)
     except RuntimeError:
@@ -48,6 +55,12 @@ def choose_device(requested: str) -> torch.device:
             f"device {requested!r}: this machine has {torch.cuda.device_count()} GPUs, numbered"
             " from 0"
         )
+    if alone and device.type == "cuda" and device.index is None:
+        from wanflow.hardware import gpu_memory_free
+
+        count = torch.cuda.device_count()
+        free = gpu_memory_free(range(count)) if count > 1 else [0]
+        device = torch.device("cuda", free.index(max(free)))
     return device
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,26 +84,45 @@ def gpu_driver(root: Path = Path("/")) -> bool:
     return platform.system() == "Darwin" or (root / "dev/kfd").exists() or bool(nvidia(root)[2])
 
 
-def gpu_memory_free() -> dict[str, int]:
-    """Return the free bytes of each NVIDIA card by UUID without "GPU-"; empty if unknown."""
-    table = _run("nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits")
-    rows = re.findall(r"^(?:GPU-)?([\w-]+), (\d+)$", table, re.MULTILINE)
-    return {uuid: int(mebibytes) * 2**20 for uuid, mebibytes in rows}
+def gpu_memory_free(indices: Sequence[int]) -> list[int]:
+    """Return the free bytes of CUDA devices, by their numbers.
 
-
-def least_gpu_memory_free(cards: Sequence[Any]) -> int:
-    """Return the least free bytes among PyTorch's device properties.
-
-    nvidia-smi is asked, since a question through CUDA costs a context of 0.5 GB on each card.
-    Where it does not know all of them, the current device answers.
+    nvidia-smi is asked, since a question through CUDA costs a context of 0.5 GB on each card. It
+    numbers cards in another order than CUDA, and knows no MIG instance: UUIDs tell them apart.
+    Where it does not know all of them, CUDA answers.
     """
-    free = gpu_memory_free()
-    uuids = [str(card.uuid).removeprefix("GPU-") for card in cards]
-    if all(uuid in free for uuid in uuids):
-        return min(free[uuid] for uuid in uuids)
     import torch
 
-    return torch.cuda.mem_get_info()[0]
+    table = _run("nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits")
+    rows = re.findall(r"^(?:GPU-)?([\w-]+), (\d+)$", table, re.MULTILINE)
+    free = {uuid: int(mebibytes) * 2**20 for uuid, mebibytes in rows}
+    cards = [torch.cuda.get_device_properties(index) for index in indices]
+    uuids = [str(getattr(card, "uuid", "")).removeprefix("GPU-") for card in cards]
+    if all(uuid in free for uuid in uuids):
+        return [free[uuid] for uuid in uuids]
+    return [_asked(index) for index in indices]
+
+
+def _asked(index: int) -> int:
+    """Return a CUDA device's free bytes by CUDA; 0 of one that others hold for themselves."""
+    import torch
+
+    try:
+        return int(torch.cuda.mem_get_info(index)[0])
+    except RuntimeError:
+        return 0
+
+
+def thread_on(device: Any, name: str) -> ThreadPoolExecutor:
+    """Return a pool of one thread that works on a torch device.
+
+    The current GPU of a new thread is number 0: work there would make a context on it.
+    """
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, name)
+    import torch
+
+    return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
 
 
 # processor and RAM

@@ -99,10 +99,11 @@ def settle(
     Raises:
         RequestError: when the machine is too small, or for settings that exclude each other.
     """
+    runtime = replace(runtime, device=str(choose_device(runtime.device)))
     layout = runtime.cfg_parallel, (runtime.ring_size or 1) > 1, (runtime.ulysses_size or 1) > 1
     if info is None and not any(layout) and is_tiny(checkpoint, runtime, request):
         alone = with_defaults(runtime, cfg_parallel=False, ring_size=1, ulysses_size=1)
-        on_gpu = choose_device(runtime.device).type == "cuda"
+        on_gpu = runtime.device.startswith("cuda")
         return all_resident(alone, checkpoint.spec.dit.num_layers, on_gpu), ()
     # The plan and its tables are for models that may not fit.
     from wanflow.plan.start import make_plan
@@ -113,7 +114,7 @@ def settle(
 
         processes, per_machine = info.world_size, local_world_size()
     how = processes, per_machine, force, report, decoding
-    plan = make_plan(checkpoint, runtime, request, *how)
+    plan = make_plan(checkpoint, runtime, request, *how, least_free=info.gpu_free if info else 0)
     return plan.runtime, plan.reasons if plan.need or processes > 1 else ()
 
 
@@ -191,7 +192,7 @@ def load(
     with without_flags():
         runtime, info = Runtime(**settings), None
         if ranks.rank_and_world_size()[1] > 1:
-            info = ranks.join_group(choose_device(runtime.device))
+            info = ranks.join_group(choose_device(runtime.device, alone=False))
             runtime = replace(runtime, device=str(info.device))
         checkpoint = resolve(model, given)
         if info is None or info.rank == 0:

@@ -154,6 +154,7 @@ def alone(name: str) -> Tensor:
 
 def work(info: ranks.DistInfo) -> dict[str, Any]:
     """What came out on every layout."""
+    assert ranks.least(40 + info.rank, CPU) == 40  # as all ranks' free memory
     return {
         str(layout): on_layout(make_groups(layout, info, 60)) for layout in layouts(info.world_size)
     }

@@ -431,7 +431,7 @@ def test_nano_passes_and_gets_every_setting() -> None:
 
 def test_no_room_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     tight = replace(described("none", ram=1), ram_free=10 * MB)
-    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: tight)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda *_: tight)
     with pytest.raises(RequestError) as refusal:
         make_plan(resolve("nano"), Runtime(device="cpu"))
     assert "free RAM" in str(refusal.value) and "do:" in str(refusal.value)
@@ -473,7 +473,7 @@ def test_nano_is_refused_like_a_large_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tight = replace(ONE_GB, ram_free=750 * 10**6)
-    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: tight)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda *_: tight)
     argv = ["generate", "--ckpt_dir", "nano", "--device", "cpu", "--prompt", "a red circle"]
     assert main([*argv, "--size", size, "--frame_num", str(frames)]) == 2
     refusal = capsys.readouterr().err.splitlines()[-1]
@@ -482,7 +482,7 @@ def test_nano_is_refused_like_a_large_model(
 
 
 def test_nano_is_refused_from_python_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: ONE_GB)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda *_: ONE_GB)
     pipe = load("nano", device="cpu")
     assert pipe.begin(Request("a red circle")).request.size == (64, 64)
     with pytest.raises(RequestError, match="GiB of RAM .*these fit: size"):
@@ -504,7 +504,7 @@ def test_nano_decodes_in_tiles_where_full_frames_do_not_fit() -> None:
 @pytest.mark.slow
 def test_a_finished_latent_needs_room_for_the_vae_only(monkeypatch: pytest.MonkeyPatch) -> None:
     tight = replace(ONE_GB, ram_free=750 * 10**6)
-    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: tight)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda *_: tight)
     checkpoint, on_cpu = resolve("nano"), Runtime(device="cpu")
     large = of(NANO, size="16384*16384", frame_num=1)
     with pytest.raises(
@@ -538,7 +538,7 @@ def test_a_loaded_large_model_refuses_more_than_it_was_planned_for(
     card = described("12gb", ram=32)
     runtime = plan_for(card, size="832*480").runtime
     full = replace(card, gpu_free=GB, ram_free=GB)
-    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: full)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda *_: full)
     admit = admission(published(), runtime, Request("x", size="832*480"))
     admit(of(T2V_A14B, size="832*480", frame_num=17))
     admit(of(T2V_A14B, size="832*480", frame_num=85))
@@ -567,7 +567,7 @@ def test_plain_attention_is_planned_with_its_scores() -> None:
 
 
 def test_force_admits_what_may_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda folder, used: ONE_GB)
+    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda *_: ONE_GB)
     run = load("nano", device="cpu", force=True).begin(Request("a red circle", size="1024*1024"))
     assert run.request.size == (1024, 1024)
 

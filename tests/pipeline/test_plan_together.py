@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 from helpers.expected_bytes import forward_bytes
 from helpers.plans import SMALL_DIT, of, together
 
-from wanflow import hardware
 from wanflow.assemble import layout_of
 from wanflow.checkpoint.checkpoint import published
 from wanflow.checkpoint.structure import expert_structure
@@ -335,23 +333,6 @@ def test_every_card_has_a_link() -> None:
     link = {key: card.rates.link for key, card in GPUS.items()}
     assert link["a100-80gb"] < link["h100-80gb"] == link["h200"]
     assert link["rtx4090"] == link["l40s"] == PCIE < link["a100-80gb"]
-
-
-# machines with several
-
-
-def test_the_least_free_memory_of_the_gpus_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    output = "GPU-0a-1, 80000\nGPU-0b-2, 60000\nGPU-0c-3, 70000\n"
-    monkeypatch.setattr(hardware, "_run", lambda *_: output)
-    free = hardware.gpu_memory_free()
-    assert free == {"0a-1": 80_000 * 2**20, "0b-2": 60_000 * 2**20, "0c-3": 70_000 * 2**20}
-    cards = [SimpleNamespace(uuid=name) for name in ("0a-1", "0c-3")]
-    assert hardware.least_gpu_memory_free(cards) == 70_000 * 2**20
-    monkeypatch.setattr(hardware, "gpu_memory_free", dict)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 6))
-    assert hardware.least_gpu_memory_free(cards) == 5, (
-        "where the driver's tool is missing, the one at hand"
-    )
 
 
 # the command

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("front",),
     ("video",),
-    ("choices", "clipfiles", "encoding", "wording", "hardware", "outputs", "screen", "web"),
+    ("choices", "clipfiles", "encoding", "wording", "outputs", "screen", "web"),
     ("transforms",),
     ("parallel",),
     ("api",),
@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings", "remembered"),
     ("untrusted",),
     ("config",),
-    ("files", "units", "nano_words"),
+    ("files", "units", "nano_words", "hardware"),
 )
 LEVEL = {name: len(LAYERS) - n for n, names in enumerate(LAYERS) for name in names}
 KERNELS = {

@@ -17,9 +17,9 @@ MOST = 64  # ranks on one machine
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many to start, and what their environment and command line get."""
+    """Where to start them (on CPUs only their number counts), and what each of them gets."""
 
-    count: int
+    devices: tuple[int, ...]
     environment: dict[str, str]
     flags: list[str]
 
@@ -43,22 +43,24 @@ def parse_gpus(args: argparse.Namespace) -> Ranks | None:
             f"--gpus {short(args.gpus)} and --device {short(args.device)} contradict each other;"
             " leave one out (--gpus cpu,cpu starts two ranks on the CPU)"
         )
-    visible, flags = "", []
+    visible, flags, devices = "", list[str](), tuple(range(len(names)))
     if kind == "cuda":
-        visible = _visible(args.gpus, names)
-    elif hasattr(args, "device"):  # replay and decode take the device of the recipe
+        devices = _devices(args.gpus, names)
+        visible = _visible(devices)
+    else:
         args.device, flags = "cpu", ["--device", "cpu"]
     if len(names) == 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        # By its number: CUDA_VISIBLE_DEVICES comes too late once CUDA has counted devices.
+        args.device = f"cuda:{devices[0]}" if kind == "cuda" else kind
         return None
     from wanflow.hardware import usable_cores
 
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(usable_cores()) // len(names)))
-    return Ranks(len(names), {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": threads}, flags)
+    return Ranks(devices, {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": threads}, flags)
 
 
-def _visible(given: str, names: list[str]) -> str:
-    """Return CUDA_VISIBLE_DEVICES for GPUs numbered among those that are visible now."""
+def _devices(given: str, names: list[str]) -> tuple[int, ...]:
+    """Return the GPUs that are named, by their numbers among those that are visible now."""
     if not all(re.fullmatch("[0-9]{1,4}", name) for name in names):
         raise RequestError(
             f"--gpus {short(given)!r}: expected GPU numbers such as 0,1,2,3, or cpu,cpu"
@@ -71,6 +73,11 @@ def _visible(given: str, names: list[str]) -> str:
         raise RequestError(
             f"--gpus {short(given)}: no GPU {max(ids)}; this machine has {count} (from 0)"
         )
+    return tuple(ids)
+
+
+def _visible(ids: tuple[int, ...]) -> str:
+    """Return CUDA_VISIBLE_DEVICES of processes that see these GPUs only."""
     seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return ",".join(seen[number] if seen else str(number) for number in ids)
 

@@ -199,9 +199,9 @@ def advice(report: Report, folder: Path) -> list[str]:
     """Return how the full-size model runs here: the settings that `wanflow generate` would pick."""
     from wanflow.checkpoint.checkpoint import published
     from wanflow.config import RequestError
-    from wanflow.plan.gpus import this_machine
     from wanflow.plan.needed import WHERE_ELSE, needed_words
     from wanflow.plan.solve import solve
+    from wanflow.plan.start import placed
     from wanflow.request import Request
     from wanflow.runtime import Runtime
 
@@ -213,7 +213,7 @@ def advice(report: Report, folder: Path) -> list[str]:
         request = Request(prompt="-", size=size).complete(checkpoint.spec)
         title = f"{size}, {request.frame_num} frames"
         try:
-            plan = solve(checkpoint, request, Runtime(), this_machine(folder))
+            plan = solve(checkpoint, request, *placed(Runtime(), folder))
         except RequestError as refusal:
             found.append(f"{title}: {refusal}")
             continue

@@ -252,7 +252,7 @@ def _join(args: argparse.Namespace) -> DistInfo:
     from wanflow.parallel.ranks import join_group
     from wanflow.parallel.watchdog import GROUP_MARGIN_S
 
-    device = choose_device(getattr(args, "device", "auto"))
+    device = choose_device(args.device, alone=False)
     info = join_group(device, args.timeout + GROUP_MARGIN_S)
     if info.rank > 0:
         logger.setLevel(logging.ERROR)
@@ -331,14 +331,14 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint, given: Container[st
 
     rounding = "the result may differ by rounding"
     try:
-        choose_device(runtime.device)
+        device = choose_device(runtime.device)
     except RequestError as error:
         if "device" in given:
             raise
         logger.warning("%s; going on with another device, %s", error, rounding)
         kernel = runtime.attention if "attention" in given else "auto"
-        runtime = replace(runtime, device="auto", attention=kernel)
-    device, shape = choose_device(runtime.device), checkpoint.spec.dit
+        device, runtime = choose_device("auto"), replace(runtime, attention=kernel)
+    runtime, shape = replace(runtime, device=str(device)), checkpoint.spec.dit
     float32_bytes = expert_bytes(checkpoint, torch.float32)
     dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes)
     try:

@@ -24,7 +24,7 @@ def launch(argv: list[str], ranks: Ranks, output: Output) -> int:
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), LAUNCHED: "1"}
     return run_ranks(
         [*COMMAND, *argv, *ranks.flags],
-        ranks.count,
+        len(ranks.devices),
         ranks.environment | environment,
         output.error,
         output.conclude,

@@ -66,7 +66,7 @@ def plan(args: argparse.Namespace) -> None:
     from wanflow.plan.solve import solve
     from wanflow.plan.start import completed, raise_if_unfit
 
-    here = _processes(args)
+    cards = _cards(args)
     request, runtime = request_from(args), runtime_from(args)
     request = replace(request, prompt=request.prompt or "any")
     given, folder = given_parts(args), Path.cwd()
@@ -78,9 +78,9 @@ def plan(args: argparse.Namespace) -> None:
             checkpoint = resolve(args.ckpt_dir, given)
             folder = checkpoint.folder
         complete = completed(request, checkpoint.spec)
-        machine = _machine(args, folder, here)
+        runtime, machine = _placed(args, runtime, folder, cards)
         # A described machine runs a process on each GPU; this one as many as `generate` starts.
-        processes = args.num_gpus if machine.described else here
+        processes = args.num_gpus if machine.described else max(1, len(cards))
         planned = solve(
             checkpoint, complete, runtime, machine, processes=processes, report=screen.stage
         )
@@ -138,29 +138,36 @@ def _download(args: argparse.Namespace, given: object) -> str:
     return "" if named or Path(WEIGHTS).is_dir() else f"wanflow download --local_dir {WEIGHTS}"
 
 
-def _processes(args: argparse.Namespace) -> int:
-    """Return how many processes `--gpus` would start on this machine."""
+def _cards(args: argparse.Namespace) -> tuple[int, ...]:
+    """Return the GPUs of this machine that `--gpus` would start processes on; () for one process.
+
+    On a CPU they are only counted.
+    """
     if args.gpus is None:
-        return 1
+        return ()
     if args.gpu is not None or args.num_gpus != 1:
         raise RequestError(
             "--gpus names GPUs of this machine, and --gpu and --num_gpus describe another: leave"
             " one out"
         )
     started = devices.parse_gpus(args)
-    return 1 if started is None else started.count
+    return () if started is None else started.devices
 
 
-def _machine(args: argparse.Namespace, folder: Path, used: int) -> Machine:
+def _placed(
+    args: argparse.Namespace, runtime: Runtime, folder: Path, cards: tuple[int, ...]
+) -> tuple[Runtime, Machine]:
     """Return the described machine, or this one with the RAM or disk that is given.
 
-    A run would use `used` GPUs of this machine.
+    A run would use these cards of this machine, or the device that the returned runtime names.
     """
-    from wanflow.plan.gpus import described, this_machine
+    from wanflow.plan.gpus import described
+    from wanflow.plan.start import placed
 
     if args.gpu is not None or args.num_gpus != 1:
-        return described(args.gpu or "a100-80gb", args.num_gpus, args.ram, args.disk)
-    here, other = this_machine(folder, used), described("none", 1, args.ram, args.disk)
+        return runtime, described(args.gpu or "a100-80gb", args.num_gpus, args.ram, args.disk)
+    runtime, here = placed(runtime, folder, cards)
+    other = described("none", 1, args.ram, args.disk)
     if args.ram is not None:
         here = replace(here, ram=other.ram, ram_free=other.ram_free)
-    return here if args.disk is None else replace(here, disk_free=other.disk_free)
+    return runtime, here if args.disk is None else replace(here, disk_free=other.disk_free)

@@ -199,7 +199,8 @@ def _train_nano(args: argparse.Namespace, stop: Stop) -> None:
 def _finetune(args: argparse.Namespace, stop: Stop) -> None:
     from wanflow.opening import resolve
     from wanflow.parallel.ranks import rank_and_world_size
-    from wanflow.plan.gpus import this_machine
+    from wanflow.plan.start import placed
+    from wanflow.runtime import Runtime
     from wanflow.train.finetune import check_outputs, finetune
     from wanflow.train.memory import refuse
 
@@ -212,7 +213,10 @@ def _finetune(args: argparse.Namespace, stop: Stop) -> None:
     settings = _settings(args, checkpoint)
     check_outputs(checkpoint, settings)
     if not args.force:
-        refuse(checkpoint, settings, this_machine(checkpoint.folder), rank_and_world_size()[1])
+        count = rank_and_world_size()[1]
+        cards = range(count) if count > 1 else ()
+        _, machine = placed(Runtime(device=settings.device), checkpoint.folder, cards)
+        refuse(checkpoint, settings, machine, count)
     follower = rank_and_world_size()[0] > 0
     with args.output.screen(follower) as screen:
         finetune(checkpoint, settings, screen, stop)
@@ -226,6 +230,7 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
 
     from wanflow.checkpoint.load import expert_bytes
     from wanflow.choices import choose_device, dtype_of_name, is_small
+    from wanflow.parallel.ranks import rank_and_world_size
     from wanflow.request import Request
     from wanflow.train.clips import Form
     from wanflow.train.finetune import FineTune
@@ -255,7 +260,7 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
         shift=args.train_shift,
         checkpointing=args.activation_checkpointing,
         dtype=dtype_of_name(args.dtype),
-        device=str(choose_device(args.device)),
+        device=str(choose_device(args.device, alone=rank_and_world_size()[1] == 1)),
         fsdp=args.fsdp,
         seed=args.seed,
         save_seconds=args.save_every,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
 
@@ -14,6 +13,7 @@ from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report, TensorSource
 from wanflow.checkpoint.load import load_module, materialize_param
 from wanflow.checkpoint.structure import expert_structure
+from wanflow.hardware import thread_on
 from wanflow.loaders.placement import Changes, Placement
 from wanflow.models.dit import WanDiT
 from wanflow.presets import Expert
@@ -108,7 +108,7 @@ class Prefetcher:
     ) -> None:
         self.which, self.where, self.key = which, where, key
         self._stop = Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wanflow-ahead")
+        self._thread = thread_on(where.device, "wanflow-ahead")
         self._read = self._thread.submit(
             lambda: read_expert(checkpoint, which, where, changes, self._stop.is_set)
         )

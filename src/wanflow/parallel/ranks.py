@@ -31,12 +31,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DistInfo:
-    """This rank, its device, and how long a collective waits for the others, in seconds."""
+    """This rank, its device, and how long a collective waits for the others, in seconds.
+
+    gpu_free: the least free bytes of all ranks' GPUs, each with its rank's context; 0 on CPUs.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     timeout_s: float = 600.0
+    gpu_free: int = 0
 
 
 def local_world_size() -> int | None:
@@ -180,7 +184,15 @@ def join_group(device: torch.device, timeout_s: float = 600.0) -> DistInfo:
             device_id=device if device.type == "cuda" else None,
         )
         del reached
-    return DistInfo(rank, world_size, device, timeout_s)
+    free = 0 if device.type == "cpu" else least(torch.cuda.mem_get_info(device)[0], device)
+    return DistInfo(rank, world_size, device, timeout_s, free)
+
+
+def least(value: int, device: torch.device) -> int:
+    """Return the least of all ranks' values, on all; every rank must call it."""
+    one = torch.tensor([value], device=device)
+    dist.all_reduce(one, dist.ReduceOp.MIN)
+    return int(one)
 
 
 def broadcast_from_rank0(info: DistInfo, make: Callable[[], T]) -> T:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from wanflow.choices import choose_device
 from wanflow.config import RequestError
-from wanflow.hardware import gpu_driver, least_gpu_memory_free, memory
+from wanflow.hardware import gpu_driver, gpu_memory_free, memory
 from wanflow.plan.cards import GB, GPUS, REPORTED, Card, Rates, apple_chip, find_card
 from wanflow.units import file_size
 
@@ -21,10 +23,13 @@ class Machine:
     """The hardware of a machine, in bytes; 0 where there is none or it is unknown.
 
     Attributes:
-        gpu: memory of the largest GPU.
+        gpu: memory of the GPU that a run uses; of several, of the smallest.
         gpu_free, ram_free: of a described machine, as after a start of the system.
         gpu_name: of an Apple chip also where `gpu` is 0, since its memory is the RAM.
+        gpus: how many there are.
         bfloat16: whether the GPU computes in it.
+        device: the one GPU of this machine that a run uses, such as `cuda:1`; else "".
+        holds_context: whether `gpu_free` is without a CUDA context of ours, which the run needs.
     """
 
     gpu: int
@@ -37,24 +42,33 @@ class Machine:
     rates: Rates | None = None
     described: bool = False
     bfloat16: bool = True
+    device: str = ""
+    holds_context: bool = False
 
     def words(self) -> str:
         """Return the hardware for a message."""
-        many = f"{self.gpus} x " if self.gpu and self.gpus > 1 else ""
+        several = self.gpu and self.gpus > 1
+        many = f"{self.gpus} x " if several and not self.device else ""
         gpu = f"{many}{self.gpu_name} with {self.gpu / 2**30:.0f} GiB" if self.gpu else "no GPU"
+        if several and self.device:
+            gpu += f" ({self.device} of {self.gpus} GPUs)"
         if self.gpu_name and not self.gpu:
             gpu = f"{self.gpu_name}, whose GPU shares the RAM"
         disk = f"{file_size(self.disk_free)} of {'' if self.described else 'free '}disk"
         return f"{gpu}, {self.ram / 2**30:.0f} GiB of RAM, {disk}"
 
 
-def this_machine(folder: Path, used: int = 1, ask_torch: bool = True) -> Machine:
+def this_machine(
+    folder: Path, used: Sequence[int] | None = None, least_free: int = 0, ask_torch: bool = True
+) -> Machine:
     """Return the hardware of this machine.
 
     Args:
         folder: on the disk that counts.
-        used: how many processes run here, each with a GPU of its own. Of several, the smallest GPU
-            and the least free memory count.
+        used: the numbers of the GPUs that a run uses, each by a process of its own. Of several, the
+            smallest and the least free memory count. Empty: a run uses none, and the largest is
+            named; None: a run takes the one that `auto` means.
+        least_free: what the processes, which have begun, found to be free; 0: this one looks.
         ask_torch: whether PyTorch looks for GPUs also where no driver of one is.
     """
     while not folder.exists() and folder != folder.parent:
@@ -70,17 +84,35 @@ def this_machine(folder: Path, used: int = 1, ask_torch: bool = True) -> Machine
     if not count:
         return without
     cards = [torch.cuda.get_device_properties(index) for index in range(count)]
-    sizes = [card.total_memory for card in cards]
-    if used > 1:
-        chosen = sizes.index(min(sizes[:used]))
-        gpu_free = least_gpu_memory_free(cards[:used])
+    if used is None:
+        used = [choose_device("auto").index]
+    sizes, chosen = [card.total_memory for card in cards], 0
+    if not used:
+        chosen, gpu_free = sizes.index(max(sizes)), 0
+    elif len(used) == 1:
+        # The question makes a context, which the run needs anyway.
+        chosen = used[0]
+        gpu_free = least_free or torch.cuda.mem_get_info(chosen)[0]
     else:
-        chosen = sizes.index(max(sizes))
-        gpu_free = torch.cuda.mem_get_info(chosen)[0]
+        used = [index for index in used if index < count]  # others are on another machine
+        chosen = min(used, key=lambda index: sizes[index])
+        gpu_free = least_free or min(gpu_memory_free(used))
     name, size = cards[chosen].name, sizes[chosen]
     known = next((card.rates for card in GPUS.values() if card.same_as(name, size)), None)
     bfloat16 = torch.version.hip is not None or cards[chosen].major >= 8
-    return Machine(size, name, ram, ram_free, disk_free, count, gpu_free, known, bfloat16=bfloat16)
+    return Machine(
+        size,
+        name,
+        ram,
+        ram_free,
+        disk_free,
+        count,
+        gpu_free,
+        known,
+        bfloat16=bfloat16,
+        device=f"cuda:{chosen}" if len(used) == 1 else "",
+        holds_context=len(used) == 1 or least_free > 0,
+    )
 
 
 def described(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from wanflow.assemble import is_tiny
 from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.choices import choose_device
 from wanflow.config import RequestError
 from wanflow.plan.cards import GB
 from wanflow.plan.gpus import Machine, this_machine
@@ -43,17 +45,20 @@ def make_plan(
     report: Callable[[str], object] = str,
     decoding: bool = False,
     loaded: bool = False,
+    least_free: int = 0,
 ) -> Plan:
     """Plan a request on this machine; one process may plan for all.
 
     With `force`, a plan that cannot run is returned too. `report` is called with what is planned
     next. `decoding` needs room for the VAE only. What a `loaded` model holds does not count
-    against it: all memory of the machine is taken for free. The other arguments are as in `set_up`.
+    against it: all memory of the machine is taken for free. `least_free` is of `this_machine`; the
+    other arguments are as in `set_up`.
 
     Raises:
         RequestError: in three lines: what is needed, what is here, what to do.
     """
-    machine = this_machine(checkpoint.folder, ranks_here(processes, per_machine))
+    cards = range(ranks_here(processes, per_machine)) if processes > 1 else ()
+    runtime, machine = placed(runtime, checkpoint.folder, cards, least_free)
     if loaded:
         machine = replace(machine, gpu_free=machine.gpu, ram_free=machine.ram)
     if not (force or decoding) and (machine.gpu == 0 or runtime.device == "cpu"):
@@ -71,6 +76,22 @@ def make_plan(
     elif not force:
         raise_if_unfit(plan)
     return plan
+
+
+def placed(
+    runtime: Runtime, folder: Path, cards: Sequence[int] = (), least_free: int = 0
+) -> tuple[Runtime, Machine]:
+    """Return the runtime with its device chosen, and this machine as a run there finds it.
+
+    Args:
+        runtime: the settings so far.
+        folder: on the disk that counts.
+        cards: the GPUs of several processes, by their numbers.
+        least_free: of `this_machine`.
+    """
+    device = choose_device(runtime.device, alone=not cards)
+    used = () if device.type != "cuda" else cards or (device.index,)
+    return replace(runtime, device=str(device)), this_machine(folder, used, least_free)
 
 
 def needs_gpu(checkpoint: Checkpoint) -> bool:

@@ -17,13 +17,14 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from wanflow.hardware import thread_on
 from wanflow.models.dit import Block, Conditioning, Head, TextStates, Trunk, WanDiT, run_blocks
 
 logger = logging.getLogger("wanflow")
@@ -262,7 +263,7 @@ class Streaming(nn.Module):
             for _ in range(2 if self.streamed else 0)
         ]
         self._in_flight: deque[tuple[int, _Slot, Future[None]]] = deque()
-        self._worker = worker or ThreadPoolExecutor(1, thread_name_prefix="wanflow-blocks")
+        self._worker = worker or thread_on(device, "wanflow-blocks")
 
     def forward(
         self, latent: Tensor, timestep: Tensor, text: Tensor | TextStates, trunk: Trunk = run_blocks
