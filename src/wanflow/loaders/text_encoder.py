@@ -7,7 +7,6 @@ reads the next block while the current one computes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report, TensorSource
 from wanflow.checkpoint.load import load_module, materialize_param
 from wanflow.checkpoint.structure import build, lay_out, weight_names
+from wanflow.hardware import thread_on
 from wanflow.models.umt5 import T5Block, UMT5Encoder
 
 Parameters = list[tuple[nn.Module, str, Tensor]]  # owner, name, value
@@ -73,7 +73,7 @@ class StreamedEncoder:
 
     def _loaded(self, blocks: list[T5Block], source: TensorSource) -> Iterator[T5Block]:
         """Yield each block with its weights on the device; before and after, they are on meta."""
-        with ThreadPoolExecutor(1, thread_name_prefix="wanflow-text") as thread:
+        with thread_on(self.device, "wanflow-text") as thread:
             reading = thread.submit(_read, blocks[0], "blocks.0", source)
             for index, block in enumerate(blocks):
                 parameters = reading.result()

@@ -259,6 +259,8 @@ class Streaming(nn.Module):
             _Slot(
                 torch.empty(largest, dtype=torch.uint8, device=device),
                 host_buffer(largest, True) if staged else None,
+                # Work that the device still has may use the memory that this buffer is given.
+                used=self._copies.mark(),
             )
             for _ in range(2 if self.streamed else 0)
         ]
