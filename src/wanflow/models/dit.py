@@ -38,7 +38,7 @@ class Conditioning:
     time: Tensor  # [B, U, d] float32
     modulation: Tensor  # [B, U, 6, d] float32
     index: Tensor | None  # [B, L]: which of the U rows a token uses; None where U = 1
-    rope: Tensor  # [L, K/2] complex64
+    rope: Tensor  # [L, K/2, 2] float32
     text: TextStates
 
     def rows(self, table: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Return rotations of neighbouring pairs by frame, row and column: complex64 [L, K/2].
+    """Return cosines and sines of angles by frame, row and column: [L, K/2, 2] float32.
 
     Angles are float64.
     """
@@ -79,18 +79,22 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
         angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
         shape = [1, 1, 1, count]
         shape[axis] = length
-        parts.append(
-            torch.polar(torch.ones_like(angle), angle)
-            .to(torch.complex64)
-            .view(shape)
-            .expand(*grid, count)
-        )
-    return torch.cat(parts, dim=-1).reshape(math.prod(grid), pairs).to(device)
+        turn = torch.stack((angle.cos(), angle.sin()), -1).float()
+        parts.append(turn.view(*shape, 2).expand(*grid, count, 2))
+    return torch.cat(parts, dim=-2).reshape(math.prod(grid), pairs, 2).to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply rotary embedding to x [B, L, N, K] in float32."""
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rope.unsqueeze(1)
+    """Turn the pairs (a, b) of x [B, L, N, K] by rope [L, K/2, 2], in float32.
+
+    Both ways give the same bits. Uncompiled, only complex numbers do it in one kernel; inductor
+    fuses all but complex numbers.
+    """
+    pairs, rope = x.float().unflatten(-1, (-1, 2)), rope.unsqueeze(1)
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
     return torch.view_as_real(turned).flatten(-2)
 
 
@@ -156,7 +160,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
 
 
 class Attention(nn.Module):
@@ -189,7 +193,7 @@ class SelfAttention(Attention):
         return cast(Tensor, self.o(mixed))
 
     def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map x [B, L, d], rope [L, K/2] -> queries, keys and values [B, L, N, K] each."""
+        """Map x [B, L, d], rope [L, K/2, 2] -> queries, keys and values [B, L, N, K] each."""
         v = self.split(self.v(x))
         q = rotate(self.split(self.norm_q(self.q(x))), rope).to(v.dtype)
         k = rotate(self.split(self.norm_k(self.k(x))), rope).to(v.dtype)
@@ -211,9 +215,12 @@ class CrossAttention(Attention):
         return cast(Tensor, self.o(self.attend(q, k, v).flatten(2)))
 
 
-def modulated(norm: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return norm * (1 + scale) + shift, float32."""
-    return torch.addcmul(shift, norm, 1 + scale)
+def modulated(norm: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return norm(x) * (1 + scale) + shift, float32: in one kernel where all tokens share a row."""
+    weight = 1 + scale
+    if weight.numel() == weight.shape[-1]:
+        return F.layer_norm(x.float(), weight.shape[-1:], weight[0, 0], shift[0, 0], norm.eps)
+    return torch.addcmul(shift, norm(x), weight)
 
 
 class Block(nn.Module):
@@ -255,7 +262,7 @@ class Block(nn.Module):
     def before(self, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, n, d] -> queries, keys and values of self-attention, [B, n, N, K] each."""
         shift, scale = (conditioning.modulation + self.modulation.float()).unbind(2)[:2]
-        h = modulated(self.norm1(x), conditioning.rows(shift), conditioning.rows(scale))
+        h = modulated(self.norm1, x, conditioning.rows(shift), conditioning.rows(scale))
         return self.self_attn.qkv(h.to(self.self_attn.q.compute_dtype), conditioning.rope)
 
     def after(
@@ -264,10 +271,10 @@ class Block(nn.Module):
         """Tokens [B, n, d] and what self-attention made of them -> the block's output [B, n, d]."""
         table, rows = conditioning.modulation + self.modulation.float(), conditioning.rows
         gate1, shift2, scale2, gate2 = table.unbind(2)[2:]
-        y = torch.addcmul(x, mixed.float(), rows(gate1))
-        y = y + self.cross_attn(self.norm3(y), text).float()
-        h = modulated(self.norm2(y), rows(shift2), rows(scale2))
-        return torch.addcmul(y, self.ffn(h).float(), rows(gate2))
+        y = torch.addcmul(x, mixed, rows(gate1))
+        y = y + self.cross_attn(self.norm3(y), text)
+        h = modulated(self.norm2, y, rows(shift2), rows(scale2))
+        return torch.addcmul(y, self.ffn(h), rows(gate2))
 
 
 def by_chunks(
@@ -321,7 +328,7 @@ class Head(nn.Module):
     ) -> Tensor:
         """Tokens [B, n, d] -> their patches [B, n, 4 C] float32."""
         rows = conditioning.rows
-        return cast(Tensor, self.head(modulated(self.norm(x), rows(shift), rows(scale))))
+        return cast(Tensor, self.head(modulated(self.norm, x, rows(shift), rows(scale))))
 
 
 def run_blocks(
@@ -375,22 +382,12 @@ class WanDiT(nn.Module):
         Raises:
             ValueError: for shapes that do not match.
         """
-        if (
-            latent.ndim != 5
-            or latent.shape[1] != self.config.in_dim
-            or latent.shape[3] % 2
-            or latent.shape[4] % 2
-        ):
-            raise ValueError(
-                f"latent is {list(latent.shape)}, not [B, {self.config.in_dim}, T, even H, even W]"
-            )
+        channels, shape = self.config.in_dim, list(latent.shape)
+        if latent.ndim != 5 or shape[1] != channels or any(side % 2 for side in shape[3:]):
+            raise ValueError(f"latent is {shape}, not [B, {channels}, T, even H, even W]")
         if timestep.ndim not in (1, 2):
             raise ValueError(f"timestep is {list(timestep.shape)}, not [B] or [B, L]")
-        rows = {
-            len(latent),
-            len(timestep),
-            len(text) if isinstance(text, Tensor) else len(text[0][0]),
-        }
+        rows = {len(latent), len(timestep), len(text if isinstance(text, Tensor) else text[0][0])}
         if len(rows) > 1:
             raise ValueError(
                 f"latent {list(latent.shape)}, timestep {list(timestep.shape)} and text are of"
@@ -426,9 +423,8 @@ class WanDiT(nn.Module):
                 f" {self.config.text_dim}]"
             )
         embedded = self.text_embedding(F.pad(text, (0, 0, 0, missing)))
-        return tuple(
-            block.text_kv(embedded) for block in (self.blocks if blocks is None else blocks)
-        )
+        blocks = self.blocks if blocks is None else blocks
+        return tuple(block.text_kv(embedded) for block in blocks)
 
     def _time(
         self, timestep: Tensor, batch: int, length: int
