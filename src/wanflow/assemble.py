@@ -21,7 +21,7 @@ from wanflow.advice import advice
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
 from wanflow.checkpoint.parts import WEIGHTS
-from wanflow.choices import choose_device, choose_dtype
+from wanflow.choices import choose_device, choose_dtype, has_bfloat16, is_small
 from wanflow.config import RequestError
 from wanflow.front import Display, Pipeline
 from wanflow.geometry import geometry_of, parse_size
@@ -39,6 +39,8 @@ from wanflow.transforms import attention
 if TYPE_CHECKING:
     from wanflow.parallel.groups import Layout
     from wanflow.parallel.ranks import DistInfo
+    from wanflow.presets import ModelSpec
+    from wanflow.transforms.attention_kernels import Backend
 
 # Bytes: a run that takes no more needs no plan, and no look at memory.
 TINY = 2**29
@@ -80,9 +82,10 @@ def assemble(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels of packages launch on the current one
     float32_bytes = expert_bytes(checkpoint, torch.float32)
-    dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes)
-    head_dim = spec.dit.dim // spec.dit.num_heads
-    kernel = attention.choose_kernel(runtime.attention, device, dtype, head_dim)
+    bfloat16 = has_bfloat16(device)
+    dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes, bfloat16)
+    small = is_small(float32_bytes * dtype.itemsize // 4)
+    kernel = choose_kernel(spec, runtime, device, dtype, small, info)
     if ctx is not None and ctx.layout.ring > 1 and kernel.with_lse is None:
         raise RequestError(
             f"ring attention needs the log-sum-exp, which {kernel.name!r} does not return;"
@@ -101,6 +104,39 @@ def assemble(
     engine, speaks = make_engine(parts, admit), info is None or info.rank == 0
     advise = partial(advice, checkpoint=checkpoint) if speaks else None
     return Pipeline(engine, parts, advise, display)
+
+
+def choose_kernel(
+    spec: ModelSpec,
+    runtime: Runtime,
+    device: torch.device,
+    dtype: torch.dtype,
+    small: bool,
+    info: DistInfo | None = None,
+) -> Backend:
+    """Return the attention kernel; `auto` is the fastest on a GPU, unless the model is small.
+
+    Rank 0 measures for all.
+
+    Raises:
+        RequestError: for a kernel that fails here, and where none is sound.
+    """
+    dit, name = spec.dit, runtime.attention
+    head_dim = dit.dim // dit.num_heads
+    if name == "auto" and device.type == "cuda" and not small:
+        from wanflow.parallel.ranks import broadcast_from_rank0
+        from wanflow.remembered import of_device
+        from wanflow.transforms.attention_timing import fastest_kernel, timed_width
+
+        geometry = geometry_of(spec)
+        tokens = geometry.tokens(parse_size(spec.size, geometry), spec.frame_num)
+
+        def measured() -> str:
+            width = timed_width(device, dit.num_heads, head_dim, dtype, tokens)
+            return fastest_kernel(device, width, of_device(runtime.machine_cache, device))
+
+        name = measured() if info is None else broadcast_from_rank0(info, measured)
+    return attention.choose_kernel(name, device, dtype, head_dim, small)
 
 
 def make_engine(

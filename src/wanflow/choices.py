@@ -90,13 +90,26 @@ def all_resident(runtime: Runtime, layers: int, on_gpu: bool) -> Runtime:
     )
 
 
-def choose_dtype(requested: str, on_cpu: bool, float32_bytes: int) -> torch.dtype:
-    """Return the experts' dtype; `auto` is bfloat16, but float32 for a small model on a CPU.
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16; NVIDIA's GPUs from Ampere on do."""
+    from wanflow.transforms.attention import card_of
+
+    card = card_of(device)
+    return card is None or card.bfloat16
+
+
+def choose_dtype(
+    requested: str, on_cpu: bool, float32_bytes: int, bfloat16: bool = True
+) -> torch.dtype:
+    """Return the experts' dtype.
+
+    `auto` is bfloat16, float16 on a GPU without it, and float32 for a small model on a CPU.
 
     Args:
         requested: `auto` or one of `DTYPES`.
         on_cpu: whether the experts compute on a CPU.
         float32_bytes: what one expert takes in float32.
+        bfloat16: whether the GPU computes in it.
 
     Raises:
         RequestError: for a dtype that is none of these.
@@ -104,7 +117,9 @@ def choose_dtype(requested: str, on_cpu: bool, float32_bytes: int) -> torch.dtyp
     import torch
 
     if requested == "auto":
-        return torch.float32 if on_cpu and is_small(float32_bytes) else torch.bfloat16
+        if on_cpu:
+            return torch.float32 if is_small(float32_bytes) else torch.bfloat16
+        return torch.bfloat16 if bfloat16 else torch.float16
     if requested not in DTYPES:
         raise RequestError(f"dtype {requested!r} is none of auto, {', '.join(DTYPES)}")
     return dtype_of_name(requested)
@@ -113,7 +128,8 @@ def choose_dtype(requested: str, on_cpu: bool, float32_bytes: int) -> torch.dtyp
 def choose_text_dtype(dtype: torch.dtype, small: bool) -> torch.dtype:
     """Return the text encoder's dtype, given the experts' dtype.
 
-    The large encoder is published in bfloat16, and its activations overflow float16.
+    The large encoder is published in bfloat16, and its activations overflow float16. A GPU without
+    bfloat16 multiplies in it all the same, by float32 and slower.
     """
     import torch
 

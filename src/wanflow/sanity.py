@@ -128,7 +128,7 @@ def _check_values(x: Tensor, what: str, facts: Facts) -> None:
     if not math.isfinite(largest):
         causes = [*_numerics(facts), *_strength(facts)]
         if facts.dtype == "float16":
-            causes.insert(0, "float16 overflows in this model: use --dtype bfloat16")
+            causes.insert(0, "float16 overflows: use --dtype bfloat16 (float32 on old GPUs)")
         elif facts.dtype != "float32":
             causes.append("see whether --dtype float32 helps")
         causes.append("check the weights: wanflow inspect --check")

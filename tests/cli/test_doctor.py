@@ -737,7 +737,7 @@ def test_two_equal_gpus_are_tried_once_in_full(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tried: list[tuple[str, str]] = []
-    for name in ("try_attention", "try_matmul"):
+    for name in ("try_attention", "try_convolution", "try_matmul"):
         monkeypatch.setattr(
             report,
             name,
@@ -748,8 +748,10 @@ def test_two_equal_gpus_are_tried_once_in_full(
     examined = report.examine(tmp_path)
     assert tried == [
         ("try_attention", "cpu"),
+        ("try_convolution", "cpu"),
         ("try_matmul", "cpu"),
         ("try_attention", "cuda:0"),
+        ("try_convolution", "cuda:0"),
         ("try_matmul", "cuda:0"),
         ("try_matmul", "cuda:1"),
     ]

@@ -24,6 +24,7 @@ from wanflow.transforms import attention, attention_kernels
 from wanflow.transforms.attention import (
     Trial,
     benchmark,
+    card_of,
     choose_kernel,
     order,
     set_attention,
@@ -168,11 +169,23 @@ def test_on_a_cpu_auto_is_pytorchs_own() -> None:
     assert choose_kernel("math", CPU, torch.float32, 128) == BACKENDS["math"]
 
 
+def gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    cudnn: int = 91501,
+    hip: str | None = None,
+) -> None:
+    """What PyTorch says on a machine with such a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
 def as_if(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], works: tuple[str, ...]
 ) -> None:
     """A GPU of this capability on which these kernels work."""
-    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    gpu(monkeypatch, capability)
     monkeypatch.setattr(
         attention,
         "benchmark",
@@ -185,7 +198,8 @@ def as_if(
     [
         ((9, 0), ("cudnn", "flash", "sdpa", "sage"), "cudnn"),
         ((9, 0), tuple(BACKENDS), "flash_attn_3"),
-        ((10, 0), ("cudnn", "flash", "sdpa"), "cudnn"),
+        ((10, 0), ("cudnn", "flash", "sdpa"), "flash"),
+        ((12, 0), tuple(BACKENDS), "flash_attn_4"),
         ((8, 0), ("cudnn", "flash", "flash_attn", "sdpa", "sage"), "flash"),
         ((7, 5), ("efficient", "sdpa", "math"), "efficient"),
         ((9, 0), ("sdpa", "math", "sage"), "sdpa"),
@@ -204,7 +218,8 @@ def test_auto_takes_the_first_that_works(
 def test_auto_never_takes_what_changes_the_video(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
         as_if(monkeypatch, capability, ("sage", "math"))
-        assert all(BACKENDS[name].exact for name in order(CUDA)) and "math" not in order(CUDA)
+        names = order(card_of(CUDA))
+        assert all(BACKENDS[name].exact for name in names) and "math" not in names
         with pytest.raises(RequestError, match="these work: math, sage;"):
             choose_kernel("auto", CUDA, torch.bfloat16, 128)
 
@@ -225,6 +240,92 @@ def test_refusals_say_why_and_what_works(monkeypatch: pytest.MonkeyPatch) -> Non
         choose_kernel("flash", CUDA, torch.bfloat16, 128)
 
 
+BF16, FP16 = torch.bfloat16, torch.float16
+AUTO = ("flash_attn_3", "flash_attn_4", "flash_attn", "cudnn", "flash", "efficient", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "dtype", "hip", "possible"),
+    [
+        ((7, 0), 91501, FP16, None, ("efficient",)),
+        ((7, 0), 91501, BF16, None, ()),
+        ((7, 5), 91501, FP16, None, ("efficient",)),
+        ((7, 5), 91501, BF16, None, ()),
+        ((8, 6), 91002, BF16, None, ("flash", "efficient")),
+        ((8, 6), 91501, BF16, None, ("flash", "cudnn", "efficient")),
+        ((8, 9), 91501, FP16, None, ("flash", "cudnn", "efficient")),
+        ((9, 0), 91002, BF16, None, ("flash", "efficient")),
+        ((9, 0), 91500, BF16, None, ("flash", "efficient")),
+        ((9, 0), 0, BF16, None, ("flash", "efficient")),
+        ((9, 0), 91501, BF16, None, ("cudnn", "flash", "efficient")),
+        ((9, 0), 91501, torch.float32, None, ("efficient",)),
+        ((10, 0), 91501, BF16, None, ("flash", "cudnn", "efficient")),
+        ((12, 0), 91900, BF16, None, ("flash", "cudnn", "efficient")),
+        ((9, 4), 0, BF16, "6.4", ("flash", "efficient")),
+        ((11, 0), 0, FP16, "6.4", ("flash", "efficient")),
+    ],
+)
+def test_the_table_of_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    cudnn: int,
+    dtype: torch.dtype,
+    hip: str | None,
+    possible: tuple[str, ...],
+) -> None:
+    """By capability, cuDNN's version, dtype and vendor, best first, without packages."""
+    gpu(monkeypatch, capability, cudnn, hip)
+    monkeypatch.setattr(attention, "installed", lambda package: False)
+    card = card_of(CUDA)
+    assert card is not None
+    names = order(card, small=False)
+    assert possible == tuple(
+        name for name in names if not unsupported_reason(BACKENDS[name], CUDA, dtype, 128)
+    )
+    assert card.bfloat16 == (hip is not None or capability >= (8, 0))
+    assert order(card) == (*names, "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "possible"),
+    [
+        ((7, 5), None, set()),
+        ((8, 9), None, {"flash_attn", "flash_attn_4"}),
+        ((9, 0), None, {"flash_attn", "flash_attn_3", "flash_attn_4"}),
+        ((10, 0), None, {"flash_attn", "flash_attn_4"}),
+        ((9, 4), "6.4", {"flash_attn"}),
+    ],
+)
+def test_the_table_of_packages(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    hip: str | None,
+    possible: set[str],
+) -> None:
+    gpu(monkeypatch, capability, hip=hip)
+    monkeypatch.setattr(attention, "installed", lambda package: True)
+    exact = [kernel for kernel in BACKENDS.values() if kernel.package and kernel.exact]
+    found = {each.name for each in exact if not unsupported_reason(each, CUDA, FP16, 128)}
+    assert found == possible and found <= set(order(card_of(CUDA)))
+
+
+def test_an_unsound_cudnn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0), 91002)
+    with pytest.raises(RequestError, match=r"cuDNN 9\.10\.2 reads past the end of lengths"):
+        choose_kernel("cudnn", CUDA, BF16, 128)
+
+
+def test_plain_products_are_never_taken_for_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by `auto` nor behind PyTorch's own choice, whose scores would be 457 GB at 720p."""
+    as_if(monkeypatch, (7, 5), ("sdpa", "math"))
+    for name in ("auto", "sdpa"):
+        with pytest.raises(RequestError, match="does not compute in bfloat16, use --dtype float16"):
+            choose_kernel(name, CUDA, BF16, 128, small=False)
+    assert choose_kernel("auto", CUDA, BF16, 128).name == "sdpa"  # of a small model
+    as_if(monkeypatch, (7, 5), ("sdpa", "math", "efficient"))
+    assert choose_kernel("sdpa", CUDA, FP16, 128, small=False).name == "sdpa"
+
+
 def test_what_is_known_without_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "installed", lambda package: True)
 
@@ -234,7 +335,7 @@ def test_what_is_known_without_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
         dtype: torch.dtype = torch.bfloat16,
         head_dim: int = 128,
     ) -> str:
-        monkeypatch.setattr(attention, "_capability", lambda device: capability)
+        gpu(monkeypatch, capability)
         return unsupported_reason(BACKENDS[name], CUDA, dtype, head_dim)
 
     assert (
@@ -298,11 +399,68 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=True):
 
 def test_a_package_that_works(fake: Callable[..., Backend]) -> None:
     backend = fake("sage", SAGE)
-    assert choose_kernel("sage", CPU, torch.float32, 64) == backend
-    trial = benchmark(backend, CPU, torch.float32, 64, repeats=1)
+    assert choose_kernel("sage", CPU, torch.float32, 64).attend is backend.attend
+    trial = benchmark(backend, CPU, torch.float32, 64, budget=1e-6)
     assert trial.why == "" and 1e-4 < trial.error < attention.LOSSY_BOUND and trial.seconds > 0
-    assert "log-sum-exp" in trial.lse_why
+    assert "return_lse" in trial.lse_why and trial.backend.with_lse is None
     assert choose_kernel("auto", CPU, torch.float32, 64).name == "sdpa"
+
+
+SAGE_2 = """
+import torch
+def sageattn(q, k, v, tensor_layout="HND", is_causal=True, sm_scale=None, return_lse=False, **_):
+    assert tensor_layout == "NHD" and not is_causal
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mean, scale = k.mean(2, keepdim=True), q.shape[-1] ** -0.5
+    step = q.abs().amax() / 127
+    scores = (q / step).round() * step @ (k - mean).mT * scale
+    lse = torch.log2(scores.exp().sum(-1))
+    out = (scores.softmax(-1) @ v).transpose(1, 2)
+    correction = (q @ mean.mT).squeeze(-1) * scale
+    return (out, {lse}) if return_lse else out
+"""
+
+
+def test_sageattentions_log_sum_exp(fake: Callable[..., Backend]) -> None:
+    """Natural, scaled, and of keys with their mean: a build that forgets one gets no ring."""
+    for lse, right in (
+        ("lse / 1.44269504 + correction", True),
+        ("lse / 1.44269504", False),
+        ("lse + correction", False),
+        ("lse / 1.44269504 + correction / scale", False),
+    ):
+        backend = fake("sage", SAGE_2.format(lse=lse))
+        trial = benchmark(backend, CPU, torch.float32, 64)
+        assert trial.why == "" and (trial.lse_why == "") == right, lse
+        assert (choose_kernel("sage", CPU, torch.float32, 64).with_lse is not None) == right
+
+
+SAGE_3 = """
+def sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs):
+    assert attn_mask is None and not is_causal and q.shape[1] == {heads}
+    k -= k.mean(dim=-2, keepdim=True)
+    q, k = (x.div(x.abs().max() / 15).round() * (x.abs().max() / 15) for x in (q, k))
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+"""
+
+
+def test_sageattention_3_leaves_the_keys_as_they_are(fake: Callable[..., Backend]) -> None:
+    """The package changes them, and those of the text serve every step."""
+    backend = fake("sage_3", SAGE_3.format(heads=3))
+    q, k, v = numbers((1, 40, 24, 3, 64), torch.float32)
+    before = k.clone()
+    assert backend.attend(q / 3, k, v).shape == q.shape and torch.equal(k, before)
+    backend = fake("sage_3", SAGE_3.format(heads=2))
+    trial = benchmark(backend, CPU, torch.float32, 64)
+    assert trial.why == "" and trial.error > 1e-3 and trial.backend.with_lse is None
+    assert "4-bit" in warnings_for(backend, "")[0] and "sage_3" not in order(None)
+
+
+def test_sageattention_3_is_for_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "installed", lambda package: True)
+    for capability, works in (((9, 0), False), ((10, 0), True), ((12, 0), True)):
+        gpu(monkeypatch, capability)
+        assert works == (not unsupported_reason(BACKENDS["sage_3"], CUDA, BF16, 128))
 
 
 @pytest.mark.parametrize(
@@ -362,6 +520,49 @@ def flash_attn_func(q, k, v{flag}):
 """
 
 
+FLASH_4 = """
+import torch
+class Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, return_lse):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2), lse if return_lse else None
+def flash_attn_func(q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False,
+                    window_size=(None, None), return_lse=False):
+    return Flash.apply(q, k, v, return_lse)
+"""
+
+
+def test_flash_attention_4_beside_2_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a part of the folder of version 2, which it leaves without a module where it is alone."""
+    folder = tmp_path / "flash_attn"
+    (folder / "cute").mkdir(parents=True)
+    (folder / "cute" / "__init__.py").write_text(FLASH_4)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    kernel = replace(BACKENDS["flash_attn_4"], devices=("cpu",), dtypes=(torch.float32,))
+    monkeypatch.setitem(BACKENDS, "flash_attn_4", kernel)
+    try:
+        assert attention.installed("flash_attn.cute") and not attention.installed("flash_attn")
+        assert "flash_attn" not in sys.modules  # found, not imported
+        trial = benchmark(kernel, CPU, torch.float32, 64)
+        assert trial.why == trial.lse_why == "" and trial.lse_error < 1e-5
+        (folder / "__init__.py").write_text("")
+        assert attention.installed("flash_attn.cute")
+        sys.modules.pop("flash_attn")
+        assert attention.installed("flash_attn")
+        (folder / "cute" / "__init__.py").unlink()
+        (folder / "cute").rmdir()
+        assert not attention.installed("flash_attn.cute")
+    finally:
+        for name in ("flash_attn", "flash_attn.cute"):
+            sys.modules.pop(name, None)
+
+
 @pytest.mark.parametrize(
     ("name", "flag", "result"),
     [
@@ -404,7 +605,7 @@ def test_a_package_is_no_break_for_compiling(fake: Callable[..., Backend]) -> No
 def test_sage_on_hopper_is_refused_for_its_fp8_values(
     fake: Callable[..., Backend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    gpu(monkeypatch, (9, 0))
     for source, words in (
         (SAGE + "\nsageattn_qk_int8_pv_fp8_cuda_sm90 = sageattn", "noise with Wan2.2"),
         (SAGE, ""),

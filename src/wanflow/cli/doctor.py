@@ -95,6 +95,7 @@ def lines(report: Report) -> Iterator[Line]:
     yield from _machine(report)
     yield from _table("attention", report)
     yield from _table("matmul", report)
+    yield from _table("convolution", report)
     yield "", ""
     if not report.problems:
         yield "green", "no problem found"
@@ -149,7 +150,7 @@ def _disk(disk: Disk) -> Iterator[Line]:
 
 def _table(what: str, report: Report) -> Iterator[Line]:
     """Yield the results of one kind as a table; a failure has its reason instead of numbers."""
-    from wanflow.doctor.kernels import HEAD_DIM, SIZES
+    from wanflow.doctor.kernels import CHANNELS, HEAD_DIM, SIZES
     from wanflow.screen import table_lines
 
     results = [result for result in report.tries if result.what == what]
@@ -160,6 +161,8 @@ def _table(what: str, report: Report) -> Iterator[Line]:
             for kind, (heads, tokens, _) in sizes.items()
         ]
         title, way = "attention", "kernel"
+    elif what == "convolution":
+        titles, title, way = [f"{CHANNELS} channels"], "convolutions", "way"
     else:
         titles = [f"{side:,} x {side:,} on {kind}" for kind, (_, _, side) in sizes.items()]
         title, way = "matrix products", "way"
@@ -222,4 +225,5 @@ def advice(report: Report, folder: Path) -> list[str]:
         found += [f"  {line}" for line in (*plan.reasons, *plan.offers)]
         if plan.fits:
             break
-    return [*found, f"attention: {kernels.get('bfloat16', 'none works in bfloat16')}"]
+    half = f"{kernels['float16']}, in float16" if "float16" in kernels else "none works in 16 bits"
+    return [*found, f"attention: {kernels.get('bfloat16', half)}"]

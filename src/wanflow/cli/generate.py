@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wanflow.choices import choose_device, choose_dtype
+from wanflow.choices import choose_device, choose_dtype, has_bfloat16, is_small
 from wanflow.cli.checks import check_state, machine_lines
 from wanflow.cli.flags import (
     CKPT_DIR,
@@ -340,9 +340,11 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint, given: Container[st
         device, runtime = choose_device("auto"), replace(runtime, attention=kernel)
     runtime, shape = replace(runtime, device=str(device)), checkpoint.spec.dit
     float32_bytes = expert_bytes(checkpoint, torch.float32)
-    dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes)
+    bfloat16 = has_bfloat16(device)
+    dtype = choose_dtype(runtime.dtype, device.type == "cpu", float32_bytes, bfloat16)
+    small = is_small(float32_bytes * dtype.itemsize // 4)
     try:
-        choose_kernel(runtime.attention, device, dtype, shape.dim // shape.num_heads)
+        choose_kernel(runtime.attention, device, dtype, shape.dim // shape.num_heads, small)
     except RequestError as error:
         if "attention" in given:
             raise

@@ -36,6 +36,7 @@ REQUIRED = (
 )
 KERNEL_PACKAGES = [kernel.package for kernel in BACKENDS.values() if kernel.package]
 OPTIONAL = (*KERNEL_PACKAGES, "gguf", "modelscope")
+DISTRIBUTIONS = {kernel.package: kernel.distribution for kernel in BACKENDS.values()}
 DISK_BYTES, DISK_CHUNK, DISK_SECONDS = 256 * 2**20, 16 * 2**20, 2.0
 CACHED = (
     ()
@@ -120,10 +121,8 @@ def look_at_packages() -> tuple[dict[str, str], dict[str, str]]:
             if package in REQUIRED:
                 broken[package] = "is not installed"
             continue
-        try:
-            versions[package] = metadata.version(names.get(package, [package])[0])
-        except metadata.PackageNotFoundError:
-            versions[package] = "unknown version"
+        distribution = DISTRIBUTIONS.get(package) or names.get(package, [package])[0]
+        versions[package] = attention.version_of(distribution)
         why = attention.import_failure(package)
         if why:
             broken[package] = f"is installed but does not import: {why}"

@@ -1,30 +1,35 @@
-"""Run, compare and time every attention kernel and every way to multiply by weights."""
+"""Run, compare and time every attention kernel, product with weights, and convolution."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wanflow.runtime import DTYPES
 from wanflow.transforms import attention
 from wanflow.transforms.attention_kernels import BACKENDS
+from wanflow.transforms.attention_timing import BUDGET, timed_width
 
 Say = Callable[[str], None]
 Way = Callable[[Tensor, Tensor], Callable[[], Tensor]]
 
 HEAD_DIM = 128  # of the model
-# {device: (heads, tokens, side of the matrices)}: large enough to time, and small enough for ten
-# runs in a few seconds and 4 GB.
-SIZES = {"cpu": (2, 1024, 512), "cuda": (8, 4096, 4096), "mps": (4, 2048, 1024)}
+# {device: (heads, tokens, side of the matrices)}: large enough to time, and small enough for a few
+# seconds and 4 GB. On a GPU the heads are the model's, and a run's choice times as many tokens.
+SIZES = {"cpu": (2, 1024, 512), "cuda": (40, 16_336, 4096), "mps": (4, 2048, 1024)}
 COMPARED = 64  # rows of a product that are compared with float64
 # an error, relative to the largest value, above which a rounded product counts as wrong
 MAX_ERROR = 0.15
+# {dtype: error of a convolution above which it counts as wrong}, relative to the largest value
+CONVOLUTION_ERRORS = {"float32": 1e-4, "tf32": 1e-2}
+CHANNELS = 96  # of the VAE's widest layers
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class KernelResult:
         lse: for attention, "" if it returns the log-sum-exp, else why not.
     """
 
-    what: Literal["attention", "matmul"]
+    what: Literal["attention", "matmul", "convolution"]
     device: str
     dtype: str
     way: str
@@ -51,15 +56,18 @@ class KernelResult:
 
 def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[KernelResult]:
     """Run every attention kernel for this kind of device, in each dtype."""
-    heads, tokens, _ = SIZES[device.type]
-    work = 4 * tokens * tokens * heads * HEAD_DIM
+    heads, most, _ = SIZES[device.type]
     kernels = [each for each in BACKENDS.values() if device.type in each.devices]
     for name in DTYPES:
         say(f"attention on {device} in {name}")
+        dtype: torch.dtype = getattr(torch, name)
+        tokens = timed_width(device, heads, HEAD_DIM, dtype, most).tokens
+        work = 4 * tokens * tokens * heads * HEAD_DIM
         for kernel in kernels:
-            ran = attention.benchmark(
-                kernel, device, getattr(torch, name), HEAD_DIM, (heads, tokens, tokens), repeats=2
-            )
+            shape = heads, tokens, tokens
+            timed = kernel.name != "math" or device.type != "cuda"  # else its scores fill the GPU
+            how = (shape, BUDGET) if timed else (attention.SHAPE,)
+            ran = attention.benchmark(kernel, device, dtype, HEAD_DIM, *how)
             seconds = _finite(ran.seconds)
             yield KernelResult(
                 "attention",
@@ -138,7 +146,7 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Kern
         try:
             product = prepare(x.to(device), w.to(device))
             difference = (product()[::step].cpu().double() - truth).abs().max()
-            seconds = min(_timed(product, device) for _ in range(3))
+            seconds = attention.shortest(product, device, BUDGET)
         except Exception as problem:  # each device fails with types of its own
             yield replace(result, why=attention.failure(problem))
             continue
@@ -153,12 +161,49 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Kern
         )
 
 
-def _timed(product: Callable[[], Tensor], device: torch.device) -> float:
-    attention.synchronize(device)
-    start = time.perf_counter()
-    product()
-    attention.synchronize(device)
-    return time.perf_counter() - start
+def try_convolution(device: torch.device, say: Say = lambda _: None) -> Iterator[KernelResult]:
+    """Run the VAE's kinds of convolution against float64 on the CPU; on a GPU in TF32 too.
+
+    PyTorch convolves in TF32 by default, and some versions of cuDNN do it wrongly in three
+    dimensions.
+    """
+    say(f"convolutions on {device}")
+    generator = torch.Generator().manual_seed(0)
+    for convolve, extent in ((F.conv2d, (30, 34)), (F.conv3d, (4, 22, 26))):
+        x = torch.randn(1, CHANNELS, *extent, generator=generator)
+        w = torch.randn(CHANNELS, CHANNELS, *[3] * len(extent), generator=generator)
+        truth = convolve(x.double(), w.double())
+        work = 2 * truth[0, 0].numel() * w.numel()
+        for dtype in CONVOLUTION_ERRORS if device.type == "cuda" else ("float32",):
+            result = KernelResult("convolution", str(device), dtype, convolve.__name__)
+            try:
+                on_device = x.to(device), w.to(device)
+                with tensor_float(device, dtype == "tf32"):
+                    difference = (convolve(*on_device).cpu().double() - truth).abs().max()
+                    seconds = attention.shortest(
+                        lambda: convolve(*on_device),  # noqa: B023
+                        device,
+                        BUDGET / 5,
+                    )
+            except Exception as problem:  # each device fails with types of its own
+                yield replace(result, why=attention.failure(problem))
+                continue
+            error = float(difference / truth.abs().max())
+            wrong = f"wrong numbers: error {error:.2g} of the largest value"
+            yield replace(
+                result,
+                why="" if error <= CONVOLUTION_ERRORS[dtype] else wrong,
+                error=_finite(error),
+                seconds=seconds,
+                tflops=work / seconds / 1e12,
+            )
+
+
+def tensor_float(device: torch.device, allowed: bool) -> AbstractContextManager[None]:
+    """Let cuDNN convolve in TF32, or not."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed)
 
 
 def _finite(value: float) -> float | None:

@@ -19,7 +19,7 @@ from wanflow.doctor.environment import (
     look_at_packages,
     system,
 )
-from wanflow.doctor.kernels import KernelResult, try_attention, try_matmul
+from wanflow.doctor.kernels import KernelResult, try_attention, try_convolution, try_matmul
 from wanflow.hardware import Device, devices
 from wanflow.runtime import DTYPES
 from wanflow.transforms import attention
@@ -81,6 +81,7 @@ def examine(
     for index, device in enumerate(found):
         if device.model not in [earlier.model for earlier in found[:index]]:
             tries += try_attention(torch.device(device.name), say)  # one of several equal GPUs
+            tries += try_convolution(torch.device(device.name), say)
         tries += try_matmul(torch.device(device.name), say)
     say("the packages and the video encoder")
     packages, broken = look_at_packages()
@@ -91,13 +92,18 @@ def examine(
 
 
 def _auto(report: Report) -> dict[str, dict[str, str]]:
+    """Return what `auto` picks: the fastest on a GPU, elsewhere the first that works."""
     chosen: dict[str, dict[str, str]] = {}
     for device in report.devices:
-        works = {(each.dtype, each.way) for each in report.works(device.name, "attention")}
-        order = attention.order(torch.device(device.name)) if works else ()
-        first = {dtype: next((k for k in order if (dtype, k) in works), "") for dtype in DTYPES}
-        if any(first.values()):
-            chosen[device.name] = {dtype: kernel for dtype, kernel in first.items() if kernel}
+        works = {(each.dtype, each.way): each for each in report.works(device.name, "attention")}
+        order = attention.order(attention.card_of(torch.device(device.name))) if works else ()
+        for dtype in DTYPES:
+            names = [name for name in order if (dtype, name) in works]
+            # "sdpa" is the last: it runs one of the others, or plain matrix products.
+            timed = [name for name in names if name != "sdpa" and works[dtype, name].seconds]
+            pick = min(timed, key=lambda name: works[dtype, name].seconds or 0, default="")
+            if pick or names:
+                chosen.setdefault(device.name, {})[dtype] = pick or names[0]
     return chosen
 
 
@@ -154,6 +160,14 @@ def _kernel_problems(report: Report, broken: dict[str, str]) -> Iterator[Problem
             reasons = [each.why for each in report.tries if each.device == device.name and each.why]
             why = next(iter(reasons), "nothing could be tried")
             yield Problem("broken", f"{device.name} ({device.model}) cannot compute: {why}")
+    cudnn = f" (cuDNN {report.system.cudnn})" if report.system.cudnn else ""
+    for result in report.tries:
+        if result.what == "convolution" and result.why:
+            yield Problem(
+                "broken",
+                f"{result.way} in {result.dtype} on {result.device}{cudnn}: {result.why}; the VAE"
+                " needs it: pip install --upgrade torch",
+            )
     for result in report.tries:
         kernel = BACKENDS.get(result.way)
         if kernel is None or result.dtype != "bfloat16" or not result.why:

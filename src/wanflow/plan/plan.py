@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -84,10 +85,11 @@ def set_up(
             together.
     """
     kind, here = kind_of(runtime, machine), ranks_here(processes, per_machine)
-    dtype = choose_dtype(runtime.dtype, kind == "cpu", expert_parameters(checkpoint) * 4)
+    parameters = expert_parameters(checkpoint)
+    dtype = choose_dtype(runtime.dtype, kind == "cpu", parameters * 4, machine.bfloat16)
     refuse_together(runtime, checkpoint.spec.dit.num_layers, processes)
     runtime, layout = with_layout(checkpoint, request, runtime, processes, here)
-    reasons = tuple(_layout_reasons(checkpoint, request, layout))
+    reasons = (*_dtype_reasons(machine, kind, dtype), *_layout_reasons(checkpoint, request, layout))
     if processes > 1:
         runtime = with_defaults(runtime, vae_tile=0)  # ranks decode in strips
     return Plan(checkpoint, request, runtime, machine, kind, dtype, layout, here, reasons)
@@ -139,6 +141,15 @@ def with_layout(
     )
     assert layout_of(chosen) == layout
     return chosen, layout
+
+
+def _dtype_reasons(machine: Machine, kind: Kind, dtype: torch.dtype) -> Iterator[str]:
+    if kind == "gpu" and not machine.bfloat16 and dtype == torch.float16:
+        yield (
+            f"{machine.gpu_name} does not compute in bfloat16: the experts run in float16, with the"
+            " memory-efficient attention kernel; the text encoder, whose values overflow float16,"
+            " stays in bfloat16, slower; the VAE in float32"
+        )
 
 
 def _guided(checkpoint: Checkpoint, request: CompleteRequest) -> list[bool]:

@@ -304,7 +304,7 @@ class _Solver:
                     f" ({memory_size(size)}), and changes the video"
                 )
         if self._lacks_bfloat16():
-            yield "--dtype float16 may run there, and was not tried"
+            yield "--dtype auto takes float16 there"
         width, height = self.traces.request.size
         if short and width * height > 832 * 480:
             yield "--size 832*480 needs less"

@@ -31,9 +31,10 @@ MAXWELL, AMPERE, HOPPER, BLACKWELL, NO_LIMIT = (5, 0), (8, 0), (9, 0), (10, 0), 
 class Backend:
     """A kernel.
 
-    package: what must be installed, "" for PyTorch's own.
+    package: what must be installed, "" for PyTorch's own; `distribution` is its name in an index.
     exact: equal to the others to rounding; else it changes the video.
     capability: CUDA compute capabilities it is built for, from the first to below the second.
+    amd: whether it is built for AMD's GPUs too, which count as "cuda".
     head_dim: the largest.
     """
 
@@ -44,8 +45,10 @@ class Backend:
     devices: tuple[str, ...] = ("cuda",)
     dtypes: tuple[torch.dtype, ...] = HALF
     package: str = ""
+    distribution: str = ""
     exact: bool = True
     capability: tuple[Capability, Capability] = ((0, 0), NO_LIMIT)
+    amd: bool = False
     head_dim: int = 256
 
 
@@ -143,20 +146,59 @@ def _flash_attn_3_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse[..., : q.shape[1]].float()
 
 
+def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    out = flash_attn_func(q, k, v)  # and None in place of the log-sum-exp
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _flash_attn_4_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    out, lse = flash_attn_func(q, k, v, return_lse=True)
+    return out, lse[..., : q.shape[1]].float()
+
+
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from sageattention import sageattn  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     return sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
 
 
+def _sage_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel's is to base 2 and of keys without their mean; the package corrects both."""
+    from sageattention import sageattn  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    out, lse = sageattn(q, k, v, tensor_layout="NHD", is_causal=False, return_lse=True)
+    return out, lse[..., : q.shape[1]].float()
+
+
+def _sage_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from sageattn3 import sageattn3_blackwell  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    # It subtracts the mean from the keys that it is given, in place: those of the text stay.
+    queries, keys, values = _heads_first(q, k.clone(), v)
+    return sageattn3_blackwell(queries, keys, values, is_causal=False).transpose(1, 2)
+
+
 FLASH, CUDNN = _pinned(SDPBackend.FLASH_ATTENTION), _pinned(SDPBackend.CUDNN_ATTENTION)
 EFFICIENT, MATH = _pinned(SDPBackend.EFFICIENT_ATTENTION), _pinned(SDPBackend.MATH)
 FROM_AMPERE, FROM_MAXWELL = (AMPERE, NO_LIMIT), (MAXWELL, NO_LIMIT)
-ON_HOPPER = (HOPPER, BLACKWELL)
+ON_HOPPER, FROM_BLACKWELL = (HOPPER, BLACKWELL), (BLACKWELL, NO_LIMIT)
 _TABLE = (
-    Backend("sdpa", "PyTorch chooses", sdpa, _sdpa_lse, ("cpu", "cuda", "mps"), ANY),
+    Backend("sdpa", "PyTorch chooses", sdpa, _sdpa_lse, ("cpu", "cuda", "mps"), ANY, amd=True),
     Backend("cudnn", "cuDNN's", CUDNN, _cudnn_lse, capability=FROM_AMPERE),
-    Backend("flash", "PyTorch's FlashAttention", FLASH, _flash_lse, ("cpu", "cuda"), ANY),
+    Backend(
+        "flash",
+        "PyTorch's FlashAttention",
+        FLASH,
+        _flash_lse,
+        ("cpu", "cuda"),
+        ANY,
+        capability=FROM_AMPERE,
+        amd=True,
+    ),
     Backend(
         "efficient",
         "PyTorch's memory-efficient",
@@ -164,6 +206,7 @@ _TABLE = (
         _efficient_lse,
         dtypes=(torch.float32, *HALF),
         capability=FROM_MAXWELL,
+        amd=True,
     ),
     Backend(
         "math",
@@ -172,6 +215,7 @@ _TABLE = (
         _math_lse,
         ("cpu", "cuda"),
         ANY,
+        amd=True,
     ),
     Backend(
         "flash_attn",
@@ -179,7 +223,9 @@ _TABLE = (
         _flash_attn,
         _flash_attn_lse,
         package="flash_attn",
+        distribution="flash-attn",
         capability=FROM_AMPERE,
+        amd=True,
     ),
     Backend(
         "flash_attn_3",
@@ -187,16 +233,39 @@ _TABLE = (
         _flash_attn_3,
         _flash_attn_3_lse,
         package="flash_attn_interface",
+        distribution="flash-attn-3",
         capability=ON_HOPPER,
+    ),
+    Backend(
+        "flash_attn_4",
+        "FlashAttention 4",
+        _flash_attn_4,
+        _flash_attn_4_lse,
+        package="flash_attn.cute",
+        distribution="flash-attn-4",
+        capability=FROM_AMPERE,
+        head_dim=128,
     ),
     Backend(
         "sage",
         "SageAttention, 8-bit",
         _sage,
-        None,
+        _sage_lse,
         package="sageattention",
+        distribution="sageattention",
         exact=False,
         capability=FROM_AMPERE,
+        head_dim=128,
+    ),
+    Backend(
+        "sage_3",
+        "SageAttention 3, 4-bit",
+        _sage_3,
+        None,
+        package="sageattn3",
+        distribution="sageattn3",
+        exact=False,
+        capability=FROM_BLACKWELL,
         head_dim=128,
     ),
 )
