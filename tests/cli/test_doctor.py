@@ -22,9 +22,9 @@ import torch
 
 from wanflow.cli import doctor as command
 from wanflow.cli import main
-from wanflow.doctor import environment, report
+from wanflow.doctor import environment, kernels, report
 from wanflow.doctor.environment import Disk, System, disk, encoder, look_at_packages
-from wanflow.doctor.kernels import MATMULS, KernelResult, try_attention, try_matmul
+from wanflow.doctor.kernels import MATMULS, KernelResult, try_attention, try_convolution, try_matmul
 from wanflow.doctor.report import Report, problems
 from wanflow.hardware import Device, cpu_name, memory, nvidia, usable_cores
 from wanflow.transforms.attention_kernels import BACKENDS
@@ -443,6 +443,75 @@ def test_matrix_products_of_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_convolutions_of_this_cpu() -> None:
+    rows = [*try_convolution(torch.device("cpu"))]
+    assert [(one.way, one.dtype, one.why) for one in rows] == [
+        ("conv2d", "float32", ""),
+        ("conv3d", "float32", ""),
+    ]
+    assert all(one.error is not None and one.error < 1e-5 for one in rows)
+    assert all(one.seconds and one.tflops for one in rows)
+
+
+def test_convolutions_of_a_gpu_are_tried_with_and_without_tf32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in GPU whose conv3d in TF32 is wrong, as that of cuDNN 9.10.2 to 9.15."""
+    gpu, conv3d, flags = "cuda", kernels.F.conv3d, torch.backends.cudnn.flags
+    allowed: list[bool] = []
+
+    def wrong(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        broken = x.dtype == torch.float32 and allowed[-1]
+        return conv3d(x, w).roll(1, -1) if broken else conv3d(x, w)
+
+    def noted(**given: Any) -> Any:
+        allowed.append(given["allow_tf32"])
+        return flags(**given)
+
+    wrong.__name__ = "conv3d"
+    monkeypatch.setattr(kernels.F, "conv3d", wrong)
+    monkeypatch.setattr(torch.backends.cudnn, "flags", noted)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
+    monkeypatch.setattr(kernels.attention, "shortest", lambda *_: 0.001)
+    before = torch.backends.cudnn.allow_tf32
+    rows = [*try_convolution(torch.device(gpu))]
+    assert torch.backends.cudnn.allow_tf32 == before and allowed == [False, True, False, True]
+    assert [(one.way, one.dtype, "wrong numbers" in one.why) for one in rows] == [
+        ("conv2d", "float32", False),
+        ("conv2d", "tf32", False),
+        ("conv3d", "float32", False),
+        ("conv3d", "tf32", True),
+    ]
+    given = replace(on(cuda="12.6", cudnn="91002", **CARD), tries=(*GOOD, *rows))
+    ((level, text),) = [one for one in found(given) if "conv" in one[1]]
+    assert level == "broken" and "conv3d in tf32 on cuda (cuDNN 91002): wrong numbers" in text
+    table = "\n".join(line for _, line in command.lines(given))
+    assert re.search(r"cuda +tf32 +conv3d .* 1.00 .*wrong numbers", table)
+    assert [one["way"] for one in given.as_dict()["tries"]][-1] == "conv3d"
+
+
+def test_on_a_gpu_the_fastest_sound_kernel_is_shown_as_autos(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    rows = [
+        KernelResult("attention", "cuda:0", "bfloat16", way, why, seconds=seconds)
+        for way, why, seconds in (
+            ("cudnn", "", 0.003),
+            ("flash", "", 0.002),
+            ("efficient", "it gives wrong numbers", 0.001),
+            ("sage", "", 0.001),
+            ("sdpa", "", 0.001),
+        )
+    ]
+    rows.append(KernelResult("attention", "cuda:0", "float32", "sdpa", seconds=0.1))
+    given = replace(FINE, devices=GPU, tries=(*GOOD, *rows))
+    assert report._auto(given) == {
+        "cpu": {"float32": "sdpa"},
+        "cuda:0": {"float32": "sdpa", "bfloat16": "flash"},
+    }
+
+
 def test_the_encoder_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert encoder() == ""
 
@@ -803,6 +872,9 @@ def test_advice_for_a_gpu_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> No
         "  blocks are streamed",
         "attention: cudnn",
     ]
+    old = replace(FINE, auto={"cuda:0": {"float32": "efficient", "float16": "efficient"}})
+    assert command.advice(old, Path())[-1] == "attention: efficient, in float16"
+    del asked[2:]
     assert asked == [(1280, 720), (832, 480)]
 
 

@@ -686,20 +686,17 @@ def test_gpus_that_are_none_get_a_suggestion(text: str, words: str) -> None:
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_a_gpu_without_bfloat16_is_refused_and_float16_offered() -> None:
-    plan = plan_for(described("t4"), size="832*480", frame_num=17)
+def test_bfloat16_is_refused_where_a_gpu_lacks_it_and_auto_offered() -> None:
+    plan = plan_for(described("t4"), Runtime(dtype="bfloat16"), size="832*480", frame_num=17)
     assert plan.short == ("bfloat16, in which NVIDIA T4 does not compute",)
-    with pytest.raises(RequestError, match="--dtype float16"):
+    with pytest.raises(RequestError, match="--dtype auto takes float16"):
         raise_if_unfit(plan)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", GPUS)
 def test_every_gpu_of_the_table_can_be_planned_for(key: str) -> None:
-    dtype = "auto" if GPUS[key].bfloat16 else "float16"
-    plan = plan_for(
-        described(key, ram=64), Runtime(dtype=dtype), size="832*480", frame_num=17, sample_steps=8
-    )
+    plan = plan_for(described(key, ram=64), size="832*480", frame_num=17, sample_steps=8)
     assert plan.fits, plan.short
     assert 10 < estimate(plan).seconds < 3600
 

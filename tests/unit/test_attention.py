@@ -537,7 +537,7 @@ def flash_attn_func(q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None
 def test_flash_attention_4_beside_2_and_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is a part of the folder of version 2, which it leaves without a module where it is alone."""
+    """It lies in the folder of version 2, which without that one is no module."""
     folder = tmp_path / "flash_attn"
     (folder / "cute").mkdir(parents=True)
     (folder / "cute" / "__init__.py").write_text(FLASH_4)

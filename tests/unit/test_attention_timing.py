@@ -1,4 +1,4 @@
-"""The choice of an attention kernel by its time: on simulated GPUs, with a clock that is a table."""
+"""The choice of an attention kernel by its time: on simulated GPUs, with a table as clock."""
 
 from __future__ import annotations
 

@@ -83,7 +83,8 @@ def measure(device: torch.device, width: Width, names: list[str]) -> dict[str, f
 
     Those that time does not reach are left out; the first that works is always measured.
     """
-    shape, began, found = (width.heads, width.tokens, width.tokens), time.monotonic(), {}
+    shape, began = (width.heads, width.tokens, width.tokens), time.monotonic()
+    found: dict[str, float] = {}
     how = device, width.dtype, width.head_dim
     for name in names:
         if found and time.monotonic() - began > TOTAL:
