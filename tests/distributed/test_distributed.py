@@ -479,10 +479,10 @@ def test_a_ring_needs_the_log_sum_exp() -> None:
             connect(
                 WanDiT(GOLDEN),
                 make_groups(Layout(ring=2), info),
-                BACKENDS["sage"].attend,
-                BACKENDS["sage"].with_lse,
+                BACKENDS["sage_3"].attend,
+                BACKENDS["sage_3"].with_lse,
             )
-        connect(WanDiT(GOLDEN), make_groups(Layout(ulysses=2), info), BACKENDS["sage"].attend)
+        connect(WanDiT(GOLDEN), make_groups(Layout(ulysses=2), info), BACKENDS["sage_3"].attend)
 
 
 @pytest.mark.parametrize("layout", [Layout(ring=2), Layout(ulysses=2)])

@@ -83,7 +83,7 @@ def test_what_is_set_stays_and_the_rest_follows() -> None:
     assert chosen(8, Runtime(ring_size=2)) == Layout(2, 2, 2)
     assert chosen(16, here=4) == Layout(2, 2, 4)
     assert chosen(64, Runtime(attention="sage")).ring == 1, (
-        "a ring needs the log-sum-exp, which this kernel does not say"
+        "a ring needs the log-sum-exp, which not every version of this kernel says"
     )
     for processes, runtime in (
         (4, Runtime(ulysses_size=3)),

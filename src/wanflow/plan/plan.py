@@ -118,7 +118,8 @@ def with_layout(
     """Return the runtime with cfg_parallel, ring_size and ulysses_size chosen, and the layout.
 
     Guidance is split where every step has it. In a step without, both groups would compute the
-    same: one such step costs more than exchanging a velocity saves in the others.
+    same: one such step costs more than exchanging a velocity saves in the others. No ring is chosen
+    for SageAttention, of which not every version returns the log-sum-exp.
 
     Raises:
         RequestError: when the set sizes do not multiply to the number of processes.
@@ -130,7 +131,7 @@ def with_layout(
         processes,
         checkpoint.spec.dit.num_heads,
         all(_guided(checkpoint, request)),
-        kernel is None or kernel.with_lse is not None,
+        kernel is None or (kernel.exact and kernel.with_lse is not None),
         here,
         cfg=None if runtime.cfg_parallel is None else 1 + runtime.cfg_parallel,
         ring=runtime.ring_size,
