@@ -43,6 +43,7 @@ from wanflow.parallel.sequence import connect, join, sharded
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.transforms.attention_kernels import BACKENDS
 from wanflow.transforms.block_streaming import Streaming, SyncExecutor, load_to_host
+from wanflow.transforms.host_memory import HostMemory
 
 KERNEL = BACKENDS["sdpa"]
 GOLDEN = DiTConfig(
@@ -137,7 +138,7 @@ def model_of(case: Case) -> WanDiT | Streaming:
         fetch,
         {case.resident},
         CPU,
-        load_to_host(model, fetch, False, skip={case.resident}),
+        load_to_host(model, fetch, HostMemory(False), {case.resident}),
         SyncExecutor(),
     )
 

@@ -31,11 +31,11 @@ from wanflow.transforms.block_streaming import (
     Streaming,
     SyncExecutor,
     evenly_spaced_resident,
-    host_buffer,
     load_to_host,
     matmul_leaves,
 )
 from wanflow.transforms.deltas import Difference, LowRank
+from wanflow.transforms.host_memory import HostMemory
 from wanflow.transforms.lora import Adapters
 
 CPU = torch.device("cpu")
@@ -78,7 +78,9 @@ def streaming(
 ) -> tuple[Streaming, File]:
     file = File(model)
     bare = copy.deepcopy(model)
-    host_buffers = load_to_host(bare, file.fetch, False, skip=resident) if home == "ram" else None
+    host_buffers = (
+        load_to_host(bare, file.fetch, HostMemory(False), resident) if home == "ram" else None
+    )
     return Streaming(bare, file.fetch, resident, CPU, host_buffers, worker), file
 
 
@@ -220,7 +222,7 @@ def test_a_layout_gives_back_what_was_put_in() -> None:
         "d": torch.tensor(2.0),
     }
     layout = BufferLayout.of(values)
-    views = layout.views(host_buffer(layout.nbytes, False))
+    views = layout.views(HostMemory(False).buffer(layout.nbytes))
     for name, value in values.items():
         views[name].copy_(value)
     for name, value in values.items():

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -30,7 +32,9 @@ HEADER_LIMIT = 16 << 20  # bytes; a full-size expert's header has 0.1 MB
 MOST_TENSORS = 1 << 16  # of a file or an index; a full-size expert has 1,095
 MOST_SIDES = 8
 LONGEST_NAME = 1000  # characters of a tensor's name
-CHUNK = 4 << 20  # bytes converted at a time: small enough for a cache, large enough for a disk
+CHUNK = 4 << 20  # bytes read at a time: small enough for a cache, large enough for a disk
+SERIAL = 1 << 14  # values converted at a time: below what torch spreads over threads of its own
+MOST_THREADS = 16  # that read one tensor
 VALUES = 1 << 20  # of a streamed piece: 4 MB in float32; larger ones leave the CPU's cache
 MOST_VALUES = 1 << 48  # of a shape; torch multiplies the sides for the strides, even next to a 0
 AGAIN = "download it again"
@@ -114,11 +118,16 @@ class TensorSource:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Read a tensor into CPU memory of its own, as stored or converted on the way.
 
-        Only these `rows` of the first side are read; all by default.
+        Only these `rows` of the first side are read; all by default. With `out`, contiguous and
+        in its shape and dtype, they are read into that.
 
         Raises:
             RequestError: when the file breaks off.
@@ -257,24 +266,61 @@ def read_plain(
     start: int,
     dtype: torch.dtype | None,
     rows: slice | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Read a tensor, or some rows, whose bytes begin at `start`; converted a chunk at a time."""
+    """Read a tensor, or some rows, whose bytes begin at `start`; see `TensorSource.read`.
+
+    Threads share a large tensor: one reader does not keep a fast disk busy.
+    """
     if rows is not None:
         first, last, _ = rows.indices(info.shape[0])
         start += first * math.prod(info.shape[1:]) * info.dtype.itemsize
         info = replace(info, shape=(max(0, last - first), *info.shape[1:]))
-    out = torch.empty(math.prod(info.shape), dtype=dtype or info.dtype)
-    stored = out
-    if out.dtype != info.dtype:
-        size = min(CHUNK, info.nbytes) // info.dtype.itemsize
-        stored = torch.empty(size, dtype=info.dtype)
-    with opened.at(start) as file:
-        for done in range(0, len(out), max(1, len(stored))):
-            part = stored[: len(out) - done]
-            fill(part, file, opened.path)
-            if stored is not out:
-                out[done : done + len(part)] = part
-    return out.view(info.shape)
+    if out is None:
+        out = torch.empty(info.shape, dtype=dtype or info.dtype)
+    values = out.view(-1)
+
+    def read_from(begin: int) -> None:
+        with opened.at(start + begin * info.dtype.itemsize) as file:
+            _fill_converted(values[begin : begin + step], file, opened.path, info.dtype)
+
+    threads = 1 if info.nbytes < 2 * CHUNK else reading_threads()
+    step = max(1, -(-len(values) // threads))
+    if threads == 1:
+        read_from(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read_from, range(0, len(values), step)))
+    return out
+
+
+def _fill_converted(out: Tensor, file: FileIO, path: Path, stored: torch.dtype) -> None:
+    """Fill a flat tensor with values that a file holds in another dtype, a chunk at a time.
+
+    A chunk is converted in small pieces, which stay in a core's cache and on this thread.
+    """
+    if out.dtype == stored:
+        fill(out, file, path)
+        return
+    chunk = torch.empty(min(CHUNK // stored.itemsize, len(out)), dtype=stored)
+    for done in range(0, len(out), max(1, len(chunk))):
+        part = chunk[: len(out) - done]
+        fill(part, file, path)
+        into = out[done : done + len(part)]
+        torch._foreach_copy_(into.split(SERIAL), part.split(SERIAL))
+
+
+def reading_threads() -> int:
+    """Return how many threads read a tensor: those of all usable cores, or this one.
+
+    Next to a CPU that computes (in a thread of its own) one must do: more would compete with it.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main and not torch.cuda.is_initialized():
+        return 1
+    from wanflow.hardware import usable_cores
+
+    return max(1, min(MOST_THREADS, int(usable_cores())))
 
 
 def stream_plain(opened: OpenedFile, info: TensorInfo, start: int) -> Iterator[Tensor]:
@@ -312,9 +358,13 @@ class SafetensorsFile(TensorSource):
     starts: Mapping[str, int]  # where each tensor's bytes begin in the file
 
     def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        return read_plain(self.file, self.tensors[name], self.starts[name], dtype, rows)
+        return read_plain(self.file, self.tensors[name], self.starts[name], dtype, rows, out)
 
     def stream(self, name: str) -> Iterator[Tensor]:
         return stream_plain(self.file, self.tensors[name], self.starts[name])

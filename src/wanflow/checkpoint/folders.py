@@ -33,9 +33,13 @@ class ShardedFolder(TensorSource):
     shards: Mapping[str, TensorSource]  # the file of each tensor
 
     def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        return self.shards[name].read(name, dtype, rows)
+        return self.shards[name].read(name, dtype, rows, out)
 
     def stream(self, name: str) -> Iterator[Tensor]:
         return self.shards[name].stream(name)

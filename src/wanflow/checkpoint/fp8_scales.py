@@ -45,11 +45,16 @@ class ScaledSource(TensorSource):
     scales: Mapping[str, str]  # weight -> its scale's name in `inner`
 
     def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if self.tensors[name].packing is None:
-            return self.inner.read(name, dtype, rows)
-        return self.packed(name, rows).dense(dtype or self.tensors[name].dtype)
+            return self.inner.read(name, dtype, rows, out)
+        value = self.packed(name, rows).dense(dtype or self.tensors[name].dtype)
+        return value if out is None else out.copy_(value)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         info = self.tensors[name]

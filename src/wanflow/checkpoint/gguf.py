@@ -117,14 +117,20 @@ class GGUFFile(TensorSource):
     starts: Mapping[str, int] = field(repr=False)
 
     def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         info = self.tensors[name]
         if not info.packing:
-            return read_plain(self.file, info, self.starts[name], dtype, rows)
+            return read_plain(self.file, info, self.starts[name], dtype, rows, out)
         if rows is not None and math.prod(info.shape[1:]) % LAYOUTS[info.packing].values:
-            return self.packed(name).dense(dtype or info.dtype)[rows]
-        return self.packed(name, rows).dense(dtype or info.dtype)
+            value = self.packed(name).dense(dtype or info.dtype)[rows]
+        else:
+            value = self.packed(name, rows).dense(dtype or info.dtype)
+        return value if out is None else out.copy_(value)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         info = self.tensors[name]

@@ -6,8 +6,8 @@ Weights that are packed in their file (fp8, GGUF) stay packed in memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ from wanflow.models.vae import WanVAE
 from wanflow.presets import Expert
 from wanflow.runtime import Runtime
 
+if TYPE_CHECKING:
+    from wanflow.checkpoint.reading import Upload
+    from wanflow.transforms.host_memory import HostMemory
+
 logger = logging.getLogger("wanflow")
 
 Change = Callable[[str, Tensor], Tensor]  # name and float32 value -> float32 value
@@ -44,28 +48,65 @@ def load_module(
     report: Report | None = None,
     changes: Mapping[str, Change] | None = None,
     skip: Collection[str] = (),
+    memory: HostMemory | None = None,
 ) -> None:
     """Fill a module that `lay_out` prepared on meta, one tensor at a time.
 
-    On the way to a GPU, host memory holds one tensor in its final form. Of a sharded weight, only
-    this rank's rows are read. `changes` apply to single tensors between reading and placing (a
-    fused LoRA). The tensors in `skip` stay on meta.
+    Of a sharded weight, only this rank's rows are read. `changes` apply to single tensors between
+    reading and placing (a fused LoRA). The tensors in `skip` stay on meta.
+
+    Args:
+        memory: of an expert. A GPU then converts what it gets, and the ranks of a machine that
+            hold the same weights read each of them once.
 
     Raises:
         RequestError: when a file breaks off.
     """
+    device = torch.device(device)
     names = [name for name in weight_names(module) if name not in skip]
-    total, done = sum(source.tensors[name].nbytes for name in names), 0
-    for name in names:
-        owner, _, key = name.rpartition(".")
-        holder = module.get_submodule(owner)
+    sizes = {name: source.tensors[name].nbytes for name in names}
+    upload = None
+    if memory is not None and device.type == "cuda":
+        from wanflow.checkpoint.reading import Upload
+
+        upload = Upload(device, memory)
+
+    def read(name: str) -> dict[str, Tensor]:
+        holder, key = place_of(module, name)
         rows = _own_rows(holder, key)
-        values = materialize_param(holder, key, name, source, changes or {}, rows)
+        return materialize_param(holder, key, name, source, changes or {}, rows, upload)
+
+    def like(name: str) -> dict[str, Tensor]:
+        return stored_parts(*place_of(module, name))
+
+    sharded = any(is_sharded(parameter) for parameter in module.parameters())
+    group = None if memory is None or sharded else memory.group
+    parts: Iterable[tuple[str, dict[str, Tensor]]] = ((name, read(name)) for name in names)
+    if group is not None and group.size > 1:
+        from wanflow.checkpoint.reading import read_in_turns
+
+        parts = read_in_turns(names, sizes, read, like, group, device)
+    total, done = sum(sizes.values()), 0
+    for name, values in parts:
+        holder, _ = place_of(module, name)
         for parameter, value in values.items():
             _write_param(holder, parameter, value, device)
-        done += source.tensors[name].nbytes
+        done += sizes[name]
         if report is not None:
             report(done, total)
+
+
+def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the leaf that holds a tensor, and the tensor's name there."""
+    owner, _, key = name.rpartition(".")
+    return module.get_submodule(owner), key
+
+
+def stored_parts(holder: nn.Module, key: str) -> dict[str, Tensor]:
+    """Return the parameters of a leaf in which it stores a tensor; see `materialize_param`."""
+    several = has_other_form(holder) and key == "weight"
+    held = dict(holder.named_parameters(recurse=False))
+    return {one: v for one, v in held.items() if (one != "bias" if several else one == key)}
 
 
 def materialize_param(
@@ -75,11 +116,13 @@ def materialize_param(
     source: TensorSource,
     changes: Mapping[str, Change],
     rows: slice | None = None,
+    upload: Upload | None = None,
 ) -> dict[str, Tensor]:
     """Read the tensor `name`, or some of its rows, in the form in which `holder` stores it.
 
     Returns:
-        {parameter of `holder`: value} on the host. A packed or quantised leaf has several.
+        {parameter of `holder`: value} on the host, or with `upload` perhaps on its device. A packed
+        or quantised leaf has several.
     """
     leaf: Any = holder if has_other_form(holder) and key == "weight" else None
     if leaf is not None and hasattr(leaf, "parts"):  # it is packed as in the file
@@ -88,6 +131,8 @@ def materialize_param(
     dtype = torch.float32 if leaf is not None else getattr(holder, key).dtype
     if name in changes:  # a change needs all rows
         value = changes[name](name, source.read(name, torch.float32))[rows or slice(None)]
+    elif upload is not None and upload.takes(source, name):
+        value = upload.read(source, name, dtype, rows)
     else:
         value = source.read(name, dtype, rows)
     if leaf is not None:
@@ -134,11 +179,12 @@ def load_expert(
     report: Report | None = None,
     changes: Mapping[str, Change] | None = None,
     runtime: Runtime = Runtime(),  # noqa: B008 (it is frozen)
+    memory: HostMemory | None = None,
 ) -> WanDiT:
-    """Load an expert, all of it on one device."""
+    """Load an expert, all of it on one device; see `load_module`."""
     source = checkpoint.source(which)
     model = expert_structure(checkpoint.spec.dit, source, runtime, dtype, device, changes or {})
-    load_module(model, source, device, report, changes)
+    load_module(model, source, device, report, changes, memory=memory)
     return model
 
 

@@ -130,9 +130,13 @@ class OfficialSource(TensorSource):
     names: Mapping[str, str]  # official -> in the file
 
     def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        return self.inner.read(self.names[name], dtype, rows)
+        return self.inner.read(self.names[name], dtype, rows, out)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         return self.inner.packed(self.names[name], rows)

@@ -47,14 +47,20 @@ class TorchFile(TensorSource):
     strides: Mapping[str, tuple[int, ...]] = field(repr=False)
 
     def read(
-        self, name: str, dtype: torch.dtype | None = None, rows: slice | None = None
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         info = self.tensors[name]
         if name not in self.strides:
-            return read_plain(self.file, info, self.starts[name], dtype, rows)
+            return read_plain(self.file, info, self.starts[name], dtype, rows, out)
         span = TensorInfo((_span(info.shape, self.strides[name]),), info.dtype)
         values = read_plain(self.file, span, self.starts[name], None)
         value = values.as_strided(info.shape, self.strides[name])[rows or slice(None)]
+        if out is not None:
+            return out.copy_(value)
         return value.to(dtype or info.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def stream(self, name: str) -> Iterator[Tensor]:

@@ -241,11 +241,18 @@ def open_expert(
             checkpoint.spec.dit, source, where.runtime, where.dtype, where.device, changes or {}
         )
         shard_blocks(model, where.ctx)
-        load_module(model, source, where.device, report, changes)
+        load_module(model, source, where.device, report, changes, memory=where.memory)
         return model
     if where.runtime.resident_blocks in (None, checkpoint.spec.dit.num_layers):
         return load_expert(
-            checkpoint, which, where.dtype, where.device, report, changes, where.runtime
+            checkpoint,
+            which,
+            where.dtype,
+            where.device,
+            report,
+            changes,
+            where.runtime,
+            where.memory if where.shares() else None,
         )
     from wanflow.loaders.streamed import open_streamed
 

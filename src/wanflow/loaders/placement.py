@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
     from wanflow.parallel.groups import ParallelContext
+    from wanflow.transforms.host_memory import HostMemory
 
 Changes = Mapping[str, Change]  # by parameter: what the loader does to it
 
@@ -47,3 +49,14 @@ class Placement:
         """Return whether streamed blocks come from RAM; a CPU would only hold them twice."""
         source = self.runtime.stream_from or ("disk" if self.device.type == "cpu" else "ram")
         return source == "ram"
+
+    def shares(self) -> bool:
+        """Return whether loading needs `memory`: for a GPU, or for several ranks."""
+        return self.device.type == "cuda" or (self.ctx is not None and self.ctx.layout.size > 1)
+
+    @cached_property
+    def memory(self) -> HostMemory:
+        """RAM for weights on their way to the device, or that wait for it."""
+        from wanflow.transforms.host_memory import HostMemory
+
+        return HostMemory(self.device.type == "cuda", self.ctx)

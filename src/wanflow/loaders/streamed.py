@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from threading import Event
 
-import torch
 from torch import Tensor, nn
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report, TensorSource
-from wanflow.checkpoint.load import load_module, materialize_param
-from wanflow.checkpoint.structure import expert_structure
+from wanflow.checkpoint.load import load_module, materialize_param, place_of, stored_parts
+from wanflow.checkpoint.structure import expert_structure, has_other_form, weight_names
 from wanflow.hardware import thread_on
 from wanflow.loaders.placement import Changes, Placement
 from wanflow.models.dit import WanDiT
 from wanflow.presets import Expert
 from wanflow.transforms.block_streaming import (
+    BlockBuffers,
     BlockReader,
+    BufferLayout,
+    HostBlocks,
     Streaming,
     evenly_spaced_resident,
-    load_to_host,
     matmul_leaves,
 )
 
-
-@dataclass
-class HostExpert:
-    """An expert in RAM: its blocks' matmul weights in `host_buffers`, the rest in the model."""
-
-    model: WanDiT
-    fetch: BlockReader
-    host_buffers: dict[int, Tensor]
+REST = -1  # stands among blocks for what is not streamed
 
 
 def resident_blocks(where: Placement, layers: int) -> set[int]:
@@ -49,54 +42,122 @@ def open_streamed(
     changes: Changes | None,
 ) -> Streaming:
     """Load an expert with some of its blocks streamed."""
+    source, device, from_ram = checkpoint.source(which), where.device, where.from_ram()
     resident = resident_blocks(where, checkpoint.spec.dit.num_layers)
-    model, fetch, total = _rest(checkpoint, which, where, where.device, changes or {})
-    on_block = _block_reporter(report, total, len(list(model.blocks)))
-    host_buffers = (
-        load_to_host(model, fetch, where.device.type == "cuda", on_block, skip=resident)
-        if where.from_ram()
-        else None
-    )
-    return Streaming(
-        model,
-        fetch,
-        resident,
-        where.device,
-        host_buffers,
-        report=None if host_buffers is not None else on_block,
-    )
+    total, done = source.nbytes, 0
+    if from_ram and device.type == "cpu":  # all of it waits where it is needed
+        read = HostExpert(checkpoint, which, where, changes)
+        read.blocks.fill_and_meet(read.fetch, _by_block(report, 0, total, len(read.blocks.layouts)))
+        return read.stream(resident)
+    model = _structure(checkpoint, which, where, changes)
+    streamed = [n for n in range(checkpoint.spec.dit.num_layers) if n not in resident]
+    waiting = _weights(model, streamed)
+
+    def on_tensor(read: int, _: int) -> None:
+        nonlocal done
+        done = read
+        if report is not None:
+            report(read, total)
+
+    load_module(model, source, device, on_tensor, changes, waiting, where.memory)
+    fetch, buffers = block_reader(model, source, changes or {}), None
+    if from_ram:
+        layouts = {
+            index: BlockBuffers(block).layout
+            for index, block in enumerate(model.blocks)
+            if index not in resident
+        }
+        blocks = HostBlocks(layouts, where.memory)
+        blocks.fill_and_meet(fetch, _by_block(report, done, total, len(layouts)))
+        buffers = blocks.buffers
+    return Streaming(model, fetch, resident, device, buffers, memory=where.memory, placed=True)
 
 
-def read_expert(
-    checkpoint: Checkpoint,
-    which: Expert,
-    where: Placement,
-    changes: Changes | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> HostExpert:
-    """Read an expert into RAM in its final form; `place` moves it to its device."""
-    model, fetch, _ = _rest(checkpoint, which, where, torch.device("cpu"), changes or {})
-    return HostExpert(
-        model, fetch, load_to_host(model, fetch, where.device.type == "cuda", stop=stop)
-    )
+class HostExpert:
+    """An expert in RAM in its final form: one copy for the ranks of a machine.
+
+    Make it where all ranks do the same; its blocks may then be filled in a thread.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, which: Expert, where: Placement, changes: Changes | None
+    ) -> None:
+        self.where, self.model = where, _structure(checkpoint, which, where, changes)
+        blocks = dict(enumerate(self.model.blocks))
+        streamed = _weights(self.model, blocks)
+        self._rest = _Rest(self.model, streamed)
+        layouts = {index: BlockBuffers(block).layout for index, block in blocks.items()}
+        self.blocks = HostBlocks({REST: self._rest.layout, **layouts}, where.memory)
+        source = checkpoint.source(which)
+        self._fetch = block_reader(self.model, source, changes or {})
+        self._read_rest = self._rest.reader(source, changes or {})
+
+    def fetch(self, index: int, views: Mapping[str, Tensor]) -> None:
+        """Read a block, or the rest; see `BlockReader`."""
+        if index == REST:
+            self._read_rest(views)
+        else:
+            self._fetch(index, views)
+
+    def place(self) -> WanDiT | Streaming:
+        """Move the expert to its device."""
+        streaming = self.stream(resident_blocks(self.where, len(list(self.model.blocks))))
+        if streaming.streamed:
+            return streaming
+        streaming.close()
+        return self.model
+
+    def stream(self, resident: set[int]) -> Streaming:
+        """Move all but the streamed blocks to the device."""
+        device, buffers = self.where.device, self.blocks.buffers
+        del buffers[REST]
+        # A CPU uses it where it is. LoRAs may change it, in this process alone.
+        values = self._rest.layout.views(self.blocks.copies[REST])
+        self._rest.bind({name: value.to(device) for name, value in values.items()})
+        self.blocks.copies.clear()
+        return Streaming(
+            self.model, self._fetch, resident, device, buffers, memory=self.where.memory
+        )
 
 
-def place(read: HostExpert, where: Placement) -> WanDiT | Streaming:
-    """Move an expert from RAM to its device."""
-    for module in read.model.modules():
-        for key, value in list(module.named_parameters(recurse=False)):
-            if not value.is_meta:
-                setattr(module, key, nn.Parameter(value.to(where.device), requires_grad=False))
-    resident = resident_blocks(where, len(list(read.model.blocks)))
-    streaming = Streaming(read.model, read.fetch, resident, where.device, read.host_buffers)
-    if streaming.streamed:
-        return streaming
-    streaming.close()
-    return read.model
+class _Rest:
+    """The parameters of an expert that are not streamed, in one buffer."""
+
+    def __init__(self, model: WanDiT, streamed: Collection[str]) -> None:
+        self.model = model
+        self.names = [name for name in weight_names(model) if name not in streamed]
+        self.layout = BufferLayout.of(
+            {
+                f"{name.rpartition('.')[0]}.{key}": value
+                for name in self.names
+                for key, value in stored_parts(*place_of(model, name)).items()
+            }
+        )
+
+    def reader(
+        self, source: TensorSource, changes: Changes
+    ) -> Callable[[Mapping[str, Tensor]], None]:
+        """Return what reads them into views."""
+        places = [(name, *place_of(self.model, name)) for name in self.names]
+
+        def read(views: Mapping[str, Tensor]) -> None:
+            for name, holder, key in places:
+                _read_into(views, name.rpartition(".")[0], holder, key, name, source, changes)
+
+        return read
+
+    def bind(self, values: Mapping[str, Tensor]) -> None:
+        """Make these the model's parameters."""
+        for name, value in values.items():
+            holder, key = place_of(self.model, name)
+            setattr(holder, key, nn.Parameter(value, requires_grad=False))
 
 
 class Prefetcher:
-    """Reads the next expert into RAM, in a thread, while the current one computes."""
+    """Reads the next expert into RAM, in a thread, while the current one computes.
+
+    Every rank must make it, and take or drop it, at the same step.
+    """
 
     def __init__(
         self,
@@ -106,20 +167,22 @@ class Prefetcher:
         changes: Changes | None,
         key: object,
     ) -> None:
-        self.which, self.where, self.key = which, where, key
+        self.which, self.key = which, key
         self._stop = Event()
+        self._expert = expert = HostExpert(checkpoint, which, where, changes)
         self._thread = thread_on(where.device, "wanflow-ahead")
         self._read = self._thread.submit(
-            lambda: read_expert(checkpoint, which, where, changes, self._stop.is_set)
+            lambda: expert.blocks.fill(expert.fetch, stop=self._stop.is_set)
         )
 
     def take(self) -> WanDiT | Streaming:
         """Wait for the reading, and return the expert on its device."""
-        try:
-            read = self._read.result()
-        finally:
-            self._thread.shutdown()
-        return place(read, self.where)
+        error = self._read.exception()
+        self._thread.shutdown()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        self._expert.blocks.meet(error)
+        return self._expert.place()
 
     def drop(self) -> None:
         """Stop reading, and free what was read."""
@@ -127,29 +190,28 @@ class Prefetcher:
         self._thread.shutdown()
 
 
-def _rest(
-    checkpoint: Checkpoint, which: Expert, where: Placement, device: torch.device, changes: Changes
-) -> tuple[WanDiT, BlockReader, int]:
-    """Load all but the blocks' matmul weights, which stay on meta.
-
-    Returns:
-        The model, what reads a block's matmul weights, and their bytes in the file.
-    """
-    source = checkpoint.source(which)
-    model = expert_structure(
-        checkpoint.spec.dit, source, where.runtime, where.dtype, where.device, changes
+def _structure(
+    checkpoint: Checkpoint, which: Expert, where: Placement, changes: Changes | None
+) -> WanDiT:
+    """Return an expert on meta."""
+    return expert_structure(
+        checkpoint.spec.dit,
+        checkpoint.source(which),
+        where.runtime,
+        where.dtype,
+        where.device,
+        changes or {},
     )
-    streamed = {
+
+
+def _weights(model: WanDiT, blocks: Collection[int]) -> set[str]:
+    """Return the file's names of these blocks' matmul weights."""
+    return {
         f"blocks.{index}.{path}.weight"
         for index, block in enumerate(model.blocks)
+        if index in blocks
         for path in {name.rpartition(".")[0] for name in matmul_leaves(block)}
     }
-    load_module(model, source, device, changes=changes, skip=streamed)
-    return (
-        model,
-        block_reader(model, source, changes),
-        sum(source.tensors[name].nbytes for name in streamed),
-    )
 
 
 def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> BlockReader:
@@ -162,13 +224,34 @@ def block_reader(model: WanDiT, source: TensorSource, changes: Changes) -> Block
 
     def fetch(index: int, views: Mapping[str, Tensor]) -> None:
         for path in dict.fromkeys(name.rpartition(".")[0] for name in views):
-            for key, value in materialize_param(
-                blocks[index][path], "weight", f"blocks.{index}.{path}.weight", source, changes
-            ).items():
-                views[f"{path}.{key}"].copy_(value)
+            leaf, name = blocks[index][path], f"blocks.{index}.{path}.weight"
+            _read_into(views, path, leaf, "weight", name, source, changes)
 
     return fetch
 
 
-def _block_reporter(report: Report | None, total: int, layers: int) -> Callable[[int], None] | None:
-    return None if report is None else lambda done: report(total * done // layers, total)
+def _read_into(
+    views: Mapping[str, Tensor],
+    path: str,
+    holder: nn.Module,
+    key: str,
+    name: str,
+    source: TensorSource,
+    changes: Changes,
+) -> None:
+    """Read a tensor into views of a buffer: at once where it is plain, else by way of its form."""
+    if name not in changes and not has_other_form(holder):
+        view = views[f"{path}.{key}"]
+        source.read(name, view.dtype, None, view)
+        return
+    for part, value in materialize_param(holder, key, name, source, changes).items():
+        views[f"{path}.{part}"].copy_(value)
+
+
+def _by_block(
+    report: Report | None, before: int, total: int, blocks: int
+) -> Callable[[int], None] | None:
+    """Return what reports bytes for a number of blocks that are done."""
+    if report is None:
+        return None
+    return lambda done: report(before + (total - before) * done // max(1, blocks), total)

@@ -224,17 +224,19 @@ class Group:
         ]
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def broadcast(self, purpose: str, values: Tensor) -> Tensor:
-        """Return the values of the first rank; those of the others are overwritten."""
-        self.stats.add(purpose, (self.size - 1) * values.nbytes if self.rank == 0 else 0)
+    def broadcast(self, purpose: str, values: Tensor, source: int = 0) -> Tensor:
+        """Return the values of one rank, by default the first; those of the others are lost."""
+        self.stats.add(purpose, (self.size - 1) * values.nbytes if self.rank == source else 0)
         if self.handle is not None:
-            dist.broadcast(values, group=self.handle, group_src=0)
+            dist.broadcast(values, group=self.handle, group_src=source)
         return values
 
 
 @dataclass
 class ParallelContext:
     """This rank in a layout, and its groups: all ranks, those of its tokens, ring, heads and cfg.
+
+    `machine` holds the ranks of this machine once `machine.machine_group` has found them.
 
     `tokens` is the number of tokens of the running forward. The trunk sets it, and attention, whose
     slot takes nothing but q, k and v, reads it.
@@ -249,6 +251,7 @@ class ParallelContext:
     ulysses: Group
     cfg: Group
     tokens: int = 0
+    machine: Group | None = None
 
     @cached_property
     def mesh(self) -> DeviceMesh:

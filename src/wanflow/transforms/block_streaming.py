@@ -12,9 +12,7 @@ have a stream of their own, and pinned memory as their source.
 
 from __future__ import annotations
 
-import logging
 import math
-import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
@@ -26,8 +24,7 @@ from torch import Tensor, nn
 
 from wanflow.hardware import thread_on
 from wanflow.models.dit import Block, Conditioning, Head, TextStates, Trunk, WanDiT, run_blocks
-
-logger = logging.getLogger("wanflow")
+from wanflow.transforms.host_memory import HostMemory
 
 ALIGN = 256  # bytes; suits every kernel
 # Reads a block's tensors, by their names in the block, into these views on the host.
@@ -112,54 +109,75 @@ class BlockBuffers:
             setattr(leaf, key, nn.Parameter(stand_in, requires_grad=False))
 
 
-def host_buffer(nbytes: int, pin: bool) -> Tensor:
-    """Return uint8 [nbytes] on the host, pinned where requested and possible.
+class HostBlocks:
+    """Blocks in RAM, in one copy for the ranks of a machine.
 
-    PyTorch's pinned allocator rounds up to powers of two, which wastes 45 % for blocks of 703 MB.
-    Ordinary memory is registered with the driver instead.
+    Make it where all ranks do the same, as they meet here; `fill` may run in a thread.
+
+    Args:
+        layouts: of each block, by its index.
+        memory: gives the buffers.
+
+    Attributes:
+        buffers: what `fill` writes and a GPU copies from.
+        copies: the same memory, in which a change stays in this process. Not before `meet`.
     """
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
-    if pin and nbytes:
-        runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)) == 0:
-            weakref.finalize(
-                buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr()
-            )
-        else:
-            logger.warning(
-                "could not pin %d MB of memory: copies to the GPU will not overlap with its work",
-                nbytes >> 20,
-            )
-    return buffer
+
+    def __init__(self, layouts: Mapping[int, BufferLayout], memory: HostMemory) -> None:
+        self.layouts, self._memory = dict(layouts), memory
+        shared = memory.shared([layout.nbytes for layout in layouts.values()])
+        self.buffers = dict(zip(layouts, shared.buffers, strict=True))
+        self.copies = dict(zip(layouts, shared.copies, strict=True))
+        self._rank, self._ranks = shared.rank, shared.ranks
+
+    def fill(
+        self,
+        fetch: BlockReader,
+        report: Callable[[int], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Pin the buffers, and read this rank's share of the blocks.
+
+        Args:
+            report: called with the number of buffers that are done.
+            stop: called before each block; True ends the reading early.
+        """
+        for number, (index, buffer) in enumerate(self.buffers.items()):
+            if stop():
+                break
+            self._memory.pin_buffer(buffer)
+            if number % self._ranks == self._rank:
+                fetch(index, self.layouts[index].views(buffer))
+            if report is not None:
+                report(number + 1)
+
+    def meet(self, error: Exception | None = None) -> None:
+        """Wait until every rank has filled its share; raise on all if one has an error."""
+        self._memory.agree(error, "blocks in RAM")
+
+    def fill_and_meet(
+        self, fetch: BlockReader, report: Callable[[int], None] | None = None
+    ) -> None:
+        """Read on this thread, and wait for the other ranks."""
+        try:
+            self.fill(fetch, report)
+        except Exception as error:
+            self.meet(error)
+        self.meet()
 
 
 def load_to_host(
-    model: WanDiT,
-    fetch: BlockReader,
-    pin: bool,
-    report: Callable[[int], None] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    skip: Collection[int] = (),
+    model: WanDiT, fetch: BlockReader, memory: HostMemory, skip: Collection[int] = ()
 ) -> dict[int, Tensor]:
-    """Read blocks into buffers on the host; return them by the block's index.
-
-    Args:
-        report: called with the number of buffers that are filled.
-        stop: called before each block; True ends the reading early.
-        skip: blocks to leave out.
-    """
-    host_buffers: dict[int, Tensor] = {}
-    for index, block in enumerate(model.blocks):
-        if index in skip:
-            continue
-        if stop():
-            break
-        layout = BlockBuffers(block).layout
-        host_buffers[index] = host_buffer(layout.nbytes, pin)
-        fetch(index, layout.views(host_buffers[index]))
-        if report is not None:
-            report(len(host_buffers))
-    return host_buffers
+    """Read blocks, but for those in `skip`, into RAM; return their buffers by the block's index."""
+    layouts = {
+        index: BlockBuffers(block).layout
+        for index, block in enumerate(model.blocks)
+        if index not in skip
+    }
+    blocks = HostBlocks(layouts, memory)
+    blocks.fill_and_meet(fetch)
+    return blocks.buffers
 
 
 def evenly_spaced_resident(layers: int, resident: int) -> set[int]:
@@ -223,9 +241,12 @@ class Streaming(nn.Module):
         model: on the device, but for the matmul weights of its blocks, which may be on meta.
         fetch: reads a block's tensors.
         resident: blocks that stay on the device.
-        host_buffers: of `load_to_host`. Resident blocks are taken out; the others are streamed from
-            there. None: `fetch` reads every block, and streamed ones again in each pass.
+        host_buffers: of `HostBlocks`. Resident blocks are taken out; the others are streamed from
+            there, which on a CPU takes no copy. None: `fetch` reads every block, and streamed ones
+            again in each pass.
         worker: runs the reads and copies.
+        memory: gives the buffers between files and a GPU.
+        placed: whether the resident blocks have their weights already.
         report: called with the number of resident blocks in place.
     """
 
@@ -238,13 +259,17 @@ class Streaming(nn.Module):
         host_buffers: dict[int, Tensor] | None = None,
         worker: Worker | None = None,
         report: Callable[[int], None] | None = None,
+        memory: HostMemory | None = None,
+        placed: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.device = model, device
         self._fetch, self._host_buffers = fetch, host_buffers
         self._block_buffers = [BlockBuffers(block) for block in model.blocks]
         self._copies = CopyStream(device)
-        self._load_resident(sorted(resident), report)
+        self._memory = memory or HostMemory(device.type == "cuda")
+        if not placed:
+            self._load_resident(sorted(resident), report)
         self.streamed = [
             index for index in range(len(self._block_buffers)) if index not in resident
         ]
@@ -255,14 +280,18 @@ class Streaming(nn.Module):
             (self._block_buffers[index].layout.nbytes for index in self.streamed), default=0
         )
         staged = host_buffers is None and device.type == "cuda"
+        # On a CPU a block in RAM is where it is needed.
+        self._in_place = (
+            host_buffers is not None and device.type == "cpu" and self._copies.stream is None
+        )
         self._free = [
             _Slot(
                 torch.empty(largest, dtype=torch.uint8, device=device),
-                host_buffer(largest, True) if staged else None,
+                self._memory.buffer(largest) if staged else None,
                 # Work that the device still has may use the memory that this buffer is given.
                 used=self._copies.mark(),
             )
-            for _ in range(2 if self.streamed else 0)
+            for _ in range(2 if self.streamed and not self._in_place else 0)
         ]
         self._in_flight: deque[tuple[int, _Slot, Future[None]]] = deque()
         self._worker = worker or thread_on(device, "wanflow-blocks")
@@ -299,8 +328,15 @@ class Streaming(nn.Module):
             if index not in self._position:
                 yield block
                 continue
-            slot = self._acquire(index)
             buffers = self._block_buffers[index]
+            if self._in_place and self._host_buffers is not None:
+                buffers.bind(buffers.layout.views(self._host_buffers[index]))
+                try:
+                    yield block
+                finally:
+                    buffers.release(self.device)
+                continue
+            slot = self._acquire(index)
             buffers.bind(buffers.layout.views(slot.buffer))
             try:
                 yield block
@@ -317,14 +353,14 @@ class Streaming(nn.Module):
             layout = buffers.layout
             source = None if self._host_buffers is None else self._host_buffers.pop(index, None)
             if self.device.type == "cpu":
-                target = source if source is not None else host_buffer(layout.nbytes, False)
+                target = source if source is not None else self._memory.buffer(layout.nbytes)
                 if source is None:
                     self._fetch(index, layout.views(target))
             else:
                 target = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
                 if source is None:
                     if staging is None or staging.nbytes < layout.nbytes:
-                        staging = host_buffer(layout.nbytes, self.device.type == "cuda")
+                        staging = self._memory.buffer(layout.nbytes)
                     source = staging[: layout.nbytes]
                     self._fetch(index, layout.views(source))
                 target.copy_(source)
