@@ -113,16 +113,16 @@ def _asked(index: int) -> int:
         return 0
 
 
-def thread_on(device: Any, name: str) -> ThreadPoolExecutor:
-    """Return a pool of one thread that works on a torch device.
+def thread_on(device: Any, name: str, count: int = 1) -> ThreadPoolExecutor:
+    """Return a pool of threads, by default one, that work on a torch device.
 
     The current GPU of a new thread is number 0: work there would make a context on it.
     """
     if device.type != "cuda":
-        return ThreadPoolExecutor(1, name)
+        return ThreadPoolExecutor(count, name)
     import torch
 
-    return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
+    return ThreadPoolExecutor(count, name, torch.cuda.set_device, (device,))
 
 
 # processor and RAM

@@ -33,7 +33,9 @@ def test_every_worker_takes_the_gpu_of_its_run(who: str, monkeypatch: pytest.Mon
         made._worker.shutdown()
     elif who == "ahead":
         where = SimpleNamespace(device=gpu)
-        monkeypatch.setattr("wanflow.loaders.streamed.read_expert", lambda *given: None)
+        blocks = SimpleNamespace(fill=lambda *given, **more: None)
+        read = SimpleNamespace(blocks=blocks, fetch=None)
+        monkeypatch.setattr("wanflow.loaders.streamed.HostExpert", lambda *given: read)
         Prefetcher(None, "high", where, None, None).drop()  # type: ignore[arg-type]
     else:
         monkeypatch.setattr("wanflow.loaders.text_encoder._read", lambda *given: [])

@@ -12,7 +12,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wanflow.config import RequestError, plain
+from wanflow.hardware import thread_on, usable_cores
 from wanflow.untrusted import open_regular, parse_json, read_bytes
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def read_plain(
     if threads == 1:
         read_from(0)
     else:
-        with ThreadPoolExecutor(threads) as pool:
+        with thread_on(out.device, "wanflow-read", threads) as pool:
             list(pool.map(read_from, range(0, len(values), step)))
     return out
 
@@ -318,8 +318,6 @@ def reading_threads() -> int:
     main = threading.current_thread() is threading.main_thread()
     if not main and not torch.cuda.is_initialized():
         return 1
-    from wanflow.hardware import usable_cores
-
     return max(1, min(MOST_THREADS, int(usable_cores())))
 
 
