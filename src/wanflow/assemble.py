@@ -133,7 +133,8 @@ def choose_kernel(
 
         def measured() -> str:
             width = timed_width(device, dit.num_heads, head_dim, dtype, tokens)
-            return fastest_kernel(device, width, of_device(runtime.machine_cache, device))
+            kept, ring = of_device(runtime.machine_cache, device), (runtime.ring_size or 1) > 1
+            return fastest_kernel(device, width, kept, lse=ring)
 
         name = measured() if info is None else broadcast_from_rank0(info, measured)
     return attention.choose_kernel(name, device, dtype, head_dim, small)

@@ -435,6 +435,21 @@ def test_sageattentions_log_sum_exp(fake: Callable[..., Backend]) -> None:
         assert (choose_kernel("sage", CPU, torch.float32, 64).with_lse is not None) == right
 
 
+def test_a_ring_joins_sageattentions_parts(fake: Callable[..., Backend]) -> None:
+    """Each part of the keys has a mean of its own."""
+    backend = fake("sage", SAGE_2.format(lse="lse / 1.44269504 + correction"))
+    assert backend.with_lse is not None
+    q, k, v = numbers((1, 40, 96, 2, 32), torch.float32)
+    k[:, :50] += 2
+    parts = [backend.with_lse(q, k[:, part], v[:, part]) for part in (slice(0, 50), slice(50, 96))]
+    weights = torch.stack([lse for _, lse in parts]).softmax(0).transpose(2, 3).unsqueeze(-1)
+    whole = sum(weight * out for weight, (out, _) in zip(weights, parts, strict=True))
+    assert torch.allclose(whole, sdpa(q, k, v), atol=0.1)
+    wrong = weights.roll(1, 0)
+    other = sum(weight * out for weight, (out, _) in zip(wrong, parts, strict=True))
+    assert not torch.allclose(other, sdpa(q, k, v), atol=1)
+
+
 SAGE_3 = """
 def sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs):
     assert attn_mask is None and not is_causal and q.shape[1] == {heads}

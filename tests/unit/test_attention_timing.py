@@ -46,7 +46,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tried]:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
 
-    def make(packages: tuple[str, ...] = (), **ms: float) -> Tried:
+    def make(packages: tuple[str, ...] = (), no_lse: str = "", **ms: float) -> Tried:
         tried: Tried = []
 
         def trial(kernel: Any, device: Any, dtype: Any, head_dim: int, *how: Any) -> Trial:
@@ -54,7 +54,9 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tried]:
             shape, budget = (*how, 0.0)[:2] if how else (attention.SHAPE, 0.0)
             tried.append((kernel.name, shape))
             works = "" if kernel.name in ms else "it gives wrong numbers"
-            return Trial(kernel, why or works, seconds=ms.get(kernel.name, 0) / 1e3 * (budget > 0))
+            seconds = ms.get(kernel.name, 0) / 1e3 * (budget > 0)
+            lse_why = "it is wrong" if kernel.name == no_lse else ""
+            return Trial(kernel, why or works, lse_why=lse_why, seconds=seconds)
 
         monkeypatch.setattr(attention, "installed", lambda package: package in packages)
         monkeypatch.setattr(attention, "benchmark", trial)
@@ -80,6 +82,16 @@ def test_an_unsound_kernel_is_not_taken_and_not_timed(h100: Callable[..., Tried]
     assert [shape for name, shape in tried if name == "cudnn"] == [attention.SHAPE]
     h100()
     assert fastest_kernel(CUDA, WIDTH, Remembered(None)) == "auto"
+
+
+def test_a_ring_takes_the_fastest_with_a_log_sum_exp(
+    h100: Callable[..., Tried], tmp_path: Path
+) -> None:
+    h100(no_lse="flash", cudnn=3, flash=2)
+    how = CUDA, torch.bfloat16, False
+    alone = Runtime(machine_cache=str(tmp_path))
+    for runtime, name in ((alone, "flash"), (replace(alone, ring_size=2), "cudnn")) * 2:
+        assert assemble.choose_kernel(T2V_A14B, runtime, *how).name == name
 
 
 def test_the_choice_is_remembered(

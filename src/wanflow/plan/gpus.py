@@ -80,6 +80,8 @@ def this_machine(
         return without
     import torch
 
+    from wanflow.transforms import attention
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         return without
@@ -99,7 +101,7 @@ def this_machine(
         gpu_free = least_free or min(gpu_memory_free(used))
     name, size = cards[chosen].name, sizes[chosen]
     known = next((card.rates for card in GPUS.values() if card.same_as(name, size)), None)
-    bfloat16 = torch.version.hip is not None or cards[chosen].major >= 8
+    facts = attention.Card((cards[chosen].major, 0), amd=torch.version.hip is not None)
     return Machine(
         size,
         name,
@@ -109,7 +111,7 @@ def this_machine(
         count,
         gpu_free,
         known,
-        bfloat16=bfloat16,
+        bfloat16=facts.bfloat16,
         device=f"cuda:{chosen}" if len(used) == 1 else "",
         holds_context=len(used) == 1 or least_free > 0,
     )

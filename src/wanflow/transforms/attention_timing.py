@@ -49,13 +49,14 @@ def timed_width(
     return Width(heads, head_dim, dtype, max(tokens - (tokens - 80) % 128, 80))
 
 
-def fastest_kernel(device: torch.device, width: Width, kept: Remembered) -> str:
+def fastest_kernel(device: torch.device, width: Width, kept: Remembered, lse: bool = False) -> str:
     """Return the fastest exact kernel that is sound at this width; "auto" where none works.
 
     Args:
         device: a GPU.
         width: from `timed_width`.
         kept: what was measured on this GPU.
+        lse: whether it must return the log-sum-exp, as a ring needs.
     """
     known = [
         name
@@ -65,10 +66,10 @@ def fastest_kernel(device: torch.device, width: Width, kept: Remembered) -> str:
     # What a kernel is: PyTorch's and cuDNN's versions are of the device's own key.
     kernels = [f"{name} {_version(name)}".strip() for name in known]
     length = width.tokens.bit_length()
-    key = ("attention", *kernels, width.heads, width.head_dim, width.dtype, length)
+    key = ("attention", *kernels, width.heads, width.head_dim, width.dtype, length, lse)
     found, how = _times(kept.get(*key), known), (device, width.dtype, width.head_dim)
-    if not found or attention.benchmark(BACKENDS[_fastest(found)], *how).why:
-        found = measure(device, width, known)
+    if not found or _why(attention.benchmark(BACKENDS[_fastest(found)], *how), lse):
+        found = measure(device, width, known, lse)
         if not found:
             return "auto"
         kept.put({name: seconds * 1e3 for name, seconds in found.items()}, *key)
@@ -78,7 +79,9 @@ def fastest_kernel(device: torch.device, width: Width, kept: Remembered) -> str:
     return name
 
 
-def measure(device: torch.device, width: Width, names: list[str]) -> dict[str, float]:
+def measure(
+    device: torch.device, width: Width, names: list[str], lse: bool = False
+) -> dict[str, float]:
     """Return {kernel: seconds of a call} of those that are sound; a bound holds for all together.
 
     Those that time does not reach are left out; the first that works is always measured.
@@ -94,13 +97,17 @@ def measure(device: torch.device, width: Width, names: list[str]) -> dict[str, f
         trial = attention.benchmark(kernel, *how)
         if not trial.why:
             trial = attention.benchmark(kernel, *how, shape, BUDGET)
-        if not trial.why:
+        if not _why(trial, lse):
             found[name] = trial.seconds
         else:
-            logger.debug("attention %s: %s", name, trial.why)
+            logger.debug("attention %s: %s", name, _why(trial, lse))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
+
+
+def _why(trial: attention.Trial, lse: bool) -> str:
+    return trial.why or (trial.lse_why if lse else "")
 
 
 def _fastest(found: dict[str, float]) -> str:
