@@ -22,6 +22,7 @@ from wanflow.models.dit import Linear, Linear32, WanDiT
 from wanflow.runtime import QUANTIZATIONS, Quantization
 from wanflow.transforms import packed as packing
 from wanflow.transforms import quant as module
+from wanflow.transforms import rounding
 from wanflow.transforms.deltas import Decomposed, LowRank, changed
 from wanflow.transforms.lora import Adapters
 from wanflow.transforms.packed import PackedLinear, replace_with_packed
@@ -30,7 +31,6 @@ from wanflow.transforms.quant import (
     NF4,
     QuantLinear,
     Way,
-    choose_way,
     quantizable_layers,
     replace_with_quantised,
 )
@@ -325,45 +325,6 @@ def test_what_cannot_be_swapped() -> None:
             QuantLinear(32, 32, True, mode, torch.float32, way)  # type: ignore[arg-type]
 
 
-def test_the_way_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, bf16 = torch.device("cuda"), torch.bfloat16
-    assert all(
-        choose_way(mode, bf16, torch.device("cpu"), 5120, 13824) == "weight-only"
-        for mode in QUANTIZATIONS
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_way("fp8", bf16, gpu, 5120, 13824) == "weight-only"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    for capability, fp8, int8 in [
-        ((7, 5), "weight-only", "weight-only"),
-        ((8, 0), "weight-only", "int_mm"),
-        ((8, 9), "scaled_mm", "int_mm"),
-        ((9, 0), "scaled_mm", "int_mm"),
-        ((12, 0), "scaled_mm", "int_mm"),
-    ]:
-        ways = [choose_way(mode, bf16, gpu, 5120, 13824) for mode in QUANTIZATIONS]
-        assert ways == [fp8, int8, "weight-only"], capability
-    assert (
-        choose_way("fp8", torch.float16, gpu, 5120, 13824) == "weight-only"
-        and choose_way("int8", torch.float16, gpu, 64, 64) == "int_mm"
-    )
-    assert choose_way("int8", torch.float32, gpu, 64, 64) == "weight-only"
-    assert (
-        choose_way("fp8", bf16, gpu, 160, 40) == "weight-only"
-        and choose_way("int8", bf16, gpu, 160, 40) == "int_mm"
-    )
-    assert choose_way("int8", bf16, gpu, 160, 36) == "weight-only"
-    with torch.device("meta"):
-        model = WanDiT(TINY)
-    replace_with_quantised(model, quantizable_layers(model, "all"), "fp8", bf16, "cuda:0")
-    assert {leaf.way for leaf in model.modules() if isinstance(leaf, QuantLinear)} == {"scaled_mm"}
-    monkeypatch.setattr(module.sys, "platform", "win32")
-    assert choose_way("fp8", bf16, gpu, 5120, 13824) == "weight-only"
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert choose_way("int8", bf16, gpu, 5120, 13824) == "weight-only"
-
-
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 def test_meta_structure_is_the_filled_one(mode: Quantization) -> None:
     with torch.device("meta"):
@@ -525,7 +486,7 @@ def test_shapes_of_input(mode: Quantization, way: Way, monkeypatch: pytest.Monke
         and leaf(x[0, 0]).shape == (48,)
     )
     assert same_bits(leaf(x.bfloat16()), want)
-    monkeypatch.setattr(module, "PIECE", 1)  # 32 tokens at a time
+    monkeypatch.setattr(rounding, "PIECE", 1)  # 32 tokens at a time
     torch.testing.assert_close(leaf(x), want)
     assert same_bits(leaf(x.reshape(-1, 160)[:32]), leaf(x.reshape(-1, 160))[:32])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from wanflow.models.dit import Block, Head, SelfAttention, WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.runtime import Runtime
+
+if TYPE_CHECKING:
+    from wanflow.transforms.ways import Gpu
 
 ChooseDtype = Callable[[str, TensorInfo], torch.dtype]  # tensor -> its dtype in memory
 Config = DiTConfig | TextConfig | VAEConfig
@@ -148,11 +151,12 @@ def expert_structure(
     dtype: torch.dtype,
     device: torch.device | str,
     touched: Collection[str] = (),
+    gpu: Gpu | None = None,
 ) -> WanDiT:
     """Return an expert on meta in its form at run time: matmuls in `dtype`, packed or quantised.
 
     The headers are those of the expert's file; None stands for a file of plain weights. LoRAs are
-    fused into the tensors in `touched`.
+    fused into the tensors in `touched`. `gpu` stands for the device of a machine that is described.
     """
     model = build(WanDiT, config)
     lay_out(model, headers, expert_dtypes(model, dtype), dtype, device, touched)
@@ -160,7 +164,9 @@ def expert_structure(
         from wanflow.transforms.quant import quantizable_layers, replace_with_quantised
 
         layers = quantizable_layers(model, runtime.quantize_layers)
-        replace_with_quantised(model, layers, runtime.quantize, dtype, torch.device(device))
+        replace_with_quantised(
+            model, layers, runtime.quantize, dtype, device, gpu=gpu, folder=runtime.machine_cache
+        )
     set_chunk(model, runtime.chunk_tokens or 0)
     return model
 

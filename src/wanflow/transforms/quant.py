@@ -5,21 +5,16 @@ int8  -127..127, one float32 scale for each output row
 nf4   the 16 levels of QLoRA's "4-bit NormalFloat" (Dettmers et al. 2023, appendix E), one bfloat16
       scale for each 64 values of a row
 
-A `QuantLinear` multiplies in one of three ways, chosen when it is made. `weight-only` unpacks the
-weight and multiplies in the dtype of the run: it saves memory, not time. `scaled_mm` (fp8) and
-`int_mm` (int8) round the activations too, each token by its own scale, and multiply the rounded
-values. One scale for a complete weight would leave int8 no bits next to an outlier. One for all
-tokens would make a token's result depend on the others in its chunk (`benchmarks/quant_layers.py`
-has figures). Both are written for a GPU and tested on a CPU, by the same code; they have not been
-run on a GPU.
+A `QuantLinear` multiplies in one of the ways of `ways.py`, chosen when it is made. One scale for a
+complete weight would leave int8 no bits next to an outlier. One for all tokens would make a token's
+result depend on the others in its chunk (`benchmarks/quant_layers.py` has figures).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +23,9 @@ from torch import Tensor, nn
 from wanflow.config import RequestError
 from wanflow.models.dit import Linear
 from wanflow.runtime import QUANTIZATIONS, Quantization
+from wanflow.transforms import rounding
 from wanflow.transforms.packed import fill_rows, multiply, unpack, without_conversion
-
-Way: TypeAlias = Literal["scaled_mm", "int_mm", "weight-only"]
+from wanflow.transforms.ways import ROUNDING, Gpu, Way, choose_way
 
 # What the largest value of a row or block becomes.
 LARGEST = {"fp8": 448.0, "int8": 127.0, "nf4": 1.0}
@@ -42,12 +37,8 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64  # values of a row that share a scale in nf4
-TINY = 1e-30  # the smallest scale: a row of zeros must not divide by zero
 # Values rounded at a time. Each takes 20 bytes of temporaries: 1.4 GB for 13824 x 5120 at once.
 CHUNK, CHUNK_GPU = 1 << 20, 1 << 24
-# Bytes of the tokens that are rounded and multiplied at a time, in float32 and as int32 sums.
-PIECE = 256 << 20
-ROWS = 32  # int_mm on a GPU needs more than 16 rows; fewer are padded with zeros
 
 
 def quantizable_layers(model: nn.Module, layers: Literal["ffn", "all"]) -> list[str]:
@@ -68,41 +59,6 @@ def quantizable_layers(model: nn.Module, layers: Literal["ffn", "all"]) -> list[
     return [path for path in found if layers == "all" or ".ffn." in path]
 
 
-def choose_way(
-    mode: Quantization,
-    dtype: torch.dtype,
-    device: torch.device,
-    in_features: int,
-    out_features: int,
-) -> Way:
-    """Return how a layer multiplies on a device.
-
-    Rounded activations need an NVIDIA GPU: capability 8.9 for fp8 (bfloat16 results; not on
-    Windows, where PyTorch has no such kernel), 8.0 for int8; and sides that are multiples of 16 and
-    8. All else is weight-only: float32, other devices, a GPU that this machine lacks (in a plan).
-    """
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
-        return "weight-only"
-    capability = torch.cuda.get_device_capability(device)
-    sides = in_features | out_features  # a multiple of 16 (or 8) where both are
-    if (
-        mode == "fp8"
-        and dtype == torch.bfloat16
-        and (8, 9) <= capability < (13, 0)
-        and sys.platform != "win32"
-        and sides % 16 == 0
-    ):
-        return "scaled_mm"
-    if (
-        mode == "int8"
-        and dtype in (torch.bfloat16, torch.float16)
-        and capability >= (8, 0)
-        and sides % 8 == 0
-    ):
-        return "int_mm"
-    return "weight-only"
-
-
 def replace_with_quantised(
     model: nn.Module,
     paths: Iterable[str],
@@ -110,6 +66,8 @@ def replace_with_quantised(
     dtype: torch.dtype,
     device: torch.device | str,
     way: Way | None = None,
+    gpu: Gpu | None = None,
+    folder: str | None = None,
 ) -> None:
     """Replace each of these layers by an empty `QuantLinear`, on meta if they are on meta.
 
@@ -118,6 +76,7 @@ def replace_with_quantised(
         dtype: that they compute in.
         device: where they will run, which decides the way.
         way: the way itself (tests, benchmarks).
+        gpu, folder: as in `choose_way`.
 
     Raises:
         RequestError: for an unknown mode, or a device without its dtype.
@@ -132,7 +91,7 @@ def replace_with_quantised(
         if not isinstance(old, Linear):
             raise ValueError(f"{path} is a {type(old).__name__}, not a Linear layer")
         in_features, out_features = old.in_features, old.out_features
-        chosen = way or choose_way(mode, dtype, device, in_features, out_features)
+        chosen = way or choose_way(mode, dtype, device, in_features, out_features, gpu, folder)
         with torch.device(old.weight.device):
             new = QuantLinear(in_features, out_features, old.bias is not None, mode, dtype, chosen)
         parent, _, last = path.rpartition(".")
@@ -167,8 +126,7 @@ class QuantLinear(nn.Module):
         way: Way = "weight-only",
     ) -> None:
         super().__init__()
-        expected_mode = {"scaled_mm": "fp8", "int_mm": "int8"}.get(way, mode)
-        known = way in get_args(Way) and expected_mode == mode
+        known = way in get_args(Way) and way in ("weight-only", ROUNDING.get(mode))
         if not known or (way == "scaled_mm" and compute_dtype != torch.bfloat16):
             raise ValueError(f"{way} is no way to multiply {mode} in {compute_dtype}")
         self.in_features, self.out_features = in_features, out_features
@@ -238,36 +196,8 @@ class QuantLinear(nn.Module):
         if self.way == "weight-only" or needs_gradient:
             return multiply(x, self._rows, self.out_features, self.bias, self.compute_dtype)
         tokens = x.reshape(-1, self.in_features)
-        step = max(ROWS, PIECE // (8 * (self.in_features + self.out_features)) // 256 * 256)
-        if torch.compiler.is_compiling() or len(tokens) <= step:
-            return self._product(tokens).view(*x.shape[:-1], self.out_features)
-        out = torch.empty(len(tokens), self.out_features, dtype=self.compute_dtype, device=x.device)
-        for start in range(0, len(tokens), step):
-            out[start : start + step] = self._product(tokens[start : start + step])
-        return out.view(*x.shape[:-1], self.out_features)
-
-    def _product(self, tokens: Tensor) -> Tensor:
-        """[n, in] -> [n, out] of `compute_dtype`, by rounded tokens."""
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        tokens = tokens.to(self.compute_dtype).float()
-        scale = _scale(tokens, LARGEST[self.mode])
-        tokens = tokens / scale
-        if self.way == "scaled_mm":
-            rounded = tokens.to(self.data.dtype)
-            # Hopper's fast sums have fewer bits than float32, but many more than their fp8 input.
-            return torch._scaled_mm(
-                rounded,
-                self.data.t(),
-                scale,
-                self.scale.t(),
-                bias,
-                out_dtype=self.compute_dtype,
-                use_fast_accum=True,
-            )
-        rounded = F.pad(tokens.round_().to(torch.int8), (0, 0, 0, max(0, ROWS - len(tokens))))
-        sums = torch._int_mm(rounded, self.data.t())[: len(tokens)]
-        product = sums.float().mul_(scale).mul_(self.scale.t()).to(self.compute_dtype)
-        return product if bias is None else product.add_(bias)
+        product = rounding.multiply(tokens, self.data, self.scale, self.bias, self.compute_dtype)
+        return product.view(*x.shape[:-1], self.out_features)
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         data, scale = self.data[rows], self.scale[rows]
@@ -289,14 +219,9 @@ class QuantLinear(nn.Module):
         )
 
 
-def _scale(x: Tensor, largest: float) -> Tensor:
-    """Return scales [..., 1] of x [..., n] that make its largest value `largest`."""
-    return (x.abs().amax(-1, keepdim=True) / largest).clamp_min(TINY)
-
-
 def _round_row(weight: Tensor, data: Tensor, scale: Tensor, largest: float) -> None:
     """Round weight [n, in] float32 into data [n, in], float8 or int8, and scale [n, 1]."""
-    scale.copy_(_scale(weight, largest))
+    scale.copy_(rounding.scale_of(weight, largest))
     rounded = weight / scale
     data.copy_(rounded if data.is_floating_point() else rounded.round_())
 
@@ -304,7 +229,7 @@ def _round_row(weight: Tensor, data: Tensor, scale: Tensor, largest: float) -> N
 def _round_nf4(weight: Tensor, data: Tensor, scale: Tensor, largest: float) -> None:
     """Round weight [n, in] float32 into data [n, padded in / 2] and scale [n, blocks]."""
     blocks = F.pad(weight, (0, data.shape[1] * 2 - weight.shape[1])).unflatten(1, (-1, BLOCK))
-    scale.copy_(_scale(blocks, largest).squeeze(-1))
+    scale.copy_(rounding.scale_of(blocks, largest).squeeze(-1))
     values = blocks / scale.float().unsqueeze(-1)
     codes = torch.zeros_like(values, dtype=torch.uint8)
     # The nearest level is the number of midpoints below: 2.7 times as fast as bucketize on a CPU.
