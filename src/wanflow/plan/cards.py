@@ -165,6 +165,22 @@ GPUS = {
 # Apple's chips share their memory between processor and GPU, and their GPUs have not run wanflow.
 APPLE = re.compile(r"(m[1-9])(pro|max|ultra|)")
 SMALLEST, LARGEST = 1, 1000  # GB of memory
+# Compute capabilities of NVIDIA's, by how a name begins.
+CAPABILITIES = {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "RTX 20": (7, 5),
+    "A100": (8, 0),
+    "RTX 30": (8, 6),
+    "A40": (8, 6),
+    "RTX A6000": (8, 6),
+    "A10": (8, 6),
+    "RTX 40": (8, 9),
+    "L4": (8, 9),
+    "H": (9, 0),
+    "B200": (10, 0),
+    "RTX 50": (12, 0),
+}
 REPORTED = 0.975  # share of the memory a card is sold with that PyTorch reports
 
 
@@ -205,6 +221,16 @@ def find_card(text: str) -> Card | int:
         f"--gpu {text}: unknown GPU{meant}; expected a size such as 12gb, none, an Apple chip such"
         f" as m4-max, or one of {', '.join(GPUS)}"
     )
+
+
+def capability_of(name: str) -> tuple[int, int] | None:
+    """Return the compute capability of a known NVIDIA GPU, by its name with or without the maker.
+
+    None: it is another maker's, or unknown.
+    """
+    name = name.removeprefix("NVIDIA ")
+    fitting = [start for start in CAPABILITIES if name.startswith(start)]
+    return CAPABILITIES[max(fitting, key=len)] if fitting else None
 
 
 def cards_of(size: int) -> Iterator[Card]:

@@ -13,7 +13,7 @@ import torch
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.choices import with_defaults
 from wanflow.geometry import geometry_of
-from wanflow.plan.cards import GB
+from wanflow.plan.cards import GB, capability_of
 from wanflow.plan.gpus import Machine
 from wanflow.plan.phases import (
     SCATTER,
@@ -30,6 +30,7 @@ from wanflow.plan.plan import Plan, set_up
 from wanflow.plan.traces import Traces
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime
+from wanflow.transforms.ways import Gpu
 from wanflow.units import file_size, memory_size
 
 T = TypeVar("T")
@@ -66,8 +67,10 @@ def solve(
 def completed_plan(plan: Plan, report: Callable[[str], object] = str) -> Plan:
     """Return a plan that `set_up` began, traced and without an open setting."""
     on_gpu_here = plan.kind == "gpu" and not plan.machine.described
-    device = torch.device("cuda" if on_gpu_here else "cpu")
-    how = plan.dtype, device, plan.layout, plan.here, report
+    device = torch.device((plan.machine.device or "cuda") if on_gpu_here else "cpu")
+    capability = capability_of(plan.machine.gpu_name) if plan.kind == "gpu" else None
+    gpu = Gpu(capability) if capability and plan.machine.described else None
+    how = plan.dtype, device, plan.layout, plan.here, report, gpu
     traces = Traces(plan.checkpoint, plan.request, *how)
     if not plan.small:
         return _Solver(plan, traces).solved()
@@ -112,11 +115,18 @@ class _Solver:
         return replace(
             self.begun,
             runtime=runtime,
-            reasons=tuple(self.reasons),
+            reasons=(*self.reasons, *self._quantised_words(runtime)),
             need=needed,
             short=short,
             offers=tuple(offers(runtime, bool(short))),
         )
+
+    def _quantised_words(self, runtime: Runtime) -> Iterator[str]:
+        """Say how quantised layers multiply."""
+        for way in self.traces.ways(runtime) if runtime.quantize else ():
+            rounded = f"tokens are rounded to 8 bits too ({way}), which saves time"
+            unpacked = f"{runtime.quantize} weights are unpacked for each product ({way})"
+            yield unpacked if way == "weight-only" else rounded
 
     def _few_pixels(self) -> bool:
         return math.prod(self.traces.request.size) <= MANY_PIXELS

@@ -40,6 +40,7 @@ from wanflow.transforms.deltas import Decomposed, LowRank, WeightDelta
 from wanflow.transforms.lora import Adapters
 from wanflow.transforms.packed import PackedLeaf
 from wanflow.transforms.quant import QuantLinear
+from wanflow.transforms.ways import Gpu, Way
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -117,6 +118,7 @@ class Traces:
         device: that the experts run on; what a device lacks, such as float8, changes their form.
         here: how many ranks one machine has.
         report: called with what is traced next.
+        gpu: of a machine that is described, which decides how quantised layers multiply.
     """
 
     TRACED_BLOCKS = 1  # of an expert; a test traces all and compares
@@ -130,8 +132,9 @@ class Traces:
         layout: Layout = Layout(),  # noqa: B008 (it is frozen)
         here: int = 1,
         report: Callable[[str], object] = str,
+        gpu: Gpu | None = None,
     ) -> None:
-        self.report = report
+        self.report, self.gpu = report, gpu
         self.checkpoint, self.request, self.dtype, self.device = checkpoint, request, dtype, device
         self.spec, self.layout, self.here = checkpoint.spec, layout, here
         self.steps = timeline(request, self.spec)
@@ -148,7 +151,7 @@ class Traces:
 
     def of(self, request: CompleteRequest) -> Traces:
         """Return the traces of another request."""
-        how = self.dtype, self.device, self.layout, self.here, self.report
+        how = self.dtype, self.device, self.layout, self.here, self.report, self.gpu
         return Traces(self.checkpoint, request, *how)
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
@@ -174,7 +177,9 @@ class Traces:
         source = self.checkpoint.source(expert)
         return self._once(
             ("structure", *self._form(expert, runtime)),
-            lambda: expert_structure(self.spec.dit, source, runtime, self.dtype, self.device),
+            lambda: expert_structure(
+                self.spec.dit, source, runtime, self.dtype, self.device, gpu=self.gpu
+            ),
         )
 
     def _form(self, expert: Expert, runtime: Runtime) -> tuple[Any, ...]:
@@ -182,6 +187,13 @@ class Traces:
         tensors = self.checkpoint.source(expert).tensors
         packed = tuple((name, info.packing) for name, info in tensors.items() if info.packing)
         return packed, runtime.quantize, runtime.quantize_layers
+
+    def ways(self, runtime: Runtime) -> tuple[Way, ...]:
+        """Return how the quantised layers of the experts multiply."""
+        leaves = [
+            leaf for each in self.experts for leaf in self._structure(each, runtime).modules()
+        ]
+        return tuple(dict.fromkeys(leaf.way for leaf in leaves if isinstance(leaf, QuantLinear)))
 
     def live_loras(self, expert: Expert, runtime: Runtime) -> tuple[FakeLora, ...]:
         """Return the LoRAs that an expert holds next to its weights; a fused one takes nothing."""

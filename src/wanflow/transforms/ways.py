@@ -79,8 +79,17 @@ def gpu_here(device: torch.device) -> Gpu | None:
     """Return an NVIDIA GPU of this machine; None for another device, and for one that is absent."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return None
-    triton = importlib.util.find_spec("triton") is not None
-    return Gpu(torch.cuda.get_device_capability(device), triton, sys.platform)
+    return Gpu(torch.cuda.get_device_capability(device), bool(triton_version()), sys.platform)
+
+
+def triton_version() -> str:
+    """Return the version of Triton, without importing it; "" where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return ""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a build under another name
+        return "unknown"
 
 
 def way_of(
@@ -166,7 +175,7 @@ def _trusted(
 ) -> bool:
     """Return whether a small product was right, now or in an earlier run; tell if it was not."""
     kept = remembered.of_device(folder, device)
-    key = ("8-bit product", mode, dtype, metadata.version("triton"))
+    key = ("8-bit product", mode, dtype, triton_version())
     fault = kept.get(*key)
     if not isinstance(fault, str):
         fault = fault_of(mode, dtype, device)
@@ -196,9 +205,9 @@ def fault_of(mode: Quantization, dtype: torch.dtype, device: torch.device) -> st
     codes, rows = rounding.rounded(x, dtype, code)
     want = F.linear(codes.float() * rows, data.float() * scale, bias.to(dtype).float())
     try:
-        there = [each.to(device) for each in (x.to(dtype), data, scale, bias)]
+        tokens, data, scale, bias = (each.to(device) for each in (x.to(dtype), data, scale, bias))
         for count in (17, len(x)):
-            got = rounding.multiply(there[0][:count], *there[1:], dtype).float().cpu()
+            got = rounding.multiply(tokens[:count], data, scale, bias, dtype).float().cpu()
             error = (got - want[:count]).abs().amax(1) / want[:count].abs().amax(1)
             worst = float(error.max())
             if not worst < WRONG:
