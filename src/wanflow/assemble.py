@@ -21,7 +21,13 @@ from wanflow.advice import advice
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
 from wanflow.checkpoint.parts import WEIGHTS
-from wanflow.choices import choose_device, choose_dtype, has_bfloat16, is_small
+from wanflow.choices import (
+    choose_device,
+    choose_dtype,
+    compiling_saves,
+    has_bfloat16,
+    is_small,
+)
 from wanflow.config import RequestError
 from wanflow.front import Display, Pipeline
 from wanflow.geometry import geometry_of, parse_size
@@ -33,6 +39,7 @@ from wanflow.recipe import ModelRecord, Recipe
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime, recorded
 from wanflow.sampling.solvers import SolverState, Velocity
+from wanflow.sampling.timeline import timeline
 from wanflow.threads import on_free_threads
 from wanflow.transforms import attention
 
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 
 # Bytes: a run that takes no more needs no plan, and no look at memory.
 TINY = 2**29
+WORTH_A_LOOK = 3.0  # seconds: blocks that save less by being compiled are not
 
 logger = logging.getLogger("wanflow")
 
@@ -79,6 +87,10 @@ def assemble(
     _refuse(runtime, spec.dit.num_layers)
     refuse_together(runtime, spec.dit.num_layers, 1 if ctx is None else ctx.layout.size)
     device = choose_device(runtime.device)
+    if runtime.compile == "on":
+        from wanflow.transforms.compile import refuse_compile
+
+        refuse_compile(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels of packages launch on the current one
     float32_bytes = expert_bytes(checkpoint, torch.float32)
@@ -161,8 +173,16 @@ def make_engine(
             admit(complete)
         if ctx is not None:
             complete = replace(complete, seed=ctx.from_rank0(complete.seed))
-        noise, batch = runtime.noise_device, runtime.cfg_batch
-        return Recipe(complete, model, settings, versions(), noise, batch, fingerprints)
+        how = settings | {"compile": "on" if compiles(parts, complete) else "off"}
+        return Recipe(
+            complete,
+            model,
+            how,
+            versions(),
+            runtime.noise_device,
+            runtime.cfg_batch,
+            fingerprints,
+        )
 
     def check(run: Run) -> None:
         parts.use_loras(run.request.loras, run.recipe.loras)
@@ -174,6 +194,7 @@ def make_engine(
         return SolverState.from_tensors(state.index, tensors)
 
     def velocity(run: Run) -> Velocity:
+        parts.compile(run.recipe.runtime.get("compile"))
         velocity = partial(make_velocity, parts, run.request, run.state.index, runtime.cfg_batch)
         if ctx is None:
             return velocity()
@@ -199,6 +220,21 @@ def make_engine(
 
     engine = Engine(spec, parts.device, record, check, share, velocity, decode, agree)
     return on_free_threads(engine) if ctx is None and parts.device.type == "cpu" else engine
+
+
+def compiles(parts: LoadedParts, request: CompleteRequest) -> bool:
+    """Return whether the blocks run compiled for a video: where that is asked for, or pays."""
+    asked, ctx, spec = parts.runtime.compile, parts.ctx, parts.spec
+    if asked != "auto":
+        return asked == "on"
+    tokens = geometry_of(spec).tokens(request.size, request.frame_num)
+    passes = sum(1 + step.guided for step in timeline(request, spec))
+    processes = 1 if ctx is None else ctx.layout.size
+    saved = compiling_saves(spec.dit, tokens, passes, processes, parts.device.type == "cuda")
+    if saved < WORTH_A_LOOK:
+        return False
+    pays = parts.compiler.pays(saved)
+    return pays if ctx is None else bool(ctx.from_rank0(int(pays)))
 
 
 def model_record(checkpoint: Checkpoint) -> ModelRecord:

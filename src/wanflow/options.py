@@ -70,6 +70,7 @@ class LoadOptions(TypedDict, total=False):
     quantize: Quantization | Literal[""]
     quantize_layers: Literal["ffn", "all"]
     attention: str
+    compile: Literal["auto", "on", "off"]
     text_cache: str | os.PathLike[str] | None
     machine_cache: str | os.PathLike[str] | None
     cfg_parallel: bool | None

@@ -119,6 +119,9 @@ class Runtime:
         recorded=True,
         help="auto, or a kernel that `wanflow doctor` lists",
     )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", group="memory", recorded=True, help="torch.compile per block; auto: where it pays"
+    )
     text_cache: str | None = setting(
         None,
         group="memory",

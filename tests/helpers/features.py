@@ -87,6 +87,7 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "quantised": ({"quantize": "fp8"}, {}, QUANTISED),
     "all quantised": ({"quantize": "int8", "quantize_layers": "all"}, {}, QUANTISED),
     "another attention": ({"attention": "math"}, {}, ROUNDING),
+    "compiled": ({"compile": "on"}, {}, ROUNDING),
     "fp8 weights": ({}, {"model": "fp8"}, BIT),
     "GGUF weights": ({}, {"model": "gguf-q8_0"}, BIT),
 }

@@ -62,6 +62,7 @@ GOOD: dict[str, Any] = {
         "quantize": "",
         "quantize_layers": "ffn",
         "attention": "auto",
+        "compile": "off",
         "layout": "one process",
     },
     "versions": {"wanflow": "0.1.0", "torch": "2.10", "python": "3.12", "machine": "x86_64"},

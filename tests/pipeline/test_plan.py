@@ -885,6 +885,7 @@ def test_the_command_is_what_was_planned(
     assert given == {name: runtime[name] for name in given}
     left = {name for name, value in runtime.items() if value and name not in given}
     assert left <= {"device", "dtype", "quantize_layers", "attention", "lora", "noise_device"} | {
+        "compile",
         "ulysses_size",
         "ring_size",
         "text_cache",

@@ -48,6 +48,7 @@ RECIPE: dict[str, Any] = {
         "quantize": "fp8",
         "quantize_layers": "all",
         "attention": "math",
+        "compile": "off",
         "layout": "1",
     },
     "versions": {"wanflow": "0.1.0", "torch": "2.10", "python": "3.12", "machine": "x86_64"},

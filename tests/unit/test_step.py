@@ -82,9 +82,9 @@ def test_compiled_rotation_has_the_bits_of_complex_numbers(
 ) -> None:
     rope = rope_table((2, 3, 4), 32, torch.device("cpu"))
     x = torch.randn(2, 24, 3, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
-    eager = rotate(x, rope)
+    eager = rotate(x, rope, dtype)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert torch.equal(eager, rotate(x, rope))
+    assert torch.equal(eager, rotate(x, rope, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -350,6 +350,12 @@ def _possible_here(runtime: Runtime, checkpoint: Checkpoint, given: Container[st
             raise
         logger.warning("%s; going on with another kernel, %s", error, rounding)
         runtime = replace(runtime, attention="auto")
+    if runtime.compile == "on" and "compile" not in given:
+        from wanflow.transforms.compile import missing_here
+
+        if lacking := missing_here(device):
+            logger.warning("this machine lacks %s; going on uncompiled, %s", lacking, rounding)
+            runtime = replace(runtime, compile="off")
     return runtime
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from wanflow.loaders.streamed import Prefetcher
     from wanflow.lora.stack import LoraStack, Merged
     from wanflow.transforms.block_streaming import Streaming
+    from wanflow.transforms.compile import Compiler
 
 Report = Callable[[str, int, int], None]  # the part that is read, bytes done, bytes in total
 
@@ -72,6 +73,7 @@ class LoadedParts:
         self._merged: dict[Expert, Merged] = {}  # the LoRAs that are fused into each expert
         self._ahead: Prefetcher | None = None
         self._vae: WanVAE | None = None
+        self._compiler: Compiler | None = None
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Tensor:
@@ -107,6 +109,24 @@ class LoadedParts:
         if loras or self._loras is not None:
             self.loras.use(loras, recorded)
 
+    @property
+    def compiler(self) -> Compiler:
+        """What compiles the blocks; made when it is first asked for."""
+        if self._compiler is None:
+            from wanflow.transforms.compile import Compiler
+
+            runtime, what = self.runtime, (self.spec.dit.dim, self.placement.dtype)
+            strict, folder = runtime.compile == "on", runtime.machine_cache
+            self._compiler = Compiler(self.device, strict, folder, *what, runtime.quantize)
+        return self._compiler
+
+    def compile(self, recorded: object) -> None:
+        """Let blocks run compiled from now on or not, as asked for; `auto`: as a recipe records."""
+        asked = self.runtime.compile
+        wanted = (recorded if asked == "auto" else asked) == "on"
+        if wanted or self._compiler is not None:
+            self.compiler.wanted = wanted
+
     def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT | Streaming:
         """Return an expert, reading it if it is not in memory.
 
@@ -119,6 +139,8 @@ class LoadedParts:
             self._load(which, merged)
         if self._loras is not None:
             self._loras.apply(self._experts[which], which, strengths)
+        if self._compiler is not None:
+            self._compiler.attach(self._experts[which])
         return self._experts[which]
 
     def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:

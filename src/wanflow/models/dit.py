@@ -84,8 +84,8 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     return torch.cat(parts, dim=-2).reshape(math.prod(grid), pairs, 2).to(device)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs (a, b) of x [B, L, N, K] by rope [L, K/2, 2], in float32.
+def rotate(x: Tensor, rope: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn the pairs (a, b) of x [B, L, N, K] by rope [L, K/2, 2], in float32; round to `dtype`.
 
     Both ways give the same bits. Uncompiled, only complex numbers do it in one kernel; inductor
     fuses all but complex numbers.
@@ -93,9 +93,10 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     pairs, rope = x.float().unflatten(-1, (-1, 2)), rope.unsqueeze(1)
     if torch.compiler.is_compiling():
         (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+        halves = (a * cos - b * sin).to(dtype), (a * sin + b * cos).to(dtype)
+        return torch.stack(halves, -1).flatten(-2)
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
-    return torch.view_as_real(turned).flatten(-2)
+    return torch.view_as_real(turned).flatten(-2).to(dtype)
 
 
 def time_features(timestep: Tensor, size: int) -> Tensor:
@@ -195,8 +196,8 @@ class SelfAttention(Attention):
     def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map x [B, L, d], rope [L, K/2, 2] -> queries, keys and values [B, L, N, K] each."""
         v = self.split(self.v(x))
-        q = rotate(self.split(self.norm_q(self.q(x))), rope).to(v.dtype)
-        k = rotate(self.split(self.norm_k(self.k(x))), rope).to(v.dtype)
+        q = rotate(self.split(self.norm_q(self.q(x))), rope, v.dtype)
+        k = rotate(self.split(self.norm_k(self.k(x))), rope, v.dtype)
         return q, k, v
 
 
