@@ -21,13 +21,7 @@ from wanflow.advice import advice
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
 from wanflow.checkpoint.parts import WEIGHTS
-from wanflow.choices import (
-    choose_device,
-    choose_dtype,
-    compiling_saves,
-    has_bfloat16,
-    is_small,
-)
+from wanflow.choices import choose_device, choose_dtype, compiling_saves, has_bfloat16, is_small
 from wanflow.config import RequestError
 from wanflow.front import Display, Pipeline
 from wanflow.geometry import geometry_of, parse_size
@@ -175,13 +169,7 @@ def make_engine(
             complete = replace(complete, seed=ctx.from_rank0(complete.seed))
         how = settings | {"compile": "on" if compiles(parts, complete) else "off"}
         return Recipe(
-            complete,
-            model,
-            how,
-            versions(),
-            runtime.noise_device,
-            runtime.cfg_batch,
-            fingerprints,
+            complete, model, how, versions(), runtime.noise_device, runtime.cfg_batch, fingerprints
         )
 
     def check(run: Run) -> None:

@@ -16,8 +16,6 @@ import torch
 from helpers.common import PROMPT, filled
 from helpers.compiled import no_recompile, traced
 from helpers.features import latent, pipeline, plain_latent
-from helpers.gguf_blocks import blocks
-from helpers.packed_leaves import fill_packed
 from helpers.tiny import TINY
 from torch import Tensor, nn
 
@@ -29,7 +27,6 @@ from wanflow.models.dit import Block, Conditioning, WanDiT
 from wanflow.presets import T2V_A14B
 from wanflow.remembered import of_device
 from wanflow.request import Request
-from wanflow.runtime import Runtime
 from wanflow.transforms import compile as compiling
 from wanflow.transforms.compile import UNMEASURED_S, Compiler, missing_here
 from wanflow.transforms.deltas import LowRank
@@ -177,7 +174,11 @@ def test_on_is_refused_where_a_compiler_is_missing(capsys: pytest.CaptureFixture
     ],
 )
 def test_what_a_gpu_needs(
-    found: dict[str, bool], headers: bool, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    found: dict[str, bool],
+    headers: bool,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     import torch.utils._triton
 
@@ -241,7 +242,8 @@ def test_bytes_that_a_compiled_block_moves(monkeypatch: pytest.MonkeyPatch) -> N
     """Bytes for each token and channel of `dim`, with bfloat16 matmuls, but for matmuls and
     attention; and no complex numbers.
     """
-    from torch._inductor import config as inductor, metrics
+    from torch._inductor import config as inductor
+    from torch._inductor import metrics
     from torch._inductor.compile_fx import inductor_metrics_log
 
     # inductor counts where it logs, and reads no cache
@@ -252,9 +254,7 @@ def test_bytes_that_a_compiled_block_moves(monkeypatch: pytest.MonkeyPatch) -> N
         if isinstance(leaf, nn.Linear):
             leaf.weight.data = leaf.weight.bfloat16()
     x, rope = torch.randn(1, tokens, 512), torch.rand(tokens, 64, 2)
-    conditioning = Conditioning(
-        torch.randn(1, 1, 512), torch.randn(1, 1, 6, 512), None, rope, ()
-    )
+    conditioning = Conditioning(torch.randn(1, 1, 512), torch.randn(1, 1, 6, 512), None, rope, ())
     text = torch.randn(1, 512, 4, 128).bfloat16()
     expected = block(x, conditioning, (text, text))
     torch._dynamo.reset()
