@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -193,8 +193,7 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Graph:
         logger.info("compiling a block, once for all: about %.0f s", compiler.expected_seconds())
     compiler.graphs += 1
     with keeping_files(compiler.folder):
-        made: Graph = compile_fx(graph, inputs)
-    return made
+        return cast(Graph, compile_fx(graph, inputs))
 
 
 def keeping_files(folder: str | Path | None) -> AbstractContextManager[None]:
