@@ -8,7 +8,8 @@ product unrounded: of all results (`all`), of the worst token and of the worst o
 large ones hide small ones in a sum. `fp8 tensor` and `int8 tensor` are the naive choice, one scale
 for a whole weight and one for all tokens; `fp8 cast` has no scale at all, so that what is above 448
 is cut off (null: not finite). Names with `w8a8` round the tokens too, the others the weight alone.
-Where torchao is installed, it is timed beside ours.
+Where torchao is installed, it is timed beside ours. `moved` has the GB that a product of 75,600
+tokens moves beside itself, as a plan counts them, and its milliseconds by the rates of some cards.
 
 Weights: `normal`; `rows`, 8 output features 20 to 100 times as large; `columns`, 8 input features
     so. Tokens: `normal`; `channels`, 8 input features 20 to 100 times as large; `tokens`, 4 tokens
@@ -34,7 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanflow.transforms.quant import NF4, QuantLinear, Way
+from wanflow.plan.cards import GPUS
+from wanflow.plan.estimate import compute_seconds
+from wanflow.plan.trace import fake, materialise
+from wanflow.transforms.quant import NF4, QuantLinear
+from wanflow.transforms.ways import TOKENS, Way
 
 SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824))  # out, in: attention, the feed-forward's two
 OURS: tuple[tuple[Any, Way], ...] = (
@@ -265,6 +270,28 @@ def times() -> dict[str, Any]:
     return result
 
 
+def moved() -> dict[str, Any]:
+    """{way: {out x in: {GB, ms by card}}} of products in bfloat16, without memory."""
+    result: dict[str, Any] = {}
+    for mode, way in OURS:
+        for out, columns in SHAPES:
+            with torch.device("meta"):
+                leaf = QuantLinear(columns, out, True, mode, torch.bfloat16, way)
+            with fake() as trace:
+                materialise(leaf)
+                x = torch.empty(TOKENS, columns, dtype=torch.bfloat16)
+                trace.mark()
+                leaf(x)
+            found = result.setdefault(f"{mode} {way}", {})[f"{out} x {columns}"] = {
+                "gb": round(trace.work.traffic / 1e9, 1)
+            }
+            for card in ("a100-80gb", "h100-80gb", "rtx4090"):
+                seconds = compute_seconds(trace.work, GPUS[card].rates, False)
+                found[card] = round(1000 * seconds, 1)
+            print(f"{mode:4} {way:11} {out:6} x {columns:5} {found}")
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -279,6 +306,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, one thread",
         "torch": torch.__version__,
         "time": {} if args.no_time else times(),
+        "moved": moved(),
         "nf4_scales": scales_of_nf4(),
         "snr": {} if args.no_errors else errors(args.tokens),
     }

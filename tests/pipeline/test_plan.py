@@ -54,6 +54,7 @@ from wanflow.transforms.block_streaming import (
     SyncExecutor,
     evenly_spaced_resident,
 )
+from wanflow.transforms.ways import Gpu
 
 ROOT = Path(__file__).parents[2]
 GIB, GB, MB = 2**30, 10**9, 10**6
@@ -316,6 +317,35 @@ def test_fp8_is_offered_and_never_chosen() -> None:
     taken = plan_for(described("rtx4090"), Runtime(quantize="fp8", quantize_layers="all"))
     assert taken.fits and taken.runtime.resident_blocks == 40
     assert not plan_for(described("a100-80gb")).offers
+
+
+@pytest.mark.slow
+def test_a_described_card_multiplies_as_the_real_one() -> None:
+    """And so it takes less time with 8-bit weights, not more."""
+    small: dict[str, Any] = {"size": "832*480", "frame_num": 17}
+    for name, quantize, way in (
+        ("rtx4090", "fp8", "scaled_mm"),
+        ("a100-80gb", "fp8", "weight-only"),
+    ):
+        runtime = Runtime(quantize=quantize, resident_blocks=40)  # type: ignore[arg-type]
+        plan = plan_for(described(name, ram=128), runtime, **small)
+        assert any(f"({way})" in reason for reason in plan.reasons)
+        plain = plan_for(described(name, ram=128), Runtime(resident_blocks=40), **small)
+        faster = estimate(plan).denoising < estimate(plain).denoising
+        assert faster == (way != "weight-only")
+
+
+def test_rounded_tokens_are_traced_as_a_gpu_rounds_them() -> None:
+    preset = replace(T2V_A14B, dit=replace(T2V_A14B.dit, num_layers=1))
+    how = published(preset), of(preset), torch.bfloat16, torch.device("cpu")
+    runtime, found = Runtime(quantize="fp8"), {}
+    for gpu in (None, Gpu((9, 0))):
+        traces = Traces(*how, gpu=gpu)
+        found[traces.ways(runtime)] = traces.of(traces.request)._leaves("high", runtime, 1)[1]
+    rounding, unpacking = found["scaled_mm",], found["weight-only",]
+    products = 4 * 75_600 * 5120 * 13824
+    assert rounding.flops["quantised", False] == products == -rounding.flops["matmul", False]
+    assert not unpacking.total() and rounding.traffic < 75_600 * (5120 + 13824) * 3.01
 
 
 def test_a_cpu_streams_from_files_in_little_memory() -> None:

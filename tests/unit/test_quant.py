@@ -542,6 +542,21 @@ def test_compiled_in_one_graph(mode: Quantization, way: Way) -> None:
         torch.testing.assert_close(traced(x), want)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("mode", "way"), WAYS)
+def test_inductor_makes_the_same_of_rounded_tokens(mode: Quantization, way: Way) -> None:
+    leaf = rounded(random(48, 160), mode, way, bias=random(48))
+    whole = torch.compile(leaf, fullgraph=True, dynamic=True)
+    for count in (40, 75, 333):
+        x = random(2, count, 160, seed=count).bfloat16()
+        with torch.no_grad():
+            want = leaf(x)
+            # Fused, int8 adds the bias before it rounds to bfloat16, and not after.
+            close = 2**-8 * float(want.abs().max())
+            torch.testing.assert_close(whole(x), want, rtol=2**-8, atol=close)
+
+
 @pytest.mark.parametrize(("mode", "way"), EVERY)
 def test_traced_without_memory(mode: Quantization, way: Way) -> None:
     for context in (torch.device("meta"), FakeTensorMode()):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanflow.runtime import DTYPES
-from wanflow.transforms import attention
+from wanflow.transforms import attention, rounding
 from wanflow.transforms.attention_kernels import BACKENDS
 from wanflow.transforms.attention_timing import BUDGET, timed_width
 
@@ -82,12 +82,6 @@ def try_attention(device: torch.device, say: Say = lambda _: None) -> Iterator[K
             )
 
 
-def _rows(x: Tensor, most: float) -> tuple[Tensor, Tensor]:
-    """Return scales [rows, 1] that bring each row's largest value to `most`, and those rows."""
-    scale = x.abs().amax(1, keepdim=True).float() / most
-    return scale, x / scale
-
-
 def _plain(dtype: torch.dtype) -> Way:
     def prepare(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
         a, b = x.to(dtype), w.to(dtype).t()
@@ -96,30 +90,12 @@ def _plain(dtype: torch.dtype) -> Way:
     return prepare
 
 
-def _fp8(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
-    x = x.bfloat16()
-    column, b = _rows(w, 448.0)
-    b = b.to(torch.float8_e4m3fn).t()
+def _rounded(code: torch.dtype) -> Way:
+    def prepare(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
+        x, (data, scale) = x.bfloat16(), rounding.rounded(w, torch.float32, code)
+        return lambda: rounding.multiply(x, data, scale, None, torch.bfloat16)
 
-    def product() -> Tensor:
-        row, a = _rows(x, 448.0)
-        return torch._scaled_mm(
-            a.to(torch.float8_e4m3fn), b, scale_a=row, scale_b=column.t(), out_dtype=torch.bfloat16
-        )
-
-    return product
-
-
-def _int8(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
-    x = x.bfloat16()
-    column, b = _rows(w, 127.0)
-    b = b.round().to(torch.int8).t()
-
-    def product() -> Tensor:
-        row, a = _rows(x, 127.0)
-        return torch._int_mm(a.round().to(torch.int8), b).float() * row * column.t()
-
-    return product
+    return prepare
 
 
 # {(dtype, way): (x [n, n], w [n, n]) -> a function that computes x w^T}. Weights are rounded
@@ -128,8 +104,8 @@ MATMULS: dict[tuple[str, str], Way] = {
     ("float32", "matmul"): _plain(torch.float32),
     ("bfloat16", "matmul"): _plain(torch.bfloat16),
     ("float16", "matmul"): _plain(torch.float16),
-    ("fp8", "_scaled_mm"): _fp8,
-    ("int8", "_int_mm"): _int8,
+    ("fp8", "_scaled_mm"): _rounded(torch.float8_e4m3fn),
+    ("int8", "_int_mm"): _rounded(torch.int8),
 }
 
 

@@ -182,7 +182,7 @@ def _trusted(
         kept.put(fault, *key)
     if fault:
         again = f"; delete {folder} to try again" if folder else ""
-        _warn(mode, f"failed a small product on {device} ({printable(fault)}){again}")
+        _warn(mode, f"failed a small product on this GPU ({printable(fault)}){again}")
     return not fault
 
 
