@@ -143,4 +143,4 @@ class Pipeline:
         frames = np.concatenate([np.empty((0, height, width, 3), np.uint8), *chunks])
         if len(frames):
             refuse_constant(int(frames.min()), int(frames.max()))
-        return self.video(frames, run.request.fps, run.recipe.to_json())
+        return self.video(frames, run.request.fps, self.engine.used(run).recipe.to_json())

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,7 @@ from wanflow.pipeline import Engine, Frames, OnPart, Run, frame_by_frame, to_fra
 from wanflow.recipe import ModelRecord, Recipe
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime, recorded
+from wanflow.sampling.schedule import Step
 from wanflow.sampling.solvers import SolverState, Velocity
 from wanflow.sampling.timeline import timeline
 from wanflow.threads import on_free_threads
@@ -153,7 +155,6 @@ def make_engine(
     spec, ctx, runtime = parts.spec, parts.ctx, parts.runtime
     model = model_record(parts.checkpoint)
     layout = "one process" if ctx is None else str(ctx.layout)
-    settings = recorded(runtime, parts.device, parts.placement.dtype, parts.kernel.name, layout)
 
     def record(request: Request) -> Recipe:
         fingerprints: dict[str, str] = {}
@@ -167,6 +168,8 @@ def make_engine(
             admit(complete)
         if ctx is not None:
             complete = replace(complete, seed=ctx.from_rank0(complete.seed))
+        fixed = parts.device, parts.placement.dtype, parts.kernel.name, layout
+        settings = recorded(parts.runtime, *fixed)
         how = settings | {"compile": "on" if compiles(parts, complete) else "off"}
         return Recipe(
             complete, model, how, versions(), runtime.noise_device, runtime.cfg_batch, fingerprints
@@ -191,22 +194,12 @@ def make_engine(
 
         return velocity(sharded(ctx), split_guidance(ctx))
 
-    def decode(latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
-        vae = parts.vae()
-        if ctx is not None:
-            from wanflow.parallel import vae_parallel
-
-            return vae_parallel.decode_frames(vae, latent, ctx, to_frames, on_part)
-        if runtime.vae_tile:
-            from wanflow.transforms import vae_tiling
-
-            return vae_tiling.decode_frames(vae, latent, runtime.vae_tile, to_frames, on_part)
-        return frame_by_frame(vae, latent, on_part)
-
     def agree(stop: bool) -> bool:
         return stop if ctx is None else bool(ctx.from_rank0(int(stop)))
 
+    decode = partial(decode_frames, parts)
     engine = Engine(spec, parts.device, record, check, share, velocity, decode, agree)
+    engine = in_less_memory(engine, parts)
     return on_free_threads(engine) if ctx is None and parts.device.type == "cpu" else engine
 
 
@@ -223,6 +216,79 @@ def compiles(parts: LoadedParts, request: CompleteRequest) -> bool:
         return False
     pays = parts.compiler.pays(saved)
     return pays if ctx is None else bool(ctx.from_rank0(int(pays)))
+
+
+def decode_frames(parts: LoadedParts, latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
+    """Decode on all ranks, in tiles, or in full frames."""
+    vae, tile = parts.vae(), parts.runtime.vae_tile
+    if parts.ctx is not None:
+        from wanflow.parallel import vae_parallel
+
+        return vae_parallel.decode_frames(vae, latent, parts.ctx, to_frames, on_part)
+    if tile:
+        from wanflow.transforms import vae_tiling
+
+        return vae_tiling.decode_frames(vae, latent, tile, to_frames, on_part)
+    return frame_by_frame(vae, latent, on_part)
+
+
+def in_less_memory(engine: Engine, parts: LoadedParts) -> Engine:
+    """Return an engine that tries again, in smaller pieces, what memory did not suffice for.
+
+    Memory is freed between two tries, after the error with the tensors in its traceback is gone.
+    """
+
+    def velocity(run: Run) -> Velocity:
+        steps, tokens = timeline(run.request, parts.spec), parts.own_tokens(run.request)
+        try:
+            once = engine.velocity(run)  # which encodes the prompts
+        except Exception as error:
+            parts.next_try(error, "prompts", 0)
+            raise
+
+        def velocity(x: Tensor, step: Step) -> Tensor:
+            while True:
+                try:
+                    return once(x, step)
+                except Exception as error:
+                    read = parts.holds(steps[step.index].expert)
+                    smaller = parts.next_try(error, "step" if read else "expert", tokens)
+                    if not smaller:
+                        raise
+                parts.adapt(**smaller)
+
+        return velocity
+
+    def decode(latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
+        done = 0  # parts that are given out; their places in the video are the same in tiles
+        while True:
+            try:
+                for piece in islice(_some_at_first(engine.decode(latent, on_part)), done, None):
+                    done += 1
+                    yield piece
+                return
+            except Exception as error:
+                side = max(latent.shape[-2:]) * parts.spec.vae.spatial_stride
+                smaller = parts.next_try(error, "decode", side)
+                if not smaller:
+                    raise
+            parts.adapt(**smaller)
+
+    def used(run: Run) -> Run:
+        if not parts.adapted:
+            return run
+        return replace(run, recipe=replace(run.recipe, runtime=run.recipe.runtime | parts.adapted))
+
+    return replace(engine, velocity=velocity, decode=decode, used=used)
+
+
+def _some_at_first(pieces: Iterator[Frames]) -> Iterator[Frames]:
+    """Give out nothing before the third part: by then a decode takes the most memory.
+
+    So a video is of one kind, although a decode that runs out of memory begins again.
+    """
+    yield from list(islice(pieces, 3))
+    yield from pieces
 
 
 def model_record(checkpoint: Checkpoint) -> ModelRecord:

@@ -184,6 +184,7 @@ class Engine:
     velocity: what the solver asks, from the state of a run on.
     decode: a final latent as frames; calls `OnPart` with (done, total).
     agree: makes one answer of the answers of all processes of the run.
+    used: a run with a recipe of what was really used, which may change while the engine works.
     """
 
     spec: ModelSpec
@@ -194,6 +195,7 @@ class Engine:
     velocity: Callable[[Run], Velocity]
     decode: Callable[[Tensor, OnPart | None], Iterator[Frames]]
     agree: Callable[[bool], bool]
+    used: Callable[[Run], Run] = lambda run: run
 
 
 def begin(engine: Engine, request: Request) -> Run:
@@ -222,18 +224,11 @@ def denoise(engine: Engine, run: Run, on_step: OnStep | None = None) -> Run:
     while state.index < len(schedule):
         step = steps[state.index]
         state = advance(schedule, state, velocity)
-        check_step(state.x, step.index + 1, facts)
-        run = replace(run, state=state)
-        progress = Progress(
-            step.index + 1,
-            len(schedule),
-            step.timestep,
-            step.sigma,
-            snr(step.sigma),
-            step.expert,
-            state.x,
-            run,
-        )
+        done = step.index + 1
+        check_step(state.x, done, facts)
+        run = engine.used(replace(run, state=state))
+        where = done, len(schedule), step.timestep, step.sigma, snr(step.sigma), step.expert
+        progress = Progress(*where, state.x, run)
         if engine.agree(on_step is not None and on_step(progress) is False):
             raise Cancelled(run)
     return run

@@ -22,9 +22,13 @@ def in_fields(text: str) -> str:
 
 @contextmanager
 def without_flags() -> Iterator[None]:
-    """Let the refusals of a block speak of fields."""
+    """Let the refusals of a block, and notes on errors, speak of fields."""
     try:
         yield
     except (RequestError, OutputError) as error:
         error.args = tuple(in_fields(str(line)) for line in error.args)
+        raise
+    except Exception as error:
+        if hasattr(error, "__notes__"):
+            error.__notes__ = [in_fields(note) for note in error.__notes__]
         raise

@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("request", "runtime", "described"),
     ("geometry",),
     ("presets",),
-    ("settings", "remembered"),
+    ("settings", "remembered", "out_of_memory"),
     ("untrusted",),
     ("config",),
     ("files", "units", "nano_words", "hardware"),

@@ -292,11 +292,12 @@ def _words(error: BaseException) -> tuple[int, str | None]:
         return INTERRUPTED, "interrupted"
     if isinstance(error, ModuleNotFoundError):
         return 1, f"{error.name} is not installed; run `make install`, or pip install wanflow"
+    from wanflow import out_of_memory
+
+    if out_of_memory.is_out_of_memory(error):
+        return 1, out_of_memory.words(error)
     if isinstance(error, OSError) or type(error).__name__ == "OutputError":
         return 1, str(error)
-    allocator = "DefaultCPUAllocator" in str(error)
-    if allocator or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return 1, f"out of memory: {error}; try a smaller --size or fewer frames"
     return 1, None
 
 

@@ -31,12 +31,13 @@ class Alone:
 
     on_abort: called once before a bad end; returns whether a state of the run is on the disk.
     ending: whether a signal, or a failure, has been noticed.
+    cause: of another rank's failure; there is none.
     """
 
     def __init__(self, output: Output | None = None, rank: int = 0) -> None:
         self.output, self.rank = output or Output(), rank
         self.on_abort: Callable[[], object] | None = None
-        self.ending = False
+        self.ending, self.cause = False, ""
         self.timeout_s = 0.0
         self._nothing = ""  # the words for a run without a state
         self._handlers: dict[int, Any] = {}  # of before

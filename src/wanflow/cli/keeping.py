@@ -6,10 +6,11 @@ import argparse
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from wanflow.cli.flags import again_flags, generate_flags
@@ -56,6 +57,7 @@ class StateKeeper:
         self._place, self._go_on, self._output = file, go_on, output
         self.file = source or file
         self.stored = None if source is None else run.state.index
+        self._recipe = run.recipe  # what the file says of how the run is computed
         self._saved, self._warned = time.monotonic(), False
 
     def __call__(self, progress: Progress) -> bool:
@@ -72,7 +74,7 @@ class StateKeeper:
 
     def save(self) -> None:
         """Write the state unless it is on the disk; raises OSError where the disk refuses."""
-        if self.stored == self.run.state.index:
+        if self.stored == self.run.state.index and self._recipe == self.run.recipe:
             return
         if os.path.lexists(self._place) and not is_of(self.run, self._place):
             stem = self._place.name.removesuffix(STATE_SUFFIX)
@@ -80,7 +82,7 @@ class StateKeeper:
             self._output.alert(f"{self._place} is another run's now; this one is saved in {beside}")
             self._place = beside
         self.run.save(self._place)
-        self.file, self.stored = self._place, self.run.state.index
+        self.file, self.stored, self._recipe = self._place, self.run.state.index, self.run.recipe
 
     def try_to_save(self) -> None:
         """Write the state; where the disk refuses, say so once and leave it for the next time."""
@@ -169,7 +171,13 @@ def refuse_another(args: argparse.Namespace, file: Path, run: Run | None) -> Non
     )
 
 
-def continuing(args: argparse.Namespace, run: Run, file: Path, target: Path | None = None) -> str:
+def continuing(
+    args: argparse.Namespace,
+    run: Run,
+    file: Path,
+    target: Path | None = None,
+    instead: Mapping[str, object] = MappingProxyType({}),
+) -> str:
     """Return the command that goes on with a saved run.
 
     Args:
@@ -177,6 +185,8 @@ def continuing(args: argparse.Namespace, run: Run, file: Path, target: Path | No
         run: the saved run.
         file: where it is.
         target: the video to write; None leaves the name to the command.
+        instead: values in place of those of flags, since memory ran out with those. Several ranks
+            decode in strips: tiles are for one process.
     """
     parser = Parser(prog="wanflow")
     if run.finished:
@@ -192,15 +202,20 @@ def continuing(args: argparse.Namespace, run: Run, file: Path, target: Path | No
         words.append("--trust_paths")  # flags of the command that began it named these files
     decided = {one.flags[0] for one in settings_of(Request).values() if one.flags}
     decided |= {one.flags[0] for one in settings_of(Runtime).values() if one.fixed}
+    start = launcher(args)
+    if "vae_tile" in instead:
+        parallel = (one for one in settings_of(Runtime).values() if one.group == "parallel")
+        decided |= {"gpus", "parallel", *(one.flags[0] for one in parallel)}
+        start = ["wanflow"]
     for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
+        value = instead.get(action.dest, getattr(args, action.dest, action.default))
         if (
             value != action.default
             and action.dest not in decided | set(BEGUN)
             and not action.dest.startswith(("use_prompt", "prompt_"))
         ):
             words += [action.option_strings[0], *(() if action.nargs == 0 else _texts(value))]
-    return shlex.join([*launcher(args), *words])
+    return shlex.join([*start, *words])
 
 
 def _path(path: Path) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,17 +59,21 @@ def run_and_save(
     keeper = StateKeeper(
         run,
         outputs.state,
-        lambda run, file: continuing(args, run, file, free_name(target, run, args.overwrite)),
+        lambda run, file: continuing(
+            args, run, file, free_name(target, run, args.overwrite), pipe.parts.instead()
+        ),
         args.output,
         source,
     )
-    args.watchdog.on_abort = partial(_abort, keeper, outputs, args)
+    args.watchdog.on_abort = partial(_abort, pipe, keeper, outputs, args)
     try:
         with screen.denoising(run) as on_step:
             run = pipe.resume(run, lambda progress: keeper(progress) and on_step(progress))
         keeper.take(run)
         keeper.try_to_save()
         frames = pipe.frames(run, screen.decoding())
+        frames = chain([next(frames)], frames)  # from now on the recipe stands
+        run = pipe.engine.used(run)
         save_frames(target, frames, run.request.fps, run.recipe.to_json(), overwrite)
     except OutputError:
         if not run.finished:  # its state is broken
@@ -87,9 +92,15 @@ def run_and_save(
         args.output.result(target, screen, recipe=run.recipe.to_json(), seed=run.request.seed)
 
 
-def _abort(keeper: StateKeeper, outputs: Outputs, args: argparse.Namespace) -> bool:
+def _abort(pipe: Pipeline, keeper: StateKeeper, outputs: Outputs, args: argparse.Namespace) -> bool:
     """Save the run and give its names back; return whether there is a state of it."""
+    instead = pipe.parts.instead
     try:
+        run = keeper.run
+        if "out of memory" in args.watchdog.cause:  # in another rank
+            pipe.parts.ran_out("decode" if run.finished else "step", run.request)
+        known = {key: value for key, value in instead().items() if key in run.recipe.runtime}
+        keeper.run = replace(run, recipe=replace(run.recipe, runtime=run.recipe.runtime | known))
         return keeper.on_abort()
     finally:
         # Where the main thread is stuck, no `with` block ends: what it was writing is this run's.

@@ -197,12 +197,13 @@ def _train_nano(args: argparse.Namespace, stop: Stop) -> None:
 
 
 def _finetune(args: argparse.Namespace, stop: Stop) -> None:
+    from wanflow import out_of_memory
     from wanflow.opening import resolve
     from wanflow.parallel.ranks import rank_and_world_size
     from wanflow.plan.start import placed
     from wanflow.runtime import Runtime
     from wanflow.train.finetune import check_outputs, finetune
-    from wanflow.train.memory import refuse
+    from wanflow.train.memory import less, refuse
 
     if args.ckpt_dir is None or args.out is None:
         raise RequestError(
@@ -219,7 +220,13 @@ def _finetune(args: argparse.Namespace, stop: Stop) -> None:
         refuse(checkpoint, settings, machine, count)
     follower = rank_and_world_size()[0] > 0
     with args.output.screen(follower) as screen:
-        finetune(checkpoint, settings, screen, stop)
+        try:
+            finetune(checkpoint, settings, screen, stop)
+        except Exception as error:
+            if out_of_memory.is_out_of_memory(error):
+                ways = less(settings) if settings.fsdp else [*less(settings), "--fsdp"]
+                error.add_note(f"in training: {out_of_memory.listed(ways)}")
+            raise
         if not follower:
             args.output.result(args.out, screen, method=args.method, steps=settings.steps)
 

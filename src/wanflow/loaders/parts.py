@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,19 +13,21 @@ from torch import Tensor
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report as Bytes
 from wanflow.checkpoint.load import expert_bytes, load_expert, load_module, load_vae
-from wanflow.checkpoint.structure import build, expert_structure
+from wanflow.checkpoint.structure import build, expert_structure, set_chunk
 from wanflow.choices import choose_text_dtype, is_small
 from wanflow.config import RequestError
+from wanflow.geometry import geometry_of
 from wanflow.loaders.placement import Changes, Placement
 from wanflow.loaders.prompts import PromptEncoder
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.presets import Expert
-from wanflow.request import Lora
+from wanflow.request import CompleteRequest, Lora
 from wanflow.transforms.attention import set_attention
 from wanflow.transforms.attention_kernels import Backend
 
 if TYPE_CHECKING:
+    from wanflow.loaders.less_memory import Stage
     from wanflow.loaders.streamed import Prefetcher
     from wanflow.lora.stack import LoraStack, Merged
     from wanflow.transforms.block_streaming import Streaming
@@ -74,6 +77,9 @@ class LoadedParts:
         self._ahead: Prefetcher | None = None
         self._vae: WanVAE | None = None
         self._compiler: Compiler | None = None
+        # After memory ran out: settings in use in place of the given ones, and further ones with
+        # which another process goes on with a run that ended.
+        self.adapted, self.go_on_with = dict[str, int](), dict[str, Any]()
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Tensor:
@@ -167,6 +173,41 @@ class LoadedParts:
             self._vae = load_vae(self.checkpoint, torch.float32, self.device, report)
         return self._vae
 
+    def holds(self, which: Expert) -> bool:
+        """Return whether an expert is in memory."""
+        return which in self._experts
+
+    def next_try(self, error: Exception, stage: Stage, size: int) -> dict[str, int]:
+        """Return settings that take less memory; see `less_memory.next_try`."""
+        from wanflow.loaders.less_memory import next_try
+
+        return next_try(error, self, stage, size)
+
+    def ran_out(self, stage: Stage, request: CompleteRequest) -> None:
+        """Set with what a run goes on after memory ran out in another rank."""
+        from wanflow.loaders.less_memory import give_way
+
+        side = max(request.size)
+        give_way(self, stage, side if stage == "decode" else self.own_tokens(request))
+
+    def own_tokens(self, request: CompleteRequest) -> int:
+        """Return how many tokens this rank has in a forward, at most."""
+        ranks = 1 if self.ctx is None else self.ctx.layout.sequence
+        return -(-geometry_of(self.spec).tokens(request.size, request.frame_num) // ranks)
+
+    def instead(self) -> dict[str, Any]:
+        """Return settings in place of those that memory did not suffice for."""
+        return {**self.adapted, **self.go_on_with}
+
+    def adapt(self, **settings: int) -> None:
+        """Go on with settings that take less memory, and free what is cached."""
+        self.adapted |= settings
+        self.runtime = replace(self.runtime, **settings)  # type: ignore[arg-type]
+        self.placement = replace(self.placement, runtime=self.runtime)
+        for model in self._experts.values():
+            set_chunk(model, self.runtime.chunk_tokens or 0)
+        self._empty_cache()
+
     def close(self) -> None:
         """Free all memory; a part that is asked for later is read again."""
         self._vae = None
@@ -194,6 +235,7 @@ class LoadedParts:
         self._forget([which] if self.keep else list(self._experts))
         if ahead is not None:
             model = ahead.take()
+            set_chunk(model, self.runtime.chunk_tokens or 0)  # it may be smaller by now
         else:
             report = self._reporter(f"{which}-noise expert")
             changes = self._changes(which, merged)
@@ -222,9 +264,12 @@ class LoadedParts:
             if model is not None and not isinstance(model, WanDiT):
                 model.close()
             del model
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
 
     def _drop_ahead(self) -> None:
         if self._ahead is not None:

@@ -109,6 +109,11 @@ class Watchdog:
         self._wakeup, self._signals = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
+    @property
+    def cause(self) -> str:
+        """The message of the run's failure; empty as long as there is none."""
+        return "" if self._failure is None else self._failure.message
+
     # The main thread's side
 
     def start(self) -> None:
@@ -174,7 +179,7 @@ class Watchdog:
         with suppress(RuntimeError):
             while not self._turn(LEFT):
                 time.sleep(HEARTBEAT_S)
-        self.on_end(code, "" if self._failure is None else self._failure.message)
+        self.on_end(code, self.cause)
         sys.stdout.flush()
         os._exit(code)
 

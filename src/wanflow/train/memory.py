@@ -126,6 +126,18 @@ def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch
     return sum(held.values())
 
 
+def less(settings: FineTune) -> list[str]:
+    """Return flags with which a training takes less memory on the same machine."""
+    ways = []
+    if not settings.checkpointing:
+        ways.append("--activation_checkpointing")
+    if _micro_batch(settings) > 1:
+        ways.append(f"--grad_accum {settings.batch}")
+    if settings.method == "full":
+        ways.append("--method lora")
+    return ways
+
+
 def refuse(
     checkpoint: Checkpoint, settings: FineTune, machine: Machine, processes: int = 1
 ) -> None:
@@ -142,17 +154,8 @@ def refuse(
     if not have or each <= have:
         return
     what = f"a LoRA of rank {settings.rank}" if settings.method == "lora" else "the full model"
-    ways = []
-    if not settings.checkpointing:
-        ways.append("--activation_checkpointing")
-    if _micro_batch(settings) > 1:
-        ways.append(f"--grad_accum {settings.batch}")
-    if settings.method == "full":
-        ways.append("--method lora")
-    ways.append(
-        f"torchrun --nproc_per_node={max(2, -(-needed.total // (70 * GB)))} and --fsdp on GPUs of"
-        " 80 GB"
-    )
+    gpus = max(2, -(-needed.total // (70 * GB)))
+    ways = [*less(settings), f"torchrun --nproc_per_node={gpus} and --fsdp on GPUs of 80 GB"]
     raise RequestError(
         f"training {what} on one expert of {checkpoint.spec.name} needs {needed.words()}"
         + (f", {memory_size(each)} in each of {processes} processes" if processes > 1 else ""),
