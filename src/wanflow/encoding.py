@@ -11,9 +11,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import av
-import av.filter
-
 from wanflow.config import RequestError
 from wanflow.files import publish, remove, temporary
 from wanflow.media import (
@@ -32,6 +29,8 @@ from wanflow.media import (
 
 if TYPE_CHECKING:
     from typing import Unpack
+
+    import av
 
     from wanflow import options
 
@@ -126,6 +125,8 @@ def check_output(path: Path, overwrite: bool, frames: int | None = None) -> None
         RequestError: as `choose_encoding` and `check_target`, for a folder with other files, and
             for a picture of several frames.
     """
+    import av  # noqa: F401 (a run that cannot be written must not begin)
+
     choose_encoding(path)
     if path.suffix.lower() == ".png" and frames is not None and frames > 1:
         raise RequestError(one_frame(path, frames))
@@ -157,6 +158,8 @@ class GifWriter(VideoWriter):
     """Writes a GIF with the 256 colours that fit each frame best, and the recipe as a comment."""
 
     def __enter__(self) -> Self:
+        import av.filter
+
         super().__enter__()
         self._filters = av.filter.Graph()
         form = av.VideoFormat("rgb24", self.width, self.height)

@@ -21,34 +21,22 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import (
-    ColorPrimaries,
-    ColorRange,
-    Colorspace,
-    ColorTrc,
-    Interpolation,
-    VideoReformatter,
-)
 
 from wanflow.config import RequestError
 from wanflow.files import disk_error, publish, temporary, write_bytes
 
 if TYPE_CHECKING:
+    import av
     from torch import Tensor
 
 Frames = npt.NDArray[np.uint8]
 
 RECIPE_KEY = "wanflow"
-# The default scaler is fast and up to 2/255 off in a flat colour.
-EXACT = int(
-    Interpolation.BICUBIC
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-)
+# The default scaler is fast and up to 2/255 off in a flat colour. ffmpeg's numbers of BICUBIC,
+# FULL_CHR_H_INT, FULL_CHR_H_INP and ACCURATE_RND: av is imported where a file is written.
+EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000
 # x264's macroblock tree makes files that differ from run to run on CPUs with AVX-512 (seen with
 # core 165, even on one thread).
 X264_PARAMS = "mbtree=0"
@@ -107,10 +95,13 @@ class VideoWriter:
         self.path, self.width, self.height, self.overwrite = path, width, height, overwrite
         self.rate = Fraction(fps).limit_denominator(1001)
         self.metadata, self.encoding = dict(metadata), encoding
-        self._convert = VideoReformatter()
         self._count = 0
 
     def __enter__(self) -> Self:
+        import av
+        from av.video import reformatter as tags
+
+        self._convert = tags.VideoReformatter()
         check_target(self.path, self.overwrite)
         self._part = temporary(self.path)
         with explained(self.path):
@@ -127,13 +118,18 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = self.width, self.height, form
         stream.thread_type = "AUTO"  # PyAV's default cuts frames into slices, which costs bytes
         if form.startswith("yuv"):
-            stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-            stream.colorspace, stream.color_range = Colorspace.ITU709, ColorRange.MPEG
+            stream.color_primaries, stream.color_trc = (
+                tags.ColorPrimaries.BT709,
+                tags.ColorTrc.BT709,
+            )
+            stream.colorspace, stream.color_range = tags.Colorspace.ITU709, tags.ColorRange.MPEG
         self._stream = stream
         return self
 
     def write(self, frames: Frames) -> None:
         """Append frames [T, H, W, 3]."""
+        import av
+
         if frames.dtype != np.uint8 or frames.shape[1:] != (self.height, self.width, 3):
             raise ValueError(
                 f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, {self.height},"
@@ -148,6 +144,8 @@ class VideoWriter:
 
     def convert(self, rgb: av.VideoFrame) -> av.VideoFrame:
         """Return a frame in the pixels of the file."""
+        from av.video.reformatter import ColorRange, Colorspace
+
         return self._convert.reformat(
             rgb,
             format=self.encoding.pixels,
@@ -261,6 +259,8 @@ def explained(path: Path) -> Iterator[None]:
 
 def png(picture: Frames, texts: Mapping[str, str]) -> bytes:
     """Return a frame [H, W, 3] as the bytes of a PNG."""
+    import av
+
     encoder = av.VideoCodecContext.create("png", "w")
     encoder.height, encoder.width = picture.shape[:2]
     encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)

@@ -25,7 +25,7 @@ FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "__init__"),
-    ("serve", "train"),
+    ("serve", "train", "bench"),
     ("opening",),
     ("plan", "convert", "inspect", "doctor", "extend"),
     ("assemble",),

@@ -85,6 +85,12 @@ COMMANDS = {
         brief=True,
         page=True,
     ),
+    "bench": Command(
+        "bench",
+        "measure a run, or check everything that a GPU must answer first",
+        "wanflow bench --check --out findings",
+        page=True,
+    ),
     "completion": Command(
         "completion",
         "print a script for a shell to complete commands",

@@ -6,7 +6,6 @@ import html
 import logging
 import re
 
-import ftfy
 import torch
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
@@ -18,6 +17,8 @@ logger = logging.getLogger("wanflow")
 
 def clean(prompt: str) -> str:
     """Repair broken Unicode, undo (doubled) HTML escapes, and fold white space."""
+    import ftfy
+
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
 

@@ -1,0 +1,54 @@
+"""Run one part of a check: `python -m wanflow.bench.part NAME FILE DEVICE SECONDS`."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from wanflow.bench.record import Record
+
+# {part: functions "module.name" that answer it, in this order}
+CODE = {
+    "machine": ("machine.machine",),
+    "nano": ("nano.nano",),
+    "pinning": ("machine.pinning",),
+    "block": ("block.block",),
+    "compiled": ("block.rewrites", "block.compiled"),
+    "expert": ("expert.expert",),
+    "streaming": ("expert.streaming", "expert.copies"),
+    "vae": ("vae.vae",),
+    "ffn": ("ffn.ffn",),
+    "loading": ("loading.loading", "nano.clip"),
+}
+BEFORE = 2.0  # seconds before its end at which a part that hangs says where
+
+
+def main(name: str, file: str, device: str, seconds: str) -> None:
+    """Answer a part."""
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(1.0, float(seconds) - BEFORE))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    record = Record(name, Path(file))
+    record.save()
+    import torch
+
+    from wanflow.bench.machine import about
+    from wanflow.bench.tools import scale_of
+    from wanflow.choices import choose_device
+
+    with record.asking("the device"), torch.no_grad():
+        scale = scale_of(choose_device(device))
+        record.about = about(scale)
+        for place in CODE[name]:
+            module, function = place.split(".")
+            with record.asking(place):
+                getattr(import_module(f"wanflow.bench.{module}"), function)(record, scale)
+            scale.empty()
+    record.save(ended=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
