@@ -31,6 +31,7 @@ from wanflow.remembered import of_device
 from wanflow.transforms import attention
 from wanflow.transforms.attention_kernels import BACKENDS, Backend
 from wanflow.transforms.attention_timing import fastest_kernel, timed_width
+from wanflow.transforms.compile import Compiler
 from wanflow.units import memory_size
 
 ROWS = 64  # queries that are compared with float64
@@ -242,31 +243,32 @@ def rewrites(record: Record, scale: Scale) -> None:
 
 
 def compiled(record: Record, scale: Scale) -> None:
-    """Compile a block as a whole, and compare it with the eager one."""
-    what = "the compiled block"
+    """Compile a block as a run does, and compare it with the eager one."""
+    model = random_expert(scale, 1)
+    run = one_block(model, scale.latents[0], scale.device)
+    eager, true = seconds(run, scale.device, scale.rounds), run()
+    by: Any = run
     if scale.full:
         refuse_without_compiler()
-    latent = scale.latents[0]
-    run = one_block(random_expert(scale, 1), latent, scale.device)
-    eager = seconds(run, scale.device, scale.rounds)
-    true = run()
-    # Inductor takes a minute for one block on a CPU; tracing it whole is checked all the same.
-    backend = "inductor" if scale.full else "aot_eager"
-    block: Any = torch.compile(run.block, fullgraph=True, backend=backend)
+        Compiler(scale.device, True, None, "bench").attach(model)
+        how = "inductor"
+    else:  # inductor takes a minute on a CPU; that it traces as a whole is checked
+        traced: Any = torch.compile(run.block, fullgraph=True, backend="aot_eager")
+        by, how = (lambda: run.by(traced)), "aot_eager"
     began = time.perf_counter()
-    found = run.by(block)
+    found = by()
     attention.synchronize(scale.device)
     first = time.perf_counter() - began
     error = distance(found, true)
     with weighing(scale.device) as peak:
-        took = seconds(lambda: run.by(block), scale.device, scale.rounds)
+        took = seconds(by, scale.device, scale.rounds)
     if scale.full:
         record.calibrate(compiled=took / eager)
     bound = 5e-2 if scale.dtype != torch.float32 else 1e-4
     record.passed(
-        what,
+        "the compiled block",
         error <= bound,
-        f"{1e3 * took:.4g} ms, {took / eager:.0%} of eager, compiled in {first:.3g} s by {backend},"
+        f"{1e3 * took:.4g} ms, {took / eager:.0%} of eager, compiled in {first:.3g} s by {how},"
         f" {error:.2g} away",
         f"at most {bound:g} away; 0.89 of eager on an H100",
         seconds=took,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,15 @@ from wanflow.runtime import Quantization
 from wanflow.transforms.attention import failure
 from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import PackedLinear
-from wanflow.transforms.quant import QuantLinear, Way
+from wanflow.transforms.quant import QuantLinear
+from wanflow.transforms.ways import Way
 
 FORMS: tuple[tuple[Quantization, Way], ...] = (
     ("fp8", "weight-only"),
     ("int8", "weight-only"),
     ("nf4", "weight-only"),
-    *(
-        ("int8" if way.startswith("int") else "fp8", way)
-        for way in get_args(Way)
-        if way != "weight-only"
-    ),
+    ("fp8", "scaled_mm"),
+    ("int8", "int_mm"),
 )
 BOUND = {"fp8": 0.08, "int8": 0.05, "nf4": 0.25, "Q8_0": 0.05}  # relative to the largest value
 BYTES = 144  # of a Q4_K block; its first four are two scales in float16
