@@ -27,9 +27,13 @@ class TextToVideo:
         generator = torch.Generator(device).manual_seed(seed)
         return torch.randn(self.shape, generator=generator, device=device).unsqueeze(0)
 
-    def inputs(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Return what the model sees of a sample: the latent [B, C, T, H, W] and its time [B]."""
-        return x, torch.tensor([step.timestep], device=x.device)
+    def time(self, step: Step) -> Tensor:
+        """Return the time of a step, [B], on the CPU: the device would have to be waited for."""
+        return torch.tensor([step.timestep])
+
+    def latent(self, x: Tensor) -> Tensor:
+        """Return what the model sees of a sample, [B, C, T, H, W]."""
+        return x
 
 
 def conditioning_of(spec: ModelSpec, request: CompleteRequest) -> TextToVideo:

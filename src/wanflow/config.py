@@ -6,7 +6,9 @@ Field names are the official configuration keys where those exist.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from operator import floordiv
 from typing import Any, Literal, TypeVar, cast
 
 Solver = Literal["unipc", "dpm++", "euler"]
@@ -71,6 +73,11 @@ class DiTConfig:
                 "only the published Wan2.2 blocks exist here: full attention, q/k norm, norm before"
                 " cross-attention"
             )
+
+    def grid(self, sides: Sequence[int]) -> tuple[int, int, int]:
+        """Return the tokens along each side of a latent: frames, rows, columns."""
+        frames, rows, columns = map(floordiv, sides, self.patch_size)
+        return frames, rows, columns
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ INTENDED: dict[str, str] = {
     "api/classes/Pipeline/generate": "also takes requests, lists and `progress`",
     "api/classes/Pipeline/finish": "also takes `on_part`",
     "api/fields/Request/seed/type": "None draws one, as -1 does",
+    "api/models/WanDiT/forward": "also takes the table of rotary positions",
     "api/classes/Video/save": "also takes codec, crf and pixel_format",
     "api/classes/Request/complete": "`ModelSpec` replaces `Preset`",
     "api/classes/CompleteRequest/guidance": "the names of experts come from the model",

@@ -12,16 +12,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wanflow.conditioning import conditioning_of
+from wanflow.config import Solver
+from wanflow.loaders.velocity import make_velocity
 from wanflow.models.dit import (
     Block,
     Conditioning,
     LayerNorm,
     RMSNorm,
+    WanDiT,
     modulated,
     rope_table,
     rotate,
+    time_features,
 )
-from wanflow.presets import T2V_A14B
+from wanflow.presets import NANO, T2V_A14B, Expert
+from wanflow.request import Request
+from wanflow.sampling.solvers import SolverState, advance
+from wanflow.sampling.timeline import schedule_of
 
 EAGER = 148  # bytes for each token and channel; 238 before, and 154 are allowed
 LAUNCHED_BY_OTHERS = ("mm", "attention", "empty", "detach")  # matmuls, and what moves no bytes
@@ -99,3 +107,74 @@ def test_norms_of_few_kernels_have_the_bits_of_many(dtype: torch.dtype) -> None:
     rounded = x.to(dtype)
     expected = F.rms_norm(rounded.float(), (96,), None, 1e-6).to(dtype) * rms.weight
     assert torch.equal(rms(rounded), expected)
+
+
+class CopiesBetween(TorchDispatchMode):
+    """Notes each kernel that has tensors on the host and on the device, or reads a value back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        devices = {each.device.type for each in tensors((args, kwargs, out))}
+        if len(devices) > 1 or "_local_scalar_dense" in str(function):
+            self.noted.append(str(function))
+        return out
+
+
+class OnMeta:
+    """The parts of nano on the meta device, which gives no value back."""
+
+    spec = NANO
+
+    def __init__(self) -> None:
+        with torch.device("meta"):
+            self.models = {which: WanDiT(NANO.dit) for which in NANO.expert_names}
+
+    def text(self, prompts: list[str]) -> Tensor:
+        return torch.empty(len(prompts), NANO.dit.text_len, NANO.dit.text_dim, device="meta")
+
+    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
+        return self.models[which]
+
+    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None:
+        pass
+
+
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@torch.no_grad()
+def test_a_step_copies_nothing_to_or_from_the_device(solver: Solver, batch: bool) -> None:
+    request = Request("a circle", sample_solver=solver, sample_steps=4, frame_num=5).complete(NANO)
+    velocity = make_velocity(OnMeta(), request, cfg_batch=batch)
+    schedule = schedule_of(request)
+    shape = conditioning_of(NANO, request).shape
+    state = SolverState(0, torch.empty(1, *shape, device="meta"))
+    with CopiesBetween() as copies:
+        while state.index < len(schedule):
+            state = advance(schedule, state, velocity)
+    assert copies.noted == []
+
+
+@torch.no_grad()
+def test_a_copy_within_a_step_is_noted() -> None:
+    model = OnMeta().models["high"]
+    latent, text = torch.empty(1, 16, 2, 4, 4, device="meta"), OnMeta().text([""])
+    with CopiesBetween() as copies:
+        model(latent, torch.tensor([500]), text)
+    assert copies.noted  # the table of rotary positions, and the time
+
+
+@torch.no_grad()
+def test_tables_of_a_run_change_no_bit() -> None:
+    model = WanDiT(NANO.dit)
+    latent, time = torch.randn(2, 16, 2, 4, 6), torch.tensor([500.0, 3.25])
+    text = torch.randn(2, NANO.dit.text_len, NANO.dit.text_dim)
+    rope = rope_table((2, 2, 3), NANO.dit.dim // NANO.dit.num_heads, torch.device("cpu"))
+    features = time_features(time.unsqueeze(1), NANO.dit.freq_dim)
+    made_once = model(latent, features, text, rope=rope)
+    assert torch.equal(made_once, model(latent, time, text))

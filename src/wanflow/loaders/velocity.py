@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from wanflow.choices import batch_guidance
 from wanflow.conditioning import conditioning_of
 from wanflow.geometry import geometry_of
-from wanflow.models.dit import TextStates, Trunk, WanDiT, run_blocks
+from wanflow.models.dit import TextStates, Trunk, WanDiT, rope_table, run_blocks, time_features
 from wanflow.presets import Expert, ModelSpec
 from wanflow.request import CompleteRequest
 from wanflow.sampling.guidance import ONE_BATCH, TWO_PASSES, Guidance, States, guide
@@ -62,7 +63,11 @@ def make_velocity(
         tokens = geometry_of(spec).tokens(request.size, request.frame_num)
         guidance = ONE_BATCH if batch_guidance(cfg_batch, tokens) else TWO_PASSES
     both: Guidance = guidance
-    conditioning = conditioning_of(spec, request)
+    conditioning, shape, device = conditioning_of(spec, request), spec.dit, texts.device
+    # Here and not in a step: a copy to the device waits for all that it computes.
+    rope = rope_table(shape.grid(conditioning.shape[1:]), shape.dim // shape.num_heads, device)
+    each = (conditioning.time(step).unsqueeze(1) for step in steps)
+    times = torch.stack([time_features(time, shape.freq_dim) for time in each]).to(device)
     # Keys and values of the text, for one expert with its LoRAs at a time.
     states: dict[tuple[Expert, tuple[float, ...], bool], TextStates] = {}
 
@@ -79,9 +84,9 @@ def make_velocity(
             states[key] = model.text_states(both.select(texts) if now.guided else texts[:1])
 
         def predict(latent: Tensor, time: Tensor, text: States) -> Tensor:
-            return cast(Tensor, model(latent, time, cast(Any, text), trunk))
+            return cast(Tensor, model(latent, time, cast(Any, text), trunk, rope))
 
-        latent, time = conditioning.inputs(x, step)
+        latent, time = conditioning.latent(x), times[step.index]
         if not now.guided:
             return predict(latent, time, states[key])
         return guide(*both.branches(predict, latent, time, states[key]), now.guidance)

@@ -100,14 +100,15 @@ def rotate(x: Tensor, rope: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def time_features(timestep: Tensor, size: int) -> Tensor:
-    """Return cosines, then sines, of t * 10000^(-k / half): [*t.shape, size] float32.
+    """Return cosines, then sines, of t * 10000^(-k / half): [*t.shape, size] float32, on the CPU.
 
     Angles are float64, since float32 changes the output.
     """
     half = size // 2
     frequency = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64) / half)
-    angle = timestep.detach().to("cpu", torch.float64).unsqueeze(-1) * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).float().to(timestep.device)
+    # Converted on the CPU: MPS has no float64.
+    angle = timestep.detach().cpu().double().unsqueeze(-1) * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
 class Linear(nn.Linear):
@@ -317,19 +318,13 @@ class Head(nn.Module):
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """Map x [B, L, d] -> patches [B, L, 4 C] float32."""
         shift, scale = (conditioning.time + row.float() for row in self.modulation.unbind(1))
-        (patches,) = by_chunks(
-            lambda part: (self.patches(x[:, part], conditioning.part(part), shift, scale),),
-            x.shape[1],
-            self.chunk,
-        )
-        return patches
 
-    def patches(
-        self, x: Tensor, conditioning: Conditioning, shift: Tensor, scale: Tensor
-    ) -> Tensor:
-        """Tokens [B, n, d] -> their patches [B, n, 4 C] float32."""
-        rows = conditioning.rows
-        return cast(Tensor, self.head(modulated(self.norm, x, rows(shift), rows(scale))))
+        def project(part: slice) -> tuple[Tensor]:
+            rows = conditioning.part(part).rows
+            return (self.head(modulated(self.norm, x[:, part], rows(shift), rows(scale))),)
+
+        (patches,) = by_chunks(project, x.shape[1], self.chunk)
+        return patches
 
 
 def run_blocks(
@@ -366,16 +361,23 @@ class WanDiT(nn.Module):
         self.head = Head(config)
 
     def forward(
-        self, latent: Tensor, timestep: Tensor, text: Tensor | TextStates, trunk: Trunk = run_blocks
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor | TextStates,
+        trunk: Trunk = run_blocks,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity (noise minus data).
 
         Args:
             latent: [B, C, T, H, W]; H and W even.
-            timestep: [B] in 0..1000, integers or floats; or [B, L], one per token.
+            timestep: [B] in 0..1000, integers or floats; or [B, L], one per token; or the
+                `time_features` of [B, 1], on the latent's device.
             text: [B, S, D], zero past each prompt's end; or its `text_states`. Rows that are
                 missing up to `text_len` count as zero; attention sees them, as in training.
             trunk: runs the blocks and the head; sequence sharding replaces it.
+            rope: the `rope_table` of the latent's grid, on its device; None: made for this call.
 
         Returns:
             [B, C, T, H, W] float32.
@@ -386,7 +388,7 @@ class WanDiT(nn.Module):
         channels, shape = self.config.in_dim, list(latent.shape)
         if latent.ndim != 5 or shape[1] != channels or any(side % 2 for side in shape[3:]):
             raise ValueError(f"latent is {shape}, not [B, {channels}, T, even H, even W]")
-        if timestep.ndim not in (1, 2):
+        if timestep.ndim not in (1, 2) and timestep.shape[1:] != (1, self.config.freq_dim):
             raise ValueError(f"timestep is {list(timestep.shape)}, not [B] or [B, L]")
         rows = {len(latent), len(timestep), len(text if isinstance(text, Tensor) else text[0][0])}
         if len(rows) > 1:
@@ -395,13 +397,11 @@ class WanDiT(nn.Module):
                 f" {sorted(rows)} samples"
             )
         states = self.text_states(text) if isinstance(text, Tensor) else text
-        sizes = zip(latent.shape[2:], self.config.patch_size, strict=True)
-        grid = cast(tuple[int, int, int], tuple(side // patch for side, patch in sizes))
+        grid = self.config.grid(latent.shape[2:])
         time, modulation, index = self._time(timestep, len(latent), math.prod(grid))
-        head_dim = self.config.dim // self.config.num_heads
-        conditioning = Conditioning(
-            time, modulation, index, rope_table(grid, head_dim, latent.device), states
-        )
+        if rope is None:
+            rope = rope_table(grid, self.config.dim // self.config.num_heads, latent.device)
+        conditioning = Conditioning(time, modulation, index, rope, states)
         # No name for the tokens here: it would hold 1.5 GB at 720p until the last block is done.
         return self._unpatch(
             trunk(self.blocks, self.head, self._tokens(latent), conditioning), grid
@@ -430,7 +430,7 @@ class WanDiT(nn.Module):
     def _time(
         self, timestep: Tensor, batch: int, length: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        index = None
+        index, device = None, self.patch_embedding.weight.device
         if timestep.ndim == 2:
             if timestep.shape != (batch, length):
                 raise ValueError(
@@ -439,10 +439,12 @@ class WanDiT(nn.Module):
             # A table of the distinct timesteps and an index, instead of a row per token (9 GB at
             # 720p).
             timestep, index = torch.unique(timestep, return_inverse=True)
-            timestep = timestep.expand(batch, -1)
-        else:
+            timestep, index = timestep.expand(batch, -1), index.to(device)
+        elif timestep.ndim == 1:
             timestep = timestep.view(-1, 1)
-        time = self.time_embedding(time_features(timestep, self.config.freq_dim))
+        if timestep.ndim == 2:
+            timestep = time_features(timestep, self.config.freq_dim).to(device)
+        time = self.time_embedding(timestep.contiguous())  # expanded rows round differently
         return time, self.time_projection(time).unflatten(-1, (6, -1)), index
 
     def _unpatch(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:

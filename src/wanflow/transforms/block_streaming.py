@@ -297,7 +297,12 @@ class Streaming(nn.Module):
         self._worker = worker or thread_on(device, "wanflow-blocks")
 
     def forward(
-        self, latent: Tensor, timestep: Tensor, text: Tensor | TextStates, trunk: Trunk = run_blocks
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor | TextStates,
+        trunk: Trunk = run_blocks,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """As `WanDiT.forward`."""
 
@@ -307,7 +312,7 @@ class Streaming(nn.Module):
             return trunk(self.stream(), head, tokens, conditioning)
 
         states = self.text_states(text) if isinstance(text, Tensor) else text
-        return cast(Tensor, self.model(latent, timestep, states, streamed_trunk))
+        return cast(Tensor, self.model(latent, timestep, states, streamed_trunk, rope))
 
     def text_states(self, text: Tensor) -> TextStates:
         """As `WanDiT.text_states`; of a streamed block only the two weights it needs are read."""
