@@ -9,7 +9,7 @@ float32. Rates are bytes of the file by seconds, each the median of interleaved 
 by the file's, with resident experts; and the memory of all (Pss, in which a shared page counts
 once) by that of one, with streamed experts after a forward.
 
-    python benchmarks/loading.py [--layers 2] [--ram_layers 8] [--rounds 3] [--only rates|ranks]
+    python benchmarks/loading.py [--layers 2] [--ram_layers 8] [--only rates|ranks|memory]
 
 The last line of output is one JSON document.
 """
@@ -185,11 +185,11 @@ def started(folder: Path, what: str, count: int) -> list[dict[str, float]]:
     return [json.loads(text.splitlines()[-1]) for text in printed]
 
 
-def several(folder: Path, counts: tuple[int, ...]) -> dict[str, Any]:
+def several(folder: Path, counts: tuple[int, ...], ways: tuple[str, ...]) -> dict[str, Any]:
     """Bytes read with resident experts, and memory with streamed ones, by number of ranks."""
     source = opened(folder).source("high")
     found: dict[str, Any] = {"file_gb": round(source.nbytes / 1e9, 2)}
-    for what in ("resident", "streamed"):
+    for what in ways:
         for count in counts:
             printed = started(folder, what, count)
             values = {
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--ram_layers", type=int, default=8, help="of the file that ranks stream")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("rates", "ranks"))
+    parser.add_argument("--only", choices=("rates", "ranks", "memory"))
     parser.add_argument("--folder", type=Path, help="where files of 5 GB are written")
     parser.add_argument("--rank", choices=("resident", "streamed"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -226,7 +226,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as made:
-        if args.only != "ranks":
+        if args.only in (None, "rates"):
             folder = sparse(Path(made) / "rates", args.layers)
             checkpoint = opened(folder)
             found["sparse"] = rates(checkpoint, args.rounds)
@@ -234,7 +234,8 @@ def main() -> None:
             found["real"] = rates(opened(folder), args.rounds)
         if args.only != "rates":
             folder = sparse(Path(made) / "ranks", args.ram_layers)
-            found["ranks"] = several(folder, tuple(args.ranks))
+            ways = ("streamed",) if args.only == "memory" else ("resident", "streamed")
+            found["ranks"] = several(folder, tuple(args.ranks), ways)
     print(
         json.dumps(
             {

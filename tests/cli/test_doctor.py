@@ -249,6 +249,22 @@ def on(**changes: Any) -> Report:
     return replace(FINE, system=replace(SYSTEM, **changes))
 
 
+def test_what_can_be_pinned_is_tried_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = replace(FINE, devices=GPU)
+    monkeypatch.setattr(report, "probe_pinned", lambda *_: 2**30)
+    assert report._pinned(FINE) is None
+    assert report._pinned(given) == 2**30
+    text = "".join(line for _, line in command.lines(replace(given, pinned=2**30)))
+    assert "free, 1.0 GiB can be pinned" in text
+
+    def broken(*given: object) -> int:
+        raise RuntimeError("the driver is broken")
+
+    monkeypatch.setattr(report, "probe_pinned", broken)
+    monkeypatch.setattr(report, "system_name", lambda: "wsl")
+    assert report._pinned(given) == SYSTEM.ram // 2
+
+
 def test_a_good_machine_has_nothing() -> None:
     assert found(FINE) == []
     assert (
@@ -315,6 +331,7 @@ def test_a_good_machine_has_nothing() -> None:
             "warning",
             "--shm-size=8g",
         ),
+        (replace(FINE, pinned=2**30), {}, "note", "pins at most 1.0 GiB of 59.6 GiB of RAM"),
         (on(ram_limited=True), {}, "note", "this container may use 59.6 GiB of RAM"),
         (
             FINE,

@@ -5,8 +5,11 @@ Real processes speak gloo; one set of them does all that is looked at.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.features import made
+from helpers.memory import measurable
 from helpers.processes import CPU, Processes, played
 from torch import Tensor
 
@@ -33,6 +37,7 @@ from wanflow.parallel.groups import Layout, make_groups
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import Streaming
 
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "loading.py"
 SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 STREAMED = Runtime(resident_blocks=2, stream_from="ram")
 pytestmark = pytest.mark.distributed
@@ -256,6 +261,22 @@ def test_all_ranks_end_where_one_cannot_read(size: int, processes: Processes) ->
     for words in others:
         assert re.search(f"rank {size - 1} cannot read it", words[0])
         assert re.search(f"rank {size - 1} of this machine failed", words[1])
+
+
+@pytest.mark.slow
+@measurable
+def test_four_that_stream_take_the_memory_of_one() -> None:
+    """Ten blocks of full width; each page by the number of processes that map it."""
+    command = [str(BENCHMARK), "--only", "memory", "--ram_layers", "10", "--ranks", "1", "4"]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["ranks"]
+    one, four = found["streamed, 1"], found["streamed, 4"]
+    assert one["memory_gb"] > 7
+    assert four["memory_gb"] <= 1.15 * one["memory_gb"]
+    assert four["files_read"] < 1.01
 
 
 def test_shares_are_even() -> None:

@@ -116,7 +116,8 @@ def _machine(report: Report) -> Iterator[Line]:
     usable = f", {here.cores_usable:g} usable" if here.cores_usable < here.cores else ""
     yield "", f"processor  {here.cpu or 'unknown'}, {here.cores} cores{usable}"
     limit = " (the limit of this container)" if here.ram_limited else ""
-    yield "", f"RAM        {_memory(here.ram)}, {_memory(here.ram_free)} free{limit}"
+    pinned = "" if report.pinned is None else f", {memory_size(report.pinned)} can be pinned"
+    yield "", f"RAM        {_memory(here.ram)}, {_memory(here.ram_free)} free{limit}{pinned}"
     gpus = [device for device in report.devices if device.name != "cpu"]
     for device in gpus:
         free = f", {_memory(device.memory_free)} free" if device.memory_free else ""

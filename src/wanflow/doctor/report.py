@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from wanflow.hardware import Device, devices
 from wanflow.runtime import DTYPES
 from wanflow.transforms import attention
 from wanflow.transforms.attention_kernels import BACKENDS
+from wanflow.transforms.host_memory import pin_limit, probe_pinned, system_name
 from wanflow.units import memory_size
 
 OLDEST_TORCH = (2, 10)  # older releases have known bypasses of weights_only loading
@@ -51,6 +53,7 @@ class Report:
     encoder: str  # why no video can be written, "" if it can
     packages: dict[str, str]  # {name: version, "" if not installed}
     problems: tuple[Problem, ...] = ()
+    pinned: int | None = None  # bytes of RAM that can be pinned for a GPU; None: there is none
 
     @property
     def fine(self) -> bool:
@@ -87,8 +90,19 @@ def examine(
     packages, broken = look_at_packages()
     no_encoder = f"av {broken['av']}" if "av" in broken else encoder()
     report = Report(here, found, tuple(tries), {}, disk(folder, say), no_encoder, packages)
-    report = replace(report, auto=_auto(report))
+    report = replace(report, auto=_auto(report), pinned=_pinned(report))
     return replace(report, problems=tuple(problems(report, broken, hidden, messages)))
+
+
+def _pinned(report: Report) -> int | None:
+    """Return how many bytes of RAM can be pinned, by trying; the driver limits it on Windows."""
+    gpu = next((one.name for one in report.devices if one.name.startswith("cuda")), None)
+    if gpu is None:
+        return None
+    probed = None
+    with suppress(Exception):  # of a driver that is broken; other parts of the report show it
+        probed = probe_pinned(torch.device(gpu), None, report.system.ram_free)
+    return pin_limit(report.system.ram, probed, system_name())
 
 
 def _auto(report: Report) -> dict[str, dict[str, str]]:
@@ -136,6 +150,13 @@ def problems(
         )
     yield from _gpu_problems(report, hidden, messages)
     yield from _kernel_problems(report, broken)
+    if report.pinned is not None and report.pinned < here.ram:
+        pinned = f"{memory_size(report.pinned)} of {memory_size(here.ram)} of RAM"
+        yield Problem(
+            "note",
+            f"the driver pins at most {pinned} (WSL2 and Windows limit it): blocks beyond it are"
+            " streamed from pageable memory, which takes longer",
+        )
     if any(device.name == "mps" for device in report.devices):
         yield Problem("note", "MPS has no float64: computations that need it run on the CPU")
     if 0 < here.shm < SMALL_SHM:

@@ -234,14 +234,14 @@ def probe_pinned(device: torch.device, folder: str | Path | None, free: int) -> 
     Args:
         device: a GPU.
         folder: of `Runtime.machine_cache`.
-        free: bytes of RAM; a quarter is used at most.
+        free: bytes of RAM, of which a quarter is used at most; 0: unknown.
     """
     remembered = of_device(folder, device)
     found = remembered.get("pinned bytes")
     if type(found) is int and 0 <= found <= PROBE:
         return found
     size = PROBE
-    while size > max(LEAST, free // 4):
+    while free and size > max(LEAST, free // 4):
         size //= 2
     asked = size
     while size >= LEAST and pin(as_tensor(private_memory(size), size, True)):
