@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def cause(error: BaseException) -> str:
     """Return the first line of an error, shortened."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return printable(lines[0], 160)
+    return printable(lines[0], 160).rstrip(".")
 
 
 def words(error: BaseException) -> str:

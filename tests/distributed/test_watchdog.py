@@ -37,6 +37,11 @@ slow = pytest.mark.slow
 END_S = 28.0
 REQUEST = ["--ckpt_dir", "nano", "--frame_num", "5", "--sample_steps", "8", "--seed", "3"]
 REQUEST += ["--prompt", PROMPT]
+RAN_OUT = (
+    "rank 1 of 2: out of memory in a denoising step: CUDA out of memory. Tried to allocate 2.00"
+    " GiB; --offload_model True, --resident_blocks, --quantize fp8 take less, and last a smaller"
+    " --size or fewer frames"
+)
 WATCHED = [sys.executable, watched.__file__]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -128,6 +133,7 @@ def check_resumes(ended: Ended, uncut: np.ndarray) -> None:
             pytest.param(*case, marks=slow)
             for case in [
                 ("gpus", "1 refuse 4", 2, "rank 1 of 2: cannot read high.safetensors"),
+                ("gpus", "1 memory 4", 1, RAN_OUT),
                 ("gpus", "1 break 4", 1, "rank 1 of 2: RuntimeError: a kernel failed"),
                 ("gpus", "0 raise 4", 1, "rank 0 of 2: ZeroDivisionError: nought"),
                 ("gpus", "1 kill 4", 1, "rank 1 of 2: killed by SIGKILL"),
@@ -147,6 +153,8 @@ def test_all_ranks_end_and_the_run_resumes(
 ) -> None:
     ended = run(start, fail)
     check(ended, code, message, END_S)
+    # Rank 0 prints the command, and another rank ran out.
+    assert ("--offload_model True" in ended.errors.split("go on with")[1]) == (message == RAN_OUT)
     assert ended.errors.count("Traceback") <= (2 if start == "torchrun" else "Error:" in message)
     check_resumes(ended, uncut)
 

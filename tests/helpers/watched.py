@@ -18,6 +18,8 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+import torch
+
 from wanflow import cli
 from wanflow.cli import launch
 from wanflow.config import RequestError
@@ -27,6 +29,7 @@ from wanflow.parallel import ranks, watchdog
 ERRORS: dict[str, Exception] = {
     "refuse": RequestError("cannot read high.safetensors"),
     "raise": ZeroDivisionError("nought"),
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "break": RuntimeError("a kernel failed"),  # what a broken connection raises, too
 }
 ACTIONS: dict[str, Callable[[], object]] = {

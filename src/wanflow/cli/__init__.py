@@ -268,6 +268,8 @@ def _join_watchdog(argv: list[str], output: Output, alone: Alone) -> Watchdog | 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # NCCL would abort a rank whose peer is gone; the watchdog saves the state first.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    # A second watch of NCCL's kills a rank whose GPU does not answer for 8 minutes.
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     from wanflow.parallel.ranks import connect_store
 
     given = _given_timeout(argv)

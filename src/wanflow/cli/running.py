@@ -45,7 +45,7 @@ def run_and_save(
 
     ctx = pipe.parts.ctx
     if ctx is not None:
-        args.watchdog.progress = lambda: ctx.stats.entered
+        args.watchdog.progress = ctx.stats.progress
     pipe.check(run)
     if ctx is not None and ctx.info.rank > 0:
         for _ in pipe.frames(pipe.resume(run)):

@@ -11,8 +11,9 @@ Sizes need not divide: shards differ by at most one, and some may be empty.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -140,19 +141,45 @@ def choose_layout(
 
 @dataclass
 class CommStats:
-    """What this rank sends to others: bytes and collectives by purpose, and all collectives.
+    """What this rank sends to others: bytes and collectives by purpose; and how far the rank is.
 
-    They are counted before they start: the watchdog compares the ranks' numbers.
+    The watchdog compares how far the ranks are: their marks, around each collective and before each
+    block. The host gives a GPU a whole step of work and goes on, so a mark counts there only when
+    the GPU has come to it: a GPU that hangs comes to no more.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
-    entered: int = 0
+    device: torch.device | None = None
+    _passed: int = 0
+    _ahead: deque[torch.cuda.Event] = field(default_factory=deque)  # marks that a GPU is to come to
 
     def add(self, purpose: str, nbytes: int) -> None:
         self.sent[purpose] += nbytes
         self.calls[purpose] += 1
-        self.entered += 1
+        self.mark()
+
+    def mark(self) -> None:
+        """Leave a mark, in the current stream of a GPU."""
+        if self.device is not None and self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._ahead.append(event)
+        else:
+            self._passed += 1
+
+    def progress(self) -> tuple[int, bool]:
+        """Return how many marks are passed, and whether a GPU has others ahead; for a thread.
+
+        A GPU that failed passes no more; the main thread gets its error.
+        """
+        with suppress(RuntimeError):
+            if self._ahead and self.device is not None:
+                torch.cuda.set_device(self.device)
+            while self._ahead and self._ahead[0].query():
+                self._ahead.popleft()
+                self._passed += 1
+        return self._passed, bool(self._ahead)
 
     def reset(self) -> None:
         self.sent.clear()
@@ -192,6 +219,7 @@ class Group:
         arrived = values.new_empty(sum(received))
         if self.handle is not None:
             dist.all_to_all_single(arrived, values, list(received), list(sent), group=self.handle)
+            self.stats.mark()
         return arrived
 
     def all_gather(self, purpose: str, values: Tensor) -> list[Tensor]:
@@ -200,6 +228,7 @@ class Group:
         arrived = list(values.new_empty(self.size, *values.shape))
         if self.handle is not None:
             dist.all_gather(arrived, values.contiguous(), group=self.handle)
+            self.stats.mark()
         return arrived
 
     def shift(self, purpose: str, values: Tensor, arriving: Tensor) -> list[dist.Work]:
@@ -229,6 +258,7 @@ class Group:
         self.stats.add(purpose, (self.size - 1) * values.nbytes if self.rank == source else 0)
         if self.handle is not None:
             dist.broadcast(values, group=self.handle, group_src=source)
+            self.stats.mark()
         return values
 
 
@@ -293,7 +323,7 @@ def make_groups(layout: Layout, info: DistInfo, timeout_s: float | None = None) 
             f"the layout {parts} needs {layout.size} ranks (there are {info.world_size}): change"
             f" it, or start {layout.size}"
         )
-    stats = CommStats()
+    stats = CommStats(device=info.device)
     numbers = torch.arange(layout.size).view(layout.cfg, layout.ring, layout.ulysses)
     timeout = timedelta(seconds=info.timeout_s if timeout_s is None else timeout_s)
 

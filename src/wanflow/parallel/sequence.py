@@ -9,7 +9,7 @@ Shapes: B batch, L tokens of the video, l of this rank, N heads of size K; C num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 import torch
@@ -24,21 +24,31 @@ AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def sharded(ctx: ParallelContext, trunk: Trunk = run_blocks) -> Trunk:
     """Return a trunk in which each rank runs `trunk` on its tokens and gets all patches."""
-    if ctx.layout.sequence == 1:
+    if ctx.layout.size == 1:
         return trunk
+    whole = ctx.layout.sequence == 1
 
     # A function and no object: a call of an object would hold the tokens of the video in memory
     # until it returns.
     def run(
         blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        ctx.tokens = tokens.shape[1]
+        blocks, ctx.tokens = _marked(blocks, ctx), tokens.shape[1]
+        if whole:
+            return trunk(blocks, head, tokens, conditioning)
         own = [tokens[:, ctx.shard].clone()]
         # Out of the list below, too: a name keeps its tensor in memory until the last block.
         del tokens
         return _gather(trunk(blocks, head, own.pop(), conditioning.part(ctx.shard)), ctx)
 
     return run
+
+
+def _marked(blocks: Iterable[Block], ctx: ParallelContext) -> Iterator[Block]:
+    """Yield the blocks, and mark when the device comes to each."""
+    for block in blocks:
+        ctx.stats.mark()
+        yield block
 
 
 def _gather(patches: Tensor, ctx: ParallelContext) -> Tensor:

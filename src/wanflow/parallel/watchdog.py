@@ -32,7 +32,9 @@ HEARTBEAT_S = 0.5
 HEARTBEAT_TIMEOUT_S = 30.0  # a large library may hold the threads of a rank back for seconds
 NEWS_S = 5.0  # how long a rank that sees an effect (SIGTERM, a broken connection) awaits the cause
 GRACE_S = 3.0  # for the main thread to come out of its work, and again for saving the state
-GROUP_MARGIN_S = 30.0  # torch's timeouts come after ours: NCCL's ends a rank without a message
+# Torch's own timeout is no judge: NCCL counts from when the host gives work to the GPU, perhaps a
+# step before it begins, and ends a rank without a message.
+GROUP_MARGIN_S = 86_400.0
 LEFT, SILENT = "left", "no heartbeat: killed, out of memory, or frozen"
 
 
@@ -89,7 +91,8 @@ class Watchdog:
             self._agreed.set()
         self._host = 0 if rank0_hosts else None
         self.timeout_s = 600.0  # how late a rank may be to a collective
-        self.progress: Callable[[], int] = lambda: 0  # how many collectives this rank has entered
+        # How far this rank is, and whether its GPU has more work that others wait for.
+        self.progress: Callable[[], tuple[int, bool]] = lambda: (0, False)
         # Called once before the rank exits with a failure, perhaps from another thread.
         self.on_abort: Callable[[], object] | None = None
         self.say: Callable[[str], None] = report  # prints the run's failure
@@ -105,7 +108,8 @@ class Watchdog:
         self._saving = threading.Lock()
         self._clock, self._looked = 0.0, time.monotonic()
         self._beats = [("", 0.0)] * world_size  # the last of each rank, and when it changed
-        self._entered: tuple[dict[int, int], float] = {}, 0.0  # collectives by rank, and when
+        self._far: tuple[dict[int, int], float] = {}, 0.0  # by rank, and when it changed
+        self._at_work: list[int] = []  # the ranks whose GPUs have more work
         self._wakeup, self._signals = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -237,16 +241,18 @@ class Watchdog:
         now = time.monotonic()
         # A rank that was stopped itself, as by Ctrl-Z, has not waited for the others meanwhile.
         self._clock, self._looked = self._clock + min(now - self._looked, 2 * HEARTBEAT_S), now
-        self.store.set(f"beat/{self.rank}", beat or f"{self._clock} {self.progress()}")
+        far, more = self.progress()
+        self.store.set(f"beat/{self.rank}", beat or f"{self._clock} {far} {int(more)}")
         for rank, (before, _) in enumerate(self._beats):
             key = f"beat/{rank}"
             found = self.store.get(key).decode() if self.store.check([key]) else ""
             if found != before:
                 self._beats[rank] = found, self._clock
-        working = {rank: found for rank, (found, _) in enumerate(self._beats) if " " in found}
-        entered = {rank: int(found.split()[1]) for rank, found in working.items()}
-        if entered != self._entered[0]:
-            self._entered = entered, self._clock
+        beats = {rank: found.split() for rank, (found, _) in enumerate(self._beats) if " " in found}
+        self._at_work = [rank for rank, found in beats.items() if found[2:] == ["1"]]
+        marks = {rank: int(found[1]) for rank, found in beats.items()}
+        if marks != self._far[0]:
+            self._far = marks, self._clock
         return self.rank != self._host or all(found == LEFT for found, _ in self._beats[1:])
 
     def _other_command(self) -> Failure | None:
@@ -283,10 +289,14 @@ class Watchdog:
                 return self._blame(rank, SILENT if beat else missing)
         if effect:
             return self._own or INTERRUPTED
-        entered, changed = self._entered
-        last = min(entered, key=lambda rank: entered[rank])
-        if self._clock - changed > self.timeout_s and entered[last] < max(entered.values()):
-            return self._blame(last, f"late to a collective by {self.timeout_s:g} s (--timeout)")
+        far, changed = self._far
+        if self._clock - changed <= self.timeout_s:
+            return None
+        last, late = min(far, key=lambda rank: far[rank]), f"{self.timeout_s:g} s (--timeout)"
+        if far[last] < max(far.values()):
+            return self._blame(last, f"late to a collective by {late}")
+        if self._at_work:  # all wait in one collective, or on the same way to it
+            return self._blame(self._at_work[0], f"its GPU, as all others, stands still for {late}")
         return None
 
     def _blame(self, rank: int, cause: str, code: int = 1) -> Failure:
