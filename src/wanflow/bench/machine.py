@@ -11,7 +11,6 @@ import torch
 from wanflow.bench.record import Record, Skip
 from wanflow.bench.tools import Scale
 from wanflow.hardware import cpu_name, gpu_memory_free, memory, nvidia
-from wanflow.runtime import dtype_name
 from wanflow.transforms.host_memory import HostMemory, clear_error
 from wanflow.units import memory_size
 
@@ -33,13 +32,12 @@ def versions() -> dict[str, str]:
     return {name: str(version) for name, version in found.items() if version}
 
 
-def about(scale: Scale) -> dict[str, Any]:
+def about_device(device: torch.device, dtype: str) -> dict[str, Any]:
     """Return the device and the software, as `plan.calibration.Calibration` names them."""
     name, size = cpu_name() or "cpu", memory()[0]
-    if scale.cuda:
-        card = torch.cuda.get_device_properties(scale.device)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
         name, size = card.name, card.total_memory
-    dtype = dtype_name(scale.dtype)
     return {"device": name, "device_memory": size, "dtype": dtype, "versions": versions()}
 
 
@@ -84,8 +82,8 @@ def _doctor(record: Record, scale: Scale) -> None:
     from wanflow.doctor.report import examine
 
     report = examine(Path.cwd())
-    packages = (f"{name} " for name in REQUIRED)
-    lacking = [p.text for p in report.problems if p.text.startswith(tuple(packages))]
+    packages = tuple(f"{name} " for name in REQUIRED)
+    lacking = [p.text for p in report.problems if p.text.startswith(packages)]
     broken = [p.text for p in report.problems if p.level == "broken" and p.text not in lacking]
     broken = [text for text in broken if not text.startswith("no video can be written")]
     remarks = [p.text for p in report.problems if p.text not in broken]

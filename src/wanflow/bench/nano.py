@@ -134,7 +134,9 @@ def compiled_setting(scale: Scale) -> dict[str, Any]:
 
 
 def refuse_without_compiler() -> None:
-    """Raise Skip where inductor has no C compiler, which Triton needs too."""
+    """Raise Skip where torch's compiler lacks a C compiler, which Triton needs, or a package."""
+    if not installed("filelock"):
+        raise Skip("torch's compiler needs filelock (pip install filelock)")
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")):
         raise Skip("no C compiler is here (apt-get install gcc)")
 

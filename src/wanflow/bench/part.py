@@ -35,13 +35,14 @@ def main(name: str, file: str, device: str, seconds: str) -> None:
     record.save()
     import torch
 
-    from wanflow.bench.machine import about
+    from wanflow.bench.machine import about_device
     from wanflow.bench.tools import scale_of
     from wanflow.choices import choose_device
+    from wanflow.runtime import dtype_name
 
     with record.asking("the device"), torch.no_grad():
         scale = scale_of(choose_device(device))
-        record.about = about(scale)
+        record.about = about_device(scale.device, dtype_name(scale.dtype))
         for place in CODE[name]:
             module, function = place.split(".")
             with record.asking(place):

@@ -127,15 +127,25 @@ def distance(a: Tensor, b: Tensor) -> float:
 # random weights
 
 
-def randn(shape: Iterable[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def randn(
+    shape: Iterable[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Return random numbers, made on the device."""
-    made = dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
-    return torch.randn(*shape, dtype=made, device=device)
+    return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
 
 
-def random_weight(name: str, shape: Shape, dtype: torch.dtype, device: Any) -> Tensor:
+def random_weight(
+    name: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: Any,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Return random values of the size that keeps activations near one."""
-    noise = randn(shape, dtype, device)
+    noise = randn(shape, dtype, device, generator)
     if "norm" in name or "gamma" in name:
         return noise.mul_(0.1).add_(1)
     if len(shape) < 2 or "modulation" in name:

@@ -87,8 +87,9 @@ COMMANDS = {
     ),
     "bench": Command(
         "bench",
-        "measure a run, or check everything that a GPU must answer first",
+        "measure the stages of a run, or check what a GPU must answer first",
         "wanflow bench --check --out findings",
+        brief=True,
         page=True,
     ),
     "completion": Command(

@@ -1,4 +1,4 @@
-"""Run `wanflow bench`: measure a run, or check everything that a GPU must answer first."""
+"""Run `wanflow bench`: measure the stages of a run, or check what a GPU must answer first."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from wanflow.cli.parser import Parser, file_path
+from wanflow.cli.flags import CKPT_DIR, GROUPS, config_flag, given_parts, part_flags, runtime_from
+from wanflow.cli.parser import Parser, add_settings, file_path, number, settings_from
 from wanflow.config import RequestError
 from wanflow.files import write_bytes
+from wanflow.request import Request
+from wanflow.runtime import Runtime
 from wanflow.screen import print_line
 from wanflow.units import duration
 from wanflow.untrusted import printable
 
 if TYPE_CHECKING:
     from wanflow.bench.check import Part, Result
+    from wanflow.checkpoint.checkpoint import Checkpoint
     from wanflow.cli.output import Output
 
 PAGE, DOCUMENT = "findings.md", "check.json"
+TABLE, PLOT, STAGES = "stages.txt", "stages.png", "stages.json"
+MODELS = {"t2v-A14B": "Wan2.2-T2V-A14B", "nano": "nano"}  # of --random_weights
+STEPS = 6  # so few have both experts, each with a step that is not its first
+PROMPT = "a red circle moves left on a blue background"
 
 
 class WrongError(OSError):
@@ -30,7 +38,39 @@ class WrongError(OSError):
 
 
 def bench_flags(p: Parser) -> None:
-    """Add the command's flags."""
+    """Add the command's flags: its own, and those of a model, a video and a runtime."""
+    own = p.add_argument_group("benchmark")
+    own.add_argument(
+        "--ckpt_dir",
+        metavar="DIR",
+        help=f"folder of the weights, or nano, the miniature (default: {CKPT_DIR})",
+    )
+    own.add_argument(
+        "--random_weights",
+        "--random-weights",
+        choices=tuple(MODELS),
+        help="random weights made on the device, in place of files",
+    )
+    own.add_argument(
+        "--layers",
+        type=number(int, 1, 1000),
+        metavar="N",
+        help="blocks of an expert of --random_weights, so that it fits",
+    )
+    own.add_argument(
+        "--repeat", type=number(int, 1, 100), default=1, metavar="N", help="runs; medians count"
+    )
+    own.add_argument(
+        "--against",
+        choices=("diffusers",),
+        help="also time a step and a decode beside it, in turn, with the same weights",
+    )
+    own.add_argument(
+        "--out",
+        type=file_path,
+        metavar="FOLDER",
+        help="folder to make, for the table, a plot and JSON, or a check's findings",
+    )
     check = p.add_argument_group(
         "check", "Every part runs in a process of its own; all take eight minutes at most."
     )
@@ -40,24 +80,88 @@ def bench_flags(p: Parser) -> None:
     check.add_argument(
         "--parts", nargs="+", default=[], metavar="PART", help="these parts only, as in: block vae"
     )
-    result = p.add_argument_group("result")
-    result.add_argument(
-        "--out", type=file_path, metavar="FOLDER", help="folder to make, for all that was measured"
-    )
-    p.add_argument_group("device").add_argument(
-        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1"
-    )
+    names = ("main", "video", "sampling", "LoRA", "memory", "parallel", "parts")
+    groups = {name: p.add_argument_group(*GROUPS[name]) for name in names}
+    add_settings(Request, groups)
+    add_settings(Runtime, groups)
+    part_flags(groups["parts"])
+    run = p.add_argument_group("run")
+    config_flag(run)
+    run.add_argument("--force", action="store_true", help="run although the machine is too small")
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Measure, or check.
+    """Measure the stages of a run, or check.
 
     Raises:
         WrongError: after a check that found something wrong.
     """
-    if not args.check:
-        raise RequestError("bench needs --check")
-    check(args)
+    if args.check:
+        return check(args)
+    if args.parts:
+        raise RequestError("--parts names parts of a check: add --check")
+    run(args)
+
+
+# A run
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure a run, and print its stages beside the plan."""
+    request = Request(**{"prompt": PROMPT, "seed": 0, "sample_steps": STEPS, **_given(args)})
+    runtime = runtime_from(args)
+    folder = None if args.out is None else _folder(args.out)
+    with args.output.screen() as screen:
+        from wanflow.bench.report import bars, lines
+        from wanflow.bench.run import measure
+
+        checkpoint = _model(args, runtime)
+        screen.say(f"measuring {checkpoint.spec.name}")
+        how = args.repeat, screen.progress, screen.stage, args.force
+        found = measure(checkpoint, request, runtime, *how)
+        document = found.document()
+        page = lines(found.title, found.stages)
+        if args.against is not None:
+            from wanflow.bench.against import beside, words
+
+            sides = beside(found, checkpoint.spec, max(3, args.repeat), screen.progress)
+            document["against"] = sides
+            page += [("", ""), *(("", line) for line in words(sides))]
+    if folder is not None:
+        text = "\n".join(line for _, line in page) + "\n"
+        write_bytes(folder / TABLE, text.encode(), overwrite=True)
+        write_bytes(folder / PLOT, bars(found.title, found.stages), overwrite=True)
+        write_bytes(folder / STAGES, json.dumps(document, indent=1).encode(), overwrite=True)
+        document["folder"] = str(folder)
+    args.output.page(page, **document)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in settings_from(Request, args).items() if value != ""}
+
+
+def _model(args: argparse.Namespace, runtime: Runtime) -> Checkpoint:
+    """Return the model that is named; else nano on a CPU, and random weights on a GPU."""
+    from wanflow.choices import choose_device
+    from wanflow.opening import resolve
+
+    given, device = given_parts(args), choose_device(runtime.device)
+    named, random = args.ckpt_dir is not None or bool(given), args.random_weights
+    if random is None and not named:
+        random = "t2v-A14B" if device.type == "cuda" else None
+    if random is None:
+        if args.layers is not None:
+            raise RequestError(
+                f"--layers {args.layers}: files hold all blocks; add --random_weights t2v-A14B"
+            )
+        return resolve(args.ckpt_dir if named else "nano", given)
+    if named:
+        raise RequestError(
+            "--random_weights is in place of files: leave it out, or --ckpt_dir and single files"
+        )
+    from wanflow.bench.weights import random_checkpoint
+
+    return random_checkpoint(MODELS[random], args.layers, device)
 
 
 # The check

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from wanflow.cli.flags import given_parts, request_from, runtime_from
-from wanflow.cli.parser import did_you_mean
+from wanflow.cli.parser import did_you_mean, settings_from
 from wanflow.cli.running import check_target_name
 from wanflow.config import RequestError
 from wanflow.geometry import COMMON, parse_size
@@ -46,6 +46,7 @@ def check(args: argparse.Namespace) -> None:
         "replay": lambda args: _clip(args.video),
         "decode": lambda args: check_state(args.latent),
         "plan": _planned,
+        "bench": _measured,
         "inspect": lambda args: _model(args.path, to_load=False),
         "convert": _converted,
         "train": _train,
@@ -75,6 +76,13 @@ def _planned(args: argparse.Namespace) -> None:
     _check_request(replace(request_from(args), prompt="any"))
     _check_runtime(runtime_from(args))
     _weights(args)
+
+
+def _measured(args: argparse.Namespace) -> None:
+    _check_runtime(runtime_from(args))
+    if not args.check:
+        _check_request(Request(**{"prompt": "any", **settings_from(Request, args)}))
+        _weights(args)
 
 
 def _converted(args: argparse.Namespace) -> None:
