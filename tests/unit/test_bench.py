@@ -1,4 +1,4 @@
-"""`wanflow bench --check`: every part in a process of its own, and a page of what was found."""
+"""`wanflow bench`: stages of a run beside the plan; a check whose parts cannot hide each other."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from wanflow.bench import check, findings
+from wanflow.bench import check, findings, report
 from wanflow.bench.check import PARTS, SECONDS, Part, Result
 from wanflow.bench.gguf import q8_0, write_q8_0
 from wanflow.bench.nano import rms
 from wanflow.bench.part import CODE
 from wanflow.bench.record import Finding, Record, Skip, read_found
 from wanflow.bench.tools import block_work, distance, one_block, random_expert, scale_of
+from wanflow.bench.weights import random_checkpoint
 from wanflow.checkpoint.source import open_source
 from wanflow.cli import main
 from wanflow.opening import resolve
@@ -231,6 +233,101 @@ def test_a_block_runs_as_in_a_pass() -> None:
     flops = block_work(scale, latent).flops
     assert flops["matmul", True] == 2 * tokens * (6 * dim**2 + 2 * dim * wide)
     assert rms(torch.ones(4), torch.ones(4)) == 0 == distance(torch.ones(4), torch.ones(4))
+
+
+# the stages of a run
+
+
+def test_random_weights_are_the_same_each_time() -> None:
+    checkpoint = random_checkpoint("nano", 2, torch.device("cpu"))
+    source, name = checkpoint.source("high"), "blocks.1.ffn.0.weight"
+    whole = source.read(name, torch.float32)
+    assert whole.shape == (640, 160) and 0.9 < whole.std() * 160**0.5 < 1.1
+    assert torch.equal(source.read(name, torch.float32, slice(3, 9)), whole[3:9])
+    half = torch.empty(640, 160, dtype=torch.bfloat16)
+    assert source.read(name, out=half, dtype=torch.bfloat16) is half and half.any()
+    assert checkpoint.spec.dit.num_layers == 2 and "blocks.2.ffn.0.weight" not in source.tensors
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What the command measures of nano with random weights, and what it keeps."""
+    folder = tmp_path_factory.mktemp("bench") / "out"
+    words = ["bench", "--random-weights", "nano", "--layers", "2", "--size", "32*32"]
+    words += ["--frame_num", "5", "--repeat", "2", "--device", "cpu", "--out", str(folder)]
+    assert main(words) == 0
+    return json.loads((folder / "stages.json").read_text()), folder
+
+
+def test_stages_stand_beside_the_plan(stages: tuple[dict[str, Any], Path]) -> None:
+    document, _ = stages
+    named = {one["name"]: one for one in document["stages"]}
+    for expert in ("high", "low"):
+        step = named[f"{expert}-noise expert: a step"]
+        assert len(step["times"]) == 4  # of three steps the first counts apart, in two runs
+        assert step["seconds"] == pytest.approx(sum(sorted(step["times"])[1:3]) / 2)
+        assert step["flops_per_second"] == pytest.approx(step["flops"] / step["seconds"])
+        assert step["share_of_plan"] == pytest.approx(step["planned"] / step["seconds"])
+        assert step["planned_peak"] > 10**8
+        assert named[f"{expert}-noise expert: first step beyond"]["seconds"] >= 0
+    assert len(named["low-noise expert: switch, reading"]["times"]) == 2
+    assert {"text encoder", "VAE: reading", "VAE", "mp4"} <= named.keys()
+    assert document["attention"] == "sdpa" and document["request"]["sample_steps"] == 6
+    assert document["calibration"]["device"] == document["device"]
+
+
+def test_the_work_of_a_step_is_that_of_the_model(stages: tuple[dict[str, Any], Path]) -> None:
+    """Both branches of guidance, two blocks, by hand: projections, attention, text, head."""
+    step = next(one for one in stages[0]["stages"] if one["name"].endswith(": a step"))
+    tokens, text, dim, wide = 2 * 2 * 2, 32, 160, 640
+    block = 2 * tokens * (6 * dim**2 + 2 * dim * wide) + 4 * tokens * (tokens + text) * dim
+    assert 2 * 2 * block < step["flops"] < 1.5 * 2 * 2 * block
+
+
+def test_what_is_kept(stages: tuple[dict[str, Any], Path]) -> None:
+    document, folder = stages
+    text = (folder / "stages.txt").read_text()
+    assert document["title"] in text and "high-noise expert: a step" in text
+    with Image.open(folder / "stages.png") as picture:
+        assert picture.size[1] > 44 * len(document["stages"])
+        colours = {colour for _, colour in picture.getcolors(1 << 20)}
+    assert {report.BLUE, report.GREY} <= colours  # both bars are drawn
+    assert read_calibration(folder / "stages.json").device == document["device"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ckpt_dir", "nano", "--random_weights", "nano"], "is in place of files: leave it out"),
+        (["--ckpt_dir", "nano", "--layers", "2"], "add --random_weights t2v-A14B"),
+        (["--parts", "vae"], "add --check"),
+        (["--random_weights", "t2v-A14B", "--device", "cpu"], "needs a GPU with 80 GB"),
+        (["--size", "31*32"], "multiple of 16"),
+        (["--dtype", "float8"], "dtype 'float8' is none of"),
+    ],
+)
+def test_refusals(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *words]) == 2 and message in capsys.readouterr().err
+
+
+def test_a_peer_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wanflow.bench import against
+
+    monkeypatch.setattr(against, "installed", lambda name: False)
+    assert main(["bench", "--against", "diffusers"]) == 2
+    assert "it is not installed; pip install diffusers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_beside_diffusers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--random_weights", "nano", "--layers", "1", "--size", "32*32", "--frame_num", "5"]
+    assert main(["bench", *words, "--against", "diffusers", "--json", "--device", "cpu"]) == 0
+    sides = json.loads(capsys.readouterr().out)["against"]
+    for what in ("step", "decode"):
+        assert sides[what]["equal"] and sides[what]["max_difference"] < 1e-4
+        assert sides[what]["ratio"] > 0 and sides[what]["rounds"] == 3
 
 
 # a bare container

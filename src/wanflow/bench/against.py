@@ -107,7 +107,9 @@ def transformer(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> 
     return theirs.to(device)
 
 
-def step_calls(ours: WanDiT, theirs: Any, latent: Tensor, text: Tensor, dtype: torch.dtype) -> Calls:
+def step_calls(
+    ours: WanDiT, theirs: Any, latent: Tensor, text: Tensor, dtype: torch.dtype
+) -> Calls:
     """Return a guided step of each side, in one batch and in two passes.
 
     Args:
@@ -163,7 +165,10 @@ def _decode(scale: Scale, count: int, show: Show) -> dict[str, Any]:
     give("vae", ours, theirs)
     z = torch.randn(scale.vae_latent, device=scale.device)
     # The peer takes what its pipeline has scaled back.
-    mean, std = (torch.tensor(values, device=z.device).view(1, -1, 1, 1, 1) for values in (config.mean, config.std))
+    mean, std = (
+        torch.tensor(values, device=z.device).view(1, -1, 1, 1, 1)
+        for values in (config.latent_mean, config.latent_std)
+    )
     calls: Calls = {
         "wanflow": lambda: ours.decode(z).clamp_(-1, 1),
         "diffusers": lambda: theirs.decode(z * std + mean, return_dict=False)[0],
@@ -171,9 +176,7 @@ def _decode(scale: Scale, count: int, show: Show) -> dict[str, Any]:
     return _compared(calls, scale, count, show, BOUND[torch.float32])
 
 
-def _compared(
-    calls: Calls, scale: Scale, count: int, show: Show, bound: float
-) -> dict[str, Any]:
+def _compared(calls: Calls, scale: Scale, count: int, show: Show, bound: float) -> dict[str, Any]:
     a, b = (calls[next(n for n in calls if n.startswith(s))]() for s in ("wanflow", "diffusers"))
     difference = distance(a.float(), b.float())
     del a, b
@@ -217,5 +220,3 @@ def words(sides: dict[str, Any]) -> Iterator[str]:
             f"{what}: {one['ratio']:.3g} times as fast ({ours:.4g} s, {theirs:.4g} s; median of"
             f" {one['rounds']}; {one['max_difference']:.2g} apart{equal})"
         )
-
-

@@ -17,7 +17,7 @@ from wanflow.plan.calibration import from_json
 from wanflow.plan.estimate import estimate
 from wanflow.plan.measure import rated
 from wanflow.plan.solve import solve
-from wanflow.plan.start import completed, placed, raise_if_unfit
+from wanflow.plan.start import completed, placed, raise_if_unfit, refuse_without_gpu
 from wanflow.request import Request
 from wanflow.runtime import Runtime, dtype_name
 
@@ -95,6 +95,8 @@ def measure(
     """
     runtime = replace(runtime, text_cache=None)  # a cached text would be no measurement
     runtime, machine = placed(runtime, checkpoint.folder)
+    if not force and (machine.gpu == 0 or runtime.device == "cpu"):
+        refuse_without_gpu(checkpoint, machine)  # before a trace, which takes seconds
     complete = completed(request, checkpoint.spec)
     plan = solve(checkpoint, complete, runtime, machine, report=stage)
     if not force:

@@ -41,6 +41,9 @@ def bench_flags(p: Parser) -> None:
     """Add the command's flags: its own, and those of a model, a video and a runtime."""
     own = p.add_argument_group("benchmark")
     own.add_argument(
+        "--check", action="store_true", help="answer what a GPU must answer first, part by part"
+    )
+    own.add_argument(
         "--ckpt_dir",
         metavar="DIR",
         help=f"folder of the weights, or nano, the miniature (default: {CKPT_DIR})",
@@ -58,27 +61,22 @@ def bench_flags(p: Parser) -> None:
         help="blocks of an expert of --random_weights, so that it fits",
     )
     own.add_argument(
+        "--out",
+        type=file_path,
+        metavar="FOLDER",
+        help="folder to make, for table, plot and JSON, or for the findings of a check",
+    )
+    more = p.add_argument_group("what to measure")
+    more.add_argument(
         "--repeat", type=number(int, 1, 100), default=1, metavar="N", help="runs; medians count"
     )
-    own.add_argument(
+    more.add_argument(
         "--against",
         choices=("diffusers",),
         help="also time a step and a decode beside it, in turn, with the same weights",
     )
-    own.add_argument(
-        "--out",
-        type=file_path,
-        metavar="FOLDER",
-        help="folder to make, for the table, a plot and JSON, or a check's findings",
-    )
-    check = p.add_argument_group(
-        "check", "Every part runs in a process of its own; all take eight minutes at most."
-    )
-    check.add_argument(
-        "--check", action="store_true", help="answer what a GPU must answer first, part by part"
-    )
-    check.add_argument(
-        "--parts", nargs="+", default=[], metavar="PART", help="these parts only, as in: block vae"
+    more.add_argument(
+        "--parts", nargs="+", default=[], metavar="PART", help="of --check, as in: block vae"
     )
     names = ("main", "video", "sampling", "LoRA", "memory", "parallel", "parts")
     groups = {name: p.add_argument_group(*GROUPS[name]) for name in names}
@@ -116,14 +114,16 @@ def run(args: argparse.Namespace) -> None:
         from wanflow.bench.run import measure
 
         checkpoint = _model(args, runtime)
+        if args.against is not None:
+            from wanflow.bench.against import beside, refuse_without_diffusers, words
+
+            refuse_without_diffusers()
         screen.say(f"measuring {checkpoint.spec.name}")
         how = args.repeat, screen.progress, screen.stage, args.force
         found = measure(checkpoint, request, runtime, *how)
         document = found.document()
         page = lines(found.title, found.stages)
         if args.against is not None:
-            from wanflow.bench.against import beside, words
-
             sides = beside(found, checkpoint.spec, max(3, args.repeat), screen.progress)
             document["against"] = sides
             page += [("", ""), *(("", line) for line in words(sides))]
