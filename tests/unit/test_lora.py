@@ -226,6 +226,26 @@ def test_several_at_once(plain: WanDiT, model: WanDiT) -> None:
     torch.testing.assert_close(run(model), run(fused), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_live_loras_add_to_the_output_in_place(plain: WanDiT, dtype: torch.dtype) -> None:
+    """Without gradients there is no second tensor of the output's size, and no other bit."""
+    model = copy.deepcopy(plain).to(dtype)
+    adapters = Adapters(model)
+    for name in ("a", "b"):
+        adapters.attach(name, {"blocks.0.ffn.0.weight": low_rank(64, 32)})
+    wrapper = model.get_submodule("blocks.0.ffn.0")
+    assert isinstance(wrapper, LoRALinear)
+    outputs: list[Tensor] = []
+    wrapper.leaf.register_forward_hook(lambda _leaf, _x, out: outputs.append(out))
+    x = torch.randn(2, 5, 32, dtype=dtype)
+    learning = wrapper(x)
+    with torch.no_grad():
+        result = wrapper(x)
+    assert result.data_ptr() == outputs[1].data_ptr()
+    assert learning.data_ptr() != outputs[0].data_ptr()
+    assert torch.equal(result, learning)
+
+
 def test_dtypes(plain: WanDiT) -> None:
     """On a bfloat16 base the sum is as near as bfloat16 is, the float32 islands stay, and 0 is
     still nothing.

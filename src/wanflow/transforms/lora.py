@@ -116,15 +116,12 @@ class LoRALinear(nn.Module):
         y: Tensor = self.leaf(x)
         h = x.to(self.compute_dtype)
         for slot in slots:
-            # Strength scales the narrow side, and the sum goes into the matmul: a wide temporary
-            # takes 2 GB at 720p.
+            # Strength scales the narrow side, and the matmul adds to the leaf's output where no
+            # gradient asks for it: a wide temporary takes 2 GB at 720p.
             narrow = F.linear(h, slot.down.to(h.dtype)) * slot.strength
-            wide = torch.addmm(
-                y.reshape(-1, y.shape[-1]),
-                narrow.reshape(-1, narrow.shape[-1]),
-                slot.up.to(h.dtype).mT,
-            )
-            y = wide.view(y.shape)
+            wide = y.reshape(-1, y.shape[-1])
+            add = wide.addmm if torch.is_grad_enabled() else wide.addmm_
+            y = add(narrow.reshape(-1, narrow.shape[-1]), slot.up.to(h.dtype).mT).view(y.shape)
         return y
 
     def _through_weight(self, x: Tensor, slots: Iterable[LoRAWeights]) -> Tensor:
