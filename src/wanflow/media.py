@@ -15,7 +15,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -177,7 +177,7 @@ class VideoWriter:
             publish(self._part, self.path, overwrite=self.overwrite)
 
 
-Writer = Callable[[Path, int, int, float, Mapping[str, str], bool], VideoWriter]
+Writer = Callable[[Path, int, int, float, Mapping[str, str], bool], AbstractContextManager[Any]]
 
 
 def one_frame(path: Path, frames: int) -> str:

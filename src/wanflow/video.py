@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 from base64 import b64encode
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,7 +18,7 @@ import numpy as np
 from wanflow import api
 from wanflow.config import RequestError
 from wanflow.encoding import choose_encoding, writer_of
-from wanflow.media import Frames
+from wanflow.media import Frames, Writer
 from wanflow.untrusted import user_path
 from wanflow.wording import without_flags
 
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from wanflow import options
+
+WAITING = 2  # chunks: one is encoded, one waits, and a third is computed
 
 
 class Video(api.Video):
@@ -78,5 +84,46 @@ class Video(api.Video):
 def save_frames(
     path: Path, chunks: Iterator[Frames], fps: float, recipe: dict[str, Any], overwrite: bool
 ) -> Path:
-    """Write frames as they come, into the kind of file that the name asks for."""
-    return api.save_frames(path, chunks, fps, recipe, overwrite, writer_of(path))
+    """Write frames as they come, into the kind of file that the name asks for.
+
+    A thread encodes, while the caller's computes the next frames.
+    """
+    return api.save_frames(path, chunks, fps, recipe, overwrite, in_thread(writer_of(path)))
+
+
+def in_thread(writer: Writer) -> Writer:
+    """Return a writer that encodes in a thread, at most `WAITING` chunks behind.
+
+    What the thread raises ends the block: at the next `write`, or at the end. Where the block
+    raises, chunks that wait are dropped. The file is closed once the thread has ended.
+    """
+
+    @contextmanager
+    def opened(*args: Any) -> Iterator[_Waiting]:
+        with writer(*args) as file:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="wanflow-encode")
+            waiting = _Waiting(partial(thread.submit, file.write))
+            try:
+                yield waiting
+                waiting.shrink_to(0)
+            finally:
+                thread.shutdown(cancel_futures=True)
+
+    return opened
+
+
+class _Waiting:
+    """The chunks that are not in the file yet; `submit` hands one to the thread."""
+
+    def __init__(self, submit: Callable[[Frames], Future[None]]) -> None:
+        self._submit, self._chunks = submit, deque[Future[None]]()
+
+    def write(self, frames: Frames) -> None:
+        """Hand frames over, once there is room."""
+        self.shrink_to(WAITING - 1)
+        self._chunks.append(self._submit(frames))
+
+    def shrink_to(self, count: int) -> None:
+        """Wait until so many chunks are left; raise what encoding one has raised."""
+        while len(self._chunks) > count or (self._chunks and self._chunks[0].done()):
+            self._chunks.popleft().result()

@@ -11,19 +11,23 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Timer
 
 import numpy as np
 import pytest
+import torch
 from helpers.common import PROMPT, let_appear
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import wanflow
+from wanflow import files
 from wanflow.api import Pipeline
 from wanflow.cli import command_parser, keeping, main
 from wanflow.cli.keeping import continuing
+from wanflow.cli.output import Output
 from wanflow.clipfiles import read_frames
-from wanflow.pipeline import OnStep, Run
+from wanflow.pipeline import OnStep, Progress, Run
 
 STATE = Path("a.latent.safetensors")
 ASKED = {"frame_num": 5, "sample_steps": 4, "seed": 7}
@@ -353,3 +357,60 @@ def test_the_command_names_a_free_file_where_the_video_appeared_meanwhile(
     assert main(shlex.split(command)) == 0
     assert sorted(os.listdir()) == ["a-2.mp4", STATE.name, "a.mp4"]  # decode keeps its input
     assert Path("a.mp4").read_bytes() == b"mine"
+
+
+def progress_of(run: Run) -> Progress:
+    index = run.state.index
+    return Progress(index, 4, 0.0, 0.0, 0.0, "low", run.state.x, run)
+
+
+def keeper_of(run: Run, go_on: str = "go on") -> keeping.StateKeeper:
+    return keeping.StateKeeper(run, STATE, lambda run, file: go_on, Output())
+
+
+def test_a_step_does_not_wait_for_the_disk(
+    states: dict[int, Run], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the state of step 1 is written, steps 2 and 3 go on; an abort then stores step 3."""
+    monkeypatch.setattr(keeping, "SAVE_SECONDS", -1.0)
+    save, begun, go_on, written = Run.save, Event(), Event(), []
+
+    def slow(self: Run, path: Path) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        save(self, path)
+        written.append(self.state.index)
+
+    monkeypatch.setattr(Run, "save", slow)
+    keeper = keeper_of(states[1])
+    assert keeper(progress_of(states[1])) and begun.wait(10)
+    assert keeper(progress_of(states[2])) and keeper(progress_of(states[3]))
+    assert not written and not STATE.exists()
+    Timer(0.05, go_on.set).start()
+    assert keeper.on_abort()
+    assert written == [1, 3]
+    assert torch.equal(Run.load(STATE).state.x, states[3].state.x)
+
+
+def test_a_thread_that_saves_keeps_what_the_disk_refuses_for_later(
+    states: dict[int, Run],
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(keeping, "SAVE_SECONDS", -1.0)
+    keeper = keeper_of(states[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", lambda handle: raises(OSError(errno.EIO, "cable")))
+        keeper(progress_of(states[1]))
+        keeper.try_to_save()
+    assert capsys.readouterr().err.count("is not saved for now") == 1
+    assert not STATE.exists() and keeper.stored is None
+    keeper.try_to_save()
+    assert Run.load(STATE).state.index == 1
+    keeper.remove()
+    assert not STATE.exists()
+
+
+def raises(error: Exception) -> None:
+    raise error

@@ -9,7 +9,10 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
+from threading import enumerate as enumerate_threads
 from typing import Any
 
 import av
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from wanflow import video
 from wanflow.clipfiles import (
     GAP,
     LABEL,
@@ -574,3 +578,87 @@ def test_pipes_and_pictures_without_bounds_are_refused(tmp_path: Path) -> None:
     for read in (read_recipe, read_frames):
         with pytest.raises(RequestError, match=r"huge\.png"):
             read(path)
+
+
+class Slow(VideoWriter):
+    """Writes a chunk once `go` is set, or fails at one; counts them."""
+
+    go = Event()
+    fails_at = -1
+    chunks = 0
+
+    def write(self, frames: np.ndarray) -> None:
+        assert self.go.wait(10)
+        if self.chunks == self.fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        Slow.chunks += 1
+        super().write(frames)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
+    monkeypatch.setattr(video, "writer_of", lambda path: Slow)
+    for name, value in {"go": Event(), "fails_at": -1, "chunks": 0}.items():
+        monkeypatch.setattr(Slow, name, value)
+    return Slow
+
+
+def save(path: Path, chunks: Iterator[np.ndarray]) -> Path:
+    return video.save_frames(path, chunks, 16, {}, False)
+
+
+def test_a_thread_encodes_while_the_next_frames_are_decoded(
+    slow: type[Slow], tmp_path: Path, clip: Path
+) -> None:
+    """Encoding the first chunk waits until the third is decoded, and no fourth is before that."""
+    decoded: list[int] = []
+
+    def chunks() -> Iterator[np.ndarray]:
+        for start in range(9):
+            if start == 3:
+                assert slow.chunks > 0
+            decoded.append(start)
+            if start == 2:
+                assert slow.chunks == 0
+                slow.go.set()
+            yield moving()[start : start + 1]
+
+    path = save(tmp_path / "a.mp4", chunks())
+    assert decoded == [*range(9)] and slow.chunks == 9
+    assert np.array_equal(read_frames(path)[0], read_frames(clip)[0])
+    assert not encoders()
+
+
+def test_what_encoding_raises_ends_decoding(slow: type[Slow], tmp_path: Path) -> None:
+    slow.go.set()
+    slow.fails_at = 1
+    decoded: list[int] = []
+
+    def chunks() -> Iterator[np.ndarray]:
+        for start in range(9):
+            decoded.append(start)
+            yield moving()[start : start + 1]
+
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path / "a.mp4", chunks())
+    assert len(decoded) < 6 and not names(tmp_path) and not encoders()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OutputError])
+def test_what_decoding_raises_ends_encoding(
+    slow: type[Slow], tmp_path: Path, error: type[BaseException]
+) -> None:
+    slow.go.set()
+
+    def chunks() -> Iterator[np.ndarray]:
+        yield moving()[:1]
+        yield moving()[1:2]
+        raise error
+
+    with pytest.raises(error):
+        save(tmp_path / "a.mp4", chunks())
+    assert not names(tmp_path) and not encoders()
+
+
+def encoders() -> list[Thread]:
+    return [one for one in enumerate_threads() if one.name.startswith("wanflow-encode")]

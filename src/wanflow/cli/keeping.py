@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
+from threading import RLock, Thread
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ BEGUN = ("preset", "sample_guide_scale", "recipe", "config", "resume", "save_fil
 class StateKeeper:
     """Saves a run every few seconds, and when it is aborted; goes on where the disk is full.
 
+    A thread writes the newest state while the next steps compute.
+
     stored: the step of the state that is on the disk; None before the first.
 
     Args:
@@ -59,12 +62,15 @@ class StateKeeper:
         self.stored = None if source is None else run.state.index
         self._recipe = run.recipe  # what the file says of how the run is computed
         self._saved, self._warned = time.monotonic(), False
+        self._disk = RLock()  # held while a state is written; a signal's handler may save, too
+        self._thread = Thread()
 
     def __call__(self, progress: Progress) -> bool:
         """Take the state after a step."""
         self.take(progress.run)
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self.try_to_save()
+        if time.monotonic() - self._saved > SAVE_SECONDS and not self._thread.is_alive():
+            self._thread = Thread(target=self.try_to_save, name="wanflow-state")
+            self._thread.start()
         return True
 
     def take(self, run: Run) -> None:
@@ -73,26 +79,35 @@ class StateKeeper:
         self.run = replace(run, state=type(run.state).from_tensors(run.state.index, tensors))
 
     def save(self) -> None:
-        """Write the state unless it is on the disk; raises OSError where the disk refuses."""
-        if self.stored == self.run.state.index and self._recipe == self.run.recipe:
+        """Write the newest state unless it is on the disk, once no thread is writing.
+
+        Raises:
+            OSError: where the disk refuses.
+        """
+        with self._disk:
+            self._write(self.run)
+
+    def _write(self, run: Run) -> None:
+        if self.stored == run.state.index and self._recipe == run.recipe:
             return
-        if os.path.lexists(self._place) and not is_of(self.run, self._place):
+        if os.path.lexists(self._place) and not is_of(run, self._place):
             stem = self._place.name.removesuffix(STATE_SUFFIX)
-            beside = self._place.with_name(f"{stem}-{self.run.id}{STATE_SUFFIX}")
+            beside = self._place.with_name(f"{stem}-{run.id}{STATE_SUFFIX}")
             self._output.alert(f"{self._place} is another run's now; this one is saved in {beside}")
             self._place = beside
-        self.run.save(self._place)
-        self.file, self.stored, self._recipe = self._place, self.run.state.index, self.run.recipe
+        run.save(self._place)
+        self.file, self.stored, self._recipe = self._place, run.state.index, run.recipe
 
     def try_to_save(self) -> None:
         """Write the state; where the disk refuses, say so once and leave it for the next time."""
-        try:
-            self.save()
-        except OSError as error:
-            if not self._warned:
-                self._output.alert(f"the state of the run is not saved for now: {error}")
-            self._warned = True
-        self._saved = time.monotonic()
+        with self._disk:
+            try:
+                self.save()
+            except OSError as error:
+                if not self._warned:
+                    self._output.alert(f"the state of the run is not saved for now: {error}")
+                self._warned = True
+            self._saved = time.monotonic()
 
     def on_abort(self) -> bool:
         """Save the run and print how to go on with it; return whether there is a state."""
@@ -112,6 +127,8 @@ class StateKeeper:
 
     def remove(self, *others: Path | None) -> None:
         """Delete the state, and others of this run; nothing of another run's."""
+        if self._thread.is_alive():
+            self._thread.join()
         for file in {self._place, *filter(None, others)}:
             if is_of(self.run, file):
                 file.unlink()
