@@ -771,7 +771,8 @@ def published_minutes(row: str) -> list[float]:
 def test_the_page_of_figures_is_the_plans() -> None:
     """Each way's minutes: the seconds of a pass times its passes, and the rest of a run."""
     passes = {
-        "40 steps, as published": 80,
+        "40 steps, eager": 80,
+        "40 steps, compiled": 80,
         "8 steps, `--preset lightning-motion`": 10,
         "8 steps, `--preset lightning8`": 8,
         "4 steps, `--preset lightning4`": 4,
@@ -782,11 +783,11 @@ def test_the_page_of_figures_is_the_plans() -> None:
         for row, number in passes.items():
             guided = {} if number == 80 else {"cfg_high": 1.0, "cfg_low": 1.0}
             plan = together(count, ram=128, runtime=Runtime(keep_experts=False), **guided)
-            found = estimate(plan)
+            found = estimate(plan, "compiled" in row)
             rest = found.seconds - found.denoising - sum(stage.loading for stage in found.stages)
             seconds = rest + found.denoising / 40 * (40 if number == 80 else number)
             assert seconds / 60 == pytest.approx(published_minutes(row)[column], abs=0.051), row
-            assert seconds / 60 < fastest
+            assert seconds / 60 < fastest or "compiled" in row
             fastest = seconds / 60
     plan = together(1, ram=128, runtime=Runtime(keep_experts=False))
     assert plan.need is not None
@@ -800,7 +801,7 @@ def test_the_page_of_figures_is_the_plans() -> None:
     assert published_minutes("8 steps, `--preset lightning-motion`")[0] < 12
     # The official program takes 45.6 minutes on one A100 and 6.4 on eight, where it does more than
     # its share (docs/explain/performance.md).
-    one, *_, eight = published_minutes("40 steps, as published")
+    one, *_, eight = published_minutes("40 steps, eager")
     assert one == pytest.approx(45.6, rel=0.1) and 0.8 * 6.4 < eight < 6.4
 
 

@@ -55,6 +55,25 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Overheads:
+    """GPU memory besides tensors, in bytes: assumed, and not measured, where no source says so.
+
+    Attributes:
+        context: of CUDA, with its kernels; 0.4 to 0.6 GB are usual.
+        gaps: the share that PyTorch's allocator loses to rounding and gaps.
+        workspace: of cuDNN's convolutions, in the VAE.
+        nccl: buffers of NCCL's communicators, of several ranks; 0.3 to 1 GB are usual.
+        source: where they come from.
+    """
+
+    context: int = 600_000_000
+    gaps: float = 0.04
+    workspace: int = 500_000_000
+    nccl: int = 1_000_000_000
+    source: str = "assumed"
+
+
+@dataclass(frozen=True)
 class Card:
     """A known GPU.
 
@@ -249,4 +268,5 @@ def _spelt(text: str) -> tuple[str, int | None]:
     )
     model = re.sub(r"[^a-z0-9]", "", text)
     model = re.sub(r"^[rg]tx", "", model)
-    return "a100" if model == "a100pcie" else model, int(size[1]) if size else None
+    model = {"a100pcie": "a100", "v100pcie": "v100"}.get(model, model)
+    return model, int(size[1]) if size else None

@@ -10,6 +10,8 @@ from wanflow.plan.phases import Phase
 from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Work
 
+COMPILING = 20.0  # seconds, assumed: of a block, once for all of both experts
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -32,14 +34,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The time of a run, on the rank with the most to do; `source` of its rates."""
+    """The time of a run, on the rank with the most to do; `source` of its rates.
+
+    compiling: seconds, of a run that is compiled.
+    """
 
     stages: tuple[Stage, ...]
     source: str
+    compiling: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
+        return self.compiling + sum(stage.seconds for stage in self.stages)
 
     @property
     def denoising(self) -> float:
@@ -47,8 +53,12 @@ class Estimate:
         return sum(stage.step * stage.steps for stage in self.stages if "expert" in stage.name)
 
 
-def estimate(plan: Plan) -> Estimate:
+def estimate(plan: Plan, compiled: bool | None = None) -> Estimate:
     """Return seconds by stage, of a traced plan on a machine with rates.
+
+    Args:
+        plan: the plan.
+        compiled: whether blocks are; None: as the runtime says, and the faster where that is open.
 
     Raises:
         RequestError: where one of the two is missing.
@@ -58,14 +68,35 @@ def estimate(plan: Plan) -> Estimate:
         raise RequestError(
             "no time can be estimated: neither a GPU with known rates nor a measurement is there"
         )
+    if compiled is None:
+        return min((estimate(plan, way) for way in ways(plan)), key=lambda found: found.seconds)
     stages: list[Stage] = []
     before = 0.0  # seconds of the steps during which the next expert is prefetched
     for phase in plan.need.phases:
+        if compiled:
+            work = replace(phase.work, traffic=phase.work.traffic - phase.fused)
+            phase = replace(phase, work=work)
         stage = _stage(phase, rates, before)
         stages.append(stage)
         prefetches = plan.runtime.prefetch and phase.expert is not None
         before = stage.step * stage.steps if prefetches else 0.0
-    return Estimate(tuple(stages), rates.source)
+    return Estimate(tuple(stages), rates.source, COMPILING if compiled else 0.0)
+
+
+def ways(plan: Plan) -> tuple[bool, ...]:
+    """Return whether blocks may run as they stand (False), compiled (True), or both."""
+    if plan.kind == "cpu" or plan.small or plan.dtype.itemsize != 2:
+        return (False,)
+    return {"on": (True,), "auto": (False, True)}.get(
+        getattr(plan.runtime, "compile", ""), (False,)
+    )
+
+
+def by_way(plan: Plan) -> dict[str, Estimate]:
+    """Return the estimates without and with a compiler, where that choice is open."""
+    if plan.machine.rates is None or len(ways(plan)) < 2:
+        return {}
+    return {"eager": estimate(plan, False), "compiled": estimate(plan, True)}
 
 
 def by_card(plan: Plan) -> dict[str, Estimate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal
 from wanflow.choices import choose_device
 from wanflow.config import RequestError
 from wanflow.hardware import gpu_driver, gpu_memory_free, memory
-from wanflow.plan.cards import GB, GPUS, REPORTED, Card, Rates, apple_chip, find_card
+from wanflow.plan.cards import GB, GPUS, REPORTED, Card, Overheads, Rates, apple_chip, find_card
 from wanflow.units import file_size
 
 Kind = Literal["gpu", "cpu"]
@@ -44,6 +45,18 @@ class Machine:
     bfloat16: bool = True
     device: str = ""
     holds_context: bool = False
+    overheads: Overheads = Overheads()  # noqa: RUF009 (it is frozen)
+
+    @property
+    def system(self) -> str:
+        """The operating system, as in `sys.platform`."""
+        return "linux" if self.described else sys.platform
+
+    @property
+    def gpu_room(self) -> int:
+        """Bytes of GPU memory that a run can take, its own context included."""
+        held = self.overheads.context if self.holds_context else 0
+        return min(self.gpu, self.gpu_free + held) if self.gpu_free else self.gpu
 
     def words(self) -> str:
         """Return the hardware for a message."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from wanflow.plan.cards import GB
+from wanflow.loaders.placement import host_copies
+from wanflow.plan.cards import GB, Overheads
 from wanflow.plan.decoding import kept_features
 from wanflow.plan.gpus import Kind
 from wanflow.plan.trace import Traced
@@ -12,15 +14,14 @@ from wanflow.plan.traces import Traces
 from wanflow.presets import Expert
 from wanflow.runtime import Runtime
 
-# GPU memory besides tensors: the context with its kernels (0.4 to 0.6 GB are usual), the share that
-# PyTorch's allocator loses to rounding and gaps, and the workspace of cuDNN's convolutions. Not
-# measured.
-CONTEXT, SCATTER, WORKSPACE = 600_000_000, 0.04, 500_000_000
 # RAM of Python with PyTorch, before a weight is read: 0.25 GB measured; with CUDA's libraries 1.5
 # GB, not measured.
 PROCESS, PROCESS_CUDA = 300_000_000, 1_500_000_000
 READING = 200_000_000  # bytes between a file and a weight: chunks, headers, the video being written
 OUTPUT_DISK = GB
+# Bytes that the elementwise operations of a block move, for each token and channel in bfloat16: as
+# they stand, and as a compiler fuses them. Tests hold the code to both.
+EAGER, COMPILED = 154, 70
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,13 @@ class Phase(Traced):
         host: bytes of RAM, where the device has memory of its own.
         read: bytes of files that are read before the first step.
         copied, read_in_step: bytes that are copied to the device, or read, in each step.
+        overheads: of the GPU's memory.
+        workspace: bytes of cuDNN's; nccl: of NCCL's buffers.
+        shared: bytes of RAM of which a machine holds so many `copies` for all its ranks.
         here: how many ranks the machine has.
         alone: whether rank 0 does this while the others wait.
         gathered: bytes of other ranks' shards that it receives in a step.
+        fused: bytes that a compiler saves of the work's traffic, in each step.
         frames: bytes of RAM for finished frames, which rank 0 keeps or encodes.
     """
 
@@ -45,14 +50,19 @@ class Phase(Traced):
     weights: int
     host: int
     here: int
+    copies: int
     read: int
+    overheads: Overheads
+    nccl: int
     expert: Expert | None = None
     steps: int = 1
     copied: int = 0
     read_in_step: int = 0
     workspace: int = 0
+    shared: int = 0
     alone: bool = False
     gathered: int = 0
+    fused: int = 0
     frames: int = 0
 
     @property
@@ -64,7 +74,8 @@ class Phase(Traced):
         """Bytes of GPU memory, everything included; 0 on a CPU."""
         if self.kind == "cpu":
             return 0
-        return round(self.tensors * (1 + SCATTER)) + self.workspace + CONTEXT
+        besides = self.overheads.context + self.workspace + self.nccl
+        return round(self.tensors * (1 + self.overheads.gaps)) + besides
 
     @property
     def ram(self) -> int:
@@ -74,7 +85,8 @@ class Phase(Traced):
         """
         each = self.tensors + self.host if self.kind == "cpu" else self.host
         process = PROCESS if self.kind == "cpu" else PROCESS_CUDA
-        return self.here * process + (1 if self.alone else self.here) * each + self.frames
+        each *= 1 if self.alone else self.here
+        return self.here * process + each + self.copies * self.shared + self.frames
 
 
 @dataclass(frozen=True)
@@ -131,10 +143,20 @@ def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         kind=kind,
         weights=weights,
         host=READING + host + traces.held_loras(traces.experts),
-        here=traces.here,
         read=traces.checkpoint.file_bytes("t5"),
+        **_of_ranks(traces),
         alone=True,
     )
+
+
+def _of_ranks(traces: Traces) -> dict[str, Any]:
+    """Return what every phase of a run has."""
+    over, here = traces.machine.overheads, traces.here
+    nccl, copies = (
+        over.nccl if traces.layout.size > 1 else 0,
+        host_copies(here, traces.machine.system),
+    )
+    return {"here": here, "copies": copies, "overheads": over, "nccl": nccl}
 
 
 def expert_phases(traces: Traces, runtime: Runtime, kind: Kind) -> list[Phase]:
@@ -163,12 +185,15 @@ def _denoise(
     from_ram = streamed > 0 and runtime.stream_from == "ram"
     host = READING + (held.largest if kind == "gpu" else 0)
     host += traces.held_loras(traces.experts[position:])
+    shared = 0
     if from_ram:
-        host += sum(streamed_bytes(traces, each, runtime) for each in (expert, *others))
+        shared += sum(streamed_bytes(traces, each, runtime) for each in (expert, *others))
     elif streamed and kind == "gpu":
         host += 2 * max(held.blocks)  # buffers between files and GPU
     if runtime.prefetch and position + 1 < len(traces.experts):
-        host += traces.expert(traces.experts[position + 1], runtime).total
+        ahead = traces.expert(traces.experts[position + 1], runtime)
+        shared += sum(ahead.blocks)
+        host += ahead.total - sum(ahead.blocks)
     file = traces.checkpoint.file_bytes(expert)
     read_in_step = 0 if from_ram else round(file * streamed / held.total)
     return Phase(
@@ -177,12 +202,14 @@ def _denoise(
         kind=kind,
         weights=sum(on_device(traces, each, runtime) for each in (expert, *others)),
         host=host,
-        here=traces.here,
+        shared=shared,
         read=file - read_in_step,
+        **_of_ranks(traces),
         expert=expert,
         steps=len(steps),
         copied=passes * streamed if kind == "gpu" else 0,
         read_in_step=passes * read_in_step,
+        fused=(EAGER - COMPILED) * traces.block_numbers(guided) if kind == "gpu" else 0,
         gathered=passes * (traces.layout.size - 1) * held.shard if runtime.dit_fsdp else 0,
     )
 
@@ -222,16 +249,18 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     frames = traces.request.frame_num * width * height * 3
     if tile:
         host += frames + kept_features(traces.spec.vae, traces.latent_shape)
+    shared = 0
     if runtime.stream_from == "ram":
-        host += sum(streamed_bytes(traces, expert, runtime) for expert in kept)
+        shared = sum(streamed_bytes(traces, expert, runtime) for expert in kept)
     return Phase(
         **vars(traced),
         name="VAE",
         kind=kind,
         weights=vae + sum(on_device(traces, expert, runtime) for expert in kept),
         host=host,
-        here=traces.here,
+        shared=shared,
         read=traces.checkpoint.file_bytes("vae"),
-        workspace=WORKSPACE if kind == "gpu" else 0,
+        **_of_ranks(traces),
+        workspace=traces.machine.overheads.workspace if kind == "gpu" else 0,
         frames=2 * frames,  # Python joins them to one array; an encoder looks ahead on less
     )

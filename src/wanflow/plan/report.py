@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wanflow.plan.estimate import Estimate, by_card
+from wanflow.plan.cards import Overheads
+from wanflow.plan.estimate import Estimate, by_card, by_way
 from wanflow.plan.phases import Need, Phase
 from wanflow.plan.plan import Plan
 from wanflow.plan.start import needs_gpu, ways_out
@@ -132,7 +133,7 @@ def page(plan: Plan, estimate: Estimate | None, peaks: bool = False) -> Iterator
     yield f"disk: {file_size(needed.disk)}, of {file_size(machine.disk_free)}"
     yield ""
     yield from _work_lines(needed)
-    yield from _time_lines(estimate)
+    yield from _time_lines(plan, estimate)
     if machine.gpus > plan.layout.size and plan.kind == "gpu":
         yield (
             f"this is for {plan.layout.size} of {machine.gpus} GPUs: --num_gpus plans for more,"
@@ -171,7 +172,10 @@ def _memory_lines(plan: Plan, peaks: bool) -> Iterator[str]:
     ram_free = f"{memory_size(machine.ram_free)} of RAM free"
     if plan.kind == "gpu":
         each = " on each" if several else ""
-        yield f"  here: {memory_size(machine.gpu_free)} of GPU memory{each}, {ram_free}"
+        ours = ", and our CUDA context" if machine.holds_context else ""
+        free = memory_size(machine.gpu_free or machine.gpu)
+        yield f"  here: {free} of GPU memory{each}{ours}, {ram_free}"
+        yield f"  {_besides_words(needed.phases, machine.overheads)}"
     else:
         yield f"  here: {ram_free}; files that are read are cache, which can be dropped"
     if several:
@@ -180,6 +184,18 @@ def _memory_lines(plan: Plan, peaks: bool) -> Iterator[str]:
         for phase in needed.phases:
             yield f"  largest at the peak of {phase.name}"
             yield from (f"    {storage}" for storage in phase.top[:6])
+
+
+def _besides_words(phases: Sequence[Phase], over: Overheads) -> str:
+    """Say what GPU memory holds besides tensors, and who says so."""
+    parts = [
+        f"{memory_size(over.context)} of CUDA's context",
+        f"{over.gaps:.0%} of gaps",
+        f"{memory_size(over.workspace)} for cuDNN in the VAE",
+    ]
+    nccl = max(phase.nccl for phase in phases)
+    parts += [f"{memory_size(nccl)} for NCCL"] if nccl else []
+    return f"besides tensors: {', '.join(parts)} ({over.source})"
 
 
 def _sent_lines(plan: Plan) -> Iterator[str]:
@@ -205,10 +221,13 @@ def _work_lines(needed: Need) -> Iterator[str]:
         yield f"  {phase.name}: {_times(phase.steps)}({'; '.join(parts)})"
 
 
-def _time_lines(estimate: Estimate | None) -> Iterator[str]:
+def _time_lines(plan: Plan, estimate: Estimate | None) -> Iterator[str]:
     if estimate is None:
         return
     yield f"time: about {_time(estimate.seconds)} (rates: {estimate.source})"
+    for name, found in by_way(plan).items():
+        once = f", {_time(found.compiling)} of it to compile" if found.compiling else ""
+        yield f"  {name}: about {_time(found.seconds)}{once}"
     for stage in estimate.stages:
         step = f"{_times(stage.steps)}{_time(stage.step)}"
         send = f", {_time(stage.sending)} of it sending" if stage.sending >= 0.05 else ""
@@ -260,6 +279,7 @@ def document(plan: Plan, estimate: Estimate | None, first: Answer) -> dict[str, 
         "ram_bytes": needed.ram.ram,
         "disk_bytes": needed.disk,
         "phases": [_phase(phase) for phase in needed.phases],
+        "seconds_by_way": {name: each.seconds for name, each in by_way(plan).items()},
         "seconds_by_card": {name: each.seconds for name, each in by_card(plan).items()},
         "estimate": None if estimate is None else {"seconds": estimate.seconds, **asdict(estimate)},
     }
@@ -273,6 +293,8 @@ def _phase(phase: Phase) -> dict[str, Any]:
     numbers = ("name", "steps", "weights", "activations", "copied", "read", "read_in_step", "alone")
     return {
         **{name: getattr(phase, name) for name in (*numbers, "messages", "gathered", "ram")},
+        "workspace": phase.workspace,
+        "nccl": phase.nccl,
         "gpu": phase.device,
         "processes_here": phase.here,
         "sent": dict(phase.sent),

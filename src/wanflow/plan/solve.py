@@ -16,7 +16,6 @@ from wanflow.geometry import geometry_of
 from wanflow.plan.cards import GB, capability_of
 from wanflow.plan.gpus import Machine
 from wanflow.plan.phases import (
-    SCATTER,
     Need,
     Phase,
     decode_phase,
@@ -70,7 +69,7 @@ def completed_plan(plan: Plan, report: Callable[[str], object] = str) -> Plan:
     device = torch.device((plan.machine.device or "cuda") if on_gpu_here else "cpu")
     capability = capability_of(plan.machine.gpu_name) if plan.kind == "gpu" else None
     gpu = Gpu(capability) if capability and plan.machine.described else None
-    how = plan.dtype, device, plan.layout, plan.here, report, gpu
+    how = plan.dtype, device, plan.layout, plan.here, report, gpu, plan.machine
     traces = Traces(plan.checkpoint, plan.request, *how)
     if not plan.small:
         return _Solver(plan, traces).solved()
@@ -85,7 +84,7 @@ class _Solver:
         machine = begun.machine
         self.begun, self.traces, self.kind = begun, traces, begun.kind
         self.layers, self.experts = traces.layers, traces.experts
-        self.gpu = round((machine.gpu_free or machine.gpu) * (1 - SPARE))
+        self.gpu = round(machine.gpu_room * (1 - SPARE))
         self.ram = round(machine.ram_free * (1 - SPARE)) if machine.ram_free else 1 << 62
         self.several = traces.layout.size > 1
         self.reasons: list[str] = list(begun.reasons)
@@ -247,7 +246,7 @@ class _Solver:
             count = room // (block * self.traces.here)
         else:
             room = self.gpu - max(phase.device for phase in phases)
-            count = int(room / (block * (1 + SCATTER)))
+            count = int(room / (block * (1 + self.begun.machine.overheads.gaps)))
         return max(0, min(self.layers - 1, count))
 
     def _streaming_words(self, way: Runtime) -> str:
@@ -308,7 +307,7 @@ class _Solver:
         helps = streams or (short and runtime.dit_fsdp)
         if helps and self.kind == "gpu" and not runtime.quantize:
             size = self._size_in_fp8(runtime)
-            if size * (1 + SCATTER) + GB < self.gpu:
+            if size * (1 + self.begun.machine.overheads.gaps) + GB < self.gpu:
                 yield (
                     "--quantize fp8 --quantize_layers all would keep an expert in memory"
                     f" ({memory_size(size)}), and changes the video"

@@ -158,7 +158,7 @@ def _refuse_decoding(plan: Plan) -> None:
         return
     vae, machine = plan.need.phases[-1], plan.machine
     for kind, needs, free in (
-        ("GPU memory", vae.device, machine.gpu_free),
+        ("GPU memory", vae.device, machine.gpu_room),
         ("RAM", vae.ram, machine.ram_free),
     ):
         if needs > free > 0:
@@ -176,7 +176,7 @@ def _refuse_small(plan: Plan) -> None:
     experts = len(checkpoint.spec.expert_names) if plan.runtime.keep_experts else 1
     parameters = expert_parameters(checkpoint) * experts + checkpoint.parameters("t5")
     need = parameters * plan.dtype.itemsize + GB
-    free = plan.machine.ram_free if on_cpu else plan.machine.gpu_free
+    free = plan.machine.ram_free if on_cpu else plan.machine.gpu_room
     if free and need > free:
         memory = "free RAM" if on_cpu else "GPU memory"
         raise RequestError(

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -99,7 +101,7 @@ class Trace(TorchDispatchMode):
         self.stats = stats or CommStats()
         self.live = self.peak = 0
         self._storages: dict[int, tuple[weakref.ref[Any], Storage]] = {}
-        self._times = 1
+        self._times, self._inside = 1, False
         self.mark()
 
     def mark(self) -> None:
@@ -118,6 +120,19 @@ class Trace(TorchDispatchMode):
         """Count each call of a module as `times` calls."""
         module.register_forward_pre_hook(lambda *_: self.count_as(times))
         module.register_forward_hook(lambda *_: self.count_as(1))
+
+    def as_one(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run a function, and count it as one operation without temporaries."""
+        self._inside = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._inside = False
+        self._add(out, func.__name__)
+        moved = sum(_nbytes(value) for value in (*args, out) if isinstance(value, Tensor))
+        self.work.traffic += moved * self._times
+        self.work.kernels += self._times
+        return out
 
     def result(self, weights: int) -> Traced:
         """Return the cost since the last mark; `weights` are the bytes to leave out."""
@@ -140,16 +155,16 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is DEVICE:
+        if func is DEVICE or self._inside:
             return out
         inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         outputs = [value for value in tree_iter(out) if isinstance(value, Tensor)]
         for value in outputs:
-            self._add(value, func)
+            self._add(value, str(func).removeprefix("aten."))
         self._count(func, args, inputs, outputs)
         return out
 
-    def _add(self, value: Tensor, func: Any) -> None:
+    def _add(self, value: Tensor, made_by: str) -> None:
         data = value.untyped_storage()
         key, nbytes = data._cdata, data.nbytes()
         known = self._storages.get(key)
@@ -157,7 +172,7 @@ class Trace(TorchDispatchMode):
             return
         if known is not None:  # resized
             self.live -= known[1].nbytes
-        storage = Storage(nbytes, str(func).removeprefix("aten."), tuple(value.shape))
+        storage = Storage(nbytes, made_by, tuple(value.shape))
         self._storages[key] = (weakref.ref(data, lambda _: self._remove(key)), storage)
         self.live += nbytes
         if self.live > self.peak:
@@ -226,10 +241,30 @@ def _flops(kind: Kind, packet: Any, args: Any, out: Tensor) -> int:
     return 2 * out.numel() * first.shape[-1]
 
 
+class OneNorm(TorchFunctionMode):
+    """Count an RMS norm as the one operation that it is on a GPU; a CPU has it in eight."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.rms_norm:
+            return self.trace.as_one(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
-def fake(stats: CommStats | None = None) -> Iterator[Trace]:
-    """Trace the code inside, on tensors without memory."""
-    with torch.no_grad(), FakeTensorMode(), Trace(stats) as trace:
+def fake(stats: CommStats | None = None, fused: bool = False) -> Iterator[Trace]:
+    """Trace the code inside, on tensors without memory.
+
+    Args:
+        stats: counts what it sends.
+        fused: as a GPU runs it, where some operations are one that are several on a CPU.
+    """
+    with torch.no_grad(), FakeTensorMode(), Trace(stats) as trace, ExitStack() as stack:
+        if fused:
+            stack.enter_context(OneNorm(trace))
         yield trace
 
 

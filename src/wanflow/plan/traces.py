@@ -28,6 +28,7 @@ from wanflow.parallel.groups import Layout, simulated_groups, sizes
 from wanflow.parallel.sequence import connect, sharded
 from wanflow.parallel.sharding import rows_of, shard_bytes
 from wanflow.plan import decoding
+from wanflow.plan.gpus import Machine, described
 from wanflow.plan.trace import Traced, Work, fake, materialise
 from wanflow.presets import Expert, ModelSpec
 from wanflow.request import CompleteRequest, Lora
@@ -47,6 +48,7 @@ Shape = tuple[int, ...]
 
 # On fake CPU tensors this kernel stays one operation, with the log-sum-exp too.
 KERNEL = BACKENDS["sdpa"]
+NO_MACHINE = described("none")
 MATH = "math"  # the only kernel that holds a matrix of scores
 
 
@@ -119,6 +121,7 @@ class Traces:
         here: how many ranks one machine has.
         report: called with what is traced next.
         gpu: of a machine that is described, which decides how quantised layers multiply.
+        machine: that the run is planned for.
     """
 
     TRACED_BLOCKS = 1  # of an expert; a test traces all and compares
@@ -133,8 +136,9 @@ class Traces:
         here: int = 1,
         report: Callable[[str], object] = str,
         gpu: Gpu | None = None,
+        machine: Machine = NO_MACHINE,
     ) -> None:
-        self.report, self.gpu = report, gpu
+        self.report, self.gpu, self.machine = report, gpu, machine
         self.checkpoint, self.request, self.dtype, self.device = checkpoint, request, dtype, device
         self.spec, self.layout, self.here = checkpoint.spec, layout, here
         self.steps = timeline(request, self.spec)
@@ -151,7 +155,7 @@ class Traces:
 
     def of(self, request: CompleteRequest) -> Traces:
         """Return the traces of another request."""
-        how = self.dtype, self.device, self.layout, self.here, self.report, self.gpu
+        how = self.dtype, self.device, self.layout, self.here, self.report, self.gpu, self.machine
         return Traces(self.checkpoint, request, *how)
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
@@ -163,6 +167,11 @@ class Traces:
         """Return how often a step runs the model."""
         batched = batch_guidance(runtime.cfg_batch, self.tokens)
         return 2 if guided and self.layout.cfg == 1 and not batched else 1
+
+    def block_numbers(self, guided: bool) -> int:
+        """Return how many numbers, a channel of a token each, the blocks of a step work on."""
+        branches = 2 if guided and self.layout.cfg == 1 else 1
+        return branches * self.own_tokens * self.spec.dit.dim * self.layers
 
     # weights
 
@@ -259,7 +268,7 @@ class Traces:
         plain, further = model, self.layers - self.TRACED_BLOCKS
         group = simulated_groups(self.layout, self.layout.size - 1)
         guided = self.steps[index].guided
-        with fake(group.stats) as trace:
+        with fake(group.stats, fused=not gloo) as trace:
             materialise(plain, skip=BlockBuffers(plain.blocks[0]).leaves if streamed else ())
             if streamed:
                 worker = SyncExecutor()

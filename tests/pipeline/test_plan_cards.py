@@ -1,0 +1,109 @@
+"""What the plan says of cards: memory counted once, and the work as a card runs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.plans import plan_for, together
+
+from wanflow.cli import main
+from wanflow.plan.cards import GPUS, Overheads
+from wanflow.plan.estimate import COMPILING, estimate
+from wanflow.plan.gpus import described
+from wanflow.plan.phases import COMPILED, EAGER
+from wanflow.plan.trace import fake
+from wanflow.runtime import Runtime
+
+GB = 10**9
+QUICK = {"size": "832*480", "frame_num": 17}
+
+
+def test_a_context_is_counted_once() -> None:
+    """An A100 of 40 GB holds an expert: what CUDA says is free lacks the context that is needed."""
+    card = described("a100-40gb", ram=64)
+    context = Overheads().context
+    after = replace(card, gpu_free=card.gpu - context, holds_context=True)
+    assert after.gpu_room == card.gpu_room == card.gpu
+    assert replace(after, holds_context=False).gpu_room == card.gpu - context  # another program's
+    plan = plan_for(after, Runtime(keep_experts=False))
+    assert plan.runtime.chunk_tokens == 0 and plan.runtime.resident_blocks == 40
+    assert plan.need is not None and plan.need.device.device > card.gpu * 0.98 - context
+
+
+def test_buffers_of_nccl_count_where_there_are_several_ranks() -> None:
+    over = Overheads()
+    alone, several = together(1, ram=256, **QUICK), together(8, ram=256, **QUICK)
+    assert alone.need is not None and several.need is not None
+    assert {phase.nccl for phase in alone.need.phases} == {0}
+    for phase in several.need.phases:
+        assert phase.nccl == over.nccl
+        tensors = round(phase.tensors * (1 + over.gaps))
+        assert phase.device == tensors + over.context + over.nccl + phase.workspace
+    assert several.need.phases[-1].workspace == over.workspace
+
+
+def test_ranks_of_a_machine_share_what_streams_and_what_is_read_ahead() -> None:
+    """Eight GPUs ask for the RAM of one copy: 244.8 GB were asked for when each had its own."""
+    one, eight = (together(count, ram=256, **QUICK) for count in (1, 8))
+    assert one.need is not None and eight.need is not None
+    assert one.runtime.prefetch and eight.runtime.prefetch
+    per_rank = eight.need.ram.ram - one.need.ram.ram
+    assert per_rank / 7 < 2.5 * GB and eight.need.ram.ram < 55 * GB
+    windows = replace(eight.need.ram, copies=8)
+    assert windows.ram - eight.need.ram.ram == 7 * eight.need.ram.shared > 180 * GB
+
+
+def test_an_rms_norm_is_one_operation_on_a_gpu() -> None:
+    x = torch.nn.functional.rms_norm
+    traffic = {}
+    for fused in (False, True):
+        with fake(fused=fused) as trace:
+            rows = torch.empty(100, 64)
+            trace.mark()
+            out = x(rows, (64,))
+            assert out.shape == rows.shape
+            traffic[fused] = trace.work.traffic, trace.work.kernels
+            assert trace.peak == trace.live == 2 * rows.nbytes or not fused
+            del out
+            assert trace.live == rows.nbytes
+    assert traffic[True] == (2 * 100 * 64 * 4, 1) < traffic[False]
+
+
+def test_compiled_is_its_own_estimate() -> None:
+    plan = plan_for(described("h100-80gb", ram=128), Runtime(keep_experts=False))
+    assert plan.need is not None and plan.machine.rates is not None
+    eager, compiled = estimate(plan, False), estimate(plan, True)
+    step = plan.need.phases[1]
+    numbers = 2 * 75_600 * 5120 * 40
+    assert step.fused == (EAGER - COMPILED) * numbers
+    saved = step.fused / plan.machine.rates.memory
+    assert eager.stages[1].step - compiled.stages[1].step == pytest.approx(saved)
+    assert compiled.compiling == COMPILING and eager.compiling == 0
+    assert not any(phase.fused for phase in (plan.need.phases[0], plan.need.phases[-1]))
+
+
+@pytest.mark.parametrize(
+    ("driver", "key"),
+    [
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("Tesla V100-PCIE-32GB", "v100"),
+        ("Tesla V100-SXM2-16GB", "v100-16gb"),
+    ],
+)
+def test_cards_have_rows_of_their_own_by_the_drivers_names(driver: str, key: str) -> None:
+    reported = int(GPUS[key].gib * 2**30)
+    assert [name for name, card in GPUS.items() if card.same_as(driver, reported)] == [key]
+
+
+def test_the_page_says_what_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--gpu", "h100-pcie", "--num_gpus", "2", "--size", "832*480"]
+    assert main([*argv, "--frame_num", "5", "--sample_steps", "4"]) == 0
+    page = capsys.readouterr().out
+    assert (
+        "besides tensors: 572 MiB of CUDA's context, 4% of gaps, 477 MiB for cuDNN in the VAE,"
+        " 954 MiB for NCCL (assumed)" in page
+    )
