@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.plans import plan_for, together
+from helpers.plans import of, plan_for, together
 
+from wanflow.checkpoint.checkpoint import published
 from wanflow.cli import main
 from wanflow.plan.cards import GPUS, Overheads
 from wanflow.plan.estimate import COMPILING, estimate
 from wanflow.plan.gpus import described
 from wanflow.plan.phases import COMPILED, EAGER
 from wanflow.plan.trace import fake
+from wanflow.plan.traces import Traces
+from wanflow.presets import T2V_A14B
 from wanflow.runtime import Runtime
 
 GB = 10**9
@@ -107,3 +110,10 @@ def test_the_page_says_what_is_assumed(capsys: pytest.CaptureFixture[str]) -> No
         "besides tensors: 572 MiB of CUDA's context, 4% of gaps, 477 MiB for cuDNN in the VAE,"
         " 954 MiB for NCCL (assumed)" in page
     )
+
+
+def test_a_block_moves_what_the_plan_counts() -> None:
+    """Eager, in bfloat16, as a GPU runs it."""
+    traces = Traces(published(), of(T2V_A14B), torch.bfloat16, torch.device("cpu"))
+    work = traces.step("high", 2, Runtime(chunk_tokens=0), False).work
+    assert work.traffic / traces.block_numbers(True) == pytest.approx(EAGER, rel=0.01)
