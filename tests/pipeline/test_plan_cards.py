@@ -11,13 +11,14 @@ from helpers.plans import of, plan_for, together
 from wanflow.checkpoint.checkpoint import published
 from wanflow.cli import main
 from wanflow.plan.cards import GPUS, Overheads
-from wanflow.plan.estimate import COMPILING, estimate
+from wanflow.plan.estimate import by_way, estimate
 from wanflow.plan.gpus import described
 from wanflow.plan.phases import COMPILED, EAGER
 from wanflow.plan.trace import fake
 from wanflow.plan.traces import Traces
 from wanflow.presets import T2V_A14B
 from wanflow.runtime import Runtime
+from wanflow.transforms.compile import UNMEASURED_S
 
 GB = 10**9
 QUICK = {"size": "832*480", "frame_num": 17}
@@ -83,7 +84,14 @@ def test_compiled_is_its_own_estimate() -> None:
     assert step.fused == (EAGER - COMPILED) * numbers
     saved = step.fused / plan.machine.rates.memory
     assert eager.stages[1].step - compiled.stages[1].step == pytest.approx(saved)
-    assert compiled.compiling == COMPILING and eager.compiling == 0
+    assert compiled.compiling == UNMEASURED_S and eager.compiling == 0
+    # A run weighs the two by the same rule, and the page shows both where that is left to it.
+    assert estimate(plan) == compiled and by_way(plan) == {"eager": eager, "compiled": compiled}
+    short = plan_for(described("h100-80gb", ram=128), Runtime(keep_experts=False), frame_num=5)
+    assert estimate(short) == estimate(short, False)
+    for way, found in (("off", eager), ("on", compiled)):
+        asked = replace(plan, runtime=replace(plan.runtime, compile=way))
+        assert estimate(asked) == found and not by_way(asked)
     assert not any(phase.fused for phase in (plan.need.phases[0], plan.need.phases[-1]))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from wanflow.choices import compiling_saves
 from wanflow.config import RequestError
+from wanflow.geometry import geometry_of
 from wanflow.plan.cards import REPORTED, Rates, cards_of
 from wanflow.plan.phases import Phase
 from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Work
-
-COMPILING = 20.0  # seconds, assumed: of a block, once for all of both experts
+from wanflow.sampling.timeline import timeline
+from wanflow.transforms.compile import UNMEASURED_S
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def estimate(plan: Plan, compiled: bool | None = None) -> Estimate:
 
     Args:
         plan: the plan.
-        compiled: whether blocks are; None: as the runtime says, and the faster where that is open.
+        compiled: whether blocks are; None: as a run would have it.
 
     Raises:
         RequestError: where one of the two is missing.
@@ -69,7 +71,7 @@ def estimate(plan: Plan, compiled: bool | None = None) -> Estimate:
             "no time can be estimated: neither a GPU with known rates nor a measurement is there"
         )
     if compiled is None:
-        return min((estimate(plan, way) for way in ways(plan)), key=lambda found: found.seconds)
+        compiled = ways(plan)[0]
     stages: list[Stage] = []
     before = 0.0  # seconds of the steps during which the next expert is prefetched
     for phase in plan.need.phases:
@@ -80,16 +82,25 @@ def estimate(plan: Plan, compiled: bool | None = None) -> Estimate:
         stages.append(stage)
         prefetches = plan.runtime.prefetch and phase.expert is not None
         before = stage.step * stage.steps if prefetches else 0.0
-    return Estimate(tuple(stages), rates.source, COMPILING if compiled else 0.0)
+    source = f"{rates.source}; attention by {rates.kernel}" if rates.kernel else rates.source
+    return Estimate(tuple(stages), source, UNMEASURED_S if compiled else 0.0)
 
 
 def ways(plan: Plan) -> tuple[bool, ...]:
-    """Return whether blocks may run as they stand (False), compiled (True), or both."""
-    if plan.kind == "cpu" or plan.small or plan.dtype.itemsize != 2:
+    """Return whether blocks may run as they stand (False), compiled (True), or both.
+
+    The first is what a run takes, before it knows this machine better.
+    """
+    asked = plan.runtime.compile
+    if asked == "off" or plan.kind == "cpu" or plan.dtype.itemsize != 2:
         return (False,)
-    return {"on": (True,), "auto": (False, True)}.get(
-        getattr(plan.runtime, "compile", ""), (False,)
-    )
+    if asked == "on":
+        return (True,)
+    request, spec = plan.request, plan.checkpoint.spec
+    tokens = geometry_of(spec).tokens(request.size, request.frame_num)
+    passes = sum(1 + step.guided for step in timeline(request, spec))
+    saved = compiling_saves(spec.dit, tokens, passes, plan.layout.size, True)
+    return (True, False) if saved > UNMEASURED_S else (False, True)
 
 
 def by_way(plan: Plan) -> dict[str, Estimate]:

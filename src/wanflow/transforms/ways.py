@@ -65,7 +65,7 @@ WRONG = 0.02  # relative error; bfloat16 rounds a result by 0.004
 # slowest beside its products, so that no other card loses by the choice.
 GENERATIONS = {
     (0, 0): _reached(94, 0, 0, 0.72),
-    (8, 0): _reached(255, 0, 374, 1.24),  # A100 40 GB
+    (8, 0): _reached(245, 0, 374, 1.125),  # A100 40 GB
     (8, 6): _reached(112, 0, 180, 0.557),  # A40
     (8, 9): _reached(271, 440, 440, 0.691),  # L40S
     (9, 0): _reached(567, 908, 908, 1.6),  # H100 PCIe
