@@ -17,9 +17,8 @@ from wanflow.bench.tools import Scale, expert_inputs, fill, randn, random_expert
 from wanflow.checkpoint.structure import expert_structure
 from wanflow.hardware import memory
 from wanflow.models.dit import TextStates, WanDiT
-from wanflow.plan.cards import GPUS, Rates
+from wanflow.plan.cards import GPUS, Overheads, Rates
 from wanflow.plan.estimate import compute_seconds
-from wanflow.plan.phases import CONTEXT, SCATTER
 from wanflow.plan.trace import Traced, fake, materialise
 from wanflow.runtime import Runtime
 from wanflow.transforms.attention import set_attention, synchronize
@@ -112,7 +111,8 @@ def expert(record: Record, scale: Scale) -> None:
         return record.measured(what, value, expected, **numbers)
     fragmentation = max(0.0, peak.reserved / peak.allocated - 1)
     record.calibrate(fragmentation=round(fragmentation, 4))
-    device = round(planned * (1 + SCATTER)) + CONTEXT
+    besides = Overheads()
+    device = round(planned * (1 + besides.gaps)) + besides.context
     record.measured(
         what,
         f"{value}; {memory_size(peak.allocated)} in tensors, {memory_size(peak.reserved)} kept by"
