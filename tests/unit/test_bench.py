@@ -191,6 +191,15 @@ def test_a_record_is_whole_at_any_time(tmp_path: Path) -> None:
     assert read_found(file).asking == ""
 
 
+@pytest.mark.parametrize(("small", "state"), [(True, "skipped"), (False, "failed")])
+def test_a_small_card_may_run_out_of_memory(small: bool, state: str) -> None:
+    record = Record("part")
+    record.small = small
+    with record.asking("a block"):
+        raise torch.OutOfMemoryError("tried to allocate 8 GiB")
+    assert (record.findings[0].state, "8 GiB" in record.findings[0].value) == (state, True)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"findings": 3}', '{"findings": [{"a": 1}]}'])
 def test_a_damaged_record_holds_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text(text)

@@ -23,6 +23,7 @@ from wanflow.presets import ModelSpec
 from wanflow.runtime import Runtime
 from wanflow.transforms.attention import installed, set_attention, synchronize
 from wanflow.transforms.attention_kernels import BACKENDS
+from wanflow.transforms.compile import Compiler
 
 Calls = dict[str, Callable[[], Any]]
 # Relative to the largest value: float32 is equal to rounding, other dtypes round inside.
@@ -144,6 +145,9 @@ def _step(found: Measured, scale: Scale, count: int, show: Show) -> dict[str, An
     give("dit", ours, theirs)
     x = torch.randn(1, *latent, device=scale.device)
     text = torch.randn(2, dit.text_len, dit.text_dim, device=scale.device)
+    if found.compiled:
+        Compiler(scale.device, True, None, "bench").attach(ours)
+        theirs.compile_repeated_blocks()
     calls = step_calls(ours, theirs, x, text, scale.dtype)
     many = scale.tokens(latent) > 8192  # one batch of a large video takes twice the memory
     calls = {name: call for name, call in calls.items() if not many or "two passes" in name}

@@ -78,9 +78,14 @@ def _block(record: Record, scale: Scale, latent: Shape, run: OneBlock, first: bo
     linears = seconds_of_linears(run, scale)
     flops = sum(count for (kind, _), count in work.flops.items() if kind == "matmul")
     elementwise = spent["elementwise"] + spent["copies"]
+    if not elementwise:  # a container may hide the GPU's counters from the profiler
+        elementwise = max(took - linears, 1e-9)
+        spent = {"linears": linears, "all else": elementwise}
+    elif first:
+        record.calibrate(memory=work.traffic / elementwise)
     rates = {"matmul": flops / linears, "memory": work.traffic / elementwise}
     if first:
-        record.calibrate(**rates)
+        record.calibrate(matmul=rates["matmul"])
     shares = ", ".join(f"{kind} {1e3 * one:.3g} ms" for kind, one in spent.items())
     record.measured(
         f"a block at {tokens:,} tokens",

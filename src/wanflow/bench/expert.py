@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +28,7 @@ from wanflow.transforms.block_streaming import (
     evenly_spaced_resident,
     load_to_host,
 )
-from wanflow.transforms.host_memory import HostMemory
+from wanflow.transforms.host_memory import HostMemory, as_tensor, clear_error, private_memory
 from wanflow.units import memory_size
 
 RESIDENT = 22 / 40  # of the blocks; the rest is streamed
@@ -201,16 +200,14 @@ def copies(record: Record, scale: Scale) -> None:
     runtime: Any = torch.cuda.cudart()
     for kind in ("untouched", "touched", "huge pages"):
         with record.asking(f"registering {kind} memory"):
-            pages = mmap.mmap(-1, -(-BUFFER // mmap.PAGESIZE) * mmap.PAGESIZE)
-            if kind == "huge pages":
-                pages.madvise(mmap.MADV_HUGEPAGE)
-            buffer = torch.frombuffer(pages, dtype=torch.uint8)[:BUFFER]
+            buffer = as_tensor(private_memory(BUFFER), BUFFER, kind == "huge pages")
             if kind != "untouched":
                 buffer.fill_(1)
             began = time.perf_counter()
             code = int(runtime.cudaHostRegister(buffer.data_ptr(), BUFFER, 0))
             registered = time.perf_counter() - began
             if code:
+                clear_error(runtime)
                 record.measured(f"registering {kind} memory", f"the driver returns {code}")
                 continue
             took = seconds(lambda b=buffer: target.copy_(b, non_blocking=True), scale.device)  # type: ignore[misc]
@@ -218,8 +215,7 @@ def copies(record: Record, scale: Scale) -> None:
             began = time.perf_counter()
             runtime.cudaHostUnregister(buffer.data_ptr())
             freed = time.perf_counter() - began
-            if kind == "huge pages":
-                record.calibrate(copy=BUFFER / took)
+            record.calibrate(copy=BUFFER / took)
             gb = BUFFER / 1e9
             record.measured(
                 f"registering {kind} memory",

@@ -23,6 +23,7 @@ CODE = {
     "ffn": ("ffn.ffn",),
     "loading": ("loading.loading", "nano.clip"),
 }
+FULL = 40 * 10**9  # bytes of GPU memory that every part fits in
 BEFORE = 2.0  # seconds before its end at which a part that hangs says where
 
 
@@ -42,7 +43,10 @@ def main(name: str, file: str, device: str, seconds: str) -> None:
 
     with record.asking("the device"), torch.no_grad():
         scale = scale_of(choose_device(device))
+        if scale.cuda:  # kernels of packages launch on the current one
+            torch.cuda.set_device(scale.device)
         record.about = about_device(scale.device, dtype_name(scale.dtype))
+        record.small = scale.cuda and record.about["device_memory"] < FULL
         for place in CODE[name]:
             module, function = place.split(".")
             with record.asking(place):
