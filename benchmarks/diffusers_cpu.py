@@ -1,10 +1,11 @@
-"""wanflow beside diffusers on this CPU: one denoising step, and one VAE decode. `make bench`; the
-last line is JSON.
+"""wanflow beside diffusers on this CPU: one denoising step, plain and compiled, and one VAE decode.
+`make bench`; the last line is JSON.
 
 Both sides hold the same random weights and run in one process, in turn, so that what else the
 machine does hits both alike. A denoising step is both branches of guidance. Each side takes the
 faster of its two ways (two passes, or one batch of two); wanflow prepares the text states once per
-prompt, as its pipeline does, and that is not part of a step. Ratios are medians of per-round
+prompt, as its pipeline does, and that is not part of a step. Compiled are wanflow's blocks as by
+`--compile on`, and diffusers' by its `compile_repeated_blocks`. Ratios are medians of per-round
 ratios. Peak memory is measured in processes of their own: the most anonymous memory during a
 decode, less what was there before it.
 """
@@ -118,8 +119,10 @@ def where_time_goes(fn: Callable[[], Any]) -> dict[str, float]:
     return {kind: round(value / total, 3) for kind, value in spent.items()}
 
 
-def step(dtype: torch.dtype, count: int) -> dict[str, Any]:
+def step(dtype: torch.dtype, count: int, compiled: bool = False) -> dict[str, Any]:
     from diffusers import WanTransformer3DModel
+
+    from wanflow.transforms.compile import Compiler
 
     ours = WanDiT(DIT).eval().requires_grad_(False)
     randomise(ours)
@@ -143,6 +146,9 @@ def step(dtype: torch.dtype, count: int) -> dict[str, Any]:
     for module in ours.modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
             module.weight.data = module.weight.data.to(dtype)
+    if compiled:
+        Compiler(torch.device("cpu"), True, None, "benchmark").attach(ours)
+        theirs.compile_repeated_blocks(fullgraph=True)
     generator = torch.Generator().manual_seed(1)
     latent, text = torch.randn(LATENT, generator=generator), torch.randn(TEXT, generator=generator)
     timestep, both = torch.tensor([500.0]), latent.repeat(2, 1, 1, 1, 1)
@@ -265,6 +271,8 @@ def main() -> None:
     for name, run in {
         "step float32": lambda: step(torch.float32, args.rounds),
         "step bfloat16": lambda: step(torch.bfloat16, args.rounds),
+        "step float32 compiled": lambda: step(torch.float32, args.rounds, True),
+        "step bfloat16 compiled": lambda: step(torch.bfloat16, args.rounds, True),
         "vae decode float32": lambda: decode(args.rounds),
     }.items():
         results[name] = run()
