@@ -266,8 +266,8 @@ def test_all_ranks_end_where_one_cannot_read(size: int, processes: Processes) ->
 @pytest.mark.slow
 @measurable
 def test_four_that_stream_take_the_memory_of_one() -> None:
-    """Ten blocks of full width; each page by the number of processes that map it."""
-    command = [str(BENCHMARK), "--only", "memory", "--ram_layers", "10", "--ranks", "1", "4"]
+    """Five blocks of full width; each page by the number of processes that map it."""
+    command = [str(BENCHMARK), "--only", "memory", "--ram_layers", "5", "--ranks", "1", "4"]
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=900, check=False
     )
