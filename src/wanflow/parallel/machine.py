@@ -96,7 +96,7 @@ def _memory_files(sizes: Sequence[int]) -> list[int]:
         for size in sizes:
             files.append(_memory_file())
             os.ftruncate(files[-1], size)
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # the last two on other systems
         for number in files:
             os.close(number)
         return []
@@ -124,6 +124,6 @@ def _map(files: Sequence[int | str], sizes: Sequence[int]) -> Maps | None:
             finally:
                 if number is not file:
                     os.close(number)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return None
     return shared, private
