@@ -43,11 +43,11 @@ class Part:
 
 PARTS = (
     Part("machine", "versions, memory of a context, the doctor", 30),
-    Part("nano", "nano with every feature, against the CPU's latents", 85),
+    Part("nano", "nano with every feature, against the CPU's latents", 80),
     Part("pinning", "pinned memory that the driver refuses", 15),
     Part("block", "one block at the published width, and its attention kernels", 65),
-    Part("compiled", "rewrites with the same bits, and the compiled block", 80),
-    Part("expert", "one pass of a random expert, beside the plan", 40),
+    Part("compiled", "rewrites with the same bits, and the compiled block", 65),
+    Part("expert", "one pass of a random expert, beside the plan", 60),
     Part("streaming", "streamed blocks, and copies from RAM", 50),
     Part("vae", "a decode in every way", 50),
     Part("ffn", "the feed-forward's products in every precision", 30),

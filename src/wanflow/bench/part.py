@@ -49,7 +49,7 @@ def main(name: str, file: str, device: str, seconds: str) -> None:
         record.small = scale.cuda and record.about["device_memory"] < FULL
         for place in CODE[name]:
             module, function = place.split(".")
-            with record.asking(place):
+            with record.asking(f"the part {name}"):
                 getattr(import_module(f"wanflow.bench.{module}"), function)(record, scale)
             scale.empty()
     record.save(ended=True)

@@ -23,6 +23,7 @@ from wanflow.transforms.attention import synchronize
 from wanflow.transforms.quant import QuantLinear
 
 Shape = tuple[int, ...]
+ENOUGH = 2.0  # seconds of rounds after which no further one is made
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,24 @@ def scale_of(device: torch.device) -> Scale:
 
 
 def seconds(run: Callable[[], object], device: torch.device, rounds: int = 3) -> float:
-    """Return the median seconds of a call, after one that prepares kernels and memory."""
+    """Return the median seconds of a call, after one that prepares kernels and memory.
+
+    A slow device makes fewer rounds, at least one.
+    """
     run()
-    times = []
-    for _ in range(rounds):
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
+    times: list[float] = []
+    while len(times) < rounds and sum(times) < ENOUGH:
+        times.append(once(run, device))
     return statistics.median(times)
+
+
+def once(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call."""
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 @dataclass
