@@ -73,6 +73,7 @@ class LoadOptions(TypedDict, total=False):
     compile: Literal["auto", "on", "off"]
     text_cache: str | os.PathLike[str] | None
     machine_cache: str | os.PathLike[str] | None
+    calibration: str | os.PathLike[str] | None
     cfg_parallel: bool | None
     ring_size: int | None
     ulysses_size: int | None

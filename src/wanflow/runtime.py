@@ -134,6 +134,9 @@ class Runtime:
         metavar="DIR",
         help="folder of what was measured on this machine (default: the user's cache); none: none",
     )
+    calibration: str | None = setting(
+        None, group="memory", metavar="FILE", help="plan by what `wanflow bench` measured"
+    )
     cfg_parallel: bool | None = setting(
         None, group="parallel", metavar="BOOL", help="half of the processes per guidance branch"
     )

@@ -921,6 +921,7 @@ def test_the_command_is_what_was_planned(
         "ring_size",
         "text_cache",
         "machine_cache",
+        "calibration",
     }
     assert re.match(r"about .* on RTX 4070 Ti, .* on RTX 3060$", found["time"])
     assert found["estimate"] is None and len(found["seconds_by_card"]) == 4

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +13,15 @@ from helpers.plans import of, plan_for, together
 
 from wanflow.checkpoint.checkpoint import published
 from wanflow.cli import main
+from wanflow.hardware import cpu_name
+from wanflow.opening import resolve
+from wanflow.plan.calibration import Calibration
 from wanflow.plan.cards import GPUS, Overheads
 from wanflow.plan.estimate import by_way, estimate
-from wanflow.plan.gpus import described
+from wanflow.plan.gpus import Machine, described
+from wanflow.plan.measure import rated
 from wanflow.plan.phases import COMPILED, EAGER
+from wanflow.plan.solve import solve
 from wanflow.plan.trace import fake
 from wanflow.plan.traces import Traces
 from wanflow.presets import T2V_A14B
@@ -125,3 +133,82 @@ def test_a_block_moves_what_the_plan_counts() -> None:
     traces = Traces(published(), of(T2V_A14B), torch.bfloat16, torch.device("cpu"))
     work = traces.step("high", 2, Runtime(chunk_tokens=0), False).work
     assert work.traffic / traces.block_numbers(True) == pytest.approx(EAGER, rel=0.01)
+
+
+# what was measured
+
+H100 = Calibration(
+    "NVIDIA H100 80GB HBM3",
+    int(79.1 * 2**30),
+    "bfloat16",
+    matmul=6e14,
+    attention=3e14,
+    memory=2e12,
+    compiled=0.5,
+    context=800_000_000,
+    workspace=2 * GB,
+)
+SHORT = ("--size", "832*480", "--frame_num", "5", "--sample_steps", "4")
+
+
+def test_what_was_measured_replaces_what_is_assumed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "check.json"
+    file.write_text(json.dumps({"parts": [], "calibration": H100.to_json()}))
+    plan = plan_for(described("h100-80gb"), Runtime(calibration=str(file)), **QUICK)
+    assumed = plan_for(described("h100-80gb"), **QUICK)
+    rates, known = plan.machine.rates, GPUS["h100-80gb"].rates
+    assert rates is not None and plan.need is not None and assumed.need is not None
+    assert (rates.matmul, rates.attention, rates.memory) == (6e14, 3e14, 2e12)
+    assert (rates.disk, rates.link) == (known.disk, known.link), "as assumed: not measured"
+    vae, before = plan.need.phases[-1], assumed.need.phases[-1]
+    assert vae.device - before.device == (800_000_000 - 600_000_000) + (2 * GB - 500_000_000)
+    eager, compiled = estimate(plan, False), estimate(plan, True)
+    assert eager.seconds > estimate(assumed, False).seconds
+    assert compiled.stages[1].step == pytest.approx(0.5 * eager.stages[1].step)
+    assert compiled.stages[-1] == eager.stages[-1]
+    assert main(["plan", "--gpu", "h100-80gb", "--calibration", str(file), *SHORT]) == 0
+    page = capsys.readouterr().out
+    source = "measured on NVIDIA H100 80GB HBM3 by wanflow bench"
+    assert f"4% of gaps, 1.9 GiB for cuDNN in the VAE ({source}; gaps: assumed)" in page
+    assert f"(rates: {source}; attention by the fastest kernel there)" in page
+
+
+@pytest.mark.parametrize(
+    ("argv", "value", "words"),
+    [
+        (("--gpu", "h100-pcie"), {}, "measured on NVIDIA H100 80GB HBM3 with 79.1 GiB; this plan"),
+        (("--gpu", "none", "--force"), {}, "measured on NVIDIA H100 80GB HBM3"),
+        (("--gpu", "h100-80gb", "--dtype", "float16"), {}, "measured in bfloat16"),
+        (("--gpu", "h100-80gb"), {"matmul": -1.0}, "calibration matmul"),
+        (("--gpu", "h100-80gb"), {"fragmentation": 1e9}, "calibration fragmentation"),
+        (("--gpu", "h100-80gb"), {"format": 7}, "calibration format"),
+    ],
+)
+def test_a_file_of_another_card_is_refused_in_words(
+    argv: tuple[str, ...],
+    value: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "check.json"
+    file.write_text(json.dumps({**H100.to_json(), **value}))
+    assert main(["plan", *argv, *SHORT, "--calibration", str(file)]) == 2
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert words in refusal and str(file) in refusal
+
+
+def test_a_short_measurement_fills_what_a_file_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.json"
+    some = Calibration(cpu_name() or "cpu", 0, "float32", matmul=7e9)
+    file.write_text(json.dumps(some.to_json()))
+    runtime = Runtime(device="cpu", calibration=str(file))
+    model = resolve("nano")
+    plan = rated(solve(model, of(model.spec), runtime, Machine(0, "", 2**34, 2**34, 10**11)))
+    rates = plan.machine.rates
+    assert rates is not None and rates.matmul == 7e9 and rates.attention > 1e6
+    assert rates.source.endswith("by wanflow bench")

@@ -114,7 +114,7 @@ def test_a_small_model_is_settled_without_a_trace() -> None:
 def test_nothing_is_left_open() -> None:
     plan = together(8, **QUICK)
     left = {name for name, value in vars(plan.runtime).items() if value is None}
-    assert plan.fits and left == {"cfg_batch", "text_cache", "machine_cache"}
+    assert plan.fits and left == {"cfg_batch", "text_cache", "machine_cache", "calibration"}
     assert (
         plan.runtime.vae_tile == 0
         and not plan.runtime.dit_fsdp

@@ -370,7 +370,7 @@ def test_a_forked_child_is_told_to_load_and_does_not_hang(tmp_path: Path) -> Non
 # --- types ---
 
 # Keywords that take more than their field holds.
-WIDER = {"lora", "device", "dtype", "text_cache", "machine_cache"}
+WIDER = {"lora", "device", "dtype", "text_cache", "machine_cache", "calibration"}
 
 
 @pytest.mark.parametrize(

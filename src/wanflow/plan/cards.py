@@ -40,6 +40,7 @@ class Rates:
         link: from one device to others of its machine, while as much comes back.
         message: seconds of latency of a collective.
         kernel: of attention, whose rate this is.
+        compiled: seconds of a compiled block, as a share of the same block's; 0: by its bytes.
     """
 
     matmul: float
@@ -54,6 +55,7 @@ class Rates:
     link: float = PCIE
     message: float = MESSAGE
     kernel: str = ""
+    compiled: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Card:
     def same_as(self, name: str, nbytes: int) -> bool:
         """Return whether a driver's name and memory are of this card."""
         size = abs(nbytes / 2**30 - self.gib) < 0.1 * self.gib
-        return size and _spelt(self.name)[0] == _spelt(name)[0]
+        return size and same_model(self.name, name)
 
 
 def _calibrated(
@@ -276,6 +278,11 @@ def capability_of(name: str) -> tuple[int, int] | None:
     name = name.removeprefix("NVIDIA ")
     fitting = [start for start in CAPABILITIES if name.startswith(start)]
     return CAPABILITIES[max(fitting, key=len)] if fitting else None
+
+
+def same_model(one: str, other: str) -> bool:
+    """Return whether two names, of a driver or a maker, are of one model."""
+    return _spelt(one)[0] == _spelt(other)[0]
 
 
 def cards_of(size: int) -> Iterator[Card]:

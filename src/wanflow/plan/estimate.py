@@ -75,10 +75,11 @@ def estimate(plan: Plan, compiled: bool | None = None) -> Estimate:
     stages: list[Stage] = []
     before = 0.0  # seconds of the steps during which the next expert is prefetched
     for phase in plan.need.phases:
-        if compiled:
+        share = rates.compiled if compiled and phase.fused else 0.0
+        if compiled and not share:
             work = replace(phase.work, traffic=phase.work.traffic - phase.fused)
             phase = replace(phase, work=work)
-        stage = _stage(phase, rates, before)
+        stage = _stage(phase, rates, before, share or 1.0)
         stages.append(stage)
         prefetches = plan.runtime.prefetch and phase.expert is not None
         before = stage.step * stage.steps if prefetches else 0.0
@@ -120,14 +121,15 @@ def by_card(plan: Plan) -> dict[str, Estimate]:
     return {name: estimate(replace(plan, machine=each)) for name, each in rated.items()}
 
 
-def _stage(phase: Phase, rates: Rates, before: float) -> Stage:
+def _stage(phase: Phase, rates: Rates, before: float, share: float) -> Stage:
+    """Return the seconds of a phase; `share`: that computing takes of what it does by its work."""
     loading = max(0.0, phase.read / rates.disk - before)
     if phase.kind == "gpu" and phase.expert and not phase.copied:
         loading += phase.weights / rates.copy
     # Rates of a CPU are those of all its cores, which its ranks share.
     sharing = phase.here if phase.kind == "cpu" and not phase.alone else 1
     parts = {
-        "computing": compute_seconds(phase.work, rates, phase.kind == "cpu") * sharing,
+        "computing": compute_seconds(phase.work, rates, phase.kind == "cpu") * sharing * share,
         "copying weights to the GPU": phase.copied / rates.copy,
         "reading weights from the disk": phase.read_in_step / rates.disk,
         "gathering the other ranks' shards": phase.gathered / rates.link,

@@ -20,6 +20,7 @@ from wanflow.config import DiTConfig
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import Block, Conditioning, rope_table
 from wanflow.plan.cards import DISK_RATE, GB, PCIE, Rates
+from wanflow.plan.measured import with_calibration
 from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Trace
 
@@ -37,6 +38,7 @@ def rated(plan: Plan) -> Plan:
     spec, device = plan.checkpoint.spec, choose_device(plan.runtime.device)
     tokens = geometry_of(spec).tokens(plan.request.size, plan.request.frame_num)
     rates = measured(device, plan.dtype, spec.dit.dim, spec.dit.num_heads, tokens)
+    rates = with_calibration(rates, plan.runtime.calibration)
     return replace(plan, machine=replace(plan.machine, rates=rates))
 
 

@@ -87,6 +87,10 @@ def set_up(
     kind, here = kind_of(runtime, machine), ranks_here(processes, per_machine)
     parameters = expert_parameters(checkpoint)
     dtype = choose_dtype(runtime.dtype, kind == "cpu", parameters * 4, machine.bfloat16)
+    if runtime.calibration is not None:
+        from wanflow.plan.measured import calibrated
+
+        machine = calibrated(machine, runtime.calibration, kind, dtype)
     refuse_together(runtime, checkpoint.spec.dit.num_layers, processes)
     runtime, layout = with_layout(checkpoint, request, runtime, processes, here)
     reasons = (*_dtype_reasons(machine, kind, dtype), *_layout_reasons(checkpoint, request, layout))
