@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from wanflow.loaders.text_encoder import StreamedEncoder
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.opening import NANO_FOLDER, resolve
 from wanflow.runtime import Runtime
+from wanflow.transforms import quant
 from wanflow.transforms.block_streaming import (
     BlockBuffers,
     BufferLayout,
@@ -37,6 +40,7 @@ from wanflow.transforms.block_streaming import (
 from wanflow.transforms.deltas import Difference, LowRank
 from wanflow.transforms.host_memory import HostMemory
 from wanflow.transforms.lora import Adapters
+from wanflow.transforms.ways import ROUNDING
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(
@@ -399,6 +403,29 @@ def test_quantised_blocks_stream_too(tmp_path: Path) -> None:
                     expected(latent, torch.tensor([900.0]), text),
                 )
             streamed.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", ["fp8", "int8"])
+def test_blocks_that_round_tokens_stream_and_run_in_chunks(
+    mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose way of multiplying is forced here; a token is rounded by itself."""
+    monkeypatch.setattr(quant, "choose_way", lambda mode, *_: ROUNDING[mode])
+    checkpoint = resolve(NANO_FOLDER)
+    runtime = Runtime(quantize=mode, quantize_layers="all")
+    latent = torch.randn(1, 16, 2, 8, 8)
+    text = torch.randn(1, 9, checkpoint.spec.dit.text_dim)
+    whole = load_expert(checkpoint, "high", torch.bfloat16, "cpu", runtime=runtime)
+    with torch.no_grad():
+        want = whole(latent, torch.tensor([900.0]), text)
+    ways = {leaf.way for leaf in whole.modules() if isinstance(leaf, quant.QuantLinear)}
+    assert ways == {ROUNDING[mode]}
+    for chunk in (0, 11):
+        way = replace(runtime, resident_blocks=1, stream_from="ram", chunk_tokens=chunk)
+        streamed = open_expert(checkpoint, "high", Placement(torch.bfloat16, CPU, way))
+        with torch.no_grad():
+            assert torch.equal(streamed(latent, torch.tensor([900.0]), text), want)
+        streamed.close()  # type: ignore[union-attr]
 
 
 def test_a_file_that_is_cut_while_blocks_are_streamed_is_named(tmp_path: Path) -> None:
