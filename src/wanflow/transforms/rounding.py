@@ -76,7 +76,12 @@ def scaled(
     return product if bias is None else product.add_(bias)
 
 
-@torch.library.custom_op("wanflow::round_tokens", mutates_args=())
+# Schemas are written out, since not every PyTorch reads them from these annotations.
+@torch.library.custom_op(
+    "wanflow::round_tokens",
+    mutates_args=(),
+    schema="(Tensor x, ScalarType compute, ScalarType code) -> (Tensor, Tensor)",
+)
 def round_tokens(x: Tensor, compute: torch.dtype, code: torch.dtype) -> tuple[Tensor, Tensor]:
     """Do as `rounded`, reading x once."""
     return rounded(x, compute, code)
@@ -99,7 +104,11 @@ def _empty(x: Tensor, compute: torch.dtype, code: torch.dtype) -> tuple[Tensor, 
     return codes, torch.empty(len(x), 1, device=x.device)
 
 
-@torch.library.custom_op("wanflow::scale_sums", mutates_args=("out",))
+@torch.library.custom_op(
+    "wanflow::scale_sums",
+    mutates_args=("out",),
+    schema="(Tensor sums, Tensor rows, Tensor columns, Tensor? bias, Tensor(a!) out) -> ()",
+)
 def scale_sums(
     sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
