@@ -223,6 +223,31 @@ def test_guidance_one_leaves_the_second_branch_out(
     assert set(batches) == {1, 2}
 
 
+def test_a_new_prompt_reads_no_expert_again_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model that is not small encodes beside its experts; without room it frees them before."""
+    from wanflow.loaders import parts, text_encoder
+
+    read: list[Expert] = []
+    open_expert = parts.open_expert
+
+    def counted(checkpoint: Any, which: Expert, *rest: Any) -> Any:
+        read.append(which)
+        return open_expert(checkpoint, which, *rest)
+
+    monkeypatch.setattr(parts, "is_small", lambda _: False)
+    monkeypatch.setattr(parts, "open_expert", counted)
+    pipe = wanflow.load("nano", device="cpu", keep_experts=True, text_cache=None)
+    first = pipe.generate("a red circle", **QUICK)
+    pipe.generate("a blue square", **QUICK)
+    assert read == ["high", "low"]
+    monkeypatch.setattr(text_encoder, "memory", lambda: (2**40, 2**20, True))
+    again = pipe.generate("a red circle", **QUICK)
+    assert read == ["high", "low"] * 2
+    assert np.array_equal(first.frames, again.frames)
+
+
 def test_one_expert_at_a_time(nano: Pipeline) -> None:
     """The high-noise expert is gone before the low-noise one is read, and the video is the same to
     the bit.

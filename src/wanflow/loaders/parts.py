@@ -40,7 +40,8 @@ class LoadedParts:
     """The parts of one model on this process' device.
 
     The text encoder is freed before an expert is read, and one expert before the other, unless the
-    model is small or `keep_experts` is set. With `prefetch` the next expert is read into RAM while
+    model is small or `keep_experts` is set; then a new prompt is encoded beside the experts where
+    there is room. With `prefetch` the next expert is read into RAM while
     the current one computes.
 
     Args:
@@ -88,17 +89,21 @@ class LoadedParts:
         The first process of a run encodes, and broadcasts the result.
         """
         if self.ctx is None or self.ctx.info.rank == 0:
-            encoded = self.texts(prompts, self._free)
+            encoded = self.texts(prompts, self._room_for_text)
             states = torch.stack([one.to(self.device) for one in encoded])
         else:
             shape = len(prompts), self.spec.dit.text_len, self.spec.text.dim
             states = torch.empty(shape, dtype=self.texts.dtype, device=self.device)
-        return states if self.ctx is None else self.ctx.world.broadcast("text", states)
+        if self.ctx is None:
+            return states
+        if not self.ctx.from_rank0(len(self._experts)) and self._experts:
+            self._free()  # all ranks read an expert together
+        return self.ctx.world.broadcast("text", states)
 
     def remember(self, prompts: list[str]) -> None:
         """Encode prompts that several runs will ask for, so that each is encoded once."""
         if self.ctx is None or self.ctx.info.rank == 0:
-            self.texts.remember(prompts, self._free)
+            self.texts.remember(prompts, self._room_for_text)
 
     @property
     def loras(self) -> LoraStack:
@@ -250,6 +255,16 @@ class LoadedParts:
     def _reporter(self, what: str) -> Bytes | None:
         report = self.report
         return None if report is None else lambda done, total: report(what, done, total)
+
+    def _room_for_text(self) -> None:
+        """Free the experts, unless they may stay and a text encoder has room beside them."""
+        self._forget([])  # give back what is cached
+        if self.keep and self._experts:
+            from wanflow.loaders.text_encoder import has_room
+
+            if has_room(self.checkpoint, self.texts.dtype, self.texts.device):
+                return
+        self._free()
 
     def _free(self) -> None:
         self._drop_ahead()

@@ -16,10 +16,34 @@ from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.containers import Report, TensorSource
 from wanflow.checkpoint.load import load_module, materialize_param
 from wanflow.checkpoint.structure import build, lay_out, weight_names
-from wanflow.hardware import thread_on
+from wanflow.hardware import memory, thread_on
 from wanflow.models.umt5 import T5Block, UMT5Encoder
 
 Parameters = list[tuple[nn.Module, str, Tensor]]  # owner, name, value
+READING = 200_000_000  # bytes between a file and a weight: chunks and headers
+
+
+def has_room(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a `StreamedEncoder` fits the memory that is free now, on host and device.
+
+    Where the free memory is unknown, it does not.
+    """
+    spec, source = checkpoint.spec.text, checkpoint.source("t5")
+    model = build(UMT5Encoder, spec)
+    lay_out(model, source, lambda name, info: dtype, dtype, device)
+    block = max(_nbytes(block) for block in model.blocks)
+    rest = _nbytes(model) - sum(_nbytes(block) for block in model.blocks)
+    length = checkpoint.spec.dit.text_len
+    # Scores with their bias and softmax, and the feed-forward's tensors, float32 at most.
+    working = 4 * length * (3 * spec.num_heads * length + 4 * spec.dim_ffn)
+    host = rest + 2 * block + READING
+    if device.type != "cuda":
+        return host + working <= memory()[1]
+    return host <= memory()[1] and block + working <= torch.cuda.mem_get_info(device)[0]
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 class StreamedEncoder:

@@ -109,12 +109,25 @@ class Need:
 
 def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
     """Return what a run takes with a Runtime in which nothing is open."""
-    phases = (
-        text_phase(traces, runtime, kind),
-        *expert_phases(traces, runtime, kind),
-        decode_phase(traces, runtime, kind),
-    )
-    return Need(phases, traces.checkpoint.disk_bytes + OUTPUT_DISK)
+    text = text_phase(traces, runtime, kind)
+    decoding = decode_phase(traces, runtime, kind)
+    others = *expert_phases(traces, runtime, kind), decoding
+    if runtime.keep_experts and not traces.small:
+        # A further prompt is encoded beside the experts where that fits what a run takes anyway;
+        # elsewhere `LoadedParts` frees them, unless it finds more memory.
+        kept = sum(on_device(traces, expert, runtime) for expert in traces.experts)
+        beside = replace(
+            text,
+            weights=text.weights + kept,
+            host=text.host + ((traces.here - 1) * kept if kind == "cpu" else 0),
+            shared=decoding.shared,
+            copies=decoding.copies,
+        )
+        if beside.device <= max(phase.device for phase in others) and (
+            beside.ram <= max(phase.ram for phase in others)
+        ):
+            text = beside
+    return Need((text, *others), traces.checkpoint.disk_bytes + OUTPUT_DISK)
 
 
 def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
