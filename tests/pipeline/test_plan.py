@@ -241,8 +241,12 @@ def test_80_gb_hold_both_experts_and_45_gb_one() -> None:
         and plan.runtime.resident_blocks == 40
         and plan.runtime.vae_tile == 0
     )
+    assert plan.need is not None  # a further prompt is encoded beside both
+    text, *others = plan.need.phases
+    assert text.weights > 2 * 28 * GB and text.device < max(phase.device for phase in others)
     one = plan_for(described("a100-80gb"), Runtime(keep_experts=False))
-    assert one.need is not None and one.need.device.device <= 45 * GB
+    assert one.need is not None and one.need.phases[0].weights < GB
+    assert one.need.device.device <= 45 * GB
     assert one.fits and one.runtime.resident_blocks == 40
 
 
