@@ -273,7 +273,12 @@ OF_ATTENTION = (
     "blocks streamed from disk",
     "quantised",
 )
-PAIRS = [(way, name) for way in WAYS for name in FEATURES if way != "ring" or name in OF_ATTENTION]
+PAIRS = [
+    (way, name)
+    for way in WAYS
+    for name in FEATURES
+    if name != "compiled" and (way != "ring" or name in OF_ATTENTION)  # test_compile_together
+]
 
 
 def with_features(info: ranks.DistInfo) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Compile without a compiler: torch traces as always, and the graphs run as they are."""
+"""Compile blocks in a test, by inductor or (in no time) by running torch's graphs as they are."""
 
 from __future__ import annotations
 
@@ -8,16 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo import config
-from torch._inductor import compile_fx
+from torch import nn
+
+from wanflow.models.dit import Block
+from wanflow.transforms.compile import Compiler
+
+
+Make = Callable[..., Any]
+
+
+def as_it_is(graph: torch.fx.GraphModule, inputs: object) -> Any:
+    return graph.forward
 
 
 @contextmanager
-def traced(make: Callable[..., Any] = lambda graph, inputs: graph.forward) -> Iterator[None]:
-    """Put another function in place of inductor, and forget what was compiled, before and after."""
-    torch._dynamo.reset()
+def without_inductor(make: Make = as_it_is) -> Iterator[None]:
+    """Put another function in place of inductor, which takes its time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_fx, "compile_fx", make)
+        patch.setattr("torch._inductor.compile_fx.compile_fx", make)
+        yield
+
+
+@contextmanager
+def traced(make: Make = as_it_is) -> Iterator[None]:
+    """Compile without inductor, and forget what was compiled, before and after."""
+    torch._dynamo.reset()
+    with without_inductor(make):
         yield
     torch._dynamo.reset()
 
@@ -25,5 +41,22 @@ def traced(make: Callable[..., Any] = lambda graph, inputs: graph.forward) -> It
 @contextmanager
 def no_recompile() -> Iterator[None]:
     """Fail where torch compiles a function for the second time."""
-    with config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True):
         yield
+
+
+@contextmanager
+def compiled(*models: nn.Module) -> Iterator[Compiler]:
+    """Let the blocks of models run compiled by inductor while the block lasts."""
+    torch._dynamo.reset()
+    compiler = Compiler(torch.device("cpu"), True, None, "test")
+    blocks = [block for one in models for block in one.modules() if isinstance(block, Block)]
+    for model in models:
+        compiler.attach(model)
+    try:
+        with torch.no_grad():
+            yield compiler
+    finally:
+        for block in blocks:
+            for name in ("before", "after", "forward"):
+                delattr(block, name)

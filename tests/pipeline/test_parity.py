@@ -13,6 +13,7 @@ from functools import cache
 
 import pytest
 import torch
+from helpers.compiled import compiled
 from helpers.golden import (
     DIT,
     FOLDER,
@@ -114,6 +115,16 @@ def test_dit_batch(model: str, case: Json) -> None:
     )
     t = found["t"] if found["t"].ndim == 1 else found["t"][:, : case["tokens"][0]]
     close(dit(model)(latent, t, text), expected, manifest["tolerance"], f"output of {case['name']}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", DIT["models"])
+def test_dit_compiled(model: str) -> None:
+    with compiled(dit(model)) as compiler:
+        for one, case, sample in (param.values for param in DIT_SAMPLES):
+            if one == model:
+                test_dit(model, case, sample)
+    assert compiler.graphs >= 2
 
 
 def module_path(name: str) -> str:
@@ -317,6 +328,14 @@ def test_expert_rule(boundary: float, timestep: int, expert: str) -> None:
 
 
 # --- the whole loop ---
+
+
+@pytest.mark.slow
+def test_pipeline_compiled() -> None:
+    with compiled(expert("high"), expert("low")) as compiler:
+        for run in PIPELINE["runs"]:
+            test_pipeline(run)
+    assert compiler.graphs == 2
 
 
 @pytest.mark.parametrize("run", [pytest.param(run, id=run["name"]) for run in PIPELINE["runs"]])
