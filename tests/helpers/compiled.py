@@ -13,7 +13,6 @@ from torch import nn
 from wanflow.models.dit import Block
 from wanflow.transforms.compile import Compiler
 
-
 Make = Callable[..., Any]
 
 
