@@ -18,9 +18,17 @@ from torch import Tensor
 from wanflow.checkpoint.containers import TensorInfo, TensorSource, open_safetensors
 from wanflow.checkpoint.reading import Upload
 from wanflow.models.dit import WanDiT
+from wanflow.plan.report import pinned_lines
 from wanflow.transforms import block_streaming, host_memory
 from wanflow.transforms.block_streaming import BlockBuffers, HostBlocks, Streaming
-from wanflow.transforms.host_memory import PROBE, HostMemory, loaded_cudart, pin_limit, probe_pinned
+from wanflow.transforms.host_memory import (
+    PROBE,
+    HostMemory,
+    loaded_cudart,
+    pin_limit,
+    pinnable,
+    probe_pinned,
+)
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY, ALREADY = 2, 712
@@ -226,6 +234,37 @@ def test_what_can_be_pinned_on_a_system() -> None:
     assert pin_limit(ram, 1 << 30) == 1 << 30
     assert pin_limit(ram, None, "wsl") == pin_limit(ram, PROBE, "win32") == ram // 2
     assert pin_limit(ram, 1 << 30, "wsl") == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("system", "folder", "expected", "tried"),
+    [
+        ("linux", "cache", 32, False),  # no driver limits it there
+        ("wsl", "cache", 1, True),
+        ("win32", None, 16, False),  # nothing could be remembered
+    ],
+)
+def test_the_plan_asks_where_a_limit_is_likely(
+    system: str, folder: str | None, expected: int, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def probe(*given: object) -> int:
+        asked.append(given)
+        return 1 << 30
+
+    monkeypatch.setattr(host_memory, "system_name", lambda: system)
+    monkeypatch.setattr(host_memory, "probe_pinned", probe)
+    assert pinnable(CPU, folder, 32 << 30, 8 << 30) == expected << 30
+    assert bool(asked) == tried
+
+
+def test_the_plan_says_what_cannot_be_pinned() -> None:
+    phases = [SimpleNamespace(shared=20 << 30, top=(), name="x")]
+    machine = SimpleNamespace(pinned=1 << 30)
+    assert "1.0 GiB at most, and 20.0 GiB wait in RAM" in "".join(pinned_lines(machine, phases))
+    machine.pinned = 20 << 30
+    assert not list(pinned_lines(machine, phases))
 
 
 def test_the_loaded_runtime_is_found(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class Machine:
         bfloat16: whether the GPU computes in it.
         device: the one GPU of this machine that a run uses, such as `cuda:1`; else "".
         holds_context: whether `gpu_free` is without a CUDA context of ours, which the run needs.
+        pinned: bytes of RAM that can be pinned.
     """
 
     gpu: int
@@ -45,6 +46,7 @@ class Machine:
     bfloat16: bool = True
     device: str = ""
     holds_context: bool = False
+    pinned: int = 0
     overheads: Overheads = Overheads()  # noqa: RUF009 (it is frozen)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 from wanflow.plan.cards import Overheads
 from wanflow.plan.estimate import Estimate, by_card, by_way
+from wanflow.plan.gpus import Machine
 from wanflow.plan.phases import Need, Phase
 from wanflow.plan.plan import Plan
 from wanflow.plan.start import needs_gpu, ways_out
@@ -176,6 +177,7 @@ def _memory_lines(plan: Plan, peaks: bool) -> Iterator[str]:
         free = memory_size(machine.gpu_free or machine.gpu)
         yield f"  here: {free} of GPU memory{each}{ours}, {ram_free}"
         yield f"  {_besides_words(needed.phases, machine.overheads)}"
+        yield from pinned_lines(machine, needed.phases)
     else:
         yield f"  here: {ram_free}; files that are read are cache, which can be dropped"
     if several:
@@ -184,6 +186,16 @@ def _memory_lines(plan: Plan, peaks: bool) -> Iterator[str]:
         for phase in needed.phases:
             yield f"  largest at the peak of {phase.name}"
             yield from (f"    {storage}" for storage in phase.top[:6])
+
+
+def pinned_lines(machine: Machine, phases: Sequence[Phase]) -> Iterator[str]:
+    """Say what waits in RAM and cannot be pinned."""
+    waiting = max(phase.shared for phase in phases)
+    if 0 < machine.pinned < waiting:
+        yield (
+            f"  pinned: {memory_size(machine.pinned)} at most, and {memory_size(waiting)} wait in"
+            " RAM; the rest is copied from pageable memory, which takes longer"
+        )
 
 
 def _besides_words(phases: Sequence[Phase], over: Overheads) -> str:

@@ -91,7 +91,13 @@ def placed(
     """
     device = choose_device(runtime.device, alone=not cards)
     used = () if device.type != "cuda" else cards or (device.index,)
-    return replace(runtime, device=str(device)), this_machine(folder, used, least_free)
+    machine = this_machine(folder, used, least_free)
+    if device.type == "cuda":
+        from wanflow.transforms.host_memory import pinnable
+
+        pinned = pinnable(device, runtime.machine_cache, machine.ram, machine.ram_free)
+        machine = replace(machine, pinned=pinned)
+    return replace(runtime, device=str(device)), machine
 
 
 def needs_gpu(checkpoint: Checkpoint) -> bool:

@@ -358,8 +358,9 @@ class Streaming(nn.Module):
             layout = buffers.layout
             source = None if self._host_buffers is None else self._host_buffers.pop(index, None)
             if self.device.type == "cpu":
-                target = source if source is not None else self._memory.buffer(layout.nbytes)
-                if source is None:
+                target = source
+                if target is None:
+                    target = torch.empty(layout.nbytes, dtype=torch.uint8)
                     self._fetch(index, layout.views(target))
             else:
                 target = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)

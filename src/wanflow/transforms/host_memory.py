@@ -228,6 +228,22 @@ def pin_limit(ram: int, probed: int | None = None, system: str = "linux") -> int
     return most if probed is None or probed >= PROBE else min(most, probed)
 
 
+def pinnable(device: torch.device, folder: str | Path | None, ram: int, free: int) -> int:
+    """Return how many bytes of this machine's RAM can be pinned; tried where a limit is likely.
+
+    Args:
+        device: a GPU.
+        folder: of `Runtime.machine_cache`; None: nothing is tried.
+        ram: of the machine.
+        free: of it.
+    """
+    system, probed = system_name(), None
+    if system in HALF and folder is not None:
+        with suppress(Exception):  # of a driver that is broken: the run says so
+            probed = probe_pinned(device, folder, free)
+    return pin_limit(ram, probed, system)
+
+
 def probe_pinned(device: torch.device, folder: str | Path | None, free: int) -> int:
     """Return how many bytes could be pinned, at most `PROBE`; remembered for the machine.
 
