@@ -72,7 +72,7 @@ def of_device(folder: str | Path | None, device: torch.device) -> Remembered:
 
     what: tuple[object, ...] = (device.type, torch.__version__)
     if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
+        card = torch.cuda.get_device_properties(device.index or 0)
         versions = (torch.version.cuda, torch.version.hip, torch.backends.cudnn.version())
         what = (*what, card.name, card.total_memory, card.major, card.minor, *versions)
     return Remembered(folder, *what)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +17,20 @@ import torch
 
 from wanflow import hardware
 from wanflow.assemble import assemble
+from wanflow.checkpoint.checkpoint import published
 from wanflow.choices import choose_device
-from wanflow.cli import devices, main
+from wanflow.cli import devices, grow_segments, main
 from wanflow.config import RequestError
 from wanflow.opening import load, resolve, settle
-from wanflow.plan.cards import GPUS
+from wanflow.plan import measure
+from wanflow.plan.cards import GPUS, Rates
 from wanflow.plan.gpus import this_machine
+from wanflow.plan.plan import set_up
+from wanflow.plan.solve import solve
 from wanflow.plan.start import placed
+from wanflow.presets import NANO, T2V_A14B
+from wanflow.remembered import of_device
+from wanflow.request import Request
 from wanflow.runtime import Runtime
 from wanflow.transforms import attention
 from wanflow.transforms.attention_kernels import BACKENDS
@@ -208,3 +217,62 @@ def test_threads_work_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) 
         with hardware.thread_on(device, f"wanflow-{device.type}") as pool:
             assert pool.submit(lambda: 7).result() == 7
     assert current == {"wanflow-cuda_0": torch.device("cuda", 1)}
+
+
+@pytest.mark.parametrize(
+    ("system", "probed", "short"),
+    [("linux", None, False), ("wsl", None, True), ("linux", GIB, True)],
+)
+def test_the_plan_says_where_pinned_memory_is_short(
+    system: str,
+    probed: int | None,
+    short: bool,
+    simulated: Simulate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulated(RTX_4090)
+    monkeypatch.setattr("wanflow.plan.solve.system_name", lambda: system)
+    if probed is not None:
+        of_device(tmp_path, torch.device("cuda", 0)).put(probed, "pinned bytes")
+    request = Request("any", seed=0, size="256*256", frame_num=1, sample_steps=2).complete(T2V_A14B)
+    runtime = Runtime(resident_blocks=20, stream_from="ram", machine_cache=str(tmp_path))
+    runtime, machine = placed(runtime, tmp_path)
+    machine = replace(machine, ram=24 * GIB, ram_free=60 * GIB, disk_free=10**12)
+    plan = solve(published(), request, runtime, machine)
+    assert any("pins at most" in reason for reason in plan.reasons) == short
+
+
+def test_a_card_that_no_table_knows_is_measured_with_the_kernel_of_the_run(
+    simulated: Simulate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the CPU in its place: a convolution that a GPU takes longer to do than to launch."""
+    simulated(Card("NVIDIA Future 1", 23.5, 23.0))
+    seen: list[str] = []
+    monkeypatch.setattr(
+        measure, "choose_kernel", lambda *_: seen.append("chosen") or BACKENDS["math"]
+    )
+    rates = Rates(*[1e12] * 5, 1e10, 1e9, 1e-5, "measured")
+    monkeypatch.setattr(
+        measure, "measured", lambda *how: seen.append(how[-1] is BACKENDS["math"].attend) or rates
+    )
+    request = Request("any", seed=0, size="64*64", frame_num=5).complete(NANO)
+    plan = set_up(published(NANO), request, *placed(Runtime(), tmp_path))
+    assert measure.rated(plan).machine.rates == replace(rates, kernel="math")
+    assert seen == ["chosen", True]
+
+
+def test_segments_of_the_allocator_grow_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+        grow_segments()
+        assert os.environ[name] == "max_split_size_mb:64"
+        monkeypatch.delenv(name)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    for system, expected in (("win32", None), ("linux", "expandable_segments:True")):
+        monkeypatch.setattr(sys, "platform", system)
+        grow_segments()
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")

@@ -326,12 +326,23 @@ def open_streams() -> None:
     sys.stderr = cast(TextIO, Lasting(sys.stderr))
 
 
+def grow_segments() -> None:
+    """Let PyTorch's CUDA allocator grow its segments, so that it loses less memory to gaps.
+
+    torch reads this when it is imported. Only CUDA on Linux has it, and what the user says stays.
+    """
+    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ)
+    if sys.platform == "linux" and not asked and not os.path.exists("/dev/kfd"):  # of AMD
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def entry(argv: list[str] | None = None) -> NoReturn:
     """Run the `wanflow` command, or `generate.py`."""
     open_streams()
     # Threads that wait for each other spin, which costs a busy machine many times their work. The
     # library of threads reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    grow_segments()
     argv = sys.argv[1:] if argv is None else argv
     logging.captureWarnings(not {"--json", "--quiet"}.isdisjoint(argv))  # they become log lines
     exit_with(main(argv))

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wanflow.assemble import choose_kernel
 from wanflow.choices import choose_device
 from wanflow.config import DiTConfig
 from wanflow.geometry import geometry_of
-from wanflow.models.dit import Block, Conditioning, rope_table
+from wanflow.models.dit import Attend, Block, Conditioning, rope_table, sdpa
 from wanflow.plan.cards import DISK_RATE, GB, PCIE, Rates
 from wanflow.plan.measured import with_calibration
 from wanflow.plan.plan import Plan
@@ -37,28 +38,43 @@ def rated(plan: Plan) -> Plan:
         return plan
     spec, device = plan.checkpoint.spec, choose_device(plan.runtime.device)
     tokens = geometry_of(spec).tokens(plan.request.size, plan.request.frame_num)
-    rates = measured(device, plan.dtype, spec.dit.dim, spec.dit.num_heads, tokens)
+    kernel = "" if device.type == "cpu" else plan.runtime.attention
+    attend: Attend = sdpa
+    if kernel:  # of a GPU: that of the run, which differ by a factor
+        chosen = choose_kernel(spec, plan.runtime, device, plan.dtype, plan.small)
+        attend, kernel = chosen.attend, chosen.name
+    shape = spec.dit.dim, spec.dit.num_heads, tokens
+    rates = replace(measured(device, plan.dtype, *shape, attend), kernel=kernel)
     rates = with_calibration(rates, plan.runtime.calibration)
     return replace(plan, machine=replace(plan.machine, rates=rates))
 
 
-def measured(device: torch.device, dtype: torch.dtype, dim: int, heads: int, tokens: int) -> Rates:
+def measured(
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    heads: int,
+    tokens: int,
+    attend: Attend = sdpa,
+) -> Rates:
     """Measure the rates of a device, at the widths of a model and up to `ROWS` of its tokens."""
     on_cpu = device.type == "cpu"
     head = dim // heads
     heads = min(heads, max(1, WIDEST // head)) if on_cpu else heads
     dim = heads * head
     weight = torch.rand(4 * dim, dim, device=device, dtype=dtype)
-    image = torch.rand(1, 32, 64, 64, device=device)
-    kernel = torch.rand(32, 32, 3, 3, device=device)
+    # A GPU launches the small one in more time than it computes it.
+    channels, side = (32, 64) if on_cpu else (192, 512)
+    image = torch.rand(1, channels, side, side, device=device)
+    kernel = torch.rand(channels, channels, 3, 3, device=device)
 
     def linear(rows: int) -> Callable[[], Tensor]:
         x = torch.rand(rows, dim, device=device, dtype=dtype)
         return lambda: F.linear(x, weight)
 
     def attention(rows: int) -> Callable[[], Tensor]:
-        qkv = torch.rand(1, heads, rows, head, device=device, dtype=dtype)
-        return lambda: F.scaled_dot_product_attention(qkv, qkv, qkv)
+        qkv = torch.rand(1, rows, heads, head, device=device, dtype=dtype)
+        return lambda: attend(qkv, qkv, qkv)
 
     def product(rows: int) -> Callable[[], Tensor]:
         large = torch.rand(rows, 4 * dim, device=device)
