@@ -154,11 +154,10 @@ def _step(found: Measured, scale: Scale, count: int, show: Show) -> dict[str, An
     return _compared(calls, scale, count, show, BOUND[scale.dtype])
 
 
-def _decode(scale: Scale, count: int, show: Show) -> dict[str, Any]:
-    config = scale.spec.vae
-    ours = random_vae(scale)
-    cls = import_module("diffusers").AutoencoderKLWan
-    theirs = cls(
+def decode_calls(scale: Scale) -> Calls:
+    """Return a decode of each side, of one latent by the same random weights."""
+    config, ours = scale.spec.vae, random_vae(scale)
+    theirs = import_module("diffusers").AutoencoderKLWan(
         base_dim=config.dim,
         z_dim=config.z_dim,
         num_res_blocks=config.num_res_blocks,
@@ -168,16 +167,14 @@ def _decode(scale: Scale, count: int, show: Show) -> dict[str, Any]:
     theirs = theirs.eval().requires_grad_(False).to(scale.device)
     give("vae", ours, theirs)
     z = torch.randn(scale.vae_latent, device=scale.device)
-    # The peer takes what its pipeline has scaled back.
-    mean, std = (
-        torch.tensor(values, device=z.device).view(1, -1, 1, 1, 1)
-        for values in (config.latent_mean, config.latent_std)
-    )
-    calls: Calls = {
+    both = config.latent_mean, config.latent_std
+    mean, std = (torch.tensor(one, device=z.device).view(1, -1, 1, 1, 1) for one in both)
+    scaled = z * std + mean  # as the peer's pipeline hands it over
+    return {
+        # The peer returns the whole video, so ours is asked for it too.
         "wanflow": lambda: ours.decode(z).clamp_(-1, 1),
-        "diffusers": lambda: theirs.decode(z * std + mean, return_dict=False)[0],
+        "diffusers": lambda: theirs.decode(scaled, return_dict=False)[0],
     }
-    return _compared(calls, scale, count, show, BOUND[torch.float32])
 
 
 def _compared(calls: Calls, scale: Scale, count: int, show: Show, bound: float) -> dict[str, Any]:
@@ -209,7 +206,7 @@ def beside(found: Measured, spec: ModelSpec, count: int, show: Show) -> dict[str
     scale = Scale(device, spec, dtype, (latent,), (1, *latent), 0)
     sides = {"step": _step(found, scale, count, show)}
     scale.empty()
-    sides["decode"] = _decode(scale, count, show)
+    sides["decode"] = _compared(decode_calls(scale), scale, count, show, BOUND[torch.float32])
     return {"version": import_module("diffusers").__version__, **sides}
 
 

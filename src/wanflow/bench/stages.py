@@ -24,7 +24,7 @@ from wanflow.sampling.timeline import timeline
 from wanflow.transforms.attention import installed, synchronize
 
 Show = Callable[[str, int, int, str], object]  # what, done, total, the word before the numbers
-SAMPLE = 0.005  # seconds between two looks at this process' memory
+SAMPLE = 0.002  # seconds between two looks at this process' memory
 STATUS = Path("/proc/self/status")
 
 
