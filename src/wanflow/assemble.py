@@ -236,10 +236,16 @@ def in_less_memory(engine: Engine, parts: LoadedParts) -> Engine:
     """Return an engine that tries again, in smaller pieces, what memory did not suffice for.
 
     Memory is freed between two tries, after the error with the tensors in its traceback is gone.
+    The thread that calls takes the device: it need not be the one that loaded the model.
     """
+
+    def take_device() -> None:
+        if parts.device.type == "cuda":
+            torch.cuda.set_device(parts.device)
 
     def velocity(run: Run) -> Velocity:
         steps, tokens = timeline(run.request, parts.spec), parts.own_tokens(run.request)
+        take_device()
         try:
             once = engine.velocity(run)  # which encodes the prompts
         except Exception as error:
@@ -260,6 +266,7 @@ def in_less_memory(engine: Engine, parts: LoadedParts) -> Engine:
         return velocity
 
     def decode(latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
+        take_device()
         done = 0  # parts that are given out; their places in the video are the same in tiles
         while True:
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from threading import current_thread
+from threading import Thread, current_thread
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +43,32 @@ def test_every_worker_takes_the_gpu_of_its_run(who: str, monkeypatch: pytest.Mon
         list(encoder._loaded([torch.nn.Identity()], None))  # type: ignore[list-item, arg-type]
     ((thread, device),) = taken
     assert thread.startswith("wanflow-") and device == gpu
+
+
+@pytest.mark.parametrize("stage", ["denoise", "decode"])
+def test_a_thread_of_the_users_works_on_the_gpu_of_the_model(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = wanflow.load("nano", device="cpu")
+    run = pipe.begin(wanflow.Request("a red circle", frame_num=1, sample_steps=2, seed=1))
+    taken: list[torch.device] = []
+    monkeypatch.setattr(pipe.parts, "device", torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+
+    def work() -> None:
+        with pytest.raises((RuntimeError, AssertionError)):  # there is no such GPU here
+            if stage == "denoise":
+                pipe.engine.velocity(run)
+            else:
+                list(pipe.engine.decode(run.state.x.to("cuda:1"), None))
+
+    if stage == "decode":
+        monkeypatch.setattr(pipe.parts, "vae", lambda: torch.empty(1, device="cuda:1"))
+        monkeypatch.setattr(torch.Tensor, "to", lambda x, *where: x)
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert taken == [torch.device("cuda", 1)]
 
 
 def test_executors_are_made_in_one_place() -> None:
