@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,17 @@ M = TypeVar("M", bound=nn.Module)
 # Small enough that a run takes a fraction of a second.
 QUICK = {"frame_num": 5, "sample_steps": 4, "seed": 7}
 PROMPT = "a red circle moves left on a blue background"
+
+
+@cache
+def scales_rows() -> bool:
+    """Whether this PyTorch multiplies fp8 with a scale for each row on a CPU, as 2.12 does."""
+    one, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(one, one.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def open_part(kind: Kind, path: Path) -> OfficialSource:

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import same_bits
+from helpers.common import same_bits, scales_rows
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,17 +41,6 @@ TINY = DiTConfig(
 )
 WAYS: list[tuple[Quantization, Way]] = [("fp8", "scaled_mm"), ("int8", "int_mm")]
 EVERY: list[tuple[Quantization, Way]] = [*((mode, "weight-only") for mode in QUANTIZATIONS), *WAYS]
-
-
-@cache
-def scales_rows() -> bool:
-    """Whether this PyTorch multiplies fp8 with a scale for each row on a CPU, as 2.12 does."""
-    one, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
-    try:
-        torch._scaled_mm(one, one.t(), scale, scale.t(), out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True
 
 
 @pytest.fixture(autouse=True)

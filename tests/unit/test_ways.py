@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.common import scales_rows
 from torch import Tensor
 
 from wanflow.plan.cards import GPUS, capability_of
 from wanflow.runtime import QUANTIZATIONS, Quantization
 from wanflow.transforms import rounding, ways
 from wanflow.transforms.ways import GENERATIONS, ROUNDING, Gpu, Reached, choose_way, way_of
+
+with_rows = pytest.mark.skipif(
+    not scales_rows(), reason="no fp8 product with a scale for each row on a CPU"
+)
 
 BF16, FP16 = torch.bfloat16, torch.float16
 GPU = torch.device("cuda:0")
@@ -144,6 +149,7 @@ class Card:
         major, minor = capability
         facts = SimpleNamespace(name="Simulated", total_memory=1 << 34, major=major, minor=minor)
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)  # a wheel with CUDA asks
         patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
         patch.setattr(ways.sys, "platform", "linux")
@@ -161,6 +167,7 @@ def choose(mode: Quantization, folder: Path | None = None, dtype: torch.dtype = 
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@with_rows
 def test_run_and_plan_choose_the_same(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], caplog: Any
 ) -> None:
@@ -216,6 +223,7 @@ WRONG = {
 
 @pytest.mark.parametrize("mode", ["fp8", "int8"])
 @pytest.mark.parametrize("kind", ["raises", "wrong", "not finite", "kernel"])
+@with_rows
 def test_a_product_that_fails_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any, mode: Any, kind: str
 ) -> None:
@@ -265,6 +273,7 @@ def test_the_answer_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
     assert not caplog.records
 
 
+@with_rows
 def test_a_full_gpu_says_nothing_of_the_product(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
