@@ -16,6 +16,8 @@ import torch
 from helpers.common import PROMPT, filled
 from helpers.compiled import no_recompile, traced
 from helpers.features import latent, pipeline, plain_latent
+from helpers.gguf_blocks import blocks
+from helpers.packed_leaves import fill_packed
 from helpers.tiny import TINY
 from torch import Tensor, nn
 
@@ -27,12 +29,17 @@ from wanflow.models.dit import Block, Conditioning, WanDiT
 from wanflow.presets import T2V_A14B
 from wanflow.remembered import of_device
 from wanflow.request import Request
+from wanflow.runtime import Quantization
 from wanflow.transforms import compile as compiling
 from wanflow.transforms.compile import UNMEASURED_S, Compiler, missing_here
 from wanflow.transforms.deltas import LowRank
 from wanflow.transforms.lora import Adapters
+from wanflow.transforms.packed import FP8, Packed, replace_with_packed
+from wanflow.transforms.quant import quantizable_layers, replace_with_quantised
+from wanflow.transforms.ways import Way
 
 CPU = torch.device("cpu")
+WIDE = replace(TINY, dim=256, ffn_dim=512)  # a block of a K-quant has 256 values
 
 
 def compiler(strict: bool = True, folder: Path | None = None) -> Compiler:
@@ -102,6 +109,52 @@ def test_a_run_compiles_two_graphs(runtime: dict[str, Any]) -> None:
     assert made.graphs == 2
     expected = latent(runtime, request)
     assert (result - expected).abs().mean() <= 1e-3 * expected.abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["F8_E4M3", "Q4_K", "Q6_K", "Q5_0", "IQ4_XS"])
+@torch.no_grad()
+def test_packed_weights_compile(kind: str) -> None:
+    """Forms of fp8 and GGUF files are unpacked inside the graphs."""
+    expert, plain = filled(WanDiT(WIDE), 0), filled(WanDiT(WIDE), 0)
+    names = [f"{path}.weight" for path in quantizable_layers(expert, "all")]
+    replace_with_packed(expert, dict.fromkeys(names, kind), torch.float32)
+    for name in names:
+        leaf, bare = (one.get_submodule(name[: -len(".weight")]) for one in (expert, plain))
+        rows, columns = shape = tuple(bare.weight.shape)  # type: ignore[operator, arg-type]
+        if kind in FP8:
+            data = (torch.randn(shape) * 0.2).to(FP8[kind])
+            fill_packed(leaf, Packed(kind, shape, data, torch.tensor(0.5)))
+        else:
+            fill_packed(leaf, Packed(kind, shape, blocks(kind, rows, columns)))
+        leaf.bias.data.copy_(bare.bias)  # type: ignore[operator, arg-type]
+    compare(expert)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "way"), [("fp8", "scaled_mm"), ("int8", "int_mm"), ("nf4", None)])
+@torch.no_grad()
+def test_quantised_weights_compile(mode: Quantization, way: Way | None) -> None:
+    expert, plain = filled(WanDiT(WIDE), 0), filled(WanDiT(WIDE), 0)
+    paths = quantizable_layers(expert, "all")
+    for path in paths:
+        leaf = expert.get_submodule(path)
+        leaf.weight.data = leaf.weight.bfloat16()  # type: ignore[operator, union-attr]
+    replace_with_quantised(expert, paths, mode, torch.bfloat16, CPU, way)
+    for path in paths:
+        leaf, bare = expert.get_submodule(path), plain.get_submodule(path)
+        for name, value in leaf.quantise(bare.weight).items():  # type: ignore[operator]
+            setattr(leaf, name, nn.Parameter(value, requires_grad=False))
+        leaf.bias.data.copy_(bare.bias)  # type: ignore[operator, arg-type]
+    compare(expert)
+
+
+def compare(expert: WanDiT) -> None:
+    made, expected = compiler(), expert(*inputs(1))
+    made.attach(expert)
+    with traced(), no_recompile():
+        torch.testing.assert_close(expert(*inputs(1)), expected)
+    assert made.graphs == 2 and expected.isfinite().all()
 
 
 # What fails
