@@ -379,7 +379,7 @@ def test_nothing_more_is_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_check_in_a_bare_container(tmp_path: Path) -> None:
+def test_the_check_in_a_bare_container(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All parts, small, on the CPU; from a copy of the source, without what it must not need."""
     out = tmp_path / "out"
     words = ["bench", "--check", "--json", "--device", "cpu", "--out", str(out)]
@@ -406,3 +406,6 @@ def test_the_check_in_a_bare_container(tmp_path: Path) -> None:
     assert values["memory of a context"] == "needs CUDA"
     rates = read_calibration(out / "check.json")
     assert min(rates.matmul or 0, rates.attention or 0, rates.memory or 0, rates.disk or 0) > 1e6
+    planned = ["plan", "--ckpt_dir", "nano", "--device", "cpu", "--json"]
+    assert main([*planned, "--calibration", str(out / "check.json")]) == 0
+    assert "by wanflow bench" in capsys.readouterr().out
