@@ -43,7 +43,9 @@ def main(name: str, file: str, device: str, seconds: str) -> None:
 
     with record.asking("the device"), torch.no_grad():
         scale = scale_of(choose_device(device))
-        if scale.cuda:  # kernels of packages launch on the current one
+        # Kernels of packages launch on the current device. Choosing it makes a context, whose
+        # memory the first part measures.
+        if scale.cuda and name != "machine":
             torch.cuda.set_device(scale.device)
         record.about = about_device(scale.device, dtype_name(scale.dtype))
         record.small = scale.cuda and record.about["device_memory"] < FULL
