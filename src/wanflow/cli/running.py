@@ -97,7 +97,7 @@ def _abort(pipe: Pipeline, keeper: StateKeeper, outputs: Outputs, args: argparse
     instead = pipe.parts.instead
     try:
         run = keeper.run
-        if "out of memory" in args.watchdog.cause:  # in another rank
+        if ": out of memory" in args.watchdog.cause:  # in another rank
             pipe.parts.ran_out("decode" if run.finished else "step", run.request)
         known = {key: value for key, value in instead().items() if key in run.recipe.runtime}
         keeper.run = replace(run, recipe=replace(run.recipe, runtime=run.recipe.runtime | known))

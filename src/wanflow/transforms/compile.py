@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from wanflow.config import RequestError
 from wanflow.models.dit import Block, Conditioning
+from wanflow.out_of_memory import is_out_of_memory
 from wanflow.remembered import of_device
 
 logger = logging.getLogger("wanflow")
@@ -112,7 +113,7 @@ class Compiler:
 
     def _fail(self, problem: Exception) -> None:
         cause = getattr(problem, "inner_exception", problem)
-        if isinstance(cause, torch.OutOfMemoryError):
+        if is_out_of_memory(cause):
             raise cause
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         why = f"{type(cause).__name__}{f': {lines[0]}' if lines else ''}"
