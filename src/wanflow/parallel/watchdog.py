@@ -150,6 +150,8 @@ class Watchdog:
         else:
             own, sure = self._blame(self.rank, cause, code), sure and code != 2
         self._own, self._sure = self._own or own, self._sure or sure
+        if not self._sure and code != INTERRUPTED.code:
+            self._reported.wait(NEWS_S)  # the cause in another rank decides how the run goes on
         self.save()
         self._reported.wait(HEARTBEAT_TIMEOUT_S)
         self._exit()
