@@ -26,10 +26,8 @@ from wanflow.plan import measure
 from wanflow.plan.cards import GPUS, Rates
 from wanflow.plan.gpus import this_machine
 from wanflow.plan.plan import set_up
-from wanflow.plan.solve import solve
 from wanflow.plan.start import placed
-from wanflow.presets import NANO, T2V_A14B
-from wanflow.remembered import of_device
+from wanflow.presets import NANO
 from wanflow.request import Request
 from wanflow.runtime import Runtime
 from wanflow.transforms import attention
@@ -217,30 +215,6 @@ def test_threads_work_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) 
         with hardware.thread_on(device, f"wanflow-{device.type}") as pool:
             assert pool.submit(lambda: 7).result() == 7
     assert current == {"wanflow-cuda_0": torch.device("cuda", 1)}
-
-
-@pytest.mark.parametrize(
-    ("system", "probed", "short"),
-    [("linux", None, False), ("wsl", None, True), ("linux", GIB, True)],
-)
-def test_the_plan_says_where_pinned_memory_is_short(
-    system: str,
-    probed: int | None,
-    short: bool,
-    simulated: Simulate,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    simulated(RTX_4090)
-    monkeypatch.setattr("wanflow.plan.solve.system_name", lambda: system)
-    if probed is not None:
-        of_device(tmp_path, torch.device("cuda", 0)).put(probed, "pinned bytes")
-    request = Request("any", seed=0, size="256*256", frame_num=1, sample_steps=2).complete(T2V_A14B)
-    runtime = Runtime(resident_blocks=20, stream_from="ram", machine_cache=str(tmp_path))
-    runtime, machine = placed(runtime, tmp_path)
-    machine = replace(machine, ram=24 * GIB, ram_free=60 * GIB, disk_free=10**12)
-    plan = solve(published(), request, runtime, machine)
-    assert any("pins at most" in reason for reason in plan.reasons) == short
 
 
 def test_a_card_that_no_table_knows_is_measured_with_the_kernel_of_the_run(

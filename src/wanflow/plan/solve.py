@@ -27,10 +27,8 @@ from wanflow.plan.phases import (
 )
 from wanflow.plan.plan import Plan, set_up
 from wanflow.plan.traces import Traces
-from wanflow.remembered import of_device
 from wanflow.request import CompleteRequest
 from wanflow.runtime import Runtime
-from wanflow.transforms.host_memory import pin_limit, system_name
 from wanflow.transforms.ways import Gpu
 from wanflow.units import file_size, memory_size
 
@@ -116,11 +114,7 @@ class _Solver:
         return replace(
             self.begun,
             runtime=runtime,
-            reasons=(
-                *self.reasons,
-                *self._quantised_words(runtime),
-                *self._pinned_words(runtime, needed),
-            ),
+            reasons=(*self.reasons, *self._quantised_words(runtime)),
             need=needed,
             short=short,
             offers=tuple(offers(runtime, bool(short))),
@@ -132,21 +126,6 @@ class _Solver:
             rounded = f"tokens are rounded to 8 bits too ({way}), which saves time"
             unpacked = f"{runtime.quantize} weights are unpacked for each product ({way})"
             yield unpacked if way == "weight-only" else rounded
-
-    def _pinned_words(self, runtime: Runtime, needed: Need) -> Iterator[str]:
-        """Say where this machine pins less RAM than streaming wants, as far as is known."""
-        machine, streams = self.begun.machine, (runtime.resident_blocks or 0) < self.layers
-        if machine.described or not streams or runtime.stream_from != "ram" or self.kind == "cpu":
-            return
-        probed = of_device(runtime.machine_cache, self.traces.device).get("pinned bytes")
-        limit = pin_limit(machine.ram, probed if type(probed) is int else None, system_name())
-        wanted = max(phase.shared for phase in needed.phases)
-        if wanted > limit:
-            yield (
-                f"{memory_size(wanted)} of RAM are to be pinned, and this system pins at most"
-                f" {memory_size(limit)}: the rest is copied more slowly (--stream_from disk pins"
-                " two blocks)"
-            )
 
     def _few_pixels(self) -> bool:
         return math.prod(self.traces.request.size) <= MANY_PIXELS
