@@ -715,6 +715,7 @@ def test_as_json_beside_a_package_that_is_broken_and_talks(tmp_path: Path) -> No
         "disk",
         "encoder",
         "packages",
+        "pinned",
         "problems",
         "advice",
         "code",

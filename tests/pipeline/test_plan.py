@@ -571,8 +571,8 @@ def test_a_loaded_large_model_refuses_more_than_it_was_planned_for(
     """What it holds already does not count as taken."""
     card = described("12gb", ram=32)
     runtime = plan_for(card, size="832*480").runtime
-    full = replace(card, gpu_free=GB, ram_free=GB)
-    monkeypatch.setattr("wanflow.plan.start.this_machine", lambda *_: full)
+    full = replace(card, gpu=card.gpu + GB, gpu_free=GB, ram_free=GB)  # the plan left 1 GB
+    monkeypatch.setattr("wanflow.plan.start.placed", lambda runtime, *_: (runtime, full))
     admit = admission(published(), runtime, Request("x", size="832*480"))
     admit(of(T2V_A14B, size="832*480", frame_num=17))
     admit(of(T2V_A14B, size="832*480", frame_num=85))
