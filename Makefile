@@ -24,7 +24,7 @@ demo: install    ## a prompt becomes an mp4; make demo PROMPT="a small cyan cros
 	@mkdir -p $(dir $(OUT))
 	@$(BIN)/wanflow generate --ckpt_dir nano --prompt "$(PROMPT)" --save_file $(OUT) --contact_sheet --overwrite
 
-test: install    ## the test suite, about 4 minutes on two cores
+test: install    ## the test suite, about 5 minutes on two cores
 	$(BIN)/python -m pytest
 
 test-all: install  ## what `make test` leaves out: pairs of features, many processes, oracles, fuzz, training
