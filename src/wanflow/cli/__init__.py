@@ -216,7 +216,7 @@ def _run(argv: list[str], claims: Claims) -> int:
         output.begin(ranks.rank)
         if ranks.world_size > 1:
             watchdog = _join_watchdog(argv, output, alone) or alone
-            watchdog.agree()  # before anything begins that a refusal would have to undo
+            watchdog.start()
         args = _parse(argv)
         output.take(args)
         from wanflow.cli import checks
@@ -262,7 +262,7 @@ def _run(argv: list[str], claims: Claims) -> int:
 
 
 def _join_watchdog(argv: list[str], output: Output, alone: Alone) -> Watchdog | None:
-    """Begin the heartbeat of one rank of several, before anything can fail in one of them."""
+    """Return the heartbeat of one rank of several, before anything can fail in one of them."""
     from wanflow import __version__
 
     # torch prints the stack where a store breaks; the watchdog prints one message.
@@ -280,7 +280,6 @@ def _join_watchdog(argv: list[str], output: Output, alone: Alone) -> Watchdog | 
         alone.leave()  # the watchdog handles signals
         watchdog.command = [f"wanflow {__version__}", *argv]
         watchdog.say, watchdog.on_end = output.error, output.conclude
-        watchdog.start()
     return watchdog
 
 

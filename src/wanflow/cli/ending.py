@@ -50,8 +50,8 @@ class Alone:
         """Let the first signal interrupt the main thread; one that is ignored stays ignored."""
         self._handlers = take_over(self._interrupt)
 
-    def agree(self) -> None:
-        """Wait for no other rank: there is none."""
+    def start(self) -> None:
+        """Do nothing: there is no other rank to wait for."""
 
     def watch(self, nothing: str) -> None:
         """End the process within seconds of a signal from now on, and at once at a second Ctrl-C.

@@ -121,7 +121,11 @@ class Watchdog:
     # The main thread's side
 
     def start(self) -> None:
-        """Begin the heartbeat. SIGINT, SIGTERM and SIGHUP interrupt the main thread, once."""
+        """Begin the heartbeat, and wait for the command of rank 0.
+
+        From now on SIGINT, SIGTERM, SIGHUP, and the run's first failure interrupt the main thread,
+        once.
+        """
         self._signals.setblocking(False)
         for number in SIGNALS:
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) not in IGNORED:
@@ -129,6 +133,7 @@ class Watchdog:
         # The thread hears signals, too: the main thread may be stuck in a call.
         signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         self._thread.start()
+        self.agree()  # before anything begins that a refusal would have to undo
 
     def agree(self) -> None:
         """Wait until rank 0 has stored its command, if it is this one; else be interrupted."""
