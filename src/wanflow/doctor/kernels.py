@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -119,22 +120,8 @@ def try_matmul(device: torch.device, say: Say = lambda _: None) -> Iterator[Kern
     truth = x[::step].double() @ w.double().t()
     for (dtype, way), prepare in MATMULS.items():
         result = KernelResult("matmul", str(device), dtype, way)
-        try:
-            product = prepare(x.to(device), w.to(device))
-            difference = (product()[::step].cpu().double() - truth).abs().max()
-            seconds = attention.shortest(product, device, BUDGET)
-        except Exception as problem:  # each device fails with types of its own
-            yield replace(result, why=attention.failure(problem))
-            continue
-        error = float(difference / truth.abs().max())
-        wrong = f"wrong numbers: error {error:.2g} of the largest value"
-        yield replace(
-            result,
-            why="" if error <= MAX_ERROR else wrong,
-            error=_finite(error),
-            seconds=seconds,
-            tflops=2 * n**3 / seconds / 1e12,
-        )
+        run = partial(_multiply, prepare, x, w, device, step)
+        yield _tried(result, run, truth, MAX_ERROR, 2 * n**3)
 
 
 def try_convolution(device: torch.device, say: Say = lambda _: None) -> Iterator[KernelResult]:
@@ -152,27 +139,51 @@ def try_convolution(device: torch.device, say: Say = lambda _: None) -> Iterator
         work = 2 * truth[0, 0].numel() * w.numel()
         for dtype in CONVOLUTION_ERRORS if device.type == "cuda" else ("float32",):
             result = KernelResult("convolution", str(device), dtype, convolve.__name__)
-            try:
-                on_device = x.to(device), w.to(device)
-                with tensor_float(device, dtype == "tf32"):
-                    difference = (convolve(*on_device).cpu().double() - truth).abs().max()
-                    seconds = attention.shortest(
-                        lambda: convolve(*on_device),  # noqa: B023
-                        device,
-                        BUDGET / 5,
-                    )
-            except Exception as problem:  # each device fails with types of its own
-                yield replace(result, why=attention.failure(problem))
-                continue
-            error = float(difference / truth.abs().max())
-            wrong = f"wrong numbers: error {error:.2g} of the largest value"
-            yield replace(
-                result,
-                why="" if error <= CONVOLUTION_ERRORS[dtype] else wrong,
-                error=_finite(error),
-                seconds=seconds,
-                tflops=work / seconds / 1e12,
-            )
+            run = partial(_convolve, convolve, x, w, device, dtype == "tf32")
+            yield _tried(result, run, truth, CONVOLUTION_ERRORS[dtype], work)
+
+
+def _multiply(
+    prepare: Way, x: Tensor, w: Tensor, device: torch.device, step: int
+) -> tuple[Tensor, float]:
+    product = prepare(x.to(device), w.to(device))
+    return product()[::step], attention.shortest(product, device, BUDGET)
+
+
+def _convolve(
+    convolve: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    w: Tensor,
+    device: torch.device,
+    allowed: bool,
+) -> tuple[Tensor, float]:
+    call = partial(convolve, x.to(device), w.to(device))
+    with tensor_float(device, allowed):
+        return call(), attention.shortest(call, device, BUDGET / 5)
+
+
+def _tried(
+    result: KernelResult,
+    run: Callable[[], tuple[Tensor, float]],
+    truth: Tensor,
+    most: float,
+    work: int,
+) -> KernelResult:
+    """Return a result with what a run gave: its error against the truth, and its rate."""
+    try:
+        found, seconds = run()
+        difference = (found.cpu().double() - truth).abs().max()
+    except Exception as problem:  # each device fails with types of its own
+        return replace(result, why=attention.failure(problem))
+    error = float(difference / truth.abs().max())
+    wrong = f"wrong numbers: error {error:.2g} of the largest value"
+    return replace(
+        result,
+        why="" if error <= most else wrong,
+        error=_finite(error),
+        seconds=seconds,
+        tflops=work / seconds / 1e12,
+    )
 
 
 def tensor_float(device: torch.device, allowed: bool) -> AbstractContextManager[None]:
