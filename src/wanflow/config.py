@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from operator import floordiv
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 Solver = Literal["unipc", "dpm++", "euler"]
 SOLVERS: tuple[Solver, ...] = ("unipc", "dpm++", "euler")
@@ -107,6 +107,7 @@ class VAEConfig:
     `temperal_downsample` keeps the spelling of the official key.
     """
 
+    patch: ClassVar[int] = 1  # pixels along each side that become channels before the encoder
     dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -122,18 +123,35 @@ class VAEConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.attn_scales:
             raise RequestError(
-                "the Wan2.1 VAE has attention only in the middle; attn_scales must be empty"
+                "a Wan VAE has attention only in the middle; attn_scales must be empty"
             )
         if len(self.latent_mean) != self.z_dim or len(self.latent_std) != self.z_dim:
             raise RequestError(f"latent_mean and latent_std need {self.z_dim} values each")
 
     @property
     def spatial_stride(self) -> int:
-        return int(2 ** (len(self.dim_mult) - 1))
+        return int(self.patch * 2 ** (len(self.dim_mult) - 1))
 
     @property
     def temporal_stride(self) -> int:
         return int(2 ** sum(self.temperal_downsample))
+
+    @property
+    def dec_dim(self) -> int:
+        """The base width of the decoder."""
+        return self.dim
+
+
+@dataclass(frozen=True)
+class VAE22Config(VAEConfig):
+    """Shape of the VAE of TI2V-5B, whose decoder is wider than its encoder."""
+
+    patch: ClassVar[int] = 2
+    dim: int = 160
+    dec_dim: int = 256
+    z_dim: int = 48
+    latent_mean: tuple[float, ...] = (0.0,) * 48
+    latent_std: tuple[float, ...] = (1.0,) * 48
 
 
 T = TypeVar("T", bound=Any)
