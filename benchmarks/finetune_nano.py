@@ -22,7 +22,8 @@ import torch
 
 import wanflow
 from wanflow.cli import main as wanflow_command
-from wanflow.media import VideoWriter, to_uint8
+from wanflow.media import VideoWriter
+from wanflow.pipeline import to_uint8
 from wanflow.train import adherence, toy
 
 COLOURS = {"pink": (255, 120, 190), "brown": (120, 70, 30), "lime": (170, 255, 40)}

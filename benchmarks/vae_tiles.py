@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from wanflow.config import VAEConfig
-from wanflow.media import to_uint8
 from wanflow.models.vae import WanVAE
+from wanflow.pipeline import to_uint8
 from wanflow.transforms import vae_tiling as tiling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,7 +12,8 @@ from wanflow.cli import COMMANDS, command_parser
 from wanflow.cli.parser import Parser, shown_actions
 from wanflow.request import Request
 from wanflow.runtime import Runtime
-from wanflow.settings import json_schema, settings_of
+from wanflow.schema import json_schema
+from wanflow.settings import settings_of
 
 HEAD = """# Commands, flags and settings
 
@@ -33,7 +34,7 @@ def page() -> str:
 
 SETTINGS = (
     "`wanflow.load` takes the fields of Runtime as keywords, `generate` those of Request."
-    " `wanflow.settings.json_schema(Request)` returns the same as a JSON schema."
+    " `wanflow.schema.json_schema(Request)` returns the same as a JSON schema."
     "\n\nA side has at most 16384 pixels and a video at most 4093 frames: 1024 tokens along each"
     " axis, as many as Wan2.2's rotary table has positions. Steps end at 1000, the timesteps of"
     " training."

@@ -35,7 +35,7 @@ _HOME = {
     "Pipeline": "front",
     "Progress": "pipeline",
     "Run": "pipeline",
-    "Video": "video",  # api's, with more kinds of file
+    "Video": "video",  # api's, with `save`
 }
 
 __all__ = [

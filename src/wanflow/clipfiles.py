@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -19,8 +19,11 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from wanflow.config import RequestError
-from wanflow.media import EXACT, RECIPE_KEY, Frames, save_picture
+from wanflow.media import EXACT, RECIPE_KEY, save_picture
 from wanflow.untrusted import open_regular, parse_json, printable, read_bytes
+
+if TYPE_CHECKING:
+    from wanflow.pipeline import Frames
 
 # Formats that are read. Without this list ffmpeg also takes text files (drawn as ANSI art) and
 # playlists of other files.

@@ -17,7 +17,6 @@ from wanflow.media import (
     H264,
     RECIPE_KEY,
     Encoding,
-    Frames,
     VideoWriter,
     Writer,
     check_target,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     import av
 
     from wanflow import options
+    from wanflow.pipeline import Frames
 
 
 @dataclass(frozen=True)

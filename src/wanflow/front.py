@@ -62,7 +62,7 @@ class Pipeline(api.Pipeline):
         advise: Callable[[CompleteRequest], Iterable[str]] | None = None,
         display: Display | None = None,
     ) -> None:
-        super().__init__(engine, parts, Video)
+        super().__init__(engine, parts)
         self._advise, self._display = advise, display or Display(False)
         self._turn = Turn()
 
@@ -180,8 +180,7 @@ class Pipeline(api.Pipeline):
         """Decode a finished run. Of several processes the first one gets a video with frames."""
         _refuse_other("finish", run, Run)
         video = super().finish(run, on_part)
-        assert isinstance(video, Video)
-        return video
+        return Video(video.frames, video.fps, video.recipe)
 
     def _notes(self, request: Request) -> Iterable[str]:
         """Check a request before the first of all is made; return what to know about it."""

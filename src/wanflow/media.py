@@ -1,6 +1,6 @@
 """Write videos and PNG pictures, with the recipe inside them.
 
-`encoding` has the kinds of file that `Video.save` knows, and `clipfiles` reads them.
+`encoding` has the kinds of file that `video.Video.save` knows, and `clipfiles` reads them.
 
 Shapes: T frames, H height, W width in pixels; frames are uint8 [T, H, W, 3], RGB.
 
@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from wanflow.config import RequestError
 from wanflow.files import disk_error, publish, temporary, write_bytes
 
 if TYPE_CHECKING:
     import av
-    from torch import Tensor
 
-Frames = npt.NDArray[np.uint8]
+    from wanflow.pipeline import Frames
 
 RECIPE_KEY = "wanflow"
 # The default scaler is fast and up to 2/255 off in a flat colour. ffmpeg's numbers of BICUBIC,
@@ -225,19 +223,6 @@ def recipe_tags(recipe: Mapping[str, Any], prompt: str) -> dict[str, str]:
         "comment": words,
         "description": words,
     }
-
-
-def to_uint8(video: Tensor) -> Frames:
-    """Convert a video [3, T, H, W] or [1, 3, T, H, W] in -1..1 to uint8 [T, H, W, 3].
-
-    Values are truncated, not rounded, as in the official code.
-    """
-    if video.ndim == 5 and video.shape[0] == 1:
-        video = video[0]
-    if video.ndim != 4 or video.shape[0] != 3:
-        raise ValueError(f"a video of shape {list(video.shape)} is not [3, T, H, W]")
-    frames = video.detach().float().clamp(-1, 1).add_(1).div_(2).mul_(255).byte()
-    return np.asarray(frames.permute(1, 2, 3, 0).contiguous().cpu().numpy(), dtype=np.uint8)
 
 
 @contextmanager

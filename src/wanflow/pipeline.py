@@ -27,7 +27,6 @@ from wanflow.conditioning import conditioning_of
 from wanflow.config import RequestError
 from wanflow.files import write_bytes
 from wanflow.geometry import COMMON
-from wanflow.media import to_uint8
 from wanflow.models.vae import WanVAE
 from wanflow.presets import Expert, ModelSpec
 from wanflow.recipe import Recipe
@@ -260,6 +259,19 @@ def to_frames(chunk: Tensor) -> Frames:
     if not torch.isfinite(chunk).all():
         raise OutputError("the VAE gave NaN or infinity: check its weights file")
     return to_uint8(chunk)
+
+
+def to_uint8(video: Tensor) -> Frames:
+    """Convert a video [3, T, H, W] or [1, 3, T, H, W] in -1..1 to uint8 [T, H, W, 3].
+
+    Values are truncated, not rounded, as in the official code.
+    """
+    if video.ndim == 5 and video.shape[0] == 1:
+        video = video[0]
+    if video.ndim != 4 or video.shape[0] != 3:
+        raise ValueError(f"a video of shape {list(video.shape)} is not [3, T, H, W]")
+    frames = video.detach().float().clamp(-1, 1).add_(1).div_(2).mul_(255).byte()
+    return np.asarray(frames.permute(1, 2, 3, 0).contiguous().cpu().numpy(), dtype=np.uint8)
 
 
 def frame_by_frame(vae: WanVAE, latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:

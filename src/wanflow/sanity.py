@@ -107,6 +107,15 @@ def check_latent(x: Tensor, facts: Facts) -> list[str]:
     return suspicions
 
 
+def refuse_constant(low: int, high: int) -> None:
+    """Raise OutputError where every value of a video is the same."""
+    if low == high:
+        raise OutputError(
+            f"the output is constant (every value is {low}): the weights are empty or damaged, or"
+            " the model is not a Wan2.2 one"
+        )
+
+
 def neighbours(x: Tensor) -> tuple[float, int]:
     """Return the correlation of neighbours in time, height and width, and the number of pairs.
 

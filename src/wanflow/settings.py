@@ -1,8 +1,7 @@
-"""Declare each setting once; checks, flags and the JSON schema are made from the declaration."""
+"""Declare each setting once; checks, flags and `schema` are made from the declaration."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -15,7 +14,6 @@ from wanflow.untrusted import shown
 
 LONGEST = 4096  # characters: no system takes a longer path
 NO_LIMIT = 2**31  # a limit this large is not worth a word
-WORDS = {int: "integer", float: "number", bool: "boolean", str: "string", tuple: "array"}
 
 
 @dataclass(frozen=True)
@@ -171,29 +169,3 @@ def check(cls: type, values: Any, complete: bool = False) -> None:
         value = getattr(values, one.name, MISSING)
         if value is not MISSING and not (value is None and one.optional and not complete):
             one.check(value)
-
-
-def json_schema(cls: type) -> dict[str, Any]:
-    """Return the JSON schema of a settings dataclass."""
-    properties: dict[str, Any] = {}
-    for one in settings_of(cls).values():
-        types = [WORDS[kind] for kind in one.types] + (["null"] if one.optional else [])
-        schema: dict[str, Any] = {"type": types[0] if len(types) == 1 else types}
-        schema["description"] = one.help
-        if one.choices:
-            schema["enum"] = [*one.choices, *([None] if one.optional else [])]
-        if one.range is not None:
-            low, high = one.range
-            schema |= {"minimum": low} | ({} if high == math.inf else {"maximum": high})
-        if tuple in one.types:
-            schema["items"] = {"type": "string" if str not in one.types else "integer"}
-        if one.default is not MISSING:
-            schema["default"] = one.default
-        properties[one.name] = schema
-    return {
-        "title": cls.__name__,
-        "type": "object",
-        "properties": properties,
-        "required": [name for name, schema in properties.items() if "default" not in schema],
-        "additionalProperties": False,
-    }

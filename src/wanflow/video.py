@@ -1,4 +1,4 @@
-"""Extend the core's `Video`, which knows mp4 and PNG, by every kind of file."""
+"""Write frames into files: `Video.save`, and frames that are saved as they come."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import numpy as np
 from wanflow import api
 from wanflow.config import RequestError
 from wanflow.encoding import choose_encoding, writer_of
-from wanflow.media import Frames, Writer
+from wanflow.media import Writer, one_frame, recipe_tags, save_picture
+from wanflow.pipeline import Frames
+from wanflow.sanity import refuse_constant
 from wanflow.untrusted import user_path
 from wanflow.wording import without_flags
 
@@ -32,8 +34,6 @@ WAITING = 2  # chunks: one is encoded, one waits, and a third is computed
 
 class Video(api.Video):
     """A finished video: frames uint8 [T, H, W, 3], frames per second, and its recipe."""
-
-    writer_of = staticmethod(writer_of)
 
     def save(
         self,
@@ -55,8 +55,12 @@ class Video(api.Video):
             RequestError: for another suffix or encoding, or a place that cannot be written.
         """
         with without_flags():
-            self._check(choose_encoding(user_path(path), **encoding).pixels)
-            return super().save(path, overwrite, **encoding)
+            self._check(choose_encoding(target := user_path(path), **encoding).pixels)
+            writer = writer_of(target, **encoding)
+            if not len(self.frames):
+                return target
+            frames = iter([self.frames])
+            return save_frames(target, frames, self.fps, self.recipe, overwrite, writer)
 
     def _check(self, pixels: str) -> None:
         """Raise RequestError for frames that no file of these pixels can hold."""
@@ -82,13 +86,45 @@ class Video(api.Video):
 
 
 def save_frames(
-    path: Path, chunks: Iterator[Frames], fps: float, recipe: dict[str, Any], overwrite: bool
+    path: Path,
+    chunks: Iterator[Frames],
+    fps: float,
+    recipe: dict[str, Any],
+    overwrite: bool,
+    writer: Writer | None = None,
 ) -> Path:
-    """Write frames as they come, into the kind of file that the name asks for.
+    """Write frames as they come; the file appears under its name when it is complete.
 
-    A thread encodes, while the caller's computes the next frames.
+    Args:
+        path: the file.
+        chunks: frames [T, H, W, 3], at least one.
+        fps: frames per second.
+        recipe: goes into the file.
+        overwrite: replace what is there.
+        writer: None: what the name asks for, in a thread, while the caller's computes frames.
+
+    Raises:
+        OutputError: when all frames are one constant; nothing is left under `path`.
     """
-    return api.save_frames(path, chunks, fps, recipe, overwrite, in_thread(writer_of(path)))
+    writer = writer or in_thread(writer_of(path))
+    tags = recipe_tags(recipe, str(recipe.get("request", {}).get("prompt", "")))
+    first = next(chunks)
+    if path.suffix.lower() == ".png":
+        total = len(first) + sum(map(len, chunks))
+        if total != 1:
+            raise RequestError(one_frame(path, total))
+        refuse_constant(int(first.min()), int(first.max()))
+        save_picture(path, first[0], tags, overwrite)
+        return path
+    low, high = int(first.min()), int(first.max())
+    height, width = first.shape[1:3]
+    with writer(path, width, height, fps, tags, overwrite) as opened:
+        opened.write(first)
+        for chunk in chunks:
+            opened.write(chunk)
+            low, high = min(low, int(chunk.min())), max(high, int(chunk.max()))
+        refuse_constant(low, high)
+    return path
 
 
 def in_thread(writer: Writer) -> Writer:

@@ -346,19 +346,19 @@ def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> N
 def test_when_writing_fails_the_latent_is_kept_and_decode_finishes(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanflow import api
+    from wanflow import video
 
-    real = api.save_frames
+    real = video.save_frames
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(api, "save_frames", full)
+    monkeypatch.setattr(video, "save_frames", full)
     assert main([*MAKE, "--save_file", "a.mp4"]) == 1
     said = capsys.readouterr().err
     assert "No space left" in said
     assert "wanflow decode a.latent.safetensors" in said
-    monkeypatch.setattr(api, "save_frames", real)
+    monkeypatch.setattr(video, "save_frames", real)
     assert main(["decode", "a.latent.safetensors"]) == 0
     assert main([*MAKE, "--save_file", "b.mp4"]) == 0
     assert np.array_equal(read_frames(Path("a.mp4"))[0], read_frames(Path("b.mp4"))[0])

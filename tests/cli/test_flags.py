@@ -18,7 +18,8 @@ from wanflow.config import RequestError
 from wanflow.presets import T2V_A14B
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
-from wanflow.settings import Setting, json_schema, settings_of
+from wanflow.schema import json_schema
+from wanflow.settings import Setting, settings_of
 
 ROOT = Path(__file__).parents[2]
 # What belongs to the command and not to a video: files, weights, processes, official spellings.

@@ -269,14 +269,14 @@ def test_a_state_that_appears_meanwhile_is_not_replaced(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from wanflow import api
+    from wanflow import video
 
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "the cable is out")
 
     monkeypatch.setattr(keeping, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(Pipeline, "resume", planting(states[1]))
-    monkeypatch.setattr(api, "save_frames", broken)
+    monkeypatch.setattr(video, "save_frames", broken)
     assert main([*MAKE, "--seed", "8"]) == 1
     assert Run.load(STATE).id == states[1].id
     said = capsys.readouterr().err

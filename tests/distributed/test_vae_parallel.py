@@ -27,11 +27,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wanflow.config import VAEConfig, from_mapping
-from wanflow.media import to_uint8
 from wanflow.models.vae import Upsample, WanVAE, receptive_margin
 from wanflow.parallel import ranks, vae_parallel
 from wanflow.parallel.groups import Group, Layout, ParallelContext, make_groups, simulated_groups
 from wanflow.parallel.vae_parallel import NARROWEST, Frames, Strips, connected, decode_frames
+from wanflow.pipeline import to_uint8
 from wanflow.plan.trace import fake, materialise
 from wanflow.presets import T2V_A14B
 

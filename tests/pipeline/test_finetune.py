@@ -26,10 +26,11 @@ from torch import Tensor
 import wanflow
 from wanflow.cli import main
 from wanflow.config import DiTConfig
-from wanflow.media import VideoWriter, save_picture, to_uint8
+from wanflow.media import VideoWriter, save_picture
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.opening import resolve
 from wanflow.outputs import Claims
+from wanflow.pipeline import to_uint8
 from wanflow.plan.gpus import Machine
 from wanflow.presets import NANO, T2V_A14B
 from wanflow.screen import Screen

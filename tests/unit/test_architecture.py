@@ -35,15 +35,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("front",),
     ("video",),
     ("choices", "clipfiles", "encoding", "wording", "outputs", "screen", "web"),
-    ("transforms",),
+    ("media", "transforms"),
     ("parallel",),
     ("api",),
     ("pipeline",),
-    ("conditioning", "media", "sanity"),
+    ("conditioning", "sanity"),
     ("recipe",),
     ("models", "sampling"),
     ("options",),
-    ("request", "runtime", "described"),
+    ("request", "runtime", "described", "schema"),
     ("geometry",),
     ("presets",),
     ("settings", "remembered", "out_of_memory"),
@@ -431,7 +431,7 @@ def test_levels() -> None:
 
 # --- the core ---
 
-CORE = ("api", "conditioning", "config", "files", "geometry", "media", "models", "pipeline")
+CORE = ("api", "conditioning", "config", "files", "geometry", "models", "pipeline")
 CORE += ("presets", "recipe", "request", "runtime", "sampling", "sanity", "settings", "untrusted")
 CORE_LINES = 4000  # readable in an evening
 

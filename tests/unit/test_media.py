@@ -32,7 +32,8 @@ from wanflow.clipfiles import (
 )
 from wanflow.config import RequestError
 from wanflow.encoding import FrameFolder
-from wanflow.media import RECIPE_KEY, VideoWriter, check_target, recipe_tags, save_picture, to_uint8
+from wanflow.media import RECIPE_KEY, VideoWriter, check_target, recipe_tags, save_picture
+from wanflow.pipeline import to_uint8
 from wanflow.sanity import OutputError
 from wanflow.train.toy import COLOURS
 from wanflow.video import Video

@@ -14,10 +14,9 @@ import wanflow
 from wanflow.api import Pipeline
 from wanflow.checkpoint.load import load_vae
 from wanflow.config import RequestError, VAEConfig
-from wanflow.media import to_uint8
 from wanflow.models.vae import ResidualBlock, Upsample, WanVAE, stream
 from wanflow.opening import resolve
-from wanflow.pipeline import Run
+from wanflow.pipeline import Run, to_uint8
 from wanflow.transforms import vae_tiling as tiling
 from wanflow.transforms.vae_tiling import Box, Frames, decode_frames, halves, margins, tiles
 

@@ -168,7 +168,7 @@ def _vae(work: Path, scale: float, screen: Screen, stop: Stop) -> None:
 
 
 def _reconstruct(vae: WanVAE, scene: toy.Scene, seed: int) -> adherence.Frames:
-    from wanflow.media import to_uint8
+    from wanflow.pipeline import to_uint8
 
     clip = toy.render(scene, random.Random(seed), NANO.frame_num, NANO.size[0]).unsqueeze(0)
     return to_uint8(vae.decode(vae.encode(clip, 4), 4))
