@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("front",),
     ("video",),
-    ("choices", "clipfiles", "encoding", "wording", "outputs", "screen", "web"),
+    ("choices", "clipfiles", "encoding", "pictures", "wording", "outputs", "screen", "web"),
     ("media", "transforms"),
     ("parallel",),
     ("api",),
