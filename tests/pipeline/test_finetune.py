@@ -36,7 +36,9 @@ from wanflow.presets import NANO, T2V_A14B
 from wanflow.screen import Screen
 from wanflow.train import memory, toy
 from wanflow.train.clips import Form, find_clips, prepare, read_clip
-from wanflow.train.finetune import FineTune, Objective, attach, checkpointed, finetune, lora_tensors
+from wanflow.train.finetune import attach, finetune, lora_tensors
+from wanflow.train.objective import Objective, checkpointed
+from wanflow.train.tuning import FineTune
 
 FORM = Form((64, 64), 17, 8)
 MACHINE = Machine(0, "", 16 * 2**30, 12 * 2**30, 10**12)

@@ -16,8 +16,8 @@ from wanflow.geometry import parse_size
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.checkpoint import Checkpoint
-    from wanflow.train.finetune import FineTune
     from wanflow.train.stopping import Stop
+    from wanflow.train.tuning import FineTune
 
 MOST_PROMPTS = 1_000_000
 T = TypeVar("T")
@@ -240,7 +240,7 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
     from wanflow.parallel.ranks import rank_and_world_size
     from wanflow.request import Request
     from wanflow.train.clips import Form
-    from wanflow.train.finetune import FineTune
+    from wanflow.train.tuning import FineTune
 
     preset = checkpoint.spec
     small = is_small(expert_bytes(checkpoint, torch.float32))

@@ -10,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import (
@@ -31,14 +28,14 @@ from wanflow.checkpoint.load import (
     load_vae,
 )
 from wanflow.choices import choose_text_dtype, is_small
-from wanflow.config import TRAIN_STEPS, RequestError
+from wanflow.config import RequestError
 from wanflow.convert.convert import convert, open_model, refuse_taken
 from wanflow.convert.formats import options
 from wanflow.convert.targets import plan
 from wanflow.files import atomic_path
 from wanflow.geometry import geometry_of
 from wanflow.media import check_target
-from wanflow.models.dit import Attention, Block, Conditioning, Head, WanDiT, run_blocks
+from wanflow.models.dit import Attention, WanDiT
 from wanflow.outputs import Claims, bytes_of, refuse_without_room
 from wanflow.parallel.fsdp import gather, shard
 from wanflow.parallel.ranks import (
@@ -51,89 +48,23 @@ from wanflow.parallel.ranks import (
 from wanflow.presets import Expert
 from wanflow.runtime import dtype_name
 from wanflow.screen import Screen
-from wanflow.train.clips import Clip, Form, Sample, find_clips, prepare
-from wanflow.train.experts import plain_attention, sigma_range, sigmas
-from wanflow.train.limits import check_limits
+from wanflow.train.clips import Clip, Sample, find_clips, prepare
+from wanflow.train.experts import plain_attention, sigma_range
 from wanflow.train.loop import Train, fit
+from wanflow.train.objective import Objective
 from wanflow.train.saving import is_whole, write_tensors
 from wanflow.train.stopping import Stop
+from wanflow.train.tuning import TARGETS, FineTune
 from wanflow.transforms.deltas import LowRank
 from wanflow.transforms.lora import Adapters
 from wanflow.units import file_size
 
-Method = Literal["lora", "full"]
-TARGETS: dict[str, tuple[str, ...]] = {
-    "self_attn": ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
-    "cross_attn": ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
-    "ffn": ("ffn.0", "ffn.2"),
-}
 NAME = "finetune"  # of the trained adapter
 FEW_TOKENS = 256  # up to here two matmuls train faster on a CPU than fused attention
 FILES: dict[Expert, str] = {
     "high": "high_noise_lora.safetensors",
     "low": "low_noise_lora.safetensors",
 }
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """How to fine-tune.
-
-    batch: clips for each update.
-    accumulate: in how many parts a batch goes through the model (memory against time).
-    alpha: the LoRA's output is multiplied by alpha / rank.
-    shift: crowds the training sigmas towards noise, as sampling does.
-    dropout: share of captions replaced by the empty one, which guidance needs.
-    overwrite: replace LoRA files, or a model, that are there at the start.
-    """
-
-    data: Path
-    out: Path
-    work: Path
-    form: Form
-    method: Method = "lora"
-    experts: tuple[Expert, ...] = ("high", "low")
-    rank: int = 16
-    alpha: float = 16.0
-    targets: tuple[str, ...] = tuple(TARGETS)
-    steps: int = 400
-    batch: int = 8
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    dropout: float = 0.1
-    shift: float = 5.0
-    checkpointing: bool = False
-    dtype: torch.dtype = torch.bfloat16
-    device: str = "cpu"
-    fsdp: bool = False
-    seed: int = 0
-    save_seconds: float = 60.0
-    overwrite: bool = field(default=False, repr=False)  # a state is named after the others
-
-    def __post_init__(self) -> None:
-        renamed = {"grad_accum": self.accumulate, "save_every": self.save_seconds}
-        check_limits({**vars(self), **renamed})
-        unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets:
-            raise RequestError(
-                f"--targets must be some of {','.join(TARGETS)} (got {','.join(self.targets)})"
-            )
-        if self.batch % self.accumulate:
-            raise RequestError(
-                f"--batch must divide into --grad_accum equal parts (got {self.batch} and"
-                f" {self.accumulate})"
-            )
-        if not (
-            0 < self.learning_rate < 1
-            and 0 <= self.dropout < 1
-            and 0 < self.alpha <= 4096
-            and 0 < self.shift <= 100
-        ):
-            raise RequestError(
-                "--learning_rate and --caption_dropout must be between 0 and 1, --alpha between 0"
-                f" and 4096, --train_shift between 0 and 100 (got {self.learning_rate:g},"
-                f" {self.dropout:g}, {self.alpha:g}, {self.shift:g})"
-            )
 
 
 def finetune(
@@ -438,58 +369,3 @@ def _about(checkpoint: Checkpoint, which: Expert, settings: FineTune) -> dict[st
         "learning_rate": settings.learning_rate,
     }
     return {"wanflow": json.dumps(about)}
-
-
-def checkpointed(
-    blocks: Iterable[Block], head: Head, tokens: Tensor, conditioning: Conditioning
-) -> Tensor:
-    """Run the trunk with activation checkpointing: each block is computed again for gradients."""
-    for block, text in zip(blocks, conditioning.text, strict=True):
-        tokens = cast(Tensor, checkpoint(block, tokens, conditioning, text, use_reentrant=False))
-    return cast(Tensor, head(tokens, conditioning))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The loss of a step, in `accumulate` parts that add up to the mean over the batch.
-
-    The clips drawn depend on the step alone, not on the parts or on the number of processes.
-    """
-
-    model: nn.Module
-    samples: list[Sample]
-    empty: Path
-    range: tuple[float, float]  # of sigma
-    settings: FineTune
-    share: tuple[int, int] = (0, 1)  # rank and number of ranks
-
-    def __call__(
-        self, step: int, rng: random.Random, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        settings, device = self.settings, self.settings.device
-        rows = torch.randint(len(self.samples), (settings.batch,), generator=generator).tolist()
-        sigma = sigmas(settings.batch, *self.range, settings.shift, generator)
-        silent = (torch.rand(settings.batch, generator=generator) < settings.dropout).tolist()
-        seeds = torch.randint(2**62, (settings.batch,), generator=generator).tolist()
-        length = cast(WanDiT, self.model).config.text_len
-        trunk = checkpointed if settings.checkpointing else run_blocks
-
-        def noise_of(n: int, like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=torch.Generator().manual_seed(seeds[n]))
-
-        def text_of(n: int) -> Tensor:
-            sample = self.samples[rows[n]]
-            return (replace(sample, text_file=self.empty) if silent[n] else sample).text(length)
-
-        rank, size = self.share
-        own = range(rank, settings.batch, size)
-        part = len(own) // settings.accumulate
-        for first in range(0, len(own), part):
-            chosen = own[first : first + part]
-            latents = torch.stack([self.samples[rows[n]].latent() for n in chosen]).to(device)
-            noise = torch.stack([noise_of(n, latents[0]) for n in chosen]).to(device)
-            texts = torch.stack([text_of(n) for n in chosen]).to(device, torch.float32)
-            s = sigma[list(chosen)].to(device)
-            mixed = torch.lerp(latents, noise, s.view(-1, 1, 1, 1, 1))
-            predicted = self.model(mixed, s * TRAIN_STEPS, texts, trunk)
-            yield F.mse_loss(predicted, noise - latents) * (len(chosen) / len(own))

@@ -16,7 +16,8 @@ from wanflow.config import RequestError
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.plan.gpus import Machine
-from wanflow.train.finetune import TARGETS, FineTune, attach
+from wanflow.train.finetune import attach
+from wanflow.train.tuning import TARGETS, FineTune
 from wanflow.units import memory_size
 
 GB = 10**9
