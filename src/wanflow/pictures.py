@@ -7,6 +7,7 @@ white. An embedded ICC profile is not applied, as in the official code: the numb
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from wanflow.config import RequestError
 from wanflow.untrusted import open_regular, printable, user_path
@@ -101,7 +102,8 @@ def _read_file(path: Path) -> Pixels:
             )
         if not size:
             raise RequestError(f"{where}: the file is empty; give a picture: {READ}")
-        with _damage(where), Image.open(file, formats=FORMATS) as image:
+        # From memory: of a file, Pillow asks for as many bytes at once as a damaged length says.
+        with _damage(where), Image.open(io.BytesIO(file.read()), formats=FORMATS) as image:
             return _rgb(image, where)
 
 
@@ -135,13 +137,16 @@ def _rgb(image: Image.Image, where: str) -> Pixels:
             " in Python"
         )
     bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _of_numbers(image, bits, where)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    # A copy: what becomes of a caller's image changes nothing here.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_size(width: int, height: int, where: str) -> None:

@@ -56,6 +56,7 @@ STRANGERS = {
     "hub": "hub_mutations:hub",
     "chat": "hub_mutations:chat",
     "line": "line_mutations:line",
+    "picture": "picture_mutations:picture",
 }
 
 # What a command may end with: done, failed (a disk, a server), refused, interrupted.
