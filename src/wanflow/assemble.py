@@ -23,6 +23,7 @@ from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
 from wanflow.checkpoint.parts import WEIGHTS
 from wanflow.choices import choose_device, choose_dtype, compiling_saves, has_bfloat16, is_small
+from wanflow.conditioning import TextToVideo, clip_parts, conditioning_of, encoded_shape
 from wanflow.config import RequestError
 from wanflow.front import Display, Pipeline
 from wanflow.geometry import geometry_of, parse_size
@@ -184,9 +185,17 @@ def make_engine(
             tensors = {name: ctx.world.broadcast("state", one) for name, one in tensors.items()}
         return SolverState.from_tensors(state.index, tensors)
 
-    def velocity(run: Run) -> Velocity:
+    def condition(run: Run) -> TextToVideo:
+        if not run.pictures:
+            return conditioning_of(spec, run.request)
+        clip = clip_parts(spec, run.request, run.pictures)
+        encoded = parts.encode(clip, encoded_shape(spec, run.request))
+        return conditioning_of(spec, run.request, encoded)
+
+    def velocity(run: Run, conditioning: TextToVideo) -> Velocity:
         parts.compile(run.recipe.runtime.get("compile"))
         velocity = partial(make_velocity, parts, run.request, run.state.index, runtime.cfg_batch)
+        velocity = partial(velocity, conditioning=conditioning)
         if ctx is None:
             return velocity()
         from wanflow.parallel.cfg import split_guidance
@@ -198,7 +207,7 @@ def make_engine(
         return stop if ctx is None else bool(ctx.from_rank0(int(stop)))
 
     decode = partial(decode_frames, parts)
-    engine = Engine(spec, parts.device, record, check, share, velocity, decode, agree)
+    engine = Engine(spec, parts.device, record, check, share, condition, velocity, decode, agree)
     engine = in_less_memory(engine, parts)
     return on_free_threads(engine) if ctx is None and parts.device.type == "cpu" else engine
 
@@ -243,11 +252,11 @@ def in_less_memory(engine: Engine, parts: LoadedParts) -> Engine:
         if parts.device.type == "cuda":
             torch.cuda.set_device(parts.device)
 
-    def velocity(run: Run) -> Velocity:
+    def velocity(run: Run, conditioning: TextToVideo) -> Velocity:
         steps, tokens = timeline(run.request, parts.spec), parts.own_tokens(run.request)
         take_device()
         try:
-            once = engine.velocity(run)  # which encodes the prompts
+            once = engine.velocity(run, conditioning)  # which encodes the prompts
         except Exception as error:
             parts.next_try(error, "prompts", 0)
             raise

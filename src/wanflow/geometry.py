@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from operator import index
 
 from wanflow.config import RequestError
-from wanflow.presets import T2V_A14B, ModelSpec
+from wanflow.presets import FAMILY, ModelSpec
 from wanflow.untrusted import shown
 
 Size = tuple[int, int]  # width, height in pixels
@@ -105,8 +106,51 @@ def geometry_of(spec: ModelSpec) -> Geometry:
     return Geometry(vae.z_dim, stride, spec.dit.patch_size)
 
 
-# What every model of the family accepts at most: a model may ask for coarser multiples.
-COMMON = geometry_of(T2V_A14B)
+def picture_size(spec: ModelSpec, picture: Size, area: int) -> Size:
+    """Return a video's size for a picture: the picture's ratio, at most `area` pixels.
+
+    The two official rules differ. Both are float64, and round every side down.
+
+    Raises:
+        RequestError: for a picture of which a side of the video would vanish.
+    """
+    geometry, (width, height) = geometry_of(spec), picture
+    step, stride, ratio = geometry.size_multiple, geometry.stride[1], width / height
+    down = partial(_down, step)
+    if spec.conditioning == "channels":
+        tall = height / width
+        columns, rows = (math.sqrt(x) // stride * stride for x in (area / tall, area * tall))
+        size = down(columns), down(rows)
+    else:
+        side = math.sqrt(area * ratio)
+        first, second = down(side), down(area / side)
+        by_width = first, down(area / max(first, 1))
+        by_height = down(area / max(second, 1)), second
+        size = min(by_height, by_width, key=lambda size: _stretch(ratio, size))
+    if not all(size):
+        raise RequestError(
+            f"a picture of {width}*{height} is too long: a side of the video would have less than"
+            f" {step} pixels; crop the picture"
+        )
+    geometry.check_size(size)
+    return size
+
+
+def _down(step: int, side: float) -> int:
+    return int(side // step) * step
+
+
+def _stretch(ratio: float, size: Size) -> float:
+    """Return how much a picture of this ratio is stretched to a size; infinite for no size."""
+    if not all(size):
+        return math.inf
+    other = size[0] / size[1]
+    return max(ratio / other, other / ratio)
+
+
+# Of all models; the first is what every model accepts at most. One may ask for coarser multiples.
+GEOMETRIES = (*dict.fromkeys(map(geometry_of, FAMILY)),)
+COMMON = GEOMETRIES[0]
 
 
 def parse_size(value: str | Size, geometry: Geometry = COMMON) -> Size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from wanflow.runtime import Quantization
 
 LoraFiles = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+# A file, an opened `Picture`, a PIL image, or uint8 [H, W, 3].
+AnyPicture = Any
 
 
 class Encoding(TypedDict, total=False):
@@ -31,7 +35,10 @@ class RequestOptions(TypedDict, total=False):
     """The fields of `wanflow.Request` without prompt and seed, and the name of a step preset."""
 
     negative_prompt: str | None
+    image: AnyPicture | None
+    last_image: AnyPicture | None
     size: str | tuple[int, int] | None
+    exact_size: bool
     frame_num: int | None
     sample_solver: Solver | None
     sample_steps: int | None

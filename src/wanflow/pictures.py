@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from wanflow.config import RequestError
+from wanflow.request import Picture
 from wanflow.untrusted import open_regular, printable, user_path
 
 Pixels = npt.NDArray[np.uint8]
@@ -33,21 +33,6 @@ MOST_PIXELS = 100_000_000
 SHORTEST_SIDE = 4  # pixels
 LONGEST_RATIO = 16  # of the sides
 BITS = 258  # TIFF's tag of the bits of a number
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that was read.
-
-    pixels: uint8 [H, W, 3], RGB. sha256: of the pixels and their shape. file: "" where none was
-    named.
-    """
-
-    pixels: Pixels
-    sha256: str
-    width: int
-    height: int
-    file: str
 
 
 def open_picture(value: object, name: str = "image") -> Picture:

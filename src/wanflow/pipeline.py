@@ -23,10 +23,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wanflow.conditioning import conditioning_of
+from wanflow.conditioning import Pictures, TextToVideo, conditioning_of, prepared
 from wanflow.config import RequestError
 from wanflow.files import write_bytes
-from wanflow.geometry import COMMON
+from wanflow.geometry import GEOMETRIES
 from wanflow.models.vae import WanVAE
 from wanflow.presets import Expert, ModelSpec
 from wanflow.recipe import Recipe
@@ -53,7 +53,7 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that continues a run: its recipe and the solver's state.
+    """Everything that continues a run: its recipe, the solver's state, and its pictures.
 
     id: distinguishes it from every other run, also from one of the same recipe.
     """
@@ -61,6 +61,7 @@ class Run:
     recipe: Recipe
     state: SolverState
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+    pictures: Pictures = field(default_factory=dict)
 
     def __repr__(self) -> str:
         asked, (width, height) = self.request, self.request.size
@@ -81,9 +82,8 @@ class Run:
         from safetensors.torch import save
 
         stored = {"recipe": self.recipe.to_json(), "index": self.state.index, "id": self.id}
-        tensors = {
-            name: value.detach().cpu().contiguous() for name, value in self.state.tensors().items()
-        }
+        named = {**self.state.tensors(), **self.pictures}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in named.items()}
         data = save(tensors, metadata={"wanflow": json.dumps(stored)})
         write_bytes(Path(path), data, overwrite=True)
 
@@ -99,21 +99,27 @@ class Run:
 
         recipe, index, identity = cls.header(path)
         request = recipe.request
-        shape = [1, *COMMON.latent_shape(request.size, request.frame_num)]
-        wanted, tensors = state_names(request.sample_solver, index), {}
+        shapes = [[1, *each.latent_shape(request.size, request.frame_num)] for each in GEOMETRIES]
+        picture = [[3, *request.size[::-1]]]
+        wanted = dict.fromkeys(state_names(request.sample_solver, index), shapes)
+        wanted |= dict.fromkeys(_pictures_of(request), picture)
+        tensors = {}
         with _naming(path), safe_open(path, framework="pt") as file:
             found = set(file.keys())
-            if found != wanted:
+            if found != set(wanted):
                 raise RequestError(f"tensors {sorted(found)[:9]}; expected {sorted(wanted)}")
-            for name in wanted:
+            for name, expected in wanted.items():
                 part = file.get_slice(name)
-                if part.get_dtype() != "F32" or part.get_shape() != shape:
+                if part.get_dtype() != "F32" or part.get_shape() not in expected:
                     is_ = f"{part.get_dtype()} {part.get_shape()}"
-                    raise RequestError(f"{name} is {is_}; expected F32 {shape}")
+                    raise RequestError(f"{name} is {is_}; expected F32 {expected[0]}")
                 tensors[name] = file.get_tensor(name).clone()  # the file may change
                 if not torch.isfinite(tensors[name]).all():
                     raise RequestError(f"{name} holds NaN or infinity")
-        return cls(recipe, SolverState.from_tensors(index, tensors), identity)
+        pictures = {name: tensors.pop(name) for name in _pictures_of(request)}
+        if len({value.shape for value in tensors.values()}) > 1:
+            raise RequestError("its tensors are of several shapes")
+        return cls(recipe, SolverState.from_tensors(index, tensors), identity, pictures)
 
     @staticmethod
     def header(path: str | Path) -> tuple[Recipe, int, str]:
@@ -139,6 +145,11 @@ class Run:
             if not re.fullmatch("[0-9a-f]{16}", identity):
                 raise RequestError(f"its id is {printable(identity)}")
             return recipe, index, identity
+
+
+def _pictures_of(request: CompleteRequest) -> list[str]:
+    named = {"first": request.image, "last": request.last_image}
+    return [name for name, picture in named.items() if picture is not None]
 
 
 @contextmanager
@@ -180,6 +191,7 @@ class Engine:
     record: completes a request, and returns the recipe that a video of it will carry.
     check: raises RequestError for a run that cannot continue with this engine.
     share: moves a state to the device, the same one in every process of the run.
+    condition: what is denoised in a run; encodes its pictures.
     velocity: what the solver asks, from the state of a run on.
     decode: a final latent as frames; calls `OnPart` with (done, total).
     agree: makes one answer of the answers of all processes of the run.
@@ -191,7 +203,8 @@ class Engine:
     record: Callable[[Request], Recipe]
     check: Callable[[Run], None]
     share: Callable[[SolverState], SolverState]
-    velocity: Callable[[Run], Velocity]
+    condition: Callable[[Run], TextToVideo]
+    velocity: Callable[[Run, TextToVideo], Velocity]
     decode: Callable[[Tensor, OnPart | None], Iterator[Frames]]
     agree: Callable[[bool], bool]
     used: Callable[[Run], Run] = lambda run: run
@@ -200,9 +213,10 @@ class Engine:
 def begin(engine: Engine, request: Request) -> Run:
     """Complete a request and draw its noise: a run at step 0. Reads no weights."""
     recipe = engine.record(request)
+    pictures = prepared(engine.spec, request, recipe.request.size)
     conditioning = conditioning_of(engine.spec, recipe.request)
     noise = conditioning.start(recipe.request.seed, recipe.noise_device)
-    return Run(recipe, SolverState(0, noise.to(engine.device)))
+    return Run(recipe, SolverState(0, noise.to(engine.device)), pictures=pictures)
 
 
 @torch.no_grad()
@@ -218,11 +232,18 @@ def denoise(engine: Engine, run: Run, on_step: OnStep | None = None) -> Run:
     schedule, steps = schedule_of(run.request), timeline(run.request, engine.spec)
     state = engine.share(run.state)
     engine.check(run)
-    facts = facts_of(run.recipe)
-    velocity = engine.velocity(run)
+    conditioning, facts = engine.condition(run), facts_of(run.recipe)
+    if tuple(state.x.shape[1:]) != conditioning.shape:
+        raise RequestError(
+            f"this run's latent is {list(state.x.shape)}, and {engine.spec.name} makes"
+            f" {[1, *conditioning.shape]} of its request: it is of another model"
+        )
+    velocity = engine.velocity(run, conditioning)
+    state = replace(state, x=conditioning.held(state.x))
     while state.index < len(schedule):
         step = steps[state.index]
         state = advance(schedule, state, velocity)
+        state = replace(state, x=conditioning.held(state.x))
         done = step.index + 1
         check_step(state.x, done, facts)
         run = engine.used(replace(run, state=state))

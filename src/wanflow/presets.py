@@ -1,19 +1,28 @@
 """Tables of the published models: experts, shapes, latent statistics, defaults, step presets.
 
-Sources: the official configuration of Wan2.2-T2V-A14B (defaults, boundary, negative prompt), its
-    model and VAE files (shapes, latent statistics). Guidance is by name, high and low: the official
-    pair is written (low, high).
+Sources: the official configurations of Wan2.2 (defaults, boundaries, negative prompt), its model
+    and VAE files (shapes, latent statistics). Guidance is by name, high and low: the official pair
+    is written (low, high).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from wanflow.config import TRAIN_STEPS, DiTConfig, Solver, TextConfig, VAEConfig
+from wanflow.config import TRAIN_STEPS, DiTConfig, Solver, TextConfig, VAE22Config, VAEConfig
 
 Expert = str  # the name of an expert of a `ModelSpec`
+ONLY: Expert = "dit"  # the name of the one network of a model without two experts
+# What a model takes besides text: nothing; a picture in further channels of its input; a picture as
+# the first latent frame.
+Conditions = Literal["text", "channels", "first_frame"]
+
+
+def title(expert: Expert) -> str:
+    """Return what messages call an expert."""
+    return "transformer" if expert == ONLY else f"{expert}-noise expert"
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,8 @@ class ExpertSpec:
 class ModelSpec:
     """A model's experts and shapes, with the defaults its authors publish.
 
-    boundary: where the first of two experts hands over, as a fraction of the timesteps.
+    boundary: where the first of two experts hands over, as a fraction of the timesteps; 0 where
+        there is one.
     expert_folders: (name, folder) of each expert, in the order in which they denoise.
     """
 
@@ -52,6 +62,7 @@ class ModelSpec:
         ("high", "high_noise_model"),
         ("low", "low_noise_model"),
     )
+    conditioning: Conditions = "text"
 
     @property
     def expert_names(self) -> tuple[Expert, ...]:
@@ -126,10 +137,43 @@ T2V_A14B = ModelSpec(
     negative_prompt=NEGATIVE_PROMPT,
 )
 
-# The shape alone, for tests of times per token; it does not run, because its VAE is another one.
-TI2V_5B = DiTConfig(
-    dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, model_type="ti2v"
+I2V_A14B = replace(
+    T2V_A14B,
+    name="Wan2.2-I2V-A14B",
+    task="i2v-A14B",
+    dit=DiTConfig(in_dim=36, model_type="i2v"),
+    boundary=0.9,
+    sample_shift=5.0,
+    cfg_high=3.5,
+    cfg_low=3.5,
+    conditioning="channels",
 )
+TI2V_5B = replace(
+    T2V_A14B,
+    name="Wan2.2-TI2V-5B",
+    task="ti2v-5B",
+    dit=DiTConfig(
+        dim=3072,
+        ffn_dim=14336,
+        num_heads=24,
+        num_layers=30,
+        in_dim=48,
+        out_dim=48,
+        model_type="ti2v",
+    ),
+    vae=VAE22Config(latent_mean=LATENT_MEAN_22, latent_std=LATENT_STD_22),
+    boundary=0.0,
+    sample_shift=5.0,
+    sample_steps=50,
+    cfg_high=5.0,
+    cfg_low=5.0,
+    size=(1280, 704),
+    frame_num=121,
+    fps=24,
+    expert_folders=((ONLY, "."),),
+    conditioning="first_frame",
+)
+FAMILY = (T2V_A14B, I2V_A14B, TI2V_5B)
 
 # The miniature inside the package. `wanflow.json` next to its weights has its latent statistics,
 # which come from training.
@@ -151,6 +195,18 @@ NANO = ModelSpec(
     frame_num=17,
     fps=8,
     negative_prompt="",
+)
+
+NANO_I2V_FOLDER = NANO_FOLDER.parent / "nano-i2v"  # its experts; the rest is nano's
+NANO_I2V = replace(
+    NANO,
+    name="nano-i2v",
+    task="i2v-nano",
+    dit=replace(NANO.dit, in_dim=36, model_type="i2v"),
+    boundary=0.9,
+    cfg_high=3.5,
+    cfg_low=3.5,
+    conditioning="channels",
 )
 
 # Step presets: values for the fields that a request leaves open. The Lightning LoRAs (rank 64, one

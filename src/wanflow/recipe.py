@@ -50,12 +50,15 @@ class Recipe:
         return replace(from_record(self.runtime), noise_device=noise, cfg_batch=self.cfg_batch)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as JSON; parts and LoRAs appear only where there are some."""
+        """Return the recipe as JSON; parts, LoRAs and pictures appear where there are some."""
         recipe = asdict(self)
         if not self.model.parts:
             del recipe["model"]["parts"]
         if not self.loras:
             del recipe["loras"]
+        for name in ("image", "last_image"):
+            if recipe["request"][name] is None:
+                del recipe["request"][name]
         return recipe
 
     @classmethod

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, cast
 
 from wanflow.config import TRAIN_STEPS, RequestError, Solver
-from wanflow.geometry import COMMON, geometry_of, parse_size
-from wanflow.presets import SETTINGS, Expert, ModelSpec
-from wanflow.settings import adopt, check, setting
+from wanflow.geometry import COMMON, geometry_of, parse_size, picture_size
+from wanflow.presets import ONLY, SETTINGS, Expert, ModelSpec
+from wanflow.settings import LONGEST, adopt, check, setting
 from wanflow.untrusted import shown
 
 
@@ -60,7 +60,7 @@ class Lora:
         """Return the strength of a resolved LoRA at a step (1-based)."""
         if step < (self.first or 1) or (self.last is not None and step > self.last):
             return 0.0
-        return (self.high if expert == "high" else self.low) or 0.0
+        return {"high": self.high, "low": self.low, ONLY: self.both}[expert] or 0.0
 
 
 def parse_lora(text: str) -> Lora:
@@ -107,6 +107,39 @@ def parse_lora(text: str) -> Lora:
     return Lora(path, values.get("both", 1.0), values.get("high"), values.get("low"), first, last)
 
 
+@dataclass(frozen=True)
+class PictureRecord:
+    """What a recipe keeps of a picture.
+
+    sha256: of its pixels. width, height: its own, in pixels. file: where it was, if it was a file.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        sides = (self.width, self.height)
+        if not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
+            raise RequestError(f"sha256 must be 64 hex digits (got {shown(self.sha256)})")
+        if not all(type(side) is int and 0 < side < 1 << 20 for side in sides):
+            raise RequestError(f"a picture's sides must be whole numbers (got {shown(sides)})")
+        if not isinstance(self.file, str) or len(self.file) > LONGEST:
+            raise RequestError(f"a picture's file must be text (got {shown(self.file)})")
+
+
+@dataclass(frozen=True)
+class Picture(PictureRecord):
+    """An opened picture; `pixels` are uint8 [height, width, 3]."""
+
+    pixels: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def record(self) -> PictureRecord:
+        return PictureRecord(self.sha256, self.width, self.height, self.file)
+
+
 PROMPT = 20_000  # characters: the model reads 512 tokens; cleaning takes the square of its length
 LORAS = 64
 SCALE: dict[str, Any] = {"group": "sampling", "range": (0, 100), "metavar": "SCALE"}  # of guidance
@@ -124,8 +157,20 @@ class Request:
         metavar="TEXT",
         help='what to steer away from; "" for nothing',
     )
+    image: str | PictureRecord | None = setting(
+        None, group="picture", metavar="FILE", help="a picture that the video begins with"
+    )
+    last_image: str | PictureRecord | None = setting(
+        None, group="picture", metavar="FILE", help="a picture that the video ends with"
+    )
     size: str | tuple[int, int] | None = setting(
-        None, group="main", metavar="WIDTH*HEIGHT", help="multiples of 16, to 16384"
+        None,
+        group="main",
+        metavar="WIDTH*HEIGHT",
+        help="multiples of 16 or 32, to 16384; with a picture, the area that its shape is given",
+    )
+    exact_size: bool = setting(
+        False, group="picture", switch=True, help="with a picture too, make exactly --size"
     )
     frame_num: int | None = setting(
         None,
@@ -199,26 +244,68 @@ class Request:
             object.__setattr__(self, "seed", -1)
 
     def complete(self, spec: ModelSpec) -> CompleteRequest:
-        """Fill in the model's defaults and check every value.
+        """Fill in the model's defaults and check every value; the size follows from the picture.
 
         Raises:
-            RequestError: naming the field, its value, and what it may be.
+            RequestError: naming the field, its value, and what it may be; for a picture that is
+                not opened, or that the model does not take.
         """
         check(Request, self)
+        pictures = self.pictures(spec)
         values: dict[str, Any] = {}
-        for field in fields(CompleteRequest):
-            value = getattr(self, field.name)
+        for one in fields(CompleteRequest):
+            value = getattr(self, one.name)
             if value is None:
-                value = getattr(spec, field.name) if field.default is MISSING else field.default
-            values[field.name] = value
+                value = getattr(spec, one.name) if one.default is MISSING else one.default
+            values[one.name] = value
         values["lora"] = tuple(str(lora) for lora in self.loras())
         geometry = geometry_of(spec)
         values["size"] = parse_size(values["size"], geometry)
+        if pictures and not self.exact_size:
+            first, (width, height) = pictures[0], values["size"]
+            values["size"] = picture_size(spec, (first.width, first.height), width * height)
+        for name in ("image", "last_image"):
+            values[name] = values[name] and values[name].record
+        if spec.expert_names == (ONLY,):
+            values |= self._for_one_network(spec)
         if isinstance(self.seed, int) and self.seed < 0:
             values["seed"] = secrets.randbelow(2**32)  # a person can type it
         complete = CompleteRequest(**values)
         geometry.check_frames(complete.frame_num)
         return complete
+
+    def pictures(self, spec: ModelSpec) -> tuple[Picture, ...]:
+        """Return the opened pictures, the first first; RequestError where a model takes none."""
+        given = {"image": self.image, "last_image": self.last_image}
+        pictures = tuple(one for one in given.values() if one is not None)
+        takes = {"text": 0, "channels": 2, "first_frame": 1}[spec.conditioning]
+        for place, (name, picture) in enumerate(given.items()):
+            if picture is None:
+                continue
+            if place >= takes:
+                raise RequestError(
+                    f"{name}: {spec.name} takes no picture there; I2V-A14B takes a first and a last"
+                    " one, TI2V-5B a first one"
+                )
+            if not isinstance(picture, Picture):
+                raise RequestError(f"{name} {shown(picture)} is not opened; see wanflow.pictures")
+        return cast(tuple[Picture, ...], pictures)
+
+    def _for_one_network(self, spec: ModelSpec) -> dict[str, float]:
+        """Return the guidance of a model without two experts, which has one scale."""
+        high, low = self.cfg_high, self.cfg_low
+        if high is not None and low is not None and high != low:
+            raise RequestError(
+                f"cfg_high {high} and cfg_low {low}: {spec.name} has no two experts; give one scale"
+            )
+        if self.boundary not in (None, spec.boundary):
+            raise RequestError(f"boundary {self.boundary}: {spec.name} has no two experts")
+        if any(lora.high is not None or lora.low is not None for lora in self.loras()):
+            raise RequestError(
+                f"lora: {spec.name} has no two experts; write FILE@0.8 in place of high= and low="
+            )
+        scale = spec.cfg_low if high is None and low is None else (low if high is None else high)
+        return {"cfg_high": cast(float, scale), "cfg_low": cast(float, scale)}
 
     def loras(self) -> tuple[Lora, ...]:
         """Return the LoRAs, each with its first step; strengths stay as given."""
@@ -263,14 +350,20 @@ class CompleteRequest:
     lora: tuple[str, ...] = ()
     cfg_start: float = 1.0
     cfg_start_steps: int = 0
+    image: PictureRecord | None = None
+    last_image: PictureRecord | None = None
 
     def __post_init__(self) -> None:
+        for name in ("image", "last_image"):
+            object.__setattr__(self, name, _record(name, getattr(self, name)))
         object.__setattr__(self, "size", parse_size(self.size))
         check(Request, self, complete=True)
         object.__setattr__(self, "lora", tuple(self.lora))
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; say what the video shows")
         COMMON.check_frames(self.frame_num)
+        if self.last_image is not None and self.frame_num == 1:
+            raise RequestError("last_image needs a video: frame_num 5 or more (got 1)")
         if self.seed < 0:
             raise RequestError(f"seed must be at least 0 (got {self.seed})")
         if self.cfg_start_steps > self.sample_steps:
@@ -289,8 +382,23 @@ class CompleteRequest:
     def loras(self) -> tuple[Lora, ...]:
         return tuple(parse_lora(text) for text in self.lora)
 
+    @property
+    def exact_size(self) -> bool:
+        """Return True: the size is the video's, also where a picture gave its shape."""
+        return True
+
     def guidance(self, expert: Expert, step: int) -> float:
         """Return the guidance scale at a step (1-based)."""
         if step <= self.cfg_start_steps:
             return self.cfg_start
         return self.cfg_high if expert == "high" else self.cfg_low
+
+
+def _record(name: str, value: Any) -> PictureRecord | None:
+    """Return a picture's record, which a recipe holds as an object."""
+    if value is None or type(value) is PictureRecord:
+        return value
+    known = [one.name for one in fields(PictureRecord)]
+    if not isinstance(value, dict) or not set(known[:3]) <= set(value) <= set(known):
+        raise RequestError(f"{name} must hold {', '.join(known)} of a picture (got {shown(value)})")
+    return PictureRecord(**value)

@@ -15,7 +15,8 @@ def json_schema(cls: type) -> dict[str, Any]:
     """Return the JSON schema of a settings dataclass."""
     properties: dict[str, Any] = {}
     for one in settings_of(cls).values():
-        types = [WORDS[kind] for kind in one.types] + (["null"] if one.optional else [])
+        types = [WORDS[kind] for kind in one.types if kind in WORDS]
+        types += ["null"] if one.optional else []
         schema: dict[str, Any] = {"type": types[0] if len(types) == 1 else types}
         schema["description"] = one.help
         if one.choices:

@@ -59,7 +59,7 @@ class Setting:
         """Return the values that are valid, in words."""
         if self.choices:
             return f"one of {', '.join(choice for choice in self.choices if choice)}"
-        text = "text" if len(self.types) == 1 else "text or two whole numbers"
+        text = "text or two whole numbers" if tuple in self.types else "text"
         kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(self.kind)
         if self.range is None or kind is None:
             return kind or ("a list of texts" if self.kind is tuple else text)
@@ -74,7 +74,7 @@ class Setting:
             value = (value,)
         if isinstance(value, list | tuple):
             return tuple(os.fspath(x) if isinstance(x, os.PathLike) else x for x in value)
-        if isinstance(value, os.PathLike) and self.metavar == "DIR":
+        if isinstance(value, os.PathLike) and self.metavar in ("DIR", "FILE"):
             return os.fspath(value)
         if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
             return str(value).removeprefix("torch.")
@@ -160,12 +160,13 @@ def check(cls: type, values: Any, complete: bool = False) -> None:
     Args:
         cls: the dataclass that declares them.
         values: an object with the same field names.
-        complete: whether a None is invalid.
+        complete: whether a None is invalid, but for fields whose default it is.
 
     Raises:
         RequestError: naming the field, what it may be, and its value.
     """
     for one in settings_of(cls).values():
         value = getattr(values, one.name, MISSING)
-        if value is not MISSING and not (value is None and one.optional and not complete):
+        open_ = not complete or getattr(type(values), one.name, MISSING) is None
+        if value is not MISSING and not (value is None and one.optional and open_):
             one.check(value)

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from wanflow.conditioning import TextToVideo
 from wanflow.config import DiTConfig
 from wanflow.geometry import geometry_of
 from wanflow.pipeline import Engine, Frames, OnPart, Run
@@ -68,11 +69,11 @@ def on_free_threads(engine: Engine) -> Engine:
     """Return an engine of a CPU that computes on as many threads as pay and are free."""
     spec = engine.spec
 
-    def velocity(run: Run) -> Velocity:
+    def velocity(run: Run, conditioning: TextToVideo) -> Velocity:
         request = run.request
         count = threads_for(spec.dit, geometry_of(spec).tokens(request.size, request.frame_num))
         with at_most(count):  # the text encoder
-            asked = engine.velocity(run)
+            asked = engine.velocity(run, conditioning)
         return at_most(count)(asked)
 
     def decode(latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:

@@ -31,7 +31,7 @@ OWN = {
     *("--gpus", "--timeout", "--parallel", "--preset", "--sample_guide_scale"),
     *("--task", "--t5_fsdp", "--convert_model_dtype", "--use_prompt_extend"),
     *("--prompt_extend_method", "--prompt_extend_model", "--prompt_extend_target_lang"),
-    *("--image", "--audio", "--enable_tts", "--tts_prompt_audio", "--tts_prompt_text"),
+    *("--audio", "--enable_tts", "--tts_prompt_audio", "--tts_prompt_text"),
     *("--tts_text", "--pose_video", "--start_from_ref", "--infer_frames", "--num_clip"),
     *("--src_root_path", "--refert_num", "--replace_flag", "--use_relighting_lora"),
 }
@@ -90,7 +90,9 @@ def test_a_value_of_another_type_or_outside_the_range_is_refused(cls: type, one:
 
 
 def test_every_value_of_a_complete_request_is_declared_by_the_request() -> None:
-    assert {*settings_of(Request)} - {"lora_from"} == set(CompleteRequest.__dataclass_fields__)
+    assert {*settings_of(Request)} - {"lora_from", "exact_size"} == set(
+        CompleteRequest.__dataclass_fields__
+    )
     assert {*settings_of(Runtime)} == set(Runtime.__dataclass_fields__)
     with pytest.raises(RequestError, match="frame_num"):
         CompleteRequest(**{**vars(Request("a").complete(T2V_A14B)), "frame_num": None})

@@ -872,7 +872,7 @@ def test_full_size_names_and_shapes_are_the_published_ones() -> None:
     modules = json.loads((HERE / "golden/sizes.json").read_text())["modules"]
     pairs: dict[str, Any] = {
         "t2v_A14B": build(WanDiT, T2V_A14B.dit),
-        "ti2v_5B": build(WanDiT, TI2V_5B),
+        "ti2v_5B": build(WanDiT, TI2V_5B.dit),
         "umt5_xxl_encoder": build(UMT5Encoder, T2V_A14B.text),
         "wan2_1_vae": build(WanVAE, T2V_A14B.vae),
     }

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import wanflow
 from wanflow.api import Pipeline
 from wanflow.clipfiles import read_recipe
+from wanflow.conditioning import conditioning_of
 from wanflow.config import DiTConfig, RequestError, VAEConfig
 from wanflow.loaders.velocity import make_velocity
 from wanflow.models.dit import WanDiT
@@ -362,7 +363,10 @@ class GoldenParts:
             ),
             lambda run: None,
             lambda state: state,
-            lambda run: make_velocity(self, run.request, run.state.index, cfg_batch),
+            lambda run: conditioning_of(self.spec, run.request),
+            lambda run, conditioning: make_velocity(
+                self, run.request, run.state.index, cfg_batch, conditioning=conditioning
+            ),
             lambda latent, on_part: frame_by_frame(self._vae, latent, on_part),
             lambda stop: stop,
         )

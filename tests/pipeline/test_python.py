@@ -384,8 +384,12 @@ def test_keywords_have_the_types_of_the_fields(keywords: type, cls: type, more: 
     names = {**vars(options), "torch": torch, "Solver": Solver, "Quantization": Quantization}
     found, hints = get_type_hints(keywords, None, names), get_type_hints(cls)
     own = {field.name for field in fields(cls)} - {"prompt", "seed"}
+    pictures = {"image", "last_image"} & own
+    assert {found.get(name) for name in pictures} <= {options.AnyPicture | None}
     assert set(found) == own | more
-    for name in own - (WIDER if cls is Runtime or keywords is options.RequestOptions else set()):
+    for name in (
+        own - pictures - (WIDER if cls is Runtime or keywords is options.RequestOptions else set())
+    ):
         assert found[name] == hints[name], name
     for name in WIDER & own - {"lora"}:
         assert set(get_args(hints[name]) or [hints[name]]) < set(get_args(found[name])), name

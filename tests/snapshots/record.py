@@ -52,13 +52,18 @@ INTENDED: dict[str, str] = {
     "api/classes/Pipeline/generate": "also takes requests, lists and `progress`",
     "api/classes/Pipeline/finish": "also takes `on_part`",
     "api/fields/Request/seed/type": "None draws one, as -1 does",
-    "api/models/WanDiT/forward": "also takes the table of rotary positions",
+    "api/models/WanDiT/forward": "also takes rotary positions, and which time a token has",
+    "api/presets/TI2V_5B": "a `ModelSpec`; the shape that it was is its `dit`",
     "api/classes/Video/save": "also takes codec, crf and pixel_format",
     "api/classes/Request/complete": "`ModelSpec` replaces `Preset`",
     "api/classes/CompleteRequest/guidance": "the names of experts come from the model",
     **{
         f"flags/wanflow {command}/--timeout/type": "`number` of the parser reads it, with a range"
         for command in ("generate", "replay", "decode", "plan")
+    },
+    **{
+        f"flags/wanflow {command}/--image": "a setting of its own, in place of an unused flag"
+        for command in ("generate", "plan")
     },
     "flags/wanflow plan/--figures": "its tables are the page docs/explain/figures.md",
 }

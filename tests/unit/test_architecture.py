@@ -433,7 +433,7 @@ def test_levels() -> None:
 
 CORE = ("api", "conditioning", "config", "files", "geometry", "models", "pipeline")
 CORE += ("presets", "recipe", "request", "runtime", "sampling", "sanity", "settings", "untrusted")
-CORE_LINES = 4000  # readable in an evening
+CORE_LINES = 4400  # readable in an evening
 
 
 def test_the_core_imports_nothing_of_the_rest() -> None:

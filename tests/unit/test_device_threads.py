@@ -58,7 +58,7 @@ def test_a_thread_of_the_users_works_on_the_gpu_of_the_model(
     def work() -> None:
         with pytest.raises((RuntimeError, AssertionError)):  # there is no such GPU here
             if stage == "denoise":
-                pipe.engine.velocity(run)
+                pipe.engine.velocity(run, pipe.engine.condition(run))
             else:
                 list(pipe.engine.decode(run.state.x.to("cuda:1"), None))
 

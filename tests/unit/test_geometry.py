@@ -14,7 +14,7 @@ from wanflow.runtime import Runtime
 from wanflow.sampling.timeline import handover, timeline
 
 # Wan2.2-TI2V-5B: a VAE of 4x16x16 with 48 channels.
-COARSE = Geometry(48, (4, 16, 16), TI2V_5B.patch_size)
+COARSE = Geometry(48, (4, 16, 16), TI2V_5B.dit.patch_size)
 
 
 def test_the_published_size() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from wanflow.checkpoint.structure import (
     expert_structure,
     has_other_form,
     lay_out,
+    module_of,
     weight_names,
 )
 from wanflow.checkpoint.tokenizers import open_tokenizer
@@ -206,7 +207,7 @@ def load_vae(
     report: Report | None = None,
 ) -> WanVAE:
     """Load the VAE in `dtype`."""
-    model = build(WanVAE, checkpoint.spec.vae)
+    model = cast(WanVAE, module_of(checkpoint.spec.vae))
     return _load(model, checkpoint.source("vae"), dtype, device, report)
 
 
@@ -246,8 +247,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return Tokenizer(engine, checkpoint.spec.dit.text_len)
 
 
-def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype, which: Expert = "high") -> int:
+def expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype, which: Expert | None = None) -> int:
     """Return the bytes that an expert takes in memory, as `load_expert` places it."""
+    which = which or checkpoint.spec.expert_names[0]
     model, stored = build(WanDiT, checkpoint.spec.dit), checkpoint.source(which).tensors
     choose_dtype = expert_dtypes(model, dtype)
     matmuls = {

@@ -78,7 +78,7 @@ def bench_flags(p: Parser) -> None:
     more.add_argument(
         "--parts", nargs="+", default=[], metavar="PART", help="of --check, as in: block vae"
     )
-    names = ("main", "video", "sampling", "LoRA", "memory", "parallel", "parts")
+    names = ("main", "picture", "video", "sampling", "LoRA", "memory", "parallel", "parts")
     groups = {name: p.add_argument_group(*GROUPS[name]) for name in names}
     add_settings(Request, groups)
     add_settings(Runtime, groups)

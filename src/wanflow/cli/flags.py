@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Flags of the official script that belong to its other tasks: accepted, and reported as unused.
 OTHER_TASKS = (
-    "image",
     "audio",
     "enable_tts",
     "tts_prompt_audio",
@@ -47,6 +46,7 @@ PARTS: dict[Part, str] = {
 # The groups that settings name, in the order of --help-all: title and description.
 GROUPS = {
     "main": ("most used", None),
+    "picture": ("picture", None),
     "video": ("video", None),
     "sampling": ("sampling", None),
     "LoRA": ("LoRA", None),

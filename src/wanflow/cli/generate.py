@@ -163,7 +163,7 @@ def _recorded_job(args: argparse.Namespace, recipe: Recipe, target: Path) -> Job
         model = "nano" if is_embedded(recipe.model) else recipe.model.folder
         recorded: dict[Any, str] = recipe.model.parts
         parts = parts or {part: Path(path) for part, path in recorded.items()}
-    request = Request(**asdict(recipe.request))
+    request = Request(**asdict(recipe.request), exact_size=True)
     return Job(request, replace(made, **free), model, parts, args.save_file or target, recipe)
 
 

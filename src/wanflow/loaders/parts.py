@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +177,24 @@ class LoadedParts:
             report = self._reporter("VAE")
             self._vae = load_vae(self.checkpoint, torch.float32, self.device, report)
         return self._vae
+
+    @torch.no_grad()
+    def encode(self, clip: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Return the normalised latent of a clip, [1, z, t, h, w] on the device.
+
+        The first process of a run encodes, and broadcasts the result.
+
+        Args:
+            clip: its first frame, then groups of four, [1, 3, n, H, W] each.
+            shape: of the latent.
+        """
+        encoded = torch.empty(shape, device=self.device)
+        if self.ctx is None or self.ctx.info.rank == 0:
+            encoded = self.vae().encode_parts(clip)
+            if not self.keep:  # it makes room for the text encoder
+                self._vae = None
+                self._empty_cache()
+        return encoded if self.ctx is None else self.ctx.world.broadcast("picture", encoded)
 
     def holds(self, which: Expert) -> bool:
         """Return whether an expert is in memory."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wanflow.choices import batch_guidance
-from wanflow.conditioning import conditioning_of
+from wanflow.conditioning import TextToVideo, conditioning_of
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import TextStates, Trunk, WanDiT, rope_table, run_blocks, time_features
 from wanflow.presets import Expert, ModelSpec
@@ -44,6 +44,8 @@ def make_velocity(
     cfg_batch: bool | None = None,
     trunk: Trunk = run_blocks,
     guidance: Guidance | None = None,
+    *,
+    conditioning: TextToVideo | None = None,
 ) -> Velocity:
     """Return the velocity of a request from step `start` on; encodes the prompts.
 
@@ -55,6 +57,7 @@ def make_velocity(
             tokens.
         trunk: runs an expert's blocks.
         guidance: how both branches are computed, in place of one batch or two passes.
+        conditioning: what the model sees of a sample; None: of a text.
     """
     spec, steps = parts.spec, timeline(request, parts.spec)
     prompts = [request.prompt, request.negative_prompt]
@@ -63,10 +66,13 @@ def make_velocity(
         tokens = geometry_of(spec).tokens(request.size, request.frame_num)
         guidance = ONE_BATCH if batch_guidance(cfg_batch, tokens) else TWO_PASSES
     both: Guidance = guidance
-    conditioning, shape, device = conditioning_of(spec, request), spec.dit, texts.device
+    seen = conditioning or conditioning_of(spec, request)
+    shape, device = spec.dit, texts.device
     # Here and not in a step: a copy to the device waits for all that it computes.
-    rope = rope_table(shape.grid(conditioning.shape[1:]), shape.dim // shape.num_heads, device)
-    each = (conditioning.time(step).unsqueeze(1) for step in steps)
+    grid = shape.grid(seen.shape[1:])
+    rope = rope_table(grid, shape.dim // shape.num_heads, device)
+    index = None if (own := seen.index(grid)) is None else own.to(device)
+    each = (seen.times(step).unsqueeze(0) for step in steps)
     times = torch.stack([time_features(time, shape.freq_dim) for time in each]).to(device)
     # Keys and values of the text, for one expert with its LoRAs at a time.
     states: dict[tuple[Expert, tuple[float, ...], bool], TextStates] = {}
@@ -84,9 +90,9 @@ def make_velocity(
             states[key] = model.text_states(both.select(texts) if now.guided else texts[:1])
 
         def predict(latent: Tensor, time: Tensor, text: States) -> Tensor:
-            return cast(Tensor, model(latent, time, cast(Any, text), trunk, rope))
+            return cast(Tensor, model(latent, time, cast(Any, text), trunk, rope, index))
 
-        latent, time = conditioning.latent(x), times[step.index]
+        latent, time = seen.latent(x), times[step.index]
         if not now.guided:
             return predict(latent, time, states[key])
         return guide(*both.branches(predict, latent, time, states[key]), now.guidance)

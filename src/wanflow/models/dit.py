@@ -367,17 +367,19 @@ class WanDiT(nn.Module):
         text: Tensor | TextStates,
         trunk: Trunk = run_blocks,
         rope: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity (noise minus data).
 
         Args:
             latent: [B, C, T, H, W]; H and W even.
             timestep: [B] in 0..1000, integers or floats; or [B, L], one per token; or the
-                `time_features` of [B, 1], on the latent's device.
+                `time_features` of [B, U], on the latent's device.
             text: [B, S, D], zero past each prompt's end; or its `text_states`. Rows that are
                 missing up to `text_len` count as zero; attention sees them, as in training.
             trunk: runs the blocks and the head; sequence sharding replaces it.
             rope: the `rope_table` of the latent's grid, on its device; None: made for this call.
+            index: [L], which of U time features a token has; None where U is 1.
 
         Returns:
             [B, C, T, H, W] float32.
@@ -388,7 +390,7 @@ class WanDiT(nn.Module):
         channels, shape = self.config.in_dim, list(latent.shape)
         if latent.ndim != 5 or shape[1] != channels or any(side % 2 for side in shape[3:]):
             raise ValueError(f"latent is {shape}, not [B, {channels}, T, even H, even W]")
-        if timestep.ndim not in (1, 2) and timestep.shape[1:] != (1, self.config.freq_dim):
+        if timestep.ndim not in (1, 2) and timestep.shape[2:] != (self.config.freq_dim,):
             raise ValueError(f"timestep is {list(timestep.shape)}, not [B] or [B, L]")
         rows = {len(latent), len(timestep), len(text if isinstance(text, Tensor) else text[0][0])}
         if len(rows) > 1:
@@ -398,7 +400,7 @@ class WanDiT(nn.Module):
             )
         states = self.text_states(text) if isinstance(text, Tensor) else text
         grid = self.config.grid(latent.shape[2:])
-        time, modulation, index = self._time(timestep, len(latent), math.prod(grid))
+        time, modulation, index = self._time(timestep, len(latent), math.prod(grid), index)
         if rope is None:
             rope = rope_table(grid, self.config.dim // self.config.num_heads, latent.device)
         conditioning = Conditioning(time, modulation, index, rope, states)
@@ -428,9 +430,10 @@ class WanDiT(nn.Module):
         return tuple(block.text_kv(embedded) for block in blocks)
 
     def _time(
-        self, timestep: Tensor, batch: int, length: int
+        self, timestep: Tensor, batch: int, length: int, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        index, device = None, self.patch_embedding.weight.device
+        device = self.patch_embedding.weight.device
+        index = None if index is None else index.expand(batch, length)
         if timestep.ndim == 2:
             if timestep.shape != (batch, length):
                 raise ValueError(

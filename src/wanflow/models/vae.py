@@ -374,7 +374,13 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: for another number of frames or size.
         """
-        mean, _ = self.moments(video, groups)
+        return self._normalised(self.moments(video, groups)[0])
+
+    def encode_parts(self, parts: Iterable[Tensor]) -> Tensor:
+        """Encode a video as it comes: its first frame, then groups of four; see `encode`."""
+        return self._normalised(self._moments(parts)[0])
+
+    def _normalised(self, mean: Tensor) -> Tensor:
         shift, scale = self._statistics(mean)
         return (mean - shift) / scale
 
@@ -389,14 +395,17 @@ class WanVAE(nn.Module):
                 f"a video of {frames} frames, {width}*{height}: frames must be {stride}n+1, sides"
                 f" multiples of {space}"
             )
-        state: State = {}
-        chunks = (
+        return self._moments(
             [video[:, :, :1], *video[:, :, 1:].split(stride * groups, dim=2)]
             if frames > 1
             else [video]
         )
-        parts = [self.encoder(_channels_last(chunk.to(self.dtype)), state) for chunk in chunks]
-        mean, log_variance = self.conv1(torch.cat(parts, dim=2), state).chunk(2, dim=1)
+
+    def _moments(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        state: State = {}
+        like = self.conv2.weight  # parts may be on another device
+        codes = [self.encoder(_channels_last(part.to(like)), state) for part in parts]
+        mean, log_variance = self.conv1(torch.cat(codes, dim=2), state).chunk(2, dim=1)
         return mean, log_variance
 
     def decode(self, latent: Tensor, groups: int = 1) -> Tensor:

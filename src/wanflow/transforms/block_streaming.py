@@ -303,6 +303,7 @@ class Streaming(nn.Module):
         text: Tensor | TextStates,
         trunk: Trunk = run_blocks,
         rope: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """As `WanDiT.forward`."""
 
@@ -312,7 +313,7 @@ class Streaming(nn.Module):
             return trunk(self.stream(), head, tokens, conditioning)
 
         states = self.text_states(text) if isinstance(text, Tensor) else text
-        return cast(Tensor, self.model(latent, timestep, states, streamed_trunk, rope))
+        return cast(Tensor, self.model(latent, timestep, states, streamed_trunk, rope, index))
 
     def text_states(self, text: Tensor) -> TextStates:
         """As `WanDiT.text_states`; of a streamed block only the two weights it needs are read."""
