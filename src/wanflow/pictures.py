@@ -74,7 +74,7 @@ def digest(pixels: Pixels) -> str:
 
 def _picture(pixels: Pixels, file: str) -> Picture:
     height, width = pixels.shape[:2]
-    return Picture(pixels, digest(pixels), width, height, file)
+    return Picture(digest(pixels), width, height, file, pixels)
 
 
 def _read_file(path: Path) -> Pixels:
