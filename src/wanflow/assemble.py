@@ -185,13 +185,6 @@ def make_engine(
             tensors = {name: ctx.world.broadcast("state", one) for name, one in tensors.items()}
         return SolverState.from_tensors(state.index, tensors)
 
-    def condition(run: Run) -> TextToVideo:
-        if not run.pictures:
-            return conditioning_of(spec, run.request)
-        clip = clip_parts(spec, run.request, run.pictures)
-        encoded = parts.encode(clip, encoded_shape(spec, run.request))
-        return conditioning_of(spec, run.request, encoded)
-
     def velocity(run: Run, conditioning: TextToVideo) -> Velocity:
         parts.compile(run.recipe.runtime.get("compile"))
         velocity = partial(make_velocity, parts, run.request, run.state.index, runtime.cfg_batch)
@@ -206,7 +199,7 @@ def make_engine(
     def agree(stop: bool) -> bool:
         return stop if ctx is None else bool(ctx.from_rank0(int(stop)))
 
-    decode = partial(decode_frames, parts)
+    condition, decode = partial(encode_pictures, parts), partial(decode_frames, parts)
     engine = Engine(spec, parts.device, record, check, share, condition, velocity, decode, agree)
     engine = in_less_memory(engine, parts)
     return on_free_threads(engine) if ctx is None and parts.device.type == "cpu" else engine
@@ -225,6 +218,16 @@ def compiles(parts: LoadedParts, request: CompleteRequest) -> bool:
         return False
     pays = parts.compiler.pays(saved)
     return pays if ctx is None else bool(ctx.from_rank0(int(pays)))
+
+
+def encode_pictures(parts: LoadedParts, run: Run) -> TextToVideo:
+    """Return what is denoised in a run; reads the VAE where it has pictures."""
+    spec, request = parts.spec, run.request
+    if not run.pictures:
+        return conditioning_of(spec, request)
+    clip = clip_parts(spec, request, run.pictures)
+    encoded = parts.encode(clip, encoded_shape(spec, request))
+    return conditioning_of(spec, request, encoded)
 
 
 def decode_frames(parts: LoadedParts, latent: Tensor, on_part: OnPart | None) -> Iterator[Frames]:
