@@ -21,13 +21,13 @@ Json = dict[str, Any]
 M = TypeVar("M", bound=nn.Module)
 
 
-def read_manifests() -> dict[str, Json]:
+def read_manifests(folder: Path = FOLDER, kinds: tuple[str, ...] = KINDS) -> dict[str, Json]:
     """The folder's manifests by their `kind`."""
-    found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.json")))
+    found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json")))
     return {
         manifest["kind"]: manifest
         for manifest in found
-        if isinstance(manifest, dict) and manifest.get("kind") in KINDS
+        if isinstance(manifest, dict) and manifest.get("kind") in kinds
     }
 
 
@@ -42,7 +42,7 @@ SIZES: Json = MANIFESTS.get("sizes", {"modules": {}})
 
 @cache
 def tensors(file: str) -> dict[str, Tensor]:
-    return load_file(FOLDER / file)
+    return load_file(FOLDER / file)  # a whole path leads to another folder
 
 
 def stored(file: str, key: str, entry: Json) -> Tensor:

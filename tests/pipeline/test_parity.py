@@ -33,7 +33,8 @@ from helpers.golden import (
     stored,
     tensors,
 )
-from torch import Tensor, nn
+from helpers.golden_dit import batches, built, check_batch, check_intermediates, check_sample, samples
+from torch import Tensor
 
 from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAEConfig, from_mapping
 from wanflow.models.dit import WanDiT
@@ -60,61 +61,20 @@ def test_folder_holds_manifests() -> None:
 
 @cache
 def dit(model: str) -> WanDiT:
-    manifest = DIT["models"][model]
-    return filled(
-        WanDiT(from_mapping(DiTConfig, manifest["config"], "dit.json")),
-        manifest["weights_file"],
-        manifest,
-    )
+    return built(DIT["models"][model])
 
 
-def run_dit(model: str, case: Json, sample: int) -> tuple[Tensor, Tensor]:
-    """What our transformer makes of one sample of a case, and what is stored."""
-    found = case_tensors(DIT["models"][model]["cases_file"], case)
-    t = found["t"][sample : sample + 1]
-    if t.ndim == 2:  # one timestep per token, of which padding has none here
-        t = t[:, : case["tokens"][sample]]
-    velocity = dit(model)(found[f"latent.{sample}"][None], t, found[f"context.{sample}"][None])
-    return velocity[0], found[f"output.{sample}"]
-
-
-DIT_SAMPLES = [
-    pytest.param(model, case, sample, id=f"{model}-{case['name']}-{sample}")
-    for model, manifest in DIT["models"].items()
-    for case in manifest["cases"]
-    for sample in range(case["batch"])
-]
-DIT_MIDDLES = [param for param in DIT_SAMPLES if "intermediates" in param.values[1]]
+DIT_SAMPLES = samples(DIT)
 
 
 @pytest.mark.parametrize(("model", "case", "sample"), DIT_SAMPLES)
 def test_dit(model: str, case: Json, sample: int) -> None:
-    velocity, expected = run_dit(model, case, sample)
-    close(velocity, expected, DIT["models"][model]["tolerance"], f"output of {case['name']}")
+    check_sample(dit(model), DIT["models"][model], case, sample)
 
 
-DIT_BATCHES = [
-    pytest.param(model, case, id=f"{model}-{case['name']}")
-    for model, manifest in DIT["models"].items()
-    for case in manifest["cases"]
-    if case["batch"] > 1 and len({tuple(grid) for grid in case["grids_after_patching"]}) == 1
-]
-
-
-@pytest.mark.parametrize(("model", "case"), DIT_BATCHES)
+@pytest.mark.parametrize(("model", "case"), batches(DIT))
 def test_dit_batch(model: str, case: Json) -> None:
-    """Samples of one size, as one batch: the caller pads the texts."""
-    manifest = DIT["models"][model]
-    found = case_tensors(manifest["cases_file"], case)
-    latent, expected = (
-        torch.stack([found[f"{key}.{n}"] for n in range(case["batch"])])
-        for key in ("latent", "output")
-    )
-    text = torch.nn.utils.rnn.pad_sequence(
-        [found[f"context.{n}"] for n in range(case["batch"])], batch_first=True
-    )
-    t = found["t"] if found["t"].ndim == 1 else found["t"][:, : case["tokens"][0]]
-    close(dit(model)(latent, t, text), expected, manifest["tolerance"], f"output of {case['name']}")
+    check_batch(dit(model), DIT["models"][model], case)
 
 
 @pytest.mark.slow
@@ -127,42 +87,11 @@ def test_dit_compiled(model: str) -> None:
     assert compiler.graphs >= 2
 
 
-def module_path(name: str) -> str:
-    """`block1.self_attn` -> `blocks.1.self_attn`; other names are the module's own."""
-    head, _, rest = name.partition(".")
-    return (
-        f"blocks.{head.removeprefix('block')}{'.' * bool(rest)}{rest}"
-        if head.startswith("block")
-        else name
-    )
-
-
-@pytest.mark.parametrize(("model", "case", "sample"), DIT_MIDDLES)
+@pytest.mark.parametrize(
+    ("model", "case", "sample"), samples(DIT, lambda case: "intermediates" in case)
+)
 def test_dit_intermediates(model: str, case: Json, sample: int) -> None:
-    manifest, network = DIT["models"][model], dit(model)
-    middles = case_tensors(manifest["cases_file"], case, "intermediates")
-    seen: dict[str, Tensor] = {}
-    hooks = []
-    for key in middles:
-        name = key.removeprefix("mid.")
-
-        def keep(module: nn.Module, args: object, output: Tensor, name: str = name) -> None:
-            seen[name] = output
-
-        hooks.append(network.get_submodule(module_path(name)).register_forward_hook(keep))
-    try:
-        run_dit(model, case, sample)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for key, expected in middles.items():
-        name = key.removeprefix("mid.")
-        row = expected[min(sample, len(expected) - 1)]  # the time rows are stored once
-        if name.startswith(("block", "head")):
-            row = row[: case["tokens"][sample]]  # the rest is padding
-        close(
-            seen[name].reshape(row.shape), row, manifest["tolerance"], f"{name} of {case['name']}"
-        )
+    check_intermediates(dit(model), DIT["models"][model], case, sample)
 
 
 # --- the autoencoder ---
