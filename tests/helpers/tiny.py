@@ -1,16 +1,55 @@
-"""A tiny expert and what it makes of one input."""
+"""Tiny models: one expert and what it makes of one input; whole folders of the family."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as Engine
+from tokenizers import pre_tokenizers
+from tokenizers.models import Unigram
 from torch import Tensor, nn
 
-from wanflow.config import DiTConfig
+from helpers.common import M, official_config
+from wanflow.checkpoint.structure import module_of
+from wanflow.config import DiTConfig, TextConfig
 from wanflow.models.dit import WanDiT
+from wanflow.presets import I2V_A14B, TI2V_5B, ModelSpec
 
 TINY = DiTConfig(
     dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=24, text_len=8, freq_dim=16
 )
+# Sides that every packing divides, and heads that four ranks share.
+SIDES = {"dim": 64, "ffn_dim": 128, "num_heads": 4, "num_layers": 3}
+SIDES |= {"text_dim": 64, "text_len": 8, "freq_dim": 32}
+TEXT = TextConfig(vocab=16, dim=64, dim_attn=64, dim_ffn=96, num_heads=4, num_layers=1)
+WORDS = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "\u2581a",
+    "\u2581red",
+    "\u2581circle",
+    "\u2581moves",
+    "\u2581left",
+]
+# A video small enough that a run takes a fraction of a second; the sides take any model's stride.
+SMALL = {"size": "64*32", "frame_num": 5, "sample_steps": 3, "negative_prompt": ""}
+
+
+def _tiny(spec: ModelSpec, vae: dict[str, int]) -> ModelSpec:
+    return replace(
+        spec,
+        dit=replace(spec.dit, **SIDES),
+        text=TEXT,
+        vae=replace(spec.vae, num_res_blocks=1, **vae),
+    )
+
+
+FAMILY = {"i2v": _tiny(I2V_A14B, {"dim": 4}), "ti2v": _tiny(TI2V_5B, {"dim": 4, "dec_dim": 4})}
 
 
 def random_expert() -> WanDiT:
@@ -29,3 +68,54 @@ def run(model: nn.Module) -> Tensor:
         torch.randn(1, 5, 24, generator=generator),
     )
     return model(latent, torch.tensor([500.0]), text)
+
+
+@torch.no_grad()
+def randomised(module: M, seed: int) -> M:
+    """Fill a module so that every part is seen in its output, and no part drowns the others."""
+    module = module.to_empty(device="cpu").eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("gamma") or (parameter.ndim == 1 and name.endswith("weight")):
+            parameter.copy_(1 + 0.2 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.1 * noise)
+        elif "modulation" in name or "embedding.weight" in name:
+            parameter.copy_(0.5 * noise)
+        else:
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    return module
+
+
+def tiny_family(folder: Path, kind: str) -> Path:
+    """Write a small random model in the official layout, and return its folder.
+
+    Args:
+        folder: becomes the model's.
+        kind: "i2v" is I2V-A14B in small, "ti2v" TI2V-5B.
+    """
+    spec = FAMILY[kind]
+    for seed, expert in enumerate(spec.experts):
+        place = folder / expert.folder
+        place.mkdir(parents=True, exist_ok=True)
+        state = randomised(module_of(spec.dit), seed).state_dict()
+        name = "diffusion_pytorch_model-00001-of-00001.safetensors"
+        save_file(state, place / name)
+        index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, name)})
+        (place / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+        config = {"_class_name": "WanModel"} | official_config(spec.dit)
+        (place / "config.json").write_text(json.dumps(config))
+    vae = "Wan2.2_VAE.pth" if kind == "ti2v" else "Wan2.1_VAE.pth"
+    for seed, config, name in (
+        (2, spec.text, "models_t5_umt5-xxl-enc-bf16.pth"),
+        (3, spec.vae, vae),
+    ):
+        torch.save(dict(randomised(module_of(config), seed).state_dict()), folder / name)
+    tokenizer = folder / "google/umt5-xxl/tokenizer.json"
+    tokenizer.parent.mkdir(parents=True)
+    engine = Engine(Unigram([(word, -float(n)) for n, word in enumerate(WORDS)], unk_id=2))
+    engine.pre_tokenizer = pre_tokenizers.Metaspace()
+    engine.save(str(tokenizer))
+    (folder / "wanflow.json").write_text(json.dumps({"name": f"tiny-{kind}", "defaults": SMALL}))
+    return folder

@@ -33,7 +33,14 @@ from helpers.golden import (
     stored,
     tensors,
 )
-from helpers.golden_dit import batches, built, check_batch, check_intermediates, check_sample, samples
+from helpers.golden_dit import (
+    batches,
+    built,
+    check_batch,
+    check_intermediates,
+    check_sample,
+    samples,
+)
 from torch import Tensor
 
 from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAEConfig, from_mapping
