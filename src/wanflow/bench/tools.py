@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wanflow.checkpoint.structure import build, expert_structure
+from wanflow.checkpoint.structure import expert_structure, vae_of
 from wanflow.config import DiTConfig
 from wanflow.models.dit import Block, Conditioning, Head, WanDiT, run_blocks
 from wanflow.models.vae import WanVAE
@@ -187,7 +187,7 @@ def random_expert(scale: Scale, layers: int, runtime: Runtime | None = None) -> 
 
 def random_vae(scale: Scale) -> WanVAE:
     """Return a VAE of random weights on the device."""
-    return cast(WanVAE, fill(build(WanVAE, scale.spec.vae), scale.device))
+    return cast(WanVAE, fill(vae_of(scale.spec.vae), scale.device))
 
 
 def expert_inputs(config: DiTConfig, latent: Shape, device: Any) -> tuple[Tensor, Tensor, Tensor]:

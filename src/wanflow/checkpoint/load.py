@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from wanflow.checkpoint.structure import (
     expert_structure,
     has_other_form,
     lay_out,
-    module_of,
+    vae_of,
     weight_names,
 )
 from wanflow.checkpoint.tokenizers import open_tokenizer
@@ -207,7 +207,7 @@ def load_vae(
     report: Report | None = None,
 ) -> WanVAE:
     """Load the VAE in `dtype`."""
-    model = cast(WanVAE, module_of(checkpoint.spec.vae))
+    model = vae_of(checkpoint.spec.vae)
     return _load(model, checkpoint.source("vae"), dtype, device, report)
 
 

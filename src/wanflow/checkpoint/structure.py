@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from wanflow.checkpoint.containers import TensorInfo, TensorSource
-from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig
+from wanflow.config import DiTConfig, RequestError, TextConfig, VAE22Config, VAEConfig
 from wanflow.models.dit import Block, Head, SelfAttention, WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
@@ -22,10 +22,19 @@ if TYPE_CHECKING:
 ChooseDtype = Callable[[str, TensorInfo], torch.dtype]  # tensor -> its dtype in memory
 Config = DiTConfig | TextConfig | VAEConfig
 M = TypeVar("M", bound=nn.Module)
+
+
+def _vae22(config: VAE22Config) -> nn.Module:
+    from wanflow.models.vae22 import WanVAE22
+
+    return WanVAE22(config)
+
+
 MODULES: dict[type, Callable[[Any], nn.Module]] = {
     DiTConfig: WanDiT,
     TextConfig: UMT5Encoder,
     VAEConfig: WanVAE,
+    VAE22Config: _vae22,
 }
 
 
@@ -47,6 +56,11 @@ def build(cls: Callable[[Any], M], config: Config) -> M:
 def module_of(config: Config) -> nn.Module:
     """Return the module that a config describes, on meta."""
     return build(MODULES[type(config)], config)
+
+
+def vae_of(config: VAEConfig) -> WanVAE:
+    """Return the VAE that a config describes, on meta."""
+    return cast(WanVAE, module_of(config))
 
 
 def compare(module: nn.Module, headers: TensorSource) -> dict[str, list[str]]:

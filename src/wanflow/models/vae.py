@@ -6,8 +6,8 @@ Shapes: B batch, C channels, T frames, H height, W width in pixels; t, h, w the 
 Every convolution looks back over at most two frames, so a video passes in chunks: the first frame
 alone, then groups of four. `State` holds what a convolution needs of the chunk before; it is made
 per call and keyed by module. The size of a chunk does not change the result: decoding takes one
-latent frame, training all at once. Without gradients a chunk passes the decoder two frames at a
-time (`stream`).
+latent frame, training all at once. Without gradients a chunk passes the layers two frames at a time
+(`stream`).
 
 Activations are in channels-last order: CPU and GPU convolutions are fastest in it, and the channel
 norm reads consecutive memory.
@@ -27,7 +27,11 @@ from wanflow.config import VAEConfig
 State = dict[nn.Module, Tensor]
 
 
-class CausalConv3d(nn.Conv3d):
+class Stateful(nn.Module):
+    """A layer that is called with the `State` beside its input."""
+
+
+class CausalConv3d(Stateful, nn.Conv3d):
     """A convolution over (time, height, width) that sees no future.
 
     Two past frames come from `state`; zeros precede the first frame.
@@ -93,8 +97,12 @@ def _pairs_pay(x: Tensor, weight: Tensor) -> bool:
 
     It overwrites memory that autograd would need, and rounds too often for bfloat16.
     """
-    return weight.dtype == torch.float32 and not (
-        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return weight.dtype == torch.float32 and not _learns([x, weight])
+
+
+def _learns(*values: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(
+        value.requires_grad for value in itertools.chain(*values)
     )
 
 
@@ -110,7 +118,7 @@ class ChannelNorm(nn.Module):
         return (x * (x.shape[1] ** 0.5 / length)).mul_(self.gamma)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Stateful):
     """norm, SiLU, conv, twice, plus a shortcut."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -127,11 +135,11 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if in_dim == out_dim else CausalConv3d(in_dim, out_dim, 1)
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        skip = self.shortcut(x, state) if isinstance(self.shortcut, CausalConv3d) else x
-        return run(self.residual, x, state).add_(skip)
+        out = run(self.residual, x, state)
+        return out.add_(self.shortcut(x, state) if isinstance(self.shortcut, CausalConv3d) else x)
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Stateful):
     """Single-head attention over the pixels of one frame."""
 
     def __init__(self, dim: int) -> None:
@@ -166,12 +174,13 @@ class AttentionBlock(nn.Module):
         return x + out
 
 
-class Downsample(nn.Module):
+class Downsample(Stateful):
     """Halve height and width, and time too where `temporal`."""
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.temporal = temporal
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: State) -> Tensor:
@@ -200,12 +209,15 @@ class DoublingConv2d(nn.Conv2d):
         return F.conv_transpose2d(x, taps.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
-class Upsample(nn.Module):
-    """Double height and width and halve the channels; double time first where `temporal`."""
+class Upsample(Stateful):
+    """Double height and width; double time first where `temporal`."""
 
-    def __init__(self, dim: int, temporal: bool) -> None:
+    growth = 2  # see `growth`
+
+    def __init__(self, dim: int, out_dim: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Identity(), DoublingConv2d(dim, dim // 2, 3))
+        self.resample = nn.Sequential(nn.Identity(), DoublingConv2d(dim, out_dim, 3))
+        self.temporal = temporal
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: State) -> Tensor:
@@ -238,10 +250,16 @@ def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-def run(layers: Iterable[nn.Module], x: Tensor, state: State) -> Tensor:
-    """Run layers in order; those that look back in time get `state`."""
+def flat(*layers: nn.Module) -> Iterator[nn.Module]:
+    """Yield layers one by one: a sequence's own layers in its place."""
     for layer in layers:
-        x = layer(x, state) if isinstance(layer, STATEFUL) else layer(x)
+        yield from flat(*layer) if isinstance(layer, nn.Sequential) else (layer,)
+
+
+def run(layers: Iterable[nn.Module], x: Tensor, state: State) -> Tensor:
+    """Run layers in order; those that are stateful get `state`."""
+    for layer in layers:
+        x = layer(x, state) if isinstance(layer, Stateful) else layer(x)
     return x
 
 
@@ -249,18 +267,26 @@ def stream(layers: list[nn.Module], x: Tensor, state: State) -> Iterator[Tensor]
     """Run layers in order, two frames at a time unless a gradient is needed.
 
     Where there are more, as after a doubling of time, two of them pass all layers that follow
-    before the next two do. The last layers see the largest images; this halves their memory.
+    before the next two do. This halves the memory of the layers with the largest images.
     """
     for index, layer in enumerate(layers):
-        x = run([layer], x, state)
-        if x.shape[2] > 2 and not x.requires_grad:
+        if x.shape[2] > 2 and not _learns([x], *(layer.parameters() for layer in layers)):
             for part in x.split(2, dim=2):
-                yield from stream(layers[index + 1 :], part, state)
+                yield from stream(layers[index:], part, state)
             return
+        x = run([layer], x, state)
     yield x
 
 
-STATEFUL = (CausalConv3d, ResidualBlock, AttentionBlock, Downsample, Upsample)
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """Join parts of a video [B, C, T, H, W]; one part stays as it is."""
+    first, *others = parts
+    return torch.cat([first, *others], dim=2) if others else first
+
+
+def growth(layer: nn.Module) -> int:
+    """Return by how much a layer of a decoder enlarges height and width."""
+    return int(getattr(layer, "growth", 1))
 
 
 def receptive_margin(layer: nn.Module, margin: int = 0) -> int:
@@ -280,7 +306,7 @@ def receptive_margin(layer: nn.Module, margin: int = 0) -> int:
     )
     # An upsampling's convolution sees the doubled image: half as many pixels, rounded up, of the
     # small one.
-    return -(-margin // 2) if isinstance(layer, Upsample) else margin
+    return -(-margin // growth(layer))
 
 
 def _middle(dim: int) -> nn.Sequential:
@@ -291,29 +317,45 @@ def _head(dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(ChannelNorm(dim), nn.SiLU(inplace=True), CausalConv3d(dim, out_dim, 3))
 
 
+def _blocks(in_dim: int, out_dim: int, count: int) -> list[nn.Module]:
+    return [ResidualBlock(out_dim if number else in_dim, out_dim) for number in range(count)]
+
+
 class Encoder(nn.Module):
     """Video [B, 3, T, H, W] -> [B, 2 z, t, h, w], which `conv1` turns into mean and variance."""
+
+    last_of_stage: type[nn.Module] = Downsample
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         dims = [config.dim * mult for mult in (1, *config.dim_mult)]
-        self.conv1 = CausalConv3d(3, dims[0], 3)
-        layers: list[nn.Module] = []
+        self.conv1 = CausalConv3d(3 * config.patch**2, dims[0], 3)
+        stages: list[nn.Module] = []
         for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
-            layers += [
-                ResidualBlock(in_dim if block == 0 else out_dim, out_dim)
-                for block in range(config.num_res_blocks)
-            ]
+            layers = _blocks(in_dim, out_dim, config.num_res_blocks)
             if level < len(config.dim_mult) - 1:
                 layers.append(Downsample(out_dim, config.temperal_downsample[level]))
-        self.downsamples = nn.Sequential(*layers)
+            stages += self.stage(layers, in_dim, out_dim)
+        self.downsamples = nn.Sequential(*stages)
         self.middle = _middle(dims[-1])
         self.head = _head(dims[-1], config.z_dim * 2)
 
+    def stage(self, layers: list[nn.Module], in_dim: int, out_dim: int) -> list[nn.Module]:
+        """Return the layers of one size of image as they stand in `downsamples`."""
+        return layers
+
+    def sections(self) -> list[list[nn.Module]]:
+        """Return all layers in order, cut after each stage: time halves at the end of one."""
+        sections: list[list[nn.Module]] = [[]]
+        for layer in flat(self.conv1, self.downsamples, self.middle, self.head):
+            sections[-1].append(layer)
+            if isinstance(layer, self.last_of_stage):
+                sections.append([])
+        return sections
+
     def forward(self, x: Tensor, state: State) -> Tensor:
-        x = self.conv1(x, state)
-        for part in (self.downsamples, self.middle, self.head):
-            x = run(part, x, state)
+        for layers in self.sections():
+            x = joined(stream(layers, x, state))
         return x
 
 
@@ -322,40 +364,51 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        dims = [config.dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
-        self.conv1 = CausalConv3d(config.z_dim, dims[0], 3)
-        self.middle = _middle(dims[0])
+        width, *dims = (
+            config.dec_dim * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))
+        )
+        self.conv1 = CausalConv3d(config.z_dim, width, 3)
+        self.middle = _middle(width)
         temporal = tuple(reversed(config.temperal_downsample))
-        layers: list[nn.Module] = []
-        for level, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
-            in_dim = in_dim if level == 0 else in_dim // 2  # upsampling has halved the channels
-            layers += [
-                ResidualBlock(in_dim if block == 0 else out_dim, out_dim)
-                for block in range(config.num_res_blocks + 1)
-            ]
-            if level < len(config.dim_mult) - 1:
-                layers.append(Upsample(out_dim, temporal[level]))
-        self.upsamples = nn.Sequential(*layers)
-        self.head = _head(dims[-1], 3)
+        stages: list[nn.Module] = []
+        for level, out_dim in enumerate(dims):
+            layers = _blocks(width, out_dim, config.num_res_blocks + 1)
+            in_dim, width = width, out_dim
+            if level < len(dims) - 1:
+                width = self.enlarged(out_dim)
+                layers.append(Upsample(out_dim, width, temporal[level]))
+            stages += self.stage(layers, in_dim, width)
+        self.upsamples = nn.Sequential(*stages)
+        self.head = _head(width, 3 * config.patch**2)
+
+    def enlarged(self, dim: int) -> int:
+        """Return the width after a doubling of height and width."""
+        return dim // 2
+
+    def stage(self, layers: list[nn.Module], in_dim: int, out_dim: int) -> list[nn.Module]:
+        """Return the layers of one size of image as they stand in `upsamples`."""
+        return layers
 
     def layers(self) -> list[nn.Module]:
         """Return all layers in the order in which `stream` runs them."""
-        return [self.conv1, *self.middle, *self.upsamples, *self.head]
+        return list(flat(self.conv1, self.middle, self.upsamples, self.head))
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        return torch.cat(list(stream(self.layers(), x, state)), dim=2)
+        return joined(stream(self.layers(), x, state))
 
 
 class WanVAE(nn.Module):
     """The VAE. Latents are normalised by channel with the config's mean and standard deviation."""
 
+    encoder_class, decoder_class = Encoder, Decoder
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = self.encoder_class(config)
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
-        self.decoder = Decoder(config)
+        self.decoder = self.decoder_class(config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -365,7 +418,7 @@ class WanVAE(nn.Module):
         """Return the normalised mean latent of a video.
 
         Args:
-            video: [B, 3, T, H, W] in -1..1; T = 4n + 1, H and W multiples of 8.
+            video: [B, 3, T, H, W] in -1..1; T = 4n + 1, H and W multiples of the stride.
             groups: how many groups of four frames to take at once; the result is the same.
 
         Returns:
@@ -405,12 +458,12 @@ class WanVAE(nn.Module):
         state: State = {}
         like = self.conv2.weight  # parts may be on another device
         codes = [self.encoder(_channels_last(part.to(like)), state) for part in parts]
-        mean, log_variance = self.conv1(torch.cat(codes, dim=2), state).chunk(2, dim=1)
+        mean, log_variance = self.conv1(joined(codes), state).chunk(2, dim=1)
         return mean, log_variance
 
     def decode(self, latent: Tensor, groups: int = 1) -> Tensor:
-        """Decode a normalised latent [B, z, t, h, w] -> video [B, 3, 4t - 3, 8h, 8w], unclamped."""
-        return torch.cat(list(self.decode_frames(latent, groups)), dim=2)
+        """Decode a normalised latent [B, z, t, h, w] -> video [B, 3, T, H, W], unclamped."""
+        return joined(self.decode_frames(latent, groups))
 
     def decode_frames(self, latent: Tensor, groups: int = 1) -> Iterator[Tensor]:
         """Yield decoded frames, unclamped: [B, 3, 1, H, W], then [B, 3, 4 * groups, H, W]."""

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from wanflow.models.vae import AttentionBlock, State, Upsample, WanVAE, receptive_margin, stream
+from wanflow.models.vae import AttentionBlock, State, WanVAE, growth, receptive_margin, stream
 from wanflow.parallel.groups import Group, ParallelContext, sizes
 
 Frames = npt.NDArray[np.uint8]
@@ -135,7 +135,7 @@ def connected(layers: list[nn.Module], strips: Strips, group: Group) -> list[nn.
         if isinstance(layer, AttentionBlock):
             out.append(Attention(layer, strips, group))
         elif reach:
-            margin = reach * (2 if isinstance(layer, Upsample) else 1)
+            margin = reach * growth(layer)
             neighbours = strips.neighbours(rank)
             before, after = (margin * (peer in neighbours) for peer in (rank - 1, rank + 1))
             out += [Halo(strips, group, reach), layer, Trim(strips.axis, before, after)]

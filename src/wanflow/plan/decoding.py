@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanflow.checkpoint.structure import build
+from wanflow.checkpoint.structure import vae_of
 from wanflow.config import VAEConfig
 from wanflow.models.vae import State, WanVAE, stream
 from wanflow.parallel import vae_parallel
@@ -80,7 +80,7 @@ def tiles(config: VAEConfig, shape: Shape, tile: int) -> Traced:
         local = vae_tiling.halves(vae)[1]
         cut = [vae_tiling.trimmed(local, box, height, width) for box in boxes]
         box, layers = max(cut, key=lambda found: found[0].area)
-        channels = vae.config.dim * vae.config.dim_mult[-1]
+        channels = config.dec_dim * config.dim_mult[-1]
         part = torch.empty(1, channels, 1, box.bottom - box.top, box.right - box.left)
         state: State = {}
         for _ in range(count):
@@ -99,7 +99,7 @@ def tiles(config: VAEConfig, shape: Shape, tile: int) -> Traced:
 def _traced(
     config: VAEConfig, run: Callable[[WanVAE, Trace], None], stats: CommStats | None = None
 ) -> Traced:
-    vae = build(WanVAE, config)
+    vae = vae_of(config)
     with fake(stats) as trace:
         weights = materialise(vae)
         trace.mark()
@@ -110,7 +110,7 @@ def _traced(
 def kept_features(config: VAEConfig, shape: Shape) -> int:
     """Return the bytes that a tiled decode keeps in RAM between its two halves."""
     count, rows, columns = shape[2:]
-    return config.dim * config.dim_mult[-1] * 4 * count * rows * columns
+    return config.dec_dim * config.dim_mult[-1] * 4 * count * rows * columns
 
 
 def _as_numpy(part: Tensor) -> Frames:

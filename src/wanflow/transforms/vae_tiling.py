@@ -1,13 +1,13 @@
 """Decode with the VAE in tiles, for little memory: equal to the full decode to rounding, no seams.
 
-The layers before the first doubling of height and width see images 64 times smaller than the
-video's, and one of them attends to the full frame. They run on full frames, and their features are
-stored. The other layers see no further than their convolutions reach. They run tile by tile, each
-tile with a margin of that reach; after every layer the margin shrinks to what the remaining layers
-need. At the image's border a tile has no margin, and the convolutions pad it with zeros as they pad
-the image.
+The first layers see images of the latent's size, and one of them attends to the full frame. They
+run on full frames, and their features are stored. The other layers see no further than their
+convolutions reach. They run tile by tile, each tile with a margin of that reach; after every layer
+the margin shrinks to what the remaining layers need. At the image's border a tile has no margin,
+and the convolutions pad it with zeros as they pad the image.
 
-Boxes and margins are in pixels of the current layer; a latent pixel is 8 * 8 of the video.
+Boxes and margins are in pixels of the current layer; a latent pixel is 8 * 8 or 16 * 16 of the
+video.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.config import RequestError, VAEConfig
-from wanflow.models.vae import State, Upsample, WanVAE, receptive_margin, stream
+from wanflow.models.vae import State, Stateful, WanVAE, growth, receptive_margin, stream
+from wanflow.models.vae22 import Keep, Repeats
 
 Frames = npt.NDArray[np.uint8]
 # Pixels. With its margin, the first layers of such a tile compute seven times its own area.
@@ -54,6 +55,11 @@ class Box:
     def times(self, factor: int) -> Box:
         return Box(self.top * factor, self.bottom * factor, self.left * factor, self.right * factor)
 
+    def over(self, factor: int) -> Box:
+        """Return the box in pixels that are larger; its sides are multiples of `factor`."""
+        sides = self.top, self.bottom, self.left, self.right
+        return Box(*(side // factor for side in sides))
+
 
 class Trim(nn.Module):
     """x [..., H, W] that shows the box `outer`, cut to the box `inner`."""
@@ -65,6 +71,17 @@ class Trim(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., self.rows, self.columns]
+
+
+class TrimmedRepeats(Stateful):
+    """A stage's shortcut whose input shows more than its output."""
+
+    def __init__(self, shortcut: Repeats, trim: Trim) -> None:
+        super().__init__()
+        self.shortcut, self.trim = shortcut, trim
+
+    def forward(self, x: Tensor, state: State) -> Tensor:
+        return self.shortcut.add(x, self.trim(self.shortcut.part(x, state)))
 
 
 def check_tile(tile: int) -> None:
@@ -98,12 +115,19 @@ def _spans(length: int, longest: int) -> list[tuple[int, int]]:
 
 
 def halves(vae: WanVAE) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the decoder's layers before its first doubling, for full frames, and the others."""
+    """Return the decoder's layers for full frames, and the others.
+
+    Full frames pass all layers before the first doubling, or before the first stage that has a
+    shortcut: its input would have to be stored too.
+    """
     layers = vae.decoder.layers()
-    first = next(
-        (number for number, layer in enumerate(layers) if isinstance(layer, Upsample)), len(layers)
-    )
+    ends = (number for number, layer in enumerate(layers) if _ends_full_frames(layer))
+    first = next(ends, len(layers))
     return layers[:first], layers[first:]
+
+
+def _ends_full_frames(layer: nn.Module) -> bool:
+    return growth(layer) > 1 or isinstance(layer, Keep)
 
 
 def margins(layers: list[nn.Module]) -> list[int]:
@@ -113,7 +137,10 @@ def margins(layers: list[nn.Module]) -> list[int]:
     """
     found = [0]
     for layer in reversed(layers):
-        found.append(receptive_margin(layer, found[-1]))
+        margin = receptive_margin(layer, found[-1])
+        if isinstance(layer, Repeats):  # its output shows whole pixels of its input
+            margin += -margin % layer.space
+        found.append(margin)
     return found[::-1]
 
 
@@ -125,11 +152,20 @@ def trimmed(
     The last layer's output is the box alone, in its own, larger pixels.
     """
     first, *rest = margins(layers)
-    start = outer = box.grown(first, height, width)
+    start = outer = kept = box.grown(first, height, width)
     out: list[nn.Module] = []
     for layer, margin in zip(layers, rest, strict=True):
-        if isinstance(layer, Upsample):
-            box, outer, height, width = box.times(2), outer.times(2), 2 * height, 2 * width
+        if isinstance(layer, Keep):
+            kept = outer
+        if isinstance(layer, Repeats):
+            layer = TrimmedRepeats(layer, Trim(kept, outer.over(layer.space)))
+        scale = growth(layer)
+        box, outer, height, width = (
+            box.times(scale),
+            outer.times(scale),
+            scale * height,
+            scale * width,
+        )
         inner = box.grown(margin, height, width)
         out.append(layer)
         if inner != outer:
