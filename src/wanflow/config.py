@@ -5,6 +5,7 @@ Field names are the official configuration keys where those exist.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -152,6 +153,17 @@ class VAE22Config(VAEConfig):
     z_dim: int = 48
     latent_mean: tuple[float, ...] = (0.0,) * 48
     latent_std: tuple[float, ...] = (1.0,) * 48
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps = list(itertools.pairwise((1, *self.dim_mult)))
+        if any(after not in (before, 2 * before, 4 * before) for before, after in steps) or (
+            len(set(steps[-1])) > 1
+        ):
+            raise RequestError(
+                f"dim_mult {list(self.dim_mult)} fits no Wan2.2 VAE: each must be 1, 2 or 4 times"
+                " the one before, and the last as large as that: [1, 2, 4, 4]"
+            )
 
 
 T = TypeVar("T", bound=Any)
