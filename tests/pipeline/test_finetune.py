@@ -39,6 +39,7 @@ from wanflow.train.clips import Form, find_clips, prepare, read_clip
 from wanflow.train.finetune import attach, finetune, lora_tensors
 from wanflow.train.objective import Objective, checkpointed
 from wanflow.train.tuning import FineTune
+from wanflow.train.views import Views
 
 FORM = Form((64, 64), 17, 8)
 MACHINE = Machine(0, "", 16 * 2**30, 12 * 2**30, 10**12)
@@ -187,11 +188,11 @@ def test_what_was_encoded_is_not_encoded_again(folder: Path, tmp_path: Path) -> 
 
     def clips() -> Any:
         seen.append("vae")
-        return lambda clip: clip.mean(dim=(2, 3))
+        return lambda clip: {"latent": clip.mean(dim=(2, 3))}
 
     def texts() -> Any:
         seen.append("t5")
-        return lambda caption: torch.full((1 + len(caption), 2), float(len(caption)))
+        return lambda caption: {"text": torch.full((1 + len(caption), 2), float(len(caption)))}
 
     def run(form: Form = FORM) -> Any:
         return prepare(find_clips(folder), form, tmp_path, "model", clips, texts, quiet)
@@ -257,7 +258,7 @@ def gradients(
     for slot in adapters.slots("finetune").values():
         torch.nn.init.normal_(slot.up, std=0.02, generator=torch.Generator().manual_seed(1))
     total = 0.0
-    for part in Objective(model, samples, empty, (0.0, 0.875), wanted, share)(
+    for part in Objective(model, samples, empty, (0.0, 0.875), wanted, Views(NANO, FORM), share)(
         3, random.Random(0), torch.Generator().manual_seed(5)
     ):
         part.backward()
@@ -707,7 +708,7 @@ def test_the_memory_is_what_autograd_keeps(prepared: Any, folder: Path, tmp_path
 
     with saved_tensors_hooks(pack, lambda value: value):
         next(
-            Objective(model, samples, empty, (0.0, 0.875), wanted)(
+            Objective(model, samples, empty, (0.0, 0.875), wanted, Views(NANO, FORM))(
                 0, random.Random(0), torch.Generator().manual_seed(0)
             )
         )

@@ -16,6 +16,7 @@ from wanflow.geometry import parse_size
 
 if TYPE_CHECKING:
     from wanflow.checkpoint.checkpoint import Checkpoint
+    from wanflow.presets import Expert, ModelSpec
     from wanflow.train.stopping import Stop
     from wanflow.train.tuning import FineTune
 
@@ -34,7 +35,7 @@ def train_flags(p: Parser) -> None:
     )
     main.add_argument("--ckpt_dir", metavar="DIR", help="the model to start from, or nano")
     main.add_argument(
-        "--out", type=file_path, metavar="DIR", help="folder to write: two LoRA files, or the model"
+        "--out", type=file_path, metavar="DIR", help="folder to write: LoRA files, or the model"
     )
     main.add_argument("--method", choices=("lora", "full"), default="lora", help="what is trained")
     main.add_argument(
@@ -54,7 +55,7 @@ def _tuning_flags(group: argparse._ArgumentGroup) -> None:
         "--train_experts",
         choices=("both", "high", "low"),
         default="both",
-        help="each on its own range of sigma",
+        help="each on its own range of sigma; a model with one network takes no choice",
     )
     add("--rank", type=int, default=16, metavar="N", help="of the LoRA")
     add("--alpha", type=float, metavar="A", help="of the LoRA (default: the rank)")
@@ -255,7 +256,7 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
         work=args.work_dir or _work_dir(args.out),
         form=Form(asked.size, asked.frame_num, asked.fps),
         method=args.method,
-        experts=preset.expert_names if args.train_experts == "both" else (args.train_experts,),
+        experts=_experts(preset, args.train_experts),
         rank=args.rank,
         alpha=_given(args.alpha, float(args.rank)),
         targets=tuple(part.strip() for part in args.targets.split(",") if part.strip()),
@@ -273,6 +274,18 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> FineTune:
         save_seconds=args.save_every,
         overwrite=args.overwrite,
     )
+
+
+def _experts(spec: ModelSpec, asked: str) -> tuple[Expert, ...]:
+    """Return the experts to train: all of the model's, or the one that is asked for."""
+    if asked == "both":
+        return spec.expert_names
+    if asked not in spec.expert_names:
+        raise RequestError(
+            f"--train_experts {asked}: {spec.name} has one network in place of two experts; leave"
+            " the flag out"
+        )
+    return (asked,)
 
 
 def _work_dir(out: Path) -> Path:

@@ -214,6 +214,10 @@ class Sample:
         """Return the latent, [z, t, h, w] float32, normalised."""
         return read_tensor(self.latent_file, "latent").float()
 
+    def picture(self) -> Tensor:
+        """Return the latent of what the model sees of the first frame, [1, z, n, h, w] float32."""
+        return read_tensor(self.latent_file, "picture").float().unsqueeze(0)
+
     def text(self, length: int) -> Tensor:
         """Return the text states, [length, D], zero past the caption's end."""
         states = read_tensor(self.text_file, "text")
@@ -234,8 +238,8 @@ def prepare(
     form: Form,
     cache: Path,
     model: str,
-    encode_clips: Callable[[], Callable[[Tensor], Tensor]],
-    encode_texts: Callable[[], Callable[[str], Tensor]],
+    encode_clips: Callable[[], Callable[[Tensor], Mapping[str, Tensor]]],
+    encode_texts: Callable[[], Callable[[str], Mapping[str, Tensor]]],
     screen: Screen,
     share: tuple[int, int] = (0, 1),
 ) -> tuple[list[Sample], Path]:
@@ -243,10 +247,10 @@ def prepare(
 
     Args:
         model: a fingerprint of the VAE and the text encoder.
-        encode_clips: loads the VAE and returns [3, T, H, W] -> latent [z, t, h, w]; called if
-            a latent is missing.
-        encode_texts: loads the text encoder and returns caption -> states [S, D] without padding;
-            called if a caption is missing.
+        encode_clips: loads the VAE and returns [3, T, H, W] -> {"latent": [z, t, h, w]}, and the
+            "picture" where the model takes one; called if a latent is missing.
+        encode_texts: loads the text encoder and returns caption -> {"text": [S, D]}, without
+            padding; called if a caption is missing.
         share: this process and how many there are; each encodes its share of the files.
 
     Returns:
@@ -271,17 +275,17 @@ def prepare(
 def _encode(
     what: str,
     files: Mapping[T, Path],
-    load: Callable[[], Callable[[U], Tensor]],
+    load: Callable[[], Callable[[U], Mapping[str, Tensor]]],
     read: Callable[[T], U],
     name: str,
     screen: Screen,
 ) -> None:
-    """Write the missing and the damaged files, each with one tensor of this name."""
+    """Write the missing and the damaged files, each with a tensor of this name."""
     missing = [(item, file) for item, file in files.items() if not is_whole(file, name)]
     if not missing:
         return
     encode = load()
     for number, (item, file) in enumerate(missing):
         screen.progress(f"encoding {what}", number, len(missing))
-        write_tensors(file, {name: encode(read(item))})
+        write_tensors(file, encode(read(item)))
     screen.progress(f"encoding {what}", len(missing), len(missing))

@@ -1,4 +1,4 @@
-"""Fine-tune on a folder of captioned clips: a LoRA for each expert, or two new experts.
+"""Fine-tune on a folder of captioned clips: a LoRA for each expert, or new experts.
 
 Clips and captions are encoded once. Then each expert is trained on its own range of sigma, with
 rectified flow's objective; one expert is in memory at a time. A killed training resumes with the
@@ -45,7 +45,7 @@ from wanflow.parallel.ranks import (
     leave_group,
     rank_and_world_size,
 )
-from wanflow.presets import Expert
+from wanflow.presets import ONLY, Expert, title
 from wanflow.runtime import dtype_name
 from wanflow.screen import Screen
 from wanflow.train.clips import Clip, Sample, find_clips, prepare
@@ -55,6 +55,7 @@ from wanflow.train.objective import Objective
 from wanflow.train.saving import is_whole, write_tensors
 from wanflow.train.stopping import Stop
 from wanflow.train.tuning import TARGETS, FineTune
+from wanflow.train.views import Views
 from wanflow.transforms.deltas import LowRank
 from wanflow.transforms.lora import Adapters
 from wanflow.units import file_size
@@ -64,6 +65,7 @@ FEW_TOKENS = 256  # up to here two matmuls train faster on a CPU than fused atte
 FILES: dict[Expert, str] = {
     "high": "high_noise_lora.safetensors",
     "low": "low_noise_lora.safetensors",
+    ONLY: "lora.safetensors",
 }
 
 
@@ -214,24 +216,34 @@ def _refuse_processes(settings: FineTune, size: int) -> None:
         )
 
 
-@torch.no_grad()
-def _clip_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[Tensor], Tensor]:
+def _clip_encoder(
+    checkpoint: Checkpoint, settings: FineTune
+) -> Callable[[Tensor], dict[str, Tensor]]:
     vae = load_vae(checkpoint, torch.float32, settings.device)
-    return lambda clip: vae.encode(clip.unsqueeze(0).to(settings.device))[0].float()
+    views = Views(checkpoint.spec, settings.form)
+
+    @torch.no_grad()
+    def encode(clip: Tensor) -> dict[str, Tensor]:
+        latents = {"latent": vae.encode(clip.unsqueeze(0).to(settings.device))}
+        if views.share:
+            parts = (part.to(settings.device) for part in views.parts(clip[:, 0]))
+            latents["picture"] = vae.encode_parts(parts)
+        return {name: latent[0].float() for name, latent in latents.items()}
+
+    return encode
 
 
-def _text_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[str], Tensor]:
+def _text_encoder(checkpoint: Checkpoint, settings: FineTune) -> Callable[[str], dict[str, Tensor]]:
     small = is_small(expert_bytes(checkpoint, torch.float32))
     dtype = choose_text_dtype(torch.float32, small)
     encoder = load_text_encoder(checkpoint, dtype, settings.device)
     tokenizer = load_tokenizer(checkpoint)
 
     @torch.no_grad()
-    def encode(caption: str) -> Tensor:
+    def encode(caption: str) -> dict[str, Tensor]:
         ids, mask = tokenizer([caption])
-        return cast(
-            Tensor, encoder(ids.to(settings.device), mask.to(settings.device))[0, : int(mask.sum())]
-        )
+        states = encoder(ids.to(settings.device), mask.to(settings.device))
+        return {"text": states[0, : int(mask.sum())]}
 
     return encode
 
@@ -253,10 +265,10 @@ def _train(
     state = settings.work / f"{which}-{_name(checkpoint, settings, samples)}.pt"
     file = state.with_suffix(".safetensors")
     if is_whole(file):
-        screen.say(f"{which}-noise expert: trained already ({file})")
+        screen.say(f"{title(which)}: trained already ({file})")
         return file
     stop.here()
-    screen.say(f"{which}-noise expert: begins")
+    screen.say(f"{title(which)}: begins")
     full, spec = settings.method == "full", checkpoint.spec
     dtype = torch.float32 if full or settings.dtype == torch.float32 else torch.bfloat16
     # A model to shard goes to the GPU block by block: no GPU holds all of it.
@@ -273,7 +285,8 @@ def _train(
         settings = replace(settings, device=str(info.device))
         shard(model, info)
     share = (0, 1) if info is None else (info.rank, info.world_size)
-    objective = Objective(model, samples, empty, sigma_range(spec, which), settings, share)
+    views, sigma = Views(spec, settings.form), sigma_range(spec, which)
+    objective = Objective(model, samples, empty, sigma, settings, views, share)
     training = Train(
         steps=settings.steps,
         batch=settings.batch,

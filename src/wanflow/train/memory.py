@@ -18,6 +18,7 @@ from wanflow.models.dit import WanDiT, run_blocks
 from wanflow.plan.gpus import Machine
 from wanflow.train.finetune import attach
 from wanflow.train.tuning import TARGETS, FineTune
+from wanflow.train.views import Views, flow_loss
 from wanflow.units import memory_size
 
 GB = 10**9
@@ -98,7 +99,7 @@ def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch
     """Return the bytes that autograd stores for a model of `layers` blocks, without parameters."""
     held: dict[int, int] = {}  # by storage, so that each counts once
     alive: list[Tensor] = []  # the address of a freed storage would be used again
-    spec, form = checkpoint.spec, settings.form
+    spec = checkpoint.spec
     with FakeTensorMode():
         model = WanDiT(replace(spec.dit, num_layers=layers))
         dtypes = expert_dtypes(model, dtype)
@@ -118,12 +119,13 @@ def _saved(checkpoint: Checkpoint, settings: FineTune, layers: int, dtype: torch
                 alive.append(value)
             return value
 
-        shape = geometry_of(spec).latent_shape(form.size, form.frame_num)
-        latent = torch.randn(_micro_batch(settings), *shape)
-        text = torch.randn(len(latent), spec.dit.text_len, spec.dit.text_dim)
+        views, count = Views(spec, settings.form), _micro_batch(settings)
+        latent = torch.randn(count, *views.shape)
+        text = torch.randn(count, spec.dit.text_len, spec.dit.text_dim)
         autocast = torch.autocast("cpu", settings.dtype, enabled=settings.dtype != torch.float32)
         with saved_tensors_hooks(pack, lambda value: value), autocast:
-            model(latent, torch.full((len(latent),), 500.0), text, run_blocks).square().mean()
+            seen = [views.fullest()] * count
+            flow_loss(model, seen, latent, latent.clone(), [0.5] * count, text, run_blocks)
     return sum(held.values())
 
 
@@ -155,10 +157,11 @@ def refuse(
     if not have or each <= have:
         return
     what = f"a LoRA of rank {settings.rank}" if settings.method == "lora" else "the full model"
+    of = "one expert of " if len(checkpoint.spec.expert_names) > 1 else ""
     gpus = max(2, -(-needed.total // (70 * GB)))
     ways = [*less(settings), f"torchrun --nproc_per_node={gpus} and --fsdp on GPUs of 80 GB"]
     raise RequestError(
-        f"training {what} on one expert of {checkpoint.spec.name} needs {needed.words()}"
+        f"training {what} on {of}{checkpoint.spec.name} needs {needed.words()}"
         + (f", {memory_size(each)} in each of {processes} processes" if processes > 1 else ""),
         f"  here: {memory_size(have)} of {'GPU memory' if on_gpu else 'free RAM'}"
         f" ({machine.words()})",

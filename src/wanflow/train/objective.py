@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wanflow.config import TRAIN_STEPS
+from wanflow.conditioning import TextToVideo
 from wanflow.models.dit import Block, Conditioning, Head, WanDiT, run_blocks
 from wanflow.train.clips import Sample
 from wanflow.train.experts import sigmas
 from wanflow.train.tuning import FineTune
+from wanflow.train.views import Views, flow_loss
 
 
 def checkpointed(
@@ -34,14 +34,18 @@ class Objective:
     """The loss of a step, in `accumulate` parts that add up to the mean over the batch.
 
     The clips drawn depend on the step alone, not on the parts or on the number of processes.
+
+    range: of sigma.
+    share: this process, and how many there are.
     """
 
     model: nn.Module
     samples: list[Sample]
     empty: Path
-    range: tuple[float, float]  # of sigma
+    range: tuple[float, float]
     settings: FineTune
-    share: tuple[int, int] = (0, 1)  # rank and number of ranks
+    views: Views
+    share: tuple[int, int] = (0, 1)
 
     def __call__(
         self, step: int, rng: random.Random, generator: torch.Generator
@@ -51,7 +55,8 @@ class Objective:
         sigma = sigmas(settings.batch, *self.range, settings.shift, generator)
         silent = (torch.rand(settings.batch, generator=generator) < settings.dropout).tolist()
         seeds = torch.randint(2**62, (settings.batch,), generator=generator).tolist()
-        length = cast(WanDiT, self.model).config.text_len
+        pictured = torch.rand(settings.batch, generator=generator) < self.views.share
+        model = cast(WanDiT, self.model)
         trunk = checkpointed if settings.checkpointing else run_blocks
 
         def noise_of(n: int, like: Tensor) -> Tensor:
@@ -59,7 +64,13 @@ class Objective:
 
         def text_of(n: int) -> Tensor:
             sample = self.samples[rows[n]]
-            return (replace(sample, text_file=self.empty) if silent[n] else sample).text(length)
+            return (replace(sample, text_file=self.empty) if silent[n] else sample).text(
+                model.config.text_len
+            )
+
+        def seen_of(n: int) -> TextToVideo:
+            encoded = self.samples[rows[n]].picture().to(device) if pictured[n] else None
+            return self.views.of(encoded)
 
         rank, size = self.share
         own = range(rank, settings.batch, size)
@@ -69,7 +80,6 @@ class Objective:
             latents = torch.stack([self.samples[rows[n]].latent() for n in chosen]).to(device)
             noise = torch.stack([noise_of(n, latents[0]) for n in chosen]).to(device)
             texts = torch.stack([text_of(n) for n in chosen]).to(device, torch.float32)
-            s = sigma[list(chosen)].to(device)
-            mixed = torch.lerp(latents, noise, s.view(-1, 1, 1, 1, 1))
-            predicted = self.model(mixed, s * TRAIN_STEPS, texts, trunk)
-            yield F.mse_loss(predicted, noise - latents) * (len(chosen) / len(own))
+            seen, levels = [seen_of(n) for n in chosen], sigma[list(chosen)].tolist()
+            loss = flow_loss(model, seen, latents, noise, levels, texts, trunk)
+            yield loss * (len(chosen) / len(own))

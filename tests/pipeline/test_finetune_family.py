@@ -1,0 +1,203 @@
+"""Fine-tuning I2V-A14B and TI2V-5B: clips whose first frame is the picture."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import FAMILY, randomised
+from torch import Tensor, nn
+
+import wanflow
+from wanflow.media import VideoWriter
+from wanflow.models.dit import WanDiT, time_features
+from wanflow.presets import I2V_A14B, NANO, TI2V_5B
+from wanflow.screen import Screen
+from wanflow.train import memory
+from wanflow.train.clips import Form, Sample, find_clips, prepare
+from wanflow.train.finetune import attach
+from wanflow.train.objective import Objective
+from wanflow.train.tuning import FineTune
+from wanflow.train.views import Views
+
+quiet = Screen(quiet=True)
+FORM = Form((64, 32), 9, 8)
+CAPTION = "a red circle moves left"
+
+
+def moving(start: int) -> np.ndarray:
+    """Nine frames of 64*32 in which a bright square goes right."""
+    frames = np.full((9, 32, 64, 3), 40 + 20 * start, np.uint8)
+    for number, frame in enumerate(frames):
+        frame[8:20, 4 * number + start : 4 * number + start + 12] = (220, 60, 30)
+    return frames
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips with captions."""
+    root = tmp_path_factory.mktemp("clips")
+    for number in range(3):
+        with VideoWriter(root / f"{number}.mp4", 64, 32, 8, {}) as writer:
+            writer.write(moving(number))
+        (root / f"{number}.txt").write_text(CAPTION)
+    return root
+
+
+def settings(folder: Path, root: Path, **more: Any) -> FineTune:
+    given = {"data": folder, "out": root / "out", "work": root / "work", "form": FORM, "steps": 4}
+    given |= {"batch": 4, "rank": 4, "alpha": 4.0, "learning_rate": 2e-3, "dtype": torch.float32}
+    return FineTune(**{**given, **more})
+
+
+def samples_of(kind: str, folder: Path, root: Path) -> tuple[list[Sample], Path]:
+    """Encode the clips without a VAE: latents are random, and unlike for each clip."""
+    views = Views(FAMILY[kind], FORM)
+
+    def encode(clip: Tensor) -> dict[str, Tensor]:
+        noise = torch.Generator().manual_seed(int(clip.double().sum().abs()))
+        latent = torch.randn(views.shape, generator=noise)
+        held = views.fullest().held(latent.unsqueeze(0))  # zeros where a first frame is held
+        given = latent if kind == "i2v" else latent[:, :1]
+        assert held.shape == (1, *latent.shape)
+        return {"latent": latent, "picture": given + 1}
+
+    def state(caption: str) -> dict[str, Tensor]:
+        return {"text": torch.full((1 + len(caption) % 7, 64), 0.5)}
+
+    return prepare(find_clips(folder), FORM, root / kind, "m", lambda: encode, lambda: state, quiet)
+
+
+class Seen(nn.Module):
+    """Keeps what it is asked, and answers with zeros that have a gradient."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.config = FAMILY[kind].dit
+        self.asked: list[Any] = []
+
+    def forward(self, latent: Tensor, time: Tensor, text: Tensor, trunk: Any, index: Any) -> Tensor:
+        shape = len(latent), self.config.out_dim, *latent.shape[2:]
+        answer = torch.zeros(shape, requires_grad=True)
+        self.asked.append((latent, time, index, answer))
+        return answer
+
+
+def losses(model: Any, kind: str, given: Any, root: Path, **more: Any) -> list[Tensor]:
+    wanted = settings(root, root, **more)
+    views = Views(FAMILY[kind], FORM)
+    objective = Objective(model, *given, (0.0, 0.9), wanted, views)
+    return list(objective(3, random.Random(0), torch.Generator().manual_seed(5)))
+
+
+def test_i2v_sees_a_mask_and_the_encoded_first_frame(folder: Path, tmp_path: Path) -> None:
+    given, model = samples_of("i2v", folder, tmp_path), Seen("i2v")
+    losses(model, "i2v", given, tmp_path)
+    ((latent, time, index, _),) = model.asked
+    assert latent.shape == (4, 36, 3, 4, 8) and index is None and time.shape == (4, 1, 32)
+    mask, pictures = latent[:, 16:20], latent[:, 20:]
+    assert (mask[:, :, 0] == 1).all() and not mask[:, :, 1:].any()
+    known = [sample.picture()[0] for sample in given[0]]
+    assert all(any(torch.equal(one, other) for other in known) for one in pictures)
+
+
+def test_ti2v_holds_the_first_frame_of_some_clips_and_learns_the_others(
+    folder: Path, tmp_path: Path
+) -> None:
+    given, model = samples_of("ti2v", folder, tmp_path), Seen("ti2v")
+    (loss,) = losses(model, "ti2v", given, tmp_path, batch=16)
+    ((latent, time, index, answer),) = model.asked
+    loss.backward()
+    assert latent.shape == (16, 48, 3, 2, 4) and time.shape == (16, 2, 32)
+    assert index.tolist() == [0] * 2 + [1] * 4  # of 3 latent frames with a token pair each
+    now = time_features(torch.tensor([0.0]), 32)
+    held = [bool(torch.equal(row[:1], now)) for row in time]
+    assert 4 <= sum(held) <= 12  # both ways, drawn by the step
+    known = [sample.picture()[0, :, 0] for sample in given[0]]
+    for row, frames, slope, first in zip(time, latent, answer.grad, held, strict=True):
+        clean = any(torch.equal(frames[:, 0], other) for other in known)
+        assert clean == first
+        assert bool(slope[:, 0].any()) != first and slope[:, 1:].any()
+        if not first:
+            assert torch.equal(row[0], row[1])
+    again = losses(Seen("ti2v"), "ti2v", given, tmp_path, batch=16)
+    assert torch.equal(again[0], loss)
+    # The mean of the clips' own means: a held frame makes a clip weigh no less.
+    own = losses(model, "ti2v", given, tmp_path, batch=16, accumulate=16)
+    assert float(sum(own).detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    flat = [float((part * 16).detach()) for part in own]
+    assert min(flat) > 1.5  # of noise minus a latent, about 2
+
+
+def test_parts_of_a_mixed_batch_add_up_to_the_whole(folder: Path, tmp_path: Path) -> None:
+    given = samples_of("ti2v", folder, tmp_path)
+    found = []
+    for more in ({}, {"accumulate": 2}, {"checkpointing": True, "accumulate": 4}):
+        with torch.device("meta"):
+            model = WanDiT(FAMILY["ti2v"].dit)
+        model = randomised(model, 0)
+        adapters = attach(model, settings(folder, tmp_path))
+        for slot in adapters.slots("finetune").values():
+            nn.init.normal_(slot.up, std=0.02, generator=torch.Generator().manual_seed(1))
+        parts = losses(model, "ti2v", given, tmp_path, **more)
+        sum(parts).backward()
+        slopes = {name: slot.up.grad for name, slot in adapters.slots("finetune").items()}
+        found.append((float(sum(parts).detach()), slopes))
+    for loss, slopes in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for name, slope in found[0][1].items():
+            torch.testing.assert_close(slopes[name], slope, atol=1e-6, rtol=1e-3)
+
+
+def test_a_picture_shows_no_first_frame_of_a_video() -> None:
+    single = replace(FORM, frame_num=1)
+    assert Views(TI2V_5B, single).share == 0 < Views(TI2V_5B, FORM).share < 1
+    assert Views(I2V_A14B, single).share == Views(I2V_A14B, FORM).share == 1
+    assert Views(NANO, FORM).share == 0
+
+
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_the_memory_is_what_autograd_keeps(folder: Path, tmp_path: Path, kind: str) -> None:
+    from torch.autograd.graph import saved_tensors_hooks
+
+    given, spec = samples_of(kind, folder, tmp_path), FAMILY[kind]
+    wanted = settings(folder, tmp_path)
+    with torch.device("meta"):
+        model = WanDiT(spec.dit)
+    model = randomised(model, 0)
+    attach(model, wanted)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    held: dict[int, int] = {}
+    keep = []
+
+    def pack(value: Tensor) -> Tensor:
+        if value.data_ptr() not in own:
+            held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            keep.append(value)
+        return value
+
+    with saved_tensors_hooks(pack, lambda value: value):
+        losses(model, kind, given, tmp_path)
+    checkpoint: Any = SimpleNamespace(spec=spec)
+    found = memory.need(checkpoint, wanted)
+    assert found.activations == pytest.approx(sum(held.values()), rel=0.05)
+
+
+def test_the_full_models_are_refused_with_what_they_would_need() -> None:
+    from wanflow.plan.gpus import Machine
+
+    machine = Machine(0, "", 16 * 2**30, 12 * 2**30, 10**12)
+    for spec, size, frames, words in (
+        (I2V_A14B, (832, 480), 81, "one expert of Wan2.2-I2V-A14B"),
+        (TI2V_5B, (1280, 704), 121, "a LoRA of rank 16 on Wan2.2-TI2V-5B"),
+    ):
+        checkpoint: Any = SimpleNamespace(spec=spec)
+        wanted = FineTune(Path(), Path(), Path(), Form(size, frames, 24), checkpointing=True)
+        with pytest.raises(wanflow.RequestError, match=words):
+            memory.refuse(checkpoint, wanted, machine)
