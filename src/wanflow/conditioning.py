@@ -132,21 +132,21 @@ def clip_parts(spec: ModelSpec, request: CompleteRequest, pictures: Pictures) ->
         yield torch.cat((frames[:, :, 1:], last), 2) if group == groups - 1 else frames
 
 
-def prepared(spec: ModelSpec, request: Request, size: Size) -> dict[str, Tensor]:
-    """Return the opened pictures of a request at a video's size, as the model's VAE takes them.
+def check_pictures(spec: ModelSpec, request: Request) -> None:
+    """Raise RequestError where a model makes nothing without a picture, and none is given."""
+    if not request.pictures(spec) and spec.conditioning == "channels":
+        raise RequestError(
+            f"{spec.name} makes a video of a picture: give one with --image FILE, or --last_image"
+            " FILE"
+        )
 
-    Raises:
-        RequestError: for a model that makes nothing without a picture, and none is given.
-    """
-    request.pictures(spec)
+
+def prepared(spec: ModelSpec, request: Request, size: Size) -> dict[str, Tensor]:
+    """Return the opened pictures of a request at a video's size, as the model's VAE takes them."""
+    check_pictures(spec, request)
     named = {"first": request.image, "last": request.last_image}
     fit = _cropped if spec.conditioning == "first_frame" else _stretched
-    pictures = {name: fit(one, size) for name, one in named.items() if isinstance(one, Picture)}
-    if spec.conditioning == "channels" and not pictures:
-        raise RequestError(
-            f"{spec.name} makes a video of a picture: give one with --image FILE (or --last_image)"
-        )
-    return pictures
+    return {name: fit(one, size) for name, one in named.items() if isinstance(one, Picture)}
 
 
 def _values(pixels: Any) -> Tensor:

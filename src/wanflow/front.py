@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from threading import RLock
@@ -150,7 +150,7 @@ class Pipeline(api.Pipeline):
     def begin(self, request: Request) -> Run:
         """Complete a request and draw its noise: a run at step 0. Reads no weights."""
         _refuse_other("begin", request, Request)
-        return super().begin(request)
+        return super().begin(with_pictures(request))
 
     def resume(self, run: Run, on_step: OnStep | None = None) -> Run:
         """Denoise a run from its state to its end; see `wanflow.pipeline.denoise`.
@@ -290,7 +290,7 @@ def requests_of(prompt: Any, options: dict[str, Any]) -> tuple[list[Request], bo
     """
     known = [field.name for field in fields(Request) if field.name != "prompt"]
     refuse_unknown("generate", options, ["prompt", *known, "preset", "on_step", "progress"])
-    options = dict(options)
+    options = {**options, **opened(options)}
     preset, seed = options.pop("preset", None), options.pop("seed", None)
     prompts, seeds = _items("prompt", prompt), _items("seed", seed)
     count = max(len(prompts or ()), len(seeds or ()), 1)
@@ -304,10 +304,27 @@ def requests_of(prompt: Any, options: dict[str, Any]) -> tuple[list[Request], bo
         asked = text if isinstance(text, Request) else Request(text)
         if number is not None:
             asked = replace(asked, seed=number)
-        asked = replace(asked, **options)
+        asked = with_pictures(replace(asked, **options))
         requests.append(asked if preset is None else with_settings(asked, preset))
         check(Request, requests[-1])
     return requests, isinstance(prompt, list | tuple) or _is_list(seed)
+
+
+def opened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pictures among the fields of a request, opened; see `wanflow.pictures`."""
+    given = {name: values.get(name) for name in ("image", "last_image")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return {}
+    from wanflow.pictures import open_picture
+
+    return {name: open_picture(value, name) for name, value in given.items()}
+
+
+def with_pictures(request: Request) -> Request:
+    """Return a request with its pictures opened."""
+    pictures = opened(vars(request))
+    return replace(request, **pictures) if pictures else request
 
 
 def _is_list(value: Any) -> bool:

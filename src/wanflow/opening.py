@@ -20,7 +20,7 @@ from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from wanflow.checkpoint.parts import PARTS, Part
 from wanflow.choices import all_resident, choose_device, with_defaults
 from wanflow.config import RequestError
-from wanflow.front import Display, Pipeline, RequestWarning, refuse_unknown
+from wanflow.front import Display, Pipeline, RequestWarning, refuse_unknown, with_pictures
 from wanflow.geometry import geometry_of, parse_size
 from wanflow.loaders.parts import Report
 from wanflow.presets import NANO_FOLDER
@@ -195,6 +195,7 @@ def load(
             info = ranks.join_group(choose_device(runtime.device, alone=False))
             runtime = replace(runtime, device=str(info.device))
         checkpoint = resolve(model, given)
+        plan_for = None if plan_for is None else with_pictures(plan_for)
         if info is None or info.rank == 0:
             for note in checkpoint.notes:
                 warnings.warn(in_fields(note), RequestWarning, stacklevel=2)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from wanflow.config import RequestError
-from wanflow.request import Picture
+from wanflow.request import Picture, PictureRecord
 from wanflow.untrusted import open_regular, printable, user_path
 
 Pixels = npt.NDArray[np.uint8]
@@ -42,7 +42,8 @@ def open_picture(value: object, name: str = "image") -> Picture:
     file that was encoded again with loss has another.
 
     Args:
-        value: a path, a PIL image, or a uint8 array: [H, W, 3], [H, W, 4] with alpha, or [H, W].
+        value: a path, a PIL image, or a uint8 array: [H, W, 3], [H, W, 4] with alpha, or [H, W]; or
+            the record of a picture, whose file must still hold it.
         name: of the value in messages that have no path to name.
 
     Raises:
@@ -51,6 +52,8 @@ def open_picture(value: object, name: str = "image") -> Picture:
     """
     if isinstance(value, Picture):
         return value
+    if isinstance(value, PictureRecord):
+        return _again(value, name)
     if isinstance(value, str | os.PathLike):
         file = os.fsdecode(value)
         return _picture(_read_file(user_path(file)), file)
@@ -60,8 +63,28 @@ def open_picture(value: object, name: str = "image") -> Picture:
     if isinstance(value, np.ndarray):
         return _picture(_rgb(_of_array(value, name), name), "")
     raise RequestError(
-        f"{name}: a {type(value).__name__}; give a path, a PIL image or a uint8 array [H, W, 3]"
+        f"{name}: {type(value).__name__} is no picture; give a path, a PIL image or a uint8 array"
+        " [H, W, 3]"
     )
+
+
+def wanted(record: PictureRecord, name: str) -> str:
+    """Return the words that ask for the picture of a recipe."""
+    return f"name the picture of {record} with --{name} FILE"
+
+
+def _again(record: PictureRecord, name: str) -> Picture:
+    """Return the picture of a record; RequestError that asks for it where its file has another."""
+    try:
+        found = open_picture(record.file, name)
+    except RequestError as error:
+        raise RequestError(f"{error}; {wanted(record, name)}") from None
+    if found.sha256 != record.sha256:
+        raise RequestError(
+            f"{printable(record.file)} is another picture ({found.record}); {wanted(record, name)},"
+            f" or make another video: wanflow generate --recipe VIDEO --{name} FILE"
+        )
+    return found
 
 
 def digest(pixels: Pixels) -> str:

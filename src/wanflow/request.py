@@ -128,6 +128,9 @@ class PictureRecord:
         if not isinstance(self.file, str) or len(self.file) > LONGEST:
             raise RequestError(f"a picture's file must be text (got {shown(self.file)})")
 
+    def __str__(self) -> str:
+        return f"{self.width} x {self.height} pixels, sha256 {self.sha256[:12]}"
+
 
 @dataclass(frozen=True)
 class Picture(PictureRecord):

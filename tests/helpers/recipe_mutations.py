@@ -126,7 +126,9 @@ def of_request(rng: Random, recipe: dict[str, Any]) -> None:
     held = recipe["request"]
     name = rng.choice([*held, "prompt", "lora", "lora", "size"])
     loras = [f"{rng.choice(PATHS)}{rng.choice(('', '@0.5', '@high=1', '@nan', '@1,steps=3-'))}"]
-    if name in ("prompt", "negative_prompt"):
+    if rng.random() < 0.1:
+        held[rng.choice(("image", "last_image"))] = of_picture(rng)
+    elif name in ("prompt", "negative_prompt"):
         held[name] = rng.choice((*PROMPTS, *VALUES))
     elif name == "lora":
         held[name] = rng.choice((loras, loras * 65, loras * 1000, [text(rng, loras[0])]))
@@ -136,6 +138,22 @@ def of_request(rng: Random, recipe: dict[str, Any]) -> None:
         held[name] = [rng.choice(sides) for _ in range(rng.choice((1, 2, 2, 2, 3)))]
     else:
         held[name] = values_of(rng, settings_of(Request)[name])
+
+
+def of_picture(rng: Random) -> Any:
+    """What a recipe keeps of a picture, or something else in its place."""
+    record: dict[str, Any] = {"sha256": "0f" * 32, "width": 64, "height": 48, "file": "x.png"}
+    changes = (
+        ("file", (*PATHS, *VALUES)),
+        ("sha256", ("0F" * 32, "0" * 63, "x" * 64, "0" * 64 + "\n", *VALUES)),
+        (rng.choice(("width", "height")), (0, -1, 1 << 20, 2**63, 1.5, True, "64", *VALUES)),
+        ("extra", VALUES),
+    )
+    name, values = rng.choice(changes)
+    record[name] = rng.choice(values)
+    if rng.random() < 0.2:
+        del record[rng.choice(list(record))]
+    return rng.choice((record, record, record, record, [record], str(record), rng.choice(VALUES)))
 
 
 def of_model(rng: Random, recipe: dict[str, Any]) -> None:

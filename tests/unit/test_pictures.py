@@ -19,7 +19,9 @@ from PIL import Image, ImageCms
 
 from wanflow import pictures
 from wanflow.config import RequestError
-from wanflow.pictures import Picture, open_picture
+from wanflow.front import requests_of, with_pictures
+from wanflow.pictures import open_picture
+from wanflow.request import Picture, Request
 
 Pixels = npt.NDArray[Any]
 
@@ -273,9 +275,9 @@ def test_several_frames(tmp_path: Path, kind: str) -> None:
         (np.zeros((8, 8, 3), bool), "of bool"),
         (np.zeros((0, 8, 3), np.uint8), "8 x 0 pixels"),
         (np.zeros((8, 8), object), "of object"),
-        ([[0]], "a list; give a path, a PIL image or a uint8 array"),
-        (b"a.png", "a bytes; give a path"),
-        (None, "a NoneType"),
+        ([[0]], "list is no picture; give a path, a PIL image or a uint8 array"),
+        (b"a.png", "bytes is no picture"),
+        (None, "NoneType is no picture"),
     ],
 )
 def test_what_is_no_picture(array: object, words: str) -> None:
@@ -432,3 +434,42 @@ def test_damaged_bytes(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[s
         outcomes.add(opened(file) is None)
     assert outcomes == {True, False}
     assert capfd.readouterr() == ("", "") or kind == "TIFF"
+
+
+# --- of a request ---
+
+
+def test_a_request_takes_every_kind(tmp_path: Path, pixels: Pixels) -> None:
+    file = saved(tmp_path / "a.png", pixels)
+    with Image.open(file) as image:
+        for value in (str(file), file, image, pixels, open_picture(pixels)):
+            ((one,), many) = requests_of("a", {"image": value, "last_image": value})
+            assert isinstance(one.image, Picture) and isinstance(one.last_image, Picture)
+            assert np.array_equal(one.image.pixels, pixels) and not many
+            assert with_pictures(Request("a", image=value)).image == one.image
+    assert with_pictures(Request("a")).image is None
+
+
+def test_one_picture_of_a_list_is_opened_once(
+    tmp_path: Path, pixels: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = saved(tmp_path / "a.png", pixels)
+    real, opened = pictures._read_file, []
+    monkeypatch.setattr(pictures, "_read_file", lambda path: opened.append(path) or real(path))
+    requests, _ = requests_of(["a", "b", Request("c", image="gone.png")], {"image": file})
+    assert len(opened) == 1 and all(one.image is requests[0].image for one in requests)
+    with pytest.raises(RequestError, match=r"gone\.png: there is no such file"):
+        requests_of(["a", Request("c", image="gone.png")], {})
+    with pytest.raises(RequestError, match="last_image: list is no picture"):
+        requests_of("a", {"last_image": [file, file]})
+
+
+def test_a_record_stands_for_the_picture_in_its_file(tmp_path: Path, pixels: Pixels) -> None:
+    file = saved(tmp_path / "a.png", pixels)
+    kept = open_picture(file).record
+    assert np.array_equal(open_picture(kept).pixels, pixels)
+    saved(file, pixels[::-1])
+    asked = f"name the picture of 9 x 6 pixels, sha256 {kept.sha256[:12]} with --last_image FILE"
+    assert asked in refusal(kept, "last_image")
+    file.unlink()
+    assert asked in refusal(kept, "last_image")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanflow.cli.flags import CKPT_DIR, PARTS, given_parts
 from wanflow.cli.parser import Parser, did_you_mean, flag_default, yes_or_no
-from wanflow.cli.trust import is_embedded, with_trusted_paths
+from wanflow.cli.trust import is_embedded, with_trusted_paths, with_trusted_pictures
 from wanflow.config import RequestError
 from wanflow.presets import SETTINGS
 from wanflow.request import Request
@@ -75,7 +75,11 @@ def fill_in(args: argparse.Namespace, parser: Parser, words: list[str], parsers:
         args.lora_dir = args.lora_dir or base.get("lora_dir")
         own = "ckpt_dir" in given or "ckpt_dir" in base or bool(given_parts(args))
         args.base = with_trusted_paths(args, args.base, recipe, not own, "lora" not in decided)
+        if args.command == "generate":  # `plan` needs no pixels
+            args.base = with_trusted_pictures(args, args.base, user_path(recipe))
         base |= _settings(args.base)
+        if {"image", "last_image", "size"} & decided:
+            base.pop("exact_size")  # another picture has the area of that size
     for name, value in base.items():
         if name not in decided:
             setattr(args, name, value)

@@ -112,8 +112,9 @@ def run(args: argparse.Namespace) -> None:
     with args.output.screen() as screen:
         from wanflow.bench.report import bars, lines
         from wanflow.bench.run import measure
+        from wanflow.front import with_pictures
 
-        checkpoint = _model(args, runtime)
+        checkpoint, request = _model(args, runtime), with_pictures(request)
         if args.against is not None:
             from wanflow.bench.against import beside, refuse_without_diffusers, words
 

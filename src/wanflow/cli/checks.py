@@ -43,7 +43,7 @@ def check(args: argparse.Namespace) -> None:
     """
     checks: dict[str, Callable[[argparse.Namespace], None]] = {
         "generate": _generate,
-        "replay": lambda args: _clip(args.video),
+        "replay": _replay,
         "decode": lambda args: check_state(args.latent),
         "plan": _planned,
         "bench": _measured,
@@ -66,6 +66,12 @@ def _generate(args: argparse.Namespace) -> None:
     target = args.save_file
     if target is not None and (target.suffix not in (".mp4", ".png") or exists(target)):
         check_target_name(target, args.overwrite)
+
+
+def _replay(args: argparse.Namespace) -> None:
+    _clip(args.video)
+    for picture in filter(None, (args.image, args.last_image)):
+        check_regular(picture)
 
 
 def _planned(args: argparse.Namespace) -> None:
@@ -117,6 +123,9 @@ def _check_request(request: Request) -> None:
     for lora in request.loras():  # checks every value
         if not exists(user_path(lora.path)):
             raise RequestError(f"lora {printable(lora.path)}: there is no such file or folder")
+    for picture in (request.image, request.last_image):
+        if isinstance(picture, str):
+            check_regular(user_path(picture))
     if request.size is not None:
         parse_size(request.size, COMMON)
     if request.frame_num is not None:

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Container
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +24,7 @@ from wanflow.cli.flags import (
 from wanflow.cli.keeping import STATE_SUFFIX, continuing, refuse_another, state_of
 from wanflow.cli.parser import Parser, file_path, settings_from
 from wanflow.cli.running import check_target_name, run_and_save, world_size
-from wanflow.cli.trust import is_embedded, with_trusted_paths
+from wanflow.cli.trust import is_embedded, unread, with_trusted_paths, with_trusted_pictures
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 from wanflow.request import Request
@@ -66,6 +66,9 @@ class Job:
 def replay_flags(p: Parser) -> None:
     """Add the flags of `wanflow replay`."""
     p.add_argument("video", type=file_path, metavar="VIDEO", help="a video that wanflow made")
+    for flag, which in (("image", "it begins"), ("last_image", "it ends")):
+        text = f"the picture that {which} with, where it lies elsewhere by now"
+        p.add_argument(f"--{flag}", type=file_path, metavar="FILE", help=text)
     again_flags(p)
 
 
@@ -92,8 +95,7 @@ def generate(args: argparse.Namespace) -> None:
         )
     if not args.prompt:
         raise RequestError("--prompt is missing: say what the video shows")
-    job = Job(request_from(args), runtime, args.ckpt_dir, given_parts(args), args.save_file)
-    _carry_out(args, lambda: job)
+    _carry_out(args, lambda: _new_job(args, runtime))
 
 
 def replay(args: argparse.Namespace) -> None:
@@ -106,6 +108,13 @@ def decode(args: argparse.Namespace) -> None:
     """Decode the finished latent of a saved run."""
     _refuse_split(args, runtime_from(args))
     _carry_out(args, lambda: _saved_job(args, args.latent))
+
+
+def _new_job(args: argparse.Namespace, runtime: Runtime) -> Job:
+    from wanflow.front import with_pictures
+
+    request = with_pictures(request_from(args))
+    return Job(request, runtime, args.ckpt_dir, given_parts(args), args.save_file)
 
 
 def _saved_job(args: argparse.Namespace, file: Path) -> Job:
@@ -125,17 +134,21 @@ def _saved_job(args: argparse.Namespace, file: Path) -> Job:
     job = _recorded_job(args, recipe, target)
     # Its noise is drawn already, so a machine without that device can go on.
     runtime = replace(job.runtime, noise_device="cpu")
-    return replace(job, run=replace(run, recipe=recipe), runtime=runtime)
+    run = replace(run, recipe=recipe)
+    return replace(job, request=unread(job.request), run=run, runtime=runtime)
 
 
 def _replay_job(args: argparse.Namespace) -> Job:
     from wanflow.clipfiles import read_recipe
+    from wanflow.front import with_pictures
     from wanflow.recipe import Recipe
 
     recipe = Recipe.from_json(read_recipe(args.video), args.video)
     recipe = with_trusted_paths(args, recipe, args.video, args.ckpt_dir is None)
+    recipe = with_trusted_pictures(args, recipe, args.video)
     target = args.video.with_name(f"{args.video.stem}_replay{args.video.suffix}")
-    return _recorded_job(args, recipe, target)
+    job = _recorded_job(args, recipe, target)
+    return replace(job, request=with_pictures(job.request))
 
 
 def _recorded_job(args: argparse.Namespace, recipe: Recipe, target: Path) -> Job:
@@ -163,7 +176,7 @@ def _recorded_job(args: argparse.Namespace, recipe: Recipe, target: Path) -> Job
         model = "nano" if is_embedded(recipe.model) else recipe.model.folder
         recorded: dict[Any, str] = recipe.model.parts
         parts = parts or {part: Path(path) for part, path in recorded.items()}
-    request = Request(**asdict(recipe.request), exact_size=True)
+    request = Request(**vars(recipe.request), exact_size=True)
     return Job(request, replace(made, **free), model, parts, args.save_file or target, recipe)
 
 
@@ -173,8 +186,7 @@ def _refuse_changes(args: argparse.Namespace, recipe: Recipe) -> None:
     for cls, made in ((Request, recipe.request), (Runtime, recipe.settings())):
         for name, value in settings_from(cls, args).items():
             one, decided = settings_of(cls)[name], getattr(made, name)
-            asked = parse_size(value) if name == "size" else value
-            if (cls is Request or one.fixed) and asked != decided:
+            if (cls is Request or one.fixed) and not _is_same(name, value, decided):
                 flags = "/".join(f"--{flag}" for flag in one.flags)
                 changes.append(f"{flags} {printable(value, 40)} (it has {printable(decided, 40)})")
     asked_for = ("preset", "sample_guide_scale", "use_prompt_extend", "recipe")
@@ -184,6 +196,17 @@ def _refuse_changes(args: argparse.Namespace, recipe: Recipe) -> None:
             f"--resume continues a saved run, whose result these would change:"
             f" {', '.join(changes)}; leave them out"
         )
+
+
+def _is_same(name: str, asked: Any, decided: Any) -> bool:
+    """Return whether a flag's value is what a recipe has; of a picture, by its hash."""
+    if name == "size":
+        return bool(parse_size(asked) == decided)
+    if name in ("image", "last_image") and decided is not None:
+        from wanflow.pictures import open_picture
+
+        return open_picture(asked, name).sha256 == decided.sha256
+    return bool(asked == decided)
 
 
 def _refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
@@ -305,7 +328,9 @@ def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint
 
         request = with_found_loras(request)
     from wanflow.advice import advice
+    from wanflow.conditioning import check_pictures
 
+    check_pictures(checkpoint.spec, request)
     request.complete(checkpoint.spec)
     request = _extended(args, request)
     for note in (*checkpoint.notes, *advice(request.complete(checkpoint.spec), checkpoint)):

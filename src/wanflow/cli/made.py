@@ -47,7 +47,8 @@ def show_made(args: argparse.Namespace, path: Path) -> None:
         from wanflow.clipfiles import read_recipe
 
         recipe = Recipe.from_json(read_recipe(path), path)
-    command, files = _command(path, recipe, step), named_files(recipe)
+    files = named_files(recipe, saved=step is not None)
+    command = _command(path, recipe, step)
     document: dict[str, Any] = {
         "path": str(path),
         "kind": "video" if step is None else "saved run",
@@ -77,6 +78,10 @@ def _rows(recipe: Recipe) -> Iterator[tuple[str, str]]:
     request, model, runtime = recipe.request, recipe.model, recipe.runtime
     yield "prompt", printable(request.prompt, LONGEST_PROMPT)
     yield "negative prompt", printable(request.negative_prompt, LONGEST_PROMPT) or "none"
+    for name in ("image", "last_image"):
+        if (record := getattr(request, name)) is not None:
+            file = f", from {printable(record.file)}" if record.file else ""
+            yield name.replace("_", " "), f"{record}{file}"
     yield "size", f"{'*'.join(map(str, request.size))}, {request.frame_num} frames"
     yield "frame rate", f"{request.fps:g} a second"
     solver = f"{request.sample_steps}, {request.sample_solver}, shift {request.sample_shift:g}"
@@ -117,5 +122,5 @@ def _command(path: Path, recipe: Recipe, step: int | None) -> str:
         words = ["decode", name]
     else:
         words = ["generate", "--resume", name]
-    trust = ["--trust_paths"] if named_files(recipe) else []
+    trust = ["--trust_paths"] if named_files(recipe, saved=step is not None) else []
     return printable(shlex.join(["wanflow", *words, *trust]), LONGEST_PROMPT)

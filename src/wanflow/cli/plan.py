@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from wanflow.cli import devices
 from wanflow.cli.flags import generate_flags, given_parts, request_from, runtime_from
 from wanflow.cli.parser import Parser, number, settings_from, words_of
+from wanflow.cli.trust import unread
 from wanflow.config import RequestError
-from wanflow.request import Request
+from wanflow.request import PictureRecord, Request
 from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def plan(args: argparse.Namespace) -> None:
         RequestError: after the plan, when the request cannot run there.
     """
     from wanflow.checkpoint.checkpoint import published
+    from wanflow.front import with_pictures
     from wanflow.opening import resolve
     from wanflow.plan.estimate import estimate
     from wanflow.plan.measure import rated
@@ -68,10 +70,11 @@ def plan(args: argparse.Namespace) -> None:
 
     cards = _cards(args)
     request, runtime = request_from(args), runtime_from(args)
-    request = replace(request, prompt=request.prompt or "any")
+    request = unread(replace(request, prompt=request.prompt or "any"))
     given, folder = given_parts(args), Path.cwd()
     with args.output.screen() as screen:
         screen.say("planning, without reading weights")
+        request = with_pictures(request)
         if args.ckpt_dir is None and not given:
             checkpoint = published()
         else:
@@ -98,6 +101,9 @@ def _command(args: argparse.Namespace, planned: Plan) -> str:
     """Return the command line that runs a plan, with the settings that it chose."""
     small = planned.checkpoint.spec.name == "nano"
     asked = {"prompt": PROMPT_NANO if small else PROMPT, **settings_from(Request, args)}
+    for name, value in asked.items():
+        if isinstance(value, PictureRecord):
+            asked[name] = value.file
     words = ["wanflow", "generate"]
     for part, file in given_parts(args).items():
         words += [f"--{part}", str(file)]

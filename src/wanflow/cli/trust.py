@@ -13,11 +13,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanflow.cli.flags import CKPT_DIR, PARTS
 from wanflow.config import RequestError
 from wanflow.presets import NANO_FOLDER
+from wanflow.request import Picture, PictureRecord, Request
 from wanflow.untrusted import printable, user_path
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def with_trusted_paths(
     Raises:
         RequestError: naming the files that no flag allows.
     """
-    folders = [*(args.lora_dir or ()), os.environ.get(CKPT_DIR), args.ckpt_dir]
-    roots = [folder for folder in folders if folder not in (None, "", "nano")]
+    roots = _roots(args)
     named = list(_weights(recipe.model)) if weights else []
     request, fingerprints = recipe.request, recipe.loras
     if loras and request.lora:
@@ -71,15 +71,70 @@ def with_trusted_paths(
     return replace(recipe, request=request, loras=fingerprints)
 
 
+def with_trusted_pictures(args: argparse.Namespace, recipe: Recipe, source: Path) -> Recipe:
+    """Return the recipe with files for its pictures that may be read; nothing looks into them.
+
+    Args:
+        args: of the command; its `image` and `last_image` name the files of another place.
+        recipe: of a stranger.
+        source: the file that holds it. A picture is also looked for in its folder, by name.
+
+    Raises:
+        RequestError: asking for a picture that no flag allows, by its hash.
+    """
+    request, roots = recipe.request, [*_roots(args), source.parent]
+    for name in ("image", "last_image"):
+        record, given = getattr(request, name), getattr(args, name, None)
+        if record is None:
+            continue
+        path = str(given or _found(record.file, [source.parent], roots))
+        if not given and not (path and (args.trust_paths or _inside(path, roots))):
+            from wanflow.pictures import wanted
+
+            place = f"a picture at {printable(path)}" if path else "no file of its picture"
+            trust = ", or read it there with --trust_paths if you trust it" if path else ""
+            raise RequestError(
+                f"{printable(source)}: its recipe names {place}; {wanted(record, name)}{trust}"
+            )
+        if not given:
+            logger.info("the recipe in %s reads %s %s", printable(source), name, printable(path))
+        request = replace(request, **{name: replace(record, file=path)})
+    return replace(recipe, request=request)
+
+
+def unread(request: Request) -> Request:
+    """Return a request of a recipe with pictures without pixels: their shape is all it needs."""
+    known: dict[str, Any] = {}
+    for name in ("image", "last_image"):
+        if isinstance(record := getattr(request, name), PictureRecord):
+            known[name] = Picture(**vars(record))
+    return replace(request, **known)
+
+
 def is_embedded(model: ModelRecord) -> bool:
     """Return whether a recipe's model is the miniature inside wanflow, wherever that lay."""
     folder = user_path(model.folder)
     return model.name == "nano" and (folder == NANO_FOLDER or not os.path.lexists(folder))
 
 
-def named_files(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return (what, path) of every local file or folder that a recipe names."""
-    return [*_weights(recipe.model), *(("lora", lora.path) for lora in recipe.request.loras)]
+def named_files(recipe: Recipe, saved: bool) -> list[tuple[str, str]]:
+    """Return (what, path) of every local file or folder that a recipe reads.
+
+    A `saved` run holds its pictures.
+    """
+    request = recipe.request
+    pictures = () if saved else (("image", request.image), ("last_image", request.last_image))
+    return [
+        *_weights(recipe.model),
+        *(("lora", lora.path) for lora in request.loras),
+        *((name, one.file) for name, one in pictures if one is not None and one.file),
+    ]
+
+
+def _roots(args: argparse.Namespace) -> list[Any]:
+    """Return the folders that flags and the environment name."""
+    folders = [*(args.lora_dir or ()), os.environ.get(CKPT_DIR), args.ckpt_dir]
+    return [folder for folder in folders if folder not in (None, "", "nano")]
 
 
 def _weights(model: ModelRecord) -> Iterable[tuple[str, str]]:
