@@ -71,9 +71,10 @@ def run(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def randomised(module: M, seed: int) -> M:
-    """Fill a module so that every part is seen in its output, and no part drowns the others."""
-    module = module.to_empty(device="cpu").eval().requires_grad_(False)
+def randomise(module: nn.Module, seed: int) -> None:
+    """Weights that let every part be seen in the output: none zero, none one, none drowning the
+    rest.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -85,6 +86,12 @@ def randomised(module: M, seed: int) -> M:
             parameter.copy_(0.5 * noise)
         else:
             parameter.copy_(noise * parameter[0].numel() ** -0.5)
+
+
+def randomised(module: M, seed: int) -> M:
+    """Return a module on meta with random weights."""
+    module = module.to_empty(device="cpu").eval().requires_grad_(False)
+    randomise(module, seed)
     return module
 
 
