@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanflow.config import RequestError
 from wanflow.geometry import Size, geometry_of
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest, Picture, Request
@@ -132,18 +131,9 @@ def clip_parts(spec: ModelSpec, request: CompleteRequest, pictures: Pictures) ->
         yield torch.cat((frames[:, :, 1:], last), 2) if group == groups - 1 else frames
 
 
-def check_pictures(spec: ModelSpec, request: Request) -> None:
-    """Raise RequestError where a model makes nothing without a picture, and none is given."""
-    if not request.pictures(spec) and spec.conditioning == "channels":
-        raise RequestError(
-            f"{spec.name} makes a video of a picture: give one with --image FILE, or --last_image"
-            " FILE"
-        )
-
-
 def prepared(spec: ModelSpec, request: Request, size: Size) -> dict[str, Tensor]:
     """Return the opened pictures of a request at a video's size, as the model's VAE takes them."""
-    check_pictures(spec, request)
+    request.refuse_pictures(spec)
     named = {"first": request.image, "last": request.last_image}
     fit = _cropped if spec.conditioning == "first_frame" else _stretched
     return {name: fit(one, size) for name, one in named.items() if isinstance(one, Picture)}

@@ -83,9 +83,10 @@ class Geometry:
             if side > POSITIONS * step:
                 raise RequestError(f"{name} {side} is too much: at most {POSITIONS * step} pixels")
             if side <= 0 or side % step:
-                near = max(step, round(side / step) * step)
+                near = [max(step, round(one / step) * step) for one in size]
                 raise RequestError(
-                    f"{name} {side} is not a positive multiple of {step}; the nearest is {near}"
+                    f"{name} {side} is not a positive multiple of {step}; the nearest is"
+                    f" {near[name == 'height']} (--size {near[0]}*{near[1]})"
                 )
 
     def check_frames(self, frames: int) -> None:

@@ -277,22 +277,36 @@ class Request:
         geometry.check_frames(complete.frame_num)
         return complete
 
+    def refuse_pictures(self, spec: ModelSpec, needed: bool = True) -> None:
+        """Raise RequestError for a picture that a model does not take, or for one that it lacks.
+
+        Args:
+            spec: the model.
+            needed: whether a model of pictures must have one; a plan goes without.
+        """
+        given = {"image": self.image, "last_image": self.last_image}
+        takes = {"text": 0, "channels": 2, "first_frame": 1}[spec.conditioning]
+        for name in [name for name in given if given[name] is not None]:
+            if [*given].index(name) >= takes:
+                raise RequestError(
+                    f"{name}: {spec.name} takes no picture there; I2V-A14B and nano-i2v take a"
+                    " first and a last one, TI2V-5B a first one"
+                )
+        if needed and takes == 2 and all(one is None for one in given.values()):
+            raise RequestError(
+                f"{spec.name} makes a video of a picture: give one with --image FILE, or"
+                " --last_image FILE"
+            )
+
     def pictures(self, spec: ModelSpec) -> tuple[Picture, ...]:
         """Return the opened pictures, the first first; RequestError where a model takes none."""
+        self.refuse_pictures(spec, needed=False)
         given = {"image": self.image, "last_image": self.last_image}
-        pictures = tuple(one for one in given.values() if one is not None)
-        takes = {"text": 0, "channels": 2, "first_frame": 1}[spec.conditioning]
-        for place, (name, picture) in enumerate(given.items()):
-            if picture is None:
-                continue
-            if place >= takes:
-                raise RequestError(
-                    f"{name}: {spec.name} takes no picture there; I2V-A14B takes a first and a last"
-                    " one, TI2V-5B a first one"
-                )
-            if not isinstance(picture, Picture):
-                raise RequestError(f"{name} {shown(picture)} is not opened; see wanflow.pictures")
-        return cast(tuple[Picture, ...], pictures)
+        pictures = {name: one for name, one in given.items() if one is not None}
+        for name, one in pictures.items():
+            if not isinstance(one, Picture):
+                raise RequestError(f"{name} {shown(one)} is not opened; see wanflow.pictures")
+        return cast(tuple[Picture, ...], (*pictures.values(),))
 
     def _for_one_network(self, spec: ModelSpec) -> dict[str, float]:
         """Return the guidance of a model without two experts, which has one scale."""

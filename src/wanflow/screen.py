@@ -391,6 +391,7 @@ class Screen:
         switch = f", switch at SNR {snr(after.sigma):.4f}" if after else ""
         counts = Counter(step.expert for step in timed)
         split = ", ".join(f"{counts[name]} {name}-noise" for name in spec.expert_names)
+        split = f": {split}{switch}" if len(spec.expert_names) > 1 else ""
         self.say(
             f"{recipe.model.name} on {recipe.runtime['device']} in {recipe.runtime['dtype']},"
             f" seed {request.seed}"
@@ -399,8 +400,11 @@ class Screen:
             f"{request.size[0]}*{request.size[1]}, {request.frame_num} frames at"
             f" {request.fps:g} fps"
         )
-        steps = f"{len(timed)} {request.sample_solver} steps: {split}{switch}"
-        self.say(f"{what}; {steps} -> {target}")
+        for name, picture in (("first", request.image), ("last", request.last_image)):
+            if picture is not None:
+                file = Path(picture.file).name or "a picture"
+                what += f", {name} frame {file} ({picture.width}*{picture.height})"
+        self.say(f"{what}; {len(timed)} {request.sample_solver} steps{split} -> {target}")
 
     def loading(self, what: str, done: int, total: int) -> None:
         """Show how far the weights of a part are read; bytes."""
@@ -409,6 +413,8 @@ class Screen:
     @contextmanager
     def denoising(self, run: Run) -> Iterator[OnStep]:
         """Show the steps of a run while the block lasts."""
+        from wanflow.presets import title
+
         what, total = "denoising", run.request.sample_steps
         self.progress(what, run.state.index, total, "step")
         times = [time.monotonic()]
@@ -416,7 +422,7 @@ class Screen:
         def on_step(progress: Progress) -> None:
             times.append(time.monotonic())
             self._step_times.append(times[-1] - times.pop(0))
-            note = f"{progress.expert}-noise expert, sigma {progress.sigma:.3f}"
+            note = f"{title(progress.expert)}, sigma {progress.sigma:.3f}"
             self.progress(what, progress.step, total, "step", note, last_line=True)
 
         with self:

@@ -65,7 +65,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_every_official_flag_has_its_official_default() -> None:
     args = build_parser().parse_args(["generate"])
     official = {
-        "task": "t2v-A14B",
+        "task": None,  # the weights decide
         "size": None,
         "frame_num": None,
         "ckpt_dir": None,
@@ -165,7 +165,7 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
         ("generate --ckpt_dir nano --prompt a --sample_steps 0", "sample_steps"),
         ("generate --ckpt_dir nano --prompt a --sample_shift -1", "sample_shift"),
         ("generate --ckpt_dir nano --prompt a --offload_model perhaps", "true or false"),
-        ("generate --ckpt_dir nano --prompt a --task i2v-A14B", "another model"),
+        ("generate --ckpt_dir nano --prompt a --task s2v-14B", "another model"),
         ("generate --ckpt_dir nano --prompt a --task t3v", "t3v"),
         ("generate --ckpt_dir nano --prompt a --dit_fsdp", "--dit_fsdp needs several processes"),
         (
@@ -184,7 +184,7 @@ def test_the_documents_second_command_word_for_word(in_tmp: Path) -> None:
         ("generate --ckpt_dir nano --prompt a --dtype int3", "dtype"),
         ("generate --ckpt_dir nano --prompt a --save_file x.avi", "mp4"),
         ("generate --resume missing.safetensors", "no saved run"),
-        ("generate --ckpt_dir nano --prompt a --image x.png --size 7", "WIDTH"),
+        ("generate --ckpt_dir nano --prompt a --size 7", "WIDTH"),
         ("generate --ckpt_dir nano --prompt a --use_prompt_extend", "local_qwen"),
         (
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import io
@@ -10,18 +11,22 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.answers import Answer, server
 from helpers.hub import REPO, Hub
+from PIL import Image
 
 from wanflow import cli, extend
 from wanflow.checkpoint.ledger import LEDGER, Ledger
 from wanflow.config import RequestError
 from wanflow.download import hubs, transfer
 from wanflow.download.transfer import RemoteFile
+from wanflow.pictures import open_picture
 
 VAE = "Wan2.1_VAE.pth"
 DATA = bytes(range(250)) * 400
@@ -137,6 +142,26 @@ def test_the_token_follows_no_next_page_to_another_server(
             assert run(url, folder, "--token", "secret", "--dry_run") == 2
         assert not stolen
     assert "on another server" in errors(capsys)
+
+
+def test_a_vision_model_sees_the_pictures() -> None:
+    first, last = (
+        open_picture(np.full((2000, 1000, 3), value, np.uint8), "image") for value in (40, 200)
+    )
+    with server(lambda path: Answer(content("the light comes on"))) as (url, asked):
+        ask = partial(extend.extend, "morning", "en", None, url, "secret")
+        assert ask(pictures=[first, last]) == "the light comes on" == ask()
+    with_pictures, without = (json.loads(one.body) for one in asked)
+    assert (with_pictures["model"], without["model"]) == ("qwen-vl-max", "qwen-plus")
+    assert without["messages"][1]["content"] == "morning"
+    assert with_pictures["messages"][0] != without["messages"][0]
+    *shown, text = with_pictures["messages"][1]["content"]
+    assert text == {"type": "text", "text": "morning"}
+    for one, value in zip(shown, (40, 200), strict=True):
+        kind, _, data = one["image_url"]["url"].partition(",")
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert (kind, image.size) == ("data:image/jpeg;base64", (512, 1024))
+        assert abs(int(np.asarray(image).mean()) - value) < 3
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])

@@ -26,6 +26,7 @@ class Asked:
 
     path: str
     authorization: str | None
+    body: bytes = b""
 
 
 @contextmanager
@@ -35,8 +36,8 @@ def server(answers: Callable[[str], Answer]) -> Iterator[tuple[str, list[Asked]]
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
-            log.append(Asked(self.path, self.headers.get("Authorization")))
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            log.append(Asked(self.path, self.headers.get("Authorization"), body))
             answer = answers(self.path)
             with suppress(OSError):
                 if answer.write is not None:

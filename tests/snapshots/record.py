@@ -65,6 +65,10 @@ INTENDED: dict[str, str] = {
         f"flags/wanflow {command}/--image": "a setting of its own, in place of an unused flag"
         for command in ("generate", "plan")
     },
+    **{
+        f"flags/wanflow {command}/--task/default": "None: the weights decide, as t2v-A14B's do"
+        for command in ("generate", "plan")
+    },
     "flags/wanflow plan/--figures": "its tables are the page docs/explain/figures.md",
 }
 

@@ -42,7 +42,7 @@ class Command:
 COMMANDS = {
     "generate": Command(
         "generate",
-        "make a video from a prompt",
+        "make a video from a prompt, or from a picture and a prompt",
         'wanflow generate --ckpt_dir nano --prompt "a red circle moves left"',
         brief=True,
     ),
@@ -125,7 +125,7 @@ def command_parser(name: str) -> Parser:
     return parser
 
 
-DESCRIPTION = "Run Wan2.2-T2V-A14B, or its miniature nano."
+DESCRIPTION = "Run Wan2.2 (T2V-A14B, I2V-A14B, TI2V-5B), or its miniatures nano and nano-i2v."
 
 
 def _texts(name: str) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from wanflow.cli.flags import given_parts, request_from, runtime_from
+from wanflow.cli.flags import given_parts, model_of_task, request_from, runtime_from
 from wanflow.cli.parser import did_you_mean, settings_from
 from wanflow.cli.running import check_target_name
 from wanflow.config import RequestError
-from wanflow.geometry import COMMON, parse_size
+from wanflow.geometry import COMMON, geometry_of, parse_size
+from wanflow.presets import ModelSpec
 from wanflow.request import Request
 from wanflow.runtime import DTYPES, Runtime
 from wanflow.untrusted import check_regular, printable, user_path
@@ -61,7 +62,7 @@ def _generate(args: argparse.Namespace) -> None:
     if args.resume is not None:
         return  # its flags come first
     if args.ckpt_dir is not None or given_parts(args):
-        _check_request(request_from(args))
+        _check_request(request_from(args), model_of_task(args))
         _weights(args)
     target = args.save_file
     if target is not None and (target.suffix not in (".mp4", ".png") or exists(target)):
@@ -79,7 +80,7 @@ def _planned(args: argparse.Namespace) -> None:
         from wanflow.plan.gpus import described
 
         described(args.gpu, args.num_gpus, args.ram, args.disk)
-    _check_request(replace(request_from(args), prompt="any"))
+    _check_request(replace(request_from(args), prompt="any"), model_of_task(args), needed=False)
     _check_runtime(runtime_from(args))
     _weights(args)
 
@@ -118,8 +119,14 @@ def _train(args: argparse.Namespace) -> None:
         _model(args.ckpt_dir)
 
 
-def _check_request(request: Request) -> None:
-    """Check the values that are given: the model's own are not known yet."""
+def _check_request(request: Request, spec: ModelSpec | None = None, needed: bool = True) -> None:
+    """Check the values that are given: the model's own are not known yet.
+
+    Args:
+        request: of the flags.
+        spec: the model that `--task` names.
+        needed: whether a model of pictures must have one.
+    """
     for lora in request.loras():  # checks every value
         if not exists(user_path(lora.path)):
             raise RequestError(f"lora {printable(lora.path)}: there is no such file or folder")
@@ -127,7 +134,9 @@ def _check_request(request: Request) -> None:
         if isinstance(picture, str):
             check_regular(user_path(picture))
     if request.size is not None:
-        parse_size(request.size, COMMON)
+        parse_size(request.size, COMMON if spec is None else geometry_of(spec))
+    if spec is not None:
+        request.refuse_pictures(spec, needed)
     if request.frame_num is not None:
         COMMON.check_frames(request.frame_num)
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from wanflow.cli.parser import Parser, add_settings, file_path, number, settings_from, short
 from wanflow.config import RequestError
-from wanflow.presets import NANO_FOLDER, SETTINGS
+from wanflow.presets import FAMILY, NANO_FOLDER, SETTINGS, ModelSpec
 from wanflow.request import SCALE, Request, with_settings
 from wanflow.runtime import Runtime
-from wanflow.untrusted import user_path
+from wanflow.untrusted import printable, user_path
 
 if TYPE_CHECKING:
+    from wanflow.checkpoint.checkpoint import Checkpoint
     from wanflow.checkpoint.parts import Part
 
 # Flags of the official script that belong to its other tasks: accepted, and reported as unused.
@@ -35,10 +36,12 @@ OTHER_TASKS = (
     "use_relighting_lora",
 )
 CKPT_DIR = "WANFLOW_CKPT_DIR"  # the environment variable that --ckpt_dir defaults to
-TASKS = ("t2v-A14B", "i2v-A14B", "ti2v-5B", "animate-14B", "s2v-14B")
+RUN = {spec.task: spec for spec in FAMILY}
+TASKS = (*RUN, "animate-14B", "s2v-14B")  # of the official script
 PARTS: dict[Part, str] = {
     "high": "the high-noise expert",
     "low": "the low-noise expert",
+    "dit": "the transformer of a model that has one, such as TI2V-5B",
     "t5": "the text encoder",
     "vae": "the VAE",
     "tokenizer": "tokenizer.json, spiece.model, or a T5 file that embeds it",
@@ -81,6 +84,12 @@ def generate_flags(p: Parser) -> None:
         "--ckpt_dir",
         metavar="DIR",
         help=f"folder of the weights, or nano, the miniature (default: {CKPT_DIR})",
+    )
+    groups["main"].add_argument(
+        "--task",
+        choices=TASKS,
+        metavar="TASK",
+        help=f"{', '.join(RUN)}; checked against the weights, which decide without it",
     )
     add_settings(Request, groups)
     target_flag(groups["main"])
@@ -209,7 +218,6 @@ def _extension_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _compatible_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--task", choices=TASKS, default="t2v-A14B", help="only t2v-A14B runs")
     group.add_argument(
         "--t5_fsdp", action="store_true", help="no effect: rank 0 streams the text encoder"
     )
@@ -229,6 +237,31 @@ def request_from(args: argparse.Namespace) -> Request:
     scales = {} if both is None else {"cfg_high": both, "cfg_low": both}
     request = Request(**{"prompt": "", **scales, **settings_from(Request, args)})
     return with_settings(request, args.preset) if args.preset else request
+
+
+def model_of_task(args: argparse.Namespace) -> ModelSpec | None:
+    """Return the model that `--task` names, if it is given.
+
+    Raises:
+        RequestError: for a task that wanflow does not run.
+    """
+    task = getattr(args, "task", None)
+    if task is not None and task not in RUN:
+        raise RequestError(f"--task {task} is another model; wanflow runs {', '.join(RUN)}")
+    return None if task is None else RUN[task]
+
+
+def refuse_other_task(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raise RequestError where `--task` names a model of other inputs than the weights are for."""
+    asked, found = model_of_task(args), checkpoint.spec
+    if asked is None or asked.conditioning == found.conditioning:
+        return
+    (fits,) = (spec for spec in FAMILY if spec.conditioning == found.conditioning)
+    folder = printable(args.ckpt_dir or checkpoint.folder)
+    raise RequestError(
+        f"--task {asked.task} runs {asked.name}, and {folder} holds {found.name}, a model for"
+        f" {fits.task}; name another --ckpt_dir, or --task {fits.task}"
+    )
 
 
 def runtime_from(args: argparse.Namespace) -> Runtime:

@@ -18,6 +18,8 @@ from wanflow.cli.flags import (
     again_flags,
     generate_flags,
     given_parts,
+    model_of_task,
+    refuse_other_task,
     request_from,
     runtime_from,
 )
@@ -27,7 +29,7 @@ from wanflow.cli.running import check_target_name, run_and_save, world_size
 from wanflow.cli.trust import is_embedded, unread, with_trusted_paths, with_trusted_pictures
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
-from wanflow.request import Request
+from wanflow.request import Picture, Request
 from wanflow.runtime import Runtime
 from wanflow.settings import settings_of
 from wanflow.untrusted import printable
@@ -211,12 +213,11 @@ def _is_same(name: str, asked: Any, decided: Any) -> bool:
 
 def _refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
     """Raise RequestError for what no weights and no machine can change."""
-    if args.task != "t2v-A14B":
-        raise RequestError(f"--task {args.task} is another model; wanflow runs t2v-A14B")
+    model_of_task(args)
     _refuse_split(args, runtime)
     unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]
     if unused:
-        logger.warning("%s: not used by t2v-A14B", ", ".join(unused))
+        logger.warning("%s: used by other tasks only", ", ".join(unused))
 
 
 def _refuse_split(args: argparse.Namespace, runtime: Runtime) -> None:
@@ -255,6 +256,7 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
         args.claims.take(job.target)
         refuse_another(args, state_of(job.target), job.run)
     checkpoint = _open(job)
+    refuse_other_task(args, checkpoint)
     if info is not None:
         job = replace(job, runtime=replace(job.runtime, device=str(info.device)))
     if job.recipe is not None:
@@ -328,9 +330,8 @@ def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint
 
         request = with_found_loras(request)
     from wanflow.advice import advice
-    from wanflow.conditioning import check_pictures
 
-    check_pictures(checkpoint.spec, request)
+    request.refuse_pictures(checkpoint.spec)
     request.complete(checkpoint.spec)
     request = _extended(args, request)
     for note in (*checkpoint.notes, *advice(request.complete(checkpoint.spec), checkpoint)):
@@ -425,5 +426,6 @@ def _extended(args: argparse.Namespace, request: Request) -> Request:
         args.prompt_extend_model,
         os.environ.get("DASH_API_URL"),
         os.environ.get("DASH_API_KEY"),
+        pictures=[one for one in (request.image, request.last_image) if isinstance(one, Picture)],
     )
     return replace(request, prompt=prompt)

@@ -85,8 +85,10 @@ def _rows(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "size", f"{'*'.join(map(str, request.size))}, {request.frame_num} frames"
     yield "frame rate", f"{request.fps:g} a second"
     solver = f"{request.sample_steps}, {request.sample_solver}, shift {request.sample_shift:g}"
-    yield "steps", f"{solver}, boundary {request.boundary:g}"
+    yield "steps", solver + (f", boundary {request.boundary:g}" if request.boundary else "")
     guidance = f"{request.cfg_high:g} high, {request.cfg_low:g} low"
+    if request.cfg_high == request.cfg_low:
+        guidance = f"{request.cfg_low:g}"
     if request.cfg_start_steps:
         guidance += f", {request.cfg_start:g} in the first {request.cfg_start_steps} steps"
     yield "guidance", guidance

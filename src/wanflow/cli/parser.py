@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from wanflow.config import RequestError
-from wanflow.presets import T2V_A14B
+from wanflow.presets import FAMILY
 from wanflow.settings import NO_LIMIT, Setting, settings_of
 from wanflow.untrusted import printable, user_path
 
@@ -281,10 +281,17 @@ def add_settings(
 
 
 def _help(one: Setting) -> str:
-    """Return a setting's help, with the published model's default where that is short."""
-    default = getattr(T2V_A14B, one.name, None) if one.default is None else None
-    text = "*".join(map(str, default)) if isinstance(default, tuple) else str(default or "")
-    return f"{one.help} (default: {text} for A14B)" if 0 < len(text) <= 10 else one.help
+    """Return a setting's help, with the published models' defaults where those are short."""
+    models: dict[str, list[str]] = {}
+    for spec in FAMILY if one.default is None else ():
+        default = getattr(spec, one.name, None)
+        text = "*".join(map(str, default)) if isinstance(default, tuple) else str(default or "")
+        if 0 < len(text) <= 10:
+            models.setdefault(text, []).append(spec.name.removeprefix("Wan2.2-"))
+    if not models:
+        return one.help
+    named = [f"{text} for {' and '.join(names)}" for text, names in models.items()]
+    return f"{one.help} (default: {', '.join(named if len(models) > 1 else models)})"
 
 
 def settings_from(cls: type, args: argparse.Namespace) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from wanflow.cli.keeping import StateKeeper, continuing, free_name, refuse_anoth
 from wanflow.described import described
 from wanflow.files import remove
 from wanflow.outputs import leftovers
+from wanflow.presets import NANO, NANO_I2V
 
 if TYPE_CHECKING:
     from wanflow.api import Pipeline
     from wanflow.pipeline import Run
+    from wanflow.presets import ModelSpec
     from wanflow.screen import Screen
 
 
@@ -51,7 +53,7 @@ def run_and_save(
         for _ in pipe.frames(pipe.resume(run)):
             pass
         return
-    outputs = claim_outputs(run, target, args)
+    outputs = claim_outputs(run, pipe.spec, target, args)
     target = outputs.video
     overwrite = args.overwrite and target.exists()  # it replaces what is there now
     screen.begin(run, pipe.spec, target)
@@ -123,11 +125,14 @@ class Outputs:
     replaces: bool
 
 
-def claim_outputs(run: Run, target: Path | None, args: argparse.Namespace) -> Outputs:
+def claim_outputs(
+    run: Run, spec: ModelSpec, target: Path | None, args: argparse.Namespace
+) -> Outputs:
     """Check and claim every file that a run will write, before its first step.
 
     Args:
         run: knows the number of frames, and what an automatic name is made of.
+        spec: its model.
         target: the video; None gives it an automatic name that is free.
         args: of the command; `claims` holds the names until the process ends.
 
@@ -139,7 +144,7 @@ def claim_outputs(run: Run, target: Path | None, args: argparse.Namespace) -> Ou
 
     single = run.request.frame_num == 1
     if target is None:
-        target = args.claims.take_free(map(_derived, automatic_targets(run)))
+        target = args.claims.take_free(map(_derived, automatic_targets(run, spec)))
     elif single and args.save_file is None:
         target = target.with_suffix(".png")
     video, state, sheet = _derived(target)
@@ -168,10 +173,10 @@ def check_target_name(path: Path, overwrite: bool, frames: int | None = None) ->
     check_output(path, overwrite, frames)
 
 
-def automatic_targets(run: Run) -> Iterator[Path]:
-    """Yield names made of the model, the size, the prompt, the seed and the time."""
+def automatic_targets(run: Run, spec: ModelSpec) -> Iterator[Path]:
+    """Yield names made of the model, the video's size, the prompt, the seed and the time."""
     from wanflow.outputs import automatic_names
 
-    name = "nano" if run.recipe.model.name == "nano" else "t2v-A14B"
+    name = spec.name if spec.name in (NANO.name, NANO_I2V.name) else spec.task
     asked, suffix = run.request, ".png" if run.request.frame_num == 1 else ".mp4"
     return automatic_names(name, asked.size, asked.prompt, asked.seed, datetime.now(), suffix)
