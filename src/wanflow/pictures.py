@@ -82,7 +82,7 @@ def _again(record: PictureRecord, name: str) -> Picture:
     if found.sha256 != record.sha256:
         raise RequestError(
             f"{printable(record.file)} is another picture ({found.record}); {wanted(record, name)},"
-            f" or make another video: wanflow generate --recipe VIDEO --{name} FILE"
+            f" or make another video: `wanflow generate --recipe VIDEO --{name} FILE`"
         )
     return found
 

@@ -41,6 +41,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["generate", "--ckpt_dir", "cl"], {"clips"}),
         (["generate", "--lora", "cl"], {"clip.mp4", "clips"}),
         (["replay", "cl"], {"clip.mp4", "clips"}),
+        (["generate", "--last_image", "cl"], {"clip.mp4", "clips"}),
         (["convert", "nano", "x", "--to", "gguf-q4"], {"gguf-q4_0", "gguf-q4_1"}),
         (["train", "--data", "cl"], {"clips"}),
         (["completion", "z"], {"zsh"}),

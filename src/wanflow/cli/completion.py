@@ -9,7 +9,8 @@ from wanflow.cli.parser import Parser, file_path
 
 SHELLS = ("bash", "zsh", "fish")
 FOLDERS = ("ckpt_dir", "local_dir", "data", "out", "work_dir", "text_cache", "machine_cache")
-PATHS = ("path", "source", "lora", "evaluate")  # texts that are files or folders, or other names
+# Texts that are files or folders, or other names.
+PATHS = ("path", "source", "lora", "evaluate", "image", "last_image")
 
 
 def completion_flags(p: Parser) -> None:
