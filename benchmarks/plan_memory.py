@@ -1,10 +1,10 @@
 """Compare the plan's memory with the peak anonymous memory of real runs at real widths, on a CPU.
 
 Each case runs in a process of its own, through the pipeline's own code: random weights of the
-published widths (dim 5120, feed-forward 13824, 40 heads; text encoder 4096; VAE 96), one to three
-layers. RssAnon is read every 2 ms, less its value before the weights were made. The prediction is
-that of the plan's tensors. MALLOC_MMAP_THRESHOLD_ lets the C library return freed memory, of which
-it may otherwise hold a few hundred MB.
+published widths (A14B: dim 5120, feed-forward 13824, 40 heads; text encoder 4096; VAE 96; TI2V-5B
+with its own), one to three layers. RssAnon is read every 2 ms, less its value before the weights
+were made. The prediction is that of the plan's tensors. MALLOC_MMAP_THRESHOLD_ lets the C library
+return freed memory, of which it may otherwise hold a few hundred MB.
 
 Cases of several processes use gloo. The prediction is for the rank with the most to do, the last
 one (in a decode one in the middle). The rank with the highest peak is compared. The bytes that the
@@ -36,13 +36,12 @@ from torch import Tensor, nn
 
 from wanflow.checkpoint.checkpoint import published
 from wanflow.checkpoint.load import is_sharded
-from wanflow.checkpoint.structure import build, expert_structure
-from wanflow.conditioning import conditioning_of
+from wanflow.checkpoint.structure import build, expert_structure, vae_of
+from wanflow.conditioning import clip_parts, conditioning_of, encoded_shape
 from wanflow.loaders.velocity import make_velocity
 from wanflow.lora.reader import read_adapter
 from wanflow.lora.stack import shapes_of
 from wanflow.models.umt5 import UMT5Encoder
-from wanflow.models.vae import WanVAE
 from wanflow.parallel import vae_parallel as strips
 from wanflow.parallel.cfg import split_guidance
 from wanflow.parallel.fsdp import shard_blocks
@@ -50,11 +49,18 @@ from wanflow.parallel.groups import Layout, ParallelContext, make_groups, simula
 from wanflow.parallel.ranks import DistInfo
 from wanflow.parallel.sequence import connect, sharded
 from wanflow.pipeline import to_frames
-from wanflow.plan.phases import READING, Phase, decode_phase, expert_phases, text_phase
+from wanflow.plan.phases import (
+    READING,
+    Phase,
+    decode_phase,
+    expert_phases,
+    picture_phase,
+    text_phase,
+)
 from wanflow.plan.plan import with_defaults
 from wanflow.plan.traces import KERNEL, FakeParts, Traces
-from wanflow.presets import T2V_A14B, ModelSpec
-from wanflow.request import CompleteRequest, Request
+from wanflow.presets import I2V_A14B, T2V_A14B, TI2V_5B, ModelSpec
+from wanflow.request import CompleteRequest, PictureRecord, Request
 from wanflow.runtime import Runtime
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.sampling.timeline import schedule_of
@@ -73,6 +79,8 @@ class Case:
 
     name: str
     stage: str = "denoise"
+    model: ModelSpec = T2V_A14B
+    picture: bool = False
     layers: int = 2
     size: str = "192*192"
     frames: int = 17
@@ -183,7 +191,80 @@ CASES = (
         frames=9,
         layout=THREE,
     ),
+    Case("I2V-A14B: bf16, two passes", model=I2V_A14B, runtime={"cfg_batch": False}),
+    Case(
+        "I2V-A14B: float32, 480p, 5 frames (3,120 tokens)",
+        model=I2V_A14B,
+        dtype="float32",
+        layers=1,
+        size="832*480",
+        frames=5,
+        cfg=1.0,
+    ),
+    Case("I2V-A14B: pictures, 320*320, 17 frames", stage="encode", model=I2V_A14B, size="320*320"),
+    Case("TI2V-5B: bf16, two passes", model=TI2V_5B, runtime={"cfg_batch": False}),
+    Case(
+        "TI2V-5B: float32, 704p, 13 frames (3,520 tokens)",
+        model=TI2V_5B,
+        dtype="float32",
+        layers=1,
+        size="1280*704",
+        frames=13,
+        cfg=1.0,
+    ),
+    Case(
+        "the same, with a picture",
+        model=TI2V_5B,
+        picture=True,
+        dtype="float32",
+        layers=1,
+        size="1280*704",
+        frames=13,
+        cfg=1.0,
+    ),
+    Case("TI2V-5B: picture, 640*640", stage="encode", model=TI2V_5B, size="640*640"),
+    Case(
+        "TI2V-5B: VAE, 320*320, 9 frames", stage="decode", model=TI2V_5B, size="320*320", frames=9
+    ),
+    Case(
+        "TI2V-5B: VAE, 320*320, 9 frames, tiles of 160",
+        stage="decode",
+        model=TI2V_5B,
+        size="320*320",
+        frames=9,
+        runtime={"vae_tile": 160},
+    ),
+    Case(
+        "2 processes, TI2V-5B: VAE in strips, 320*320, 9 frames",
+        stage="decode",
+        model=TI2V_5B,
+        size="320*320",
+        frames=9,
+        layout=TWO,
+    ),
     # What `make test` takes as well.
+    Case(
+        "quick: TI2V-5B with a picture, one layer",
+        model=TI2V_5B,
+        picture=True,
+        layers=1,
+        size="256*256",
+        cfg=1.0,
+    ),
+    Case(
+        "quick: I2V-A14B, pictures, 192*192, 9 frames",
+        stage="encode",
+        model=I2V_A14B,
+        size="192*192",
+        frames=9,
+    ),
+    Case(
+        "quick: TI2V-5B, VAE, 192*192, 5 frames",
+        stage="decode",
+        model=TI2V_5B,
+        size="192*192",
+        frames=5,
+    ),
     Case(
         "quick: 2 processes, ulysses 2, dit_fsdp, one layer",
         layers=1,
@@ -237,9 +318,9 @@ def anonymous() -> int:
 
 def preset_of(case: Case) -> ModelSpec:
     return replace(
-        T2V_A14B,
-        dit=replace(T2V_A14B.dit, num_layers=case.layers),
-        text=replace(T2V_A14B.text, num_layers=2),
+        case.model,
+        dit=replace(case.model.dit, num_layers=case.layers),
+        text=replace(case.model.text, num_layers=2),
     )
 
 
@@ -255,7 +336,10 @@ def request_of(case: Case, folder: Path) -> CompleteRequest:
         sample_steps=8,
         lora=lora,
     )
-    return request.complete(preset_of(case))
+    complete = request.complete(preset_of(case))
+    if case.picture or case.model.conditioning == "channels" or case.stage == "encode":
+        complete = replace(complete, image=PictureRecord("0" * 64, *complete.size))
+    return complete
 
 
 def runtime_of(case: Case) -> Runtime:
@@ -288,6 +372,8 @@ def predicted(case: Case, folder: Path) -> Phase:
     )
     if case.stage == "text":
         return text_phase(traces, runtime, "cpu")
+    if case.stage == "encode":
+        return picture_phase(traces, runtime, "cpu")
     return (
         decode_phase(traces, runtime, "cpu")
         if case.stage == "decode"
@@ -372,10 +458,17 @@ def denoise(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
     peak.reset()
     parts = FakeParts(preset, model, torch.bfloat16)
     schedule = schedule_of(request)
+    encoded = torch.randn(encoded_shape(preset, request)) if request.image else None
+    conditioning = conditioning_of(preset, request, encoded)
     velocity = make_velocity(
-        parts, request, 2, runtime.cfg_batch, sharded(ctx), split_guidance(ctx)
+        parts,
+        request,
+        2,
+        runtime.cfg_batch,
+        sharded(ctx),
+        split_guidance(ctx),
+        conditioning=conditioning,
     )
-    conditioning = conditioning_of(preset, request)
     first, second, x, origin = (conditioning.start(request.seed, "cpu") for _ in range(4))
     state = SolverState(2, x, (first, second), origin)
     # Buffers for streamed blocks are memory only from when they are first written to, late in the
@@ -384,7 +477,7 @@ def denoise(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
         # the first step also makes keys and values of the text, for which shares are put together
         # once more
         ctx.stats.reset()
-        advance(schedule, state, velocity)
+        conditioning.held(advance(schedule, state, velocity).x)
 
 
 def text(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
@@ -396,7 +489,7 @@ def text(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
 
 
 def decode(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
-    vae = build(WanVAE, T2V_A14B.vae)
+    vae = vae_of(case.model.vae)
     load(vae)
     peak.reset()
     request, runtime = request_of(case, folder), runtime_of(case)
@@ -409,6 +502,16 @@ def decode(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
         frames = map(to_frames, vae.decode_frames(latent))
     for _ in frames:
         pass
+
+
+def encode(case: Case, folder: Path, peak: Peak, ctx: ParallelContext) -> None:
+    vae = vae_of(case.model.vae)
+    load(vae)
+    peak.reset()
+    preset, request = preset_of(case), request_of(case, folder)
+    width, height = request.size
+    pictures = {"first": torch.rand(3, height, width)}
+    vae.encode_parts(clip_parts(preset, request, pictures))
 
 
 def write_lora(case: Case, file: Path) -> None:
@@ -462,7 +565,8 @@ def child(case: Case, folder: Path, number: int) -> None:
         before = anonymous()
         peak = Peak()
         began = time.monotonic()
-        {"denoise": denoise, "text": text, "decode": decode}[case.stage](case, folder, peak, ctx)
+        stages = {"denoise": denoise, "text": text, "decode": decode, "encode": encode}
+        stages[case.stage](case, folder, peak, ctx)
         most = peak.stop()
     sent = {what: count for what, count in ctx.stats.sent.items() if count}
     print(

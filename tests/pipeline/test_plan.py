@@ -40,9 +40,10 @@ from wanflow.plan.cards import GPUS, Rates, find_card
 from wanflow.plan.estimate import estimate
 from wanflow.plan.gpus import Machine, described
 from wanflow.plan.measure import rated
+from wanflow.plan.needed import A14B
 from wanflow.plan.phases import expert_phases, on_device
 from wanflow.plan.solve import solve
-from wanflow.plan.start import LEAST, make_plan, raise_if_unfit
+from wanflow.plan.start import make_plan, raise_if_unfit
 from wanflow.plan.trace import Trace, fake, materialise
 from wanflow.plan.traces import Traces
 from wanflow.presets import NANO, T2V_A14B
@@ -58,7 +59,7 @@ from wanflow.transforms.ways import Gpu
 
 ROOT = Path(__file__).parents[2]
 GIB, GB, MB = 2**30, 10**9, 10**6
-CARD_12 = described("12gb", ram=LEAST[1])
+CARD_12 = described("12gb", ram=A14B.least[1])
 
 
 # the trace
@@ -208,7 +209,17 @@ def test_flops_at_720p_are_the_published_reckoning() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quick: VAE", "quick: streamed", "quick: 2 processes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quick: VAE",
+        "quick: streamed",
+        "quick: 2 processes",
+        "quick: TI2V-5B with a picture",
+        "quick: I2V-A14B, pictures",
+        "quick: TI2V-5B, VAE",
+    ],
+)
 def test_memory_is_as_predicted(name: str) -> None:
     """At real widths, in processes of their own; the rest of the table is
     `benchmarks/plan_memory.py`.

@@ -13,11 +13,13 @@ from wanflow.bench.machine import about_device
 from wanflow.bench.stages import Loads, Show, Stage, fragmentation_of, run_stages, stages_of
 from wanflow.bench.weights import without_tokenizer
 from wanflow.checkpoint.checkpoint import Checkpoint
+from wanflow.geometry import geometry_of, parse_size
 from wanflow.plan.calibration import from_json
 from wanflow.plan.estimate import estimate
 from wanflow.plan.measure import rated
 from wanflow.plan.solve import solve
 from wanflow.plan.start import completed, placed, raise_if_unfit, refuse_without_gpu
+from wanflow.presets import ModelSpec
 from wanflow.request import Request
 from wanflow.runtime import Runtime, dtype_name
 
@@ -94,6 +96,7 @@ def measure(
         RequestError: where it does not fit.
     """
     runtime = replace(runtime, text_cache=None)  # a cached text would be no measurement
+    request = _with_picture(request, checkpoint.spec)
     runtime, machine = placed(runtime, checkpoint.folder)
     if not force and (machine.gpu == 0 or runtime.device == "cpu"):
         refuse_without_gpu(checkpoint, machine)  # before a trace, which takes seconds
@@ -108,7 +111,9 @@ def measure(
     if not checkpoint.paths:
         without_tokenizer(pipe.parts)
     try:
-        times = run_stages(pipe, Request(**asdict(complete)), repeat, loads, show)
+        pictures = {"image": request.image, "last_image": request.last_image}
+        asked = Request(**{**vars(complete), **pictures}, exact_size=True)
+        times = run_stages(pipe, asked, repeat, loads, show)
         parts = pipe.parts
         compiled = parts._compiler is not None and parts.compiler.graphs > 0
         kernel, dtype = parts.kernel.name, parts.placement.dtype
@@ -124,3 +129,16 @@ def measure(
     how = {name: value for name, value in chosen.items() if not name.endswith("_cache")}
     name = checkpoint.spec.name
     return Measured(name, stages, about, made, kernel, compiled, expected.source, how)
+
+
+def _with_picture(request: Request, spec: ModelSpec) -> Request:
+    """Return a request with a grey picture, for a model that makes nothing without one."""
+    if spec.conditioning != "channels" or request.image or request.last_image:
+        return request
+    import numpy as np
+
+    from wanflow.pictures import open_picture
+
+    width, height = parse_size(request.size or spec.size, geometry_of(spec))
+    grey = np.full((height, width, 3), 128, dtype=np.uint8)
+    return replace(request, image=open_picture(grey), exact_size=True)

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from wanflow.conditioning import TextToVideo
 from wanflow.front import Pipeline
 from wanflow.pipeline import Progress, Run
 from wanflow.plan.estimate import Estimate
 from wanflow.plan.phases import Need, Phase
+from wanflow.presets import title
 from wanflow.request import Request
 from wanflow.sampling.timeline import timeline
 from wanflow.transforms.attention import installed, synchronize
@@ -26,6 +28,7 @@ from wanflow.transforms.attention import installed, synchronize
 Show = Callable[[str, int, int, str], object]  # what, done, total, the word before the numbers
 SAMPLE = 0.002  # seconds between two looks at this process' memory
 STATUS = Path("/proc/self/status")
+ENCODER = "VAE encoder"  # the plan's phase of the pictures
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def run_stages(
         save: whether the video is written too, where `av` is installed.
     """
     times = Times()
+    _time_pictures(pipe, times, loads)
     for number in range(repeat):
         run = pipe.begin(request)
         prompts = [run.request.prompt, run.request.negative_prompt]
@@ -164,6 +168,26 @@ def run_stages(
     return times
 
 
+def _time_pictures(pipe: Pipeline, times: Times, loads: Loads) -> None:
+    """Let a pipeline time how its pictures are encoded, before the first step."""
+    engine = pipe.engine
+
+    def condition(run: Run) -> TextToVideo:
+        with watching(engine.device) as watched:
+            began = loads.began = time.perf_counter()
+            found = engine.condition(run)
+            synchronize(engine.device)
+        loads.began = time.perf_counter()
+        if run.pictures:
+            loaded = loads.seconds.pop("VAE", 0.0)
+            times.loads[ENCODER].append(loaded)
+            times.others[ENCODER].append(loads.began - began - loaded)
+            times.memory[ENCODER] = watched
+        return found
+
+    pipe.engine = replace(engine, condition=condition)
+
+
 def _steps(pipe: Pipeline, run: Run, times: Times, loads: Loads, show: Show) -> Run:
     """Denoise; of an expert's first step, the reading and what else it takes are apart."""
     device, total = pipe.engine.device, run.request.sample_steps
@@ -176,7 +200,7 @@ def _steps(pipe: Pipeline, run: Run, times: Times, loads: Loads, show: Show) -> 
         if device.type == "cuda":
             peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
             times.memory[expert] = Watched(*peaks)
-        read.append(loads.seconds.pop(f"{expert}-noise expert", 0.0))
+        read.append(loads.seconds.pop(title(expert), 0.0))
         show("denoising", progress.step, total, "step")
         loads.began = time.perf_counter()
         ends.append(loads.began)
@@ -185,6 +209,8 @@ def _steps(pipe: Pipeline, run: Run, times: Times, loads: Loads, show: Show) -> 
     with watching(device) as watched:
         began = loads.began = time.perf_counter()
         run = pipe.resume(run, on_step)
+    if run.pictures:
+        began += times.loads[ENCODER][-1] + times.others[ENCODER][-1]
     for step, start, end, reading in zip(steps, [began, *ends[:-1]], ends, read, strict=True):
         times.memory.setdefault(step.expert, watched)
         took = end - start - reading
@@ -240,11 +266,11 @@ def stages_of(times: Times, need: Need, estimate: Estimate) -> list[Stage]:
     for phase in need.phases:
         about, expert = planned[phase.name], phase.expert
         if expert is None:
-            key = "VAE" if phase.name == "VAE" else "text encoder"
-            if phase.name == "VAE":
-                stages.append(_stage("VAE: reading", times.loads["VAE"], about.loading))
+            key = phase.name if phase.name in (ENCODER, "VAE") else "text encoder"
+            if key != "text encoder":
+                stages.append(_stage(f"{key}: reading", times.loads[key], about.loading))
             found = _stage(phase.name, times.others[key], about.step, phase, times.memory.get(key))
-            if phase.name != "VAE":  # one reads each block and runs it
+            if key == "text encoder":  # it reads each block and runs it
                 found = replace(found, planned=about.seconds)
             stages.append(found)
             continue
@@ -259,7 +285,7 @@ def stages_of(times: Times, need: Need, estimate: Estimate) -> list[Stage]:
         one = _stage(f"{phase.name}: a step", steps, about.step, phase, times.memory.get(expert))
         beyond = [max(0.0, first - one.seconds) for first in times.firsts[expert]]
         stages.append(one)
-        if guided or len(need.phases) == 3:
+        if guided or sum(one.expert is not None for one in need.phases) == 1:
             stages.append(_stage(f"{phase.name}: first step beyond", beyond[:1], None))
     if times.others["mp4"]:
         stages.append(_stage("mp4", times.others["mp4"], None))

@@ -13,9 +13,9 @@ from wanflow.bench.tools import random_weight
 from wanflow.checkpoint.checkpoint import Checkpoint, published
 from wanflow.checkpoint.containers import TensorSource
 from wanflow.checkpoint.source import OfficialSource
-from wanflow.presets import NANO, T2V_A14B
+from wanflow.presets import FAMILY, NANO
 
-PRESETS = {spec.name: spec for spec in (T2V_A14B, NANO)}
+PRESETS = {spec.name: spec for spec in (*FAMILY, NANO)}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from wanflow.cli.flags import CKPT_DIR, GROUPS, config_flag, given_parts, part_f
 from wanflow.cli.parser import Parser, add_settings, file_path, number, settings_from
 from wanflow.config import RequestError
 from wanflow.files import write_bytes
+from wanflow.presets import FAMILY, NANO
 from wanflow.request import Request
 from wanflow.runtime import Runtime
 from wanflow.screen import print_line
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 PAGE, DOCUMENT = "findings.md", "check.json"
 TABLE, PLOT, STAGES = "stages.txt", "stages.png", "stages.json"
-MODELS = {"t2v-A14B": "Wan2.2-T2V-A14B", "nano": "nano"}  # of --random_weights
+MODELS = {**{spec.task: spec.name for spec in FAMILY}, "nano": NANO.name}  # of --random_weights
 STEPS = 6  # so few have both experts, each with a step that is not its first
 PROMPT = "a red circle moves left on a blue background"
 

@@ -214,13 +214,14 @@ def machine_lines(folder: str | None) -> list[str]:
     if folder is None or folder == "nano":
         return []
     from wanflow.plan.gpus import this_machine
-    from wanflow.plan.needed import WHERE_ELSE, enough_for_full_size, needed_words
+    from wanflow.plan.needed import enough_for_full_size, named, needed_words, where_else
 
     path = user_path(folder)
     lines = [] if path.is_dir() else [f"  weights: there is no folder {printable(folder)}"]
-    machine = this_machine(path.absolute(), ask_torch=False)
-    if not enough_for_full_size(machine):
-        lines += [f"  {needed_words()}", f"  here: {machine.words()}", f"  do: {WHERE_ELSE}"]
+    machine, model = this_machine(path.absolute(), ask_torch=False), named(path.name)
+    if not enough_for_full_size(machine, model):
+        lines += [f"  {needed_words(model)}", f"  here: {machine.words()}"]
+        lines.append(f"  do: {where_else(model)}")
     return lines
 
 

@@ -203,15 +203,18 @@ def advice(report: Report, folder: Path) -> list[str]:
     """Return how the full-size model runs here: the settings that `wanflow generate` would pick."""
     from wanflow.checkpoint.checkpoint import published
     from wanflow.config import RequestError
-    from wanflow.plan.needed import WHERE_ELSE, needed_words
+    from wanflow.plan.needed import needed_words, where_else
     from wanflow.plan.solve import solve
     from wanflow.plan.start import placed
+    from wanflow.presets import T2V_A14B, TI2V_5B
     from wanflow.request import Request
     from wanflow.runtime import Runtime
 
     kernels = report.auto.get("cuda:0", {})
     if not kernels:  # a CPU would take days, and there is no plan for MPS
-        return [f"{needed_words()}; this machine has no GPU for it", f"do: {WHERE_ELSE}"]
+        small = TI2V_5B.name
+        words = f"{needed_words(T2V_A14B.name)}; {needed_words(small)}"
+        return [f"{words}; this machine has no GPU for them", f"do: {where_else(small)}"]
     checkpoint, found = published(), []
     for size in SIZES:
         request = Request(prompt="-", size=size).complete(checkpoint.spec)

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanflow.cli import devices
-from wanflow.cli.flags import generate_flags, given_parts, request_from, runtime_from
+from wanflow.cli.flags import (
+    generate_flags,
+    given_parts,
+    model_of_task,
+    refuse_other_task,
+    request_from,
+    runtime_from,
+)
 from wanflow.cli.parser import Parser, number, settings_from, words_of
 from wanflow.cli.trust import unread
 from wanflow.config import RequestError
+from wanflow.presets import T2V_A14B, ModelSpec
 from wanflow.request import PictureRecord, Request
 from wanflow.runtime import Runtime
 
@@ -20,17 +28,17 @@ if TYPE_CHECKING:
     from wanflow.plan.gpus import Machine
     from wanflow.plan.plan import Plan
 
-WEIGHTS = "T2V_A14B_weights"  # where `wanflow download` puts them
 PROMPT = "A fishing boat leaves a small harbour at dawn"
 PROMPT_NANO = "a red circle moves left on a blue background"
+PICTURE = "harbour.jpg"
 
 
 def plan_flags(p: Parser) -> None:
     """Add the command's flags: those that describe a machine, and all of generate's."""
     machine = p.add_argument_group(
         "machine",
-        "This one, unless one is described. Without --ckpt_dir the official weights are planned;"
-        " no file needs to be there.",
+        "This one, unless one is described. Without --ckpt_dir the official weights of --task are"
+        " planned; no file needs to be there.",
     )
     machine.add_argument(
         "--gpu",
@@ -76,9 +84,10 @@ def plan(args: argparse.Namespace) -> None:
         screen.say("planning, without reading weights")
         request = with_pictures(request)
         if args.ckpt_dir is None and not given:
-            checkpoint = published()
+            checkpoint = published(model_of_task(args) or T2V_A14B)
         else:
             checkpoint = resolve(args.ckpt_dir, given)
+            refuse_other_task(args, checkpoint)
             folder = checkpoint.folder
         complete = completed(request, checkpoint.spec)
         runtime, machine = _placed(args, runtime, folder, cards)
@@ -90,7 +99,8 @@ def plan(args: argparse.Namespace) -> None:
         screen.stage("measuring this machine")
         planned = rated(planned)
     time = estimate(planned) if planned.machine.rates is not None else None
-    first = answer(planned, time, _command(args, planned), _download(args, given))
+    get = _download(args, given, checkpoint.spec)
+    first = answer(planned, time, _command(args, planned), get)
     lines = (*first.lines(), "", *page(planned, time, args.peaks))
     args.output.page((("", line) for line in lines), **document(planned, time, first))
     if not args.force:
@@ -99,16 +109,20 @@ def plan(args: argparse.Namespace) -> None:
 
 def _command(args: argparse.Namespace, planned: Plan) -> str:
     """Return the command line that runs a plan, with the settings that it chose."""
-    small = planned.checkpoint.spec.name == "nano"
-    asked = {"prompt": PROMPT_NANO if small else PROMPT, **settings_from(Request, args)}
+    spec = planned.checkpoint.spec
+    asked = {"prompt": PROMPT_NANO if planned.small else PROMPT, **settings_from(Request, args)}
+    if spec.conditioning == "channels" and not {"image", "last_image"} & set(asked):
+        asked["image"] = PICTURE
     for name, value in asked.items():
         if isinstance(value, PictureRecord):
             asked[name] = value.file
     words = ["wanflow", "generate"]
+    if model_of_task(args) is not None:
+        words += ["--task", spec.task]
     for part, file in given_parts(args).items():
         words += [f"--{part}", str(file)]
     if args.ckpt_dir is not None or not given_parts(args):
-        words += ["--ckpt_dir", args.ckpt_dir or WEIGHTS]
+        words += ["--ckpt_dir", args.ckpt_dir or weights_of(spec)]
     words += words_of(Request, {name: value for name, value in asked.items() if value != ""})
     words += words_of(Runtime, {**settings_from(Runtime, args), **_chosen(planned)})
     for flag in ("preset", "sample_guide_scale", "save_file"):
@@ -138,10 +152,15 @@ def _chosen(planned: Plan) -> dict[str, Any]:
     return chosen
 
 
-def _download(args: argparse.Namespace, given: object) -> str:
+def weights_of(spec: ModelSpec) -> str:
+    """Return the folder where `wanflow download` puts a model's official weights."""
+    return f"{spec.name.rpartition('Wan2.2-')[2].replace('-', '_')}_weights"
+
+
+def _download(args: argparse.Namespace, given: object, spec: ModelSpec) -> str:
     """Return the command that gets the official weights, where none are named or here."""
-    named = args.ckpt_dir is not None or given
-    return "" if named or Path(WEIGHTS).is_dir() else f"wanflow download --local_dir {WEIGHTS}"
+    folder, named = weights_of(spec), args.ckpt_dir is not None or given
+    return "" if named or Path(folder).is_dir() else f"wanflow download --local_dir {folder}"
 
 
 def _cards(args: argparse.Namespace) -> tuple[int, ...]:

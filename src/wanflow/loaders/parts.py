@@ -289,6 +289,8 @@ class LoadedParts:
         self._forget(list(self._experts))
 
     def _forget(self, experts: list[Expert]) -> None:
+        if not self.keep:
+            self._vae = None  # it may hold gigabytes, and is read again for the next video
         for which in experts:
             model = self._experts.pop(which, None)
             if self._loras is not None:

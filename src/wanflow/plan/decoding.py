@@ -1,23 +1,27 @@
-"""Trace a decode until it repeats itself: of full frames, of tiles, of one rank's strip.
+"""Trace a decode until it repeats itself, of full frames, tiles or one rank's strip; and an encode.
 
 Shapes: a latent is [1, z, t, h, w].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wanflow.checkpoint.structure import vae_of
+from wanflow.conditioning import clip_parts, encoded_shape
 from wanflow.config import VAEConfig
 from wanflow.models.vae import State, WanVAE, stream
 from wanflow.parallel import vae_parallel
 from wanflow.parallel.groups import CommStats, Layout, simulated_groups
 from wanflow.pipeline import Frames
 from wanflow.plan.trace import Trace, Traced, fake, materialise
+from wanflow.presets import ModelSpec
+from wanflow.request import CompleteRequest
 from wanflow.transforms import vae_tiling
 
 Shape = tuple[int, ...]
@@ -83,7 +87,8 @@ def tiles(config: VAEConfig, shape: Shape, tile: int) -> Traced:
         channels = config.dec_dim * config.dim_mult[-1]
         part = torch.empty(1, channels, 1, box.bottom - box.top, box.right - box.left)
         state: State = {}
-        for _ in range(count):
+        for done in range(count):
+            _count_frames(trace, done, shape)
             # Not named: the first layer frees the copy.
             copy = [part.contiguous(memory_format=torch.channels_last_3d)]
             torch.cat(list(stream(layers, copy.pop(), state)), dim=2)
@@ -91,9 +96,30 @@ def tiles(config: VAEConfig, shape: Shape, tile: int) -> Traced:
     first, local = (_traced(config, run) for run in (full_frames, one_tile))
     # `full_frames` keeps its features in memory here, and goes one frame into a tile.
     activations = first.activations - kept_features(config, first_frames)
-    work = first.work.scaled(shape[2] / count) + local.work.scaled(len(boxes) * shape[2] / count)
+    work = first.work.scaled(shape[2] / count) + local.work.scaled(len(boxes))
     larger = first if activations >= local.activations else local
     return Traced(max(activations, local.activations), work, larger.top)
+
+
+def clip(spec: ModelSpec, request: CompleteRequest) -> Traced:
+    """Trace the encoding of a request's pictures, one frame or group of four after the other."""
+    _, channels, groups, rows, columns = encoded_shape(spec, request)
+
+    def parts(trace: Trace) -> Iterator[Tensor]:
+        for done, part in enumerate(clip_parts(spec, request, {})):
+            if done == STEADY:
+                break
+            if done == STEADY - 1:  # the last one that runs stands for all further ones
+                trace.count_as(groups - done)
+            yield part.clone()  # they come from RAM
+        trace.count_as(1)
+
+    def run(vae: WanVAE, trace: Trace) -> None:
+        vae.encode_parts(parts(trace))
+
+    traced = _traced(spec.vae, run)
+    codes = 2 * channels * 4 * max(0, groups - STEADY) * rows * columns  # of the other groups
+    return replace(traced, activations=traced.activations + codes)
 
 
 def _traced(

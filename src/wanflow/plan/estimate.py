@@ -11,6 +11,7 @@ from wanflow.plan.cards import REPORTED, Rates, cards_of
 from wanflow.plan.phases import Phase
 from wanflow.plan.plan import Plan
 from wanflow.plan.trace import Work
+from wanflow.presets import Expert
 from wanflow.sampling.timeline import timeline
 from wanflow.transforms.compile import UNMEASURED_S
 
@@ -23,6 +24,7 @@ class Stage:
         step: of each step.
         bound: what a step waits for.
         sending: of a step, to other ranks.
+        expert: the one that denoises.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Stage:
     steps: int
     bound: str
     sending: float = 0.0
+    expert: Expert | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Estimate:
     @property
     def denoising(self) -> float:
         """Seconds of all steps, without loading."""
-        return sum(stage.step * stage.steps for stage in self.stages if "expert" in stage.name)
+        return sum(stage.step * stage.steps for stage in self.stages if stage.expert)
 
 
 def estimate(plan: Plan, compiled: bool | None = None) -> Estimate:
@@ -139,7 +142,7 @@ def _stage(phase: Phase, rates: Rates, before: float, share: float) -> Stage:
     sending = sum(phase.sent.values()) / rates.link + phase.messages * rates.message
     step = parts[bound] + sending
     seconds = loading + step * phase.steps
-    return Stage(phase.name, seconds, loading, step, phase.steps, bound, sending)
+    return Stage(phase.name, seconds, loading, step, phase.steps, bound, sending, phase.expert)
 
 
 def compute_seconds(work: Work, rates: Rates, on_cpu: bool) -> float:

@@ -11,7 +11,7 @@ from wanflow.plan.decoding import kept_features
 from wanflow.plan.gpus import Kind
 from wanflow.plan.trace import Traced
 from wanflow.plan.traces import Traces
-from wanflow.presets import Expert
+from wanflow.presets import Expert, title
 from wanflow.runtime import Runtime
 
 # RAM of Python with PyTorch, before a weight is read: 0.25 GB measured; with CUDA's libraries 1.5
@@ -111,6 +111,7 @@ def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
     """Return what a run takes with a Runtime in which nothing is open."""
     text = text_phase(traces, runtime, kind)
     decoding = decode_phase(traces, runtime, kind)
+    pictures = (picture_phase(traces, runtime, kind),) if traces.pictures else ()
     others = *expert_phases(traces, runtime, kind), decoding
     if runtime.keep_experts and not traces.small:
         # A further prompt is encoded beside the experts where that fits what a run takes anyway;
@@ -127,7 +128,33 @@ def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
             beside.ram <= max(phase.ram for phase in others)
         ):
             text = beside
-    return Need((text, *others), traces.checkpoint.disk_bytes + OUTPUT_DISK)
+    phases = *pictures, text, *others
+    return Need(phases, traces.checkpoint.disk_bytes + OUTPUT_DISK)
+
+
+def picture_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
+    """Return the phase of the VAE that encodes the pictures; rank 0 does it."""
+    return Phase(
+        **vars(traces.encode),
+        name="VAE encoder",
+        kind=kind,
+        weights=vae_bytes(traces),
+        host=READING,
+        read=traces.checkpoint.file_bytes("vae"),
+        **_of_ranks(traces),
+        workspace=traces.machine.overheads.workspace if kind == "gpu" else 0,
+        alone=True,
+    )
+
+
+def vae_bytes(traces: Traces) -> int:
+    """Return the bytes of the VAE's weights: it runs in float32."""
+    return 4 * traces.checkpoint.parameters("vae")
+
+
+def _kept_vae(traces: Traces, runtime: Runtime) -> int:
+    """Return the bytes of a VAE that stays on the device between pictures and video."""
+    return vae_bytes(traces) if traces.pictures and runtime.keep_experts else 0
 
 
 def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
@@ -154,7 +181,7 @@ def text_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         **vars(traced),
         name=name,
         kind=kind,
-        weights=weights,
+        weights=weights + _kept_vae(traces, runtime),
         host=READING + host + traces.held_loras(traces.experts),
         read=traces.checkpoint.file_bytes("t5"),
         **_of_ranks(traces),
@@ -211,9 +238,10 @@ def _denoise(
     read_in_step = 0 if from_ram else round(file * streamed / held.total)
     return Phase(
         **vars(traced),
-        name=f"{expert}-noise expert{'' if guided else ' without guidance'}",
+        name=f"{title(expert)}{'' if guided else ' without guidance'}",
         kind=kind,
-        weights=sum(on_device(traces, each, runtime) for each in (expert, *others)),
+        weights=sum(on_device(traces, each, runtime) for each in (expert, *others))
+        + _kept_vae(traces, runtime),
         host=host,
         shared=shared,
         read=file - read_in_step,
@@ -257,7 +285,6 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
     """Return the VAE's phase."""
     tile, kept = runtime.vae_tile or 0, traces.experts if runtime.keep_experts else ()
     traced, host = traces.decode(tile), READING
-    vae = 4 * traces.checkpoint.parameters("vae")  # it runs in float32
     width, height = traces.request.size
     frames = traces.request.frame_num * width * height * 3
     if tile:
@@ -269,7 +296,7 @@ def decode_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
         **vars(traced),
         name="VAE",
         kind=kind,
-        weights=vae + sum(on_device(traces, expert, runtime) for expert in kept),
+        weights=vae_bytes(traces) + sum(on_device(traces, expert, runtime) for expert in kept),
         host=host,
         shared=shared,
         read=traces.checkpoint.file_bytes("vae"),

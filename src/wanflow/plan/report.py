@@ -149,6 +149,8 @@ def _need(plan: Plan) -> Need:
 
 def _expert_lines(request: CompleteRequest, spec: ModelSpec) -> Iterator[str]:
     found = expert_steps(request, spec)
+    if len(spec.expert_names) == 1:
+        return  # it makes all steps
     counts = [f"{found[name]} {name}-noise" for name in spec.expert_names]
     yield f"experts: {', '.join(counts)} steps (boundary {request.boundary:g})"
     if "switch" in found:

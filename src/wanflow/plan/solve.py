@@ -84,6 +84,7 @@ class _Solver:
         machine = begun.machine
         self.begun, self.traces, self.kind = begun, traces, begun.kind
         self.layers, self.experts = traces.layers, traces.experts
+        self.two_experts = len(traces.spec.expert_names) > 1
         self.gpu = round(machine.gpu_room * (1 - SPARE))
         self.ram = round(machine.ram_free * (1 - SPARE)) if machine.ram_free else 1 << 62
         self.several = traces.layout.size > 1
@@ -219,11 +220,18 @@ class _Solver:
 
     def _resident_words(self, way: Runtime, chosen: bool) -> str:
         size = memory_size(on_device(self.traces, self.experts[0], way))
+        if not self.two_experts:
+            held, words = f"the transformer ({size})", "is in memory"
+            words += " until the VAE decodes" if not way.keep_experts else ", also for later videos"
+            complete = f"the complete transformer {words} ({size})"
+        elif way.keep_experts:
+            held = f"both experts ({size} each)"
+            complete = f"both experts stay in memory ({size} each)"
+        else:
+            held = f"one expert ({size})"
+            complete = f"one complete expert at a time is in memory ({size})"
         if not way.dit_fsdp:
-            if way.keep_experts:
-                return f"both experts stay in memory ({size} each)"
-            return f"one complete expert at a time is in memory ({size})"
-        held = f"both experts ({size} each)" if way.keep_experts else f"one expert ({size})"
+            return complete
         words = f"each process holds a shard of {held}, and gathers each block one ahead"
         if not chosen:
             return words
@@ -239,7 +247,7 @@ class _Solver:
         phases = expert_phases(self.traces, bare, self.kind)
         block = max(max(self.traces.expert(expert, bare).blocks) for expert in self.experts)
         if way.keep_experts:
-            block *= 2
+            block *= len(self.experts)
         if self.kind == "cpu":
             room = min(self.ram, max(CPU_LEAST, round(self.ram * CPU_SHARE)))
             room -= max(phase.ram for phase in phases)
@@ -253,8 +261,9 @@ class _Solver:
         streamed = self.layers - (way.resident_blocks or 0)
         source = "RAM" if way.stream_from == "ram" else "their files"
         size = memory_size(streamed_bytes(self.traces, self.experts[0], way))
+        whose = "an expert's" if self.two_experts else "the"
         return (
-            f"{way.resident_blocks} of an expert's {self.layers} blocks stay resident, {streamed}"
+            f"{way.resident_blocks} of {whose} {self.layers} blocks stay resident, {streamed}"
             f" ({size}) are streamed from {source}"
         )
 
@@ -295,7 +304,8 @@ class _Solver:
         if least > (self.gpu if self.kind == "gpu" else self.ram // self.traces.here):
             return False
         phases = expert_phases(self.traces, runtime, self.kind)
-        if self.several:  # strips are the only way there; one process can still use tiles
+        # Strips are the only way of several; and experts that stay must leave room for the VAE.
+        if self.several or (runtime.keep_experts and self.kind == "gpu"):
             phases.append(decode_phase(self.traces, runtime, self.kind))
         return all(self._has_room(phase) for phase in phases)
 
@@ -309,7 +319,7 @@ class _Solver:
             size = self._size_in_fp8(runtime)
             if size * (1 + self.begun.machine.overheads.gaps) + GB < self.gpu:
                 yield (
-                    "--quantize fp8 --quantize_layers all would keep an expert in memory"
+                    f"--quantize fp8 --quantize_layers all would keep {self._one()} in memory"
                     f" ({memory_size(size)}), and changes the video"
                 )
         if self._lacks_bfloat16():
@@ -317,6 +327,9 @@ class _Solver:
         width, height = self.traces.request.size
         if short and width * height > 832 * 480:
             yield "--size 832*480 needs less"
+
+    def _one(self) -> str:
+        return "an expert" if self.two_experts else "the transformer"
 
     def _lacks_bfloat16(self) -> bool:
         lacks = self.kind == "gpu" and not self.begun.machine.bfloat16

@@ -12,14 +12,14 @@ from wanflow.choices import choose_device
 from wanflow.config import RequestError
 from wanflow.plan.cards import GB
 from wanflow.plan.gpus import Machine, this_machine
-from wanflow.plan.needed import LEAST, WHERE_ELSE, needed_words
+from wanflow.plan.needed import needed, needed_words, where_else
 from wanflow.plan.plan import Plan, expert_parameters, ranks_here, set_up
 from wanflow.presets import ModelSpec
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime, dtype_name
 from wanflow.units import file_size, memory_size
 
-FULL_SIZE = 20 * GB  # bytes of an expert in float32 above which a model needs a GPU
+FULL_SIZE = 10 * GB  # bytes of an expert in float32 above which a model needs a GPU
 FORCE = "(--force starts it anyway)"
 
 
@@ -114,9 +114,12 @@ def refuse_without_gpu(checkpoint: Checkpoint, machine: Machine) -> None:
     in_bf16 = [checkpoint.parameters(name) * 2 for name in spec.expert_names]
     packed = ""
     if (sum(in_bf16) - sum(files)) // len(files) > GB:
-        packed = f"{spec.name}'s weights are packed here ({file_size(files[0])} an expert). "
+        each = " an expert" if len(files) > 1 else ""
+        packed = f"{spec.name}'s weights are packed here ({file_size(files[0])}{each}). "
     raise RequestError(
-        packed + needed_words(), f"  here: {machine.words()}", f"  do: {WHERE_ELSE} {FORCE}"
+        packed + needed_words(spec.name),
+        f"  here: {machine.words()}",
+        f"  do: {where_else(spec.name)} {FORCE}",
     )
 
 
@@ -149,10 +152,12 @@ def ways_out(plan: Plan) -> tuple[str, ...]:
     if plan.small:
         return plan.offers
     if plan.kind == "gpu":
+        spec = plan.checkpoint.spec
+        (gpu, ram), (width, height) = needed(spec.name).least, spec.size
         return (
             *plan.offers,
             "leave settings open that you set (--resident_blocks, --keep_experts and the like):"
-            f" {LEAST[0]} GB of GPU memory and {LEAST[1]} GB of RAM are enough at 1280*720 then",
+            f" {gpu} GB of GPU memory and {ram} GB of RAM are enough at {width}*{height} then",
             "free memory that other programs hold",
         )
     return (*plan.offers, "try --dtype bfloat16", "close other programs", "use a larger machine")

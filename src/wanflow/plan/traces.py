@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.structure import build, expert_structure, lay_out
 from wanflow.choices import batch_guidance, choose_text_dtype, is_small
+from wanflow.conditioning import TextToVideo, conditioning_of, encoded_shape
 from wanflow.geometry import geometry_of
 from wanflow.loaders.velocity import make_velocity
 from wanflow.lora.reader import describe_adapter, open_adapter
@@ -30,7 +31,7 @@ from wanflow.parallel.sharding import rows_of, shard_bytes
 from wanflow.plan import decoding
 from wanflow.plan.gpus import Machine, described
 from wanflow.plan.trace import Traced, Work, fake, materialise
-from wanflow.presets import Expert, ModelSpec
+from wanflow.presets import Expert, ModelSpec, title
 from wanflow.request import CompleteRequest, Lora
 from wanflow.runtime import Runtime
 from wanflow.sampling.solvers import SolverState, advance
@@ -151,6 +152,9 @@ class Traces:
         self.tokens = geometry.tokens(size, frames)
         self.own_tokens = max(sizes(self.tokens, layout.sequence))
         self.loras = tuple(FakeLora.open(lora) for lora in request.loras)
+        given = request.image or request.last_image
+        # Whether the VAE encodes pictures first; a model that cannot do without is given one later.
+        self.pictures = given is not None or self.spec.conditioning == "channels"
         self._done: dict[Any, Any] = {}
 
     def of(self, request: CompleteRequest) -> Traces:
@@ -261,7 +265,7 @@ class Traces:
         gathered: int,
         gloo: bool,
     ) -> Traced:
-        self.report(f"planning a step of the {expert}-noise expert")
+        self.report(f"planning a step of the {title(expert)}")
         # Quantised leaves unpack weights in many operations, so `_leaves` traces each form once.
         spec = replace(self.spec, dit=replace(self.spec.dit, num_layers=self.TRACED_BLOCKS))
         model: Any = self._plain(spec, runtime)
@@ -287,10 +291,11 @@ class Traces:
             text = _nbytes(model.text_states(parts.text([""] * branches)))
             text_work = trace.work  # once a run, and not in each step
             trunk, guidance = sharded(group), split_guidance(group)
-            velocity = make_velocity(parts, self.request, index, runtime.cfg_batch, trunk, guidance)
+            seen, how = self._conditioning(), (index, runtime.cfg_batch, trunk, guidance)
+            velocity = make_velocity(parts, self.request, *how, conditioning=seen)
             state = _solver_state(index, self.latent_shape)
             trace.mark()
-            advance(schedule_of(self.request), state, velocity)
+            seen.held(advance(schedule_of(self.request), state, velocity).x)
             traced = trace.result(weights)
         excess, work = self._leaves(expert, runtime, self.passes(guided, runtime))
         return replace(
@@ -298,6 +303,11 @@ class Traces:
             activations=traced.activations + excess + text // self.TRACED_BLOCKS * further,
             work=traced.work - text_work + work.scaled(self.layers),
         )
+
+    def _conditioning(self) -> TextToVideo:
+        shape = encoded_shape(self.spec, self.request)
+        encoded = torch.empty(shape) if self.pictures else None
+        return conditioning_of(self.spec, self.request, encoded)
 
     def _plain(self, spec: ModelSpec, runtime: Runtime) -> WanDiT:
         plain = replace(runtime, quantize="")
@@ -349,6 +359,12 @@ class Traces:
             traced = trace.result(weights)
         prompts = 2 if any(step.guided for step in self.steps) else 1
         return replace(traced, work=traced.work.scaled(prompts))
+
+    @cached_property
+    def encode(self) -> Traced:
+        """The VAE in float32 on the clip of the pictures."""
+        self.report("planning the VAE's encoder")
+        return decoding.clip(self.spec, self.request)
 
     def decode(self, tile: int) -> Traced:
         """Trace the VAE in float32: in strips on several ranks, else in tiles or full frames."""
