@@ -53,7 +53,8 @@ def bench_flags(p: Parser) -> None:
         "--random_weights",
         "--random-weights",
         choices=tuple(MODELS),
-        help="random weights made on the device, in place of files",
+        metavar="MODEL",
+        help=f"random weights made on the device, in place of files: {', '.join(MODELS)}",
     )
     own.add_argument(
         "--layers",
