@@ -21,7 +21,7 @@ from wanflow import __version__
 from wanflow.advice import advice
 from wanflow.checkpoint.checkpoint import Checkpoint, fingerprint
 from wanflow.checkpoint.load import expert_bytes
-from wanflow.checkpoint.parts import WEIGHTS
+from wanflow.checkpoint.parts import weights_of
 from wanflow.choices import choose_device, choose_dtype, compiling_saves, has_bfloat16, is_small
 from wanflow.conditioning import TextToVideo, clip_parts, conditioning_of, encoded_shape
 from wanflow.config import RequestError
@@ -364,7 +364,7 @@ def refuse_together(runtime: Runtime, layers: int, processes: int) -> None:
 
 def weights_in_float32(checkpoint: Checkpoint) -> int:
     """Return the bytes of all weights in float32."""
-    return 4 * sum(checkpoint.parameters(part) for part in WEIGHTS)
+    return 4 * sum(checkpoint.parameters(part) for part in weights_of(checkpoint.spec))
 
 
 def is_tiny(

@@ -46,7 +46,7 @@ def resolve(
     Args:
         model: `"nano"` for the embedded miniature; a name like `"Wan-AI/Wan2.2-T2V-A14B"` for its
             copy in Hugging Face's cache; otherwise a folder in any layout. None: only `given`.
-        given: files that replace single parts (high, low, t5, vae, tokenizer).
+        given: files that replace single parts (high, low, dit, t5, vae, tokenizer).
 
     Raises:
         RequestError: when something is missing, damaged or of another model.
@@ -58,7 +58,7 @@ def resolve(
         if not parts:
             raise RequestError(
                 "no model is named: give its folder, nano, or its files (high, low, t5, vae,"
-                " tokenizer)"
+                " tokenizer; dit in place of high and low for TI2V-5B)"
             )
         return open_checkpoint(next(iter(parts.values())).parent, parts)
     folder = user_path(model)
@@ -174,7 +174,7 @@ def load(
         force: load although the machine is too small for that.
         progress: show bars on a terminal or in a notebook, while weights are read and while videos
             are made.
-        options: high, low, t5, vae, tokenizer: files in place of the model's own; and the fields of
+        options: high, low, dit, t5, vae, tokenizer: files in place of the model's own; and the fields of
             `wanflow.Runtime` (device, dtype, resident_blocks, quantize, ...); what is left out is
             settled for the machine.
 

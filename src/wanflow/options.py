@@ -59,6 +59,7 @@ class LoadOptions(TypedDict, total=False):
 
     high: str | Path | None
     low: str | Path | None
+    dit: str | Path | None
     t5: str | Path | None
     vae: str | Path | None
     tokenizer: str | Path | None

@@ -643,18 +643,18 @@ def test_report(read: Callable[..., AdapterFile]) -> None:
     """Every key that has no use is named, with the reason."""
     reasons = {
         "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": (
-            "image-to-video module, dropped for T2V"
+            "image-to-video module of Wan2.1, dropped"
         ),
         "lora_unet_blocks_0_cross_attn_v_img.lora_down.weight": (
-            "image-to-video module, dropped for T2V"
+            "image-to-video module of Wan2.1, dropped"
         ),
         "transformer.blocks.0.attn2.add_k_proj.lora_A.weight": (
-            "image-to-video module, dropped for T2V"
+            "image-to-video module of Wan2.1, dropped"
         ),
         "diffusion_model.blocks.0.cross_attn.norm_k_img.diff": (
-            "image-to-video module, dropped for T2V"
+            "image-to-video module of Wan2.1, dropped"
         ),
-        "diffusion_model.img_emb.proj.1.diff_b": "image-to-video module, dropped for T2V",
+        "diffusion_model.img_emb.proj.1.diff_b": "image-to-video module of Wan2.1, dropped",
         "text_encoder.encoder.layers.0.q.lora_A.weight": "text-encoder module",
         "lora_te1_blocks_0_q.lora_down.weight": "text-encoder module",
         "diffusion_model.blocks.7.ffn.0.diff": "no such module in this model",
@@ -699,7 +699,7 @@ def test_report(read: Callable[..., AdapterFile]) -> None:
         f"applied 1 of {adapter.modules} modules (LoRA, rank 4); not used: {len(reasons)} keys ("
     )
     assert (
-        "image-to-video module, dropped for T2V: " in text
+        "image-to-video module of Wan2.1, dropped: " in text
         and ", …" in text
         and all(why in text for why in set(reasons.values()))
     )

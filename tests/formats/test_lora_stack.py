@@ -164,7 +164,7 @@ def test_a_file_is_read_once_a_run(
 ) -> None:
     read: list[Path] = []
     monkeypatch.setattr(
-        stack, "read_adapter", lambda path, shapes: read.append(path) or read_adapter(path, shapes)
+        stack, "read_adapter", lambda path, *how: read.append(path) or read_adapter(path, *how)
     )
     pipe = wanflow.load("nano", device="cpu", lora=mode, keep_experts=keep, prefetch=prefetch)
     held = pipe.parts.loras._held  # type: ignore[attr-defined]

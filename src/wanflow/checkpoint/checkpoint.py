@@ -20,21 +20,25 @@ from wanflow.checkpoint.containers import TensorInfo, TensorSource, read_json, r
 from wanflow.checkpoint.folders import weight_files
 from wanflow.checkpoint.infer_config import (
     SHEET,
+    VAES,
     configure,
     dit_shapes,
+    model_of,
     refuse_relatives,
     statistics,
     text_shapes,
+    told_by,
+    vae_class,
     vae_shapes,
 )
 from wanflow.checkpoint.key_maps import Kind
 from wanflow.checkpoint.layouts import CheckpointFiles, config_beside, find
-from wanflow.checkpoint.parts import EXPERTS, WEIGHTS, Part, kind_of
+from wanflow.checkpoint.parts import NETWORKS, Part, kind_of, weights_of
 from wanflow.checkpoint.source import OfficialSource, official, open_source
 from wanflow.checkpoint.structure import Config, check, module_of
-from wanflow.config import DiTConfig, RequestError, TextConfig, VAEConfig, plain
+from wanflow.config import DiTConfig, RequestError, TextConfig, VAE22Config, VAEConfig, plain
 from wanflow.geometry import parse_size
-from wanflow.presets import T2V_A14B, Expert, ModelSpec
+from wanflow.presets import ONLY, T2V_A14B, Expert, ModelSpec
 from wanflow.request import Request
 
 SECTIONS = {
@@ -48,7 +52,7 @@ SECTIONS = {
 }
 SHAPES = {"name", "task", "dit", "text", "vae", "expert_folders"}  # of a spec, not defaults
 DEFAULTS = {field.name for field in fields(ModelSpec)} - SHAPES
-PUBLISHED_DISK = 126_200_000_000  # bytes of the official folder
+TOKENIZER_DISK = 22_000_000  # bytes of the published tokenizer, configs and headers
 PUBLISHED_DTYPES: dict[Kind, torch.dtype] = {
     "dit": torch.float32,
     "t5": torch.bfloat16,
@@ -106,7 +110,7 @@ class Checkpoint:
     def disk_bytes(self) -> int:
         """The size of all weight files, indexes included."""
         if not self.paths:
-            return PUBLISHED_DISK
+            return sum(map(self.file_bytes, self.sources)) + TOKENIZER_DISK
         files = {file for part in self.sources for file in _files(self.paths[part])}
         return sum(file.stat().st_size for file in files if file.exists())
 
@@ -138,15 +142,18 @@ def open_checkpoint(
             if part != "tokenizer"
         }
         dit = _dit_config(folder, found, sources, sheet.get("dit", {}), given)
+        preset = told_by(dit.in_dim, dit.out_dim) or T2V_A14B
         t5, vae = sources["t5"], sources["vae"]
         text_config = configure(TextConfig, text_shapes(t5), sheet.get("text", {}), t5.path)
-        levels = vae_shapes(vae)
-        declared = statistics(levels, sheet.get("vae", {}), vae.path)
-        vae_config = configure(VAEConfig, levels, declared, vae.path)
+        kind, levels = vae_class(vae), vae_shapes(vae)
+        _refuse_vae(preset, kind, vae)
+        declared = statistics(kind, levels, sheet.get("vae", {}), vae.path)
+        vae_config = configure(kind, levels, declared, vae.path)
         _refuse_mixed(folder, dit, text_config, vae_config)
         check(module_of(text_config), t5)
         check(module_of(vae_config), vae)
-        spec = _spec(folder, replace(T2V_A14B, dit=dit, text=text_config, vae=vae_config), sheet)
+        shapes = replace(preset, dit=dit, text=text_config, vae=vae_config)
+        spec = _spec(folder, preset, shapes, sheet)
         return Checkpoint(
             spec,
             sources,
@@ -192,9 +199,11 @@ def _dit_config(
     extra: Mapping[str, Any],
     given: Mapping[Part, Path],
 ) -> DiTConfig:
-    """Return the one shape of all experts; RequestError where they differ."""
+    """Return the one shape of all networks; RequestError where two experts differ."""
     first, *others = (
-        _expert_config(found, part, sources[part], folder, extra, part in given) for part in EXPERTS
+        _expert_config(found, part, sources[part], folder, extra, part in given)
+        for part in found.parts
+        if part in NETWORKS
     )
     for other in others:
         names = [
@@ -227,6 +236,7 @@ def _expert_config(
     else:
         declared, file = config_beside(path)
     refuse_relatives(source, declared)
+    _refuse_alone(part, source)
     for key, value in extra.items():
         if declared.setdefault(key, value) != value:
             raise RequestError(f"{file} says {key} {declared[key]}, {SHEET} says {value}")
@@ -235,10 +245,40 @@ def _expert_config(
     return config
 
 
+def _refuse_alone(part: Expert, source: OfficialSource) -> None:
+    """Raise a RequestError for an expert in place of the one network, or the other way round."""
+    spec = model_of(source)
+    if spec is None or part in spec.expert_names:
+        return
+    if part == ONLY:
+        raise RequestError(
+            f"{source.path} has the channels of {spec.name}, which has two experts, and is one"
+            " network: Wan2.1, or one of the experts; name both with --high and --low"
+        )
+    raise RequestError(
+        f"{source.path} holds the transformer of {spec.name}, which has no experts; name it with"
+        f" --{ONLY}, and no --high or --low"
+    )
+
+
+def _refuse_vae(spec: ModelSpec, kind: type[VAEConfig], vae: OfficialSource) -> None:
+    """Raise a RequestError for the VAE of another model of the family."""
+    if type(spec.vae) is kind:
+        return
+    channels = vae_shapes(vae)["z_dim"]
+    uses = "I2V-A14B and T2V-A14B use wan_2.1_vae (Wan2.1_VAE.pth); wan2.2_vae belongs to TI2V-5B"
+    if kind is not VAE22Config:
+        uses = "TI2V-5B uses wan2.2_vae (Wan2.2_VAE.pth), with 48"
+    raise RequestError(
+        f"{vae.path} is {VAES[kind]}, with {channels} channels, and not of one model with"
+        f" {spec.name}: {uses}; name the right one with --vae"
+    )
+
+
 def _refuse_mixed(folder: Path, dit: DiTConfig, text: TextConfig, vae: VAEConfig) -> None:
     widths = {
         "text width": (dit.text_dim, text.dim),
-        "latent channels": (dit.in_dim, dit.out_dim, vae.z_dim),
+        "latent channels": (dit.out_dim, vae.z_dim),
     }
     for what, values in widths.items():
         if len(set(values)) > 1:
@@ -248,12 +288,14 @@ def _refuse_mixed(folder: Path, dit: DiTConfig, text: TextConfig, vae: VAEConfig
             )
 
 
-def _spec(folder: Path, shapes: ModelSpec, sheet: Mapping[str, Any]) -> ModelSpec:
-    """Return the shapes with the sheet's defaults, else the published ones.
+def _spec(
+    folder: Path, preset: ModelSpec, shapes: ModelSpec, sheet: Mapping[str, Any]
+) -> ModelSpec:
+    """Return the shapes with the sheet's defaults, else the published ones of `preset`.
 
     The defaults are checked by completing a request with them.
     """
-    name = T2V_A14B.name if shapes == T2V_A14B else folder.resolve().name
+    name = preset.name if shapes == preset else folder.resolve().name
     defaults = {
         **sheet.get("defaults", {}),
         "name": plain(sheet.get("name", name)),
@@ -263,6 +305,10 @@ def _spec(folder: Path, shapes: ModelSpec, sheet: Mapping[str, Any]) -> ModelSpe
         if "size" in defaults:
             defaults["size"] = parse_size(defaults["size"])
         spec = replace(shapes, **defaults)
+        if spec.conditioning != shapes.conditioning:
+            raise RequestError(
+                f"conditioning {spec.conditioning!r}: the tensors say {shapes.conditioning!r}"
+            )
         Request("any", seed=0).complete(spec)
     except (TypeError, ValueError) as error:
         raise RequestError(f"{folder / SHEET}: {error}") from None
@@ -270,13 +316,21 @@ def _spec(folder: Path, shapes: ModelSpec, sheet: Mapping[str, Any]) -> ModelSpe
 
 
 def _notes(found: CheckpointFiles, spec: ModelSpec) -> tuple[str, ...]:
-    if found.shift is None or found.shift == spec.sample_shift:
-        return ()
-    return (
-        f"the scheduler's config says flow_shift {found.shift:g}; {spec.name} was published"
-        f" with {spec.sample_shift:g}, which is used (--sample_shift {found.shift:g} for the"
-        " other)",
-    )
+    notes = []
+    if found.shift is not None and found.shift != spec.sample_shift:
+        notes.append(
+            f"the scheduler's config says flow_shift {found.shift:g}; {spec.name} was published"
+            f" with {spec.sample_shift:g}, which is used (--sample_shift {found.shift:g} for the"
+            " other)"
+        )
+    expands = spec.conditioning == "first_frame"
+    if found.expand is not None and found.expand != expands:
+        notes.append(
+            f"model_index.json says expand_timesteps {str(found.expand).lower()}; {spec.name}"
+            f" {'gives each token its time' if expands else 'has one time for all tokens'}, which"
+            " is what happens"
+        )
+    return tuple(notes)
 
 
 # without files
@@ -286,7 +340,7 @@ def published(spec: ModelSpec = T2V_A14B) -> Checkpoint:
     """Return the official model, or one of other shapes, stored as the official files are."""
     checkpoint = Checkpoint(spec, {}, Path(spec.name), layout="published")
     sources = {}
-    for part in WEIGHTS:
+    for part in weights_of(spec):
         dtype = PUBLISHED_DTYPES[kind_of(part)]
         tensors = {
             name: TensorInfo(tuple(parameter.shape), dtype)
@@ -310,7 +364,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     files = [checkpoint.folder / SHEET]
     for part, path in checkpoint.paths.items():
-        files += [path / "config.json"] if part in EXPERTS and path.is_dir() else []
+        files += [path / "config.json"] if part in NETWORKS and path.is_dir() else []
         files += _files(path)
     folder, labelled = checkpoint.folder, []
     for file in sorted({file for file in files if file.exists()}):

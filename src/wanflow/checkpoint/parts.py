@@ -6,22 +6,28 @@ import itertools
 import re
 
 from wanflow.checkpoint.key_maps import Kind
-from wanflow.presets import T2V_A14B, Expert
+from wanflow.presets import ONLY, T2V_A14B, Expert, ModelSpec, title
 
-Part = str  # the name of an expert, "t5", "vae" or "tokenizer"
+Part = str  # the name of a network, "t5", "vae" or "tokenizer"
 
 EXPERTS = T2V_A14B.expert_names
-WEIGHTS: tuple[Part, ...] = (*EXPERTS, "t5", "vae")
+NETWORKS: tuple[Expert, ...] = (*EXPERTS, ONLY)  # a model has the experts, or the one network
+WEIGHTS: tuple[Part, ...] = (*NETWORKS, "t5", "vae")
 PARTS: tuple[Part, ...] = (*WEIGHTS, "tokenizer")
-KINDS: dict[Part, Kind] = {**dict.fromkeys(EXPERTS, "dit"), "t5": "t5", "vae": "vae"}
+KINDS: dict[Part, Kind] = {**dict.fromkeys(NETWORKS, "dit"), "t5": "t5", "vae": "vae"}
 WORDS: dict[Part, str] = {
-    **{expert: f"the {expert}-noise expert" for expert in EXPERTS},
+    **{network: f"the {title(network)}" for network in NETWORKS},
     "t5": "the text encoder",
     "vae": "the VAE",
     "tokenizer": "the tokenizer",
 }
 ENDINGS = {".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin"}  # of files of weights
-FLAGS = ", ".join(f"--{part}" for part in WEIGHTS)
+FLAGS = "--high, --low, --t5, --vae (TI2V-5B: --dit in place of the first two)"
+
+
+def weights_of(spec: ModelSpec) -> tuple[Part, ...]:
+    """Return the parts of a model that hold weights."""
+    return (*spec.expert_names, "t5", "vae")
 
 
 def kind_of(part: Part) -> Kind:

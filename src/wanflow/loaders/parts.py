@@ -21,7 +21,7 @@ from wanflow.loaders.placement import Changes, Placement
 from wanflow.loaders.prompts import PromptEncoder
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
-from wanflow.presets import Expert
+from wanflow.presets import Expert, title
 from wanflow.request import CompleteRequest, Lora
 from wanflow.transforms.attention import set_attention
 from wanflow.transforms.attention_kernels import Backend
@@ -112,7 +112,7 @@ class LoadedParts:
             from wanflow.lora.stack import LoraStack, shapes_of
 
             shapes = shapes_of(build(WanDiT, self.spec.dit))
-            self._loras = LoraStack(shapes, self.runtime.lora == "live")
+            self._loras = LoraStack(shapes, self.runtime.lora == "live", self.spec.expert_names)
         return self._loras
 
     def use_loras(self, loras: tuple[Lora, ...], recorded: Mapping[str, str]) -> None:
@@ -260,7 +260,7 @@ class LoadedParts:
             model = ahead.take()
             set_chunk(model, self.runtime.chunk_tokens or 0)  # it may be smaller by now
         else:
-            report = self._reporter(f"{which}-noise expert")
+            report = self._reporter(title(which))
             changes = self._changes(which, merged)
             model = open_expert(self.checkpoint, which, self.placement, report, changes)
         self._experts[which], self._merged[which] = model, merged
@@ -322,7 +322,7 @@ def refuse_packed(checkpoint: Checkpoint, where: Placement) -> None:
         )
         if not any(isinstance(leaf, QuantLinear) for leaf in model.modules()):
             raise RequestError(
-                f"quantize {where.runtime.quantize}: the file of the {which}-noise expert holds"
+                f"quantize {where.runtime.quantize}: the file of the {title(which)} holds"
                 " packed weights already; leave out --quantize"
             )
 

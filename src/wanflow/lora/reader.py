@@ -36,7 +36,7 @@ from wanflow.lora.keys import (
     parse_keys,
     peft_configs,
 )
-from wanflow.presets import Expert
+from wanflow.presets import Expert, title
 from wanflow.transforms.deltas import (
     Additive,
     Decomposed,
@@ -49,7 +49,7 @@ from wanflow.transforms.deltas import (
     shape_error,
 )
 
-IS_IMAGE, NO_MODULE = "image-to-video module, dropped for T2V", "no such module in this model"
+IS_IMAGE, NO_MODULE = "image-to-video module of Wan2.1, dropped", "no such module in this model"
 MAX_REASONS = 12  # in one line of a report
 
 
@@ -234,20 +234,23 @@ class _Reader:
     shapes: Mapping[str, tuple[int, ...]]
     configs: Mapping[str, PeftConfig]
     unused: dict[str, str]
-    changes: dict[Expert, dict[str, WeightDelta]] = field(
-        default_factory=lambda: {expert: {} for expert in EXPERTS}
-    )
+    experts: tuple[Expert, ...] = EXPERTS
+    changes: dict[Expert, dict[str, WeightDelta]] = field(init=False)
     kinds: Counter[str] = field(default_factory=Counter)
     ranks: set[int] = field(default_factory=set)
     alphas: set[float] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.targets = _targets(self.shapes)
+        self.changes = {expert: {} for expert in self.experts}
 
     def read(self, module: AdapterModule) -> bool:
         """Read the deltas of a module; return whether it changes anything in the model."""
         if IMAGE.search(module.key.path):
             return self._skip(module.keys.values(), IS_IMAGE)
+        if module.key.expert not in (None, *self.experts):
+            reason = f"for the {title(module.key.expert)}, which this model does not have"
+            return self._skip(module.keys.values(), reason)
         official = self.targets.get(module.key.path.lstrip("_"))
         if official is None:
             return self._skip(module.keys.values(), NO_MODULE)
@@ -279,7 +282,7 @@ class _Reader:
         ]
         if not all(name in self.shapes for name in names):
             return f"no such parameter in this model ({names[0]})"
-        experts = [module.key.expert] if module.key.expert else EXPERTS
+        experts = [module.key.expert] if module.key.expert else self.experts
         if any(name in self.changes[expert] for name in names for expert in experts):
             return f"a second change of {names[0]}"
         tensors = self.source.tensors
@@ -357,8 +360,15 @@ def open_adapter(path: Path) -> TensorSource:
     return open_container(file)
 
 
-def read_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFile:
-    """Read all deltas of a file, float32, for a model with these parameters (official names).
+def read_adapter(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], experts: tuple[Expert, ...] = EXPERTS
+) -> AdapterFile:
+    """Read all deltas of a file, float32, for a model.
+
+    Args:
+        path: the file, or the folder of PEFT.
+        shapes: of an expert's parameters, by official name.
+        experts: the names of the model's experts, or of its one network.
 
     Raises:
         RequestError: for a broken file, one that holds no adapter, one that does not apply at all,
@@ -373,7 +383,7 @@ def read_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFi
             f"{source.path} holds no LoRA or other adapter in any known naming; its tensors begin"
             f" {first}"
         )
-    reader = _Reader(source, shapes, peft_configs(source), unused)
+    reader = _Reader(source, shapes, peft_configs(source), unused, experts)
     applied = sum(reader.read(module) for module in modules)
     if not applied:
         raise RequestError(

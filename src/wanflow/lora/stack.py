@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wanflow.config import RequestError
 from wanflow.lora.find import lora_fingerprints
+from wanflow.lora.keys import EXPERTS
 from wanflow.lora.reader import read_adapter
 from wanflow.presets import Expert
 from wanflow.request import Lora
@@ -42,10 +43,11 @@ class LoraStack:
         shapes: of an expert's parameters.
         live: whether LoRAs are computed next to the weights (`apply`) or merged into them while an
             expert loads (`fused`).
+        experts: the names of the model's experts, or of its one network.
     """
 
-    def __init__(self, shapes: Shapes, live: bool) -> None:
-        self.shapes, self.live = shapes, live
+    def __init__(self, shapes: Shapes, live: bool, experts: tuple[Expert, ...] = EXPERTS) -> None:
+        self.shapes, self.live, self.experts = shapes, live, experts
         # By path, content and repetition: a file may be given twice, or change between two runs.
         self._loras: dict[str, Lora] = {}
         self._held: dict[str, dict[Expert, Deltas]] = {}  # what no expert has taken yet
@@ -74,7 +76,7 @@ class LoraStack:
         new = {name: lora for name, lora in named.items() if name not in self._loras}
         read = {}
         for path in dict.fromkeys(lora.path for lora in new.values()):
-            adapter = read_adapter(Path(path), self.shapes)
+            adapter = read_adapter(Path(path), self.shapes, self.experts)
             logger.info("lora %s: %s", Path(path).name, adapter.report())
             read[path] = adapter.changes
         self._held = {name: held for name, held in self._held.items() if name in named}
@@ -149,7 +151,7 @@ class LoraStack:
         held = self._held.get(name, {})
         if expert not in held:
             lora = self._loras[name]
-            changes = read_adapter(Path(lora.path), self.shapes).changes
+            changes = read_adapter(Path(lora.path), self.shapes, self.experts).changes
             held = self._held[name] = {**_used(lora, changes), expert: changes[expert]}
         return held.pop(expert)
 
