@@ -18,7 +18,7 @@ from typing import Any
 
 from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.checkpoint.containers import NAMES, Report, TensorSource, reading
-from wanflow.checkpoint.infer_config import config_of, relative
+from wanflow.checkpoint.infer_config import VAES, config_of, model_of, relative
 from wanflow.checkpoint.key_maps import Kind, detect, strip
 from wanflow.checkpoint.layouts import (
     DIFFUSERS,
@@ -30,7 +30,7 @@ from wanflow.checkpoint.layouts import (
     which_expert,
 )
 from wanflow.checkpoint.ledger import LEDGER, Ledger
-from wanflow.checkpoint.parts import ENDINGS, EXPERTS, WORDS, Part
+from wanflow.checkpoint.parts import ENDINGS, EXPERTS, NETWORKS, WORDS, Part
 from wanflow.checkpoint.published import known_sha256, published_as
 from wanflow.checkpoint.source import (
     OfficialSource,
@@ -44,10 +44,10 @@ from wanflow.checkpoint.structure import Config, compare, module_of
 from wanflow.checkpoint.tokenizers import carries_tokenizer, open_tokenizer
 from wanflow.config import DiTConfig, RequestError, TextConfig
 from wanflow.lora.reader import describe_adapter, open_adapter
-from wanflow.presets import NANO, T2V_A14B, Expert
+from wanflow.presets import FAMILY, NANO, NANO_I2V, ONLY, T2V_A14B, Expert, ModelSpec
 
-# The authors' count; exactly it is 28.58 and 14.29 billion.
-PUBLISHED_SIZE = "27B total, 14B active"
+# The authors' counts; exactly A14B has 28.58 and 14.29 billion.
+PUBLISHED_SIZES = {2: "27B total, 14B active", 1: "5B"}  # by the number of networks
 BLOCK = 4 << 20  # bytes hashed at a time
 UNREADABLE = "not readable"
 SMALL = 100_000_000  # bytes; a smaller file of a published name is a miniature, not damaged
@@ -56,7 +56,7 @@ PART_LABELS: dict[Kind, str] = {
     "t5": "text encoder",
     "vae": "VAE",
 }
-PUBLISHED = {"t5": "UMT5-XXL", "vae": "the Wan2.1 VAE"}
+TEXT_ENCODER = "UMT5-XXL"
 # Wan2.1's 14B has the shapes of one expert, so a single file does not tell the two apart.
 EITHER = f"{T2V_A14B.name} (or Wan2.1-T2V-14B, which has the same shapes)"
 # The fields of each config that tensors do not show.
@@ -173,7 +173,8 @@ def inspect(
     if all(row.what == UNREADABLE for row in rows):
         raise RequestError(str(rows[0].error))
     # A single part, or LoRAs: it need not load as a model.
-    alone = path.is_file() or (layout == "files" and sum(row.lora is None for row in rows) <= 1)
+    single = layout == "files" or (path / "config.json").is_file()
+    alone = path.is_file() or (single and sum(row.lora is None for row in rows) <= 1)
     tokenizer = next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
     if tokenizer is not None:
         rows.append(_tokenizer(tokenizer, path, hashes, report))
@@ -194,22 +195,23 @@ def inspect(
 
 def _common(rows: list[Row]) -> str | None:
     """Return the model of all experts in the rows; without experts, that of the first part."""
-    experts = [row for row in rows if row.part in EXPERTS or row.what == PART_LABELS["dit"]]
+    experts = [row for row in rows if row.part in NETWORKS or row.what == PART_LABELS["dit"]]
     names = {row.model for row in experts or rows[:1]}
     return names.pop() if len(names) == 1 else None
 
 
 def _parameters(rows: list[Row]) -> dict[str, Any]:
-    experts = {row.part: row for row in rows if row.part in EXPERTS}
+    experts = {row.part: row for row in rows if row.part in NETWORKS}
     counts = [row.parameters for row in experts.values()]
-    published = len(experts) == len(EXPERTS) and all(
-        row.model == EITHER and row.parameters for row in experts.values()
+    models = {row.model for row in experts.values() if row.parameters}
+    published = any(
+        models == {_name(spec)} and {*spec.expert_names} == {*experts} for spec in FAMILY
     )
     return {
         "experts_total": sum(counts),
         "experts_active": max(counts, default=0),
         "all": sum(row.parameters for row in rows if row.lora is None),
-        "published": PUBLISHED_SIZE if published else None,
+        "published": PUBLISHED_SIZES[len(experts)] if published else None,
     }
 
 
@@ -267,7 +269,8 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, kn
         notes.append("carries its tokenizer")
     if kind == "dit":
         try:
-            expert = _which(path, root)
+            spec = model_of(part)
+            expert = ONLY if spec and ONLY in spec.expert_names else _which(path, root)
         except RequestError as error:
             notes.append(str(error))
     row = replace(
@@ -302,23 +305,30 @@ def _part(row: Row, kind: Kind, source: TensorSource, path: Path, root: Path, kn
 def _model_of(config: Config) -> str:
     """Return the model that has this shape."""
     if isinstance(config, DiTConfig):
-        if config == T2V_A14B.dit:
-            return EITHER
         # The width of nano's heads is its own, and tensors do not show it.
         heads, length = NANO.dit.num_heads, NANO.dit.text_len
         same_width = config.dim == NANO.dit.dim
-        if same_width and replace(config, num_heads=heads, text_len=length) == NANO.dit:
-            return NANO.name
-        return f"another size of Wan: width {config.dim}, {config.num_layers} blocks"
+        nano = replace(config, num_heads=heads, text_len=length) if same_width else None
+        for spec in (*FAMILY, NANO, NANO_I2V):
+            if spec.dit in (config, nano):
+                return _name(spec)
+        kinds = {spec.dit.model_type: spec.name for spec in FAMILY if spec is not T2V_A14B}
+        kind = kinds.get(config.model_type, "Wan")
+        return f"another size of {kind}: width {config.dim}, {config.num_layers} blocks"
     if isinstance(config, TextConfig):
-        known = {T2V_A14B.text: PUBLISHED["t5"], NANO.text: NANO.name}
+        known = {T2V_A14B.text: TEXT_ENCODER, NANO.text: NANO.name}
         return known.get(config, f"another size of UMT5: width {config.dim}")
-    for name, shape in ((PUBLISHED["vae"], T2V_A14B.vae), (NANO.name, NANO.vae)):
-        if shape.z_dim == config.z_dim and config == replace(
-            shape, latent_mean=config.latent_mean, latent_std=config.latent_std
-        ):
+    latent: Any = {"latent_mean": config.latent_mean, "latent_std": config.latent_std}
+    published = {VAES[type(spec.vae)]: spec.vae for spec in FAMILY} | {NANO.name: NANO.vae}
+    for name, shape in published.items():
+        if shape.z_dim == config.z_dim and config == replace(shape, **latent):
             return name
-    return f"another size of the Wan VAE: width {config.dim}"
+    return f"another size of {VAES[type(config)]}: width {config.dim}"
+
+
+def _name(spec: ModelSpec) -> str:
+    """Return what an expert of these shapes belongs to."""
+    return EITHER if spec is T2V_A14B else spec.name
 
 
 def _which(path: Path, root: Path) -> Expert | None:

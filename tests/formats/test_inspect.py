@@ -182,7 +182,7 @@ def test_relatives_are_named_and_not_refused(folder: Path) -> None:
     for change, name in (
         (
             lambda state: state.update({"patch_embedding.weight": torch.zeros(160, 36, 1, 2, 2)}),
-            "Wan2.2-I2V-A14B (image to video)",
+            "nano-i2v",
         ),
         (
             lambda state: state.update(

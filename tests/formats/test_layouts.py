@@ -725,9 +725,12 @@ def test_published_files_are_known_under_any_name(
     [
         (
             lambda s: s | {"patch_embedding.weight": torch.zeros(256, 36, 1, 2, 2)},
-            "Wan2.2-I2V-A14B",
+            "the high-noise expert is of Wan2.2-I2V-A14B and the low-noise one of Wan2.2-T2V-A14B",
         ),
-        (lambda s: s | {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)}, "Wan2.2-TI2V-5B"),
+        (
+            lambda s: s | {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)},
+            "a model with 48 channels in and 16 out",
+        ),
         (lambda s: s | {"img_emb.proj.0.weight": torch.zeros(2)}, "Wan2.1-I2V"),
         (lambda s: s | {"vace_blocks.0.before_proj.weight": torch.zeros(2)}, "Wan VACE"),
     ],

@@ -377,7 +377,7 @@ WIDER = {"lora", "device", "dtype", "text_cache", "machine_cache", "calibration"
     ("keywords", "cls", "more"),
     [
         (options.RequestOptions, Request, {"preset"}),
-        (options.LoadOptions, Runtime, {"high", "low", "t5", "vae", "tokenizer"}),
+        (options.LoadOptions, Runtime, {"high", "low", "dit", "t5", "vae", "tokenizer"}),
     ],
 )
 def test_keywords_have_the_types_of_the_fields(keywords: type, cls: type, more: set[str]) -> None:

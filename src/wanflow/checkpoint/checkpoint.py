@@ -206,6 +206,12 @@ def _dit_config(
         if part in NETWORKS
     )
     for other in others:
+        high, low = (told_by(config.in_dim, config.out_dim) for config in (first, other))
+        if high and low and high is not low:
+            raise RequestError(
+                f"{folder}: the high-noise expert is of {high.name} and the low-noise one of"
+                f" {low.name}; name two of one model with --high and --low"
+            )
         names = [
             f.name for f in fields(DiTConfig) if getattr(first, f.name) != getattr(other, f.name)
         ]

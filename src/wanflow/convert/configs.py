@@ -8,8 +8,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from wanflow.checkpoint.checkpoint import DEFAULTS
-from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAEConfig
-from wanflow.presets import T2V_A14B, ModelSpec
+from wanflow.config import TRAIN_STEPS, DiTConfig, TextConfig, VAE22Config, VAEConfig
+from wanflow.presets import FAMILY, ModelSpec
 
 DIFFUSERS_VERSION = "0.35.0"  # the first with two transformers
 OFFICIAL_KEYS = (
@@ -33,8 +33,8 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def model_card(preset: ModelSpec, vocabulary: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Return the contents of `wanflow.json`; None for the published model, which needs none."""
-    if preset == T2V_A14B and not vocabulary:
+    """Return the contents of `wanflow.json`; None for a published model, which needs none."""
+    if preset in FAMILY and not vocabulary:
         return None
     # What an expert's tensors, or its official config.json, do not show.
     hidden = ("num_heads", "text_dim", "text_len", "eps")
@@ -80,15 +80,26 @@ def _class(name: str, **values: Any) -> dict[str, Any]:
 
 def model_index(preset: ModelSpec, tokenizer: str) -> dict[str, Any]:
     """Return `model_index.json`; `tokenizer` is the name of transformers' class."""
+    network, nothing = ["diffusers", "WanTransformer3DModel"], [None, None]
+    two = len(preset.expert_names) == 2
     parts = {
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", tokenizer],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        "transformer": network,
+        "transformer_2": network if two else nothing,
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    return _class("WanPipeline", boundary_ratio=preset.boundary, expand_timesteps=False, **parts)
+    pipeline = "WanPipeline"
+    if preset.conditioning == "channels":
+        pipeline = "WanImageToVideoPipeline"
+        parts |= {"image_encoder": nothing, "image_processor": nothing}
+    return _class(
+        pipeline,
+        boundary_ratio=preset.boundary if two else None,
+        expand_timesteps=preset.conditioning == "first_frame",
+        **parts,
+    )
 
 
 def transformer(dit: DiTConfig) -> dict[str, Any]:
@@ -116,8 +127,14 @@ def transformer(dit: DiTConfig) -> dict[str, Any]:
 
 def autoencoder(vae: VAEConfig) -> dict[str, Any]:
     """Return `config.json` of the VAE, for diffusers."""
+    folded: dict[str, Any] = {}
+    if isinstance(vae, VAE22Config):
+        channels = 3 * vae.patch**2
+        folded = {"is_residual": True, "patch_size": vae.patch, "decoder_base_dim": vae.dec_dim}
+        folded |= {"in_channels": channels, "out_channels": channels}
     return _class(
         "AutoencoderKLWan",
+        **folded,
         base_dim=vae.dim,
         z_dim=vae.z_dim,
         dim_mult=vae.dim_mult,

@@ -15,9 +15,9 @@ from pathlib import Path
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from wanflow.checkpoint.containers import Report, reading
 from wanflow.checkpoint.folders import weight_files
-from wanflow.checkpoint.infer_config import config_of, refuse_relatives
-from wanflow.checkpoint.layouts import FOLDERS
-from wanflow.checkpoint.parts import PARTS, Part, kind_of
+from wanflow.checkpoint.infer_config import config_of, model_of, refuse_relatives
+from wanflow.checkpoint.layouts import T5_STEM, VAE_STEMS, has_experts
+from wanflow.checkpoint.parts import Part
 from wanflow.checkpoint.source import is_lora, kinds_in, official, open_source
 from wanflow.checkpoint.structure import check, module_of
 from wanflow.config import RequestError
@@ -45,9 +45,10 @@ def _is_part(folder: Path) -> bool:
     """Return whether a folder is that of one part: its config and its weights."""
     if not (folder / "config.json").exists() or (folder / "model_index.json").exists():
         return False
-    return not any((folder / name).is_dir() for name in FOLDERS.values()) and all(
-        file.exists() for file in weight_files(folder)
-    )
+    others = [f"{stem}{end}" for stem in (T5_STEM, *VAE_STEMS.values()) for end in (".pth", ".safetensors")]
+    if has_experts(folder) or any((folder / name).exists() for name in others):
+        return False
+    return all(file.exists() for file in weight_files(folder))
 
 
 def _open_part(path: Path) -> Checkpoint:
@@ -67,8 +68,9 @@ def _open_part(path: Path) -> Checkpoint:
     if kinds[0] == "dit":
         refuse_relatives(part, {})
     check(module_of(config_of(kinds[0], part)), part)
-    name = next(name for name in PARTS if kind_of(name) == kinds[0])
-    return Checkpoint(T2V_A14B, {name: part}, path, {name: path}, layout=SINGLE)
+    spec = (model_of(part) if kinds[0] == "dit" else None) or T2V_A14B
+    name = spec.expert_names[0] if kinds[0] == "dit" else kinds[0]
+    return Checkpoint(spec, {name: part}, path, {name: path}, layout=SINGLE)
 
 
 def convert(

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from wanflow.checkpoint.checkpoint import Checkpoint
 from wanflow.checkpoint.infer_config import HEAD_DIM, SHEET, config_of, configure, text_shapes
 from wanflow.checkpoint.key_maps import Kind
-from wanflow.checkpoint.layouts import DIFFUSERS, FOLDERS, OFFICIAL_STEMS
-from wanflow.checkpoint.parts import EXPERTS, Part, kind_of
+from wanflow.checkpoint.layouts import DIFFUSERS, T5_STEM, VAE_STEMS
+from wanflow.checkpoint.parts import Part, kind_of
 from wanflow.checkpoint.source import EMBEDDED, OfficialSource
 from wanflow.checkpoint.tokenizers import open_tokenizer
-from wanflow.config import DiTConfig, TextConfig
+from wanflow.config import DiTConfig, RequestError, TextConfig
 from wanflow.convert import configs
 from wanflow.convert.encode import bytes_entry, entries
 from wanflow.convert.formats import DIALECTS, Options, StorageFormat
 from wanflow.convert.write import TensorSpec, shards, write_safetensors, write_torch
 from wanflow.convert.write_gguf import Note, note_text, pieces_in, write_gguf
-from wanflow.presets import T2V_A14B
+from wanflow.presets import FAMILY, ONLY, T2V_A14B, ModelSpec
 from wanflow.untrusted import read_bytes
 
 SINGLE = "file"  # the layout of a checkpoint that is one part of a model
+COMFY_STEMS: dict[tuple[str, Part], str] = {  # of ComfyUI's published files
+    **{
+        (task, part): f"wan2.2_{task[:3]}_{part}_noise_14B"
+        for task in ("t2v-A14B", "i2v-A14B")
+        for part in ("high", "low")
+    },
+    ("ti2v-5B", ONLY): "wan2.2_ti2v_5B",
+    ("t2v-A14B", "vae"): "wan_2.1_vae",
+    ("i2v-A14B", "vae"): "wan_2.1_vae",
+    ("ti2v-5B", "vae"): "wan2.2_vae",
+}
 ARCHITECTURE: dict[Kind, str] = {"dit": "wan", "t5": "t5encoder"}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -87,22 +98,28 @@ def plan(model: Checkpoint, options: Options, name: str) -> Plan:
         return _plan_part(model, alone, options, name)
     layout, tokens = options.target.layout, _tokenizer_files(model.paths["tokenizer"])
     parts = {part: source for part, source in model.sources.items() if part in options.parts}
+    if not parts:
+        raise RequestError(
+            f"--parts {','.join(options.parts)} leaves nothing of {model.spec.name}, which has"
+            f" {', '.join(model.sources)}"
+        )
     outputs: list[Output] = []
     files: dict[str, bytes] = {}
     for part, source in parts.items():
         kind = kind_of(part)
         tensors = entries(kind, source, options.coding(kind), DIALECTS[layout][kind])
         if layout in ("official", "diffusers"):
-            split, index = _split(part, tensors, options)
+            split, index = _split(part, tensors, options, model.spec)
             outputs += split
             files |= index
         else:
             outputs.append(_one_file(part, tensors, model, options, tokens))
     if layout == "official":
         config = configs.as_json(configs.official(model.spec.dit))
-        files |= {f"{FOLDERS[part]}/config.json": config for part in EXPERTS if part in parts}
+        folders = [folder for part, folder in model.spec.expert_folders if part in parts]
+        files |= {f"{_inside(folder)}config.json": config for folder in folders}
     if layout == "diffusers":
-        files |= _diffusers_files(model, options, tokens)
+        files |= _diffusers_files(model, parts, tokens)
     else:
         files |= {f"google/umt5-xxl/{file}": data for file, data in tokens.items()}
     sheet = configs.model_card(model.spec, model.vocabulary)
@@ -169,15 +186,21 @@ def _plan_part(model: Checkpoint, kind: Kind, options: Options, name: str) -> Pl
 # layouts of folders
 
 
+def _inside(folder: str) -> str:
+    """Return the beginning of paths in a folder of the new one."""
+    return "" if folder == "." else f"{folder}/"
+
+
 def _split(
-    part: Part, tensors: list[TensorSpec], options: Options
+    part: Part, tensors: list[TensorSpec], options: Options, spec: ModelSpec
 ) -> tuple[list[Output], dict[str, bytes]]:
     """Return the files of a part in the official or Diffusers' layout, and the index of several."""
-    official = options.target.layout == "official"
-    if official and part in OFFICIAL_STEMS:
-        return [Output(f"{OFFICIAL_STEMS[part]}.pth", tensors)], {}
-    folder = FOLDERS[part] if official else DIFFUSERS[part]
-    stem = f"{folder}/model" if part == "t5" else f"{folder}/diffusion_pytorch_model"
+    official, single = options.target.layout == "official", {"t5": T5_STEM}
+    single["vae"] = VAE_STEMS[type(spec.vae)]
+    if official and part in single:
+        return [Output(f"{single[part]}.pth", tensors)], {}
+    folder = dict(spec.expert_folders)[part] if official else DIFFUSERS[part]
+    stem = f"{_inside(folder)}{'model' if part == 't5' else 'diffusion_pytorch_model'}"
     groups = shards(tensors, options.shard)
     if len(groups) == 1:
         return [Output(f"{stem}.safetensors", tensors)], {}
@@ -196,7 +219,7 @@ def _split(
 
 
 def _diffusers_files(
-    model: Checkpoint, options: Options, tokens: Mapping[str, bytes]
+    model: Checkpoint, parts: Iterable[Part], tokens: Mapping[str, bytes]
 ) -> dict[str, bytes]:
     spec = model.spec
     ours = tokens["tokenizer_config.json"] == configs.as_json(configs.tokenizer_config())
@@ -211,7 +234,7 @@ def _diffusers_files(
         "scheduler/scheduler_config.json": configs.as_json(configs.scheduler(spec.sample_shift)),
         **{
             f"{DIFFUSERS[part]}/config.json": configs.as_json(shapes[kind_of(part)])
-            for part in options.parts
+            for part in parts
         },
         **{f"tokenizer/{file}": data for file, data in tokens.items()},
     }
@@ -226,10 +249,11 @@ def _one_file(
 ) -> Output:
     """Return one part as one file, with the path that users of ComfyUI and GGUF expect."""
     spec, word, coding = model.spec, options.target.word, options.coding(kind_of(part))
-    published, own = spec.dit == T2V_A14B.dit, re.sub(r"[^\w.-]+", "_", spec.name)
+    own = re.sub(r"[^\w.-]+", "_", spec.name)
+    published = any(spec.dit == one.dit for one in FAMILY)
+    known = COMFY_STEMS.get((spec.task, part)) if published else None
     if part == "vae":
-        stem = "wan_2.1_vae" if published else f"{own}_vae"
-        return Output(f"vae/{stem}.safetensors", tensors)
+        return Output(f"vae/{known or f'{own}_vae'}.safetensors", tensors)
     if part == "t5" and coding.gguf:
         note = note_text(spec.text, spec.dit.text_len, pieces_in(tokens["tokenizer.json"]))
         stem = "umt5-xxl-encoder" if published else f"{own}-t5"
@@ -244,7 +268,9 @@ def _one_file(
     if coding.gguf:
         side = f"{part.capitalize()}Noise"
         path = f"{side}/{own}-{side}-{coding.name}.gguf"
+        if part == ONLY:
+            path = f"{own}-{coding.name}.gguf"
         return Output(path, tensors, None, ARCHITECTURE["dit"], coding.name)
-    stem = f"wan2.2_t2v_{part}_noise_14B" if published else f"{own}_{part}_noise"
+    stem = known or (own if part == ONLY else f"{own}_{part}_noise")
     path = f"diffusion_models/{stem}_{word}.safetensors"
     return Output(path, tensors, metadata=configs.comfy(spec.dit))

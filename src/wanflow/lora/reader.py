@@ -248,9 +248,10 @@ class _Reader:
         """Read the deltas of a module; return whether it changes anything in the model."""
         if IMAGE.search(module.key.path):
             return self._skip(module.keys.values(), IS_IMAGE)
-        if module.key.expert not in (None, *self.experts):
-            reason = f"for the {title(module.key.expert)}, which this model does not have"
-            return self._skip(module.keys.values(), reason)
+        named = module.key.expert
+        if named is not None and named not in self.experts:
+            absent = f"for the {title(named)}, which this model does not have"
+            return self._skip(module.keys.values(), absent)
         official = self.targets.get(module.key.path.lstrip("_"))
         if official is None:
             return self._skip(module.keys.values(), NO_MODULE)
@@ -282,7 +283,7 @@ class _Reader:
         ]
         if not all(name in self.shapes for name in names):
             return f"no such parameter in this model ({names[0]})"
-        experts = [module.key.expert] if module.key.expert else self.experts
+        experts = (module.key.expert,) if module.key.expert else self.experts
         if any(name in self.changes[expert] for name in names for expert in experts):
             return f"a second change of {names[0]}"
         tensors = self.source.tensors
