@@ -219,6 +219,10 @@ def test_the_beginning_of_an_official_flag_means_what_it_means_there() -> None:
                 with pytest.raises(RequestError, match=f"--{flag}"):
                     parser._parse_optional(f"--{beginning}")
                 continue
+            if f"--{beginning}" in meant:  # a flag of ours, which needs a value there
+                with pytest.raises(RequestError, match=f"--{beginning}: expected one argument"):
+                    parser.parse_args([f"--{beginning}", "--prompt", "x"])
+                continue
             found = parser._parse_optional(f"--{beginning}")
             action = (found[0] if isinstance(found, list) else found)[0]
             assert f"--{flag}" in action.option_strings, beginning

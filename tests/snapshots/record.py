@@ -69,6 +69,8 @@ INTENDED: dict[str, str] = {
         f"flags/wanflow {command}/--task/default": "None: the weights decide, as t2v-A14B's do"
         for command in ("generate", "plan")
     },
+    "flags/wanflow download/--only/choices": "also `dit`, the one network of TI2V-5B",
+    "flags/wanflow convert/--parts/default": "also `dit`, the one network of TI2V-5B",
     "flags/wanflow plan/--figures": "its tables are the page docs/explain/figures.md",
 }
 
