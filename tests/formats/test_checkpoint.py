@@ -760,7 +760,7 @@ def test_relatives_are_refused_by_their_tensors(
         (["t2v"], "a model of type ['t2v']"),
     ],
 )
-def test_a_type_that_is_not_that_of_the_tensors(folder: Path, kind: str, expected: str) -> None:
+def test_relatives_are_refused_by_their_type(folder: Path, kind: str, expected: str) -> None:
     edit(folder / "high_noise_model/config.json", lambda config: config.update(model_type=kind))
     assert expected in refusal(lambda: open_checkpoint(folder))
 

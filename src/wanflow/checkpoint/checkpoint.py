@@ -282,10 +282,7 @@ def _refuse_vae(spec: ModelSpec, kind: type[VAEConfig], vae: OfficialSource) -> 
 
 
 def _refuse_mixed(folder: Path, dit: DiTConfig, text: TextConfig, vae: VAEConfig) -> None:
-    widths = {
-        "text width": (dit.text_dim, text.dim),
-        "latent channels": (dit.out_dim, vae.z_dim),
-    }
+    widths = {"text width": (dit.text_dim, text.dim), "latent channels": (dit.out_dim, vae.z_dim)}
     for what, values in widths.items():
         if len(set(values)) > 1:
             raise RequestError(

@@ -13,14 +13,7 @@ from typing import Any, TypeVar
 
 from wanflow.checkpoint.containers import TensorSource
 from wanflow.checkpoint.key_maps import MOST_BLOCKS, Kind
-from wanflow.config import (
-    DiTConfig,
-    RequestError,
-    TextConfig,
-    VAE22Config,
-    VAEConfig,
-    from_mapping,
-)
+from wanflow.config import DiTConfig, RequestError, TextConfig, VAE22Config, VAEConfig, from_mapping
 from wanflow.presets import FAMILY, I2V_A14B, T2V_A14B, TI2V_5B, ModelSpec
 
 RUNS = f"wanflow runs {', '.join(spec.name for spec in FAMILY)}"

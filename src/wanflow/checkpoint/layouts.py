@@ -92,8 +92,8 @@ def find(
             raise RequestError(f"{path} is missing; it was named as {WORDS[part]} (--{part})")
     if folder.is_file():
         raise RequestError(
-            f"{folder} is one file, and a model has two experts or a transformer, a text encoder and"
-            f" a VAE; name its folder, or the files with {FLAGS}"
+            f"{folder} is one file, and a model has two experts or a transformer, a text encoder"
+            f" and a VAE; name its folder, or the files with {FLAGS}"
         )
     if not folder.is_dir():
         raise RequestError(f"{folder} is missing; {_help(folder)}")
@@ -150,9 +150,7 @@ def has_experts(folder: Path) -> bool:
     return any((folder / name).is_dir() for name in FOLDERS.values())
 
 
-def _networks(
-    folder: Path, parts: Collection[Part], given: Collection[Part]
-) -> tuple[Expert, ...]:
+def _networks(folder: Path, parts: Collection[Part], given: Collection[Part]) -> tuple[Expert, ...]:
     """Return the networks of a model: of those that the user named, else of those found.
 
     Raises:

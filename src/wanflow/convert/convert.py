@@ -45,7 +45,11 @@ def _is_part(folder: Path) -> bool:
     """Return whether a folder is that of one part: its config and its weights."""
     if not (folder / "config.json").exists() or (folder / "model_index.json").exists():
         return False
-    others = [f"{stem}{end}" for stem in (T5_STEM, *VAE_STEMS.values()) for end in (".pth", ".safetensors")]
+    others = [
+        f"{stem}{end}"
+        for stem in (T5_STEM, *VAE_STEMS.values())
+        for end in (".pth", ".safetensors")
+    ]
     if has_experts(folder) or any((folder / name).exists() for name in others):
         return False
     return all(file.exists() for file in weight_files(folder))
