@@ -175,8 +175,8 @@ def load(
         progress: show bars on a terminal or in a notebook, while weights are read and while videos
             are made.
         options: high, low, dit, t5, vae, tokenizer: files in place of the model's own; and the
-            fields of `wanflow.Runtime` (device, dtype, resident_blocks, quantize, ...); what is left out is
-            settled for the machine.
+            fields of `wanflow.Runtime` (device, dtype, resident_blocks, quantize, ...); what is
+            left out is settled for the machine.
 
     Raises:
         RequestError: when weights are missing or damaged, or the machine is too small or lacks what

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wanflow.checkpoint.parts import weights_of
 from wanflow.plan.cards import Overheads
 from wanflow.plan.estimate import Estimate, by_card, by_way
 from wanflow.plan.gpus import Machine
