@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from wanflow.config import VAEConfig
 
 State = dict[nn.Module, Tensor]
+STRIP = 1 << 26  # bytes of the frames that a convolution prepares at a time
 
 
 class Stateful(nn.Module):
@@ -49,22 +51,49 @@ class CausalConv3d(Stateful, nn.Conv3d):
             return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=space).unsqueeze(
                 2
             )
-        if (
-            past is not None
-            and x.shape[2] % 2 == 0
-            and self.kernel_size == (3, 3, 3)
-            and _pairs_pay(x, self.weight)
-        ):
-            out = conv_pairs([*past.unbind(2), *x.unbind(2)], self.weight, self.bias)
-            past.copy_(x[:, :, -reach:])
-            return out
+        if past is not None and _pairs_pay(self, x):
+            return self.pairs(x, past, lambda rows: rows)
         seen = F.pad(x, (0, 0, 0, 0, reach, 0)) if past is None else torch.cat([past, x], dim=2)
         state[self] = seen[:, :, -reach:].clone()  # a view would keep all of `seen` in memory
         return F.conv3d(seen, self.weight, self.bias, padding=(0, *space))
 
+    def after(self, prepare: Callable[[Tensor], Tensor], x: Tensor, state: State) -> Tensor:
+        """Map x like `self(prepare(x), state)`; `prepare` works on each pixel.
 
-def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve T + 2 frames [B, C, H, W] by 3x3x3, unpadded in time, T even -> [B, C', T, H, W].
+        Where frames come in pairs, `prepare` and convolution take strips of rows, so what is
+        prepared is never in memory as a whole.
+        """
+        past = state.get(self)
+        if past is None or x.shape[2] != 2 or not _pairs_pay(self, x):
+            return self(prepare(x), state)
+        return self.pairs(x, past, prepare)
+
+    def pairs(self, x: Tensor, past: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+        """Convolve frames in pairs, and leave the last two prepared ones in `past`."""
+        batch, channels, frames, height, width = x.shape
+        rows = max(1, STRIP // (batch * channels * frames * width * x.itemsize))
+        if frames > 2:
+            x, rows, prepare = prepare(x), height, lambda x: x
+        size = (batch, self.out_channels, frames, height, width)
+        out = torch.empty(
+            size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
+        )
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            first, last = max(0, top - 1), min(bottom + 1, height)
+            strip = prepare(x[..., first:last, :])
+            seen = [*past[..., first:last, :].unbind(2), *strip.unbind(2)]
+            conv_pairs(seen, self.weight, self.bias, out[..., top:bottom, :], top - first)
+            # The next strip looks back at the last two rows of this one.
+            done = height if bottom == height else bottom - 1
+            past[..., first:done, :] = strip[:, :, -2:, : done - first]
+        return out
+
+
+def conv_pairs(
+    frames: list[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor, skip: int
+) -> None:
+    """Convolve T + 2 frames [B, C, H, W] by 3x3x3, unpadded in time, T even.
 
     Convolutions take most of a decode's time. Here two frames of output take four 2D convolutions
     instead of six, by Winograd's F(2, 3) over time. From four frames a, b, c, d and the weights'
@@ -74,30 +103,38 @@ def conv_pairs(frames: list[Tensor], weight: Tensor, bias: Tensor | None) -> Ten
         odd  = (d - b) w + (b + c) (u + v + w) / 2 - (c - b) (u - v + w) / 2  =  b u + c v + d w
 
     which is equal to rounding: in float32 a direct convolution is no closer to the exact sum.
+
+    Args:
+        frames: the images, or some rows of them.
+        weight, bias: of the convolution.
+        out: gets the result, [B, C', T, h, W]: all rows, or those whose neighbours are there.
+        skip: rows of the frames before those of `out`.
     """
     u, v, w = weight.unbind(2)
     outer = (u + w) / 2
     plus, minus = outer + v / 2, outer - v / 2
-    batch, _, height, width = frames[0].shape
-    size = (batch, len(weight), len(frames) - 2, height, width)
-    out = torch.empty(
-        size, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last_3d
-    )
-    for t in range(0, size[2], 2):
+    rows = out.shape[3]
+    inside = rows == frames[0].shape[2] - 2  # no row meets the zeros around an image
+
+    def convolve(image: Tensor, tap: Tensor, bias: Tensor | None = None) -> Tensor:
+        made = F.conv2d(image, tap, bias, padding=(0 if inside else 1, 1))
+        return made if inside else made[:, :, skip : skip + rows]
+
+    for t in range(0, out.shape[2], 2):
         a, b, c, d = frames[t : t + 4]
         even, odd = out[:, :, t], out[:, :, t + 1]
-        both, differ = F.conv2d(b + c, plus, bias, padding=1), F.conv2d(c - b, minus, padding=1)
-        torch.add(both, differ, out=even).add_(F.conv2d(a - c, u, padding=1))
-        torch.sub(both, differ, out=odd).add_(F.conv2d(d - b, w, padding=1))
-    return out
+        both, differ = convolve(b + c, plus, bias), convolve(c - b, minus)
+        torch.add(both, differ, out=even).add_(convolve(a - c, u))
+        torch.sub(both, differ, out=odd).add_(convolve(d - b, w))
 
 
-def _pairs_pay(x: Tensor, weight: Tensor) -> bool:
+def _pairs_pay(layer: nn.Conv3d, x: Tensor) -> bool:
     """Return whether `conv_pairs` applies.
 
     It overwrites memory that autograd would need, and rounds too often for bfloat16.
     """
-    return weight.dtype == torch.float32 and not _learns([x, weight])
+    fits = layer.kernel_size == (3, 3, 3) and x.shape[2] % 2 == 0
+    return fits and x.dtype == torch.float32 and not _learns([x, layer.weight])
 
 
 def _learns(*values: Iterable[Tensor]) -> bool:
@@ -135,8 +172,17 @@ class ResidualBlock(Stateful):
         self.shortcut = nn.Identity() if in_dim == out_dim else CausalConv3d(in_dim, out_dim, 1)
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        out = run(self.residual, x, state)
+        out = x
+        for norm, conv in (
+            (self.residual[0], self.residual[2]),
+            (self.residual[3], self.residual[6]),
+        ):
+            out = cast(CausalConv3d, conv).after(_activated(norm), out, state)
         return out.add_(self.shortcut(x, state) if isinstance(self.shortcut, CausalConv3d) else x)
+
+
+def _activated(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.silu(norm(x), inplace=True)
 
 
 class AttentionBlock(Stateful):
