@@ -7,6 +7,7 @@ imagines the others, for shapes, bytes and memory at full size.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -26,20 +27,23 @@ from helpers.processes import CPU, Processes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wanflow.config import VAEConfig, from_mapping
-from wanflow.models.vae import Upsample, WanVAE, receptive_margin
+from wanflow.checkpoint.structure import vae_of
+from wanflow.config import VAE22Config, VAEConfig, from_mapping
+from wanflow.models.vae import WanVAE, growth, receptive_margin
+from wanflow.models.vae22 import WanVAE22
 from wanflow.parallel import ranks, vae_parallel
 from wanflow.parallel.groups import Group, Layout, ParallelContext, make_groups, simulated_groups
 from wanflow.parallel.vae_parallel import NARROWEST, Frames, Strips, connected, decode_frames
 from wanflow.pipeline import to_uint8
 from wanflow.plan.trace import fake, materialise
-from wanflow.presets import T2V_A14B
+from wanflow.presets import T2V_A14B, TI2V_5B
 
 GOLDEN = Path(os.environ.get("WANFLOW_GOLDEN") or Path(__file__).parents[1] / "golden")
 PUBLISHED = VAEConfig(
     dim=8, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16
 )  # its layers, with fewer channels
 OTHER = VAEConfig(8, 4, (1, 2, 2), 1, (True, False), latent_mean=(0.1,) * 4, latent_std=(1.5,) * 4)
+WAN22 = VAE22Config(dim=4, dec_dim=8, z_dim=16, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16)
 QUICK, SLOW = (2,), (3, 4, 6, 8)
 # Strips change the shapes of convolutions and so the order of their sums (7.0e-6 seen at most, for
 # values up to 1.7).
@@ -67,6 +71,8 @@ CASES = {
     "one strip": Case((2, 3, 3)),
     "one pixel": Case((1, 1, 1)),
     "other layers": Case((4, 7, 18), OTHER),
+    "Wan2.2, wide": Case((3, 3, 9), WAN22),
+    "Wan2.2, tall": Case((2, 8, 3), WAN22),
     "bfloat16": Case((2, 6, 16), dtype=torch.bfloat16),
 }
 EXACT = [name for name, case in CASES.items() if case.dtype == torch.float32]
@@ -80,7 +86,8 @@ def made(config: VAEConfig | None, dtype: torch.dtype = torch.float32) -> WanVAE
         vae = WanVAE(from_mapping(VAEConfig, manifest["config"] | statistics, "vae.json"))
         vae.load_state_dict(load_file(GOLDEN / manifest["weights_file"]))
         return vae.requires_grad_(False).to(dtype)
-    vae, generator = WanVAE(config).requires_grad_(False), torch.Generator().manual_seed(0)
+    vae = WanVAE22(config) if isinstance(config, VAE22Config) else WanVAE(config)
+    vae, generator = vae.requires_grad_(False), torch.Generator().manual_seed(0)
     for name, parameter in vae.named_parameters():
         # So that activations stay near one, and every pixel is told by all in reach.
         if "gamma" not in name:
@@ -202,12 +209,19 @@ def played(size: int, vae: WanVAE, latent: Tensor) -> list[Found]:
     return [found[rank] for rank in range(size)]
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 17), (3, 16, 3), (1, 3, 9), (1, 9, 9)])
-@pytest.mark.parametrize("size", [2, 3, 5, 8])
-def test_exact(size: int, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "shape", "config"),
+    [
+        *itertools.product(
+            (2, 3, 5, 8), ((2, 5, 17), (3, 16, 3), (1, 3, 9), (1, 9, 9)), (PUBLISHED,)
+        ),
+        *itertools.product((2, 3), ((3, 2, 7), (2, 7, 3)), (WAN22,)),
+    ],
+)
+def test_exact(size: int, shape: tuple[int, int, int], config: VAEConfig) -> None:
     """In float64 nothing hides in rounding, not even what the outermost pixel of a halo tells."""
-    case, cut = Case(shape, PUBLISHED, torch.float64), Strips(*shape[1:], size)
-    vae, latent = made(PUBLISHED, torch.float64), latent_of(case)
+    case, cut = Case(shape, config, torch.float64), Strips(*shape[1:], size)
+    vae, latent = made(config, torch.float64), latent_of(case)
     before, expected = latent.clone(), vae.decode(latent)
     found = played(size, vae, latent)
     assert expected.std() > 0.1
@@ -398,14 +412,13 @@ def test_strips_cover_a_frame() -> None:
     assert Strips(4, 6, 8).sizes == [2, 2, 2]
 
 
-@pytest.mark.parametrize("config", [PUBLISHED, OTHER, T2V_A14B.vae])
+@pytest.mark.parametrize("config", [PUBLISHED, OTHER, T2V_A14B.vae, TI2V_5B.vae])
 def test_no_layer_sees_beyond_the_nearest_strip(config: VAEConfig) -> None:
-    with torch.device("meta"):
-        layers = WanVAE(config).decoder.layers()
+    layers = vae_of(config).decoder.layers()
     scale, reaches = 1, []
     for layer in layers:
         reaches.append(receptive_margin(layer) / scale)
-        scale *= 2 if isinstance(layer, Upsample) else 1
+        scale *= growth(layer)
     assert max(reaches) == NARROWEST and scale == config.spatial_stride
 
 

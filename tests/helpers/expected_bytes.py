@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from wanflow.config import DiTConfig
-from wanflow.models.vae import AttentionBlock, Upsample, WanVAE, receptive_margin
+from wanflow.models.vae import AttentionBlock, Upsample, WanVAE, growth, receptive_margin
 from wanflow.parallel.groups import Layout, sizes
 from wanflow.parallel.vae_parallel import Strips
 
@@ -71,8 +71,8 @@ def decode_bytes(vae: WanVAE, frames: int, strips: Strips, rank: int = 0) -> dic
             keys_values += 2 * (len(strips.sizes) - 1) * own * column
         else:
             halo += len(strips.neighbours(rank)) * receptive_margin(layer) * column
+        scale *= growth(layer)
         if isinstance(layer, Upsample):
-            scale *= 2
             frames = frames if layer.time_conv is None else 2 * frames - 1
     shown = 3 * frames * own * strips.across * scale**2 if rank else 0  # rank 0 keeps its own
     found = {"halo": halo, "kv": keys_values, "frames": shown}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import wanflow
 from wanflow.api import Pipeline
 from wanflow.checkpoint.load import load_vae
-from wanflow.config import RequestError, VAEConfig
+from wanflow.config import RequestError, VAE22Config, VAEConfig
 from wanflow.models.vae import ResidualBlock, Upsample, WanVAE, stream
+from wanflow.models.vae22 import WanVAE22
 from wanflow.opening import resolve
 from wanflow.pipeline import Run, to_uint8
 from wanflow.transforms import vae_tiling as tiling
@@ -22,20 +23,29 @@ from wanflow.transforms.vae_tiling import Box, Frames, decode_frames, halves, ma
 
 # The published layers, with fewer channels.
 DEEP = VAEConfig(dim=8, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16)
+DEEP22 = VAE22Config(dim=4, dec_dim=8, z_dim=16, latent_mean=(0.1,) * 16, latent_std=(1.5,) * 16)
 # Tiles change the shapes of convolutions and so the order of their sums: a few 1e-6 for values
 # around 1 (2.7e-6 seen at most).
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def deep() -> WanVAE:
+def filled(vae: WanVAE) -> WanVAE:
     torch.manual_seed(0)
-    vae = WanVAE(DEEP).requires_grad_(False)
-    for name, parameter in vae.named_parameters():
+    for name, parameter in vae.requires_grad_(False).named_parameters():
         # Activations stay near one, and every pixel depends on all in reach.
         if parameter.ndim > 1 and "gamma" not in name:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
     return vae
+
+
+@pytest.fixture(scope="module")
+def deep() -> WanVAE:
+    return filled(WanVAE(DEEP))
+
+
+@pytest.fixture(scope="module", params=["Wan2.1", "Wan2.2"])
+def either(request: pytest.FixtureRequest, deep: WanVAE) -> WanVAE:
+    return deep if request.param == "Wan2.1" else filled(WanVAE22(DEEP22))
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +76,10 @@ def tiled(vae: WanVAE, latent: Tensor, tile: int) -> Tensor:
         return to_uint8(part)
 
     frames = np.concatenate(list(decode_frames(vae, latent, tile, convert)))
-    video = parts[0].new_empty(1, 3, len(frames), height * 8, width * 8)
-    for number, box in enumerate(tiles(vae.config, height * 8, width * 8, tile)):
-        target = box.times(8)
+    scale = vae.config.spatial_stride
+    video = parts[0].new_empty(1, 3, len(frames), height * scale, width * scale)
+    for number, box in enumerate(tiles(vae.config, height * scale, width * scale, tile)):
+        target = box.times(scale)
         video[..., target.top : target.bottom, target.left : target.right] = torch.cat(
             parts[number * steps : (number + 1) * steps], dim=2
         )
@@ -95,19 +106,47 @@ def test_a_video_is_the_same_in_tiles(nano: Pipeline, finished: Run, tile: int) 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 9, 21), (2, 24, 8), (3, 11, 19), (2, 33, 3)])
 @pytest.mark.parametrize("tile", [64, 88])
 def test_the_published_layers_are_the_same_in_tiles(
-    deep: WanVAE, shape: tuple[int, int, int], tile: int
+    either: WanVAE, shape: tuple[int, int, int], tile: int
 ) -> None:
     latent = randn(1, 16, *shape)
     before = latent.clone()
-    expected = full(deep, latent)
+    expected = full(either, latent)
     assert expected.std() > 0.1
-    torch.testing.assert_close(tiled(deep, latent, tile), expected, **ROUNDING)
+    torch.testing.assert_close(tiled(either, latent, tile), expected, **ROUNDING)
     assert torch.equal(latent, before)
 
 
-def test_one_tile_is_the_full_decode(deep: WanVAE) -> None:
+def test_one_tile_is_the_full_decode(either: WanVAE) -> None:
     latent = randn(1, 16, 3, 10, 8)
-    assert torch.equal(tiled(deep, latent, 80), full(deep, latent))
+    assert torch.equal(
+        tiled(either, latent, 10 * either.config.spatial_stride), full(either, latent)
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 9), (3, 6, 5)])
+def test_stages_with_a_shortcut_are_exact_in_tiles(shape: tuple[int, int, int]) -> None:
+    """In float64 no pixel hides in rounding; boxes begin at odd pixels of a doubled image too."""
+    vae = filled(WanVAE22(DEEP22).double())
+    latent = randn(1, 16, *shape)
+    expected = full(vae, latent)
+    assert expected.std() > 0.1 and len(tiles(vae.config, shape[1] * 16, shape[2] * 16, 64)) > 3
+    assert (tiled(vae, latent, 64) - expected).abs().max() < 1e-13
+
+
+def test_a_shortcut_that_is_not_trimmed_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latent = filled(WanVAE22(DEEP22).double()), randn(1, 16, 1, 16, 4)
+    expected = full(vae, latent)
+
+    def first_rows(
+        self: tiling.TrimmedRepeats, x: Tensor, state: dict[nn.Module, Tensor]
+    ) -> Tensor:
+        kept = self.shortcut.part(x, state)
+        space = self.shortcut.space
+        return self.shortcut.add(x, kept[..., : x.shape[-2] // space, : x.shape[-1] // space])
+
+    assert (tiled(vae, latent, 64) - expected).abs().max() < 1e-13
+    monkeypatch.setattr(tiling.TrimmedRepeats, "forward", first_rows)
+    assert (tiled(vae, latent, 64) - expected).abs().max() > 1e-3
 
 
 def test_bfloat16(deep: WanVAE) -> None:
@@ -118,18 +157,15 @@ def test_bfloat16(deep: WanVAE) -> None:
     assert psnr(tiled(low, latent, 64), full(low, latent)) > 50
 
 
-def test_frames_come_in_the_order_of_time(deep: WanVAE) -> None:
+def test_frames_come_in_the_order_of_time(either: WanVAE) -> None:
     reports: list[tuple[int, int]] = []
-    latent = randn(1, 16, 3, 16, 20)
-    chunks = list(decode_frames(deep, latent, 80, to_uint8, lambda *part: reports.append(part)))
-    assert [chunk.shape for chunk in chunks] == [
-        (1, 128, 160, 3),
-        (4, 128, 160, 3),
-        (4, 128, 160, 3),
-    ]
+    scale = either.config.spatial_stride
+    latent, size = randn(1, 16, 3, 16 * 8 // scale, 20 * 8 // scale), (128, 160, 3)
+    chunks = list(decode_frames(either, latent, 80, to_uint8, lambda *part: reports.append(part)))
+    assert [chunk.shape for chunk in chunks] == [(1, *size), (4, *size), (4, *size)]
     assert all(chunk.dtype == np.uint8 for chunk in chunks)
     assert reports == [(done, 12) for done in range(1, 13)]
-    ours, theirs = np.concatenate(chunks), to_uint8(full(deep, latent))
+    ours, theirs = np.concatenate(chunks), to_uint8(full(either, latent))
     assert np.abs(ours.astype(int) - theirs).max() <= 1
     assert not np.array_equal(ours[1:5], ours[5:])
 
