@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.recipe_mutations import GOOD
+from helpers.tiny import tiny_family
 from PIL import Image
 
 import wanflow
 from wanflow.cli import _parse, main
 from wanflow.cli.flags import request_from
 from wanflow.cli.generate import _refuse_changes, _replay_job
+from wanflow.clipfiles import read_frames, read_recipe
 from wanflow.config import RequestError
 from wanflow.front import with_pictures
 from wanflow.media import recipe_tags, save_picture
@@ -206,3 +208,67 @@ def test_a_damaged_record_is_refused(changes: Any) -> None:
         del good["request"]["image"]["sha256"]
         with pytest.raises(RequestError, match="x: the recipe is damaged"):
             Recipe.from_json(good, "x")
+
+
+# --- with a model that takes pictures ---
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_family(tmp_path_factory.mktemp("i2v"), "i2v"))
+
+
+def test_a_video_of_a_picture_is_made_again_to_the_bit(
+    in_tmp: Path, i2v: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--ckpt_dir", i2v, "--device", "cpu"]
+    make = ["generate", *model, "--prompt", "a red circle", "--base_seed", "1"]
+    assert "makes a video of a picture: give one with --image FILE" in refused(capsys, *make)
+    picture = photo("in/a.png")
+    assert main([*make, "--image", picture, "--save_file", "v.png", "--frame_num", "1"]) == 0
+    kept = read_recipe(Path("v.png"))["request"]
+    assert kept["image"] == record(picture) and kept["size"] == [48, 32]  # of the area 64 * 32
+    os.rename(picture, "in/b.png")
+    assert main(["replay", "v.png", *model, "--image", "in/b.png", "--save_file", "w.png"]) == 0
+    assert np.array_equal(np.asarray(Image.open("v.png")), np.asarray(Image.open("w.png")))
+    pipe = wanflow.load(i2v, device="cpu")
+    array = np.asarray(Image.open("in/b.png"))
+    asked = {"seed": 1, "frame_num": 1}
+    (video, again) = pipe.generate(["a red circle"] * 2, image=array, **asked)
+    assert np.array_equal(video.frames[0], np.asarray(Image.open("v.png")))
+    assert np.array_equal(video.frames, again.frames)
+    assert video.recipe["request"]["image"] == record("in/b.png", file="")
+    other = pipe.generate("a red circle", image=array[::-1], **asked)
+    assert not np.array_equal(video.frames, other.frames)
+    with pytest.raises(RequestError, match="makes a video of a picture: give one with image"):
+        pipe.generate("a red circle")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_a_saved_run_goes_on_without_its_picture(
+    in_tmp: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ["--ckpt_dir", str(tiny_family(tmp_path / "model", kind)), "--device", "cpu"]
+    pictures = ["--image", photo("a.png")]
+    pictures += ["--last_image", photo("b.png", 1)] if kind == "i2v" else []
+    make = ["generate", *model, "--prompt", "a red circle", "--base_seed", "1", *pictures]
+    assert main([*make, "--save_file", "whole.mkv"]) == 0
+
+    def stop(pipe: wanflow.Pipeline, run: Any, on_step: Any = None) -> Any:
+        def cancel(progress: Any) -> bool:
+            on_step(progress)
+            raise KeyboardInterrupt
+
+        return wanflow.api.denoise(pipe.engine, run, cancel)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wanflow.api.Pipeline, "resume", stop)
+        assert main([*make, "--save_file", "half.mkv"]) == 130
+    for name in ("a.png", "b.png"):
+        Path(name).unlink(missing_ok=True)
+    state = "half.latent.safetensors"
+    assert main(["inspect", state]) == 0
+    assert main(["generate", "--resume", state, *model, "--save_file", "half.mkv"]) == 0
+    whole, half = (read_frames(Path(name))[0] for name in ("whole.mkv", "half.mkv"))
+    assert np.array_equal(whole, half)
