@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.features import made
+from helpers.features import packed
 from helpers.memory import measurable
 from helpers.processes import CPU, Processes, played
 from torch import Tensor
@@ -72,7 +72,7 @@ def ways(size: int) -> list[str]:
 
 
 def checkpoint(model: str) -> Checkpoint:
-    return resolve("nano" if model == "nano" else made() / model)
+    return resolve("nano" if model == "nano" else packed("nano", model))
 
 
 def sample(model: Any, config: Any) -> Tensor:

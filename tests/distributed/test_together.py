@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.common import PROMPT
-from helpers.features import FEATURES, ROUNDING, latent, made
+from helpers.features import FEATURES, ROUNDING, latent, made, packed
 from helpers.golden import PIPELINE, case_tensors, close, expert, schedule_of, stored
 from helpers.processes import Processes, played
 from torch import Tensor
@@ -53,7 +53,7 @@ def fields(layout: Layout) -> dict[str, Any]:
 
 @cache
 def checkpoint(model: str) -> Checkpoint:
-    return resolve("nano" if model == "nano" else made() / model)
+    return resolve("nano" if model == "nano" else packed("nano", model))
 
 
 def opened(info: ranks.DistInfo, layout: Layout, model: str = "nano", **runtime: Any) -> Pipeline:

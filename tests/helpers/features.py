@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,15 +18,29 @@ from safetensors.torch import save_file
 import wanflow
 from helpers.common import PROMPT
 from helpers.compiled import without_inductor
+from helpers.tiny import FAMILY, tiny_family
 from wanflow.api import Pipeline
+from wanflow.config import DiTConfig
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.formats import options
 from wanflow.opening import NANO_FOLDER
+from wanflow.pictures import open_picture
 from wanflow.pipeline import Cancelled
-from wanflow.request import Request
+from wanflow.presets import NANO
+from wanflow.request import Picture, Request
+
+# Each kind of run: a model, and which pictures it is given.
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "nano": ("nano", ()),
+    "i2v": ("i2v", ("image",)),
+    "i2v, last picture": ("i2v", ("last_image",)),
+    "i2v, both pictures": ("i2v", ("image", "last_image")),
+    "ti2v": ("ti2v", ()),
+    "ti2v, picture": ("ti2v", ("image",)),
+}
 
 
-def write_loras(root: Path) -> Path:
+def write_loras(root: Path, dit: DiTConfig) -> Path:
     """A LoRA for both experts, and one that only the low-noise expert gets, from the second step
     on.
     """
@@ -33,24 +48,34 @@ def write_loras(root: Path) -> Path:
     for name, modules in (("both", ("self_attn.q", "cross_attn.v")), ("low_noise", ("ffn.2",))):
         tensors = {}
         for path in (
-            f"diffusion_model.blocks.{n}.{module}" for n in range(6) for module in modules
+            f"diffusion_model.blocks.{n}.{module}"
+            for n in range(dit.num_layers)
+            for module in modules
         ):
             tensors[f"{path}.lora_A.weight"] = torch.randn(
-                4, 640 if "ffn" in path else 160, generator=generator
+                4, dit.ffn_dim if "ffn" in path else dit.dim, generator=generator
             )
-            tensors[f"{path}.lora_B.weight"] = torch.randn(160, 4, generator=generator) * 0.02
+            tensors[f"{path}.lora_B.weight"] = torch.randn(dit.dim, 4, generator=generator) * 0.02
         save_file(tensors, root / f"{name}.safetensors")
     return root
 
 
 @functools.cache
-def made() -> Path:
-    """Files that features need: LoRAs, and nano in packed forms, by `wanflow convert`."""
+def made(name: str = "nano") -> Path:
+    """Files that features need: LoRAs, and where nano is not meant, the model itself."""
     root = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    for form in ("fp8", "gguf-q8_0"):
-        convert(open_model(NANO_FOLDER, {}), root / form, options(form), lambda line: None)
-    return write_loras(root)
+    if name != "nano":
+        tiny_family(root / name, name)
+    return write_loras(root, NANO.dit if name == "nano" else FAMILY[name].dit)
+
+
+@functools.cache
+def packed(name: str, form: str) -> Path:
+    """A model in a packed form, by `wanflow convert`."""
+    root, source = made(name), NANO_FOLDER if name == "nano" else made(name) / name
+    convert(open_model(source, {}), root / form, options(form), lambda line: None)
+    return root / form
 
 
 # Each feature: what it adds to load() and to the request, and how far the final latent may then be
@@ -95,26 +120,52 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
 }
 
 
-@functools.cache
-def pipeline(model: str, runtime: tuple[tuple[str, Any], ...]) -> Pipeline:
-    return wanflow.load(
-        "nano" if model == "nano" else made() / model, device="cpu", **dict(runtime)
-    )
+# What the small models of the family need in place of it.
+INSTEAD: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "i2v": {"tokens in chunks": ({"chunk_tokens": 3}, {})},
+    "ti2v": {
+        "tokens in chunks": ({"chunk_tokens": 3}, {}),
+        "another size": ({}, {"size": (96, 64)}),
+        "LoRA": ({}, {"lora": ("both.safetensors@0.5",)}),
+    },
+}
+
+
+def feature(kind: str, name: str) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """A feature's settings, as a kind of run takes them."""
+    runtime, request, limit = FEATURES[name]
+    return (*INSTEAD.get(KINDS[kind][0], {}).get(name, (runtime, request)), limit)
 
 
 @functools.cache
-def plain_latent(request: tuple[tuple[str, Any], ...]) -> torch.Tensor:
-    return latent({}, dict(request))
+def picture(which: str) -> Picture:
+    generator = np.random.default_rng(len(which))
+    return open_picture(generator.integers(0, 256, (50, 70, 3), dtype=np.uint8))
 
 
-def latent(runtime: dict[str, Any], request: dict[str, Any]) -> torch.Tensor:
+@functools.cache
+def pipeline(form: str, runtime: tuple[tuple[str, Any], ...], name: str = "nano") -> Pipeline:
+    """A model as it is ("nano", whichever it is), or in a packed form."""
+    own = name if name == "nano" else made(name) / name
+    model = own if form == "nano" else packed(name, form)
+    return wanflow.load(model, device="cpu", **dict(runtime))
+
+
+@functools.cache
+def plain_latent(request: tuple[tuple[str, Any], ...], kind: str = "nano") -> torch.Tensor:
+    return latent({}, dict(request), kind)
+
+
+def latent(runtime: dict[str, Any], request: dict[str, Any], kind: str = "nano") -> torch.Tensor:
     """The final latent of a run, stopped, saved as tensors and resumed where the request says
     so.
     """
+    name, pictures = KINDS[kind]
     request = {"frame_num": 5, "sample_steps": 3, "seed": 3, **request}
+    request |= {which: picture(which) for which in pictures}
     stop = request.pop("stop", None)
-    request["lora"] = tuple(str(made() / lora) for lora in request.get("lora", ()))
-    pipe = pipeline(request.pop("model", "nano"), tuple(sorted(runtime.items())))
+    request["lora"] = tuple(str(made(name) / lora) for lora in request.get("lora", ()))
+    pipe = pipeline(request.pop("model", "nano"), tuple(sorted(runtime.items())), name)
     run = pipe.begin(Request(PROMPT, **request))
     # inductor has tests of its own
     with without_inductor() if "compile" in runtime else nullcontext():

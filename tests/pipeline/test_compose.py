@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.common import PROMPT
-from helpers.features import BIT, FEATURES, latent, plain_latent
+from helpers.features import BIT, FEATURES, KINDS, feature, latent, plain_latent
 
 import wanflow
 from wanflow.api import Pipeline
@@ -30,14 +30,26 @@ REFUSED = {
     for b in ("fp8 weights", "GGUF weights")
 }
 PAIRS = [(a, b) for a, b in itertools.combinations(FEATURES, 2) if compatible(a, b)]
+# The family: what touches its channels, times and single network, in the default run and in pairs.
+FAMILY = [kind for kind in KINDS if kind != "nano"]
+QUICK = ("i2v, both pictures", "ti2v, picture")
+TOUCHED = (
+    "two passes",
+    "stop and resume",
+    "fused LoRAs",
+    "blocks streamed from disk",
+    "the next expert read ahead",
+    "tokens in chunks",
+    "quantised",
+    "compiled",
+)
 
 
-def compare(runtime: dict[str, Any], request: dict[str, Any], limit: float) -> None:
+def compare(kind: str, runtime: dict[str, Any], request: dict[str, Any], limit: float) -> None:
     """How it runs must not change what is made, beyond the limit."""
-    result = latent(runtime, request)
-    plain = plain_latent(
-        tuple(sorted((key, value) for key, value in request.items() if key != "stop"))
-    )
+    result = latent(runtime, request, kind)
+    asked = tuple(sorted((key, value) for key, value in request.items() if key != "stop"))
+    plain = plain_latent(asked, kind)
     assert torch.isfinite(result).all()
     if limit == BIT:
         assert torch.equal(result, plain)
@@ -45,20 +57,61 @@ def compare(runtime: dict[str, Any], request: dict[str, Any], limit: float) -> N
         assert (result - plain).abs().mean() <= limit * plain.abs().mean()
 
 
+def pair(kind: str, one: str, two: str) -> None:
+    (runtime1, request1, limit1), (runtime2, request2, limit2) = (
+        feature(kind, name) for name in (one, two)
+    )
+    if (one, two) in REFUSED:
+        with pytest.raises(RequestError, match=REFUSED[one, two]):
+            latent(runtime1 | runtime2, request1 | request2, kind)
+        return
+    compare(kind, runtime1 | runtime2, request1 | request2, max(limit1, limit2))
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_alone(name: str) -> None:
-    compare(*FEATURES[name])
+    compare("nano", *FEATURES[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("one", "two"), PAIRS, ids=[f"{a} + {b}" for a, b in PAIRS])
 def test_pair(one: str, two: str) -> None:
-    (runtime1, request1, limit1), (runtime2, request2, limit2) = FEATURES[one], FEATURES[two]
-    if (one, two) in REFUSED:
-        with pytest.raises(RequestError, match=REFUSED[one, two]):
-            latent(runtime1 | runtime2, request1 | request2)
+    pair("nano", one, two)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(
+            kind,
+            name,
+            id=f"{kind}: {name}",
+            marks=() if kind in QUICK and name in TOUCHED[:-1] else pytest.mark.slow,
+        )
+        for kind in FAMILY
+        for name in FEATURES
+        if (kind in QUICK) or name in TOUCHED
+    ],
+)
+def test_family_alone(kind: str, name: str) -> None:
+    if name == "one frame" and "last_image" in KINDS[kind][1]:
+        with pytest.raises(RequestError, match="last_image needs a video"):
+            latent(*feature(kind, name)[:2], kind)
         return
-    compare(runtime1 | runtime2, request1 | request2, max(limit1, limit2))
+    compare(kind, *feature(kind, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "one", "two"),
+    [
+        pytest.param(kind, one, two, id=f"{kind}: {one} + {two}")
+        for kind in QUICK
+        for one, two in itertools.combinations(TOUCHED, 2)
+    ],
+)
+def test_family_pair(kind: str, one: str, two: str) -> None:
+    pair(kind, one, two)
 
 
 @pytest.mark.parametrize(
