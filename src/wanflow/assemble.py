@@ -255,6 +255,10 @@ def in_less_memory(engine: Engine, parts: LoadedParts) -> Engine:
         if parts.device.type == "cuda":
             torch.cuda.set_device(parts.device)
 
+    def condition(run: Run) -> TextToVideo:
+        take_device()
+        return _beside_experts_or_alone(engine, parts, run)
+
     def velocity(run: Run, conditioning: TextToVideo) -> Velocity:
         steps, tokens = timeline(run.request, parts.spec), parts.own_tokens(run.request)
         take_device()
@@ -298,7 +302,19 @@ def in_less_memory(engine: Engine, parts: LoadedParts) -> Engine:
             return run
         return replace(run, recipe=replace(run.recipe, runtime=run.recipe.runtime | parts.adapted))
 
-    return replace(engine, velocity=velocity, decode=decode, used=used)
+    return replace(engine, condition=condition, velocity=velocity, decode=decode, used=used)
+
+
+def _beside_experts_or_alone(engine: Engine, parts: LoadedParts, run: Run) -> TextToVideo:
+    """Encode the pictures of a run; where memory runs out beside the experts, without them."""
+    while True:
+        try:
+            return engine.condition(run)
+        except Exception as error:
+            if not parts.makes_room(error):
+                parts.next_try(error, "picture", 0)
+                raise
+        parts.close()
 
 
 def _some_at_first(pieces: Iterator[Frames]) -> Iterator[Frames]:

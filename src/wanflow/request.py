@@ -308,8 +308,8 @@ class Request:
                 raise RequestError(f"{name} {shown(one)} is not opened; see wanflow.pictures")
         return cast(tuple[Picture, ...], (*pictures.values(),))
 
-    def _for_one_network(self, spec: ModelSpec) -> dict[str, float]:
-        """Return the guidance of a model without two experts, which has one scale."""
+    def _for_one_network(self, spec: ModelSpec) -> dict[str, Any]:
+        """Return what a model without two experts has one of: guidance, and a LoRA's strength."""
         high, low = self.cfg_high, self.cfg_low
         if high is not None and low is not None and high != low:
             raise RequestError(
@@ -317,12 +317,16 @@ class Request:
             )
         if self.boundary not in (None, spec.boundary):
             raise RequestError(f"boundary {self.boundary}: {spec.name} has no two experts")
-        if any(lora.high is not None or lora.low is not None for lora in self.loras()):
+        loras = self.loras()
+        if any(lora.high != lora.low for lora in loras):
             raise RequestError(
                 f"lora: {spec.name} has no two experts; write FILE@0.8 in place of high= and low="
             )
+        # A file that was found has a strength for each expert, here the same.
+        both = [lora.both if lora.high is None else lora.high for lora in loras]
+        one = [replace(a, both=b, high=None, low=None) for a, b in zip(loras, both, strict=True)]
         scale = spec.cfg_low if high is None and low is None else (low if high is None else high)
-        return {"cfg_high": cast(float, scale), "cfg_low": cast(float, scale)}
+        return {"cfg_high": scale, "cfg_low": scale, "lora": tuple(map(str, one))}
 
     def loras(self) -> tuple[Lora, ...]:
         """Return the LoRAs, each with its first step; strengths stay as given."""

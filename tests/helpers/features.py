@@ -127,6 +127,10 @@ INSTEAD: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "tokens in chunks": ({"chunk_tokens": 3}, {}),
         "another size": ({}, {"size": (96, 64)}),
         "LoRA": ({}, {"lora": ("both.safetensors@0.5",)}),
+        "two LoRAs, by steps": (
+            {},
+            {"lora": ("both.safetensors@steps=2", "both.safetensors@0.3,steps=2-")},
+        ),
     },
 }
 

@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 from helpers.golden import Json, case_tensors, close, filled, read_manifests, schedule_of, stored
 from helpers.golden_dit import built
+from helpers.tiny import SMALL, TEXT, randomised, write_official
+from wanflow.checkpoint.structure import module_of
 from wanflow.conditioning import TextToVideo, clip_parts, conditioning_of
 from wanflow.config import TRAIN_STEPS, DiTConfig, VAE22Config, VAEConfig, from_mapping
 from wanflow.geometry import picture_size
@@ -148,6 +150,17 @@ def parts(kind: str) -> GoldenParts:
     return GoldenParts(spec, models, vae(kind), texts(manifest))
 
 
+def written(kind: str, folder: Path) -> Path:
+    """A loop's models as the official folder of a model; its text encoder says nothing."""
+    spec, own = spec_of(kind), parts(kind)
+    spec = replace(spec, text=replace(TEXT, dim=spec.dit.text_dim))
+    encoder = randomised(module_of(spec.text), 0)
+    states = {name: model.state_dict() for name, model in own.models.items()}
+    states |= {"t5": encoder.state_dict(), "vae": own.vae.state_dict()}
+    # A default size so small that `wanflow.load` needs no plan for it.
+    return write_official(folder, spec, states, {"name": f"golden-{kind}", "defaults": SMALL})
+
+
 def request_of(kind: str, run: Json) -> Request:
     """What a user would ask for to get a run."""
     manifest, scale = LOOPS[kind], run["guide_scale"]
@@ -192,11 +205,15 @@ class Walk:
 
 def walk(kind: str, run: Json, together: bool = False) -> Walk:
     """Run a loop from its stored noise, through `wanflow.pipeline`."""
-    own, noise = parts(kind), case_tensors(LOOPS[kind]["cases_file"], run)["noise"]
-    engine = own.engine(together)
+    return walk_on(parts(kind).engine(together), kind, run)
+
+
+def walk_on(engine: Engine, kind: str, run: Json) -> Walk:
+    """Run a loop from its stored noise on an engine."""
+    noise = stored_of(kind, run)["noise"]
     begun = replace(begin(engine, request_of(kind, run)), state=SolverState(0, noise.unsqueeze(0)))
     with torch.no_grad():
-        found = Walk(begun, own.condition(begun))
+        found = Walk(begun, engine.condition(begun))
 
     def velocity(run: Run, conditioning: TextToVideo) -> Velocity:
         asked = engine.velocity(run, conditioning)
@@ -258,14 +275,15 @@ def check_steps(kind: str, run: Json, walk: Walk) -> None:
     close(walk.done.state.x[0], found["final_latent"], tolerance, "final latent")
 
 
-def check_video(kind: str, run: Json, walk: Walk) -> None:
+def check_video(kind: str, run: Json, walk: Walk, engine: Engine | None = None) -> None:
     """Values by the VAE, and the bytes that the pipeline makes of them."""
+    engine = engine or parts(kind).engine(False)
     found, tolerance = stored_of(kind, run), LOOPS[kind]["tolerance"]["video"]
     assert walk.done is not None
     assert found["video"].shape[1:] == (run["frames"], run["height"], run["width"])
     video = vae(kind).decode(walk.done.state.x).clamp(-1, 1)[0]
     close(video, found["video"], tolerance, "video")
-    frames = np.concatenate(list(decode(parts(kind).engine(False), walk.done)))
+    frames = np.concatenate(list(decode(engine, walk.done)))
     slack = tolerance["atol"] + tolerance["rtol"] * found["video"].abs()
     assert (frames >= to_uint8(found["video"] - slack)).all()
     assert (frames <= to_uint8(found["video"] + slack)).all()

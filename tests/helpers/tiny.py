@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from helpers.common import M, official_config
 from wanflow.checkpoint.structure import module_of
-from wanflow.config import DiTConfig, TextConfig
+from wanflow.config import DiTConfig, TextConfig, VAE22Config, VAEConfig
 from wanflow.models.dit import WanDiT
 from wanflow.presets import I2V_A14B, TI2V_5B, ModelSpec
 
@@ -36,6 +37,9 @@ WORDS = [
     "\u2581moves",
     "\u2581left",
 ]
+# The official names.
+VAE_FILES = {VAEConfig: "Wan2.1_VAE.pth", VAE22Config: "Wan2.2_VAE.pth"}
+T5_FILE, TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 # A video small enough that a run takes a fraction of a second; the sides take any model's stride.
 SMALL = {"size": "64*32", "frame_num": 5, "sample_steps": 3, "negative_prompt": ""}
 
@@ -103,26 +107,33 @@ def tiny_family(folder: Path, kind: str) -> Path:
         kind: "i2v" is I2V-A14B in small, "ti2v" TI2V-5B.
     """
     spec = FAMILY[kind]
-    for seed, expert in enumerate(spec.experts):
-        place = folder / expert.folder
+    parts = {**dict.fromkeys(spec.expert_names, spec.dit), "t5": spec.text, "vae": spec.vae}
+    states = {
+        part: randomised(module_of(config), seed).state_dict()
+        for seed, (part, config) in enumerate(parts.items())
+    }
+    return write_official(folder, spec, states, {"name": f"tiny-{kind}", "defaults": SMALL})
+
+
+def write_official(
+    folder: Path, spec: ModelSpec, states: dict[str, dict[str, Tensor]], sheet: dict[str, Any]
+) -> Path:
+    """Write a model in the official layout; `sheet` is its wanflow.json."""
+    for expert in spec.experts:
+        place, state = folder / expert.folder, states[expert.name]
         place.mkdir(parents=True, exist_ok=True)
-        state = randomised(module_of(spec.dit), seed).state_dict()
         name = "diffusion_pytorch_model-00001-of-00001.safetensors"
         save_file(state, place / name)
         index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, name)})
         (place / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
         config = {"_class_name": "WanModel"} | official_config(spec.dit)
         (place / "config.json").write_text(json.dumps(config))
-    vae = "Wan2.2_VAE.pth" if kind == "ti2v" else "Wan2.1_VAE.pth"
-    for seed, config, name in (
-        (2, spec.text, "models_t5_umt5-xxl-enc-bf16.pth"),
-        (3, spec.vae, vae),
-    ):
-        torch.save(dict(randomised(module_of(config), seed).state_dict()), folder / name)
-    tokenizer = folder / "google/umt5-xxl/tokenizer.json"
+    torch.save(dict(states["vae"]), folder / VAE_FILES[type(spec.vae)])
+    torch.save(dict(states["t5"]), folder / T5_FILE)
+    tokenizer = folder / TOKENIZER / "tokenizer.json"
     tokenizer.parent.mkdir(parents=True)
     engine = Engine(Unigram([(word, -float(n)) for n, word in enumerate(WORDS)], unk_id=2))
     engine.pre_tokenizer = pre_tokenizers.Metaspace()
     engine.save(str(tokenizer))
-    (folder / "wanflow.json").write_text(json.dumps({"name": f"tiny-{kind}", "defaults": SMALL}))
+    (folder / "wanflow.json").write_text(json.dumps(sheet))
     return folder

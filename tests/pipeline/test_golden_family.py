@@ -9,7 +9,9 @@ its own.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,10 +45,13 @@ from helpers.golden_family import (
     spec_of,
     stored_of,
     walk,
+    walk_on,
+    written,
 )
+from helpers.tiny import T5_FILE, TOKENIZER, VAE_FILES
 from PIL import Image
 
-from wanflow.checkpoint.layouts import OFFICIAL_STEMS, TOKENIZER
+import wanflow
 from wanflow.conditioning import FirstFrame, prepared
 from wanflow.config import TRAIN_STEPS, DiTConfig, VAE22Config, from_mapping
 from wanflow.geometry import geometry_of, parse_size, picture_size
@@ -181,6 +186,23 @@ def test_video(kind: str, run: Json) -> None:
     check_video(kind, run, walked(kind, run["name"]))
 
 
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_folder_of_the_official_layout(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models written as users have them, opened by `wanflow.load`; the text states stay."""
+    pipe = wanflow.load(written(kind, tmp_path / "model"), device="cpu")
+    own, texts = pipe.engine.spec, parts(kind).texts
+    shapes = replace(spec_of(kind), name=own.name, text=own.text)
+    assert (own.dit, own.vae, own.conditioning) == (shapes.dit, shapes.vae, shapes.conditioning)
+    monkeypatch.setattr(pipe.parts, "text", lambda prompts: texts[: len(prompts)])
+    for run in LOOPS[kind]["runs"]:
+        found = walk_on(pipe.engine, kind, run)
+        check_pictures(kind, run, found)
+        check_steps(kind, run, found)
+        check_video(kind, run, found, pipe.engine)
+
+
 # --- sizes of pictures ---
 
 RULES = [
@@ -274,23 +296,21 @@ def official_numbers(spec: ModelSpec) -> dict[str, Any]:
     return numbers
 
 
-# Not a preset's: names of official files, and dtypes that `Runtime` decides.
+# Names of official files, with which `test_a_folder_of_the_official_layout` opens, and what
+# `Runtime` decides.
 ELSEWHERE = {
+    "t5_checkpoint": T5_FILE,
+    "t5_tokenizer": TOKENIZER,
     "t5_model": "umt5_xxl",
     "t5_dtype": "bfloat16",
     "param_dtype": "bfloat16",
-    "t5_checkpoint": f"{OFFICIAL_STEMS['t5']}.pth",
-    "t5_tokenizer": TOKENIZER.rpartition("/")[0],
 }
 
 
 @pytest.mark.parametrize("task", [task for task in SIZES["configs"] if task != "shared"])
 def test_official_configurations(task: str) -> None:
-    official = dict(SIZES["configs"][task])
-    vae_file = official.pop("vae_checkpoint")
-    spec = preset_of(task)
-    assert ("Wan2.2" in vae_file) == isinstance(spec.vae, VAE22Config)
-    numbers = official_numbers(spec) | ELSEWHERE
+    official, spec = SIZES["configs"][task], preset_of(task)
+    numbers = official_numbers(spec) | ELSEWHERE | {"vae_checkpoint": VAE_FILES[type(spec.vae)]}
     listed = {key: list(v) if isinstance(v, tuple) else v for key, v in numbers.items()}
     assert {key: listed[key] for key in official} == official
 

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from wanflow.out_of_memory import cause, is_out_of_memory, listed
-from wanflow.presets import ModelSpec
+from wanflow.presets import Expert, ModelSpec
 from wanflow.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from wanflow.parallel.groups import ParallelContext
 
-Stage = Literal["prompts", "expert", "step", "decode"]
+Stage = Literal["picture", "prompts", "expert", "step", "decode"]
 NAMES: dict[Stage, str] = {
+    "picture": "encoding the pictures",
     "prompts": "encoding the prompts",
     "expert": "reading an expert",
     "step": "a denoising step",
@@ -42,6 +43,9 @@ class Parts(Protocol):
     ctx: ParallelContext | None
     keep: bool
     go_on_with: dict[str, Any]
+
+    def holds(self, which: Expert) -> bool:
+        """Return whether an expert is in memory."""
 
 
 def next_try(error: BaseException, parts: Parts, stage: Stage, size: int) -> dict[str, int]:
@@ -74,6 +78,18 @@ def next_try(error: BaseException, parts: Parts, stage: Stage, size: int) -> dic
     return {}
 
 
+def makes_room(error: BaseException, parts: Parts) -> bool:
+    """Return whether to encode pictures again, once the experts have been freed; say so."""
+    held = any(parts.holds(expert) for expert in parts.spec.expert_names)
+    if not held or parts.ctx is not None or not is_out_of_memory(error):
+        return False
+    logger.warning(
+        "out of memory in %s (%s): going on without the experts, which are read again",
+        *(NAMES["picture"], cause(error)),
+    )
+    return True
+
+
 def give_way(parts: Parts, stage: Stage, size: int) -> None:
     """Set what another process takes to go on with a run, after memory ran out here or elsewhere.
 
@@ -85,10 +101,10 @@ def give_way(parts: Parts, stage: Stage, size: int) -> None:
         ways.append({"t5_cpu": True})
     if stage == "step":
         ways.append(_smaller(parts, stage, size, CHUNKS))
+    if stage in ("step", "expert", "picture") and parts.keep:
+        ways.append({"offload_model": True})
     if stage in ("step", "expert"):
         resident = layers if runtime.resident_blocks is None else runtime.resident_blocks
-        if parts.keep:
-            ways.append({"offload_model": True})
         if resident and not runtime.dit_fsdp:
             ways.append({"resident_blocks": resident // 2})
     if stage == "step":

@@ -206,6 +206,12 @@ class LoadedParts:
 
         return next_try(error, self, stage, size)
 
+    def makes_room(self, error: Exception) -> bool:
+        """Return whether pictures fit without the experts; see `less_memory.makes_room`."""
+        from wanflow.loaders.less_memory import makes_room
+
+        return makes_room(error, self)
+
     def ran_out(self, stage: Stage, request: CompleteRequest) -> None:
         """Set with what a run goes on after memory ran out in another rank."""
         from wanflow.loaders.less_memory import give_way
