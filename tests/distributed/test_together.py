@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.common import PROMPT
-from helpers.features import FEATURES, ROUNDING, latent, made, packed
+from helpers.features import FEATURES, KINDS, ROUNDING, latent, made, packed, picture
 from helpers.golden import PIPELINE, case_tensors, close, expert, schedule_of, stored
 from helpers.processes import Processes, played
 from torch import Tensor
@@ -40,6 +40,7 @@ QUICK, SLOW = (2,), (3, 4, 6, 8)
 SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
 WANTED = Request(PROMPT, frame_num=5, sample_steps=3, seed=3)
 SHARED: dict[str, Any] = {"dit_fsdp": True}
+FAMILY = ("i2v, both pictures", "ti2v, picture")
 pytestmark = pytest.mark.distributed
 
 
@@ -87,9 +88,34 @@ def on_layout(info: ranks.DistInfo, layout: Layout) -> dict[str, Any]:
         "half": cancelled.value.run.state.tensors(),
     }
     found |= {"shared out": shared.resume(shared.begin(WANTED)).state.x, "shares": shares(shared)}
+    found["family"] = {kind: of_family(kind, info, layout) for kind in FAMILY}
     for case in PIPELINE["runs"] if info.world_size == 2 else PIPELINE["runs"][:1]:
         found[case["name"]] = golden(info, layout, case)
     return found
+
+
+def of_family(kind: str, info: ranks.DistInfo | None = None, layout: Layout | None = None) -> Any:
+    """The latent and the frames of a small model of the family, and the latent with shared weights.
+
+    Only the first process has the pictures: what it encodes must reach the others.
+    """
+    name, pictures = KINDS[kind]
+    asked = replace(WANTED, **{which: picture(which) for which in pictures})
+    found = []
+    # Weights are shared out in every layout alike: see nano's.
+    for shared in ({}, SHARED) if layout and layout.ulysses > 1 else ({},):
+        runtime = Runtime(device="cpu", **(fields(layout) if layout else {}), **shared)
+        pipe = assemble(resolve(made(name) / name), runtime, None, info)
+        run = pipe.begin(asked)
+        if info and info.rank:
+            blank = {key: torch.zeros_like(value) for key, value in run.pictures.items()}
+            run = replace(run, pictures=blank)
+        found.append(pipe.resume(run))
+    return {
+        "latent": found[0].state.x,
+        "shared out": found[-1].state.x,
+        "frames": torch.from_numpy(pipe.finish(found[-1]).frames),
+    }
 
 
 def shares(pipe: Pipeline) -> list[tuple[int, int]]:
@@ -162,6 +188,7 @@ def alone() -> dict[str, Tensor]:
     return {"latent": run.state.x, "frames": torch.from_numpy(pipe.finish(run).frames)}
 
 
+family_alone = cache(of_family)
 Found = Callable[[int], Sequence[dict[str, Any]]]
 
 
@@ -196,6 +223,29 @@ def test_the_first_process_has_the_video(size: int, found: Found) -> None:
         apart = (values["frames"].int() - expected).abs()
         assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, layout
         assert all(len(other[layout]["frames"]) == 0 for other in others)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_family_makes_of_pictures_what_one_process_makes(
+    size: int, kind: str, found: Found
+) -> None:
+    expected = family_alone(kind)
+    for rank, values in enumerate(found(size)):
+        for layout, value in ((where, each["family"][kind]) for where, each in values.items()):
+            torch.testing.assert_close(
+                value["latent"],
+                expected["latent"],
+                atol=1e-4,
+                rtol=1e-5,
+                msg=lambda text, where=layout: f"{where}: {text}",
+            )
+            assert torch.equal(value["latent"], found(size)[0][layout]["family"][kind]["latent"])
+            assert torch.equal(value["shared out"], value["latent"]), layout
+            if rank == 0:
+                assert (value["frames"].int() - expected["frames"].int()).abs().max() <= 1
+            else:
+                assert len(value["frames"]) == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
