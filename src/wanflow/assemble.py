@@ -386,20 +386,30 @@ def weights_in_float32(checkpoint: Checkpoint) -> int:
 def is_tiny(
     checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteRequest | None = None
 ) -> bool:
-    """Return whether a run takes less than `TINY`, by a bound that needs no trace.
+    """Return whether a run takes less than `TINY`, by a bound that needs no trace."""
+    return at_most(checkpoint, runtime, request) <= TINY
 
-    A test holds the bound to the trace: bytes of a decode for each pixel, of a step for each token,
-    and of the finished frames. Plain attention adds matrices of scores.
+
+def at_most(
+    checkpoint: Checkpoint, runtime: Runtime, request: Request | CompleteRequest | None = None
+) -> int:
+    """Return more bytes than a run takes.
+
+    A test holds it to the trace: bytes of a decode or an encode for each pixel, of a step for each
+    token, and of the finished frames. Plain attention adds matrices of scores.
     """
     spec = checkpoint.spec
     geometry = geometry_of(spec)
     size = parse_size((request and request.size) or spec.size, geometry)
     frames = (request and request.frame_num) or spec.frame_num
     pixels, tokens = size[0] * size[1], geometry.tokens(size, frames)
-    decoding, step = 160 * spec.vae.dim * pixels, 32 * (spec.dit.dim + spec.dit.ffn_dim) * tokens
+    decoding, step = (
+        160 * spec.vae.dec_dim * pixels,
+        32 * (spec.dit.dim + spec.dit.ffn_dim) * tokens,
+    )
     scores = 32 * spec.dit.num_heads * tokens**2 if runtime.attention == "math" else 0
     taken = weights_in_float32(checkpoint) + decoding + step + scores
-    return taken + 6 * frames * pixels <= TINY
+    return taken + 6 * frames * pixels
 
 
 def _refuse(runtime: Runtime, layers: int) -> None:

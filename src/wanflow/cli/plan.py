@@ -122,7 +122,7 @@ def _command(args: argparse.Namespace, planned: Plan) -> str:
     for part, file in given_parts(args).items():
         words += [f"--{part}", str(file)]
     if args.ckpt_dir is not None or not given_parts(args):
-        words += ["--ckpt_dir", args.ckpt_dir or weights_of(spec)]
+        words += ["--ckpt_dir", args.ckpt_dir or folder_of(spec)]
     words += words_of(Request, {name: value for name, value in asked.items() if value != ""})
     words += words_of(Runtime, {**settings_from(Runtime, args), **_chosen(planned)})
     for flag in ("preset", "sample_guide_scale", "save_file"):
@@ -152,14 +152,14 @@ def _chosen(planned: Plan) -> dict[str, Any]:
     return chosen
 
 
-def weights_of(spec: ModelSpec) -> str:
+def folder_of(spec: ModelSpec) -> str:
     """Return the folder where `wanflow download` puts a model's official weights."""
     return f"{spec.name.rpartition('Wan2.2-')[2].replace('-', '_')}_weights"
 
 
 def _download(args: argparse.Namespace, given: object, spec: ModelSpec) -> str:
     """Return the command that gets the official weights, where none are named or here."""
-    folder, named = weights_of(spec), args.ckpt_dir is not None or given
+    folder, named = folder_of(spec), args.ckpt_dir is not None or given
     return "" if named or Path(folder).is_dir() else f"wanflow download --local_dir {folder}"
 
 
