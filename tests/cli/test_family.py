@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.common import PROMPT
+from helpers.tiny import tiny_family
+from PIL import Image
 
 from wanflow.cli import main
+from wanflow.clipfiles import read_frames, read_recipe
 
 
 def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
@@ -24,31 +31,152 @@ def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
     return text
 
 
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with both models in small, pictures, and files that are none; the current one."""
+    folder = tmp_path_factory.mktemp("family")
+    with chdir(folder):
+        for kind in ("i2v", "ti2v"):
+            tiny_family(folder / kind, kind)
+        pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+        Image.fromarray(pixels).save("photo.png")
+        Image.fromarray(pixels).save("wide.png")
+        Image.new("RGB", (600, 40), "red").save("long.png")
+        frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+        frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
+        Path("text.png").write_text("no picture")
+        yield folder
+
+
 NANO = f"generate --ckpt_dir nano --prompt '{PROMPT}' "
+I2V = "generate --ckpt_dir i2v --prompt 'a red circle' "
+TI2V = "generate --ckpt_dir ti2v --prompt 'a red circle' "
+PHOTO = "--image photo.png "
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (NANO + "--task i2v-A14B --image x.png", ["i2v-A14B", "nano", "t2v-A14B"]),
-        (NANO + "--task ti2v-5B", ["ti2v-5B", "nano", "t2v-A14B"]),
-        (NANO + "--task i2v-A14B", ["--image"]),
-        (NANO + "--task t2v-A14B --image x.png", ["I2V-A14B", "TI2V-5B"]),
-        (NANO + "--task ti2v-5B --last_image x.png", ["last_image", "I2V-A14B"]),
-        (NANO + "--task ti2v-5B --size 1280*720", ["--size 1280*704"]),
-        (NANO + "--task animate-14B", ["animate-14B", "i2v-A14B", "ti2v-5B"]),
+        # tasks
+        (NANO + "--task i2v-A14B " + PHOTO, "i2v-A14B nano t2v-A14B"),
+        (NANO + "--task ti2v-5B", "ti2v-5B nano t2v-A14B"),
+        (NANO + "--task animate-14B", "animate-14B i2v-A14B ti2v-5B"),
+        (I2V + PHOTO + "--task ti2v-5B", "ti2v-5B Wan2.2-TI2V-5B tiny-i2v i2v-A14B --ckpt_dir"),
+        (I2V + "--task t2v-A14B", "t2v-A14B Wan2.2-T2V-A14B tiny-i2v i2v-A14B --ckpt_dir"),
+        (I2V + PHOTO + "--task s2v-14B", "s2v-14B"),
+        (TI2V + "--task t2v-A14B", "t2v-A14B tiny-ti2v ti2v-5B"),
+        (TI2V + PHOTO + "--task i2v-A14B", "i2v-A14B tiny-ti2v ti2v-5B"),
+        # pictures
+        (I2V, "tiny-i2v --image --last_image"),
+        (I2V + "--task i2v-A14B", "I2V-A14B --image"),
+        (NANO + PHOTO, "image nano I2V-A14B TI2V-5B"),
+        (NANO + "--task t2v-A14B " + PHOTO, "image I2V-A14B TI2V-5B"),
+        (TI2V + "--last_image photo.png", "last_image tiny-ti2v I2V-A14B"),
+        (TI2V + "--task ti2v-5B --last_image photo.png", "last_image I2V-A14B"),
+        (I2V + PHOTO + "--last_image photo.png --frame_num 1", "last_image frame_num 5"),
+        (I2V + "--image none.png", "none.png"),
+        (TI2V + "--image none.png", "none.png"),
+        (I2V + PHOTO + "--last_image none.png", "none.png"),
+        (I2V + "--image text.png", "text.png PNG"),
+        (TI2V + "--image i2v", "i2v"),
+        (TI2V + "--image moving.gif", "moving.gif"),
+        (I2V + "--image long.png", "600*40 crop"),
+        (TI2V + "--image long.png", "600*40 crop"),
+        # sizes and lengths
+        (I2V + PHOTO + "--size 48*40", "40 16 --size"),
+        (I2V + PHOTO + "--size 7", "WIDTH"),
+        (I2V + PHOTO + "--size 32*24 --exact_size", "24 16"),
+        (TI2V + "--size 64*48", "48 32 --size"),
+        (TI2V + "--size 1280*720", "720 --size 1280*704"),
+        (TI2V + "--task ti2v-5B --size 1280*720", "720 --size 1280*704"),
+        (TI2V + PHOTO + "--size 48*48 --exact_size", "48 32"),
+        (I2V + PHOTO + "--frame_num 6", "frame_num 4n+1 5"),
+        (TI2V + "--frame_num 120", "frame_num 121"),
+        # parts
+        (I2V + PHOTO + "--dit photo.png", "dit"),
+        (TI2V + "--high photo.png", "high"),
+        (I2V + PHOTO + "--vae ti2v/Wan2.2_VAE.pth", "Wan2.2_VAE.pth"),
+        (TI2V + "--vae i2v/Wan2.1_VAE.pth", "Wan2.1_VAE.pth"),
+        # guidance, LoRAs, processes
+        (TI2V + "--cfg_high 3 --cfg_low 4", "cfg_high 3.0 cfg_low 4.0 one"),
+        (TI2V + "--boundary 0.9", "boundary 0.9"),
+        (TI2V + "--lora photo.png@high=1,low=0.6", "lora FILE@0.8"),
+        (I2V + PHOTO + "--lora none.safetensors", "none.safetensors"),
+        (I2V + PHOTO + "--lora photo.png@high=x", "high=1,low=0.6"),
+        (I2V + PHOTO + "--sample_guide_scale 3.5,3.5", "--sample_guide_scale number"),
+        (I2V + PHOTO + "--boundary 2", "boundary"),
+        (I2V + PHOTO + "--cfg_high -1", "cfg_high"),
+        (TI2V + "--ulysses_size 2", "torchrun"),
+        (TI2V + "--dit_fsdp", "--dit_fsdp"),
+        (I2V + PHOTO + "--save_file x.png", "PNG one frame"),
+        # other commands
+        ("plan --task ti2v-5B --size 1280*720", "--size 1280*704"),
+        ("plan --task t2v-A14B --image photo.png", "I2V-A14B"),
+        ("plan --task ti2v-5B --last_image photo.png", "I2V-A14B"),
+        ("plan --ckpt_dir i2v --task ti2v-5B", "tiny-i2v i2v-A14B"),
+        ("bench --ckpt_dir i2v", "--image"),
+        ("bench --ckpt_dir ti2v --size 64*48", "32"),
+        ("replay photo.png --image photo.png", "photo.png recipe"),
+        ("generate --resume none.latent.safetensors --task i2v-A14B", "none.latent.safetensors"),
+        ("convert ti2v out --to fp9", "fp9"),
     ],
 )
-def test_a_task_is_checked(
-    line: str, words: list[str], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_input_gets_one_line(
+    line: str, words: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
-    Image.new("RGB", (64, 48), "red").save("x.png")
+    before = sorted(place.iterdir())
     text = refused(capsys, line)
-    assert [word for word in words if word not in text] == []
+    assert [word for word in words.split() if word not in text] == [], text
+    assert sorted(place.iterdir()) == before
 
 
-def test_the_task_of_the_weights_is_accepted(in_tmp: Path) -> None:
-    line = NANO + "--task t2v-A14B --frame_num 5 --sample_steps 2 --save_file a.mp4"
-    assert main(shlex.split(line)) == 0 and Path("a.mp4").exists()
+# The commands of the official README, word for word; a tiny model gets a small size after them.
+I2V_COMMAND = (
+    "--task i2v-A14B --size 1280*720 --ckpt_dir ./Wan2.2-I2V-A14B --offload_model True"
+    " --convert_model_dtype --image photo.png --prompt 'a red circle'"
+)
+TI2V_COMMAND = (
+    "--task ti2v-5B --size 1280*704 --ckpt_dir ./Wan2.2-TI2V-5B --offload_model True"
+    " --convert_model_dtype --t5_cpu --prompt 'a red circle'"
+)
+SMALL = " --frame_num 5 --sample_steps 2 --seed 3 --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("command", "small", "size", "words"),
+    [
+        (I2V_COMMAND, "64*32", "48x32", "first frame photo.png (64*48)"),
+        (TI2V_COMMAND, "64*32", "64x32", "2 unipc steps ->"),
+        (TI2V_COMMAND + " --image photo.png", "64*64", "64x64", "first frame photo.png (64*48)"),
+    ],
+)
+def test_the_published_commands(
+    command: str,
+    small: str,
+    size: str,
+    words: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, kind in (("Wan2.2-I2V-A14B", "i2v"), ("Wan2.2-TI2V-5B", "ti2v")):
+        (tmp_path / name).symlink_to(place / kind)
+    (tmp_path / "photo.png").symlink_to(place / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    extra = f" --size {small} {SMALL} --contact_sheet"
+    assert main(["generate", *shlex.split(command + extra)]) == 0
+    said = capsys.readouterr()
+    file = Path(said.out.strip())
+    task, width, height = command.split()[1], *map(int, size.split("x"))
+    assert file.name.startswith(f"{task}_{size}_a-red-circle_seed3_")
+    assert file.with_name(f"{file.stem}_sheet.png").exists()
+    frames, fps = read_frames(file)
+    assert (frames.shape, fps) == ((5, height, width, 3), 16 if task == "i2v-A14B" else 24)
+    assert f"{width}*{height}, 5 frames at {fps} fps" in said.err and words in said.err
+    assert ("expert" in said.err) == (task == "i2v-A14B")
+    assert re.search("step 2/2, (transformer|low-noise expert), sigma", said.err)
+    request = read_recipe(file)["request"]
+    wanted = {"sample_shift": 5.0, "cfg_high": 3.5 if "i2v-A14B" == task else 5.0}
+    assert {name: request[name] for name in wanted} == wanted
