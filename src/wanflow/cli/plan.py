@@ -118,7 +118,7 @@ def _command(args: argparse.Namespace, planned: Plan) -> str:
             asked[name] = value.file
     words = ["wanflow", "generate"]
     if model_of_task(args) is not None:
-        words += ["--task", spec.task]
+        words += ["--task", args.task]
     for part, file in given_parts(args).items():
         words += [f"--{part}", str(file)]
     if args.ckpt_dir is not None or not given_parts(args):
