@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from helpers.common import PROMPT
 from helpers.tiny import tiny_family
 from PIL import Image
 
+import wanflow
 from wanflow.cli import main
 from wanflow.clipfiles import read_frames, read_recipe
 
@@ -30,7 +33,6 @@ def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
     assert "Traceback" not in said.err and text.startswith("wanflow: ")
     assert not before or line.startswith(("plan", "bench"))
     return text
-
 
 
 @pytest.fixture(scope="module")
@@ -178,5 +180,49 @@ def test_the_published_commands(
     assert ("expert" in said.err) == (task == "i2v-A14B")
     assert re.search("step 2/2, (transformer|low-noise expert), sigma", said.err)
     request = read_recipe(file)["request"]
-    wanted = {"sample_shift": 5.0, "cfg_high": 3.5 if "i2v-A14B" == task else 5.0}
+    wanted = {"sample_shift": 5.0, "cfg_high": 3.5 if task == "i2v-A14B" else 5.0}
     assert {name: request[name] for name in wanted} == wanted
+
+
+def _reaches(step: int, progress: wanflow.Progress) -> bool:
+    return progress.step != step
+
+
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_a_video_of_a_picture_is_made_again_and_finished(
+    kind: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy("photo.png", "gone.png")
+    settings = {"size": "64*64", "frame_num": 5, "sample_steps": 3, "seed": 3}
+    flags = " ".join(f"--{name} {value}" for name, value in settings.items())
+    line = f"generate --ckpt_dir {kind} --prompt 'a red circle' --image gone.png {flags}"
+
+    def frames(words: str) -> np.ndarray:
+        file = f"{kind}-{len(made)}.mp4"
+        assert main([*shlex.split(words), "--save_file", file, "--device", "cpu"]) == 0
+        made.append(file)
+        return read_frames(Path(file))[0]
+
+    made = list[str]()
+    first = frames(line)
+    assert np.array_equal(frames(f"replay {made[0]} --ckpt_dir {kind}"), first)
+    other = frames(f"generate --recipe {made[0]} --ckpt_dir {kind} --seed 4")
+    assert other.shape == first.shape and not np.array_equal(other, first)
+    capsys.readouterr()
+    assert main(["inspect", made[0]]) == 0
+    assert re.search("image .*64 x 48 pixels.*gone.png", capsys.readouterr().out)
+
+    pipe = wanflow.load(kind, device="cpu", progress=False)
+    for step in (1, 3):
+        stop = partial(_reaches, step)
+        with pytest.raises(wanflow.Cancelled) as stopped:
+            pipe.generate("a red circle", stop, image="gone.png", **settings)
+        stopped.value.run.save(Path(f"{kind}-step{step}.latent.safetensors"))
+    Path("gone.png").unlink()
+    again = f"--ckpt_dir {kind}"
+    assert np.array_equal(
+        frames(f"generate --resume {kind}-step1.latent.safetensors {again}"), first
+    )
+    assert np.array_equal(frames(f"decode {kind}-step3.latent.safetensors {again}"), first)
+    capsys.readouterr()
+    assert "gone.png" in refused(capsys, f"replay {made[0]} {again}")
