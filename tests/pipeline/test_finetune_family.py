@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,17 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import FAMILY, randomised
+from helpers.common import refusal
+from helpers.tiny import FAMILY, randomised, tiny_family
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import wanflow
-from wanflow.media import VideoWriter
+from wanflow.cli import main
+from wanflow.media import VideoWriter, save_picture
 from wanflow.models.dit import WanDiT, time_features
+from wanflow.opening import resolve
+from wanflow.pictures import open_picture
 from wanflow.presets import I2V_A14B, NANO, TI2V_5B
 from wanflow.screen import Screen
 from wanflow.train import memory
 from wanflow.train.clips import Form, Sample, find_clips, prepare
-from wanflow.train.finetune import attach
+from wanflow.train.finetune import _clip_encoder, attach, finetune
 from wanflow.train.objective import Objective
 from wanflow.train.tuning import FineTune
 from wanflow.train.views import Views
@@ -48,6 +56,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.write(moving(number))
         (root / f"{number}.txt").write_text(CAPTION)
     return root
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("family")
+    return lambda kind: root / kind if (root / kind).exists() else tiny_family(root / kind, kind)
 
 
 def settings(folder: Path, root: Path, **more: Any) -> FineTune:
@@ -160,6 +174,113 @@ def test_a_picture_shows_no_first_frame_of_a_video() -> None:
     assert Views(TI2V_5B, single).share == 0 < Views(TI2V_5B, FORM).share < 1
     assert Views(I2V_A14B, single).share == Views(I2V_A14B, FORM).share == 1
     assert Views(NANO, FORM).share == 0
+
+
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_the_first_frame_is_encoded_as_a_run_encodes_it(
+    folder: Path, families: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    """What training stores is what a video of that picture would be conditioned on."""
+    from wanflow.train.clips import read_clip
+
+    clip = read_clip(folder / "0.mp4", FORM)
+    clip = ((clip + 1) * 127.5).round() / 127.5 - 1  # as a picture of bytes
+    checkpoint = resolve(families(kind))
+    encoded = _clip_encoder(checkpoint, settings(folder, tmp_path))(clip)
+    pixels = ((clip[:, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    pipe = wanflow.load(families(kind), device="cpu")
+    asked: dict[str, Any] = {"size": "64*32", "frame_num": 9, "exact_size": True}
+    request = wanflow.Request(CAPTION, image=open_picture(pixels), **asked)
+    seen = pipe.engine.condition(pipe.begin(request))
+    ours = Views(checkpoint.spec, FORM).of(encoded["picture"].unsqueeze(0))
+    x = torch.randn(1, *ours.shape)
+    torch.testing.assert_close(ours.latent(ours.held(x)), seen.latent(seen.held(x)))
+    if kind == "ti2v":
+        torch.testing.assert_close(encoded["picture"][:, 0], encoded["latent"][:, 0])
+
+
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_a_lora_learns_its_clips_and_changes_the_video(
+    folder: Path, families: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    model = families(kind)
+    which = {"i2v": "low", "ti2v": "dit"}[kind]
+    wanted = settings(folder, tmp_path, steps=16, dropout=0.0, learning_rate=1e-2)
+    wanted = replace(wanted, experts=("low",) if kind == "i2v" else ())
+    losses: list[float] = []
+    real = Objective.__call__
+
+    def noted(self: Objective, *given: Any) -> Any:
+        for part in real(self, *given):
+            losses.append(float(part.detach()))
+            yield part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "__call__", noted)
+        (file,) = finetune(resolve(model), wanted, quiet)
+    assert file.name == {"low": "low_noise_lora.safetensors", "dit": "lora.safetensors"}[which]
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["wanflow"])["expert"] == which
+    pipe = wanflow.load(model, device="cpu")
+    given: dict[str, Any] = {"seed": 1, "image": open_picture(moving(0)[0])}
+    plain, with_it = (
+        pipe.generate(CAPTION, **given, lora=lora).frames for lora in ((), (str(tmp_path / "out"),))
+    )
+    assert not np.array_equal(plain, with_it)
+
+
+def test_a_stopped_training_of_one_network_gives_the_same_lora(
+    folder: Path, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = resolve(families("ti2v"))
+    wanted = settings(folder, tmp_path, save_seconds=0.0)
+    (whole,) = finetune(checkpoint, replace(wanted, out=tmp_path / "a", work=tmp_path / "w"), quiet)
+    real = Objective.__call__
+
+    def stop(self: Objective, step: int, rng: Any, generator: Any) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(self, step, rng, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(checkpoint, wanted, quiet)
+    (again,) = finetune(checkpoint, wanted, quiet)
+    assert again.read_bytes() == whole.read_bytes()
+
+
+def test_a_lora_of_another_model_is_refused(
+    folder: Path, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Shapes tell models apart, and the message names one."""
+    finetune(resolve(families("ti2v")), settings(folder, tmp_path, steps=1), quiet)
+    pipe = wanflow.load("nano", device="cpu")
+    told = refusal(lambda: pipe.generate(CAPTION, seed=1, lora=str(tmp_path / "out")))
+    assert "lora.safetensors" in told and "blocks" in told
+
+
+def test_the_command_trains_one_network_on_pictures_and_refuses_an_expert(
+    families: Callable[[str], Path],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "pictures"
+    data.mkdir()
+    save_picture(data / "a.png", moving(0)[0], {})
+    (data / "a.txt").write_text(CAPTION)
+    command = ["train", "--data", str(data), "--ckpt_dir", str(families("ti2v")), "--out"]
+    command += [str(tmp_path / "x"), "--rank", "2", "--steps", "2", "--device", "cpu"]
+    assert main([*command, "--frame_num", "1", "--train_experts", "low"]) == 2
+    said = capsys.readouterr().err
+    assert "--train_experts low" in said and "one network" in said and "leave the flag out" in said
+    assert main([*command, "--frame_num", "1", "--size", "64*48"]) == 2
+    assert "multiple of 32" in capsys.readouterr().err
+    assert main([*command, "--frame_num", "1"]) == 0
+    tensors = load_file(tmp_path / "x" / "lora.safetensors")
+    assert any(value.any() for name, value in tensors.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("kind", ["i2v", "ti2v"])

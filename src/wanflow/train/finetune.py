@@ -83,6 +83,7 @@ def finetune(
         KeyboardInterrupt: when it was stopped; the same call goes on.
     """
     (rank, size), stop = rank_and_world_size(), stop or Stop()
+    settings = replace(settings, experts=settings.experts or checkpoint.spec.expert_names)
     with Claims() as claims:
         if rank == 0:
             check_outputs(checkpoint, settings)
@@ -95,6 +96,11 @@ def finetune(
         frames = f"{settings.form.frame_num} frames of {width}*{height}"
         screen.say(f"{len(clips)} clips, {frames} each")
         screen.say(f"encoded clips and the state of the training are in {settings.work}")
+        if settings.form.frame_num == 1 and Views(checkpoint.spec, settings.form).share:
+            screen.say(
+                f"clips of one frame are also the picture that {checkpoint.spec.name} is given, so"
+                " it learns little from them: give clips, and a larger --frame_num"
+            )
         _refuse_processes(settings, size)
         trained = _trained(checkpoint, settings, clips, screen, stop)
         written = _write(checkpoint, settings, trained, replaced, screen, claims)

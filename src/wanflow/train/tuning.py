@@ -25,6 +25,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 class FineTune:
     """How to fine-tune.
 
+    experts: those to train; () for all of the model's.
     batch: clips for each update.
     accumulate: in how many parts a batch goes through the model (memory against time).
     alpha: the LoRA's output is multiplied by alpha / rank.
@@ -38,7 +39,7 @@ class FineTune:
     work: Path
     form: Form
     method: Method = "lora"
-    experts: tuple[Expert, ...] = ("high", "low")
+    experts: tuple[Expert, ...] = ()
     rank: int = 16
     alpha: float = 16.0
     targets: tuple[str, ...] = tuple(TARGETS)
