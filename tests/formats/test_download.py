@@ -518,7 +518,7 @@ def test_a_gated_repository(hub: Hub, folder: Path, capsys: pytest.CaptureFixtur
         (["--repo", "no/such"], "/no/such does not exist or is not public (401)"),
         (["--revision", "v9"], "the revision v9"),
         (["--repo", "not a name"], "'not a name' is not the name of a repository"),
-        (["--variant", "fp4"], "there is no variant 'fp4'; there are official,"),
+        (["--variant", "fp4"], "no variant 'fp4' of t2v-A14B; there are official,"),
         (["--variant", "gguf-q4", "--repo", "no/such"], "does not exist"),
         (
             ["--variant", "official-bf16"],
@@ -656,6 +656,47 @@ def test_the_catalogue() -> None:
     for sha256 in catalogue.known_hashes().values():
         assert len(bytes.fromhex(sha256)) == 32
     assert catalogue.known_sha256(f"anything/{VAE}") and catalogue.known_sha256(f"not{VAE}") is None
+
+
+def test_the_catalogue_of_the_family() -> None:
+    """The sizes and hashes are those of FAMILY.md, section 7; TI2V-5B's sum is FIELD's."""
+    i2v, ti2v = catalogue.CATALOGUE["i2v-A14B"], catalogue.CATALOGUE["ti2v-5B"]
+    small = ti2v["official"]
+    wanted = small.bytes + 43  # configuration.json
+    assert wanted == 34_201_521_212 and small.folder == "TI2V_5B_weights"
+    assert not {"high", "low"} & {part.role for each in ti2v.values() for part in each.parts}
+    assert {"lightning", "comfy-fp8"} <= set(i2v) - set(ti2v)
+    sizes = {part.role: part.bytes for part in i2v["comfy-fp8"].parts}
+    assert sizes["high"] == sizes["low"] == 14_294_742_832
+    assert sizes["vae"] == 253_815_318
+    sizes = {part.role: part.bytes for part in ti2v["comfy-fp16"].parts}
+    assert (sizes["dit"], sizes["vae"]) == (9_999_658_848, 1_409_400_960)
+    paths = {pattern for part in ti2v["comfy-fp16"].parts for pattern in part.patterns}
+    assert "split_files/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors" in paths
+    assert "split_files/vae/wan2.2_vae.safetensors" in paths
+    names = {pattern for part in i2v["lightning"].parts for pattern in part.patterns}
+    assert "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors" in names
+    (dit,) = (part for part in small.parts if part.role == "dit")
+    assert dit.local("config.json") and dit.local("diffusion_pytorch_model.safetensors.index.json")
+    assert dit.local("Wan2.2_VAE.pth") is None
+    # Both A14B models have shards of one name; only the repository tells which is meant.
+    shard = "high_noise_model/diffusion_pytorch_model-00001-of-00006.safetensors"
+    assert catalogue.known_sha256(shard) is None
+    known = catalogue.known_sha256(f"Wan-AI/Wan2.2-I2V-A14B/{shard}")
+    assert known and known.startswith("aeea563f")
+    assert catalogue.known_sha256(f"Wan-AI/Wan2.2-T2V-A14B/{shard}") is None
+
+
+def test_the_family_is_listed_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["download", "--task", "ti2v-5B", "--list"]) == 0
+    assert "34.2 GB" in capsys.readouterr().out
+    with pytest.raises(RequestError, match="no variant 'lightning' of ti2v-5B"):
+        catalogue.find("lightning", "ti2v-5B")
+    for folder, words in (
+        ("TI2V_5B_weights", "wanflow download --task ti2v-5B --local_dir"),
+        ("I2V_A14B_comfy-fp8", "wanflow download --task i2v-A14B --variant comfy-fp8 --local_dir"),
+    ):
+        assert words in catalogue.how_to_get(tmp_path / folder)
 
 
 def test_an_expert_by_the_name_of_a_blob(tmp_path: Path) -> None:

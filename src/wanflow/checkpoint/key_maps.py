@@ -112,6 +112,10 @@ VAE_RESIDUAL = {
     "shortcut": "conv_shortcut",
 }
 VAE_RESAMPLE = {"resample.1": "resample.1", "time_conv": "time_conv"}
+# Names that only the VAE of Wan2.2 has: its encoder's levels are lists of their own.
+NESTED = re.compile(
+    r"(?:^|\.)encoder\.(?:downsamples\.\d+\.downsamples|down_blocks\.\d+\.(?:resnets|downsampler))\."
+)
 
 
 def detect(kind: Kind, names: Iterable[str]) -> Dialect:
@@ -220,6 +224,8 @@ def _table(kind: Kind, dialect: Dialect, names: Collection[str]) -> Table:
             dialect if dialect != "official" else "huggingface",
             1 + _last(r"(?:blocks|block|blk)\.(\d+)\.", names),
         )
+    elif any(map(NESTED.search, names)):
+        table = _vae22(names)
     else:
         table = _vae(
             1 + _last(r"encoder\.(?:downsamples|down_blocks)\.(\d+)\.", names), *_levels(names)
@@ -250,7 +256,8 @@ def _t5(dialect: Dialect, blocks: int) -> Table:
     }
 
 
-def _vae(encoder_layers: int, levels: int, residuals: int) -> Table:
+def _vae_ends() -> Table:
+    """Return the paths that the VAEs of Wan2.1 and Wan2.2 share: all but the levels."""
     table = dict(VAE)
     for side in ("encoder", "decoder"):
         table |= {f"{side}.{a}": f"{side}.{b}" for a, b in VAE_SIDE.items()}
@@ -261,6 +268,11 @@ def _vae(encoder_layers: int, levels: int, residuals: int) -> Table:
             table |= {
                 f"{side}.{official}.{a}": f"{side}.{foreign}.{b}" for a, b in VAE_RESIDUAL.items()
             }
+    return table
+
+
+def _vae(encoder_layers: int, levels: int, residuals: int) -> Table:
+    table = _vae_ends()
     layer = VAE_RESIDUAL | VAE_RESAMPLE  # the names say which of the two a layer is
     for n in range(encoder_layers):  # flat in both
         table |= {
@@ -277,6 +289,33 @@ def _vae(encoder_layers: int, levels: int, residuals: int) -> Table:
             f"decoder.upsamples.{first + residuals}.{a}": f"{up}.upsamplers.0.{b}"
             for a, b in VAE_RESAMPLE.items()
         }
+    return table
+
+
+def _vae22(names: Collection[str]) -> Table:
+    """Return the paths of the Wan2.2 VAE: nested on both sides."""
+    table = _vae_ends()
+    for side, official, foreign in (
+        ("encoder", "downsample", "down"),
+        ("decoder", "upsample", "up"),
+    ):
+        ours, theirs = f"{side}.{official}s", f"{side}.{foreign}_blocks"
+        first = rf"{side}\.(?:{official}s|{foreign}_blocks)\.(\d+)\."
+        inner = rf"{side}\.{official}s\.\d+\.{official}s\.(\d+)\.(?:residual|shortcut)"
+        residuals = 1 + max(
+            _last(inner, names, MOST_LEVELS),
+            _last(rf"{side}\.{foreign}_blocks\.\d+\.resnets\.(\d+)\.", names, MOST_LEVELS),
+        )
+        for level in range(1 + _last(first, names, MOST_LEVELS)):
+            place, there = f"{ours}.{level}.{official}s", f"{theirs}.{level}"
+            for n in range(residuals):
+                table |= {
+                    f"{place}.{n}.{a}": f"{there}.resnets.{n}.{b}" for a, b in VAE_RESIDUAL.items()
+                }
+            table |= {
+                f"{place}.{residuals}.{a}": f"{there}.{official}r.{b}"
+                for a, b in VAE_RESAMPLE.items()
+            }
     return table
 
 

@@ -29,7 +29,7 @@ from wanflow.checkpoint.parts import (
 )
 from wanflow.checkpoint.source import describe, is_lora, kinds_in, official
 from wanflow.config import RequestError, VAE22Config, VAEConfig
-from wanflow.presets import ONLY, T2V_A14B, TI2V_5B, Expert
+from wanflow.presets import FAMILY, ONLY, T2V_A14B, TI2V_5B, Expert
 
 FOLDERS = dict(T2V_A14B.expert_folders)
 DIFFUSERS: dict[Part, str] = {
@@ -171,6 +171,14 @@ def _networks(folder: Path, parts: Collection[Part], given: Collection[Part]) ->
 def _help(folder: Path) -> str:
     from wanflow.checkpoint.published import how_to_get
 
+    tasks = {spec.dit.model_type: spec.task for spec in FAMILY}
+    for place in (folder, *(folder / name for name in FOLDERS.values())):
+        try:
+            kind = _config(place).get("model_type")
+        except RequestError:  # it says nothing
+            continue
+        if isinstance(kind, str) and kind in tasks:
+            return how_to_get(folder, tasks[kind])
     return how_to_get(folder)
 
 

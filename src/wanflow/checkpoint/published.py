@@ -9,23 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from wanflow.checkpoint.parts import EXPERTS, PARTS, expert_in_name
+from wanflow.checkpoint.parts import PARTS, expert_in_name
 from wanflow.config import RequestError
-from wanflow.presets import Expert
+from wanflow.presets import FAMILY, ONLY, T2V_A14B, Expert, ModelSpec
 from wanflow.untrusted import printable
 
-OFFICIAL = "Wan-AI/Wan2.2-T2V-A14B"
-DIFFUSERS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 COMFY = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
 COMFY_2_1 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"  # the same text encoder in 16 bits
-GGUF = "QuantStack/Wan2.2-T2V-A14B-GGUF"
 GGUF_T5 = "city96/umt5-xxl-encoder-gguf"
 
 Role = str  # a part of a model, or "config"
@@ -33,14 +30,25 @@ ROLES: tuple[Role, ...] = (*PARTS, "config")
 Source = Literal["huggingface", "modelscope"]
 BOTH: tuple[Source, ...] = ("huggingface", "modelscope")
 
-# Bytes. Of the official shards only the sum is published; headers and indexes are taken from
+# Bytes. Of A14B's official shards only the data are known; headers and indexes are taken from
 # Wan2.1-T2V-14B, which has the same tensors.
-EXPERT_FP32, EXPERT_FP8 = 57_154_174_447, 14_293_923_632
-EXPERT_16 = 28_577_100_000  # half of the float32 tensors and a header
-EXPERT_SIZES = (EXPERT_FP8,)  # of experts whose hash is known
+HEADERS_FP32, HEADERS_16 = 208_111, 117_000
+I2V_MORE = 409_600  # numbers by which an expert of I2V-A14B is larger than one of T2V-A14B
+T2V_FP32, T2V_16, T2V_FP8 = 57_153_966_336, 28_576_983_168, 14_293_923_632
+TI2V_FP32, TI2V_16 = 19_999_307_500, 9_999_658_848
+EXPERT_SIZES = (T2V_FP8, T2V_FP8 + 2 * I2V_MORE)  # of experts whose hash is known
 T5_BF16, T5_FP16, T5_FP8, T5_Q8 = 11_361_920_418, 11_366_399_385, 6_735_906_897, 6_043_068_256
 VAE_FP32, VAE_16 = 507_609_880, 253_815_318
+VAE22_FP32, VAE22_16 = 2_818_839_170, 1_409_400_960
 TOKENIZER, LIGHTNING = 21_454_081, 1_226_977_424
+# A network in GGUF: the forms, and their sizes for A14B and TI2V-5B. Published are A14B's Q5_K_M
+# and Q4_K_M, and TI2V-5B's Q8_0; the others follow from them.
+GGUF_SIZES = {
+    "q8": ("Q8_0", 15_400_000_000, 5_400_179_040),
+    "q6": ("Q6_K", 12_000_000_000, 4_210_000_000),
+    "q5": ("Q5_K_M", 10_790_416_896, 3_810_000_000),
+    "q4": ("Q4_K_M", 9_650_090_496, 3_430_000_000),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Variant:
     parts: tuple[Part, ...]
     sources: tuple[Source, ...] = ("huggingface",)
     revision: str | None = None  # of the first part's repository; None: the default branch
+    task: str = T2V_A14B.task
 
     @property
     def bytes(self) -> int:
@@ -77,7 +86,8 @@ class Variant:
     @property
     def folder(self) -> str:
         """The default folder."""
-        return "T2V_A14B_weights" if self.name == "official" else f"T2V_A14B_{self.name}"
+        kind = "weights" if self.name == "official" else self.name
+        return f"{self.task.upper().replace('-', '_')}_{kind}"
 
     def select(self, only: Sequence[str]) -> tuple[Part, ...]:
         """Return the parts with one of these roles; all without roles; RequestError for none."""
@@ -90,14 +100,35 @@ class Variant:
         return parts
 
 
-def _official(expert: int) -> tuple[Part, ...]:
+def _official(spec: ModelSpec, network: int, vae: str, vae_size: int) -> tuple[Part, ...]:
+    repo = f"Wan-AI/{spec.name}"
+    patterns: dict[Role, tuple[str, ...]] = {ONLY: ("diffusion_pytorch_model*", "config.json")}
+    if ONLY not in spec.expert_names:
+        patterns = {name: (f"{folder}/*",) for name, folder in spec.expert_folders}
     return (
-        Part("high", OFFICIAL, ("high_noise_model/*",), expert),
-        Part("low", OFFICIAL, ("low_noise_model/*",), expert),
-        Part("t5", OFFICIAL, ("models_t5_umt5-xxl-enc-bf16.pth",), T5_BF16),
-        Part("vae", OFFICIAL, ("Wan2.1_VAE.pth",), VAE_FP32),
-        _TOKENIZER,
-        Part("config", OFFICIAL, ("configuration.json", "README.md", "LICENSE*"), optional=True),
+        *(Part(role, repo, files, network) for role, files in patterns.items()),
+        Part("t5", repo, ("models_t5_umt5-xxl-enc-bf16.pth",), T5_BF16),
+        Part("vae", repo, (f"{vae}.pth",), vae_size),
+        _tokenizer(spec),
+        Part("config", repo, ("configuration.json", "README.md", "LICENSE*"), optional=True),
+    )
+
+
+def _tokenizer(spec: ModelSpec) -> Part:
+    return Part("tokenizer", f"Wan-AI/{spec.name}", ("google/umt5-xxl/*",), TOKENIZER)
+
+
+def _diffusers(spec: ModelSpec, network: int, vae_size: int) -> tuple[Part, ...]:
+    repo, folders = f"Wan-AI/{spec.name}-Diffusers", ("transformer", "transformer_2")
+    return (
+        *(
+            Part(role, repo, (f"{folder}/*",), network)
+            for role, folder in zip(spec.expert_names, folders, strict=False)
+        ),
+        Part("t5", repo, ("text_encoder/*",), 11_361_820_672),
+        Part("vae", repo, ("vae/*",), vae_size),
+        Part("tokenizer", repo, ("tokenizer/*",), TOKENIZER),
+        Part("config", repo, ("model_index.json", "scheduler/*")),
     )
 
 
@@ -105,74 +136,83 @@ def _split_file(role: Role, path: str, size: int, repo: str = COMFY) -> Part:
     return Part(role, repo, (f"split_files/{path}",), size, "split_files/")
 
 
-def _comfy(kind: str, expert: int, text: Part) -> tuple[Part, ...]:
-    stem = "diffusion_models/wan2.2_t2v"
+def _comfy(spec: ModelSpec, kind: str, network: int, text: Part) -> tuple[Part, ...]:
+    stem, one = f"diffusion_models/wan2.2_{spec.dit.model_type}", spec.expert_names == (ONLY,)
+    vae = ("vae/wan2.2_vae", VAE22_16) if one else ("vae/wan_2.1_vae", VAE_16)
+    files = {role: f"{stem}_{role}_noise_14B_{kind}" for role in spec.expert_names}
+    if one:
+        files = {ONLY: f"{stem}_5B_{kind}"}
     return (
-        _split_file("high", f"{stem}_high_noise_14B_{kind}.safetensors", expert),
-        _split_file("low", f"{stem}_low_noise_14B_{kind}.safetensors", expert),
+        *(_split_file(role, f"{file}.safetensors", network) for role, file in files.items()),
         text,
-        _split_file("vae", "vae/wan_2.1_vae.safetensors", VAE_16),
-        _TOKENIZER,
+        _split_file("vae", f"{vae[0]}.safetensors", vae[1]),
+        _tokenizer(spec),
     )
 
 
-def _gguf(quant: str, expert: int) -> tuple[Part, ...]:
+def _gguf(spec: ModelSpec, quant: str, network: int) -> tuple[Part, ...]:
+    repo, one = f"QuantStack/{spec.name}-GGUF", spec.expert_names == (ONLY,)
+    vae = ("VAE/Wan2.2_VAE", VAE22_16) if one else ("VAE/Wan2.1_VAE", VAE_16)
+    folders = {role: f"{role.capitalize()}Noise/" for role in spec.expert_names if role != ONLY}
     return (
-        Part("high", GGUF, (f"HighNoise/*-{quant}.gguf",), expert),
-        Part("low", GGUF, (f"LowNoise/*-{quant}.gguf",), expert),
-        Part("vae", GGUF, ("VAE/Wan2.1_VAE.safetensors",), VAE_16),
+        *(
+            Part(role, repo, (f"{folder}*-{quant}.gguf",), network)
+            for role, folder in (folders or {ONLY: ""}).items()
+        ),
+        Part("vae", repo, (f"{vae[0]}.safetensors",), vae[1]),
         # Eight bits for the text encoder in every variant: it runs once a prompt and decides what
         # is drawn.
         Part("t5", GGUF_T5, ("umt5-xxl-encoder-Q8_0.gguf",), T5_Q8),
-        _TOKENIZER,
+        _tokenizer(spec),
     )
 
 
-_TOKENIZER = Part("tokenizer", OFFICIAL, ("google/umt5-xxl/*",), TOKENIZER)
+def _loras(spec: ModelSpec, version: str) -> tuple[Part, ...]:
+    stem = f"split_files/loras/wan2.2_{spec.dit.model_type}_lightx2v_4steps_lora_{version}"
+    return tuple(
+        Part(role, COMFY, (f"{stem}_{role}_noise.safetensors",), LIGHTNING, "split_files/loras/")
+        for role in spec.expert_names
+    )
+
+
 _T5_FP8 = _split_file("t5", "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", T5_FP8)
 _T5_FP16 = _split_file("t5", "text_encoders/umt5_xxl_fp16.safetensors", T5_FP16, COMFY_2_1)
-_DIFFUSERS = (
-    Part("high", DIFFUSERS, ("transformer/*",), EXPERT_FP32),
-    Part("low", DIFFUSERS, ("transformer_2/*",), EXPERT_FP32),
-    Part("t5", DIFFUSERS, ("text_encoder/*",), 11_361_820_672),
-    Part("vae", DIFFUSERS, ("vae/*",), VAE_FP32),
-    Part("tokenizer", DIFFUSERS, ("tokenizer/*",), TOKENIZER),
-    Part("config", DIFFUSERS, ("model_index.json", "scheduler/*")),
-)
-_LORAS = tuple(
-    Part(
-        role,
-        COMFY,
-        (f"split_files/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{role}_noise.safetensors",),
-        LIGHTNING,
-        "split_files/loras/",
-    )
-    for role in EXPERTS
-)
-_COMFY_FP16 = _comfy("fp16", EXPERT_16, _T5_FP16)
-_COMFY_FP8 = _comfy("fp8_scaled", EXPERT_FP8, _T5_FP8)
+FLOAT32 = {2: "float32 experts, as published", 1: "float32, as published"}
 
-VARIANTS: dict[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        Variant("official", "float32 experts, as published", _official(EXPERT_FP32), BOTH),
-        Variant(
-            "official-bf16",
-            "the same in bfloat16; ModelScope only",
-            _official(EXPERT_16),
-            ("modelscope",),
-            "bf16",
-        ),
-        Variant("diffusers", "the Diffusers layout, float32 experts", _DIFFUSERS, BOTH),
-        Variant("comfy-fp16", "ComfyUI's files, float16", _COMFY_FP16),
-        Variant("comfy-fp8", "ComfyUI's files, 8-bit float with scales", _COMFY_FP8),
-        Variant("gguf-q8", "GGUF Q8_0", _gguf("Q8_0", 15_400_000_000)),
-        Variant("gguf-q6", "GGUF Q6_K", _gguf("Q6_K", 12_000_000_000)),
-        Variant("gguf-q5", "GGUF Q5_K_M", _gguf("Q5_K_M", 10_790_416_896)),
-        Variant("gguf-q4", "GGUF Q4_K_M", _gguf("Q4_K_M", 9_650_090_496)),
-        Variant("lightning", "LoRA pair for 4 steps, on top of any of the others", _LORAS),
-    )
+
+def _variants(spec: ModelSpec) -> Iterator[Variant]:
+    """Yield the forms in which a model was published."""
+    two, task = len(spec.expert_names) == 2, spec.task
+    more = I2V_MORE if spec.conditioning == "channels" else 0
+    full, half = T2V_FP32 + 4 * more + HEADERS_FP32, T2V_16 + 2 * more + HEADERS_16
+    vae, vae_size = ("Wan2.1_VAE", VAE_FP32) if two else ("Wan2.2_VAE", VAE22_FP32)
+    if not two:
+        full, half = TI2V_FP32, TI2V_16
+    official = _official(spec, full, vae, vae_size)
+    yield Variant("official", FLOAT32[len(spec.expert_names)], official, BOTH, task=task)
+    if two:
+        parts = _official(spec, half, vae, vae_size)
+        about = "the same in bfloat16; ModelScope only"
+        yield Variant("official-bf16", about, parts, ("modelscope",), "bf16", task)
+    about = f"the Diffusers layout, float32{' experts' if two else ''}"
+    yield Variant("diffusers", about, _diffusers(spec, full, vae_size), BOTH, task=task)
+    parts = _comfy(spec, "fp16", half, _T5_FP16)
+    yield Variant("comfy-fp16", "ComfyUI's files, float16", parts, task=task)
+    if two:
+        parts = _comfy(spec, "fp8_scaled", T2V_FP8 + 2 * more, _T5_FP8)
+        yield Variant("comfy-fp8", "ComfyUI's files, 8-bit float with scales", parts, task=task)
+    for name, (quant, *sizes) in GGUF_SIZES.items():
+        parts = _gguf(spec, quant, sizes[0 if two else 1])
+        yield Variant(f"gguf-{name}", f"GGUF {quant}", parts, task=task)
+    if two:
+        about = "LoRA pair for 4 steps, on top of any of the others"
+        yield Variant("lightning", about, _loras(spec, "v1" if more else "v1.1"), task=task)
+
+
+CATALOGUE: dict[str, dict[str, Variant]] = {
+    spec.task: {variant.name: variant for variant in _variants(spec)} for spec in FAMILY
 }
+VARIANTS = CATALOGUE[T2V_A14B.task]
 
 
 @cache
@@ -215,17 +255,22 @@ def whole_repository(repo: str) -> Variant:
     )
 
 
-def find(name: str) -> Variant:
-    """Return a variant by its name; RequestError that lists them all."""
-    if name not in VARIANTS:
+def find(name: str, task: str = T2V_A14B.task) -> Variant:
+    """Return a variant of a model by its name; RequestError that lists them all."""
+    variants = CATALOGUE[task]
+    if name not in variants:
         raise RequestError(
-            f"there is no variant {printable(name, 60)!r}; there are {', '.join(VARIANTS)}"
+            f"there is no variant {printable(name, 60)!r} of {task}; there are"
+            f" {', '.join(variants)}"
         )
-    return VARIANTS[name]
+    return variants[name]
 
 
-def how_to_get(folder: Path) -> str:
-    """Return the command that fills a folder; a variant's own folder gets that variant."""
-    variants = (f" --variant {name}" for name, one in VARIANTS.items() if one.folder == folder.name)
-    variant = next(variants, "").replace(" --variant official", "")
-    return f"get the weights with `wanflow download{variant} --local_dir {folder}`"
+def how_to_get(folder: Path, task: str = T2V_A14B.task) -> str:
+    """Return the command that fills a folder of a model; a variant's own folder gets that one."""
+    named = (one for each in CATALOGUE.values() for one in each.values())
+    official = CATALOGUE[task]["official"]
+    variant = next((one for one in named if one.folder == folder.name), official)
+    words = "" if variant.task == T2V_A14B.task else f" --task {variant.task}"
+    words += "" if variant.name == "official" else f" --variant {variant.name}"
+    return f"get the weights with `wanflow download{words} --local_dir {folder}`"

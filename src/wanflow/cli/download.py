@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.checkpoint.published import ROLES, VARIANTS, find, whole_repository
+from wanflow.checkpoint.published import CATALOGUE, ROLES, VARIANTS, find, whole_repository
 from wanflow.cli.parser import Parser, file_path
+from wanflow.presets import I2V_A14B, T2V_A14B
 from wanflow.units import file_size
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 def download_flags(p: Parser) -> None:
     """Add the command's flags."""
     what = p.add_argument_group("what")
+    what.add_argument(
+        "--task",
+        choices=CATALOGUE,
+        default=T2V_A14B.task,
+        help=f"the model (default: {T2V_A14B.task})",
+    )
     what.add_argument("--variant", default="official", metavar="NAME", help=", ".join(VARIANTS))
     what.add_argument("--repo", metavar="OWNER/NAME", help="all files of another repository")
     what.add_argument(
@@ -41,7 +48,7 @@ def download_flags(p: Parser) -> None:
         "--local_dir",
         type=file_path,
         metavar="DIR",
-        help="the folder (default: ./T2V_A14B_weights)",
+        help="the folder (default: by the model, as in ./T2V_A14B_weights)",
     )
     where.add_argument(
         "--source",
@@ -76,11 +83,11 @@ def download_flags(p: Parser) -> None:
 def download(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.list:
-        return _show_variants(args.output)
+        return _show_variants(args.output, args.task)
     from wanflow.download import fetch
     from wanflow.download.hubs import OfflineError
 
-    variant = whole_repository(args.repo) if args.repo else find(args.variant)
+    variant = whole_repository(args.repo) if args.repo else find(args.variant, args.task)
     folder = args.local_dir or Path(variant.name if args.repo else variant.folder)
     output = args.output
     with output.screen() as screen:
@@ -115,7 +122,8 @@ def download(args: argparse.Namespace) -> None:
     output.path = survey.folder
     if variant.name == "official" and not args.only:
         place = shlex.quote(str(survey.folder))
-        screen.say(f'next: wanflow generate --ckpt_dir {place} --prompt "..."')
+        picture = " --image photo.jpg" if variant.task == I2V_A14B.task else ""
+        screen.say(f'next: wanflow generate --ckpt_dir {place}{picture} --prompt "..."')
 
 
 def _hub(args: argparse.Namespace) -> Hub:
@@ -167,15 +175,15 @@ def _summary(survey: Survey, took: str) -> Iterator[str]:
     )
 
 
-def _show_variants(output: Output) -> None:
-    """Print the variants as a table on standard output."""
+def _show_variants(output: Output, task: str) -> None:
+    """Print the variants of a model as a table on standard output."""
     from wanflow.screen import show_table
 
-    rows = []
+    rows, variants = [], CATALOGUE[task].values()
     output.document["variants"] = [
-        {"name": one.name, "bytes": one.bytes, "about": one.about} for one in VARIANTS.values()
+        {"name": one.name, "bytes": one.bytes, "about": one.about} for one in variants
     ]
-    for variant in VARIANTS.values():
+    for variant in variants:
         repos = ", ".join(dict.fromkeys(part.repo for part in variant.parts))
         rows.append((variant.name, file_size(variant.bytes), f"{variant.about}; {repos}"))
     if not output.json:

@@ -124,7 +124,7 @@ def download(
         return _verify_offline(parts, folder, ledger, workers, report)
     for file in files:
         _refuse_outside(folder, file)
-        known = catalogue.known_sha256(file.path)
+        known = catalogue.known_sha256(f"{file.origin.partition('@')[0]}/{file.path}")
         if known and file.sha256 and known != file.sha256:
             say(
                 f"{file.origin} has another {file.path} than the one wanflow was made with (sha256"

@@ -295,9 +295,8 @@ class ModelScope:
             if name != path:
                 raise RequestError(f"{variant.name} is not offered from ModelScope")
             size, sha256, _ = trees[part.repo][path]
-            return RemoteFile(
-                name, path, f"{part.repo}@{revision}", size, sha256 or known_sha256(path)
-            )
+            known = known_sha256(f"{part.repo}/{path}")
+            return RemoteFile(name, path, f"{part.repo}@{revision}", size, sha256 or known)
 
         return _select(parts, {repo: list(tree) for repo, tree in trees.items()}, remote)
 

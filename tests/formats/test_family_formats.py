@@ -1,0 +1,380 @@
+"""Every form of I2V-A14B and TI2V-5B gives what the official one gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.common import refusal
+from helpers.tiny import FAMILY, tiny_family
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wanflow.checkpoint import load
+from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint, published
+from wanflow.checkpoint.key_maps import detect, from_official, to_official
+from wanflow.checkpoint.structure import module_of
+from wanflow.config import VAE22Config
+from wanflow.convert import configs
+from wanflow.convert.convert import convert, open_model
+from wanflow.convert.formats import options
+from wanflow.inspect import inspect
+from wanflow.presets import FAMILY as PUBLISHED
+from wanflow.presets import I2V_A14B, NANO_FOLDER, T2V_A14B, TI2V_5B
+
+KINDS = ("i2v", "ti2v")
+Values = dict[str, dict[str, Tensor]]  # part -> tensors by official name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("family")
+    return {kind: tiny_family(root / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture
+def copies(models: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """The same, to be changed."""
+    return {kind: Path(shutil.copytree(model, tmp_path / kind)) for kind, model in models.items()}
+
+
+def to(model: Path, form: str, out: Path) -> Path:
+    return convert(open_model(model, {}), out, options(form), lambda text: None)
+
+
+def values(checkpoint: Checkpoint) -> Values:
+    return {
+        part: {name: source.read(name) for name in source.tensors}
+        for part, source in checkpoint.sources.items()
+    }
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def same(one: Values, two: Values) -> None:
+    assert one.keys() == two.keys()
+    for part, tensors in one.items():
+        assert tensors.keys() == two[part].keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, two[part][name]), (part, name)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_official_folder(models: dict[str, Path], kind: str) -> None:
+    found, spec = open_checkpoint(models[kind]), FAMILY[kind]
+    sheet = json.loads((models[kind] / "wanflow.json").read_text())["defaults"]
+    assert found.layout == "official" and not found.notes
+    assert (found.spec.dit, found.spec.text, found.spec.vae) == (spec.dit, spec.text, spec.vae)
+    assert found.spec.sample_steps == sheet["sample_steps"]
+    same_as = ("boundary", "sample_shift", "cfg_high", "fps", "conditioning", "expert_names")
+    for name in same_as:
+        assert getattr(found.spec, name) == getattr(spec, name), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_official_to_diffusers_and_back_is_the_same_to_the_bit(
+    models: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    theirs = to(models[kind], "diffusers", tmp_path / "theirs")
+    back = to(theirs, "official", tmp_path / "back")
+    expected = values(open_checkpoint(models[kind]))
+    same(values(open_checkpoint(theirs)), expected)
+    same(values(open_checkpoint(back)), expected)
+    assert open_checkpoint(back).spec == open_checkpoint(models[kind]).spec
+    stem = "Wan2.2_VAE.pth" if kind == "ti2v" else "Wan2.1_VAE.pth"
+    assert (back / stem).is_file()
+    config = json.loads(
+        (back / ("." if kind == "ti2v" else "low_noise_model") / "config.json").read_text()
+    )
+    assert (config["model_type"], config["in_dim"]) == (kind, FAMILY[kind].dit.in_dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_itself_loads_what_was_converted(
+    models: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    theirs = to(models[kind], "diffusers", tmp_path / "theirs")
+    ours = values(open_checkpoint(models[kind]))
+    for name, part in (("transformer", "dit"), ("transformer_2", "dit"), ("vae", "vae")):
+        if not (theirs / name).is_dir():
+            assert (kind, name) == ("ti2v", "transformer_2")
+            continue
+        cls = AutoencoderKLWan if part == "vae" else WanTransformer3DModel
+        module, info = cls.from_pretrained(theirs / name, output_loading_info=True)
+        assert not any(info.values()), info
+        state = module.state_dict()
+        own = part if part in ours else {"transformer": "high", "transformer_2": "low"}[name]
+        names = from_official(part, "diffusers", ours[own])  # type: ignore[arg-type]
+        for official, value in ours[own].items():
+            assert torch.equal(state[names[official]], value), official
+    index = json.loads((theirs / "model_index.json").read_text())
+    scheduler = json.loads((theirs / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["flow_shift"] == 5.0 and scheduler["prediction_type"] == "flow_prediction"
+    if kind == "ti2v":
+        assert index["_class_name"] == "WanPipeline" and index["expand_timesteps"] is True
+        assert index["transformer_2"] == [None, None] and index["boundary_ratio"] is None
+        vae = json.loads((theirs / "vae/config.json").read_text())
+        facts = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12}
+        facts |= {"decoder_base_dim": 4, "scale_factor_spatial": 16, "scale_factor_temporal": 4}
+        assert facts.items() <= vae.items()
+    else:
+        assert index["_class_name"] == "WanImageToVideoPipeline" and not index["expand_timesteps"]
+        assert index["boundary_ratio"] == 0.9 and index["image_encoder"] == [None, None]
+        assert json.loads((theirs / "transformer/config.json").read_text())["in_channels"] == 36
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("null", [None, [None, None]])
+def test_a_diffusers_folder_of_theirs(
+    models: dict[str, Path], kind: str, null: Any, tmp_path: Path
+) -> None:
+    """Their shift may be another one, which is warned of; null says that nothing is there."""
+    theirs = to(models[kind], "diffusers", tmp_path / "theirs")
+
+    def as_theirs(index: dict[str, Any]) -> None:
+        for name in ("transformer_2", "image_encoder", "image_processor"):
+            if index.get(name) in (None, [None, None]):
+                index[name] = null
+
+    edit(theirs / "model_index.json", as_theirs)
+    edit(theirs / "vae/config.json", lambda config: config.update(clip_output=False))
+    edit(theirs / "scheduler/scheduler_config.json", lambda c: c.update(flow_shift=3.0))
+    found = open_checkpoint(theirs)
+    assert found.spec.sample_shift == 5.0 and "flow_shift 3; " in found.notes[0]
+    edit(theirs / "scheduler/scheduler_config.json", lambda c: c.update(flow_shift=5.0))
+    assert not open_checkpoint(theirs).notes
+    edit(theirs / "model_index.json", lambda i: i.update(expand_timesteps=kind == "i2v"))
+    (note,) = open_checkpoint(theirs).notes
+    assert "expand_timesteps" in note
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["bf16", "fp8", "gguf-q8_0"])
+def test_single_files(models: dict[str, Path], kind: str, form: str, tmp_path: Path) -> None:
+    out = to(models[kind], form, tmp_path / "out")
+    found = open_checkpoint(out)
+    assert found.layout == "files" and found.spec.dit == FAMILY[kind].dit
+    assert found.spec.conditioning == FAMILY[kind].conditioning
+    exact = values(open_checkpoint(models[kind]))
+    tolerance = {"bf16": 2**-8, "fp8": 2**-4, "gguf-q8_0": 2**-6}[form]
+    for part in found.spec.expert_names:
+        source = found.source(part)
+        for name, value in exact[part].items():
+            error = (source.read(name, torch.float32) - value).abs().max() / value.abs().max()
+            assert error <= tolerance, name
+    if form == "gguf-q8_0" and kind == "ti2v":  # as QuantStack names it, beside no HighNoise
+        assert (out / "tiny-ti2v-Q8_0.gguf").is_file()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_named_by_hand(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """Of a folder without a config: the official keys after ComfyUI's prefix."""
+    model, given = open_checkpoint(models[kind]), {}
+    for part in model.spec.expert_names:
+        state = {
+            f"model.diffusion_model.{name}": value for name, value in values(model)[part].items()
+        }
+        given[part] = tmp_path / f"{part}.safetensors"
+        save_file(state, given[part])
+    for part in ("t5", "vae", "tokenizer"):
+        given[part] = model.paths[part]
+    (tmp_path / "wanflow.json").write_text('{"dit": {"num_heads": 4, "text_len": 8}}')
+    found = open_checkpoint(tmp_path, given)
+    same(values(found), values(model))
+    assert found.spec.dit == model.spec.dit
+
+
+# The VAE
+
+
+def test_the_names_of_the_vae_are_those_of_diffusers() -> None:
+    """All 196 of the published one, and its shapes, both ways."""
+    from diffusers import AutoencoderKLWan
+
+    config = json.loads(configs.as_json(configs.autoencoder(TI2V_5B.vae)))
+    with torch.device("meta"):
+        their_vae = AutoencoderKLWan.from_config(config)
+    theirs = {name: tuple(value.shape) for name, value in their_vae.state_dict().items()}
+    ours = {name: tuple(value.shape) for name, value in module_of(TI2V_5B.vae).named_parameters()}
+    names = from_official("vae", "diffusers", ours)
+    assert len(ours) == 196 and {names[name]: shape for name, shape in ours.items()} == theirs
+    back = to_official("vae", theirs)
+    assert {back[name]: shape for name, shape in theirs.items()} == ours
+    assert to_official("vae", ours) == {name: name for name in ours}
+    assert (detect("vae", theirs), detect("vae", ours)) == ("diffusers", "official")
+    for name in (
+        "decoder.upsamples.0.upsamples.3.time_conv",
+        "encoder.downsamples.1.downsamples.2",
+    ):
+        there = next(names[own] for own in ours if own.startswith(name))
+        assert "sampler." in there and "samplers" not in there
+
+
+@pytest.mark.parametrize("changes", [{"dim": 8}, {"num_res_blocks": 2, "dec_dim": 6}])
+def test_a_vae_of_any_width(
+    copies: dict[str, Path], changes: dict[str, int], tmp_path: Path
+) -> None:
+    config = replace(FAMILY["ti2v"].vae, **changes)  # type: ignore[arg-type]
+    assert isinstance(config, VAE22Config)
+    module = module_of(config).to_empty(device="cpu")
+    state = {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
+    torch.save(state, copies["ti2v"] / "Wan2.2_VAE.pth")
+    assert open_checkpoint(copies["ti2v"]).spec.vae == config
+    assert open_checkpoint(to(copies["ti2v"], "diffusers", tmp_path / "x")).spec.vae == config
+
+
+def test_a_vae_in_sixteen_bits_under_comfyuis_name(copies: dict[str, Path]) -> None:
+    folder = copies["ti2v"]
+    state = torch.load(folder / "Wan2.2_VAE.pth")
+    (folder / "Wan2.2_VAE.pth").unlink()
+    file = folder.parent / "wan2.2_vae.safetensors"
+    save_file({name: value.half() for name, value in state.items()}, file)
+    found = open_checkpoint(folder, {"vae": file})
+    vae = load.load_vae(found)
+    assert {value.dtype for value in vae.parameters()} == {torch.float32}
+    (row,) = inspect(file).parts
+    assert row.what == "VAE" and "Wan2.2 VAE" in str(row.model) and not row.missing
+
+
+def test_the_vae_of_another_model_is_named(copies: dict[str, Path]) -> None:
+    i2v, ti2v = copies["i2v"], copies["ti2v"]
+    wrong = (
+        "is the Wan2.2 VAE, with 48 channels",
+        "I2V-A14B and T2V-A14B use wan_2.1_vae (Wan2.1_VAE.pth); wan2.2_vae belongs to TI2V-5B",
+        "--vae",
+    )
+    for model in (i2v, NANO_FOLDER):
+        told = refusal(lambda model=model: open_checkpoint(model, {"vae": ti2v / "Wan2.2_VAE.pth"}))  # type: ignore[misc]
+        assert all(words in told for words in wrong)
+    (i2v / "Wan2.1_VAE.pth").rename(ti2v / "Wan2.1_VAE.pth")
+    (ti2v / "Wan2.2_VAE.pth").rename(i2v / "Wan2.2_VAE.pth")  # as people put it there
+    assert all(words in refusal(lambda: open_checkpoint(i2v)) for words in wrong)
+    assert wrong[1] in str(inspect(i2v).problem)
+    told = refusal(lambda: open_checkpoint(ti2v))
+    assert "is the Wan2.1 VAE, with 16 channels" in told
+    assert "TI2V-5B uses wan2.2_vae (Wan2.2_VAE.pth), with 48" in told
+
+
+# Which model, and which of its networks
+
+
+def test_comfyuis_folder_of_both_models(models: dict[str, Path], tmp_path: Path) -> None:
+    both = tmp_path / "models"
+    for kind in KINDS:
+        out = to(models[kind], "bf16", tmp_path / kind)
+        shutil.copytree(out, both, dirs_exist_ok=True)
+    (both / "text_encoders/tiny-i2v_t5_bf16.safetensors").unlink()
+    (both / "wanflow.json").write_text('{"dit": {"num_heads": 4}}')
+    told = refusal(lambda: open_checkpoint(both))
+    assert "the transformer (TI2V-5B) or two experts (A14B)" in told and "--dit" in told
+    unet = both / "diffusion_models"
+    one = open_checkpoint(both, {"dit": unet / "tiny-ti2v_bf16.safetensors"})
+    assert one.paths["vae"].name == "tiny-ti2v_vae.safetensors" and "high" not in one.paths
+    two = {which: unet / f"tiny-i2v_{which}_noise_bf16.safetensors" for which in ("high", "low")}
+    found = open_checkpoint(both, two)
+    assert found.spec.conditioning == "channels" and "dit" not in found.paths
+    assert found.paths["vae"].name == "tiny-i2v_vae.safetensors"
+
+
+def test_networks_in_the_wrong_place(models: dict[str, Path]) -> None:
+    i2v, ti2v = models["i2v"], models["ti2v"]
+    high = i2v / "high_noise_model"
+    for folder, given, words in (
+        (ti2v, {"dit": high}, "has the channels of Wan2.2-I2V-A14B, which has two experts"),
+        (i2v, {"high": ti2v}, "holds the transformer of Wan2.2-TI2V-5B, which has no experts"),
+        (i2v, {"high": high, "dit": ti2v}, "the transformer (TI2V-5B) or two experts (A14B)"),
+        (ti2v, {"high": high}, "lacks the low-noise expert"),
+        (high, {}, "one network of the type i2v: Wan2.1, or one of two experts"),
+    ):
+        assert words in refusal(lambda f=folder, g=given: open_checkpoint(f, g))  # type: ignore[misc]
+    told = refusal(lambda: open_checkpoint(i2v, {"low": NANO_FOLDER / "low_noise_model"}))
+    assert "high-noise expert is of Wan2.2-I2V-A14B and the low-noise one of Wan2.2-T2V" in told
+
+
+def test_clip_and_other_relatives_are_refused(copies: dict[str, Path]) -> None:
+    file = copies["i2v"] / "high_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors"
+    state = load_file(file)
+    for more, name in (
+        ("img_emb.proj.0.weight", "Wan2.1-I2V (image to video, with CLIP)"),
+        ("ref_conv.weight", "Wan Fun"),
+        ("casual_audio_encoder.weight", "Wan2.2-S2V-14B"),
+        ("face_adapter.x.weight", "Wan2.2-Animate-14B"),
+    ):
+        loose = copies["i2v"].parent / "x.safetensors"
+        save_file(state | {more: torch.zeros(2)}, loose)
+        assert name in refusal(lambda f=loose: open_checkpoint(copies["i2v"], {"high": f}))  # type: ignore[misc]
+        assert inspect(loose).model and name in str(inspect(loose).model)
+
+
+def test_a_config_must_agree(copies: dict[str, Path]) -> None:
+    for folder, kind in (("i2v/high_noise_model", "i2v"), ("ti2v", "ti2v")):
+        root = copies["i2v"].parent / folder
+        model = copies[kind]
+        edit(root / "config.json", lambda config: config.update(in_dim=16))
+        assert "the config says in_dim 16" in refusal(lambda m=model: open_checkpoint(m))  # type: ignore[misc]
+    edit(
+        copies["i2v"] / "high_noise_model/config.json",
+        lambda c: c.update(in_dim=36, model_type="t2v"),
+    )
+    assert "model_type t2v, the tensors say i2v" in refusal(lambda: open_checkpoint(copies["i2v"]))
+
+
+def test_a_sheet_says_nothing_else_of_what_a_model_takes(copies: dict[str, Path]) -> None:
+    def declare(value: str) -> None:
+        edit(copies["ti2v"] / "wanflow.json", lambda s: s["defaults"].update(conditioning=value))
+
+    declare("text")
+    assert "conditioning 'text': the tensors say 'first_frame'" in refusal(
+        lambda: open_checkpoint(copies["ti2v"])
+    )
+    declare("first_frame")
+    assert open_checkpoint(copies["ti2v"]).spec.conditioning == "first_frame"
+
+
+def test_what_is_missing_is_listed_with_the_models_command(copies: dict[str, Path]) -> None:
+    (copies["ti2v"] / "Wan2.2_VAE.pth").unlink()
+    (copies["ti2v"] / "diffusion_pytorch_model-00001-of-00001.safetensors").unlink()
+    told = refusal(lambda: open_checkpoint(copies["ti2v"]))
+    assert "diffusion_pytorch_model-00001-of-00001.safetensors" in told
+    assert "Wan2.2_VAE.pth" in told and "wanflow download --task ti2v-5B --local_dir" in told
+    found = inspect(copies["ti2v"])
+    assert found.complete is False and {row.what for row in found.parts} > {"text encoder"}
+    shutil.rmtree(copies["i2v"] / "low_noise_model")
+    told = refusal(lambda: open_checkpoint(copies["i2v"]))
+    assert "low_noise_model/config.json" in told and "--task i2v-A14B" in told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_names_model_and_parts(models: dict[str, Path], kind: str) -> None:
+    found = inspect(models[kind])
+    whats = {row.what for row in found.parts}
+    networks = {"transformer"} if kind == "ti2v" else {"high-noise expert", "low-noise expert"}
+    assert found.complete and whats == networks | {"VAE", "text encoder", "tokenizer"}
+    name = {"i2v": "Wan2.2-I2V-A14B", "ti2v": "Wan2.2-TI2V-5B"}[kind]
+    network = next(row for row in found.parts if row.what in networks)
+    assert network.model == f"another size of {name}: width 64, 3 blocks"
+
+
+def test_without_the_files_a_published_model_has_its_sizes() -> None:
+    expected = {T2V_A14B: 126.2, I2V_A14B: 126.2, TI2V_5B: 34.2}
+    for spec in PUBLISHED:
+        model = published(spec)
+        assert [*model.sources] == [*spec.expert_names, "t5", "vae"]
+        assert model.disk_bytes / 1e9 == pytest.approx(expected[spec], abs=0.03)
+        assert configs.model_card(spec) is None
