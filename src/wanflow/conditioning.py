@@ -41,9 +41,9 @@ class TextToVideo:
         """Return the times of a step, [U], on the CPU: the device would have to be waited for."""
         return torch.tensor([step.timestep])
 
-    def index(self, grid: tuple[int, int, int]) -> Tensor | None:
-        """Return which of the times each token has, [L]; None where there is one for all."""
-        return None
+    def runs(self, grid: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
+        """Return (which time, how many tokens have it), in order; () where there is one for all."""
+        return ()
 
     def latent(self, x: Tensor) -> Tensor:
         """Return what the model sees of a sample, [B, C, T, H, W]."""
@@ -73,9 +73,9 @@ class FirstFrame(TextToVideo):
     def times(self, step: Step) -> Tensor:
         return torch.tensor([0.0, step.timestep])
 
-    def index(self, grid: tuple[int, int, int]) -> Tensor | None:
+    def runs(self, grid: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
         frames, rows, columns = grid
-        return (torch.arange(frames * rows * columns) >= rows * columns).long()
+        return (0, rows * columns), (1, (frames - 1) * rows * columns)
 
     def held(self, x: Tensor) -> Tensor:
         return torch.cat((self.first, x[:, :, 1:]), 2)

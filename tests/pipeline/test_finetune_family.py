@@ -96,10 +96,10 @@ class Seen(nn.Module):
         self.config = FAMILY[kind].dit
         self.asked: list[Any] = []
 
-    def forward(self, latent: Tensor, time: Tensor, text: Tensor, trunk: Any, index: Any) -> Tensor:
+    def forward(self, latent: Tensor, time: Tensor, text: Tensor, trunk: Any, runs: Any) -> Tensor:
         shape = len(latent), self.config.out_dim, *latent.shape[2:]
         answer = torch.zeros(shape, requires_grad=True)
-        self.asked.append((latent, time, index, answer))
+        self.asked.append((latent, time, runs, answer))
         return answer
 
 
@@ -113,8 +113,8 @@ def losses(model: Any, kind: str, given: Any, root: Path, **more: Any) -> list[T
 def test_i2v_sees_a_mask_and_the_encoded_first_frame(folder: Path, tmp_path: Path) -> None:
     given, model = samples_of("i2v", folder, tmp_path), Seen("i2v")
     losses(model, "i2v", given, tmp_path)
-    ((latent, time, index, _),) = model.asked
-    assert latent.shape == (4, 36, 3, 4, 8) and index is None and time.shape == (4, 1, 32)
+    ((latent, time, runs, _),) = model.asked
+    assert latent.shape == (4, 36, 3, 4, 8) and runs == () and time.shape == (4, 1, 32)
     mask, pictures = latent[:, 16:20], latent[:, 20:]
     assert (mask[:, :, 0] == 1).all() and not mask[:, :, 1:].any()
     known = [sample.picture()[0] for sample in given[0]]
@@ -126,10 +126,10 @@ def test_ti2v_holds_the_first_frame_of_some_clips_and_learns_the_others(
 ) -> None:
     given, model = samples_of("ti2v", folder, tmp_path), Seen("ti2v")
     (loss,) = losses(model, "ti2v", given, tmp_path, batch=16)
-    ((latent, time, index, answer),) = model.asked
+    ((latent, time, runs, answer),) = model.asked
     loss.backward()
     assert latent.shape == (16, 48, 3, 2, 4) and time.shape == (16, 2, 32)
-    assert index.tolist() == [0] * 2 + [1] * 4  # of 3 latent frames with a token pair each
+    assert runs == ((0, 2), (1, 4))  # of 3 latent frames with a token pair each
     now = time_features(torch.tensor([0.0]), 32)
     held = [bool(torch.equal(row[:1], now)) for row in time]
     assert 4 <= sum(held) <= 12  # both ways, drawn by the step

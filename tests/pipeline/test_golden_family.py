@@ -105,18 +105,18 @@ def test_dit_intermediates(kind: str, model: str, case: Json, sample: int) -> No
     ("kind", "model", "case", "sample"),
     of_both(samples, lambda case: case["timesteps"] == "first_frame"),
 )
-def test_dit_with_two_times_and_an_index(kind: str, model: str, case: Json, sample: int) -> None:
+def test_dit_with_two_times(kind: str, model: str, case: Json, sample: int) -> None:
     """As the pipeline tells the time: that of the first frame's tokens, and that of the others."""
     network, manifest = dit(kind, model), DITS[kind]["models"][model]
     found = case_tensors(manifest["cases_file"], case)
     latent, grid = latent_of(found, sample)[None], tuple(case["grids_after_patching"][sample])
     last = float(found["t"][sample, -1])  # padding has the sample's time
     conditioning = FirstFrame(tuple(latent.shape[1:]), latent[:, :, :1])
-    times, index = conditioning.times(Step(0, last, 0.0)), conditioning.index(grid)
-    assert index is not None
-    assert torch.equal(times[index], found["t"][sample, : math.prod(grid)].float())
+    times, runs = conditioning.times(Step(0, last, 0.0)), conditioning.runs(grid)
+    told = torch.cat([times[row].expand(count) for row, count in runs])
+    assert torch.equal(told, found["t"][sample, : math.prod(grid)].float())
     features = time_features(times[None], network.config.freq_dim)
-    velocity = network(latent, features, found[f"context.{sample}"][None], index=index)
+    velocity = network(latent, features, found[f"context.{sample}"][None], runs=runs)
     close(velocity[0], found[f"output.{sample}"], manifest["tolerance"], case["name"])
 
 

@@ -464,10 +464,12 @@ OF_LOOPS: dict[str, dict[str, Any]] = {
     "ti2v": {
         "one time for all tokens": lambda patch, kind, run: (
             patch.setattr(FirstFrame, "times", TextToVideo.times),
-            patch.setattr(FirstFrame, "index", TextToVideo.index),
+            patch.setattr(FirstFrame, "runs", TextToVideo.runs),
         ),
         "first frame at t, all others at 0": with_method(
-            FirstFrame, "index", lambda old, self, grid: 1 - old(self, grid)
+            FirstFrame,
+            "runs",
+            lambda old, self, grid: tuple((1 - row, n) for row, n in old(self, grid)),
         ),
         "first frame put in at the start only": held_only(lambda n, last: n == 0),
         "first frame not put back at the end": held_only(lambda n, last: n < last),

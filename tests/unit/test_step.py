@@ -8,25 +8,28 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import TINY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wanflow.conditioning import conditioning_of
-from wanflow.config import Solver
+from wanflow.checkpoint.structure import set_chunk
+from wanflow.conditioning import FirstFrame, conditioning_of
+from wanflow.config import DiTConfig, Solver
 from wanflow.loaders.velocity import make_velocity
 from wanflow.models.dit import (
     Block,
     Conditioning,
     LayerNorm,
     RMSNorm,
+    Runs,
     WanDiT,
     modulated,
     rope_table,
     rotate,
     time_features,
 )
-from wanflow.presets import NANO, T2V_A14B, Expert
+from wanflow.presets import NANO, T2V_A14B, TI2V_5B, Expert
 from wanflow.request import Request
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.sampling.timeline import schedule_of
@@ -55,14 +58,14 @@ class Moved(TorchDispatchMode):
         return out
 
 
-def test_bytes_that_a_block_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def moved_bytes(config: DiTConfig, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> float:
     """Bytes for each token and channel of `dim`, with bfloat16 matmuls, as CUDA runs them eagerly.
 
     Each kernel counts the tensors that it reads and those that it writes, as they are (broadcast:
     as stored). Views count nothing; matmuls and attention are left out. An RMS norm is one kernel,
     as on a GPU; the CPU runs it as six.
     """
-    config, tokens, moved = T2V_A14B.dit, 2048, Moved()
+    tokens, moved, rows = 2048, Moved(), max(1, len(runs))
 
     def one_kernel(x: Tensor, *_: object) -> Tensor:
         moved.nbytes += 2 * x.nbytes
@@ -77,11 +80,50 @@ def test_bytes_that_a_block_moves(monkeypatch: pytest.MonkeyPatch) -> None:
         for attention in (block.self_attn, block.cross_attn):
             attention.attend = lambda q, k, v: q
         x, rope = torch.empty(1, tokens, config.dim), torch.empty(tokens, 64, 2)
-        time, modulation = torch.empty(1, 1, config.dim), torch.empty(1, 1, 6, config.dim)
-        text = torch.empty(1, 512, 40, 128, dtype=torch.bfloat16)
+        time, modulation = torch.empty(1, rows, config.dim), torch.empty(1, rows, 6, config.dim)
+        text = torch.empty(1, 512, config.num_heads, 128, dtype=torch.bfloat16)
+        index = torch.empty(1, tokens, dtype=torch.long) if runs else None
         with moved:
-            block(x, Conditioning(time, modulation, None, rope, ()), (text, text))
-    assert moved.nbytes / tokens / config.dim <= EAGER
+            block(x, Conditioning(time, modulation, index, rope, (), runs), (text, text))
+    return moved.nbytes / tokens / config.dim
+
+
+def test_bytes_that_a_block_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert moved_bytes(T2V_A14B.dit, (), monkeypatch) <= EAGER
+
+
+def test_two_times_move_few_more_bytes_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of 31 latent frames has a time of its own; with a row per token it were 283 bytes.
+
+    A GPU writes no row out for each token, and computes the first frame's tokens twice.
+    """
+    first = 2048 // 31
+    one, two = (
+        moved_bytes(TI2V_5B.dit, runs, monkeypatch)
+        for runs in ((), ((0, first), (1, 2048 - first)))
+    )
+    assert one < two < 1.03 * one
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("chunk", [0, 5, 12])
+@torch.no_grad()
+def test_runs_of_tokens_give_what_a_time_per_token_gives(batch: int, chunk: int) -> None:
+    """Rows that are written out for every token, and rows that are not."""
+    generator = torch.Generator().manual_seed(0)
+    model = WanDiT(TINY)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    set_chunk(model, chunk)
+    latent = torch.randn(batch, TINY.in_dim, 3, 4, 6, generator=generator)
+    text = torch.randn(batch, TINY.text_len, TINY.text_dim, generator=generator)
+    per_token = torch.tensor([0.0] * 6 + [871.0] * 12).expand(batch, -1)
+    expected = model(latent, per_token, text)
+    features = time_features(torch.tensor([[0.0, 871.0]]).expand(batch, -1), TINY.freq_dim)
+    found = model(latent, features, text, runs=((0, 6), (1, 12)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    other = model(latent, features, text, runs=((0, 7), (1, 11)))
+    assert (other - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,6 +199,21 @@ def test_a_step_copies_nothing_to_or_from_the_device(solver: Solver, batch: bool
     with CopiesBetween() as copies:
         while state.index < len(schedule):
             state = advance(schedule, state, velocity)
+    assert copies.noted == []
+
+
+@torch.no_grad()
+def test_a_step_with_a_held_frame_copies_nothing_either() -> None:
+    request = Request("a circle", sample_steps=4, frame_num=5).complete(NANO)
+    shape = conditioning_of(NANO, request).shape
+    held = FirstFrame(shape, torch.empty(1, shape[0], 1, *shape[2:], device="meta"))
+    velocity = make_velocity(OnMeta(), request, conditioning=held)
+    schedule = schedule_of(request)
+    state = SolverState(0, torch.empty(1, *shape, device="meta"))
+    with CopiesBetween() as copies:
+        while state.index < len(schedule):
+            state = advance(schedule, state, velocity)
+            held.held(state.x)
     assert copies.noted == []
 
 

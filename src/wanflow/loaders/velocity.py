@@ -71,7 +71,7 @@ def make_velocity(
     # Here and not in a step: a copy to the device waits for all that it computes.
     grid = shape.grid(seen.shape[1:])
     rope = rope_table(grid, shape.dim // shape.num_heads, device)
-    index = None if (own := seen.index(grid)) is None else own.to(device)
+    runs = seen.runs(grid)
     each = (seen.times(step).unsqueeze(0) for step in steps)
     times = torch.stack([time_features(time, shape.freq_dim) for time in each]).to(device)
     # Keys and values of the text, for one expert with its LoRAs at a time.
@@ -90,7 +90,7 @@ def make_velocity(
             states[key] = model.text_states(both.select(texts) if now.guided else texts[:1])
 
         def predict(latent: Tensor, time: Tensor, text: States) -> Tensor:
-            return cast(Tensor, model(latent, time, cast(Any, text), trunk, rope, index))
+            return cast(Tensor, model(latent, time, cast(Any, text), trunk, rope, runs))
 
         latent, time = seen.latent(x), times[step.index]
         if not now.guided:

@@ -16,8 +16,10 @@ Sampling, parallelism and offloading attach from outside: `attend` is a slot on 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from typing import cast
 
 import torch
@@ -29,6 +31,7 @@ from wanflow.config import DiTConfig
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # For each block, keys and values of the text: [B, S, N, K] each.
 TextStates = tuple[tuple[Tensor, Tensor], ...]
+Runs = tuple[tuple[int, int], ...]  # (which row, how many tokens use it), in order
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,45 @@ class Conditioning:
     index: Tensor | None  # [B, L]: which of the U rows a token uses; None where U = 1
     rope: Tensor  # [L, K/2, 2] float32
     text: TextStates
+    runs: Runs = ()  # the same for each sample, in order; () where only the index says it
 
-    def rows(self, table: Tensor) -> Tensor:
-        """Return the rows of a table [B, U, d] by token: [B, L, d], or [B, 1, d] where U = 1."""
+    def by_row(
+        self, work: Callable[..., Tensor], tokens: tuple[Tensor, ...], *tables: Tensor
+    ) -> Tensor:
+        """Return `work` of tokens [B, n, d] and of the rows of tables [B, U, d] that they use.
+
+        A compiler reads the rows where it uses them. Without one they would be written out for
+        every token; so all tokens get the row of the longest run, and then the others their own.
+        """
         if self.index is None:
-            return table
-        return table.gather(1, self.index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+            return work(*tokens, *tables)
+        if torch.compiler.is_compiling() or not self.runs:
+            where = self.index.unsqueeze(-1).expand(-1, -1, tables[0].shape[-1])
+            return work(*tokens, *(table.gather(1, where) for table in tables))
+        most, _ = max(self.runs, key=itemgetter(1))
+        out = work(*tokens, *(table[:, most : most + 1] for table in tables))
+        for row, part in _parts(self.runs):
+            if row != most:
+                own = [table[:, row : row + 1] for table in tables]
+                out[:, part] = work(*(each[:, part] for each in tokens), *own)
+        return out
 
     def part(self, tokens: slice) -> Conditioning:
         """Return the conditioning of some of the tokens."""
-        return replace(
-            self,
-            index=None if self.index is None else self.index[:, tokens],
-            rope=self.rope[tokens],
-        )
+        if self.index is None:
+            return replace(self, rope=self.rope[tokens])
+        start, stop, _ = tokens.indices(self.index.shape[1])
+        own = [(row, min(run.stop, stop) - max(run.start, start)) for row, run in _parts(self.runs)]
+        runs = tuple((row, count) for row, count in own if count > 0)
+        return replace(self, index=self.index[:, tokens], rope=self.rope[tokens], runs=runs)
+
+
+def _parts(runs: Runs) -> Iterator[tuple[int, slice]]:
+    """Yield the row of each run, and its tokens."""
+    start = 0
+    for row, count in runs:
+        yield row, slice(start, start + count)
+        start += count
 
 
 Trunk = Callable[[Iterable["Block"], "Head", Tensor, Conditioning], Tensor]
@@ -264,19 +292,19 @@ class Block(nn.Module):
     def before(self, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, n, d] -> queries, keys and values of self-attention, [B, n, N, K] each."""
         shift, scale = (conditioning.modulation + self.modulation.float()).unbind(2)[:2]
-        h = modulated(self.norm1, x, conditioning.rows(shift), conditioning.rows(scale))
+        h = conditioning.by_row(partial(modulated, self.norm1), (x,), shift, scale)
         return self.self_attn.qkv(h.to(self.self_attn.q.compute_dtype), conditioning.rope)
 
     def after(
         self, x: Tensor, mixed: Tensor, conditioning: Conditioning, text: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Tokens [B, n, d] and what self-attention made of them -> the block's output [B, n, d]."""
-        table, rows = conditioning.modulation + self.modulation.float(), conditioning.rows
+        table = conditioning.modulation + self.modulation.float()
         gate1, shift2, scale2, gate2 = table.unbind(2)[2:]
-        y = torch.addcmul(x, mixed, rows(gate1))
+        y = conditioning.by_row(torch.addcmul, (x, mixed), gate1)
         y = y + self.cross_attn(self.norm3(y), text)
-        h = modulated(self.norm2, y, rows(shift2), rows(scale2))
-        return torch.addcmul(y, self.ffn(h), rows(gate2))
+        h = conditioning.by_row(partial(modulated, self.norm2), (y,), shift2, scale2)
+        return conditioning.by_row(torch.addcmul, (y, self.ffn(h)), gate2)
 
 
 def by_chunks(
@@ -320,8 +348,10 @@ class Head(nn.Module):
         shift, scale = (conditioning.time + row.float() for row in self.modulation.unbind(1))
 
         def project(part: slice) -> tuple[Tensor]:
-            rows = conditioning.part(part).rows
-            return (self.head(modulated(self.norm, x[:, part], rows(shift), rows(scale))),)
+            own = conditioning.part(part)
+            return (
+                self.head(own.by_row(partial(modulated, self.norm), (x[:, part],), shift, scale)),
+            )
 
         (patches,) = by_chunks(project, x.shape[1], self.chunk)
         return patches
@@ -367,7 +397,7 @@ class WanDiT(nn.Module):
         text: Tensor | TextStates,
         trunk: Trunk = run_blocks,
         rope: Tensor | None = None,
-        index: Tensor | None = None,
+        runs: Runs = (),
     ) -> Tensor:
         """Predict the velocity (noise minus data).
 
@@ -379,7 +409,7 @@ class WanDiT(nn.Module):
                 missing up to `text_len` count as zero; attention sees them, as in training.
             trunk: runs the blocks and the head; sequence sharding replaces it.
             rope: the `rope_table` of the latent's grid, on its device; None: made for this call.
-            index: [L], which of U time features a token has; None where U is 1.
+            runs: which of U time features each token has, in order; () where U is 1.
 
         Returns:
             [B, C, T, H, W] float32.
@@ -400,10 +430,10 @@ class WanDiT(nn.Module):
             )
         states = self.text_states(text) if isinstance(text, Tensor) else text
         grid = self.config.grid(latent.shape[2:])
-        time, modulation, index = self._time(timestep, len(latent), math.prod(grid), index)
+        time, modulation, index = self._time(timestep, len(latent), math.prod(grid), runs)
         if rope is None:
             rope = rope_table(grid, self.config.dim // self.config.num_heads, latent.device)
-        conditioning = Conditioning(time, modulation, index, rope, states)
+        conditioning = Conditioning(time, modulation, index, rope, states, runs)
         # No name for the tokens here: it would hold 1.5 GB at 720p until the last block is done.
         return self._unpatch(
             trunk(self.blocks, self.head, self._tokens(latent), conditioning), grid
@@ -430,10 +460,13 @@ class WanDiT(nn.Module):
         return tuple(block.text_kv(embedded) for block in blocks)
 
     def _time(
-        self, timestep: Tensor, batch: int, length: int, index: Tensor | None = None
+        self, timestep: Tensor, batch: int, length: int, runs: Runs = ()
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         device = self.patch_embedding.weight.device
-        index = None if index is None else index.expand(batch, length)
+        index = None
+        if runs:  # made on the device: a copy would wait for all that it computes
+            filled = [torch.full((count,), row, device=device) for row, count in runs]
+            index = torch.cat(filled).expand(batch, length)
         if timestep.ndim == 2:
             if timestep.shape != (batch, length):
                 raise ValueError(

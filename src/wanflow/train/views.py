@@ -92,15 +92,15 @@ def flow_loss(
     config, device = model.config, latents.device
     share = torch.tensor(sigma, device=device).view(-1, 1, 1, 1, 1)
     rows = list(zip(seen, torch.lerp(latents, noise, share).split(1), strict=True))
-    indices = [one.index(config.grid(latents.shape[2:])) for one in seen]
-    index = next((one.to(device) for one in indices if one is not None), None)
+    grid = config.grid(latents.shape[2:])
+    runs = next((one.runs(grid) for one in seen if one.runs(grid)), ())
     steps = (Step(0, level * TRAIN_STEPS, level) for level in sigma)
     times = [one.times(step) for one, step in zip(seen, steps, strict=True)]
     # A clip with one time for all tokens has it in every row that another clip needs.
     table = torch.stack([time.expand(max(map(len, times))) for time in times])
     features = time_features(table, config.freq_dim).to(device)
     inputs = torch.cat([one.latent(one.held(x)) for one, x in rows])
-    predicted = model(inputs, features, texts, trunk, index=index)
+    predicted = model(inputs, features, texts, trunk, runs=runs)
     weight = torch.cat([_weight(one, x) for one, x in rows])
     return F.mse_loss(predicted * weight, (noise - latents) * weight)
 

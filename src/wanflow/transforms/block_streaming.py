@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from wanflow.hardware import thread_on
-from wanflow.models.dit import Block, Conditioning, Head, TextStates, Trunk, WanDiT, run_blocks
+from wanflow.models.dit import (
+    Block,
+    Conditioning,
+    Head,
+    Runs,
+    TextStates,
+    Trunk,
+    WanDiT,
+    run_blocks,
+)
 from wanflow.transforms.host_memory import HostMemory
 
 ALIGN = 256  # bytes; suits every kernel
@@ -303,7 +312,7 @@ class Streaming(nn.Module):
         text: Tensor | TextStates,
         trunk: Trunk = run_blocks,
         rope: Tensor | None = None,
-        index: Tensor | None = None,
+        runs: Runs = (),
     ) -> Tensor:
         """As `WanDiT.forward`."""
 
@@ -313,7 +322,7 @@ class Streaming(nn.Module):
             return trunk(self.stream(), head, tokens, conditioning)
 
         states = self.text_states(text) if isinstance(text, Tensor) else text
-        return cast(Tensor, self.model(latent, timestep, states, streamed_trunk, rope, index))
+        return cast(Tensor, self.model(latent, timestep, states, streamed_trunk, rope, runs))
 
     def text_states(self, text: Tensor) -> TextStates:
         """As `WanDiT.text_states`; of a streamed block only the two weights it needs are read."""
