@@ -279,8 +279,30 @@ def test_the_command_trains_one_network_on_pictures_and_refuses_an_expert(
     assert main([*command, "--frame_num", "1", "--size", "64*48"]) == 2
     assert "multiple of 32" in capsys.readouterr().err
     assert main([*command, "--frame_num", "1"]) == 0
+    assert "are also the picture" not in capsys.readouterr().err
     tensors = load_file(tmp_path / "x" / "lora.safetensors")
     assert any(value.any() for name, value in tensors.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_every_weight_is_trained_on_a_picture_and_written_as_the_same_model(
+    families: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    data, out = tmp_path / "pictures", tmp_path / "tuned"
+    data.mkdir()
+    save_picture(data / "a.png", moving(0)[0], {})
+    (data / "a.txt").write_text(CAPTION)
+    command = ["train", "--data", str(data), "--ckpt_dir", str(families(kind)), "--out", str(out)]
+    command += ["--method", "full", "--steps", "1", "--device", "cpu", "--frame_num", "1"]
+    assert main([*command, "--batch", "2", "--dtype", "float32"]) == 0
+    shown = capsys.readouterr().err
+    assert ("are also the picture that tiny-i2v is given" in shown) == (kind == "i2v")
+    before, after = resolve(families(kind)), resolve(out)
+    assert after.layout == "official" and after.spec == before.spec
+    name = "blocks.0.ffn.0.weight"
+    for expert in before.spec.expert_names:
+        old, new = (one.source(expert).read(name) for one in (before, after))
+        assert new.shape == old.shape and not torch.equal(new, old)
 
 
 @pytest.mark.parametrize("kind", ["i2v", "ti2v"])
