@@ -133,6 +133,29 @@ def test_bad_input_gets_one_line(
     assert sorted(place.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("--task i2v-A14B --ckpt_dir ./Wan2.2-I2V-A14B", "80 GB --task i2v-A14B"),
+        ("--task ti2v-5B --ckpt_dir ./weights", "24 GB --task ti2v-5B"),
+        ("--ckpt_dir ./TI2V_5B_weights", "24 GB --task ti2v-5B"),
+        ("--ckpt_dir ./I2V_A14B_weights", "80 GB --task i2v-A14B"),
+    ],
+)
+def test_missing_weights_are_those_of_the_task(
+    command: str, words: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("Wan2.2-T2V-A14B", "T2V_A14B_weights"):  # no suggestion for another model
+        Path(folder).mkdir()
+    Image.new("RGB", (64, 48), "red").save("photo.png")
+    line = f"generate {command} --prompt 'a red circle' --image photo.png"
+    assert main(shlex.split(line)) == 2
+    said = capsys.readouterr().err
+    assert "is missing" in said and "did you mean" not in said
+    first, second = words.split(" GB ")
+    assert f"with {first} GB" in said and f"wanflow download {second} --local_dir" in said
+
+
 # The commands of the official README, word for word; a tiny model gets a small size after them.
 I2V_COMMAND = (
     "--task i2v-A14B --size 1280*720 --ckpt_dir ./Wan2.2-I2V-A14B --offload_model True"

@@ -46,7 +46,7 @@ from wanflow.plan.solve import solve
 from wanflow.plan.start import make_plan, raise_if_unfit
 from wanflow.plan.trace import Trace, fake, materialise
 from wanflow.plan.traces import Traces
-from wanflow.presets import NANO, T2V_A14B
+from wanflow.presets import NANO, T2V_A14B, TI2V_5B
 from wanflow.request import Request, with_settings
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import (
@@ -859,6 +859,20 @@ def test_the_readmes_times_are_the_plans(row: list[str]) -> None:
             complete = request.complete(T2V_A14B)
             plan = solve(published(), complete, Runtime(), machine, processes=int(count or 1))
             assert plan.fits and estimate(plan).seconds / 60 == minutes(cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row", rows("docs/guides/ti2v-5B.md", starts=CARDS)[::3], ids=lambda row: row[0]
+)
+def test_the_times_of_ti2v_5b_are_the_plans(row: list[str]) -> None:
+    card, ram = row[0].removesuffix(" RAM").split(", ")
+    machine = described(card, 1, ram=int(ram.split()[0]))
+    plan = solve(published(TI2V_5B), Request("any", seed=0).complete(TI2V_5B), Runtime(), machine)
+    assert plan.fits and estimate(plan).seconds / 60 == minutes(row[1])
+    blocks = re.match(r"(\d+) of 30", row[3])
+    if blocks or row[3] == "all resident":
+        assert plan.runtime.resident_blocks == (int(blocks[1]) if blocks else 30)
 
 
 @pytest.mark.slow

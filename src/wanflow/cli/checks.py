@@ -16,7 +16,7 @@ from wanflow.cli.parser import did_you_mean, settings_from
 from wanflow.cli.running import check_target_name
 from wanflow.config import RequestError
 from wanflow.geometry import COMMON, geometry_of, parse_size
-from wanflow.presets import ModelSpec
+from wanflow.presets import FAMILY, ModelSpec
 from wanflow.request import Request
 from wanflow.runtime import DTYPES, Runtime
 from wanflow.untrusted import check_regular, printable, user_path
@@ -165,27 +165,35 @@ def _weights(args: argparse.Namespace) -> None:
         if not exists(user_path(file)):
             raise RequestError(f"--{part} {printable(file)}: there is no such file")
     if args.ckpt_dir is not None:
-        _model(args.ckpt_dir)
+        _model(args.ckpt_dir, spec=model_of_task(args))
 
 
-def _model(name: str | Path, to_load: bool = True) -> None:
+def _model(name: str | Path, to_load: bool = True, spec: ModelSpec | None = None) -> None:
     """Refuse a model that is not there; a repository's name may be in a cache.
 
     Args:
         name: of a folder, a file or nano.
         to_load: whether a whole model is needed, and not anything that can be looked into.
+        spec: the model that is asked for; None: the one that the name tells.
     """
     text, path = str(name), user_path(name)
     if text == "nano" or exists(path) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         return
+    from wanflow.plan.needed import named
+
     shown, near = printable(name), _near(path)
+    if spec is None:
+        (spec,) = (one for one in FAMILY if one.name == named(path.name))
+    if named(near) != spec.name:  # the folder of another model
+        near = ""
     if near:
         raise RequestError(f"{shown} is missing; did you mean {near}?")
     if not to_load:
         raise RequestError(f"{shown} is missing; name an existing file or folder")
     from wanflow.checkpoint.published import how_to_get
 
-    raise RequestError(f"{shown} is missing; {how_to_get(Path(shown))}", *machine_lines(text))
+    how = how_to_get(Path(shown), spec.task)
+    raise RequestError(f"{shown} is missing; {how}", *machine_lines(text, spec.name))
 
 
 def exists(path: Path) -> bool:
@@ -209,8 +217,13 @@ def _near(path: Path) -> str:
     return printable(path.parent / found[0]) if found else ""
 
 
-def machine_lines(folder: str | None) -> list[str]:
-    """Return lines on missing weights and a machine that is too small, for a refusal."""
+def machine_lines(folder: str | None, model: str | None = None) -> list[str]:
+    """Return lines on missing weights and a machine that is too small, for a refusal.
+
+    Args:
+        folder: of the weights.
+        model: its name; None: the one that the folder's name tells.
+    """
     if folder is None or folder == "nano":
         return []
     from wanflow.plan.gpus import this_machine
@@ -218,7 +231,7 @@ def machine_lines(folder: str | None) -> list[str]:
 
     path = user_path(folder)
     lines = [] if path.is_dir() else [f"  weights: there is no folder {printable(folder)}"]
-    machine, model = this_machine(path.absolute(), ask_torch=False), named(path.name)
+    machine, model = this_machine(path.absolute(), ask_torch=False), model or named(path.name)
     if not enough_for_full_size(machine, model):
         lines += [f"  {needed_words(model)}", f"  here: {machine.words()}"]
         lines.append(f"  do: {where_else(model)}")

@@ -160,7 +160,8 @@ def folder_of(spec: ModelSpec) -> str:
 def _download(args: argparse.Namespace, given: object, spec: ModelSpec) -> str:
     """Return the command that gets the official weights, where none are named or here."""
     folder, named = folder_of(spec), args.ckpt_dir is not None or given
-    return "" if named or Path(folder).is_dir() else f"wanflow download --local_dir {folder}"
+    task = "" if spec == T2V_A14B else f"--task {spec.task} "
+    return "" if named or Path(folder).is_dir() else f"wanflow download {task}--local_dir {folder}"
 
 
 def _cards(args: argparse.Namespace) -> tuple[int, ...]:
