@@ -32,7 +32,7 @@ from wanflow.checkpoint.containers import VALUES, TensorInfo
 from wanflow.checkpoint.key_maps import Kind
 from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokenizer, load_vae
 from wanflow.checkpoint.parts import Part, kind_of
-from wanflow.checkpoint.published import EXPERT_FP8, T5_FP8
+from wanflow.checkpoint.published import T2V_FP8, T5_FP8
 from wanflow.checkpoint.source import OfficialSource, open_source
 from wanflow.checkpoint.structure import build
 from wanflow.cli import convert as command
@@ -45,7 +45,7 @@ from wanflow.convert.formats import TARGETS, Options, options
 from wanflow.convert.write import TensorSpec, write_torch
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
-from wanflow.presets import T2V_A14B
+from wanflow.presets import I2V_A14B, T2V_A14B, TI2V_5B
 from wanflow.transforms.packed import Packed
 
 HERE = Path(__file__).parents[1]
@@ -393,6 +393,19 @@ def test_names_of_the_published_model(monkeypatch: pytest.MonkeyPatch) -> None:
         and "wanflow.json" not in gguf.files
     )
     assert any("Q8_0" in note for note in gguf.notes)
+    for spec, names in (
+        (I2V_A14B, ["wan2.2_i2v_high_noise_14B", "wan2.2_i2v_low_noise_14B", "wan_2.1_vae"]),
+        (TI2V_5B, ["wan2.2_ti2v_5B", "wan2.2_vae"]),
+    ):
+        sources = dict(zip(spec.expert_names, model.sources.values(), strict=False))
+        sources |= {part: model.sources[part] for part in ("t5", "vae")}
+        other = plan(replace(model, spec=spec, sources=sources), options("fp16"), "x")
+        stems = [Path(output.path).stem.removesuffix("_fp16") for output in other.outputs]
+        assert [stem for stem in stems if "umt5" not in stem] == names
+        assert "wanflow.json" not in other.files
+    sources = {"dit": sources["dit"]}
+    packed = plan(replace(model, spec=TI2V_5B, sources=sources), options("gguf-q8_0"), "x")
+    assert [output.path for output in packed.outputs] == ["Wan2.2-TI2V-5B-Q8_0.gguf"]
 
 
 def test_at_full_size_fp8_takes_what_the_published_files_take() -> None:
@@ -410,7 +423,9 @@ def test_at_full_size_fp8_takes_what_the_published_files_take() -> None:
         )
 
     spiece = 4_548_313
-    assert 0 < EXPERT_FP8 - size("dit", build(WanDiT, T2V_A14B.dit)) < 200_000
+    i2v = 14_294_742_832  # of FAMILY.md
+    assert 0 < T2V_FP8 - size("dit", build(WanDiT, T2V_A14B.dit)) < 200_000
+    assert 0 < i2v - size("dit", build(WanDiT, I2V_A14B.dit)) < 200_000
     assert 0 < T5_FP8 - spiece - size("t5", build(UMT5Encoder, T2V_A14B.text)) < 60_000
 
 

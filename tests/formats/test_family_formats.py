@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import sparse_checkpoint
 from helpers.common import refusal
+from helpers.memory import measurable, measured
 from helpers.tiny import FAMILY, tiny_family
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +24,9 @@ from torch import Tensor
 from wanflow.checkpoint import load
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint, published
 from wanflow.checkpoint.key_maps import detect, from_official, to_official
+from wanflow.checkpoint.published import known_sha256
 from wanflow.checkpoint.structure import module_of
+from wanflow.cli import main
 from wanflow.config import VAE22Config
 from wanflow.convert import configs
 from wanflow.convert.convert import convert, open_model
@@ -378,3 +385,123 @@ def test_without_the_files_a_published_model_has_its_sizes() -> None:
         assert [*model.sources] == [*spec.expert_names, "t5", "vae"]
         assert model.disk_bytes / 1e9 == pytest.approx(expected[spec], abs=0.03)
         assert configs.model_card(spec) is None
+
+
+# Full size
+
+
+@pytest.fixture(scope="module")
+def full() -> Iterator[dict[str, Path]]:
+    """Both published models, made of holes, in the official layout and as ComfyUI's files."""
+    fast = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=fast if fast.is_dir() else None) as name:
+        found = {}
+        for kind in KINDS:
+            found[kind] = sparse_checkpoint.write_family(Path(name) / kind, kind)
+            found[f"{kind} comfy"] = sparse_checkpoint.write_comfy(Path(name) / f"{kind}c", kind)
+        for folder in found.values():
+            shutil.copytree(NANO_FOLDER / "google", folder / "google")
+        yield found
+
+
+def test_full_size_modules_are_the_official_ones() -> None:
+    """All names and shapes in the official order, parameters and bytes."""
+    found = json.loads(sparse_checkpoint.FAMILY_SIZES.read_text())["modules"]
+    modules = {
+        "ti2v_5B": module_of(TI2V_5B.dit),
+        "i2v_A14B_expert": module_of(I2V_A14B.dit),
+        "wan2_2_vae": module_of(TI2V_5B.vae),
+    }
+    assert found.keys() == modules.keys()
+    for name, module in modules.items():
+        shapes = {key: list(value.shape) for key, value in module.named_parameters()}
+        assert shapes == {key: info["shape"] for key, info in found[name]["state"].items()}
+        parameters = sum(value.numel() for value in module.parameters())
+        assert parameters == found[name]["parameters"] == found[name]["bytes_fp32"] // 4
+        assert len(shapes) == found[name]["tensors"]
+
+
+def test_full_size_files_are_the_published_ones(full: dict[str, Path]) -> None:
+    """Bytes and hashes of FAMILY.md; only the order inside a header may differ by a few bytes."""
+
+    def sha256(file: Path) -> str:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def sizes(folder: Path) -> list[int]:
+        return [file.stat().st_size for file in sorted(folder.glob("*.safetensors"))]
+
+    folder = full["ti2v"]
+    known = "Wan-AI/Wan2.2-TI2V-5B/"
+    for name in ("config.json", "diffusion_pytorch_model.safetensors.index.json"):
+        assert sha256(folder / name) == known_sha256(known + name)
+    expected = [9_825_014_472, 9_995_661_736, 178_558_176]
+    assert sizes(folder)[:3] == pytest.approx(expected, abs=8)
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert [*Counter(sorted(index["weight_map"].values())).values()] == [413, 407, 5]
+    data = [9_994_100_736, 9_943_918_592, 9_943_959_552, 9_839_040_512, 9_839_040_512]
+    for which in ("high", "low"):
+        found = sizes(full["i2v"] / f"{which}_noise_model")
+        assert found == pytest.approx([*data, 7_595_544_832], abs=20_000)
+    file = full["ti2v comfy"] / "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors"
+    assert file.stat().st_size == pytest.approx(9_999_658_848, abs=64)
+
+
+@pytest.mark.parametrize("name", ["i2v", "ti2v", "i2v comfy", "ti2v comfy"])
+def test_full_size_folders_are_the_published_models(full: dict[str, Path], name: str) -> None:
+    spec = {"i2v": I2V_A14B, "ti2v": TI2V_5B}[name.split()[0]]
+    assert open_checkpoint(full[name]).spec == spec
+    found = inspect(full[name])
+    assert found.complete and found.model == spec.name
+    assert found.parameters["published"] == ("5B" if spec is TI2V_5B else "27B total, 14B active")
+    vae = next(row for row in found.parts if row.part == "vae")
+    assert vae.model == ("the Wan2.2 VAE" if spec is TI2V_5B else "the Wan2.1 VAE")
+
+
+@pytest.mark.slow
+def test_a_full_size_folder_is_planned(
+    full: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "--ckpt_dir", str(full["ti2v comfy"]), "--gpu", "rtx4090", "--ram", "128"]
+    assert main([*command, "--frame_num", "17", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"] and document["model"]["name"] == TI2V_5B.name
+    assert document["model"]["parameters"] == {
+        "dit": 4_999_787_712,
+        "t5": 5_680_910_336,
+        "vae": 704_688_668,
+    }
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from helpers.memory import Peak
+from wanflow.checkpoint.checkpoint import open_checkpoint
+
+peak = Peak()
+for folder in sys.argv[1:]:
+    model = open_checkpoint(Path(folder))
+    for part in (model.spec.expert_names[0], "vae"):
+        source = model.source(part)
+        last = f"blocks.{model.spec.dit.num_layers - 1}."
+        peak.reset()
+        for name in source.tensors:
+            if "blocks" not in name or name.startswith(last):
+                tensor = source.read(name)
+                peak.look()
+                del tensor
+        largest = max(info.nbytes for info in source.tensors.values())
+        print(json.dumps({"peak": peak.look(), "largest": largest}))
+"""
+
+
+@pytest.mark.slow
+@measurable
+def test_full_size_parts_take_the_memory_of_one_tensor(full: dict[str, Path]) -> None:
+    """The last block, and all that stands outside the blocks; the VAE whole.
+
+    What is freed goes back to the system, or the heap would keep tensors of several megabytes.
+    """
+    folders = full["ti2v"], full["i2v comfy"]
+    for found in measured(MEASURE, *folders, MALLOC_MMAP_THRESHOLD_="65536"):
+        assert found["peak"] < found["largest"] + (16 << 20)
