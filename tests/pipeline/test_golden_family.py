@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.compiled import compiled
 from helpers.golden import Json, case_tensors, close
 from helpers.golden_dit import (
     batches,
@@ -179,6 +180,17 @@ def test_steps(kind: str, run: Json) -> None:
 @pytest.mark.parametrize(("kind", "run"), RUNS)
 def test_steps_of_both_prompts_in_one_batch(kind: str, run: Json) -> None:
     check_steps(kind, run, walk(kind, run, together=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOOPS)
+def test_steps_compiled(kind: str) -> None:
+    """By inductor: a time for each token makes other graphs than one time."""
+    with compiled(*parts(kind).models.values()) as compiler:
+        for one, run in (param.values for param in PICTURED):
+            if one == kind:
+                check_steps(kind, run, walk(kind, run))
+    assert compiler.graphs >= 2
 
 
 @pytest.mark.parametrize(("kind", "run"), RUNS)

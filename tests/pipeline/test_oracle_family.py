@@ -166,7 +166,7 @@ def their_run(kind: str, noise: Tensor, **pictures: Any) -> Any:
     ).frames
 
 
-CASES = [("i2v", "first"), ("i2v", "both")]
+CASES = [("i2v", "first"), ("i2v", "both"), ("ti2v", "first"), ("ti2v", "none")]
 
 
 @pytest.mark.parametrize(("kind", "given"), CASES, ids=[f"{a}-{b}" for a, b in CASES])
