@@ -2,8 +2,8 @@
 
 The folder is WANFLOW_GOLDEN_FAMILY or tests/golden-family; its README.md describes the format. File
 names, shapes, settings and tolerances come from the manifests, so that another folder of the same
-format, with other seeds, sizes and cases, runs the same tests. The autoencoder alone has a file of
-its own.
+format, with other seeds, sizes and cases, runs the same tests. More of the autoencoder (what its
+layers give out, and its mistakes) is in tests/unit/test_golden_family_vae.py.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from helpers.golden_family import (
     request_of,
     spec_of,
     stored_of,
+    vae,
     walk,
     walk_on,
     written,
@@ -119,6 +120,29 @@ def test_dit_with_two_times(kind: str, model: str, case: Json, sample: int) -> N
     features = time_features(times[None], network.config.freq_dim)
     velocity = network(latent, features, found[f"context.{sample}"][None], runs=runs)
     close(velocity[0], found[f"output.{sample}"], manifest["tolerance"], case["name"])
+
+
+# --- the autoencoder ---
+
+VAE22 = MANIFESTS.get("vae22", {"cases": []})
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in VAE22["cases"]])
+def test_vae22(case: Json) -> None:
+    """Whole, and as pictures and frames pass it: group by group."""
+    own, tolerance = vae("ti2v"), VAE22["tolerance"]
+    found = {
+        way: case_tensors(VAE22["cases_file"], {"name": f"{case['name']}.{way}", **case[way]})
+        for way in ("encode", "decode")
+    }
+    video, latent = found["encode"]["video"], found["encode"]["latent"]
+    parts = [video[:, :, :1], *video[:, :, 1:].split(own.config.temporal_stride, 2)]
+    for encoded in (own.encode(video), own.encode_parts(part for part in parts if part.numel())):
+        close(encoded, latent, tolerance["encode"], f"latent of {case['name']}")
+    latent, tolerance = found["decode"]["latent"], tolerance["decode"]
+    for decoded in (own.decode(latent), torch.cat(list(own.decode_frames(latent)), 2)):
+        close(decoded, found["decode"]["video_unclamped"], tolerance, f"video of {case['name']}")
+        close(decoded.clamp(-1, 1), found["decode"]["video"], tolerance, "clamped")
 
 
 # --- the loops, through the pipeline of users ---
