@@ -1,4 +1,4 @@
-"""wanflow: run Wan2.2-T2V-A14B, or its miniature `nano`, from Python.
+"""wanflow: run Wan2.2 (T2V-A14B, I2V-A14B, TI2V-5B), or its miniatures, from Python.
 
     import wanflow
     pipe = wanflow.load("nano")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import chdir
 from functools import partial
@@ -19,6 +21,8 @@ from PIL import Image
 import wanflow
 from wanflow.cli import main
 from wanflow.clipfiles import read_frames, read_recipe
+
+ROOT = Path(__file__).parents[2]
 
 
 def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
@@ -249,3 +253,19 @@ def test_a_video_of_a_picture_is_made_again_and_finished(
     assert np.array_equal(frames(f"decode {kind}-step3.latent.safetensors {again}"), first)
     capsys.readouterr()
     assert "gone.png" in refused(capsys, f"replay {made[0]} {again}")
+
+
+@pytest.mark.slow
+def test_the_published_command_of_several_gpus(place: Path) -> None:
+    command = (
+        "--task ti2v-5B --size 64*64 --ckpt_dir ./ti2v --image photo.png --prompt 'a red circle'"
+    )
+    words = shlex.split(command + SMALL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    several = ["--dit_fsdp", "--t5_fsdp", "--ulysses_size", "2", "--save_file", "two.mp4"]
+    line = [*torchrun, str(ROOT / "generate.py"), *words, *several]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert main(["generate", *words, "--save_file", "one.mp4"]) == 0
+    one, two = (read_frames(Path(name))[0].astype(int) for name in ("one.mp4", "two.mp4"))
+    assert one.shape == two.shape and np.abs(one - two).mean() < 1
