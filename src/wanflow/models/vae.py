@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from wanflow.config import VAEConfig
 
 State = dict[nn.Module, Tensor]
-STRIP = 1 << 26  # bytes of the frames that a convolution prepares at a time
+STRIPS = 8  # of rows, in which frames of at least `LARGE` bytes pass a convolution
+LARGE = 1 << 23
 
 
 class Stateful(nn.Module):
@@ -70,8 +71,8 @@ class CausalConv3d(Stateful, nn.Conv3d):
 
     def pairs(self, x: Tensor, past: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
         """Convolve frames in pairs, and leave the last two prepared ones in `past`."""
-        batch, channels, frames, height, width = x.shape
-        rows = max(1, STRIP // (batch * channels * frames * width * x.itemsize))
+        batch, _, frames, height, width = x.shape
+        rows = -(-height // STRIPS) if x.nbytes >= LARGE else height
         if frames > 2:
             x, rows, prepare = prepare(x), height, lambda x: x
         size = (batch, self.out_channels, frames, height, width)
