@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import sparse_checkpoint
@@ -21,6 +22,7 @@ from helpers.tiny import FAMILY, tiny_family
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import wanflow
 from wanflow.checkpoint import load
 from wanflow.checkpoint.checkpoint import Checkpoint, open_checkpoint, published
 from wanflow.checkpoint.key_maps import detect, from_official, to_official
@@ -505,3 +507,45 @@ def test_full_size_parts_take_the_memory_of_one_tensor(full: dict[str, Path]) ->
     folders = full["ti2v"], full["i2v comfy"]
     for found in measured(MEASURE, *folders, MALLOC_MMAP_THRESHOLD_="65536"):
         assert found["peak"] < found["largest"] + (16 << 20)
+
+
+# LoRAs
+
+
+@pytest.mark.parametrize("how", ["live", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_is_the_changed_weights(
+    models: dict[str, Path], kind: str, how: str, tmp_path: Path
+) -> None:
+    """Also of the patch embedding, with the channels of its model."""
+    model, spec = open_checkpoint(models[kind]), FAMILY[kind]
+    shapes = {name: value.shape for name, value in module_of(spec.dit).named_parameters()}
+    generator, factors = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    changed = values(model)
+    for name in ("blocks.0.self_attn.q", "blocks.1.ffn.0", "patch_embedding"):
+        out, *rest = shapes[f"{name}.weight"]
+        up = torch.randn(out, 2, *[1] * (len(rest) - 1), generator=generator) / 8
+        down = torch.randn(2, *rest, generator=generator) / 8
+        factors[f"diffusion_model.{name}.lora_up.weight"] = up
+        factors[f"diffusion_model.{name}.lora_down.weight"] = down
+        delta = (up.flatten(1) @ down.flatten(1)).reshape(out, *rest)
+        for part in spec.expert_names:
+            changed[part][f"{name}.weight"] = changed[part][f"{name}.weight"] + 0.5 * delta
+    save_file(factors, tmp_path / "style.safetensors")
+    merged = Path(shutil.copytree(models[kind], tmp_path / "merged"))
+    for part, folder in spec.expert_folders:
+        file = merged / folder / "diffusion_pytorch_model-00001-of-00001.safetensors"
+        save_file(changed[part], file)
+    picture = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    asked: dict[str, Any] = {"image": picture, "seed": 1, "sample_steps": 2}
+    settings: dict[str, Any] = {"progress": False, "dtype": "float32"}
+    pipe = wanflow.load(models[kind], lora=how, **settings)  # type: ignore[arg-type]
+    plain = pipe.generate("a red circle", **asked).frames
+    found = pipe.generate("a red circle", lora=f"{tmp_path}/style.safetensors@0.5", **asked).frames
+    expected = wanflow.load(merged, **settings).generate("a red circle", **asked).frames
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert np.abs(found.astype(int) - plain).mean() > 0.1
+    if kind == "ti2v":
+        one = f"{tmp_path}/style.safetensors@high=1,low=0"
+        told = refusal(lambda: pipe.generate("a red circle", lora=one, **asked))
+        assert "no two experts" in told

@@ -17,6 +17,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.lora_base import _pack_dict_with_prefix
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+from helpers.common import refusal
 from helpers.tiny import TINY, random_expert, run
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -823,3 +824,37 @@ def test_kinds_of_changes(read: Callable[..., AdapterFile]) -> None:
     )
     kinds = [type(adapter.changes["high"][f"blocks.0.self_attn.{x}.weight"]) for x in "qkvo"]
     assert adapter.unused == {} and kinds == [Difference, Hadamard, Kronecker, Decomposed]
+
+
+# A model of one network
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer.", "lora_unet_", "pipe.dit."])
+def test_one_network_takes_a_file_that_names_no_expert(
+    plain: WanDiT, factors: Factors, shapes: dict[str, tuple[int, ...]], tmp_path: Path, prefix: str
+) -> None:
+    tensors = {}
+    for module, (up, down) in factors.items():
+        name = diffusers_name(module) if prefix == "transformer." else module
+        name = name.replace(".", "_") if prefix == "lora_unet_" else name
+        tensors |= {f"{prefix}{name}.lora_up.weight": up, f"{prefix}{name}.lora_down.weight": down}
+    adapter = read_adapter(write(tmp_path / "a.safetensors", tensors), shapes, ("dit",))
+    assert [*adapter.changes] == ["dit"] and not adapter.unused
+    same(fused(plain, adapter.changes["dit"]), by_hand(plain, factors, 1.0))
+
+
+def test_one_network_takes_nothing_that_is_for_an_expert(
+    shapes: dict[str, tuple[int, ...]], factors: Factors, tmp_path: Path
+) -> None:
+    """A pair in one file; the first of it would be the only network's."""
+    up, down = factors["blocks.0.ffn.0"]
+    there = diffusers_name("blocks.0.ffn.0")
+    tensors = {
+        f"{one}.{there}.lora_{side}.weight": value
+        for one in ("transformer", "transformer_2")
+        for side, value in (("A", down), ("B", up))
+    }
+    path = write(tmp_path / "a.safetensors", tensors)
+    told = refusal(lambda: read_adapter(path, shapes, ("dit",)))
+    assert "for the high-noise expert, which this model does not have" in told
+    assert read_adapter(path, shapes).applied == 2

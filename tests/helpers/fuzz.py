@@ -60,6 +60,7 @@ from helpers.mutations import (
     of_sentencepiece,
     of_zip,
 )
+from helpers.tiny import tiny_family
 from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.checkpoint.key_maps import from_official
 from wanflow.checkpoint.load import load_expert, load_text_encoder, load_tokenizer, load_vae
@@ -334,12 +335,13 @@ def saved(path: Path) -> None:
 @dataclass(frozen=True)
 class Container:
     """files: to be damaged, one for each seed, and how; reach: what is done then, and `seldom`
-    where that takes long, with some seeds.
+    where that takes long, with some seeds; one seed in `every` is tried.
     """
 
     files: tuple[tuple[str, Damage], ...]
     reach: Callable[[Path, Path], Iterable[Callable[[], object]]]
     seldom: Callable[[Path, Path], Iterable[Callable[[], object]]] = lambda root, file: ()
+    every: int = 1
 
 
 def parts(files: dict[str, tuple[Damage, str]], *more: Callable[[Path], object]) -> Container:
@@ -372,6 +374,14 @@ DIFFUSERS = (
     "text_encoder/config.json",
     "vae/config.json",
     "scheduler/scheduler_config.json",
+)
+ONE = "diffusion_pytorch_model-00001-of-00001.safetensors"
+ONE_NETWORK: tuple[tuple[str, Damage], ...] = (  # of the folder of TI2V-5B, whose root holds it
+    ("config.json", of_json),
+    ("wanflow.json", of_json),
+    ("diffusion_pytorch_model.safetensors.index.json", of_json),
+    (ONE, of_safetensors),
+    ("Wan2.2_VAE.pth", of_zip),
 )
 LORAS = ("comfy", "kohya", "pair", "lycoris")
 
@@ -429,6 +439,15 @@ CONTAINERS: dict[str, Container] = {
             )
         ],
         lambda root, file: [lambda: look(folder(root, file))],
+    ),
+    "one network": Container(
+        tuple((f"ti2v/{name}", damage) for name, damage in ONE_NETWORK),
+        lambda root, file: [lambda: checkpoint(folder(root, file), {})],
+        lambda root, file: [
+            lambda: look(folder(root, file)),
+            lambda: load_vae(open_checkpoint(folder(root, file))),
+        ],
+        every=4,
     ),
     "saved run": Container(
         (("x.latent.safetensors", of_safetensors),), lambda root, file: [lambda: saved(file)]
@@ -502,6 +521,7 @@ def write_good(root: Path) -> None:
     (root / "model/google/umt5-xxl").mkdir(parents=True)
     shutil.copy(root / "tokenizer.json", root / "model/google/umt5-xxl")
     (root / "model/wanflow.json").write_text(json.dumps(sheet))
+    tiny_family(root / "ti2v", "ti2v")
     write_diffusers(root / "diffusers", held, sheet)
     shutil.copytree(root / "model/google/umt5-xxl", root / "diffusers/tokenizer")
     request = replace(
