@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.answers import Answer, server
 from helpers.common import PROMPT
 from helpers.tiny import tiny_family
 from PIL import Image
@@ -269,3 +271,18 @@ def test_the_published_command_of_several_gpus(place: Path) -> None:
     assert main(["generate", *words, "--save_file", "one.mp4"]) == 0
     one, two = (read_frames(Path(name))[0].astype(int) for name in ("one.mp4", "two.mp4"))
     assert one.shape == two.shape and np.abs(one - two).mean() < 1
+
+
+def test_a_vision_model_extends_a_prompt_with_a_picture(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {"choices": [{"message": {"content": "a red circle moves left"}}]}
+    monkeypatch.delenv("DASH_API_KEY", raising=False)
+    line = I2V + PHOTO + SMALL + " --use_prompt_extend --prompt_extend_method dashscope"
+    with server(lambda path: Answer(json.dumps(answer).encode())) as (url, asked):
+        monkeypatch.setenv("DASH_API_URL", url)
+        assert main(shlex.split(f"{line} --save_file extended.mp4")) == 0
+    assert read_recipe(Path("extended.mp4"))["request"]["prompt"] == "a red circle moves left"
+    (one,) = asked
+    (picture, text) = json.loads(one.body)["messages"][1]["content"]
+    assert (picture["type"], text["text"]) == ("image_url", "a red circle")
