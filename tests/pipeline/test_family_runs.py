@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.common import PROMPT
+from helpers.common import PROMPT, refusal
 from helpers.features import KINDS, made, picture
 from PIL import Image
 
@@ -119,3 +119,14 @@ def test_the_first_latent_frame_of_ti2v_is_the_picture_at_every_step() -> None:
         first = pipe.parts.vae().encode(run.pictures["first"][None, :, None])
     assert len(seen) == CLIP["sample_steps"]
     assert all(torch.equal(each, first) for each in seen)
+
+
+def test_a_lora_has_one_strength_on_one_network() -> None:
+    """A file that was found, in a recipe of an A14B model too, has one for each expert."""
+    file, pipe = str(made("ti2v") / "both.safetensors"), opened("ti2v")
+    for text in (f"{file}@0.5", f"{file}@high=0.5,low=0.5"):
+        run = pipe.begin(Request(PROMPT, lora=(text,), **CLIP))
+        assert run.request.lora == (f"{file}@0.5",)
+        assert [lora.strength("dit", 1) for lora in run.request.loras] == [0.5]
+    words = refusal(lambda: pipe.begin(Request(PROMPT, lora=(f"{file}@high=1,low=0",), **CLIP)))
+    assert "write FILE@0.8 in place of high= and low=" in words
