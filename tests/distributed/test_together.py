@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.common import PROMPT
-from helpers.features import FEATURES, KINDS, ROUNDING, latent, made, packed, picture
+from helpers.features import FEATURES, KINDS, ROUNDING, feature, latent, made, packed, picture
 from helpers.golden import PIPELINE, case_tensors, close, expert, schedule_of, stored
 from helpers.processes import Processes, played
 from torch import Tensor
@@ -330,19 +330,41 @@ PAIRS = [
     if name != "compiled" and (way != "ring" or name in OF_ATTENTION)  # test_compile_together
 ]
 
+# With the family: what its channels, times and single network might break.
+FAMILY_PAIRS = [
+    (kind, way, name)
+    for kind in FAMILY
+    for way in WAYS
+    for name in ("stop and resume", "fused LoRAs", "tokens in chunks", "quantised", "one batch")
+]
+
 
 def with_features(info: ranks.DistInfo) -> dict[str, Any]:
     """Each way with each feature: the latent, or the words of the refusal."""
     return {f"{way} + {name}": with_feature(info, *WAYS[way], name) for way, name in PAIRS}
 
 
-def with_feature(info: ranks.DistInfo, layout: Layout, runtime: dict[str, Any], name: str) -> Any:
-    more, request, _ = FEATURES[name]
+def with_family_features(info: ranks.DistInfo) -> dict[str, Any]:
+    return {
+        f"{kind}, {way} + {name}": with_feature(info, *WAYS[way], name, kind)
+        for kind, way, name in FAMILY_PAIRS
+    }
+
+
+def with_feature(
+    info: ranks.DistInfo, layout: Layout, runtime: dict[str, Any], name: str, kind: str = "nano"
+) -> Any:
+    (model, pictures), (more, request, _) = KINDS[kind], feature(kind, name)
     request = {"frame_num": 5, "sample_steps": 3, "seed": 3, **request}
-    stop, model = request.pop("stop", None), request.pop("model", "nano")
-    request["lora"] = tuple(str(made() / lora) for lora in request.get("lora", ()))
+    request |= {which: picture(which) for which in pictures}
+    stop, form = request.pop("stop", None), request.pop("model", "nano")
+    request["lora"] = tuple(str(made(model) / lora) for lora in request.get("lora", ()))
     try:
-        pipe = opened(info, layout, model, **runtime, **more)
+        if model == "nano":
+            pipe = opened(info, layout, form, **runtime, **more)
+        else:
+            asked = Runtime(device="cpu", **fields(layout), **runtime, **more)
+            pipe = assemble(resolve(made(model) / model), asked, None, info)
         run = pipe.begin(Request(PROMPT, **request))
         if stop is not None:
             with pytest.raises(Cancelled) as cancelled:
@@ -357,15 +379,27 @@ def with_feature(info: ranks.DistInfo, layout: Layout, runtime: dict[str, Any], 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "name"), PAIRS, ids=[f"{way} + {name}" for way, name in PAIRS])
 def test_with_every_feature(way: str, name: str, processes: Processes) -> None:
-
-    runtime, request, limit = FEATURES[name]
     results = [values[f"{way} + {name}"] for values in processes(with_features, 2)]
     words = REFUSED.get(name) or (REFUSED_SHARED.get(name) if WAYS[way][1] else None)
     if words:
         assert all(words in result for result in results)
         return
+    check_feature("nano", name, results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "way", "name"), FAMILY_PAIRS, ids=[f"{a}, {b} + {c}" for a, b, c in FAMILY_PAIRS]
+)
+def test_the_family_with_features(kind: str, way: str, name: str, processes: Processes) -> None:
+    found = processes(with_family_features, 2)
+    check_feature(kind, name, [values[f"{kind}, {way} + {name}"] for values in found])
+
+
+def check_feature(kind: str, name: str, results: list[Tensor]) -> None:
+    runtime, request, limit = feature(kind, name)
     assert torch.equal(*results)
-    one = latent(runtime, {key: value for key, value in request.items() if key != "stop"})
+    one = latent(runtime, {key: value for key, value in request.items() if key != "stop"}, kind)
     # Two processes make what one makes with the same feature, to rounding, which is larger where
     # values are rounded to 8 bits or bfloat16.
     assert (results[0] - one).abs().mean() <= max(ROUNDING, limit / 4) * one.abs().mean()
