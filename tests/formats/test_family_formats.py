@@ -209,6 +209,71 @@ def test_files_named_by_hand(models: dict[str, Path], kind: str, tmp_path: Path)
     assert found.spec.dit == model.spec.dit
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_snapshot_in_hugging_faces_cache(copies: dict[str, Path], kind: str) -> None:
+    """Its files are links to blobs; the shards of TI2V-5B lie in the snapshot itself."""
+    expected = values(open_checkpoint(copies[kind]))
+    repository = copies[kind].parent / "models--Wan-AI--x"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots/abc"
+    shutil.move(copies[kind], snapshot)
+    for number, file in enumerate(sorted(snapshot.rglob("*.*"))):
+        shutil.move(file, repository / f"blobs/{number}")
+        file.symlink_to(repository / f"blobs/{number}")
+    same(values(open_checkpoint(snapshot)), expected)
+    shard = next(snapshot.rglob("*-of-00001.safetensors"))
+    elsewhere = repository.parent / "elsewhere.safetensors"
+    shutil.copy(shard, elsewhere)
+    shard.unlink()
+    shard.symlink_to(elsewhere)
+    assert "is a link out of its folder" in refusal(lambda: open_checkpoint(snapshot))
+
+
+def city96(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a GGUF file as QuantStack's are: five sides flat, and their true number beside."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "wan")
+    for name, value in state.items():
+        data, kind = value.numpy(), gguf.GGMLQuantizationType.F32
+        if value.ndim == 5:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", [int(n) for n in value.shape])
+            data = data.reshape(value.shape[0], -1)
+        elif value.ndim == 2 and name.endswith("weight"):
+            kind = gguf.GGMLQuantizationType.Q8_0
+            data = gguf.quants.quantize(data, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_files_of_quantstack(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    model = open_checkpoint(models[kind])
+    exact = values(model)
+    name = {"i2v": "Wan2.2-I2V-A14B", "ti2v": "Wan2.2-TI2V-5B"}[kind]
+    for part in model.spec.expert_names:
+        side = f"{part.capitalize()}Noise"
+        path = f"{side}/{name}-{side}-Q8_0.gguf" if kind == "i2v" else f"{name}-Q8_0.gguf"
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        city96(tmp_path / path, exact[part])
+    (tmp_path / "VAE").mkdir()
+    vae = "VAE/Wan2.2_VAE" if kind == "ti2v" else "VAE/Wan2.1_VAE"
+    save_file(exact["vae"], tmp_path / f"{vae}.safetensors")
+    save_file(exact["t5"], tmp_path / "umt5.safetensors")
+    shutil.copytree(models[kind] / "google", tmp_path / "google")
+    (tmp_path / "wanflow.json").write_text('{"dit": {"num_heads": 4, "text_len": 8}}')
+    found = open_checkpoint(tmp_path)
+    assert found.spec.dit == model.spec.dit and found.spec.vae == model.spec.vae
+    part = found.spec.expert_names[-1]
+    patches = found.source(part).read("patch_embedding.weight")
+    assert torch.equal(patches, exact[part]["patch_embedding.weight"])
+    for name, value in exact[part].items():
+        error = (found.source(part).read(name, torch.float32) - value).abs().max()
+        assert error <= value.abs().max() / 127, name
+
+
 # The VAE
 
 

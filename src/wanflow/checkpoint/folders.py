@@ -106,9 +106,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _indexed(index: Path, mapping: dict[str, str], ending: str) -> list[Path]:
     """Return the shards that an index names; each must be a file of the index's folder."""
     home = index.parent.resolve()
-    cache = (
-        home.parents[2] if len(home.parents) > 2 and home.parents[1].name == "snapshots" else None
-    )
+    # Only Hugging Face's cache may lead outside: it links each snapshot's files to its blobs. The
+    # index lies in the snapshot (TI2V-5B), or in a folder of it.
+    blobs = [above.parent / "blobs" for above in home.parents[:2] if above.name == "snapshots"]
     files = []
     for name in sorted(set(mapping.values())):
         file = index.parent / name
@@ -119,8 +119,7 @@ def _indexed(index: Path, mapping: dict[str, str], ending: str) -> list[Path]:
                 f" its own folder; {AGAIN}"
             )
         real = Path(os.path.realpath(file))
-        # Only Hugging Face's cache may lead outside: it links each snapshot's files to its blobs.
-        if real.parent != home and not (cache and real.parent == cache / "blobs"):
+        if real.parent not in (home, *blobs):
             raise RequestError(
                 f"{file} is a link out of its folder, to {real}; put the file itself there, or link"
                 " the folder"
