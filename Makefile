@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a large red star moves right on a blue background
 OUT ?= out/demo.mp4
+IMAGE ?= docs/images/drawn/ball.png
+IMAGE_PROMPT ?= the red ball moves left
+IMAGE_OUT ?= out/demo_i2v.mp4
 COUNT ?= 2000
 
-.PHONY: help install demo test test-all coverage fuzz check format reference bench nano clean
+.PHONY: help install demo demo-i2v test test-all coverage fuzz check format reference bench nano nano-i2v clean
 
 help:            ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 install: $(VENV)/.installed  ## .venv with everything that tests and demo need
 
@@ -23,6 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install    ## a prompt becomes an mp4; make demo PROMPT="a small cyan cross spins on a black background"
 	@mkdir -p $(dir $(OUT))
 	@$(BIN)/wanflow generate --ckpt_dir nano --prompt "$(PROMPT)" --save_file $(OUT) --contact_sheet --overwrite
+
+demo-i2v: install  ## a picture and a prompt become an mp4; make demo-i2v IMAGE=ball.png IMAGE_PROMPT="the ball falls"
+	@mkdir -p $(dir $(IMAGE_OUT))
+	@$(BIN)/wanflow generate --ckpt_dir nano-i2v --image $(IMAGE) --prompt "$(IMAGE_PROMPT)" --save_file $(IMAGE_OUT) --contact_sheet --overwrite
 
 test: install    ## the test suite, about 5 minutes on two cores
 	$(BIN)/python -m pytest
@@ -55,6 +62,9 @@ bench: install   ## beside diffusers, on this CPU; the last line of output is JS
 
 nano: install    ## train the embedded miniature from nothing (hours; stop and start it at will)
 	$(BIN)/wanflow train --nano
+
+nano-i2v: install  ## train the miniature of pictures from nano (an hour; stop and start it at will)
+	$(BIN)/wanflow train --nano --i2v
 
 clean:           ## remove what was built
 	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache

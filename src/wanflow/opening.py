@@ -23,7 +23,7 @@ from wanflow.config import RequestError
 from wanflow.front import Display, Pipeline, RequestWarning, refuse_unknown, with_pictures
 from wanflow.geometry import geometry_of, parse_size
 from wanflow.loaders.parts import Report
-from wanflow.presets import NANO_FOLDER
+from wanflow.presets import EMBEDDED
 from wanflow.request import CompleteRequest, Request
 from wanflow.runtime import Runtime
 from wanflow.untrusted import shown, user_path
@@ -44,16 +44,17 @@ def resolve(
     """Return the opened files of a model.
 
     Args:
-        model: `"nano"` for the embedded miniature; a name like `"Wan-AI/Wan2.2-T2V-A14B"` for its
-            copy in Hugging Face's cache; otherwise a folder in any layout. None: only `given`.
+        model: `"nano"` or `"nano-i2v"`, the embedded miniatures; a name like
+            `"Wan-AI/Wan2.2-T2V-A14B"` for its copy in Hugging Face's cache; otherwise a folder in
+            any layout. None: only `given`.
         given: files that replace single parts (high, low, dit, t5, vae, tokenizer).
 
     Raises:
         RequestError: when something is missing, damaged or of another model.
     """
     parts = {part: user_path(path) for part, path in (given or {}).items()}
-    if str(model) == "nano":
-        return open_checkpoint(NANO_FOLDER, parts)
+    if str(model) in EMBEDDED:
+        return open_checkpoint(EMBEDDED[str(model)], parts)
     if model is None:
         if not parts:
             raise RequestError(
@@ -166,8 +167,8 @@ def load(
     the seed, the callback and the video are those of rank 0.
 
     Args:
-        model: `"nano"`, or a folder in any layout, or a repository's name if Hugging Face's cache
-            has it.
+        model: `"nano"` or `"nano-i2v"`, or a folder in any layout, or a repository's name if
+            Hugging Face's cache has it.
         report: called while weights are read, with (what, bytes done, bytes in all), in place of a
             bar.
         plan_for: the largest request that will be made; None: the model's default size and length.

@@ -204,10 +204,12 @@ NANO_I2V = replace(
     task="i2v-nano",
     dit=replace(NANO.dit, in_dim=36, model_type="i2v"),
     boundary=0.9,
-    cfg_high=3.5,
-    cfg_low=3.5,
+    cfg_high=2.0,  # more guidance moves the first frame away from its picture
+    cfg_low=1.5,
     conditioning="channels",
 )
+EMBEDDED = {NANO.name: NANO_FOLDER, NANO_I2V.name: NANO_I2V_FOLDER}
+LENT = {NANO_I2V_FOLDER: NANO_FOLDER}  # whose text encoder, VAE and tokenizer a folder has
 
 # Step presets: values for the fields that a request leaves open. The Lightning LoRAs (rank 64, one
 # for each expert) were distilled for Euler at shift 5 without guidance; the timesteps of four steps

@@ -24,7 +24,7 @@ from helpers.common import PROMPT, let_appear
 
 from wanflow.cli import build_parser, main
 from wanflow.clipfiles import read_frames, read_recipe
-from wanflow.opening import NANO_FOLDER
+from wanflow.presets import NANO_FOLDER
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT_ONE = (

@@ -20,7 +20,7 @@ from wanflow.api import Pipeline
 from wanflow.cli import main
 from wanflow.clipfiles import read_recipe
 from wanflow.media import recipe_tags, save_picture
-from wanflow.opening import NANO_FOLDER
+from wanflow.presets import NANO_FOLDER
 
 TINY = ["--size", "64*64", "--frame_num", "1", "--sample_steps", "2", "--base_seed", "3"]
 MAKE = ["generate", "--ckpt_dir", "nano", "--prompt", "a red circle", *TINY]

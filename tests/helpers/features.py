@@ -23,10 +23,9 @@ from wanflow.api import Pipeline
 from wanflow.config import DiTConfig
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.formats import options
-from wanflow.opening import NANO_FOLDER
 from wanflow.pictures import open_picture
 from wanflow.pipeline import Cancelled
-from wanflow.presets import NANO
+from wanflow.presets import NANO, NANO_FOLDER
 from wanflow.request import Picture, Request
 
 # Each kind of run: a model, and which pictures it is given.

@@ -24,8 +24,8 @@ from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.cli import COMMANDS, command_parser
 from wanflow.config import RequestError
 from wanflow.media import recipe_tags, save_picture
-from wanflow.opening import NANO_FOLDER
 from wanflow.pipeline import Run
+from wanflow.presets import NANO_FOLDER
 from wanflow.recipe import Recipe
 from wanflow.sampling.solvers import SolverState
 

@@ -34,7 +34,7 @@ from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
-from wanflow.opening import NANO_FOLDER, admission, load, resolve
+from wanflow.opening import admission, load, resolve
 from wanflow.plan import measure
 from wanflow.plan.cards import GPUS, Rates, find_card
 from wanflow.plan.estimate import estimate
@@ -46,7 +46,7 @@ from wanflow.plan.solve import solve
 from wanflow.plan.start import make_plan, raise_if_unfit
 from wanflow.plan.trace import Trace, fake, materialise
 from wanflow.plan.traces import Traces
-from wanflow.presets import NANO, T2V_A14B, TI2V_5B
+from wanflow.presets import NANO, NANO_FOLDER, T2V_A14B, TI2V_5B
 from wanflow.request import Request, with_settings
 from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import (

@@ -26,7 +26,8 @@ from wanflow.checkpoint.load import load_text_encoder, load_tokenizer
 from wanflow.config import RequestError
 from wanflow.loaders import prompt_cache as text_cache
 from wanflow.loaders.prompt_cache import TextCache, text_key
-from wanflow.opening import NANO_FOLDER, resolve
+from wanflow.opening import resolve
+from wanflow.presets import NANO_FOLDER
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ from wanflow.models.tokenizer import Tokenizer
 from wanflow.outputs import Claims
 from wanflow.presets import NANO
 from wanflow.screen import Screen
-from wanflow.train import adherence, experts, loop, nano, saving, text, toy
+from wanflow.train import adherence, experts, loop, nano, saving, stages, text, toy
 from wanflow.train.loop import Train, fit, rate
 from wanflow.train.stopping import Stop, stopping
 
@@ -235,7 +235,7 @@ def test_captions_are_what_the_notes_say() -> None:
 def test_sigmas_stay_in_the_experts_own_range() -> None:
     generator = torch.Generator().manual_seed(0)
     for low, high in ((0.875, 1.0), (0.0, 0.875)):
-        drawn = experts.sigmas(4096, low, high, nano.SHIFT, generator)
+        drawn = experts.sigmas(4096, low, high, stages.SHIFT, generator)
         assert low <= drawn.min() < low + 0.01
         assert high - 0.01 < drawn.max() <= high
     assert drawn.median() > 0.5  # crowded upwards
@@ -248,7 +248,7 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     nano.train(tmp_path, tmp_path / "model", 0.0005, "low", Screen())
     lines = capsys.readouterr().err.splitlines()
     begun = [line.split(":")[0] for line in lines if line.endswith("begins")]
-    assert begun == [*nano.STAGES, "low"]
+    assert begun == ["text", "vae", "cache", "high", "low", "export", "low"]
     pipe = wanflow.load(tmp_path / "model", device="cpu")
     assert pipe.parts.spec.dit == NANO.dit
     video = pipe.generate(
@@ -277,7 +277,7 @@ def test_nano_deletes_no_folder_of_others(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_is_small_and_in_the_official_layout() -> None:
-    from wanflow.opening import NANO_FOLDER
+    from wanflow.presets import NANO_FOLDER
 
     files = {
         file.relative_to(NANO_FOLDER).as_posix(): file.stat().st_size

@@ -25,7 +25,8 @@ from wanflow.loaders.placement import Placement
 from wanflow.loaders.streamed import Prefetcher
 from wanflow.loaders.text_encoder import StreamedEncoder
 from wanflow.models.dit import WanDiT, run_blocks
-from wanflow.opening import NANO_FOLDER, resolve
+from wanflow.opening import resolve
+from wanflow.presets import NANO_FOLDER
 from wanflow.runtime import Runtime
 from wanflow.transforms import quant
 from wanflow.transforms.block_streaming import (

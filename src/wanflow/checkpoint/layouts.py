@@ -29,7 +29,7 @@ from wanflow.checkpoint.parts import (
 )
 from wanflow.checkpoint.source import describe, is_lora, kinds_in, official
 from wanflow.config import RequestError, VAE22Config, VAEConfig
-from wanflow.presets import FAMILY, ONLY, T2V_A14B, TI2V_5B, Expert
+from wanflow.presets import FAMILY, LENT, ONLY, T2V_A14B, TI2V_5B, Expert
 
 FOLDERS = dict(T2V_A14B.expert_folders)
 DIFFUSERS: dict[Part, str] = {
@@ -102,7 +102,7 @@ def find(
         found = _loose(folder, given, opened)
     else:
         found = _official(folder) if layout == "official" else _diffusers(folder)
-    parts = {**found.parts, **given}
+    parts = {**found.parts, **_lent(folder), **given}
     needed = (*_networks(folder, parts, given), "t5", "vae", "tokenizer")
     parts = {part: path for part, path in parts.items() if part in needed}
     text, tokenizer = parts.get("t5"), parts.get("tokenizer")
@@ -130,6 +130,13 @@ def find(
         )
     ordered = {part: parts[part] for part in needed}
     return replace(found, layout=layout, parts=ordered, own=found.parts)
+
+
+def _lent(folder: Path) -> dict[Part, Path]:
+    """Return the parts that a miniature has from another one."""
+    lender = LENT.get(folder)
+    parts = {} if lender is None else _official(lender).parts
+    return {part: path for part, path in parts.items() if part not in EXPERTS}
 
 
 def layout_of(folder: Path) -> str:

@@ -242,7 +242,7 @@ def _name_weights(args: argparse.Namespace, recipe: Recipe) -> None:
     if given_parts(args):
         return
     if is_embedded(model):
-        args.ckpt_dir = "nano"
+        args.ckpt_dir = model.name
     elif args.ckpt_dir is None:
         args.ckpt_dir = model.folder
         for part, file in model.parts.items():

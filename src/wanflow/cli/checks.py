@@ -16,7 +16,7 @@ from wanflow.cli.parser import did_you_mean, settings_from
 from wanflow.cli.running import check_target_name
 from wanflow.config import RequestError
 from wanflow.geometry import COMMON, geometry_of, parse_size
-from wanflow.presets import FAMILY, ModelSpec
+from wanflow.presets import EMBEDDED, FAMILY, ModelSpec
 from wanflow.request import Request
 from wanflow.runtime import DTYPES, Runtime
 from wanflow.untrusted import check_regular, printable, user_path
@@ -177,7 +177,7 @@ def _model(name: str | Path, to_load: bool = True, spec: ModelSpec | None = None
         spec: the model that is asked for; None: the one that the name tells.
     """
     text, path = str(name), user_path(name)
-    if text == "nano" or exists(path) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+    if text in EMBEDDED or exists(path) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         return
     from wanflow.plan.needed import named
 
@@ -224,7 +224,7 @@ def machine_lines(folder: str | None, model: str | None = None) -> list[str]:
         folder: of the weights.
         model: its name; None: the one that the folder's name tells.
     """
-    if folder is None or folder == "nano":
+    if folder is None or folder in EMBEDDED:
         return []
     from wanflow.plan.gpus import this_machine
     from wanflow.plan.needed import enough_for_full_size, named, needed_words, where_else

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from wanflow.cli.parser import Parser, add_settings, file_path, number, settings_from, short
 from wanflow.config import RequestError
-from wanflow.presets import FAMILY, NANO_FOLDER, SETTINGS, ModelSpec
+from wanflow.presets import EMBEDDED, FAMILY, SETTINGS, ModelSpec
 from wanflow.request import SCALE, Request, with_settings
 from wanflow.runtime import Runtime
 from wanflow.untrusted import printable, user_path
@@ -313,8 +313,8 @@ def given_parts(args: argparse.Namespace) -> dict[Part, Path]:
 
 def model_path(text: str) -> Path:
     """Return the folder or file of a path, of nano, or of a cached repository."""
-    if text == "nano":
-        return NANO_FOLDER
+    if text in EMBEDDED:
+        return EMBEDDED[text]
     path = user_path(text)
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         from wanflow.download.fetch import cached

@@ -29,6 +29,7 @@ from wanflow.cli.running import check_target_name, run_and_save, world_size
 from wanflow.cli.trust import is_embedded, unread, with_trusted_paths, with_trusted_pictures
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
+from wanflow.presets import EMBEDDED
 from wanflow.request import Picture, Request
 from wanflow.runtime import Runtime
 from wanflow.settings import settings_of
@@ -175,7 +176,7 @@ def _recorded_job(args: argparse.Namespace, recipe: Recipe, target: Path) -> Job
         free["vae_tile"] = None  # several ranks decode in strips
     model, parts = args.ckpt_dir, given_parts(args)
     if model is None:
-        model = "nano" if is_embedded(recipe.model) else recipe.model.folder
+        model = recipe.model.name if is_embedded(recipe.model) else recipe.model.folder
         recorded: dict[Any, str] = recipe.model.parts
         parts = parts or {part: Path(path) for part, path in recorded.items()}
     request = Request(**vars(recipe.request), exact_size=True)
@@ -299,7 +300,7 @@ def _open(job: Job) -> Checkpoint:
     try:
         return resolve(job.model, job.parts)
     except RequestError as error:
-        missing = job.model not in (None, "nano") and not Path(str(job.model)).exists()
+        missing = job.model not in (None, *EMBEDDED) and not Path(str(job.model)).exists()
         raise RequestError(*error.args, *(machine_lines(job.model) if missing else ())) from None
 
 

@@ -16,7 +16,7 @@ from wanflow.cli.keeping import StateKeeper, continuing, free_name, refuse_anoth
 from wanflow.described import described
 from wanflow.files import remove
 from wanflow.outputs import leftovers
-from wanflow.presets import NANO, NANO_I2V
+from wanflow.presets import EMBEDDED
 
 if TYPE_CHECKING:
     from wanflow.api import Pipeline
@@ -177,6 +177,6 @@ def automatic_targets(run: Run, spec: ModelSpec) -> Iterator[Path]:
     """Yield names made of the model, the video's size, the prompt, the seed and the time."""
     from wanflow.outputs import automatic_names
 
-    name = spec.name if spec.name in (NANO.name, NANO_I2V.name) else spec.task
+    name = spec.name if spec.name in EMBEDDED else spec.task
     asked, suffix = run.request, ".png" if run.request.frame_num == 1 else ".mp4"
     return automatic_names(name, asked.size, asked.prompt, asked.seed, datetime.now(), suffix)

@@ -122,7 +122,8 @@ def _running_flags(group: argparse._ArgumentGroup) -> None:
         "--work_dir",
         type=file_path,
         metavar="DIR",
-        help="folder of encoded clips and states (default: OUT_training; build/nano for --nano)",
+        help="folder of encoded clips and states (default: OUT_training; build/nano for --nano,"
+        " build/nano-i2v with --i2v)",
     )
 
 
@@ -130,6 +131,9 @@ def _nano_flags(p: Parser) -> None:
     mini = p.add_argument_group("nano")
     mini.add_argument(
         "--nano", action="store_true", help="train nano from scratch; run it again to resume"
+    )
+    mini.add_argument(
+        "--i2v", action="store_true", help="with --nano: train nano-i2v from nano's experts"
     )
     mini.add_argument(
         "--scale", type=float, default=1.0, metavar="SHARE", help="share of the steps, for a test"
@@ -152,6 +156,17 @@ def _nano_flags(p: Parser) -> None:
     )
     ask.add_argument("--seen", action="store_true", help="use combinations from training")
     ask.add_argument("--wording", action="store_true", help="use free wordings of the prompts")
+    ask.add_argument(
+        "--ends",
+        choices=("first", "last", "both"),
+        default="first",
+        help="the pictures that a model of pictures is given",
+    )
+    ask.add_argument(
+        "--hide_motion",
+        action="store_true",
+        help="give first pictures that say nothing of the motion",
+    )
 
 
 def train(args: argparse.Namespace) -> None:
@@ -178,21 +193,22 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise RequestError(f"--prompts must be from 1 to {MOST_PROMPTS:,} (got {args.prompts})")
     with args.output.screen() as screen:
         how = args.prompts, args.experts, args.seen, args.wording
-        report = nano.evaluate(args.evaluate, *how, screen)
+        report = nano.evaluate(args.evaluate, *how, screen, args.ends, args.hide_motion)
         args.output.page([("", report)], **json.loads(report))
 
 
 def _train_nano(args: argparse.Namespace, stop: Stop) -> None:
-    from wanflow.train import nano
+    from wanflow.train import i2v, nano
 
     if not 0 < args.scale <= 100:
         raise RequestError(f"--scale must be above 0 and at most 100 (got {args.scale:g})")
-    work = args.work_dir or Path("build/nano")
+    work = args.work_dir or Path("build/nano-i2v" if args.i2v else "build/nano")
     out = args.out or work / "model"
     # The model in the work folder is the training's own.
     overwrite = args.overwrite or args.out is None
     with args.output.screen() as screen:
-        nano.train(work, out, args.scale, args.stage, screen, overwrite, stop)
+        train = i2v.train if args.i2v else nano.train
+        train(work, out, args.scale, args.stage, screen, overwrite, stop)
         if args.stage in (None, "export"):
             args.output.result(out, screen)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanflow.cli.flags import CKPT_DIR, PARTS
 from wanflow.config import RequestError
-from wanflow.presets import NANO_FOLDER
+from wanflow.presets import EMBEDDED
 from wanflow.request import Picture, PictureRecord, Request
 from wanflow.untrusted import printable, user_path
 
@@ -114,7 +114,8 @@ def unread(request: Request) -> Request:
 def is_embedded(model: ModelRecord) -> bool:
     """Return whether a recipe's model is the miniature inside wanflow, wherever that lay."""
     folder = user_path(model.folder)
-    return model.name == "nano" and (folder == NANO_FOLDER or not os.path.lexists(folder))
+    home = EMBEDDED.get(model.name)
+    return home is not None and (folder == home or not os.path.lexists(folder))
 
 
 def named_files(recipe: Recipe, saved: bool) -> list[tuple[str, str]]:
@@ -134,7 +135,7 @@ def named_files(recipe: Recipe, saved: bool) -> list[tuple[str, str]]:
 def _roots(args: argparse.Namespace) -> list[Any]:
     """Return the folders that flags and the environment name."""
     folders = [*(args.lora_dir or ()), os.environ.get(CKPT_DIR), args.ckpt_dir]
-    return [folder for folder in folders if folder not in (None, "", "nano")]
+    return [folder for folder in folders if folder not in (None, "", *EMBEDDED)]
 
 
 def _weights(model: ModelRecord) -> Iterable[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ class Cache:
     latents: Tensor  # [clips, z, t, h, w] bfloat16, normalised
     texts: Tensor  # [clips, WORDINGS, S, D] bfloat16, zero past each caption's end
     empty: Tensor  # [S, D] bfloat16: the text of an empty prompt
+    # [clips, channels, t, h, w] bfloat16: what the model sees beside the latent
+    given: Tensor | None = None
 
 
 @torch.no_grad()
@@ -83,6 +86,14 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
 
 
+def attend_plainly(model: WanDiT) -> WanDiT:
+    """Give a model the attention that trains fastest on few tokens."""
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            cast(Any, module).attend = plain_attention
+    return model
+
+
 @torch.no_grad()
 def initialise(model: WanDiT) -> None:
     """Start with quiet blocks, a head that gives zero, and time that modulates nothing yet."""
@@ -92,8 +103,7 @@ def initialise(model: WanDiT) -> None:
             quieter = (2 * layers) ** -0.5 if name.endswith((".o", "ffn.2")) else 1.0
             nn.init.normal_(module.weight, std=module.in_features**-0.5 * quieter)
             nn.init.zeros_(module.bias)
-        if hasattr(module, "attend"):
-            module.attend = plain_attention
+    attend_plainly(model)
     nn.init.normal_(model.patch_embedding.weight, std=(model.config.in_dim * 4) ** -0.5)
     nn.init.zeros_(model.head.head.weight)
     model.get_parameter("time_projection.1.weight").mul_(0.02)
@@ -123,24 +133,31 @@ def sigmas(count: int, low: float, high: float, shift: float, generator: torch.G
 
 
 def flow_loss(
-    model: WanDiT, latents: Tensor, texts: Tensor, sigma: Tensor, noise: Tensor
+    model: WanDiT,
+    latents: Tensor,
+    texts: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Return the mean squared error of the velocity, noise minus data; a scalar.
 
-    latents, noise: [B, z, t, h, w]. sigma: [B].
+    latents, noise: [B, z, t, h, w]. sigma: [B]. given: further channels of the input.
     """
     s = sigma.view(-1, 1, 1, 1, 1)
-    predicted = model((1 - s) * latents + s * noise, sigma * TRAIN_STEPS, texts)
-    return F.mse_loss(predicted, noise - latents)
+    mixed = (1 - s) * latents + s * noise
+    seen = mixed if given is None else torch.cat((mixed, given), 1)
+    return F.mse_loss(model(seen, sigma * TRAIN_STEPS, texts), noise - latents)
 
 
 def batch(
     cache: Cache, size: int, dropout: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw latents, one wording of each (or the empty prompt, for guidance), and noise."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Draw latents, one wording of each (or the empty prompt, for guidance), noise, and `given`."""
     rows = torch.randint(len(cache.latents), (size,), generator=generator)
     wording = torch.randint(WORDINGS, (size,), generator=generator)
     texts = cache.texts[rows, wording].float()
     latents = cache.latents[rows].float()
     texts[torch.rand(size, generator=generator) < dropout] = cache.empty.float()
-    return latents, texts, torch.randn(latents.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    return latents, texts, noise, None if cache.given is None else cache.given[rows].float()

@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,7 @@ from safetensors.torch import load_file
 
 from wanflow.assemble import make_engine
 from wanflow.checkpoint.tokenizers import open_tokenizer
-from wanflow.config import RequestError
-from wanflow.convert.configs import as_json, official, tokenizer_config
-from wanflow.convert.taken import refuse_folder
+from wanflow.convert.configs import as_json, tokenizer_config
 from wanflow.files import atomic_path
 from wanflow.front import Pipeline
 from wanflow.models.dit import WanDiT
@@ -29,17 +28,17 @@ from wanflow.models.tokenizer import Tokenizer
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.models.vae import WanVAE
 from wanflow.opening import load, resolve
-from wanflow.outputs import Claims, bytes_of
+from wanflow.outputs import bytes_of
 from wanflow.presets import NANO, NANO_FOLDER, Expert, ModelSpec
 from wanflow.screen import Screen
-from wanflow.train import adherence, autoencoder, experts, text, toy
+from wanflow.train import adherence, autoencoder, experts, stages, text, toy
+from wanflow.train.keeping import Shown
 from wanflow.train.loop import Train, fit
-from wanflow.train.saving import is_whole, read_state, write_tensors
+from wanflow.train.saving import write_tensors
 from wanflow.train.stopping import Stop
 from wanflow.units import file_size
 
 CLIPS = 9000  # cached for the experts
-DROPOUT = 0.1  # share of captions replaced by the empty prompt, for guidance
 TEXT = Train(steps=1000, batch=64, learning_rate=2e-3, dtype=torch.float32)
 VAE = Train(steps=2850, batch=0, learning_rate=2e-3, weight_decay=0.0)
 EXPERT: dict[Expert, Train] = {
@@ -50,8 +49,6 @@ EXPERT: dict[Expert, Train] = {
         steps=4600, batch=48, learning_rate=1.5e-3, muon_rate=2e-3, ema=0.998, decay=0.35, seed=2
     ),
 }
-SHIFT = 3.0  # crowds the training sigmas upwards, as sampling does
-STAGES = ("text", "vae", "cache", *NANO.expert_names, "export")
 
 # Keys of the defaults in wanflow.json.
 DEFAULT_KEYS = (
@@ -83,43 +80,19 @@ def train(
     Raises:
         RequestError: for a stage that another training runs, and an `out` that is taken.
     """
-    stages = STAGES if only is None else (only,)
-    stop = stop or Stop()
-    if "export" in stages:
-        refuse_folder(out, overwrite)
-    work.mkdir(parents=True, exist_ok=True)
-    screen.say(f"the state of the training is in {work}")
-    torch.manual_seed(0)
-    for stage in stages:
-        stop.here()
-        with Claims() as claims:
-            claims.take(work / stage)
-            screen.say(f"{stage}: begins")
-            if stage == "export":
-                export(work, out, screen)
-            elif stage in NANO.expert_names:
-                _expert(work, stage, scale, screen, stop)
-            elif stage == "cache":
-                _cache(work, scale, screen)
-            else:
-                {"text": _text, "vae": _vae}[stage](work, scale, screen, stop)
+    trained = {which: partial(_expert, which) for which in NANO.expert_names}
+    made: dict[str, stages.Stage] = {"text": _text, "vae": _vae, "cache": _cache, **trained}
+    made["export"] = lambda work, scale, screen, stop: export(work, out, screen)
+    stages.run(made, work, out, scale, only, screen, overwrite, stop)
 
 
-def _short(settings: Train, scale: float) -> Train:
+def short(settings: Train, scale: float) -> Train:
+    """Return how to train, for a share of the steps."""
     return replace(settings, steps=max(2, round(settings.steps * scale)))
 
 
-def _needs(file: Path, stage: str) -> Path:
-    if not file.exists() or (file.suffix == ".safetensors" and not is_whole(file)):
-        raise RequestError(
-            f"{file} is missing or damaged: run stage {stage} first (wanflow train --nano --stage"
-            f" {stage})"
-        )
-    return file
-
-
 def _tokenizer(work: Path) -> Tokenizer:
-    engine = open_tokenizer(_needs(work / "tokenizer.json", "text"))
+    engine = open_tokenizer(stages.needs(work / "tokenizer.json", "text"))
     return Tokenizer(engine, NANO.dit.text_len)
 
 
@@ -131,7 +104,7 @@ def _text(work: Path, scale: float, screen: Screen, stop: Stop) -> None:
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         return tagger.loss(*text.tagged(tokenizer, rng, TEXT.batch))
 
-    fit(tagger, loss, _short(TEXT, scale), work / "text.pt", screen, stop=stop)
+    fit(tagger, loss, short(TEXT, scale), work / "text.pt", screen, stop=stop)
     stop.here()
     write_tensors(work / "text.safetensors", tagger.encoder.state_dict())
     accuracy = tagger.accuracy(*text.tagged(tokenizer, random.Random(-1), 1000))
@@ -141,7 +114,7 @@ def _text(work: Path, scale: float, screen: Screen, stop: Stop) -> None:
 def _vae(work: Path, scale: float, screen: Screen, stop: Stop) -> None:
     vae = WanVAE(NANO.vae)
     autoencoder.initialise(vae)
-    settings = _short(VAE, scale)
+    settings = short(VAE, scale)
 
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         count, frames, crop = autoencoder.curriculum(step, settings.steps)
@@ -176,19 +149,19 @@ def _reconstruct(vae: WanVAE, scene: toy.Scene, seed: int) -> adherence.Frames:
 
 def preset(work: Path) -> ModelSpec:
     """Return NANO with the latent statistics that training measured."""
-    statistics = json.loads(_needs(work / "latent.json", "vae").read_text())
+    statistics = json.loads(stages.needs(work / "latent.json", "vae").read_text())
     return replace(NANO, vae=replace(NANO.vae, **statistics))
 
 
 def _vae_of(work: Path) -> WanVAE:
     vae = WanVAE(preset(work).vae)
-    vae.load_state_dict(load_file(_needs(work / "vae.safetensors", "vae")))
+    vae.load_state_dict(load_file(stages.needs(work / "vae.safetensors", "vae")))
     return vae.eval()
 
 
-def _cache(work: Path, scale: float, screen: Screen) -> None:
+def _cache(work: Path, scale: float, screen: Screen, stop: Stop) -> None:
     encoder = UMT5Encoder(NANO.text)
-    encoder.load_state_dict(load_file(_needs(work / "text.safetensors", "text")))
+    encoder.load_state_dict(load_file(stages.needs(work / "text.safetensors", "text")))
     count = max(64, round(CLIPS * scale))
     vae, tokenizer, side = _vae_of(work), _tokenizer(work), NANO.size[0]
     cache = experts.precompute(
@@ -199,24 +172,10 @@ def _cache(work: Path, scale: float, screen: Screen) -> None:
     screen.say(f"{count} clips cached; latent standard deviation {cache.latents.float().std():.3f}")
 
 
-def _expert(work: Path, which: Expert, scale: float, screen: Screen, stop: Stop) -> None:
-    cache = experts.Cache(**load_file(_needs(work / "cache.safetensors", "cache")))
-    settings = _short(EXPERT[which], scale)
-    low, high = experts.sigma_range(NANO, which)
+def _expert(which: Expert, work: Path, scale: float, screen: Screen, stop: Stop) -> None:
     model = WanDiT(NANO.dit)
     experts.initialise(model)
-    if settings.steps > 500 and shutil.which("g++"):
-        for block in model.blocks:
-            block.compile(dynamic=False)  # a fifth faster, after a minute
-
-    def loss(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
-        latents, texts, noise = experts.batch(cache, settings.batch, DROPOUT, generator)
-        sigma = experts.sigmas(settings.batch, low, high, SHIFT, generator)
-        return experts.flow_loss(model, latents, texts, sigma, noise)
-
-    fit(model, loss, settings, work / f"{which}.pt", screen, stop=stop)
-    stop.here()
-    write_tensors(work / f"{which}.safetensors", model.state_dict())
+    stages.train_expert(model, NANO, which, short(EXPERT[which], scale), work, screen, stop)
 
 
 def export(work: Path, out: Path, screen: Screen) -> None:
@@ -233,16 +192,7 @@ def export(work: Path, out: Path, screen: Screen) -> None:
 
 def _export(made: ModelSpec, work: Path, out: Path) -> None:
     for which, folder in made.expert_folders:
-        trained = work / f"{which}.safetensors"
-        if trained.exists():
-            state = load_file(trained)
-        else:
-            state = read_state(_needs(work / f"{which}.pt", which), "cpu")["average"]
-        (out / folder).mkdir(parents=True)
-        file = out / folder / "diffusion_pytorch_model.safetensors"
-        write_tensors(file, {name: value.bfloat16() for name, value in state.items()})
-        config = dict(sorted(official(made.dit).items()))
-        (out / folder / "config.json").write_bytes(as_json(config))
+        stages.export_expert(work, which, made.dit, out / folder)
     for source, target in (
         ("text.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"),
         ("vae.safetensors", "Wan2.1_VAE.pth"),
@@ -266,14 +216,25 @@ def _export(made: ModelSpec, work: Path, out: Path) -> None:
 
 
 def evaluate(
-    model: str, prompts: int, roles: str, seen: bool, wording: bool, screen: Screen
+    model: str,
+    prompts: int,
+    roles: str,
+    seen: bool,
+    wording: bool,
+    screen: Screen,
+    ends: str = "first",
+    hidden: bool = False,
 ) -> str:
     """Measure prompt adherence of a model on scenes that training never saw, as a line of JSON.
+
+    A model that takes pictures gets those of the scene, and its clips are compared with them.
 
     Args:
         roles: "both"; "swapped": the experts in each other's place; or the one for all steps.
         seen: measure on scenes that training saw instead.
         wording: use free wordings instead of the plain form.
+        ends: the pictures that are given: "first", "last" or "both".
+        hidden: give first pictures that say nothing of the motion.
     """
     resolve(model)
     pipe = load(model, keep_experts=True)
@@ -284,20 +245,26 @@ def evaluate(
     scenes = [
         toy.sample_scene(random.Random(f"evaluate/{n}"), unseen=not seen) for n in range(prompts)
     ]
+    shown = Shown(pipe.parts.spec, scenes, ends, hidden)
+    takes = pipe.parts.spec.conditioning == "channels"
+
+    def generate(prompt: str, seed: int) -> adherence.Frames:
+        if not takes:
+            return pipe.generate(prompt, seed=seed).frames
+        return shown.measure(seed, pipe.generate(prompt, seed=seed, **shown.pictures(seed)).frames)
+
     tally = adherence.evaluate(
-        lambda prompt, seed: pipe.generate(prompt, seed=seed).frames,
-        scenes,
-        range(prompts),
-        screen,
-        random.Random("wording") if wording else None,
+        generate, scenes, range(prompts), screen, random.Random("wording") if wording else None
     )
-    about = {
+    about: dict[str, Any] = {
         "model": str(model),
         "prompts": prompts,
         "experts": roles,
         "seen": seen,
         "wording": "free" if wording else "plain",
     }
+    if takes:
+        about |= {"pictures": ends, "hidden": hidden, "kept": shown.as_dict()}
     return json.dumps({**about, **tally.as_dict()})
 
 

@@ -237,13 +237,19 @@ def distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     return (by * (px - tip) - (bx - tip) * py) / math.hypot(bx - tip, by)
 
 
-def coverage(shape: str, course: Tensor, side: int) -> Tensor:
+Bump = tuple[int, float, float]  # bumps round the shape, their height in radii, their angle
+
+
+def coverage(shape: str, course: Tensor, side: int, bumps: Sequence[Bump] = ()) -> Tensor:
     """Return how much of each pixel the shape covers, [frames, side, side] in 0..1."""
     centres = (torch.arange(side, dtype=torch.float32) + 0.5) / side
     x0, y0, radius, angle = (course[:, i, None, None] for i in range(4))
     dx, dy = centres[None, None, :] - x0, centres[None, :, None] - y0
     cos, sin = torch.cos(angle), torch.sin(angle)
     x, y = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius
+    for count, height, phase in bumps:
+        reach = 1 + height * torch.cos(count * torch.atan2(y, x) + phase)
+        x, y = x / reach, y / reach
     return (0.5 - distance(shape, x, y) * radius * side).clamp(0, 1)
 
 
