@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from wanflow.checkpoint.structure import vae_of
 from wanflow.cli import main
 from wanflow.conditioning import clip_parts
 from wanflow.config import RequestError
+from wanflow.geometry import geometry_of
 from wanflow.opening import load
 from wanflow.plan import decoding
 from wanflow.plan.estimate import estimate
@@ -39,6 +42,7 @@ from wanflow.presets import TI2V_5B as TI2V
 from wanflow.request import CompleteRequest, PictureRecord
 from wanflow.runtime import Runtime
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {"size": "832*480", "frame_num": 17}
 
@@ -264,3 +268,104 @@ def test_a_picture_gives_the_size_of_the_plan(
         argv = ["plan", "--task", task, "--image", str(file), "--gpu", "h200", "--json"]
         assert main([*argv, "--frame_num", "5", "--sample_steps", "2"]) == 0
         assert json.loads(capsys.readouterr().out)["request"]["size"] == size
+
+
+# the pages
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """The cells of the first table after these words, without its head."""
+    lines = (ROOT / page).read_text(encoding="utf-8").partition(head)[2].splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    rows = takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(one.replace(",", "")) for one in re.findall(r"\d[\d,]*\.?\d*", cell)]
+
+
+def test_the_page_of_models_is_the_codes() -> None:
+    rows = {cells[0]: cells[1:] for cells in table("docs/explain/models.md", "The models that")}
+    for spec, *cells in zip(FAMILY, *rows.values(), strict=True):
+        said = dict(zip(rows, map(numbers, cells), strict=True))
+        checkpoint, geometry = published(spec), geometry_of(spec)
+        parameters = checkpoint.parameters(spec.expert_names[0])
+        latent = geometry.latent_shape(spec.size, spec.frame_num)
+        exact = {
+            "billions of parameters of each": parameters / 1e9,
+            "billions of parameters of the VAE": checkpoint.parameters("vae") / 1e9,
+            "GB of one transformer in bf16": parameters * 2 / 1e9,
+            "GB of one transformer in fp8": parameters / 1e9,
+            "GB of the official files": checkpoint.disk_bytes / 1e9,
+        }
+        for row, value in exact.items():
+            assert said[row] == [pytest.approx(value, abs=0.051)], (spec.name, row)
+        assert said["video"] == [*spec.size, spec.frame_num]
+        assert said["frames a second"] == [spec.fps] and said["latent"] == [*latent]
+        assert said["sizes"] == [geometry.size_multiple]
+        assert said["tokens"] == [geometry.tokens(spec.size, spec.frame_num)]
+        assert said["steps with guidance"] == [spec.sample_steps]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3), ids=[spec.task for spec in FAMILY])
+def test_work_times_and_memory_of_the_page_of_models_are_the_plans(number: int) -> None:
+    spec = FAMILY[number]
+    request = of(spec) if spec is T2V_A14B else asked(spec)
+    rows = {cells[0]: cells[1:] for cells in table("docs/explain/models.md", "The models that")}
+    for card, *cells in table("docs/explain/models.md", "Time of a video in minutes"):
+        plan = plan_of(spec, described(card.removesuffix(" 80 GB"), ram=64), request)
+        assert plan.fits and plan.need is not None
+        minutes, memory = float(cells[number]), float(cells[3 + number])
+        assert estimate(plan).seconds / 60 == pytest.approx(minutes, abs=0.06), card
+        assert plan.need.device.device / 2**30 == pytest.approx(memory, abs=0.051), card
+        work = {phase.name: phase.work.total() * phase.steps for phase in plan.need.phases}
+    step = next(phase for phase in plan.need.phases if phase.expert)
+    assert numbers(rows["TFLOP of a pass"][number]) == [round(step.work.total() / 2e12)]
+    assert numbers(rows["PFLOP of a video"][number]) == [round(sum(work.values()) / 1e15, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "row"),
+    [
+        (spec, row)
+        for spec, head in ((TI2V, "TI2V-5B with a picture, 1280"), (I2V_A14B, "I2V-A14B, 1280"))
+        for row in table("docs/explain/performance.md", f"\n{head}")
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value.task,
+)
+def test_the_page_of_performance_is_the_plans(spec: ModelSpec, row: list[str]) -> None:
+    card, ram = row[0].split(", ")
+    plan = plan_of(spec, described(card, ram=int(ram)), asked(spec))
+    assert plan.fits and plan.need is not None
+    layers = spec.dit.num_layers
+    resident = layers if row[1].startswith("all") else numbers(row[1])[0]
+    assert plan.runtime.resident_blocks == resident
+    assert ("tiles of 512" in row[1]) == (plan.runtime.vae_tile == 512)
+    assert ("kept" in row[1]) == plan.runtime.keep_experts
+    assert f"{plan.need.device.device / 2**30:.1f}" == row[2]
+    assert f"{plan.need.ram.ram / 2**30:.1f}" == row[3]
+    if row[4]:
+        assert estimate(plan).seconds / 60 == pytest.approx(float(row[4]), abs=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "count", "frames", "row"), [(I2V_A14B, 4, 81, "4 x H100"), (TI2V, 2, 81, "2 x H100")]
+)
+def test_published_times_are_beside_the_plans(
+    spec: ModelSpec, count: int, frames: int, row: str
+) -> None:
+    rows = table("docs/explain/performance.md", "Published, exact, weights loaded")
+    cells = next(cells for cells in rows if cells[0] == row)
+    machine = described("h100-80gb", count, ram=64)
+    plan = solve(
+        published(spec), asked(spec, frame_num=frames), Runtime(), machine, processes=count
+    )
+    found = estimate(plan)
+    seconds = found.seconds - sum(stage.loading for stage in found.stages)
+    assert seconds == pytest.approx(float(cells[-1]), abs=0.6)
+    # As far from the fastest as T2V-A14B is, and not ahead of it.
+    assert 1.0 < seconds / float(cells[2]) < 1.25
