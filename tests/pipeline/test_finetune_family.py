@@ -20,19 +20,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import wanflow
+from wanflow.checkpoint.load import load_expert
 from wanflow.cli import main
 from wanflow.media import VideoWriter, save_picture
-from wanflow.models.dit import WanDiT, time_features
+from wanflow.models.dit import WanDiT, run_blocks, time_features
 from wanflow.opening import resolve
 from wanflow.pictures import open_picture
 from wanflow.presets import I2V_A14B, NANO, TI2V_5B
 from wanflow.screen import Screen
-from wanflow.train import memory
+from wanflow.train import memory, toy
 from wanflow.train.clips import Form, Sample, find_clips, prepare
 from wanflow.train.finetune import _clip_encoder, attach, finetune
 from wanflow.train.objective import Objective
 from wanflow.train.tuning import FineTune
-from wanflow.train.views import Views
+from wanflow.train.views import Views, flow_loss
 
 quiet = Screen(quiet=True)
 FORM = Form((64, 32), 9, 8)
@@ -344,3 +345,26 @@ def test_the_full_models_are_refused_with_what_they_would_need() -> None:
         wanted = FineTune(Path(), Path(), Path(), Form(size, frames, 24), checkpointing=True)
         with pytest.raises(wanflow.RequestError, match=words):
             memory.refuse(checkpoint, wanted, machine)
+
+
+def test_nano_i2v_sees_in_training_what_it_was_made_for(tmp_path: Path) -> None:
+    """The picture of its own clip makes a clip easier to predict than another clip's picture."""
+    checkpoint = resolve("nano-i2v")
+    form = Form((64, 64), 9, 8)
+    views = Views(checkpoint.spec, form)
+    encode = _clip_encoder(checkpoint, settings(tmp_path, tmp_path, form=form))
+    clips = []
+    for number in range(3):
+        rng = random.Random(number)
+        clips.append(encode(toy.render(toy.sample_scene(rng), rng, 9, 64)))
+    latents = torch.stack([clip["latent"] for clip in clips])
+    seen = [views.of(clip["picture"].unsqueeze(0)) for clip in clips]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    texts = torch.zeros(3, checkpoint.spec.dit.text_len, checkpoint.spec.dit.text_dim)
+    model = load_expert(checkpoint, "high", torch.float32, "cpu")
+    with torch.no_grad():
+        own, others = (
+            float(flow_loss(model, given, latents, noise, [0.95] * 3, texts, run_blocks))
+            for given in (seen, [*seen[1:], seen[0]])
+        )
+    assert own < 0.5 * others
