@@ -274,6 +274,40 @@ def test_gguf_files_of_quantstack(models: dict[str, Path], kind: str, tmp_path: 
         assert error <= value.abs().max() / 127, name
 
 
+def test_a_part_alone_is_converted(models: dict[str, Path], tmp_path: Path) -> None:
+    """A file, or the folder of the transformer alone; the whole folder is no part."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for file in models["ti2v"].iterdir():
+        if file.name.startswith("diffusion") or file.name == "config.json":
+            shutil.copy(file, alone)
+    for source, name, row in (
+        (alone, "x.safetensors", ("transformer", "dit")),
+        (alone, "x.gguf", ("transformer", "dit")),
+        (models["ti2v"] / "Wan2.2_VAE.pth", "vae.safetensors", ("VAE", "vae")),
+        (models["i2v"] / "low_noise_model", "low_noise.safetensors", ("low-noise expert", "low")),
+    ):
+        form = "gguf-q8_0" if name.endswith("gguf") else "fp16"
+        out = to(source, form, tmp_path / name)
+        found = inspect(out)
+        (part,) = found.parts
+        assert found.complete is None and (part.what, part.part) == row and not part.error
+    found = open_checkpoint(models["ti2v"], {"dit": tmp_path / "x.gguf"})
+    assert found.source("dit").tensors["blocks.0.ffn.0.weight"].packing == "Q8_0"
+    assert {*open_model(models["ti2v"], {}).sources} == {"dit", "t5", "vae"}
+
+
+def test_parts_that_a_model_lacks(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(models["ti2v"]), str(tmp_path / "out"), "--to", "bf16", "--parts"]
+    assert main([*command, "high,low"]) == 2
+    assert "leaves nothing of tiny-ti2v, which has dit, t5, vae" in capsys.readouterr().err
+    assert main([*command, "dit"]) == 0
+    (file,) = (tmp_path / "out").rglob("*.safetensors")
+    assert file.name == "tiny-ti2v_bf16.safetensors"
+
+
 # The VAE
 
 
@@ -513,13 +547,22 @@ def test_full_size_files_are_the_published_ones(full: dict[str, Path]) -> None:
     assert file.stat().st_size == pytest.approx(9_999_658_848, abs=64)
 
 
-@pytest.mark.parametrize("name", ["i2v", "ti2v", "i2v comfy", "ti2v comfy"])
-def test_full_size_folders_are_the_published_models(full: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["i2v", "ti2v", *(pytest.param(f"{kind} comfy", marks=pytest.mark.slow) for kind in KINDS)],
+)
+def test_full_size_folders_are_the_published_models(
+    full: dict[str, Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = {"i2v": I2V_A14B, "ti2v": TI2V_5B}[name.split()[0]]
     assert open_checkpoint(full[name]).spec == spec
     found = inspect(full[name])
     assert found.complete and found.model == spec.name
     assert found.parameters["published"] == ("5B" if spec is TI2V_5B else "27B total, 14B active")
+    if name == "ti2v":
+        assert main(["inspect", str(full[name])]) == 0
+        line = "5B (transformer 4,999,787,712; 11,385,386,716 with all parts)"
+        assert line in capsys.readouterr().out
     vae = next(row for row in found.parts if row.part == "vae")
     assert vae.model == ("the Wan2.2 VAE" if spec is TI2V_5B else "the Wan2.1 VAE")
 
@@ -576,9 +619,13 @@ def test_full_size_parts_take_the_memory_of_one_tensor(full: dict[str, Path]) ->
 
 # LoRAs
 
+LORA_CASES = (("ti2v", "fused"), ("i2v", "live"), ("i2v", "fused"))
 
-@pytest.mark.parametrize("how", ["live", pytest.param("fused", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("ti2v", "live"), *(pytest.param(*case, marks=pytest.mark.slow) for case in LORA_CASES)],
+)
 def test_a_lora_is_the_changed_weights(
     models: dict[str, Path], kind: str, how: str, tmp_path: Path
 ) -> None:

@@ -158,6 +158,9 @@ def _show(found: Findings) -> None:
         )
         exact += f" {counts['all']:,} with all parts"
         lines.append(f"{size} ({exact})")
+    elif counts["published"]:
+        exact = f"transformer {counts['experts_total']:,}; {counts['all']:,} with all parts"
+        lines.append(f"{counts['published']} ({exact})")
     elif counts["all"]:
         lines.append(f"{_short(counts['all'])} parameters ({counts['all']:,})")
     lines.append(f"{found.tensors:,} tensors, {file_size(found.bytes)} ({found.bytes:,} bytes)")
