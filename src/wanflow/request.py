@@ -320,7 +320,8 @@ class Request:
         loras = self.loras()
         if any(lora.high != lora.low for lora in loras):
             raise RequestError(
-                f"lora: {spec.name} has no two experts; write FILE@0.8 in place of high= and low="
+                f"lora: {spec.name} has no two experts; write FILE@0.8 in place of high= and low=,"
+                " and give the file a name without high or low"
             )
         # A file that was found has a strength for each expert, here the same.
         both = [lora.both if lora.high is None else lora.high for lora in loras]
