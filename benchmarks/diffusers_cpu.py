@@ -1,5 +1,5 @@
-"""wanflow beside diffusers on this CPU: one denoising step, plain and compiled, and one VAE decode.
-`make bench`; the last line is JSON.
+"""wanflow beside diffusers on this CPU: one denoising step, plain and compiled, and a decode of
+each VAE. `make bench`; the last line is JSON.
 
 Both sides hold the same random weights and run in one process, in turn, so that what else the
 machine does hits both alike. A denoising step is both branches of guidance. Each side takes the
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,15 @@ from wanflow.bench.against import compared, decode_calls, give, rounds, step_cal
 from wanflow.bench.stages import anonymous, watching
 from wanflow.bench.tools import Scale, distance, random_expert
 from wanflow.config import DiTConfig
-from wanflow.presets import T2V_A14B
+from wanflow.presets import T2V_A14B, TI2V_5B
 
 CPU = torch.device("cpu")
 DIT = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)
-LATENT, TEXT, VAE_LATENT = (1, 16, 5, 32, 32), (2, 512, 4096), (1, 16, 3, 16, 16)
+LATENT, TEXT = (1, 16, 5, 32, 32), (2, 512, 4096)
+VAES = {
+    "vae decode float32": (T2V_A14B, (1, 16, 3, 16, 16)),
+    "vae 2.2 decode float32": (TI2V_5B, (1, 48, 3, 12, 12)),
+}
 KINDS = {
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn_linear"),
     "attention": ("scaled_dot_product", "flash_attention"),
@@ -60,7 +65,7 @@ def step(dtype: torch.dtype, count: int, compiled: bool = False) -> dict[str, An
     from wanflow.transforms.compile import Compiler
 
     torch.manual_seed(0)
-    scale = Scale(CPU, replace(T2V_A14B, dit=DIT), dtype, (LATENT[1:],), VAE_LATENT, 0)
+    scale = Scale(CPU, replace(T2V_A14B, dit=DIT), dtype, (LATENT[1:],), (), 0)
     ours, theirs = random_expert(scale, DIT.num_layers), transformer(DIT, dtype, CPU)
     give("dit", ours, theirs)
     fns = step_calls(ours, theirs, torch.randn(LATENT), torch.randn(TEXT), dtype)
@@ -90,13 +95,14 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * 2048**3 / seconds
 
 
-def vae_pair() -> dict[str, Callable[[], Any]]:
+def vae_pair(name: str) -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
-    return decode_calls(Scale(CPU, T2V_A14B, torch.float32, (), VAE_LATENT, 0))
+    spec, latent = VAES[name]
+    return decode_calls(Scale(CPU, spec, torch.float32, (), latent, 0))
 
 
-def decode(count: int) -> dict[str, Any]:
-    fns = vae_pair()
+def decode(name: str, count: int) -> dict[str, Any]:
+    fns = vae_pair(name)
     a, b = fns["wanflow"](), fns["diffusers"]()
     difference = float((a - b).abs().max())
     assert difference < 1e-4, difference
@@ -104,18 +110,21 @@ def decode(count: int) -> dict[str, Any]:
     peaks = {}
     for side in fns:
         done = subprocess.run(
-            [sys.executable, __file__, "--peak", side], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--peak", side, name],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peaks[side] = float(done.stdout.split()[-1])
     memory = {"peak_mb": peaks, "memory_ratio": round(peaks["wanflow"] / peaks["diffusers"], 3)}
     return result | memory | {"time": where_time_goes(fns["wanflow"])}
 
 
-def peak(side: str) -> float:
+def peak(side: str, name: str) -> float:
     """Megabytes that a decode adds at its peak."""
     import ctypes
 
-    fn = vae_pair()[side]
+    fn = vae_pair(name)[side]
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = anonymous()
     with watching(CPU) as watched:
@@ -127,12 +136,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peak", choices=("wanflow", "diffusers"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="part of the names of what to measure")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     if args.peak:
-        print(peak(args.peak))
+        print(peak(*args.peak))
         return
     import diffusers
 
@@ -142,8 +152,10 @@ def main() -> None:
         "step bfloat16": lambda: step(torch.bfloat16, args.rounds),
         "step float32 compiled": lambda: step(torch.float32, args.rounds, True),
         "step bfloat16 compiled": lambda: step(torch.bfloat16, args.rounds, True),
-        "vae decode float32": lambda: decode(args.rounds),
+        **{name: partial(decode, name, args.rounds) for name in VAES},
     }.items():
+        if args.only not in name:
+            continue
         results[name] = run()
         print(f"{name}: {results[name]}", flush=True)
     with open("/proc/cpuinfo") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from wanflow.bench.tools import Scale, distance, random_expert, random_vae
 from wanflow.checkpoint.key_maps import Kind, to_official
 from wanflow.choices import dtype_of_name
 from wanflow.config import DiTConfig, RequestError
+from wanflow.convert.configs import autoencoder
 from wanflow.geometry import geometry_of
 from wanflow.models.dit import WanDiT
 from wanflow.presets import ModelSpec
@@ -157,13 +159,8 @@ def _step(found: Measured, scale: Scale, count: int, show: Show) -> dict[str, An
 def decode_calls(scale: Scale) -> Calls:
     """Return a decode of each side, of one latent by the same random weights."""
     config, ours = scale.spec.vae, random_vae(scale)
-    theirs = import_module("diffusers").AutoencoderKLWan(
-        base_dim=config.dim,
-        z_dim=config.z_dim,
-        num_res_blocks=config.num_res_blocks,
-        latents_mean=[0.0] * config.z_dim,
-        latents_std=[1.0] * config.z_dim,
-    )
+    described = json.loads(json.dumps(autoencoder(config)))  # as a folder's config.json has it
+    theirs = import_module("diffusers").AutoencoderKLWan.from_config(described)
     theirs = theirs.eval().requires_grad_(False).to(scale.device)
     give("vae", ours, theirs)
     z = torch.randn(scale.vae_latent, device=scale.device)
