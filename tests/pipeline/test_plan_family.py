@@ -369,3 +369,17 @@ def test_published_times_are_beside_the_plans(
     assert seconds == pytest.approx(float(cells[-1]), abs=0.6)
     # As far from the fastest as T2V-A14B is, and not ahead of it.
     assert 1.0 < seconds / float(cells[2]) < 1.25
+
+
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_a_run_is_measured_beside_its_plan(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I2V-A14B gets a grey picture, and its encode is a stage of its own."""
+    folder = tiny_family(tmp_path / "model", kind)
+    assert main(["bench", "--ckpt_dir", str(folder), "--device", "cpu", "--json"]) == 0
+    stages = {one["name"]: one for one in json.loads(capsys.readouterr().out)["stages"]}
+    assert ("VAE encoder" in stages) == (kind == "i2v")
+    step = "transformer: a step" if kind == "ti2v" else "low-noise expert: a step"
+    assert stages[step]["planned"] > 0 and stages[step]["flops"] > 0
+    assert stages[f"{step.partition(':')[0]}: first step beyond"]["seconds"] >= 0
