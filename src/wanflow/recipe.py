@@ -7,7 +7,6 @@ from typing import Any
 
 from wanflow.config import RequestError
 from wanflow.request import LORAS, CompleteRequest
-from wanflow.runtime import Runtime, from_record
 from wanflow.settings import LONGEST
 from wanflow.untrusted import printable, shown
 
@@ -32,7 +31,7 @@ class ModelRecord:
 class Recipe:
     """Everything needed to make a video again.
 
-    runtime: the settings that change the result, as `wanflow.runtime.recorded` gives them.
+    runtime: the settings that change the result, by name; `wanflow.runtime` writes and reads them.
     versions: of the software. loras: {file: fingerprint}.
     """
 
@@ -43,11 +42,6 @@ class Recipe:
     noise_device: str
     cfg_batch: bool | None
     loras: dict[str, str] = field(default_factory=dict)
-
-    def settings(self) -> Runtime:
-        """Return the runtime that the recipe records; what it does not record stays open."""
-        noise: Any = self.noise_device
-        return replace(from_record(self.runtime), noise_device=noise, cfg_batch=self.cfg_batch)
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON; parts, LoRAs and pictures appear where there are some."""
@@ -70,7 +64,8 @@ class Recipe:
             source: names the file in messages.
 
         Raises:
-            RequestError: for a field that is missing, of another type, or out of range.
+            RequestError: for a field that is missing, of another type, or out of range; but
+                `runtime_of` checks the settings.
         """
         try:
             recipe = cls(**_known(cls, value, "the recipe"))
@@ -84,14 +79,16 @@ class Recipe:
             missing = sorted({"device", "dtype"} - set(recipe.runtime))
             if missing:
                 raise RequestError(f"runtime.{missing[0]} is missing")
-            recipe = replace(recipe, request=CompleteRequest(**request), model=model)
-            recipe.settings()  # checks every value of it
-            return recipe
+            return replace(recipe, request=CompleteRequest(**request), model=model)
         except RequestError as error:
-            raise RequestError(
-                f"{printable(source)}: the recipe is damaged, incomplete or of another version:"
-                f" {error}"
-            ) from None
+            raise damaged(source, error) from None
+
+
+def damaged(source: object, error: RequestError) -> RequestError:
+    """Return the error of a recipe of which a value is refused."""
+    return RequestError(
+        f"{printable(source)}: the recipe is damaged, incomplete or of another version: {error}"
+    )
 
 
 def _object(value: object, name: str) -> dict[str, Any]:

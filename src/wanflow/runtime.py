@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from wanflow.config import RequestError
+from wanflow.recipe import Recipe, damaged
 from wanflow.settings import adopt, check, setting, settings_of
 
 if TYPE_CHECKING:
@@ -180,11 +181,24 @@ def recorded(
     } | {"layout": layout}
 
 
-def from_record(record: Mapping[str, Any]) -> Runtime:
-    """Return the runtime that a recipe records; what it does not record stays open."""
+def runtime_of(recipe: Recipe, source: object = "a file") -> Runtime:
+    """Return the runtime that a recipe records; what it does not record stays open.
+
+    Args:
+        recipe: of any version of wanflow.
+        source: names its file in messages.
+
+    Raises:
+        RequestError: for a setting of another type, or out of range.
+    """
+    record = recipe.runtime
     values: dict[str, Any] = {
         one.name: (record[one.name] or None) if one.optional else record[one.name]
         for one in settings_of(Runtime).values()
         if one.recorded and one.name in record
     }
-    return Runtime(**values)
+    values |= {"noise_device": recipe.noise_device, "cfg_batch": recipe.cfg_batch}
+    try:
+        return Runtime(**values)
+    except RequestError as error:
+        raise damaged(source, error) from None

@@ -29,7 +29,7 @@ from wanflow.models.dit import Block, Conditioning, WanDiT
 from wanflow.presets import T2V_A14B
 from wanflow.remembered import of_device
 from wanflow.request import Request
-from wanflow.runtime import Quantization
+from wanflow.runtime import Quantization, runtime_of
 from wanflow.transforms import compile as compiling
 from wanflow.transforms.compile import UNMEASURED_S, Compiler, missing_here
 from wanflow.transforms.deltas import LowRank
@@ -270,7 +270,7 @@ def test_a_recipe_records_the_choice() -> None:
     request = Request(PROMPT, frame_num=5, sample_steps=1)
     for asked, made in (("auto", "off"), ("off", "off"), ("on", "on")):
         run = pipeline("nano", (("compile", asked),)).begin(request)
-        assert run.recipe.runtime["compile"] == made == run.recipe.settings().compile
+        assert run.recipe.runtime["compile"] == made == runtime_of(run.recipe).compile
 
 
 @torch.no_grad()

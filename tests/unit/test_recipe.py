@@ -12,6 +12,7 @@ from wanflow.config import RequestError
 from wanflow.presets import NANO
 from wanflow.recipe import Recipe
 from wanflow.request import Request
+from wanflow.runtime import runtime_of
 
 # As version 0.1.0 wrote it.
 RECIPE: dict[str, Any] = {
@@ -78,7 +79,7 @@ def test_it_is_written_as_it_was_read() -> None:
 
 
 def test_the_settings_of_a_recipe() -> None:
-    runtime = Recipe.from_json(RECIPE, "old.mp4").settings()
+    runtime = runtime_of(Recipe.from_json(RECIPE, "old.mp4"))
     assert (runtime.device, runtime.dtype, runtime.attention) == ("cpu", "float32", "math")
     assert (runtime.lora, runtime.quantize, runtime.quantize_layers) == ("fused", "fp8", "all")
     assert (runtime.t5_cpu, runtime.chunk_tokens, runtime.vae_tile) == (None, None, 64)
@@ -99,7 +100,7 @@ def test_the_settings_of_a_recipe() -> None:
 def test_older_recipes_lack_some_keys(path: str) -> None:
     recipe = Recipe.from_json(changed(path, ...), "old.mp4")
     assert Recipe.from_json(recipe.to_json(), "again.mp4") == recipe
-    settings = recipe.settings()
+    settings = runtime_of(recipe)
     assert settings.lora in ("fused", "live") and settings.quantize in ("fp8", "")
 
 
@@ -177,7 +178,7 @@ def test_what_is_missing_is_named(path: str) -> None:
 )
 def test_what_is_of_another_type_or_range_is_refused(path: str, value: object) -> None:
     with pytest.raises(RequestError, match=r"old\.mp4") as refused:
-        Recipe.from_json(changed(path, value), "old.mp4")
+        runtime_of(Recipe.from_json(changed(path, value), "old.mp4"), "old.mp4")
     assert len(str(refused.value)) < 1000
 
 

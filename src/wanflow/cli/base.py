@@ -15,7 +15,7 @@ from wanflow.cli.trust import is_embedded, with_trusted_paths, with_trusted_pict
 from wanflow.config import RequestError
 from wanflow.presets import SETTINGS
 from wanflow.request import Request
-from wanflow.runtime import Runtime
+from wanflow.runtime import Runtime, runtime_of
 from wanflow.settings import Setting, settings_of
 from wanflow.untrusted import check_regular, printable, read_bytes, read_json, user_path
 
@@ -225,7 +225,7 @@ def read_recipe(path: Path) -> Recipe:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return what a recipe says, by the destination of the flags that say the same."""
     values: dict[str, Any] = {}
-    for cls, made in ((Request, recipe.request), (Runtime, recipe.settings())):
+    for cls, made in ((Request, recipe.request), (Runtime, runtime_of(recipe))):
         for flag, one in _recorded(cls).items():
             value = getattr(made, one.name)
             if one.name == "size":

@@ -31,7 +31,7 @@ from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 from wanflow.presets import EMBEDDED
 from wanflow.request import Picture, Request
-from wanflow.runtime import Runtime
+from wanflow.runtime import Runtime, runtime_of
 from wanflow.settings import settings_of
 from wanflow.untrusted import printable
 
@@ -156,7 +156,7 @@ def _replay_job(args: argparse.Namespace) -> Job:
 
 def _recorded_job(args: argparse.Namespace, recipe: Recipe, target: Path) -> Job:
     """Return the job of a recipe: same weights and fixed settings; flags place it."""
-    placed, made, given = runtime_from(args), recipe.settings(), settings_from(Runtime, args)
+    placed, made, given = runtime_from(args), runtime_of(recipe), settings_from(Runtime, args)
     others = [
         f"--{one.flags[0]}"
         for name, one in settings_of(Runtime).items()
@@ -186,7 +186,7 @@ def _recorded_job(args: argparse.Namespace, recipe: Recipe, target: Path) -> Job
 def _refuse_changes(args: argparse.Namespace, recipe: Recipe) -> None:
     """Raise RequestError for flags that would change the result of a saved run."""
     changes = []
-    for cls, made in ((Request, recipe.request), (Runtime, recipe.settings())):
+    for cls, made in ((Request, recipe.request), (Runtime, runtime_of(recipe))):
         for name, value in settings_from(cls, args).items():
             one, decided = settings_of(cls)[name], getattr(made, name)
             if (cls is Request or one.fixed) and not _is_same(name, value, decided):

@@ -10,6 +10,7 @@ from typing import Any
 
 from wanflow.cli.trust import named_files
 from wanflow.recipe import Recipe
+from wanflow.runtime import runtime_of
 from wanflow.untrusted import open_regular, printable
 
 # How files that can hold a recipe begin, from the given byte on.
@@ -47,6 +48,7 @@ def show_made(args: argparse.Namespace, path: Path) -> None:
         from wanflow.clipfiles import read_recipe
 
         recipe = Recipe.from_json(read_recipe(path), path)
+    runtime_of(recipe, path)  # checks its settings
     files = named_files(recipe, saved=step is not None)
     command = _command(path, recipe, step)
     document: dict[str, Any] = {
