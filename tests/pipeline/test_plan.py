@@ -424,7 +424,8 @@ def test_settling_takes_seconds_and_nothing_for_a_small_model() -> None:
     plan_for(described("a100-80gb"), frame_num=5)  # what it imports is not counted
     began = time.process_time()
     solve(published(), of(T2V_A14B), Runtime(), described("a100-80gb"))
-    assert time.process_time() - began < 3
+    # 5 s: every strip of rows of the decode is traced (2 s without strips, and 1.3 GB more).
+    assert time.process_time() - began < 8
     checkpoint = resolve("nano")
     began = time.process_time()
     plan = make_plan(checkpoint, Runtime(device="cpu"))

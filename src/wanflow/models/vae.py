@@ -79,12 +79,16 @@ class CausalConv3d(Stateful, nn.Conv3d):
         out = torch.empty(
             size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
         )
+        u, v, w = self.weight.unbind(2)
+        outer = (u + w) / 2
+        taps = u, outer + v / 2, outer - v / 2, w
+        del outer
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             first, last = max(0, top - 1), min(bottom + 1, height)
             strip = prepare(x[..., first:last, :])
             seen = [*past[..., first:last, :].unbind(2), *strip.unbind(2)]
-            conv_pairs(seen, self.weight, self.bias, out[..., top:bottom, :], top - first)
+            conv_pairs(seen, taps, self.bias, out[..., top:bottom, :], top - first)
             # The next strip looks back at the last two rows of this one.
             done = height if bottom == height else bottom - 1
             past[..., first:done, :] = strip[:, :, -2:, : done - first]
@@ -92,7 +96,7 @@ class CausalConv3d(Stateful, nn.Conv3d):
 
 
 def conv_pairs(
-    frames: list[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor, skip: int
+    frames: list[Tensor], taps: tuple[Tensor, ...], bias: Tensor | None, out: Tensor, skip: int
 ) -> None:
     """Convolve T + 2 frames [B, C, H, W] by 3x3x3, unpadded in time, T even.
 
@@ -107,13 +111,12 @@ def conv_pairs(
 
     Args:
         frames: the images, or some rows of them.
-        weight, bias: of the convolution.
+        taps: u, (u + v + w) / 2, (u - v + w) / 2 and w.
+        bias: of the convolution.
         out: gets the result, [B, C', T, h, W]: all rows, or those whose neighbours are there.
         skip: rows of the frames before those of `out`.
     """
-    u, v, w = weight.unbind(2)
-    outer = (u + w) / 2
-    plus, minus = outer + v / 2, outer - v / 2
+    u, plus, minus, w = taps
     rows = out.shape[3]
     inside = rows == frames[0].shape[2] - 2  # no row meets the zeros around an image
 
