@@ -195,11 +195,12 @@ def test_one_network_is_planned_as_one() -> None:
 @pytest.mark.parametrize("spec", FAMILY, ids=lambda spec: str(spec.task))
 def test_the_least_that_a_model_is_said_to_run_with_suffices(spec: ModelSpec) -> None:
     gpu, ram = needed(spec.name).least
-    plan = plan_of(spec, described(f"{gpu}gb", ram=ram), asked(spec))
+    request = of(spec) if spec.conditioning == "text" else asked(spec)
+    plan = plan_of(spec, described(f"{gpu}gb", ram=ram), request)
     assert plan.fits, plan.short
     whose = "of an expert's 40" if len(spec.expert_names) == 2 else "of the 30"
     assert any(f"{whose} blocks stay resident" in reason for reason in plan.reasons)
-    smaller = plan_of(spec, described(f"{gpu // 2}gb", ram=ram), asked(spec))
+    smaller = plan_of(spec, described(f"{gpu // 2}gb", ram=ram), request)
     assert not smaller.fits
 
 
