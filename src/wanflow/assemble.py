@@ -187,8 +187,8 @@ def make_engine(
 
     def velocity(run: Run, conditioning: TextToVideo) -> Velocity:
         parts.compile(run.recipe.runtime.get("compile"))
-        velocity = partial(make_velocity, parts, run.request, run.state.index, runtime.cfg_batch)
-        velocity = partial(velocity, conditioning=conditioning)
+        how = run.request, run.state.index, runtime.cfg_batch
+        velocity = partial(make_velocity, parts, *how, conditioning=conditioning)
         if ctx is None:
             return velocity()
         from wanflow.parallel.cfg import split_guidance

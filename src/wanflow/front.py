@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 from wanflow import api
 from wanflow.config import RequestError
 from wanflow.pipeline import Cancelled, Engine, Frames, OnPart, OnStep, Progress, Run
-from wanflow.request import CompleteRequest, Request, with_settings
+from wanflow.request import PICTURES, CompleteRequest, Request, with_settings
 from wanflow.settings import check
 from wanflow.untrusted import shown
 from wanflow.video import Video
@@ -312,7 +312,7 @@ def requests_of(prompt: Any, options: dict[str, Any]) -> tuple[list[Request], bo
 
 def opened(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures among the fields of a request, opened; see `wanflow.pictures`."""
-    given = {name: values.get(name) for name in ("image", "last_image")}
+    given = {name: values.get(name) for name in PICTURES}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return {}

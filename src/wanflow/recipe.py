@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from wanflow.config import RequestError
-from wanflow.request import LORAS, CompleteRequest
+from wanflow.request import LORAS, PICTURES, CompleteRequest
 from wanflow.settings import LONGEST
 from wanflow.untrusted import printable, shown
 
@@ -50,7 +50,7 @@ class Recipe:
             del recipe["model"]["parts"]
         if not self.loras:
             del recipe["loras"]
-        for name in ("image", "last_image"):
+        for name in PICTURES:
             if recipe["request"][name] is None:
                 del recipe["request"][name]
         return recipe

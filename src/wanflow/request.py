@@ -143,6 +143,7 @@ class Picture(PictureRecord):
         return PictureRecord(self.sha256, self.width, self.height, self.file)
 
 
+PICTURES = ("image", "last_image")  # fields of a request
 PROMPT = 20_000  # characters: the model reads 512 tokens; cleaning takes the square of its length
 LORAS = 64
 SCALE: dict[str, Any] = {"group": "sampling", "range": (0, 100), "metavar": "SCALE"}  # of guidance
@@ -267,7 +268,7 @@ class Request:
         if pictures and not self.exact_size:
             first, (width, height) = pictures[0], values["size"]
             values["size"] = picture_size(spec, (first.width, first.height), width * height)
-        for name in ("image", "last_image"):
+        for name in PICTURES:
             values[name] = values[name] and values[name].record
         if spec.expert_names == (ONLY,):
             values |= self._for_one_network(spec)
@@ -277,6 +278,10 @@ class Request:
         geometry.check_frames(complete.frame_num)
         return complete
 
+    def _given(self) -> dict[str, Any]:
+        pictures = {name: getattr(self, name) for name in PICTURES}
+        return {name: one for name, one in pictures.items() if one is not None}
+
     def refuse_pictures(self, spec: ModelSpec, needed: bool = True) -> None:
         """Raise RequestError for a picture that a model does not take, or for one that it lacks.
 
@@ -284,15 +289,15 @@ class Request:
             spec: the model.
             needed: whether a model of pictures must have one; a plan goes without.
         """
-        given = {"image": self.image, "last_image": self.last_image}
+        given = self._given()
         takes = {"text": 0, "channels": 2, "first_frame": 1}[spec.conditioning]
-        for name in [name for name in given if given[name] is not None]:
-            if [*given].index(name) >= takes:
+        for name in given:
+            if name not in PICTURES[:takes]:
                 raise RequestError(
                     f"{name}: {spec.name} takes no picture there; I2V-A14B and nano-i2v take a"
                     " first and a last one, TI2V-5B a first one"
                 )
-        if needed and takes == 2 and all(one is None for one in given.values()):
+        if needed and takes == 2 and not given:
             raise RequestError(
                 f"{spec.name} makes a video of a picture: give one with --image FILE, or"
                 " --last_image FILE"
@@ -301,8 +306,7 @@ class Request:
     def pictures(self, spec: ModelSpec) -> tuple[Picture, ...]:
         """Return the opened pictures, the first first; RequestError where a model takes none."""
         self.refuse_pictures(spec, needed=False)
-        given = {"image": self.image, "last_image": self.last_image}
-        pictures = {name: one for name, one in given.items() if one is not None}
+        pictures = self._given()
         for name, one in pictures.items():
             if not isinstance(one, Picture):
                 raise RequestError(f"{name} {shown(one)} is not opened; see wanflow.pictures")
@@ -376,7 +380,7 @@ class CompleteRequest:
     last_image: PictureRecord | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image", "last_image"):
+        for name in PICTURES:
             object.__setattr__(self, name, _record(name, getattr(self, name)))
         object.__setattr__(self, "size", parse_size(self.size))
         check(Request, self, complete=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -96,3 +98,21 @@ def schedule_of(run: Json) -> Schedule:
 def expert(name: str) -> WanDiT:
     network = WanDiT(from_mapping(DiTConfig, PIPELINE["config"], "pipeline.json"))
     return filled(network, PIPELINE[f"{name}_weights_file"], {"weights": PIPELINE["weights"]})
+
+
+def check_full_size(entry: Json, build: Any, config: Any) -> None:
+    """Compare names, shapes, dtypes, order and bytes of a full-size module, built on meta."""
+    with torch.device("meta"):
+        state = build(from_mapping(config, entry["config"], entry["module"])).state_dict()
+    described = {
+        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for key, value in state.items()
+    }
+    assert described == entry["state"]
+    count = sum(math.prod(value.shape) for value in state.values())
+    assert len(state) == entry["tensors"]
+    assert (count, count * 4, count * 2) == (
+        entry["parameters"],
+        entry["bytes_fp32"],
+        entry["bytes_bf16"],
+    )

@@ -6,7 +6,6 @@ WANFLOW_GOLDEN_FAMILY names another folder of the same format.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -15,22 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from helpers.golden import Json, case_tensors, close, filled, read_manifests, schedule_of, stored
 from helpers.golden_dit import built
+from helpers.golden_parts import GoldenParts
 from helpers.tiny import SMALL, TEXT, randomised, write_official
 from wanflow.checkpoint.structure import module_of
-from wanflow.conditioning import TextToVideo, clip_parts, conditioning_of
+from wanflow.conditioning import TextToVideo
 from wanflow.config import TRAIN_STEPS, DiTConfig, VAE22Config, VAEConfig, from_mapping
 from wanflow.geometry import picture_size
-from wanflow.loaders.velocity import make_velocity
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
 from wanflow.pictures import open_picture
-from wanflow.pipeline import Engine, Progress, Run, begin, decode, denoise, frame_by_frame, to_uint8
-from wanflow.presets import I2V_A14B, TI2V_5B, Expert, ModelSpec
-from wanflow.recipe import ModelRecord, Recipe
+from wanflow.pipeline import Engine, Progress, Run, begin, decode, denoise, to_uint8
+from wanflow.presets import I2V_A14B, TI2V_5B, ModelSpec
 from wanflow.request import Picture, Request
 from wanflow.sampling.schedule import Step
 from wanflow.sampling.solvers import SolverState, Velocity
@@ -56,49 +53,6 @@ MANIFESTS = {kind: _located(one) for kind, one in read_manifests(FOLDER, KINDS).
 DITS: dict[str, Json] = {kind: MANIFESTS[kind] for kind in KINDS[1:3] if kind in MANIFESTS}
 LOOPS: dict[str, Json] = {kind: MANIFESTS[kind] for kind in KINDS[3:5] if kind in MANIFESTS}
 SIZES: Json = MANIFESTS.get("sizes_family", {"modules": {}, "configs": {}})
-
-
-class GoldenParts:
-    """Reference models behind the loop that users run."""
-
-    def __init__(
-        self, spec: ModelSpec, models: dict[Expert, WanDiT], vae: WanVAE, texts: Sequence[Tensor]
-    ) -> None:
-        self.spec, self.models, self.vae = spec, models, vae
-        length = spec.dit.text_len
-        self.texts = torch.stack([pad(one, (0, 0, 0, length - len(one))) for one in texts])
-
-    def text(self, prompts: list[str]) -> Tensor:
-        return self.texts[: len(prompts)]
-
-    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
-        return self.models[which]
-
-    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None: ...
-
-    def condition(self, run: Run) -> TextToVideo:
-        if not run.pictures:
-            return conditioning_of(self.spec, run.request)
-        clip = clip_parts(self.spec, run.request, run.pictures)
-        return conditioning_of(self.spec, run.request, self.vae.encode_parts(clip))
-
-    def engine(self, cfg_batch: bool) -> Engine:
-        model, runtime = ModelRecord("golden", "", ""), {"device": "cpu", "dtype": "float32"}
-        return Engine(
-            self.spec,
-            torch.device("cpu"),
-            lambda request: Recipe(
-                request.complete(self.spec), model, runtime, {}, "cpu", cfg_batch
-            ),
-            lambda run: None,
-            lambda state: state,
-            self.condition,
-            lambda run, conditioning: make_velocity(
-                self, run.request, run.state.index, cfg_batch, conditioning=conditioning
-            ),
-            lambda latent, on_part: frame_by_frame(self.vae, latent, on_part),
-            lambda stop: stop,
-        )
 
 
 @cache

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.common import PROMPT, refusal
+from helpers.kept import kept_by_autograd
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -688,25 +689,13 @@ def test_the_full_model_is_refused_with_what_it_would_need() -> None:
 
 def test_the_memory_is_what_autograd_keeps(prepared: Any, folder: Path, tmp_path: Path) -> None:
     """The estimate by fake tensors against bytes counted in a real step of nano."""
-    from torch.autograd.graph import saved_tensors_hooks
-
     from wanflow.checkpoint.load import load_expert
 
     checkpoint, samples, empty = prepared
     wanted = settings(folder, tmp_path)
     model = load_expert(checkpoint, "low", torch.float32, "cpu")
     attach(model, wanted)
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-    held: dict[int, int] = {}
-    keep = []
-
-    def pack(value: Tensor) -> Tensor:
-        if value.data_ptr() not in own:
-            held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-            keep.append(value)
-        return value
-
-    with saved_tensors_hooks(pack, lambda value: value):
+    with kept_by_autograd(model) as held:
         next(
             Objective(model, samples, empty, (0.0, 0.875), wanted, Views(NANO, FORM))(
                 0, random.Random(0), torch.Generator().manual_seed(0)

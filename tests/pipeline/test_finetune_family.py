@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.common import refusal
+from helpers.kept import kept_by_autograd
 from helpers.tiny import FAMILY, randomised, tiny_family
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -308,25 +309,13 @@ def test_every_weight_is_trained_on_a_picture_and_written_as_the_same_model(
 
 @pytest.mark.parametrize("kind", ["i2v", "ti2v"])
 def test_the_memory_is_what_autograd_keeps(folder: Path, tmp_path: Path, kind: str) -> None:
-    from torch.autograd.graph import saved_tensors_hooks
-
     given, spec = samples_of(kind, folder, tmp_path), FAMILY[kind]
     wanted = settings(folder, tmp_path)
     with torch.device("meta"):
         model = WanDiT(spec.dit)
     model = randomised(model, 0)
     attach(model, wanted)
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-    held: dict[int, int] = {}
-    keep = []
-
-    def pack(value: Tensor) -> Tensor:
-        if value.data_ptr() not in own:
-            held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-            keep.append(value)
-        return value
-
-    with saved_tensors_hooks(pack, lambda value: value):
+    with kept_by_autograd(model) as held:
         losses(model, kind, given, tmp_path)
     checkpoint: Any = SimpleNamespace(spec=spec)
     found = memory.need(checkpoint, wanted)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.compiled import compiled
-from helpers.golden import Json, case_tensors, close
+from helpers.golden import Json, case_tensors, check_full_size, close
 from helpers.golden_dit import (
     batches,
     check_batch,
@@ -55,7 +55,7 @@ from PIL import Image
 
 import wanflow
 from wanflow.conditioning import FirstFrame, prepared
-from wanflow.config import TRAIN_STEPS, DiTConfig, VAE22Config, from_mapping
+from wanflow.config import TRAIN_STEPS, DiTConfig, VAE22Config
 from wanflow.geometry import geometry_of, parse_size, picture_size
 from wanflow.models.dit import WanDiT, time_features
 from wanflow.models.vae22 import WanVAE22
@@ -285,21 +285,7 @@ BUILDERS: dict[str, Any] = {"dit": (WanDiT, DiTConfig), "vae 2.2": (WanVAE22, VA
 def test_sizes(name: str) -> None:
     """Names, shapes, dtypes, order and bytes of a full-size module, built on meta."""
     entry = SIZES["modules"][name]
-    build, config = BUILDERS[entry["module"]]
-    with torch.device("meta"):
-        state = build(from_mapping(config, entry["config"], name)).state_dict()
-    described = {
-        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        for key, value in state.items()
-    }
-    assert described == entry["state"]
-    count = sum(math.prod(value.shape) for value in state.values())
-    assert len(state) == entry["tensors"]
-    assert (count, count * 4, count * 2) == (
-        entry["parameters"],
-        entry["bytes_fp32"],
-        entry["bytes_bf16"],
-    )
+    check_full_size(entry, *BUILDERS[entry["module"]])
 
 
 def preset_of(task: str) -> ModelSpec:

@@ -20,7 +20,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
 )
-from helpers.golden_family import GoldenParts
+from helpers.golden_parts import GoldenParts
 from helpers.oracle import ExactFeatures, close, copy_weights, dit_inputs, dit_pair, their_dit
 from helpers.tiny import FAMILY, randomised
 from PIL import Image

@@ -7,7 +7,6 @@ format, with other seeds, sizes and cases, runs the same tests.
 
 from __future__ import annotations
 
-import math
 import os
 from functools import cache
 
@@ -26,6 +25,7 @@ from helpers.golden import (
     VAE,
     Json,
     case_tensors,
+    check_full_size,
     close,
     expert,
     filled,
@@ -337,18 +337,4 @@ BUILDERS = {
 )
 def test_sizes(name: str) -> None:
     entry = SIZES["modules"][name]
-    build, config = BUILDERS[entry["module"]]
-    with torch.device("meta"):
-        state = build(from_mapping(config, entry["config"], name)).state_dict()
-    described = {
-        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        for key, value in state.items()
-    }
-    assert described == entry["state"]
-    count = sum(math.prod(value.shape) for value in state.values())
-    assert len(state) == entry["tensors"]
-    assert (count, count * 4, count * 2) == (
-        entry["parameters"],
-        entry["bytes_fp32"],
-        entry["bytes_bf16"],
-    )
+    check_full_size(entry, *BUILDERS[entry["module"]])

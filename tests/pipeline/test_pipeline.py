@@ -20,20 +20,18 @@ import numpy as np
 import pytest
 import torch
 from helpers.common import PROMPT, QUICK
+from helpers.golden_parts import GoldenParts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import wanflow
 from wanflow.api import Pipeline
 from wanflow.clipfiles import read_recipe
-from wanflow.conditioning import conditioning_of
 from wanflow.config import DiTConfig, RequestError, VAEConfig
-from wanflow.loaders.velocity import make_velocity
 from wanflow.models.dit import WanDiT
 from wanflow.models.vae import WanVAE
-from wanflow.pipeline import Cancelled, Engine, Progress, Run, frame_by_frame
+from wanflow.pipeline import Cancelled, Progress, Run
 from wanflow.presets import NANO, Expert
-from wanflow.recipe import ModelRecord, Recipe
 from wanflow.sampling.solvers import SolverState
 from wanflow.sanity import OutputError
 
@@ -322,54 +320,21 @@ def test_other_sizes_and_a_single_frame(nano: Pipeline, tmp_path: Path) -> None:
     assert read_recipe(picture.save(tmp_path / "one.png"))["request"]["frame_num"] == 1
 
 
-class GoldenParts:
-    """The reference models behind the loop that users run."""
-
-    def __init__(self, folder: Path) -> None:
-        manifest = json.loads((folder / "pipeline.json").read_text())
-        vae = json.loads((folder / "vae.json").read_text())
-        config = DiTConfig(**manifest["config"])
-        statistics = {"latent_mean": vae["latent_mean"], "latent_std": vae["latent_std"]}
-        self.spec = replace(NANO, dit=config, vae=VAEConfig(**vae["config"], **statistics))
-        cases = load_file(folder / manifest["cases_file"])
-        rows = [cases["context"], cases["context_null"]]
-        self.texts = torch.stack(
-            [torch.nn.functional.pad(row, (0, 0, 0, config.text_len - len(row))) for row in rows]
-        )
-        self.models: dict[str, WanDiT] = {}
-        for which in ("high", "low"):
-            self.models[which] = WanDiT(config)
-            self.models[which].load_state_dict(
-                load_file(folder / manifest[f"{which}_weights_file"])
-            )
-        self._vae = WanVAE(self.spec.vae)
-        self._vae.load_state_dict(load_file(folder / vae["weights_file"]))
-
-    def text(self, prompts: list[str]) -> torch.Tensor:
-        return self.texts[: len(prompts)]
-
-    def expert(self, which: Expert, strengths: tuple[float, ...] = ()) -> WanDiT:
-        return self.models[which]
-
-    def prepare(self, which: Expert, strengths: tuple[float, ...] = ()) -> None: ...
-
-    def engine(self, cfg_batch: bool) -> Engine:
-        model, runtime = ModelRecord("golden", "", ""), {"device": "cpu", "dtype": "float32"}
-        return Engine(
-            self.spec,
-            torch.device("cpu"),
-            lambda request: Recipe(
-                request.complete(self.spec), model, runtime, {}, "cpu", cfg_batch
-            ),
-            lambda run: None,
-            lambda state: state,
-            lambda run: conditioning_of(self.spec, run.request),
-            lambda run, conditioning: make_velocity(
-                self, run.request, run.state.index, cfg_batch, conditioning=conditioning
-            ),
-            lambda latent, on_part: frame_by_frame(self._vae, latent, on_part),
-            lambda stop: stop,
-        )
+def golden_parts(folder: Path) -> GoldenParts:
+    """The reference models of T2V."""
+    manifest = json.loads((folder / "pipeline.json").read_text())
+    vae = json.loads((folder / "vae.json").read_text())
+    config = DiTConfig(**manifest["config"])
+    statistics = {"latent_mean": vae["latent_mean"], "latent_std": vae["latent_std"]}
+    spec = replace(NANO, dit=config, vae=VAEConfig(**vae["config"], **statistics))
+    cases = load_file(folder / manifest["cases_file"])
+    models: dict[Expert, WanDiT] = {}
+    for which in spec.expert_names:
+        models[which] = WanDiT(config)
+        models[which].load_state_dict(load_file(folder / manifest[f"{which}_weights_file"]))
+    decoder = WanVAE(spec.vae)
+    decoder.load_state_dict(load_file(folder / vae["weights_file"]))
+    return GoldenParts(spec, models, decoder, [cases["context"], cases["context_null"]])
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -377,7 +342,7 @@ def test_the_loop_gives_the_reference_latents(golden: Path, together: bool) -> N
     manifest = json.loads((golden / "pipeline.json").read_text())
     cases = load_file(golden / manifest["cases_file"])
     limit = manifest["tolerance"]["latents"]
-    pipe = Pipeline(GoldenParts(golden).engine(together))
+    pipe = Pipeline(golden_parts(golden).engine(together))
     for run in manifest["runs"]:
         request = wanflow.Request(
             "golden",

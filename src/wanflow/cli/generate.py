@@ -30,7 +30,7 @@ from wanflow.cli.trust import is_embedded, unread, with_trusted_paths, with_trus
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 from wanflow.presets import EMBEDDED
-from wanflow.request import Picture, Request
+from wanflow.request import PICTURES, Picture, Request
 from wanflow.runtime import Runtime, runtime_of
 from wanflow.settings import settings_of
 from wanflow.untrusted import printable
@@ -205,7 +205,7 @@ def _is_same(name: str, asked: Any, decided: Any) -> bool:
     """Return whether a flag's value is what a recipe has; of a picture, by its hash."""
     if name == "size":
         return bool(parse_size(asked) == decided)
-    if name in ("image", "last_image") and decided is not None:
+    if name in PICTURES and decided is not None:
         from wanflow.pictures import open_picture
 
         return open_picture(asked, name).sha256 == decided.sha256

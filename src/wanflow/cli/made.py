@@ -10,6 +10,7 @@ from typing import Any
 
 from wanflow.cli.trust import named_files
 from wanflow.recipe import Recipe
+from wanflow.request import PICTURES
 from wanflow.runtime import runtime_of
 from wanflow.untrusted import open_regular, printable
 
@@ -80,7 +81,7 @@ def _rows(recipe: Recipe) -> Iterator[tuple[str, str]]:
     request, model, runtime = recipe.request, recipe.model, recipe.runtime
     yield "prompt", printable(request.prompt, LONGEST_PROMPT)
     yield "negative prompt", printable(request.negative_prompt, LONGEST_PROMPT) or "none"
-    for name in ("image", "last_image"):
+    for name in PICTURES:
         if (record := getattr(request, name)) is not None:
             file = f", from {printable(record.file)}" if record.file else ""
             yield name.replace("_", " "), f"{record}{file}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from wanflow.cli.flags import CKPT_DIR, PARTS
 from wanflow.config import RequestError
 from wanflow.presets import EMBEDDED
-from wanflow.request import Picture, PictureRecord, Request
+from wanflow.request import PICTURES, Picture, PictureRecord, Request
 from wanflow.untrusted import printable, user_path
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def with_trusted_pictures(args: argparse.Namespace, recipe: Recipe, source: Path
         RequestError: asking for a picture that no flag allows, by its hash.
     """
     request, roots = recipe.request, [*_roots(args), source.parent]
-    for name in ("image", "last_image"):
+    for name in PICTURES:
         record, given = getattr(request, name), getattr(args, name, None)
         if record is None:
             continue
@@ -105,7 +105,7 @@ def with_trusted_pictures(args: argparse.Namespace, recipe: Recipe, source: Path
 def unread(request: Request) -> Request:
     """Return a request of a recipe with pictures without pixels: their shape is all it needs."""
     known: dict[str, Any] = {}
-    for name in ("image", "last_image"):
+    for name in PICTURES:
         if isinstance(record := getattr(request, name), PictureRecord):
             known[name] = Picture(**vars(record))
     return replace(request, **known)

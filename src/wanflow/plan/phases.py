@@ -111,7 +111,7 @@ def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
     """Return what a run takes with a Runtime in which nothing is open."""
     text = text_phase(traces, runtime, kind)
     decoding = decode_phase(traces, runtime, kind)
-    pictures = (picture_phase(traces, runtime, kind),) if traces.pictures else ()
+    pictures = (picture_phase(traces, kind),) if traces.pictures else ()
     others = *expert_phases(traces, runtime, kind), decoding
     if runtime.keep_experts and not traces.small:
         # A further prompt is encoded beside the experts where that fits what a run takes anyway;
@@ -132,7 +132,7 @@ def need(traces: Traces, runtime: Runtime, kind: Kind) -> Need:
     return Need(phases, traces.checkpoint.disk_bytes + OUTPUT_DISK)
 
 
-def picture_phase(traces: Traces, runtime: Runtime, kind: Kind) -> Phase:
+def picture_phase(traces: Traces, kind: Kind) -> Phase:
     """Return the phase of the VAE that encodes the pictures; rank 0 does it."""
     return Phase(
         **vars(traces.encode),

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # what a row's largest value becomes
 TINY = 1e-30  # the smallest scale: a row of zeros must not divide by zero
@@ -78,7 +77,7 @@ def scaled(
 
 
 # Schemas are written out, since not every PyTorch reads them from these annotations.
-@custom_op(
+@library.custom_op(
     "wanflow::round_tokens",
     mutates_args=(),
     schema="(Tensor x, ScalarType compute, ScalarType code) -> (Tensor, Tensor)",
@@ -105,7 +104,7 @@ def _empty(x: Tensor, compute: torch.dtype, code: torch.dtype) -> tuple[Tensor, 
     return codes, torch.empty(len(x), 1, device=x.device)
 
 
-@custom_op(
+@library.custom_op(
     "wanflow::scale_sums",
     mutates_args=("out",),
     schema="(Tensor sums, Tensor rows, Tensor columns, Tensor? bias, Tensor(a!) out) -> ()",
