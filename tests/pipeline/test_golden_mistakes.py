@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import golden_family
+from helpers import golden_family, golden_parts
 from helpers.golden import Json
 from helpers.golden_dit import check_sample
 from helpers.golden_family import (
@@ -406,13 +406,13 @@ def with_y(change: Callable[[Tensor], Tensor]) -> Any:
     """Change the mask and the encoded picture, [1, 4 + z, T, H, W]."""
 
     def make(patch: Patch, kind: str, run: Json) -> None:
-        of = golden_family.conditioning_of
+        of = golden_parts.conditioning_of
 
         def changed(*args: Any) -> TextToVideo:
             found = of(*args)
             return replace(found, y=change(found.y.clone())) if hasattr(found, "y") else found
 
-        patch.setattr(golden_family, "conditioning_of", changed)
+        patch.setattr(golden_parts, "conditioning_of", changed)
 
     return make
 
@@ -435,13 +435,13 @@ def later_frames_zero(y: Tensor) -> Tensor:
 
 
 def black_clip(patch: Patch, kind: str, run: Json) -> None:
-    clip = golden_family.clip_parts
+    clip = golden_parts.clip_parts
 
     def changed(*args: Any) -> Any:
         for number, part in enumerate(clip(*args)):
             yield part - 1 if number else part
 
-    patch.setattr(golden_family, "clip_parts", changed)
+    patch.setattr(golden_parts, "clip_parts", changed)
 
 
 def only_with_the_prompt(patch: Patch, kind: str, run: Json) -> None:

@@ -45,7 +45,7 @@ def test_its_folder_is_small_and_holds_experts_only() -> None:
     assert sorted(files) == [*experts, "wanflow.json"]
 
 
-def test_it_opens_with_the_parts_of_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_opens_with_the_parts_of_nano() -> None:
     checkpoint, nano = resolve("nano-i2v"), resolve("nano")
     assert checkpoint.spec.conditioning == "channels"
     assert checkpoint.spec == NANO_I2V.__class__(
@@ -55,15 +55,23 @@ def test_it_opens_with_the_parts_of_nano(tmp_path: Path, monkeypatch: pytest.Mon
     assert checkpoint.vocabulary == nano.vocabulary
     for part in ("t5", "vae", "tokenizer"):
         assert checkpoint.paths[part] == nano.paths[part]
-    # Its fingerprint covers what is not in its folder.
-    shutil.copytree(NANO_FOLDER, tmp_path / "nano")
-    monkeypatch.setitem(layouts.LENT, NANO_I2V_FOLDER, tmp_path / "nano")
-    assert fingerprint(resolve("nano-i2v")) == fingerprint(checkpoint)
-    file = tmp_path / "nano" / "Wan2.1_VAE.pth"
+
+
+@pytest.mark.parametrize("lender", ["a", "z"])
+def test_its_fingerprint_covers_what_is_not_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lender: str
+) -> None:
+    """Wherever the two folders stand: either may come first in the order of paths."""
+    own, lent = tmp_path / "m", tmp_path / lender
+    shutil.copytree(NANO_I2V_FOLDER, own)
+    shutil.copytree(NANO_FOLDER, lent)
+    monkeypatch.setitem(layouts.LENT, own, lent)
+    assert fingerprint(resolve(str(own))) == fingerprint(resolve("nano-i2v"))
+    file = lent / "Wan2.1_VAE.pth"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    assert fingerprint(resolve("nano-i2v")) != fingerprint(checkpoint)
+    assert fingerprint(resolve(str(own))) != fingerprint(resolve("nano-i2v"))
 
 
 @pytest.mark.parametrize("ends", ["first", "both", "last"])

@@ -369,12 +369,13 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for part, path in checkpoint.paths.items():
         files += [path / "config.json"] if part in NETWORKS and path.is_dir() else []
         files += _files(path)
+    # In the order of the names inside, and of bare names outside: it must not depend on where a
+    # folder or a file stands on this machine.
     folder, labelled = checkpoint.folder, []
-    for file in sorted({file for file in files if file.exists()}):
+    for file in {file for file in files if file.exists()}:
         inside = file.is_relative_to(folder)
-        name = file.relative_to(folder).as_posix() if inside else file.name
-        labelled.append((f"{name} ", file))
-    digest = _digest(labelled)
+        labelled.append((inside, file.relative_to(folder) if inside else Path(file.name), file))
+    digest = _digest((f"{name.as_posix()} ", file) for _, name, file in sorted(labelled))
     return KEPT.get(digest, digest)
 
 
