@@ -9,7 +9,7 @@ IMAGE_PROMPT ?= the red ball moves left
 IMAGE_OUT ?= out/demo_i2v.mp4
 COUNT ?= 2000
 
-.PHONY: help install demo demo-i2v test test-all coverage fuzz check format reference bench nano nano-i2v clean
+.PHONY: help install demo demo-i2v test services test-all coverage fuzz check format reference bench nano nano-i2v clean
 
 help:            ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,7 +34,10 @@ demo-i2v: install  ## a picture and a prompt become an mp4; make demo-i2v IMAGE=
 test: install    ## the test suite, about 5 minutes on two cores
 	$(BIN)/python -m pytest
 
-test-all: install  ## what `make test` leaves out: pairs of features, many processes, oracles, fuzz, training
+services:        ## what slow tests talk to: Postgres and Chromium, by the system's package manager
+	tests/tools/services.sh
+
+test-all: install services  ## what `make test` leaves out: pairs of features, many processes, oracles, fuzz, training
 	$(BIN)/python -m pytest -m "slow and not distributed"
 	$(BIN)/python -m pytest -m "slow and distributed" -n 1  # up to 8 processes at a time
 

@@ -36,7 +36,7 @@ DIT = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)
 LATENT, TEXT = (1, 16, 5, 32, 32), (2, 512, 4096)
 VAES = {
     "vae decode float32": (T2V_A14B, (1, 16, 3, 16, 16)),
-    "vae 2.2 decode float32": (TI2V_5B, (1, 48, 3, 12, 12)),
+    "vae 2.2 decode float32": (TI2V_5B, (1, 48, 3, 20, 20)),
 }
 KINDS = {
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn_linear"),

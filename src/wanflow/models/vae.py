@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from wanflow.config import VAEConfig
 
 State = dict[nn.Module, Tensor]
-STRIPS = 8  # of rows, in which frames of at least `LARGE` bytes pass a convolution
+STRIPS = 4  # of rows, in which frames of at least `LARGE` bytes pass a convolution
 LARGE = 1 << 23
 
 
