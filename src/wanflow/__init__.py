@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wanflow.front import Pipeline, RequestWarning
     from wanflow.opening import load
     from wanflow.pipeline import Cancelled, Progress, Run
+    from wanflow.preview import Previewer
     from wanflow.request import Request
     from wanflow.runtime import Runtime
     from wanflow.sanity import OutputError
@@ -33,6 +34,7 @@ _HOME = {
     "Cancelled": "pipeline",
     "OutputError": "sanity",
     "Pipeline": "front",
+    "Previewer": "preview",
     "Progress": "pipeline",
     "Run": "pipeline",
     "Video": "video",  # api's, with `save`
@@ -42,6 +44,7 @@ __all__ = [
     "Cancelled",
     "OutputError",
     "Pipeline",
+    "Previewer",
     "Progress",
     "Request",
     "RequestError",

@@ -385,7 +385,20 @@ def text_fingerprint(checkpoint: Checkpoint) -> str:
     Raises:
         RequestError: for a file that cannot be read.
     """
-    paths = (checkpoint.paths[part] for part in ("t5", "tokenizer"))
+    return _digest_of(checkpoint, "t5", "tokenizer")
+
+
+def vae_fingerprint(checkpoint: Checkpoint) -> str:
+    """Return 16 hex digits that tell two VAEs apart.
+
+    Raises:
+        RequestError: for a file that cannot be read.
+    """
+    return _digest_of(checkpoint, "vae")
+
+
+def _digest_of(checkpoint: Checkpoint, *parts: Part) -> str:
+    paths = (checkpoint.paths[part] for part in parts)
     return _digest(("", file) for path in paths for file in sorted(_files(path)))
 
 

@@ -78,6 +78,7 @@ class LoadedParts:
         self._ahead: Prefetcher | None = None
         self._vae: WanVAE | None = None
         self._compiler: Compiler | None = None
+        self._colours: Tensor | None = None
         # After memory ran out: settings in use in place of the given ones, and further ones with
         # which another process goes on with a run that ended.
         self.adapted, self.go_on_with = dict[str, int](), dict[str, Any]()
@@ -195,6 +196,26 @@ class LoadedParts:
                 self._vae = None
                 self._empty_cache()
         return encoded if self.ctx is None else self.ctx.world.broadcast("picture", encoded)
+
+    def colours(self) -> Tensor:
+        """Return the factors of previews, [z + 1, 3]; see `wanflow.preview`.
+
+        The first time on a machine the VAE is read, beside the experts on the CPU.
+        """
+        if self._colours is None:
+            from wanflow.checkpoint.checkpoint import vae_fingerprint
+            from wanflow.preview import remembered_colours
+
+            device = torch.device("cpu") if self._experts else self.device
+            report = self._reporter("VAE")
+            self._colours = remembered_colours(
+                self.runtime.machine_cache,
+                f"{vae_fingerprint(self.checkpoint)} {self.spec.vae!r}",
+                self.spec.vae.z_dim,
+                lambda: self._vae or load_vae(self.checkpoint, torch.float32, device, report),
+            )
+            self._empty_cache()
+        return self._colours
 
     def holds(self, which: Expert) -> bool:
         """Return whether an expert is in memory."""
