@@ -22,6 +22,8 @@ State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATES: tuple[State, ...] = ("queued", "in_progress", "completed", "failed", "cancelled")
 FINAL: tuple[State, ...] = ("completed", "failed", "cancelled")
 ATTEMPTS = 3  # after so many that ended by no fault of the job, it fails
+BEAT_S = 5.0  # between two signs of life of a worker
+SILENT_S = 30.0  # without one, a worker counts as dead
 
 
 class Standing(Enum):
@@ -143,7 +145,7 @@ class Store(Protocol):
         """Begin an attempt at the job that waited longest, or the longest of those with a key."""
 
     def report(self, job: Job, progress: Progress) -> Standing:
-        """Keep the progress of an attempt, which also shows that it lives."""
+        """Keep the progress of an attempt, and learn how it stands."""
 
     def finish(
         self,
@@ -170,7 +172,7 @@ class Store(Protocol):
         """Forget a job in a final state, and return it as it was."""
 
     def enrol(self, worker: Worker) -> None:
-        """Keep what a worker says of itself, and that it lives."""
+        """Keep what a worker says of itself, and that it lives: before it claims, each `BEAT_S`."""
 
     def leave(self, worker: str) -> None:
         """Forget a worker."""
@@ -179,7 +181,7 @@ class Store(Protocol):
         """Return the workers that live."""
 
     def recover(self) -> list[Job]:
-        """Put back the jobs of workers that no longer live; return those."""
+        """Put back the jobs of workers that no longer live; return those. To be called often."""
 
     def wait(self, seconds: float) -> None:
         """Return when a job may be there, or after some seconds."""

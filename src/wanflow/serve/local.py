@@ -1,63 +1,92 @@
 """Keep the jobs of one machine in SQLite: nothing to install, nothing to run.
 
 The file is written with a log ahead of it and every commit waits for the disk, so a job that was
-accepted survives a loss of power. One supervisor owns a folder at a time.
+accepted survives a loss of power. One supervisor owns a folder at a time (`own_folder`).
 """
 
 from __future__ import annotations
 
+import os
+import socket
 import sqlite3
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from wanflow.serve.jobs import Job, StoreError, Worker
+from wanflow.config import RequestError
+from wanflow.serve.jobs import SILENT_S, Job, StoreError, Worker
 from wanflow.serve.rows import TABLES, Rows
 
 FILE = "jobs.sqlite"
-SILENT_S = 30.0  # without a beat, a worker counts as dead
+OWNER = "supervisor"  # a file that says who owns the folder; its lock stands beside it
 WAIT_S = 0.2  # between two looks at the queue
 BUSY_S = 10.0  # for another process that writes
+
+DAMAGED = "the file is damaged; move it away and start again: videos stay, the list of jobs is new"
+SHUT = "the file cannot be opened or written; choose a folder that belongs to you"
+ADVICE = {
+    sqlite3.SQLITE_FULL: "the disk is full; free some space",
+    sqlite3.SQLITE_IOERR: "the disk is full or failing; free some space, or choose another folder",
+    sqlite3.SQLITE_BUSY: "another process writes for too long; try again",
+    sqlite3.SQLITE_CORRUPT: DAMAGED,
+    sqlite3.SQLITE_NOTADB: DAMAGED,
+    sqlite3.SQLITE_CANTOPEN: SHUT,
+    sqlite3.SQLITE_READONLY: SHUT,
+    sqlite3.SQLITE_PERM: SHUT,
+}
 
 
 class LocalStore(Rows):
     """Jobs in `folder / FILE`, which every process of a machine may open.
 
-    Each thread has a connection of its own.
+    A statement takes a free connection, or opens one; so there are as many as threads that ask at
+    the same time, however many threads come and go.
     Liveness is watched by this process's own clock: a worker is dead when its count of beats has
-    stood still for `SILENT_S`, so a change of the machine's clock means nothing.
+    stood still for `silent_s`, so a change of the machine's clock means nothing.
+
+    Raises:
+        RequestError: for a folder that cannot be written, or a file that is no database.
     """
 
     def __init__(self, folder: Path, silent_s: float = SILENT_S) -> None:
         super().__init__(self._run)
-        folder.mkdir(parents=True, exist_ok=True)
         self._file, self._silent_s = folder / FILE, silent_s
-        self._threads = threading.local()
-        self._open, self._guard = list[sqlite3.Connection](), threading.Lock()
+        self._free: list[sqlite3.Connection] = []
         self._seen: dict[str, tuple[int, float]] = {}  # worker: beats, and when they changed
-        for statement in TABLES:
-            self.run(statement.format(serial="INTEGER PRIMARY KEY AUTOINCREMENT"), [])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file.touch(0o600)  # prompts are private; the log beside it takes the same mode
+            for statement in TABLES:
+                self.run(statement.format(serial="INTEGER PRIMARY KEY AUTOINCREMENT"), [])
+        except OSError as error:
+            raise RequestError(f"{self._file}: {error.strerror}; choose another folder") from None
+        except StoreError as error:
+            if DAMAGED in str(error) or SHUT in str(error):  # trying again helps nobody
+                raise RequestError(str(error)) from None
+            raise
 
-    def _connection(self) -> sqlite3.Connection:
-        found: sqlite3.Connection | None = getattr(self._threads, "connection", None)
-        if found is None:
-            found = sqlite3.connect(
-                self._file, timeout=BUSY_S, isolation_level=None, check_same_thread=False
-            )
-            found.execute("PRAGMA journal_mode = WAL")
-            found.execute("PRAGMA synchronous = FULL")
-            self._threads.connection = found
-            with self._guard:
-                self._open.append(found)
-        return found
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._file, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
 
     def _run(self, statement: str, values: Sequence[Any]) -> list[Sequence[Any]]:
         try:
-            return self._connection().execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise StoreError(f"{self._file}: {error}") from error
+            try:
+                connection = self._free.pop()
+            except IndexError:
+                connection = self._connect()
+            found = connection.execute(statement, values).fetchall()
+        except sqlite3.Error as error:  # the connection is closed as nobody holds it any more
+            advice = ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "try again")
+            raise StoreError(f"{self._file}: {error}: {advice}") from error
+        self._free.append(connection)
+        return found
 
     def claim(self, worker: str, prefer: str | None = None) -> Job | None:
         """See `Store`."""
@@ -69,16 +98,18 @@ class LocalStore(Rows):
 
     def workers(self) -> list[Worker]:
         """See `Store`."""
-        return [worker for _, worker in self._living().values()]
+        return [worker for _, worker, lives in self._watched() if lives]
 
-    def _living(self) -> dict[str, tuple[int, Worker]]:
+    def _watched(self) -> list[tuple[int, Worker, bool]]:
+        """Return beats and document of each worker, and whether it lives."""
         now, found = time.monotonic(), self.beats()
         for id, (beats, _) in found.items():
             if self._seen.get(id, (-1, 0.0))[0] != beats:
                 self._seen[id] = beats, now
-        return {
-            id: entry for id, entry in found.items() if now - self._seen[id][1] <= self._silent_s
-        }
+        return [
+            (beats, worker, now - self._seen[id][1] <= self._silent_s)
+            for id, (beats, worker) in found.items()
+        ]
 
     def recover(self, everything: bool = False) -> list[Job]:
         """Put back the jobs of workers that no longer live.
@@ -88,23 +119,58 @@ class LocalStore(Rows):
         """
         if everything:
             self.run("DELETE FROM wanflow_workers", [])
-        living = self._living()
-        back = []
-        for job in self.page(limit=2**31, newest_first=False, states=("in_progress",)):
-            if job.owner not in living and (now := self.put_back(job, "its worker ended")):
-                back.append(now)
-        return back
+        # Jobs first: a worker that comes and claims after this look is none of our business.
+        claimed = self.page(limit=2**31, newest_first=False, states=("in_progress",))
+        living = set()
+        for beats, worker, lives in self._watched():
+            if lives:
+                living.add(worker.id)
+            else:  # unless it beats at this moment
+                self.run(
+                    "DELETE FROM wanflow_workers WHERE id = ? AND beats = ?", [worker.id, beats]
+                )
+                self._seen.pop(worker.id, None)
+        back = [
+            self.put_back(job, "its worker ended") for job in claimed if job.owner not in living
+        ]
+        return [job for job in back if job is not None]
 
     def wait(self, seconds: float) -> None:
         """See `Store`."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.counts()["queued"]:
-            time.sleep(min(WAIT_S, seconds))
+        while not self.waiting() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(WAIT_S, left))
 
     def close(self) -> None:
         """See `Store`."""
-        with self._guard:
-            for connection in self._open:
-                connection.close()
-            self._open.clear()
-        self._threads = threading.local()
+        while self._free:
+            self._free.pop().close()
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Be the only supervisor of a data folder for a while; the system frees it if this one dies.
+
+    Raises:
+        RequestError: where another one has it, with its process and machine.
+    """
+    from filelock import FileLock, Timeout
+
+    who = folder / OWNER
+    lock = FileLock(folder / f"{OWNER}.lock", thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0.2)
+        who.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    except Timeout:
+        holder = who.read_text(encoding="utf-8").strip() if who.exists() else "another process"
+        raise RequestError(
+            f"{folder} is served by {holder} already; stop it, or give another --data_dir"
+        ) from None
+    except OSError as error:
+        lock.release()
+        raise RequestError(f"{folder}: {error.strerror}; choose another --data_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from wanflow.serve.jobs import (
@@ -134,6 +134,10 @@ class Rows:
         found = {state: int(count) for state, count in rows}
         return {state: found.get(state, 0) for state in STATES}
 
+    def waiting(self) -> bool:
+        """Return whether a job is queued."""
+        return bool(self.run("SELECT 1 FROM wanflow_jobs WHERE state = 'queued' LIMIT 1", []))
+
     def ahead(self, id: str) -> int:
         """See `Store`."""
         found = self.run(
@@ -200,21 +204,24 @@ class Rows:
     def put_back(self, job: Job, why: str, counts: bool = True) -> Job | None:
         """See `Store`."""
         now = self.get(job.id)
-        if now is None or (now.state, now.owner, now.attempts) != ("in_progress", *_mine(job)[1:]):
+        if now is None or _mine(now) != _mine(job):
             return None
-        if now.cancel:
-            return replace(now, state="cancelled") if self.finish(job, "cancelled") else None
-        left_out = self.run("SELECT left_out FROM wanflow_jobs WHERE id = ?", [job.id])
-        spent = now.attempts - int(left_out[0][0]) if left_out else now.attempts
         story = [*now.story, f"attempt {now.attempts}: {why}"]
-        if counts and spent >= ATTEMPTS:
-            error = {"code": "worker_failed", "message": "; ".join(story)}
-            return self.get(job.id) if self.finish(job, "failed", error=error) else None
-        return _one(
+        again = "cancel = 0" + (f" AND attempts - left_out < {ATTEMPTS}" if counts else "")
+        back = _one(
             self.run(
                 "UPDATE wanflow_jobs SET state = 'queued', owner = '', progress = '{}', story = ?,"
-                f" left_out = left_out + ? WHERE {MINE} RETURNING {COLUMNS}",
+                f" left_out = left_out + ? WHERE {MINE} AND {again} RETURNING {COLUMNS}",
                 [json.dumps(story), 0 if counts else 1, *_mine(job)],
+            )
+        )
+        error = {"code": "worker_failed", "message": "; ".join(story)}
+        return back or _one(
+            self.run(
+                "UPDATE wanflow_jobs SET state = CASE cancel WHEN 1 THEN 'cancelled' ELSE 'failed'"
+                " END, error = CASE cancel WHEN 1 THEN NULL ELSE ? END, story = ?,"
+                f" completed_at = ? WHERE {MINE} RETURNING {COLUMNS}",
+                [json.dumps(error), json.dumps(story), time.time(), *_mine(job)],
             )
         )
 
