@@ -1,0 +1,174 @@
+// From the form to requests, and from a recipe back to either.
+
+import { ApiError, api, create, random } from "./api.js";
+import { gridMark, keep, kept, state, take, update } from "./store.js";
+import { say } from "./parts.js";
+
+export const MOST = 16; // videos that one press makes
+const EMPTY = {
+  prompt: "", negative: "", preset: "", size: "", own: "", length: "", unit: "frames",
+  steps: "", seed: "", count: "1", cfg_high: "", cfg_low: "", shift: "", loras: {},
+};
+
+/** Return the form as it was left. What one model takes may mean nothing to another. */
+export function formOf(settings) {
+  const was = kept("form", {});
+  const { prompt = "", negative = "" } = was;
+  const known = was.model === settings.model ? was : { prompt, negative };
+  return { ...EMPTY, ...known, model: settings.model };
+}
+
+export function setForm(changes) {
+  const form = { ...state.form, ...changes };
+  keep("form", form);
+  update({ form });
+}
+
+export const clearForm = () => {
+  setForm(EMPTY);
+  setPictures({});
+  update({ refused: null });
+};
+
+/** Draw a seed that a person can type. */
+export const drawSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+function number(text, field, whole = true) {
+  const value = Number(text);
+  if (!Number.isFinite(value) || (whole && !Number.isSafeInteger(value))) {
+    throw new ApiError(400, say("is_number", { field: say(field), value: text }), field);
+  }
+  return value;
+}
+
+/** Return the frames that a length means: of 4n + 1, the nearest. */
+export function framesOf(form, settings) {
+  const text = form.length || String(settings.defaults.num_frames);
+  const value = Number(text);
+  if (form.unit === "frames" || !form.length) return value;
+  return Math.max(0, Math.round((value * settings.fps - 1) / 4)) * 4 + 1;
+}
+
+/** Return the body of a request, without what the form leaves to the model. */
+export function bodyOf(form, settings) {
+  const body = { prompt: form.prompt };
+  if (form.negative) body.negative_prompt = form.negative;
+  if (form.preset) body.preset = form.preset;
+  const size = form.size === "own" ? form.own : form.size;
+  if (size) body.size = size.trim().replace(/\s*[*×X]\s*/g, "x");
+  if (form.length) {
+    number(form.length, "length", false);
+    body.num_frames = framesOf(form, settings);
+  }
+  if (form.steps) body.num_inference_steps = number(form.steps, "steps");
+  if (form.seed) body.seed = number(form.seed, "seed");
+  for (const name of ["cfg_high", "cfg_low"]) {
+    if (form[name]) body[name] = number(form[name], name, false);
+  }
+  if (form.shift) body.flow_shift = number(form.shift, "shift", false);
+  // A strength is text here: "0.8", or "high=1,low=0.6" from a recipe.
+  const loras = Object.entries(form.loras).filter(([name]) => settings.loras.includes(name));
+  if (loras.length) body.lora = loras.map(([name, strength]) => `${name}@${strength || 1}`);
+  if (settings.pictures > 0 && state.pictures.image) body.image = state.pictures.image;
+  if (settings.pictures > 1 && state.pictures.last) body.last_image = state.pictures.last;
+  return body;
+}
+
+/** Return one body for each seed, from a first one on. */
+export function bySeed(body, count) {
+  const first = body.seed ?? drawSeed();
+  return Array.from({ length: count }, (_, i) => ({ ...body, seed: first + i }));
+}
+
+/**
+ * Submit jobs; several become a grid, which varies one value.
+ *
+ * Returns:
+ *   how many the server took, and the error that ended it, if any.
+ */
+export async function send(bodies, vary = "seed") {
+  const id = random();
+  let sent = 0;
+  for (const [place, body] of bodies.entries()) {
+    const user = bodies.length > 1 && gridMark({ id, vary, value: body[vary], place });
+    try {
+      take([await persist(user ? { ...body, user } : body)]);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      return { sent, failed: error };
+    }
+    sent += 1;
+  }
+  return { sent, failed: null };
+}
+
+/** Submit one job; where no answer came, ask again under the same key. */
+async function persist(body) {
+  const key = random();
+  try {
+    return await create(body, key);
+  } catch (error) {
+    if (error.status !== 0) throw error;
+    await new Promise((done) => setTimeout(done, 1000));
+    return create(body, key);
+  }
+}
+
+/** Return what tells a job of a grid from the others. */
+export const labelOf = ({ vary, value }) =>
+  vary === "seed" ? say("seed_is", { seed: value }) : `${say(vary)} ${value}`;
+
+/** Return the body that makes a job again; its pictures are in it, by name. */
+export const requestOf = (job) => api.request(job.id);
+
+/** Return the form that a body comes from. */
+export function formFrom(body, settings) {
+  const text = (value) => (value == null ? "" : String(value));
+  const size = text(body.size);
+  const usual = size === settings.defaults.size || size === "";
+  const own = !usual && !settings.sizes.includes(size);
+  const loras = (body.lora || []).map((one) => {
+    const at = one.lastIndexOf("@");
+    return [one.slice(0, at), one.slice(at + 1)];
+  });
+  return {
+    ...EMPTY,
+    prompt: text(body.prompt),
+    negative: text(body.negative_prompt),
+    size: usual ? "" : own ? "own" : size,
+    own: own ? size : "",
+    length: text(body.frame_num),
+    steps: text(body.sample_steps),
+    seed: text(body.seed),
+    cfg_high: text(body.cfg_high),
+    cfg_low: text(body.cfg_low),
+    shift: text(body.sample_shift),
+    loras: Object.fromEntries(loras),
+  };
+}
+
+/** Return the pictures that a body names: the server has them. */
+export const picturesFrom = (body) => ({ image: body.image, last: body.last_image });
+
+// Pictures outlive a reload too; localStorage is too small for them.
+
+function database(work) {
+  return new Promise((done, fail) => {
+    const open = indexedDB.open("wanflow", 1);
+    open.onupgradeneeded = () => open.result.createObjectStore("pictures");
+    open.onerror = () => fail(open.error);
+    open.onsuccess = () => {
+      const asked = work(open.result.transaction("pictures", "readwrite").objectStore("pictures"));
+      asked.onsuccess = () => done(asked.result);
+      asked.onerror = () => fail(asked.error);
+    };
+  });
+}
+
+export const keptPictures = () =>
+  database((store) => store.get("form")).then((found) => found || {}, () => ({}));
+
+export function setPictures(pictures) {
+  update({ pictures });
+  database((store) => store.put(pictures, "form")).catch(() => {}); // a private window has none
+}
