@@ -111,8 +111,34 @@ def _read_file(path: Path) -> Pixels:
         if not size:
             raise RequestError(f"{where}: the file is empty; give a picture: {READ}")
         # From memory: of a file, Pillow asks for as many bytes at once as a damaged length says.
-        with _damage(where), Image.open(io.BytesIO(file.read()), formats=FORMATS) as image:
-            return _rgb(image, where)
+        return _read(file.read(), where)
+
+
+def read_picture(data: bytes, name: str, most_pixels: int = MOST_PIXELS) -> Picture:
+    """Return the picture in the bytes of a file.
+
+    Args:
+        data: the bytes.
+        name: of the value in messages.
+        most_pixels: that it may have, by its header: nothing larger is decoded.
+
+    Raises:
+        RequestError: as `open_picture`.
+    """
+    if not data:
+        raise RequestError(f"{name}: the file is empty; give a picture: {READ}")
+    return _picture(_read(data, name, most_pixels), "")
+
+
+def _read(data: bytes, where: str, most_pixels: int = MOST_PIXELS) -> Pixels:
+    with _damage(where), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        if most_pixels < width * height <= MOST_PIXELS:
+            raise RequestError(
+                f"{where}: {width} x {height} pixels; at most {most_pixels / 1e6:g} megapixels are"
+                " accepted: scale it down"
+            )
+        return _rgb(image, where)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ WORDS: dict[Part, str] = {
     "tokenizer": "the tokenizer",
 }
 ENDINGS = {".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin"}  # of files of weights
+LORA_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 FLAGS = "--high, --low, --t5, --vae (TI2V-5B: --dit in place of the first two)"
 
 

@@ -52,6 +52,12 @@ COMMANDS = {
     "decode": Command(
         "generate", "finish a run from its saved latent", "wanflow decode out.latent.safetensors"
     ),
+    "serve": Command(
+        "serve",
+        "make videos by HTTP: an API that clients know, a page, and a worker",
+        "wanflow serve --ckpt_dir nano",
+        brief=True,
+    ),
     "download": Command(
         "download",
         "get the weights: resumable, parallel, verified",

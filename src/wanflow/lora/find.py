@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from wanflow.checkpoint.containers import reading
-from wanflow.checkpoint.parts import expert_in_name
+from wanflow.checkpoint.parts import LORA_ENDINGS, expert_in_name
 from wanflow.config import RequestError
 from wanflow.request import Lora, Request
 from wanflow.untrusted import check_regular, open_regular, user_path
-
-ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def find_loras(loras: Iterable[Lora]) -> tuple[Lora, ...]:
@@ -54,7 +52,7 @@ def with_found_loras(request: Request) -> Request:
 
 def _files(folder: Path) -> list[Path]:
     """The LoRA in a folder (PEFT's), or the pair, one file for each expert."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS)
+    files = sorted(file for file in folder.iterdir() if file.suffix in LORA_ENDINGS)
     experts = {expert_in_name(file.name) for file in files}
     if len(files) == 1 or (len(files) == 2 and experts == {"high", "low"}):
         return files

@@ -1,0 +1,97 @@
+"""Run the HTTP process: `python -m wanflow.serve.child`, which only the supervisor starts.
+
+What it serves comes as a line of JSON on standard input, so that no token is on a command line. The
+end of standard input is the end of the supervisor, and of this process.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wanflow.presets import EMBEDDED, ModelSpec
+from wanflow.serve.fitting import Fitting
+from wanflow.serve.folder import DataFolder
+from wanflow.serve.limits import Limits
+from wanflow.serve.loras import registered
+from wanflow.serve.service import SPECS, Service
+from wanflow.serve.stores import open_store
+
+GRACE_S = 5  # for answers to end
+
+
+def main() -> None:
+    """Serve until the supervisor asks to leave, or is gone."""
+    import uvicorn
+
+    from wanflow.serve.http import create_app
+
+    told = json.loads(sys.stdin.readline())
+    server: list[uvicorn.Server] = []
+    app = create_app(
+        service_of(told),
+        told["token"],
+        told["log"],
+        leaving=lambda: bool(server and server[0].should_exit),
+    )
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # it would write queries
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+        backlog=2048,
+    )
+    server.append(uvicorn.Server(config))
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the supervisor decides
+    server[0].run(sockets=[_socket(told)])
+
+
+def service_of(told: Mapping[str, Any]) -> Service:
+    """Return the service that a supervisor describes."""
+    ckpt_dir, folder = told["ckpt_dir"], Path(told["data_dir"])
+    return Service(
+        open_store(told["db"], folder),
+        DataFolder(folder),
+        Limits(**told["limits"]),
+        spec_of(ckpt_dir, told["parts"]),
+        registered(map(Path, told["lora_dir"])),
+        Fitting(ckpt_dir, told["parts"]),
+    )
+
+
+def spec_of(ckpt_dir: str | None, parts: Mapping[str, str]) -> ModelSpec | None:
+    """Return the model of a folder and files; None where only the workers know."""
+    if ckpt_dir in EMBEDDED:
+        return SPECS[str(ckpt_dir)]
+    if ckpt_dir is None and not parts:
+        return None
+    from wanflow.opening import resolve
+
+    return resolve(ckpt_dir, dict(parts)).spec
+
+
+def _socket(told: Mapping[str, Any]) -> socket.socket:
+    """Return the listening socket, which outlives this process in the supervisor."""
+    if "fd" in told:
+        return socket.socket(fileno=told["fd"])
+    return socket.fromshare(base64.b64decode(told["share"]))  # type: ignore[attr-defined,no-any-return,unused-ignore]
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Keep the processes of a server alive: start them, start again what ends, end them all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from wanflow.config import RequestError
+from wanflow.serve.jobs import Store, StoreError
+
+logger = logging.getLogger("wanflow")
+LOOK_S = 0.2  # between two looks at the children
+STEADY_S = 30.0  # after so long, the next start is at once again
+LONGEST_S = 30.0  # between two starts
+RECOVER_S = 5.0  # between two looks for workers that are gone
+DRAIN_S = 600.0  # for a worker to finish its step; a second signal does not wait
+
+
+@dataclass
+class Child:
+    """A process that is started again when it ends.
+
+    name: in messages. command: that starts it. told: what it reads first from standard input, of
+    which the end is the end of its parent; it is called with the process. fds: that it inherits.
+    ended: called after each end.
+    """
+
+    name: str
+    command: Sequence[str]
+    told: Callable[[subprocess.Popen[bytes]], bytes] = lambda process: b""
+    fds: Sequence[int] = ()
+    ended: Callable[[], object] = lambda: None
+    process: subprocess.Popen[bytes] | None = None
+    troubles: int = field(default=0, init=False)
+    began: float = field(default=0.0, init=False)
+    due: float = field(default=0.0, init=False)
+
+    def start(self) -> None:
+        """Start the process, in a session of its own: Ctrl-C is for the supervisor."""
+        options: dict[str, Any] = {}
+        if os.name == "posix":
+            options = {"pass_fds": tuple(self.fds), "start_new_session": True}
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, **options)
+        self.began = time.monotonic()
+        assert self.process.stdin is not None
+        with suppress(OSError):  # it has ended: the next look says so
+            self.process.stdin.write(self.told(self.process))
+            self.process.stdin.flush()
+
+    def look(self) -> None:
+        """Start the process again where it has ended, later each time.
+
+        Raises:
+            RequestError: where it was refused: it would be again.
+        """
+        now = time.monotonic()
+        if self.process is None:
+            if now >= self.due:
+                self.start()
+            return
+        code = self.process.poll()
+        if code is None:
+            return
+        self.process = None
+        self.ended()
+        if code == 2:
+            raise RequestError(f"the {self.name} was refused; its words are above")
+        self.troubles = 0 if now - self.began > STEADY_S else self.troubles + 1
+        pause = min(LONGEST_S, 0.25 * 2**self.troubles)
+        self.due = now + pause
+        logger.warning("the %s ended (%s); starting it again", self.name, ending(code))
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if the process lives."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process has not ended."""
+        return self.process is not None and self.process.poll() is None
+
+    def kill(self) -> None:
+        """End the process at once and wait for it."""
+        if self.process is not None:
+            with suppress(OSError):
+                self.process.kill()
+            self.process.wait()
+
+
+class Supervisor:
+    """Runs the children until a signal ends all."""
+
+    def __init__(self, children: Sequence[Child], store: Store | None) -> None:
+        self._children, self._store = children, store
+        self._signals: list[int] = []
+
+    def run(self) -> int:
+        """Return the signal that ended it.
+
+        Raises:
+            RequestError: where a child was refused.
+        """
+        before = {
+            number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        over = threading.Event()
+        recovering = threading.Thread(target=self._recover, args=(over,), daemon=True)
+        recovering.start()
+        try:
+            while not self._signals:
+                for child in self._children:
+                    child.look()
+                time.sleep(LOOK_S)
+            self._drain()
+        finally:
+            over.set()
+            for child in self._children:
+                child.kill()
+            recovering.join(RECOVER_S)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self._signals[0]
+
+    def _hear(self, number: int, _: object) -> None:
+        self._signals.append(number)
+
+    def _drain(self) -> None:
+        """Ask the children to leave, and wait; pass each further signal on."""
+        told, until = 0, time.monotonic() + DRAIN_S
+        while any(child.lives for child in self._children) and time.monotonic() < until:
+            if told < len(self._signals):
+                told += 1
+                if told > 2:
+                    return
+                for child in self._children:
+                    child.signal(signal.SIGTERM)
+            time.sleep(LOOK_S / 4)
+
+    def _recover(self, over: threading.Event) -> None:
+        """Put back the jobs of workers that are gone, again and again."""
+        while self._store is not None and not over.wait(RECOVER_S):
+            try:
+                for job in self._store.recover():
+                    logger.warning("job %s: %s after its worker was gone", job.id, job.state)
+            except StoreError as error:
+                logger.warning("%s", error)
+
+
+def ending(code: int) -> str:
+    """Return how a process ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(-code).name}"
+    return f"killed by signal {-code}"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; the HTTP process gets it, each time it starts.
+
+    Raises:
+        RequestError: for a host that is none, or a port that is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        if os.name == "posix":
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        found.listen(2048)
+    except OSError as error:
+        raise RequestError(
+            f"--host {host} --port {port}: {error.strerror or error}; name another, or end the"
+            " program that has it"
+        ) from None
+    return found
+
+
+def python(module: str, *words: str) -> list[str]:
+    """Return the command that runs a module in this Python."""
+    return [sys.executable, "-m", module, *words]
