@@ -520,6 +520,7 @@ def test_idempotency(serving: Serving, client: TestClient) -> None:
         assert answer.status_code == 400
 
 
+@pytest.mark.slow
 def test_what_fits_no_worker_is_refused_with_the_number(tmp_path: Path) -> None:
     gib = 2**30
     small = {"gpu": 6 * gib, "gpu_name": "small", "ram": 16 * gib, "disk_free": 100 * gib}
