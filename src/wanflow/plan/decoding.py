@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,8 +27,10 @@ from wanflow.transforms import vae_tiling
 
 Shape = tuple[int, ...]
 STEADY = 3  # latent frames: each further one costs what the last of these does
+KEPT = 64  # traces: plans of one process differ mostly in what comes before the decode
 
 
+@lru_cache(KEPT)
 def frames(config: VAEConfig, shape: Shape) -> Traced:
     """Trace a decode of full frames; `shape` is the latent's."""
 
@@ -39,6 +42,7 @@ def frames(config: VAEConfig, shape: Shape) -> Traced:
     return _traced(config, run)
 
 
+@lru_cache(KEPT)
 def strips(config: VAEConfig, shape: Shape, layout: Layout) -> Traced:
     """Trace the strip of the rank with the most work: a widest one, with most neighbours."""
     cut = vae_parallel.Strips(shape[3], shape[4], layout.size)
@@ -64,6 +68,7 @@ def _count_frames(trace: Trace, done: int, shape: Shape) -> None:
         trace.count_as(shape[2] - done)
 
 
+@lru_cache(KEPT)
 def tiles(config: VAEConfig, shape: Shape, tile: int) -> Traced:
     """Trace the layers that see full frames, then one tile of the others: the largest.
 
