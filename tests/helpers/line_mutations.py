@@ -119,6 +119,7 @@ def stop(*_: object, **__: object) -> None:
 STOPS = (
     *("wanflow.assemble.assemble", "wanflow.parallel.agent.run_ranks", "wanflow.extend.extend"),
     *("wanflow.plan.solve.solve", "wanflow.doctor.report.examine", "wanflow.train.nano.train"),
+    "wanflow.train.i2v.train",
     *("wanflow.train.nano.evaluate", "wanflow.train.finetune.finetune"),
     *("wanflow.train.memory.refuse", "wanflow.convert.convert.convert"),
     "wanflow.download.hubs.HuggingFace._tree",
