@@ -192,14 +192,14 @@ def automatic_names(
     first 50 letters and digits, of any script.
     """
     model = re.sub(r"[^A-Za-z0-9]+", "-", model).strip("-")
-    parts = (model, f"{size[0]}x{size[1]}", _words(prompt), f"seed{seed}", f"{when:%Y%m%d-%H%M%S}")
+    parts = (model, f"{size[0]}x{size[1]}", slug(prompt), f"seed{seed}", f"{when:%Y%m%d-%H%M%S}")
     stem = "_".join(part for part in parts if part)
     yield Path(stem + suffix)
     for number in count(2):
         yield Path(f"{stem}-{number}{suffix}")
 
 
-def _words(prompt: str) -> str:
+def slug(prompt: str) -> str:
     """Return the beginning of a prompt: letters, their marks, and digits, joined by hyphens."""
     plain = unicodedata.normalize("NFKC", prompt[: 20 * LONGEST_PROMPT]).lower()
     kept = (letter if unicodedata.category(letter)[0] in "LMN" else "-" for letter in plain)

@@ -34,6 +34,10 @@ class OutputError(RuntimeError):
     """The model's output is no video (NaN, or one constant); it is never saved as a success."""
 
 
+class LatentError(OutputError):
+    """A latent that cannot become a video; every rank of a run holds the same and finds it."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """Possible causes of a broken output.
@@ -70,7 +74,7 @@ def check_step(x: Tensor, step: int, facts: Facts) -> None:
         step: 1-based.
 
     Raises:
-        OutputError: naming the step and what may be the cause, for NaN, infinity, or values
+        LatentError: naming the step and what may be the cause, for NaN, infinity, or values
             hundreds of times as large as noise's.
     """
     _check_values(x, f"step {step} gave", facts)
@@ -83,14 +87,14 @@ def check_latent(x: Tensor, facts: Facts) -> list[str]:
         A line for each suspicion that is no proof.
 
     Raises:
-        OutputError: for NaN, infinity, exploded values, or one value in each channel.
+        LatentError: for NaN, infinity, exploded values, or one value in each channel.
     """
     _check_values(x, "the final latent holds", facts)
     x = x.float()
     channels = x.flatten(2)
     if channels.shape[2] > 1 and float(channels.std(dim=2).max()) < FLAT:
         causes = ["the weights are empty or damaged", *_numerics(facts)]
-        raise OutputError(_report("the final latent is constant", causes))
+        raise LatentError(_report("the final latent is constant", causes))
     suspicions = []
     spread, (correlation, pairs) = float(x.std()), neighbours(x)
     if spread > WIDE:
@@ -141,11 +145,11 @@ def _check_values(x: Tensor, what: str, facts: Facts) -> None:
         elif facts.dtype != "float32":
             causes.append("see whether --dtype float32 helps")
         causes.append("check the weights: wanflow inspect --check")
-        raise OutputError(_report(f"{what} NaN or infinity", causes))
+        raise LatentError(_report(f"{what} NaN or infinity", causes))
     if largest > EXPLODED:
         causes = [*_strength(facts), *_numerics(facts)]
         causes.append("the weights may be damaged, or fp8 that lacks its scales")
-        raise OutputError(_report(f"{what} values up to {largest:.3g}, where noise has 6", causes))
+        raise LatentError(_report(f"{what} values up to {largest:.3g}, where noise has 6", causes))
 
 
 def _strength(facts: Facts) -> list[str]:

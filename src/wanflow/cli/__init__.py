@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -201,6 +202,24 @@ def _read(parser: Parser, words: list[str]) -> Any:
 
 
 NO_STATE = "no step was complete, so there is nothing to save"
+GO_ON = "no step was complete since the last video; the same command goes on"
+
+
+def _nothing(args: Any) -> str:
+    """Return what to say where a command is interrupted and no state of a run is stored."""
+    source = getattr(args, "resume", None) or getattr(args, "latent", None)
+    if source:
+        return f"{source} is as it was"
+    return GO_ON if _module(args.command).asks_for_several(args) else NO_STATE
+
+
+def _command(args: Any) -> Callable[[Any], None]:
+    """Return what carries out a command; several videos have a path of their own."""
+    module = _module(args.command)
+    if args.command == "generate" and module.asks_for_several(args):
+        module = import_module("wanflow.cli.batch")
+    found: Callable[[Any], None] = getattr(module, args.command)
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -231,8 +250,7 @@ def _run(argv: list[str], claims: Claims) -> int:
         args.argv = argv
         watchdog.on_abort = claims.close
         if watchdog is alone and args.command in ("generate", "replay", "decode"):
-            source = getattr(args, "resume", None) or getattr(args, "latent", None)
-            alone.watch(f"{source} is as it was" if source else NO_STATE)
+            alone.watch(_nothing(args))
         checks.check(args)
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
         if getattr(args, "gpus", None) is not None and args.command != "plan":
@@ -243,7 +261,7 @@ def _run(argv: list[str], claims: Claims) -> int:
                 watchdog.leave()  # the agent handles signals
                 return launch.launch(argv, started, output)
         with output.guarded(COMMANDS[args.command].page):
-            getattr(_module(args.command), args.command)(args)
+            _command(args)(args)
         output.conclude()
     except SystemExit:  # --help
         watchdog.leave()
@@ -310,7 +328,8 @@ def _words(error: BaseException) -> tuple[int, str | None]:
 
     if out_of_memory.is_out_of_memory(error):
         return 1, out_of_memory.words(error)
-    if isinstance(error, OSError) or type(error).__name__ == "OutputError":
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, OSError) or kinds & {"OutputError", "StoreError"}:
         return 1, str(error)
     return 1, None
 

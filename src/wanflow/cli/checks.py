@@ -13,6 +13,7 @@ from pathlib import Path
 
 from wanflow.cli.flags import given_parts, model_of_task, request_from, runtime_from
 from wanflow.cli.parser import did_you_mean, settings_from
+from wanflow.cli.prompts import LIST, asks_for_several, wanted
 from wanflow.cli.running import check_target_name
 from wanflow.config import RequestError
 from wanflow.geometry import COMMON, geometry_of, parse_size
@@ -59,6 +60,8 @@ def check(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     runtime = runtime_from(args)
     _check_runtime(runtime)
+    if asks_for_several(args) or args.out_dir is not None:
+        return _several(args)
     if args.resume is not None:
         return  # its flags come first
     if args.ckpt_dir is not None or given_parts(args):
@@ -67,6 +70,28 @@ def _generate(args: argparse.Namespace) -> None:
     target = args.save_file
     if target is not None and (target.suffix not in (".mp4", ".png") or exists(target)):
         check_target_name(target, args.overwrite)
+
+
+def _several(args: argparse.Namespace) -> None:
+    if not asks_for_several(args):
+        raise RequestError("--out_dir is for several videos; one is named by --save_file")
+    if args.resume is not None:
+        raise RequestError(
+            "--resume goes on with one saved run, and these flags ask for several videos; leave"
+            f" one out: {', '.join(f'--{flag}' for flag in LIST)}"
+        )
+    if args.save_file is not None:
+        raise RequestError(
+            "--save_file names one video, and several are asked for; name their folder with"
+            " --out_dir"
+        )
+    if args.ckpt_dir is not None or given_parts(args):
+        spec = model_of_task(args)
+        wanted(args, lambda request: _check_request(request, spec))
+        _weights(args)
+    folder = args.out_dir
+    if folder is not None and exists(folder) and not folder.is_dir():
+        raise RequestError(f"--out_dir {printable(folder)} is a file; name a folder")
 
 
 def _replay(args: argparse.Namespace) -> None:

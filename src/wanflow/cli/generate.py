@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from wanflow.choices import choose_device, choose_dtype, has_bfloat16, is_small
+from wanflow.cli import flags
 from wanflow.cli.checks import check_state, machine_lines
 from wanflow.cli.flags import (
     CKPT_DIR,
     OTHER_TASKS,
     again_flags,
-    generate_flags,
     given_parts,
     model_of_task,
     refuse_other_task,
@@ -25,6 +25,7 @@ from wanflow.cli.flags import (
 )
 from wanflow.cli.keeping import STATE_SUFFIX, continuing, refuse_another, state_of
 from wanflow.cli.parser import Parser, file_path, settings_from
+from wanflow.cli.prompts import asks_for_several, list_flags
 from wanflow.cli.running import check_target_name, run_and_save, world_size
 from wanflow.cli.trust import is_embedded, unread, with_trusted_paths, with_trusted_pictures
 from wanflow.config import RequestError
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wanflow")
 T = TypeVar("T")
 
-__all__ = ["decode", "decode_flags", "generate", "generate_flags", "replay", "replay_flags"]
+__all__ = ["asks_for_several", "decode", "generate", "generate_flags", "replay"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class Job:
     target: Path | None
     recipe: Recipe | None = None
     run: Run | None = None
+
+
+def generate_flags(p: Parser) -> None:
+    """Add the flags of `wanflow generate`."""
+    flags.generate_flags(p)
+    list_flags(p)
 
 
 def replay_flags(p: Parser) -> None:
@@ -87,15 +94,11 @@ def decode_flags(p: Parser) -> None:
 def generate(args: argparse.Namespace) -> None:
     """Make a video from a prompt, or continue a saved run."""
     runtime = runtime_from(args)
-    _refuse_unsupported(args, runtime)
+    refuse_unsupported(args, runtime)
     if args.resume:
         check_state(args.resume)
         return _carry_out(args, lambda: _saved_job(args, args.resume))
-    if args.ckpt_dir is None and not given_parts(args):
-        raise RequestError(
-            "--ckpt_dir is missing: name the folder of the weights, or nano, the miniature inside"
-            f" wanflow; {CKPT_DIR} or a --config file can name it for every command"
-        )
+    refuse_no_weights(args)
     if not args.prompt:
         raise RequestError("--prompt is missing: say what the video shows")
     _carry_out(args, lambda: _new_job(args, runtime))
@@ -212,7 +215,16 @@ def _is_same(name: str, asked: Any, decided: Any) -> bool:
     return bool(asked == decided)
 
 
-def _refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
+def refuse_no_weights(args: argparse.Namespace) -> None:
+    """Raise RequestError where nothing names the weights."""
+    if args.ckpt_dir is None and not given_parts(args):
+        raise RequestError(
+            "--ckpt_dir is missing: name the folder of the weights, or nano, the miniature inside"
+            f" wanflow; {CKPT_DIR} or a --config file can name it for every command"
+        )
+
+
+def refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
     """Raise RequestError for what no weights and no machine can change."""
     model_of_task(args)
     _refuse_split(args, runtime)
@@ -248,22 +260,22 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     """
     from wanflow.assemble import assemble, model_record
 
-    info = _join(args) if world_size() > 1 else None
+    info = join(args) if world_size() > 1 else None
     follower = info is not None and info.rank > 0
     screen = args.output.screen(follower)  # only rank 0 shows progress
-    job = _from_rank0(info, read)
+    job = from_rank0(info, read)
     if job.target is not None and not follower:
         check_target_name(job.target, args.overwrite)
         args.claims.take(job.target)
         refuse_another(args, state_of(job.target), job.run)
-    checkpoint = _open(job)
+    checkpoint = open_weights(job.model, job.parts)
     refuse_other_task(args, checkpoint)
     if info is not None:
         job = replace(job, runtime=replace(job.runtime, device=str(info.device)))
     if job.recipe is not None:
         given = settings_from(Runtime, args)
         job = replace(job, runtime=_possible_here(job.runtime, checkpoint, given))
-    request, runtime = _from_rank0(info, lambda: _decide(args, job, checkpoint, screen, info))
+    request, runtime = from_rank0(info, lambda: _decide(args, job, checkpoint, screen, info))
     pipe = assemble(checkpoint, runtime, screen.loading, info)
     if job.recipe is not None:
         _same_weights(job.recipe, model_record(checkpoint), args.force)
@@ -273,7 +285,7 @@ def _carry_out(args: argparse.Namespace, read: Callable[[], Job]) -> None:
     run_and_save(pipe, run, job.target, args, screen)
 
 
-def _join(args: argparse.Namespace) -> DistInfo:
+def join(args: argparse.Namespace) -> DistInfo:
     """Join the ranks of torchrun or `--gpus`."""
     from wanflow.parallel.ranks import join_group
     from wanflow.parallel.watchdog import GROUP_MARGIN_S
@@ -285,7 +297,7 @@ def _join(args: argparse.Namespace) -> DistInfo:
     return info
 
 
-def _from_rank0(info: DistInfo | None, make: Callable[[], T]) -> T:
+def from_rank0(info: DistInfo | None, make: Callable[[], T]) -> T:
     """Return what `make` returns on rank 0."""
     if info is None:
         return make()
@@ -294,14 +306,15 @@ def _from_rank0(info: DistInfo | None, make: Callable[[], T]) -> T:
     return broadcast_from_rank0(info, make)
 
 
-def _open(job: Job) -> Checkpoint:
+def open_weights(model: str | None, parts: dict[Part, Path]) -> Checkpoint:
+    """Open the files of a model; a refusal also says what this machine can run."""
     from wanflow.opening import resolve
 
     try:
-        return resolve(job.model, job.parts)
+        return resolve(model, parts)
     except RequestError as error:
-        missing = job.model not in (None, *EMBEDDED) and not Path(str(job.model)).exists()
-        raise RequestError(*error.args, *(machine_lines(job.model) if missing else ())) from None
+        missing = model not in (None, *EMBEDDED) and not Path(str(model)).exists()
+        raise RequestError(*error.args, *(machine_lines(model) if missing else ())) from None
 
 
 def _decide(
@@ -312,38 +325,62 @@ def _decide(
     info: DistInfo | None,
 ) -> tuple[Request, Runtime]:
     """Return the request and a runtime that leaves nothing open; rank 0 decides for all."""
+    request = job.request
+    if job.recipe is None:
+        request = extended(args, checked(request, checkpoint))
+        for note in notes(args, [request], checkpoint):
+            logger.warning(note)
+    decoding = job.run is not None and job.run.finished
+    return request, settled(args, job.runtime, request, checkpoint, screen, info, decoding)
+
+
+def settled(
+    args: argparse.Namespace,
+    runtime: Runtime,
+    request: Request,
+    checkpoint: Checkpoint,
+    screen: Screen,
+    info: DistInfo | None,
+    decoding: bool = False,
+) -> Runtime:
+    """Return a runtime that leaves nothing open, for a request; show the reasons of the plan."""
     from wanflow.opening import settle
 
-    request = job.request if job.recipe is not None else _prepared(args, job.request, checkpoint)
-    decoding = job.run is not None and job.run.finished
     how = args.force, info, screen.stage, decoding
-    runtime, reasons = settle(checkpoint, job.runtime, request, *how)
+    runtime, reasons = settle(checkpoint, runtime, request, *how)
     screen.close()
     for reason in reasons:
         screen.say(f"plan: {reason}")
-    return request, runtime
+    return runtime
 
 
-def _prepared(args: argparse.Namespace, request: Request, checkpoint: Checkpoint) -> Request:
-    """Check a new request before a server extends its prompt; log what to know about it."""
+def checked(request: Request, checkpoint: Checkpoint) -> Request:
+    """Return a new request with its LoRAs found; RequestError where the model refuses it."""
     if request.lora:
         from wanflow.lora.find import with_found_loras
 
         request = with_found_loras(request)
-    from wanflow.advice import advice
-
     request.refuse_pictures(checkpoint.spec)
     request.complete(checkpoint.spec)
-    request = _extended(args, request)
-    for note in (*checkpoint.notes, *advice(request.complete(checkpoint.spec), checkpoint)):
-        logger.warning(note)
-    if args.preset and not request.lora:
-        logger.warning(
-            "--preset %s expects weights with a distilled LoRA, and no --lora is given: so few"
-            " steps blur without one",
-            args.preset,
-        )
     return request
+
+
+def notes(
+    args: argparse.Namespace, requests: Iterable[Request], checkpoint: Checkpoint
+) -> list[str]:
+    """Return what to know about new requests, each note once."""
+    from wanflow.advice import advice
+
+    found, distilled = dict.fromkeys(checkpoint.notes), True
+    for request in requests:
+        found |= dict.fromkeys(advice(request.complete(checkpoint.spec), checkpoint))
+        distilled = distilled and bool(request.lora)
+    if args.preset and not distilled:
+        found[
+            f"--preset {args.preset} expects weights with a distilled LoRA, and no --lora is given:"
+            " so few steps blur without one"
+        ] = None
+    return list(found)
 
 
 def _possible_here(runtime: Runtime, checkpoint: Checkpoint, given: Container[str]) -> Runtime:
@@ -410,7 +447,8 @@ def _same_loras(made: Recipe, here: Recipe) -> None:
             )
 
 
-def _extended(args: argparse.Namespace, request: Request) -> Request:
+def extended(args: argparse.Namespace, request: Request) -> Request:
+    """Return a request whose prompt a server has extended, where that is asked for."""
     if not args.use_prompt_extend:
         return request
     from wanflow.extend import extend

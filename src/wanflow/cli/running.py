@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -31,7 +31,12 @@ def world_size() -> int:
 
 
 def run_and_save(
-    pipe: Pipeline, run: Run, target: Path | None, args: argparse.Namespace, screen: Screen
+    pipe: Pipeline,
+    run: Run,
+    target: Path | None,
+    args: argparse.Namespace,
+    screen: Screen,
+    go_on: Callable[[Run, Path], str] | None = None,
 ) -> None:
     """Denoise, decode and write on rank 0; the run's state stays on disk until the video exists.
 
@@ -41,6 +46,7 @@ def run_and_save(
         target: the video to write; None names it after the run.
         args: of the command.
         screen: shows progress.
+        go_on: returns the command that goes on with a run saved in a file; None: that of this run.
     """
     from wanflow.sanity import OutputError
     from wanflow.video import save_frames
@@ -61,8 +67,11 @@ def run_and_save(
     keeper = StateKeeper(
         run,
         outputs.state,
-        lambda run, file: continuing(
-            args, run, file, free_name(target, run, args.overwrite), pipe.parts.instead()
+        go_on
+        or (
+            lambda run, file: continuing(
+                args, run, file, free_name(target, run, args.overwrite), pipe.parts.instead()
+            )
         ),
         args.output,
         source,
