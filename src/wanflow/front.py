@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 from wanflow import api
 from wanflow.config import RequestError
 from wanflow.pipeline import Cancelled, Engine, Frames, OnPart, OnStep, Progress, Run
-from wanflow.request import PICTURES, CompleteRequest, Request, with_settings
+from wanflow.request import PICTURES, VIDEOS, CompleteRequest, Request, with_settings
 from wanflow.settings import check
 from wanflow.untrusted import shown
 from wanflow.video import Video
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from wanflow.options import RequestOptions
     from wanflow.screen import Screen
 
-MOST = 10_000  # videos of one call
 # What other programs call our fields.
 ELSEWHERE = {
     "num_frames": "frame_num",
@@ -336,8 +335,8 @@ def _items(name: str, value: Any) -> list[Any] | None:
     """Return the items of a list; None for a single value."""
     if not _is_list(value):
         return None
-    if not 0 < len(value) <= MOST:
-        raise RequestError(f"{name} is a list of {len(value):,}; expected 1 to {MOST:,} items")
+    if not 0 < len(value) <= VIDEOS:
+        raise RequestError(f"{name} is a list of {len(value):,}; expected 1 to {VIDEOS:,} items")
     return list(value)
 
 

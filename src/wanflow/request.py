@@ -146,6 +146,7 @@ class Picture(PictureRecord):
 PICTURES = ("image", "last_image")  # fields of a request
 PROMPT = 20_000  # characters: the model reads 512 tokens; cleaning takes the square of its length
 LORAS = 64
+VIDEOS = 10_000  # of one call, or of one command
 SCALE: dict[str, Any] = {"group": "sampling", "range": (0, 100), "metavar": "SCALE"}  # of guidance
 
 

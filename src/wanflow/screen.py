@@ -226,32 +226,6 @@ class _Task:
         return {**facts, "seconds": round(passed, 3), "eta": eta}
 
 
-class Many:
-    """How far a list of videos is, and when all will be there.
-
-    Args:
-        works: what each one costs, in any unit.
-    """
-
-    def __init__(self, works: Sequence[float]) -> None:
-        self.works, self.number = works, 0
-        self._began, self._before = time.monotonic(), 0.0  # work that was done before
-
-    def begin(self, number: int, share: float) -> None:
-        """Begin a video, of which a share is done already."""
-        self.number = number
-        self._before += share * self.works[number]
-
-    def text(self, share: float) -> str:
-        """Return which video it is, and the time to the end of all."""
-        which = f"video {self.number + 1}/{len(self.works)}"
-        done = sum(self.works[: self.number]) + share * self.works[self.number]
-        if done <= self._before:
-            return which
-        left = (time.monotonic() - self._began) / (done - self._before)
-        return f"{which}, ETA of all {duration(left * (sum(self.works) - done))}"
-
-
 class Screen:
     """Messages and progress, on standard error.
 
@@ -262,14 +236,14 @@ class Screen:
         events: print JSON lines in place of messages and bars.
 
     stages: the seconds of each task that has ended, by its name.
-    many: the list of which the next run makes a video, if there is one.
+    among: how far a list of videos is, by the share of the one that is made; None: there is one.
     """
 
     def __init__(self, quiet: bool = False, events: bool = False) -> None:
         self.console = console(stderr=True, soft_wrap=True, quiet=quiet)
         self.events = events
         self.stages: dict[str, float] = {}
-        self.many: Many | None = None
+        self.among: Callable[[float], str] | None = None
         self._step_times: list[float] = []
         self._tasks: dict[str, _Task] = {}
         self._bars: Bars | None = None
@@ -434,13 +408,10 @@ class Screen:
                 what += f", {name} frame {file} ({picture.width}*{picture.height})"
         self.say(f"{what}; {len(timed)} {request.sample_solver} steps{split} -> {target}")
 
-    def next_video(self, number: int, share: float, what: str) -> None:
-        """Show that a video of a list begins, and forget the times of the one before."""
+    def forget(self) -> None:
+        """Forget the times of a run that has ended: another one begins."""
         self.stages.clear()
         self._step_times.clear()
-        if self.many is not None:
-            self.many.begin(number, share)
-            self.say(f"{self.many.text(share)}: {what}")
 
     def loading(self, what: str, done: int, total: int) -> None:
         """Show how far the weights of a part are read; bytes."""
@@ -459,8 +430,8 @@ class Screen:
             times.append(time.monotonic())
             self._step_times.append(times[-1] - times.pop(0))
             note = f"{title(progress.expert)}, sigma {progress.sigma:.3f}"
-            if self.many is not None:
-                note += f", {self.many.text(progress.step / total)}"
+            if self.among is not None:
+                note += f", {self.among(progress.step / total)}"
             self.progress(what, progress.step, total, "step", note, last_line=True)
 
         with self:

@@ -28,6 +28,7 @@ OWN = {
     *("--ckpt_dir", "--high", "--low", "--dit", "--t5", "--vae", "--tokenizer"),
     *("--save_file", "--overwrite", "--contact_sheet", "--resume", "--force"),
     *("--config", "--recipe", "--lora_dir", "--trust_paths"),
+    *("--prompt_file", "--seeds", "--num_videos", "--grid", "--out_dir"),
     *("--gpus", "--timeout", "--parallel", "--preset", "--sample_guide_scale"),
     *("--task", "--t5_fsdp", "--convert_model_dtype", "--use_prompt_extend"),
     *("--prompt_extend_method", "--prompt_extend_model", "--prompt_extend_target_lang"),

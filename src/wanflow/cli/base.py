@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanflow.cli.flags import CKPT_DIR, PARTS, given_parts
+from wanflow.cli.flags import CKPT_DIR, LIST, PARTS, given_parts
 from wanflow.cli.parser import Parser, did_you_mean, flag_default, yes_or_no
 from wanflow.cli.trust import is_embedded, with_trusted_paths, with_trusted_pictures
 from wanflow.config import RequestError
@@ -26,7 +26,7 @@ Parsers = Mapping[str, Callable[[], Parser]]
 CONFIG_BYTES = 1 << 16
 DIGITS = 30  # of a number in a config file
 # They belong on a command line.
-ALONE = ("help", "help-all", "config", "recipe", "resume", "trust_paths")
+ALONE = ("help", "help-all", "config", "recipe", "resume", "trust_paths", *LIST, "out_dir")
 CHOSEN_HERE = ("device", "attention")  # of a recipe: another machine may lack its own
 LAYOUT = ("cfg_parallel", "ring_size", "ulysses_size")
 # A flag that decides what others decide too: where it is given, their base does not count.

@@ -111,8 +111,12 @@ def _make(
             if turn.texts:
                 pipe.parts.remember(turn.texts)
             run = turn.run or pipe.begin(turn.request)
-            share = run.state.index / run.request.sample_steps
-            screen.next_video(turn.number, share, turn.name)
+            screen.forget()
+            if queue is not None:
+                many = queue.many
+                many.begin(turn.number, run.state.index / run.request.sample_steps)
+                screen.among = many.text
+                screen.say(f"{many.text(many.share)}: {turn.name}")
             run_and_save(pipe, run, turn.target, one, screen, lambda run, file: again(args))
     except Exception as error:
         words = _fault(error)

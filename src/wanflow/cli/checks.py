@@ -11,9 +11,15 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from wanflow.cli.flags import given_parts, model_of_task, request_from, runtime_from
+from wanflow.cli.flags import (
+    LIST,
+    asks_for_several,
+    given_parts,
+    model_of_task,
+    request_from,
+    runtime_from,
+)
 from wanflow.cli.parser import did_you_mean, settings_from
-from wanflow.cli.prompts import LIST, asks_for_several, wanted
 from wanflow.cli.running import check_target_name
 from wanflow.config import RequestError
 from wanflow.geometry import COMMON, geometry_of, parse_size
@@ -86,8 +92,10 @@ def _several(args: argparse.Namespace) -> None:
             " --out_dir"
         )
     if args.ckpt_dir is not None or given_parts(args):
+        from wanflow.cli.prompts import wanted
+
         spec = model_of_task(args)
-        wanted(args, lambda request: _check_request(request, spec))
+        wanted(args, request_from(args), lambda request: _check_request(request, spec))
         _weights(args)
     folder = args.out_dir
     if folder is not None and exists(folder) and not folder.is_dir():

@@ -8,7 +8,16 @@ from typing import Any
 from wanflow.cli.parser import Parser, file_path
 
 SHELLS = ("bash", "zsh", "fish")
-FOLDERS = ("ckpt_dir", "local_dir", "data", "out", "work_dir", "text_cache", "machine_cache")
+FOLDERS = (
+    "ckpt_dir",
+    "local_dir",
+    "data",
+    "out",
+    "out_dir",
+    "work_dir",
+    "text_cache",
+    "machine_cache",
+)
 # Texts that are files or folders, or other names.
 PATHS = ("path", "source", "lora", "evaluate", "image", "last_image")
 

@@ -6,12 +6,12 @@ import argparse
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanflow.cli.parser import Parser, add_settings, file_path, number, settings_from, short
 from wanflow.config import RequestError
 from wanflow.presets import EMBEDDED, FAMILY, SETTINGS, ModelSpec
-from wanflow.request import SCALE, Request, with_settings
+from wanflow.request import SCALE, VIDEOS, Request, with_settings
 from wanflow.runtime import Runtime
 from wanflow.untrusted import printable, user_path
 
@@ -46,6 +46,7 @@ PARTS: dict[Part, str] = {
     "vae": "the VAE",
     "tokenizer": "tokenizer.json, spiece.model, or a T5 file that embeds it",
 }
+LIST = ("prompt_file", "seeds", "num_videos", "grid")  # flags that ask for several videos
 # The groups that settings name, in the order of --help-all: title and description.
 GROUPS = {
     "main": ("most used", None),
@@ -226,6 +227,60 @@ def _compatible_flags(group: argparse._ArgumentGroup) -> None:
     )
     for flag in OTHER_TASKS:
         group.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
+
+
+# Several videos
+
+
+def list_flags(p: Parser) -> None:
+    """Add the flags that ask for several videos by one load of the model."""
+    add = p.add_argument_group(
+        "several videos", "One load of the model; the same command goes on after a stop."
+    ).add_argument
+    add(
+        "--prompt_file",
+        type=file_path,
+        metavar="FILE",
+        help="a prompt a line with options behind it (.txt), objects (.jsonl) or columns (.csv)",
+    )
+    add("--seeds", type=_seeds, metavar="1,2,3", help="a video for each seed; 1-4 is a range")
+    add(
+        "--num_videos",
+        type=number(int, 1, VIDEOS),
+        metavar="N",
+        help="so many videos of each prompt, with seeds from --base_seed on, or drawn",
+    )
+    add(
+        "--grid",
+        type=_axis,
+        nargs="+",
+        action="extend",
+        metavar="NAME=1,2",
+        help="a video for each combination of settings, and a labelled sheet of them all",
+    )
+    add(
+        "--out_dir",
+        type=file_path,
+        metavar="DIR",
+        help="the folder of several videos and of their queue",
+    )
+
+
+def asks_for_several(args: argparse.Namespace) -> bool:
+    """Return whether a command line asks for a list of videos."""
+    return any(getattr(args, flag, None) is not None for flag in LIST)
+
+
+def _seeds(text: str) -> list[int]:
+    from wanflow.cli.prompts import seeds
+
+    return seeds(text)
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    from wanflow.cli.prompts import axis
+
+    return axis(text)
 
 
 # What the flags say

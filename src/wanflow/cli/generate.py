@@ -17,7 +17,9 @@ from wanflow.cli.flags import (
     CKPT_DIR,
     OTHER_TASKS,
     again_flags,
+    asks_for_several,
     given_parts,
+    list_flags,
     model_of_task,
     refuse_other_task,
     request_from,
@@ -25,7 +27,6 @@ from wanflow.cli.flags import (
 )
 from wanflow.cli.keeping import STATE_SUFFIX, continuing, refuse_another, state_of
 from wanflow.cli.parser import Parser, file_path, settings_from
-from wanflow.cli.prompts import asks_for_several, list_flags
 from wanflow.cli.running import check_target_name, run_and_save, world_size
 from wanflow.cli.trust import is_embedded, unread, with_trusted_paths, with_trusted_pictures
 from wanflow.config import RequestError

@@ -25,16 +25,42 @@ PAPER, INK, HOLE, TROUBLE = (255, 255, 255), (24, 24, 24), (232, 232, 232), (176
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A video of a sheet: its file and its frames, or why there is none."""
+class Cell:
+    """A video of a sheet.
 
+    prompt: what it shows. settings: its place, by the name of each axis. file: None where it
+    failed. frames: how many it has. missing: why it is not there.
+    """
+
+    prompt: str
+    settings: Mapping[str, Any]
     file: Path | None
     frames: int = 1
     missing: str = ""
 
 
+def draw_sheets(folder: Path, lines: Sequence[Sequence[Cell]]) -> list[Path]:
+    """Draw a sheet for the videos of each prompt; return the files.
+
+    An axis of one value is left out, unless there is no other.
+    """
+    sheets = []
+    for number, cells in enumerate(lines, 1):
+        axes = {
+            name: list(dict.fromkeys(cell.settings[name] for cell in cells))
+            for name in cells[0].settings
+        }
+        several = {name: values for name, values in axes.items() if len(values) > 1}
+        axes = several or dict(list(axes.items())[-1:])
+        places = {tuple(cell.settings[name] for name in axes): cell for cell in cells}
+        path = folder / ("grid.png" if len(lines) == 1 else f"grid_{number}.png")
+        draw(path, cells[0].prompt, axes, places)
+        sheets.append(path)
+    return sheets
+
+
 def draw(
-    path: Path, title: str, axes: Mapping[str, Sequence[Any]], cells: Mapping[Place, Shown]
+    path: Path, title: str, axes: Mapping[str, Sequence[Any]], cells: Mapping[Place, Cell]
 ) -> None:
     """Write the sheet as a PNG, in place of an earlier one.
 
@@ -86,7 +112,7 @@ def draw(
     save_picture(path, np.asarray(sheet, dtype=np.uint8), {}, overwrite=True)
 
 
-def _picture(one: Shown, side: int) -> Image | None:
+def _picture(one: Cell, side: int) -> Image | None:
     """Return the middle frame of a video, at most `side` pixels long."""
     from PIL import Image
 
@@ -108,7 +134,7 @@ def _hole(
     pen: ImageDraw,
     corner: tuple[int, int],
     size: tuple[int, int],
-    one: Shown | None,
+    one: Cell | None,
     font: FreeTypeFont | BitmapFont,
 ) -> None:
     """Draw the place of a video that is not there, and why."""

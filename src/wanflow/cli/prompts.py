@@ -14,26 +14,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from wanflow.cli.flags import request_from
-from wanflow.cli.parser import (
-    Parser,
-    did_you_mean,
-    file_path,
-    number,
-    settings_from,
-    short,
-    yes_or_no,
-)
+from wanflow.cli.parser import did_you_mean, number, settings_from, short, yes_or_no
 from wanflow.config import RequestError
-from wanflow.request import Request
+from wanflow.request import VIDEOS, Request
 from wanflow.settings import Setting, check, settings_of
 from wanflow.untrusted import parse_json, printable, read_bytes, shown, user_path
 
-MOST = 10_000  # videos of one command
 CELLS = 400  # pictures of one contact sheet
 BYTES = 64 << 20  # of a file of prompts
 WRONG = 50  # wrong lines that a message names
-LIST = ("prompt_file", "seeds", "num_videos", "grid")  # flags that ask for several videos
 # An option within a line; its value may stand in quotes.
 OPTION = re.compile(
     r"(?:^|\s)--([A-Za-z][\w-]*)(?:[\s=]+(\"[^\"]*\"|'[^']*'|.*?))?(?=\s+--[A-Za-z]|\s*$)"
@@ -69,25 +58,22 @@ class _Line:
     wrong: RequestError | None = None
 
 
-def asks_for_several(args: argparse.Namespace) -> bool:
-    """Return whether a command line asks for a list of videos."""
-    return any(getattr(args, flag, None) is not None for flag in LIST)
-
-
 def wanted(
-    args: argparse.Namespace, check_more: Callable[[Request], object] = lambda request: None
+    args: argparse.Namespace,
+    base: Request,
+    check_more: Callable[[Request], object] = lambda request: None,
 ) -> list[Wanted]:
     """Return every video that a command line asks for, in order.
 
     Args:
         args: of `wanflow generate`.
+        base: what its flags say of every video.
         check_more: raises RequestError for a request that is refused before weights are read.
 
     Raises:
         RequestError: naming all lines that are wrong.
     """
     axes = _axes(args)
-    base = request_from(args)
     found, wrong = list[Wanted](), list[str]()
     for index, line in enumerate(_lines(args)):
         where = f"{line.where}: " if line.where else ""
@@ -96,11 +82,11 @@ def wanted(
                 check(Request, one.request)
                 check_more(one.request)
                 found.append(replace(one, line=index))
-                if len(found) > MOST:
-                    raise RequestError(f"more than {MOST:,} videos; make them in several lists")
+                if len(found) > VIDEOS:
+                    raise RequestError(f"more than {VIDEOS:,} videos; make them in several lists")
         except RequestError as error:
             wrong.append(f"{where}{error}")
-        if len(found) > MOST:
+        if len(found) > VIDEOS:
             break
     if wrong:
         more = [f"and {len(wrong) - WRONG:,} more"] if len(wrong) > WRONG else []
@@ -311,40 +297,6 @@ def _reading(reader: Callable[[str], Any], text: str, spelt: str) -> Any:
 # Flags
 
 
-def list_flags(p: Parser) -> None:
-    """Add the flags that ask for several videos by one load of the model."""
-    add = p.add_argument_group(
-        "several videos", "One load of the model; the same command goes on after a stop."
-    ).add_argument
-    add(
-        "--prompt_file",
-        type=file_path,
-        metavar="FILE",
-        help="a prompt a line with options behind it (.txt), objects (.jsonl) or columns (.csv)",
-    )
-    add("--seeds", type=seeds, metavar="1,2,3", help="a video for each seed; 1-4 is a range")
-    add(
-        "--num_videos",
-        type=number(int, 1, MOST),
-        metavar="N",
-        help="so many videos of each prompt, with seeds from --base_seed on, or drawn",
-    )
-    add(
-        "--grid",
-        type=axis,
-        nargs="+",
-        action="extend",
-        metavar="NAME=1,2",
-        help="a video for each combination of settings, and a labelled sheet of them all",
-    )
-    add(
-        "--out_dir",
-        type=file_path,
-        metavar="DIR",
-        help="the folder of several videos and of their queue",
-    )
-
-
 def seeds(text: str) -> list[int]:
     """Read seeds: `1,2,3`, `1-4`, or both."""
     found: list[int] = []
@@ -355,9 +307,9 @@ def seeds(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(
                 f"must be numbers and ranges such as 1,2,3 or 1-4 (got {short(repr(text))})"
             )
-        if last - first >= MOST:
+        if last - first >= VIDEOS:
             raise argparse.ArgumentTypeError(
-                f"must be at most {MOST:,} seeds (got {short(repr(text))})"
+                f"must be at most {VIDEOS:,} seeds (got {short(repr(text))})"
             )
         found += range(first, last + 1)
     if len(set(found)) < len(found):

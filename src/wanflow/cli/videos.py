@@ -13,13 +13,15 @@ import logging
 import re
 import secrets
 import shlex
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanflow.cli.flags import request_from
 from wanflow.cli.generate import checked, extended, notes
 from wanflow.cli.keeping import launcher, state_of
 from wanflow.cli.parser import settings_from
@@ -32,10 +34,10 @@ from wanflow.pipeline import Run
 from wanflow.request import PICTURES, CompleteRequest, Request
 from wanflow.runtime import Runtime
 from wanflow.sanity import OutputError
-from wanflow.screen import Many
 from wanflow.serve.jobs import Job, new_id
 from wanflow.serve.local import LocalStore
 from wanflow.settings import settings_of
+from wanflow.units import duration
 from wanflow.untrusted import printable
 
 if TYPE_CHECKING:
@@ -69,6 +71,32 @@ class Turn:
 def again(args: argparse.Namespace) -> str:
     """Return the command line that goes on: the same one."""
     return shlex.join([*launcher(args), *args.argv])
+
+
+class Many:
+    """How far a list of videos is, and when all will be there.
+
+    Args:
+        works: what each one costs, in any unit.
+    """
+
+    def __init__(self, works: Sequence[float]) -> None:
+        self.works, self.number, self.share = works, 0, 0.0
+        self._began, self._before = time.monotonic(), 0.0  # work that was done before
+
+    def begin(self, number: int, share: float) -> None:
+        """Begin a video, of which a share is done already."""
+        self.number, self.share = number, share
+        self._before += share * self.works[number]
+
+    def text(self, share: float) -> str:
+        """Return which video it is, and the time to the end of all."""
+        which = f"video {self.number + 1}/{len(self.works)}"
+        done = sum(self.works[: self.number]) + share * self.works[self.number]
+        if done <= self._before:
+            return which
+        left = (time.monotonic() - self._began) / (done - self._before)
+        return f"{which}, ETA of all {duration(left * (sum(self.works) - done))}"
 
 
 @dataclass
@@ -117,7 +145,7 @@ class Queue:
         Raises:
             RequestError: naming every line that the model refuses; then nothing is kept.
         """
-        self.spec, found = checkpoint.spec, wanted(self.args)
+        self.spec, found = checkpoint.spec, wanted(self.args, request_from(self.args))
         requests, prints, wrong = list[Request](), list[Prints](), list[str]()
         for one in found:
             try:
@@ -225,7 +253,7 @@ class Queue:
         requests = [_request(one.job) for one in self._left]
         for note in notes(self.args, map(with_pictures, requests), checkpoint):
             logger.warning(note)
-        screen.many = Many([_work(self._complete(one)) for one in requests])
+        self.many = Many([_work(self._complete(one)) for one in requests])
         for one in self.videos:
             one.entry |= self._entry(one)
         document = self.args.output.document
@@ -341,31 +369,22 @@ class Queue:
 
     def _sheets(self) -> list[Path]:
         """Draw a sheet for each prompt of a grid."""
-        from wanflow.cli.grid import Shown, draw
+        if not self.args.grid:
+            return []
+        from wanflow.cli.grid import Cell, draw_sheets
 
-        lines: dict[int, list[Video]] = {}
-        for one in self.videos if self.args.grid else ():
-            lines.setdefault(one.wanted.line, []).append(one)
-        sheets = []
-        for number, some in enumerate(lines.values(), 1):
-            axes: dict[str, list[Any]] = {}
-            seeds = list(dict.fromkeys(one.job.request["seed"] for one in some))
-            own = len(seeds) > 1 and "seed" not in some[0].wanted.cell
-            if own:
-                axes["seed"] = seeds
-            for name in some[0].wanted.cell:
-                axes[name] = list(dict.fromkeys(one.wanted.cell[name] for one in some))
-            cells = {}
-            for one in some:
-                place = *((one.job.request["seed"],) if own else ()), *one.wanted.cell.values()
-                frames = self._complete(_request(one.job)).frame_num
-                there = one.entry["status"] == "completed"
-                file = self._target(one.job) if there else None
-                cells[place] = Shown(file, frames, f"failed: {one.entry.get('error', '')}")
-            path = self.folder / ("grid.png" if len(lines) == 1 else f"grid_{number}.png")
-            draw(path, some[0].wanted.request.prompt, axes, cells)
-            sheets.append(path)
-        return sheets
+        lines: dict[int, list[Cell]] = {}
+        for one in self.videos:
+            there = one.entry["status"] == "completed"
+            cell = Cell(
+                one.wanted.request.prompt,
+                {"seed": one.job.request["seed"], **one.wanted.cell},
+                self._target(one.job) if there else None,
+                self._complete(_request(one.job)).frame_num,
+                f"failed: {one.entry.get('error', '')}",
+            )
+            lines.setdefault(one.wanted.line, []).append(cell)
+        return draw_sheets(self.folder, list(lines.values()))
 
 
 def _count(number: int) -> str:
