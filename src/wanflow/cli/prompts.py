@@ -104,6 +104,7 @@ def _expanded(
     if twice:
         raise RequestError(f"{twice[0]} is set here and by --grid; leave one out")
     asked = replace(base, **values)
+    check(Request, asked)
     if not asked.prompt.strip():
         raise RequestError("there is no prompt; say what the video shows")
     if "seed" in values and args.seeds is not None:
@@ -164,9 +165,12 @@ def _txt(name: str, text: str) -> Iterator[_Line]:
 def _inline(line: str) -> dict[str, Any]:
     options = list(OPTION.finditer(line))
     prompt = line[: options[0].start()].strip() if options else line
-    texts = {found[1]: _unquoted(found[2] or "") for found in options}
+    texts = {found[1]: found[2] or "" for found in options}
     if len(texts) < len(options):
         raise RequestError("an option stands there twice; leave one out")
+    for name, value in texts.items():
+        if name != "lora":  # a list, of which each item may stand in quotes
+            texts[name] = _unquoted(value)
     return ({"prompt": prompt} if prompt else {}) | _values(texts, "--")
 
 
@@ -273,7 +277,10 @@ def _value(name: str, text: str, spelt: str) -> Any:
     if one.kind in (int, float):
         return _number(one.kind, text, spelt, *(one.range or ()))
     if one.kind is tuple:
-        return tuple(shlex.split(text))
+        try:
+            return tuple(shlex.split(text))
+        except ValueError as error:
+            raise RequestError(f"{spelt} {short(text)}: {error}") from None
     if one.kind is bool:
         return _reading(yes_or_no, text or "true", spelt)
     if not text and name != "negative_prompt":
