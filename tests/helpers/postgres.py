@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -56,11 +57,26 @@ class Postgres:
     def url(self, database: str) -> str:
         return f"postgresql://wan:{quote(PASSWORD, safe='')}@127.0.0.1:{self.port}/{database}"
 
+    def schema(self) -> str:
+        """Make a schema, which is a database to a client and a hundred times as cheap."""
+        name = f"s{secrets.token_hex(4)}"
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}".encode())
+        return f"{self.url('postgres')}?options=-csearch_path%3D{name}"
+
     def create(self, database: str) -> str:
         """Make a database; return its URL."""
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{database}"'.encode())
         return self.url(database)
+
+    def copy(self, table: str, source: str, target: str) -> None:
+        """Copy a table with its rows from one database to another."""
+        dump = subprocess.run(
+            [_binary("pg_dump"), f"--dbname={source}", f"--table={table}"], stdout=subprocess.PIPE
+        ).stdout
+        load = [_binary("psql"), f"--dbname={target}", "--quiet", "--set=ON_ERROR_STOP=1"]
+        subprocess.run(load, input=dump, check=True, stdout=subprocess.DEVNULL)
 
     def start(self) -> None:
         """Start the server, and return when it answers; also after `kill`."""

@@ -63,7 +63,7 @@ def opened(folder: Path, db: str | None, silent_s: float) -> Any:
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     db = None
     if request.param == "postgres":
-        db = request.getfixturevalue("postgres").create(new_id())
+        db = request.getfixturevalue("postgres").schema()
     made = Place(tmp_path, db)
     yield made
     for store in made.opened:
@@ -624,6 +624,18 @@ def test_a_damaged_file_is_said_in_words(tmp_path: Path) -> None:
         LocalStore(tmp_path).page()
 
 
+@pytest.mark.parametrize("value", ["'{'", "CAST(x'7bff7d' AS TEXT)", "'[3]'"])
+def test_a_damaged_row_is_said_in_words(tmp_path: Path, value: str) -> None:
+    store = LocalStore(tmp_path)
+    (id,) = submitted(store, 1)
+    with sqlite3.connect(tmp_path / FILE) as other:
+        other.execute(f"UPDATE wanflow_jobs SET progress = {value}")
+    words = f"{id} is damaged.*delete the row|a text is no UTF-8: the file is damaged"
+    with pytest.raises(StoreError, match=words):
+        store.page()
+    store.close()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="choose another folder"):
@@ -743,7 +755,7 @@ def test_a_database_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_database_is_away_for_ten_seconds(postgres: Postgres, tmp_path: Path) -> None:
-    store: Any = open_store(postgres.create(new_id()), tmp_path)
+    store: Any = open_store(postgres.schema(), tmp_path)
     store.enrol(Worker("a", "nano"))
     _, second = submitted(store, 2)
     taken = store.claim("a")
@@ -783,7 +795,7 @@ def test_the_database_is_away_for_ten_seconds(postgres: Postgres, tmp_path: Path
 def test_a_jump_of_the_database_clock_does_nothing(postgres: Postgres, tmp_path: Path) -> None:
     import psycopg
 
-    url = postgres.create(new_id())
+    url = postgres.schema()
     store: Any = open_store(url, tmp_path)
     submitted(store, 1)
     store.enrol(Worker("a", "nano"))
@@ -803,7 +815,7 @@ def test_a_jump_of_the_database_clock_does_nothing(postgres: Postgres, tmp_path:
 def test_entries_that_somebody_deleted_come_back(postgres: Postgres, tmp_path: Path) -> None:
     import psycopg
 
-    url = postgres.create(new_id())
+    url = postgres.schema()
     store: Any = open_store(url, tmp_path)
     first, second, third = submitted(store, 3)
     store.enrol(Worker("a", "nano"))
@@ -818,10 +830,28 @@ def test_entries_that_somebody_deleted_come_back(postgres: Postgres, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_copy_of_our_table_is_enough(postgres: Postgres, tmp_path: Path) -> None:
+    """Moving to another database, or to an engine with other tables, is `pg_dump` of one table."""
+    old: Any = open_store(postgres.create(new_id()), tmp_path)
+    ids = submitted(old, 3)
+    old.enrol(Worker("a", "nano"))
+    old.claim("a")
+    url = postgres.create(new_id())
+    postgres.copy("wanflow_jobs", old._pool.conninfo, url)
+    old.close()
+    store: Any = open_store(url, tmp_path)
+    assert [one.id for one in store.recover()] == ids[:1]
+    store.recover()  # the first stands in the queue since
+    ids += submitted(store, 1)
+    assert [pair[0] for pair in drained(store, "b")] == ids
+    store.close()
+
+
+@pytest.mark.slow
 def test_a_second_entry_is_harmless(postgres: Postgres, tmp_path: Path) -> None:
     import psycopg
 
-    url = postgres.create(new_id())
+    url = postgres.schema()
     store: Any = open_store(url, tmp_path)
     first, second = submitted(store, 2)
     with psycopg.connect(url) as connection:
@@ -839,7 +869,7 @@ def test_a_database_with_another_queue_is_refused(postgres: Postgres, tmp_path: 
     import psycopg
     from procrastinate.schema import SchemaManager
 
-    url = postgres.create(new_id())
+    url = postgres.schema()
     with psycopg.connect(url) as connection:
         connection.execute(SchemaManager.get_schema())
     with pytest.raises(RequestError, match="createdb wanflow") as refused:
@@ -849,7 +879,7 @@ def test_a_database_with_another_queue_is_refused(postgres: Postgres, tmp_path: 
 
 @pytest.mark.slow
 def test_many_open_a_new_database_at_once(postgres: Postgres, tmp_path: Path) -> None:
-    url = postgres.create(new_id())
+    url = postgres.schema()
     stores = at_once(4, lambda n: open_store(url, tmp_path))
     assert [store.submit(job())[1] for store in stores] == [True] * 4
     for store in stores:
@@ -874,7 +904,7 @@ def test_one_that_stands_still_stops_nobody(
     from wanflow.serve import fleet
 
     monkeypatch.setattr(fleet, "LIMITS", fleet.LIMITS.replace("10s", "1s"))
-    url = postgres.create(new_id())
+    url = postgres.schema()
     store: Any = open_store(url, tmp_path)
     with psycopg.connect(url) as frozen:
         frozen.execute(fleet.LIMITS.encode())

@@ -100,9 +100,11 @@ class FleetStore(Rows):
         try:
             yield
         except (psycopg.Error, ConnectorException) as error:
-            said = str(error.__cause__ if isinstance(error, ConnectorException) else error)
-            words = said.strip().partition("\n")[0] or type(error).__name__
-            raise StoreError(f"{self._place}: {words}; is the database running?") from error
+            cause = error.__cause__ if isinstance(error, ConnectorException) else error
+            words = str(cause).strip().partition("\n")[0] or type(cause).__name__
+            answered = "FATAL" in words or not isinstance(cause, psycopg.OperationalError)
+            advice = "" if answered else "; is the database running, and the address right?"
+            raise StoreError(f"{self._place}: {words}{advice}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[JobManager]:
@@ -354,17 +356,19 @@ def _make_tables(connection: psycopg.Connection, name: str) -> None:
     """Make our tables and the engine's, all or none, where they are not there."""
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
-        found = connection.execute(
-            "SELECT to_regclass('wanflow_jobs'), to_regclass(%s)", ["procrastinate_jobs"]
-        ).fetchone()
-        ours, engine = found or (None, None)
-        if ours is not None:
+        tables = ("wanflow_jobs", "procrastinate_jobs")
+        [found] = connection.execute("SELECT to_regclass(%s), to_regclass(%s)", tables).fetchall()
+        ours, engine = (table is not None for table in found)
+        if ours and engine:
             return
-        if engine is not None:
+        if engine:
             raise RequestError(
                 f"{name}: another application keeps its queue here; give wanflow a database of its"
                 " own: createdb wanflow"
             )
+        # Without the engine's tables (an upgrade of it may need new ones) workers enrol again, and
+        # `recover` makes the entries from our rows.
+        connection.execute("DROP TABLE IF EXISTS wanflow_workers")
         connection.execute(SchemaManager.get_schema())
         for statement in TABLES:
             connection.execute(statement.format(serial="BIGSERIAL PRIMARY KEY").encode())

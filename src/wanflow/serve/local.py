@@ -24,12 +24,13 @@ OWNER = "supervisor"  # a file that says who owns the folder; its lock stands be
 WAIT_S = 0.2  # between two looks at the queue
 BUSY_S = 10.0  # for another process that writes
 
-DAMAGED = "the file is damaged; move it away and start again: videos stay, the list of jobs is new"
+DAMAGED = "the file is damaged; move it away and start again: videos stay, their list does not"
 SHUT = "the file cannot be opened or written; choose a folder that belongs to you"
 ADVICE = {
     sqlite3.SQLITE_FULL: "the disk is full; free some space",
     sqlite3.SQLITE_IOERR: "the disk is full or failing; free some space, or choose another folder",
     sqlite3.SQLITE_BUSY: "another process writes for too long; try again",
+    sqlite3.SQLITE_ERROR: DAMAGED,  # a statement of ours that does not fit the file
     sqlite3.SQLITE_CORRUPT: DAMAGED,
     sqlite3.SQLITE_NOTADB: DAMAGED,
     sqlite3.SQLITE_CANTOPEN: SHUT,
@@ -63,7 +64,7 @@ class LocalStore(Rows):
         except OSError as error:
             raise RequestError(f"{self._file}: {error.strerror}; choose another folder") from None
         except StoreError as error:
-            if DAMAGED in str(error) or SHUT in str(error):  # trying again helps nobody
+            if _advice(error.__cause__) in (DAMAGED, SHUT):  # trying again helps nobody
                 raise RequestError(str(error)) from None
             raise
 
@@ -82,9 +83,10 @@ class LocalStore(Rows):
             except IndexError:
                 connection = self._connect()
             found = connection.execute(statement, values).fetchall()
-        except sqlite3.Error as error:  # the connection is closed as nobody holds it any more
-            advice = ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "try again")
-            raise StoreError(f"{self._file}: {error}: {advice}") from error
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # nobody holds the connection now
+            # An error without a code is a text that cannot be read, and shows it: a prompt, maybe.
+            words = error if hasattr(error, "sqlite_errorcode") else "a text is no UTF-8"
+            raise StoreError(f"{self._file}: {words}: {_advice(error)}") from error
         self._free.append(connection)
         return found
 
@@ -145,6 +147,11 @@ class LocalStore(Rows):
         """See `Store`."""
         while self._free:
             self._free.pop().close()
+
+
+def _advice(error: BaseException | None) -> str:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    return ADVICE.get(code & 0xFF, "try again")
 
 
 @contextmanager

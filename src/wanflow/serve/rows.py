@@ -21,6 +21,7 @@ from wanflow.serve.jobs import (
     Progress,
     Standing,
     State,
+    StoreError,
     Worker,
 )
 
@@ -278,14 +279,37 @@ def _one(rows: list[Sequence[Any]]) -> Job | None:
 
 
 def _job(row: Sequence[Any]) -> Job:
-    (id, state, key, attempts, owner, cancel, idempotency, request, about) = row[:9]
-    progress, result, error, story = row[9:13]
+    try:
+        return _read(*row)
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"the row of {row[0]} is damaged: {error}; delete the row") from error
+
+
+def _read(
+    id: str,
+    state: State,
+    key: str,
+    attempts: int,
+    owner: str,
+    cancel: int,
+    idempotency: str | None,
+    request: str,
+    about: str,
+    progress: str,
+    result: str,
+    error: str | None,
+    story: str,
+    created_at: float,
+    started_at: float | None,
+    completed_at: float | None,
+) -> Job:
+    """Read the values of `COLUMNS`."""
     return Job(
         id=id,
         request=json.loads(request),
         key=key,
         state=state,
-        attempts=int(attempts),
+        attempts=attempts,
         owner=owner,
         cancel=bool(cancel),
         progress=Progress(**json.loads(progress)),
@@ -294,7 +318,7 @@ def _job(row: Sequence[Any]) -> Job:
         story=tuple(json.loads(story)),
         about=json.loads(about),
         idempotency=idempotency,
-        created_at=row[13],
-        started_at=row[14],
-        completed_at=row[15],
+        created_at=created_at,
+        started_at=started_at,
+        completed_at=completed_at,
     )
