@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,12 +135,17 @@ def contact_sheet(
     Raises:
         RequestError, OSError: as `VideoWriter`.
     """
-    from PIL import Image
-
     total = min(len(frames), count or SHEET_FRAMES)
     numbers = np.linspace(0, len(frames) - 1, total).round().astype(int)
-    pictures = frames[numbers]
-    side = max(pictures.shape[1:3])
+    labels = [str(number + 1) for number in numbers]
+    save_picture(path, grid(frames[numbers], labels, columns), {}, overwrite)
+
+
+def grid(pictures: Frames, labels: Sequence[str] = (), columns: int | None = None) -> Frames:
+    """Return pictures [N, H, W, 3] in a grid, row by row, each with its label, as one picture."""
+    from PIL import Image
+
+    total, side = len(pictures), max(pictures.shape[1:3])
     if side > SHEET_SIDE[1]:
         factor = math.ceil(side / SHEET_SIDE[1])
         small = [Image.fromarray(picture).reduce(factor) for picture in pictures]
@@ -154,19 +159,20 @@ def contact_sheet(
     for index, picture in enumerate(pictures):
         top, left = index // columns * (height + GAP), index % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = picture
-        label = _label(int(numbers[index]) + 1)[:height, :width]
-        sheet[top : top + label.shape[0], left : left + label.shape[1]] = label
-    save_picture(path, sheet, {}, overwrite)
+        if labels:
+            label = _label(labels[index])[:height, :width]
+            sheet[top : top + label.shape[0], left : left + label.shape[1]] = label
+    return sheet
 
 
-def _label(number: int) -> Frames:
-    """Return a frame's number in white on black, uint8 [LABEL, W, 3]."""
+def _label(text: str) -> Frames:
+    """Return a text in white on black, uint8 [LABEL, W, 3]."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default()
-    width = int(font.getlength(str(number))) + 4
+    width = int(font.getlength(text)) + 4
     picture = Image.new("RGB", (width, LABEL))
-    ImageDraw.Draw(picture).text((2, 1), str(number), "white", font)
+    ImageDraw.Draw(picture).text((2, 1), text, "white", font)
     return np.asarray(picture, dtype=np.uint8)
 
 

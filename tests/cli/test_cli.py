@@ -620,8 +620,7 @@ def test_runs_of_one_second_get_names_of_their_own(
 def test_a_full_disk_while_denoising_costs_no_run(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanflow import files
-    from wanflow.cli import keeping
+    from wanflow import files, keeping
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

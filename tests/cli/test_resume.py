@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import wanflow
-from wanflow import files
+from wanflow import files, keeping
 from wanflow.api import Pipeline
-from wanflow.cli import command_parser, keeping, main
-from wanflow.cli.keeping import continuing
+from wanflow.cli import command_parser, main
+from wanflow.cli.keeping import StateKeeper, continuing
 from wanflow.cli.output import Output
 from wanflow.clipfiles import read_frames
 from wanflow.pipeline import OnStep, Progress, Run
@@ -364,8 +364,8 @@ def progress_of(run: Run) -> Progress:
     return Progress(index, 4, 0.0, 0.0, 0.0, "low", run.state.x, run)
 
 
-def keeper_of(run: Run, go_on: str = "go on") -> keeping.StateKeeper:
-    return keeping.StateKeeper(run, STATE, lambda run, file: go_on, Output())
+def keeper_of(run: Run, go_on: str = "go on") -> StateKeeper:
+    return StateKeeper(run, STATE, lambda run, file: go_on, Output())
 
 
 def test_a_step_does_not_wait_for_the_disk(

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "choices",
         "clipfiles",
         "encoding",
+        "keeping",
         "pictures",
         "wording",
         "outputs",

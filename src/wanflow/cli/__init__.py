@@ -99,6 +99,12 @@ COMMANDS = {
         brief=True,
         page=True,
     ),
+    "worker": Command(
+        "worker",
+        "make the videos of a server's queue on this machine",
+        "wanflow worker --ckpt_dir nano --data_dir videos",
+        brief=True,
+    ),
     "completion": Command(
         "completion",
         "print a script for a shell to complete commands",
@@ -106,6 +112,8 @@ COMMANDS = {
         page=True,
     ),
 }
+# That other commands start, and no user.
+HIDDEN = {"gang": Command("worker", "make the jobs of a worker", "wanflow gang --ckpt_dir nano")}
 
 
 def build_parser() -> Parser:
@@ -136,13 +144,13 @@ DESCRIPTION = "Run Wan2.2 (T2V-A14B, I2V-A14B, TI2V-5B), or its miniatures nano 
 
 
 def _texts(name: str) -> dict[str, Any]:
-    command = COMMANDS[name]
+    command = (COMMANDS | HIDDEN)[name]
     description = f"{command.help[0].upper()}{command.help[1:]}."
     return {"description": description, "example": command.example, "brief": command.brief}
 
 
 def _module(name: str) -> Any:
-    return import_module(f"wanflow.cli.{COMMANDS[name].module}")
+    return import_module(f"wanflow.cli.{(COMMANDS | HIDDEN)[name].module}")
 
 
 def _add_flags(name: str, parser: Parser) -> None:
@@ -166,9 +174,9 @@ def _parse(argv: list[str]) -> Any:
         RequestError: for an unknown command or flag.
     """
     name = argv[0] if argv else ""
-    if name in COMMANDS:
+    if name in COMMANDS | HIDDEN:
         words = argv[1:]
-        if not COMMANDS[name].brief:  # its --help explains every flag
+        if name in HIDDEN or not COMMANDS[name].brief:  # its --help explains every flag
             words = ["--help" if word == "--help-all" else word for word in words]
         return _read(command_parser(name), words)
     if name in ("-h", "--help", "--help-all", "help"):
@@ -253,14 +261,14 @@ def _run(argv: list[str], claims: Claims) -> int:
             alone.watch(_nothing(args))
         checks.check(args)
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
-        if getattr(args, "gpus", None) is not None and args.command != "plan":
+        if getattr(args, "gpus", None) is not None and args.command not in ("plan", "worker"):
             from wanflow.cli import devices, launch
 
             started = devices.parse_gpus(args)
             if started is not None:
                 watchdog.leave()  # the agent handles signals
                 return launch.launch(argv, started, output)
-        with output.guarded(COMMANDS[args.command].page):
+        with output.guarded((COMMANDS | HIDDEN)[args.command].page):
             _command(args)(args)
         output.conclude()
     except SystemExit:  # --help

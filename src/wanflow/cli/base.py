@@ -68,7 +68,14 @@ def fill_in(args: argparse.Namespace, parser: Parser, words: list[str], parsers:
     if resumed:  # its weights are those of the saved run
         for name in ("ckpt_dir", *PARTS):
             base.pop(name, None)
-    elif args.command in ("generate", "plan", "train", "bench") and os.environ.get(CKPT_DIR):
+    elif args.command in (
+        "generate",
+        "plan",
+        "train",
+        "bench",
+        "worker",
+        "gang",
+    ) and os.environ.get(CKPT_DIR):
         base.setdefault("ckpt_dir", os.environ[CKPT_DIR])
     if recipe is not None:
         args.base = read_recipe(user_path(recipe))

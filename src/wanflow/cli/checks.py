@@ -58,6 +58,8 @@ def check(args: argparse.Namespace) -> None:
         "inspect": lambda args: _model(args.path, to_load=False),
         "convert": _converted,
         "train": _train,
+        "worker": _worked,
+        "gang": _worked,
     }
     if args.command in checks:
         checks[args.command](args)
@@ -123,6 +125,11 @@ def _measured(args: argparse.Namespace) -> None:
     if not args.check:
         _check_request(Request(**{"prompt": "any", **settings_from(Request, args)}))
         _weights(args)
+
+
+def _worked(args: argparse.Namespace) -> None:
+    _check_runtime(runtime_from(args))
+    _weights(args)
 
 
 def _converted(args: argparse.Namespace) -> None:

@@ -25,12 +25,13 @@ from wanflow.cli.flags import (
     request_from,
     runtime_from,
 )
-from wanflow.cli.keeping import STATE_SUFFIX, continuing, refuse_another, state_of
+from wanflow.cli.keeping import continuing, refuse_another, state_of
 from wanflow.cli.parser import Parser, file_path, settings_from
 from wanflow.cli.running import check_target_name, run_and_save, world_size
 from wanflow.cli.trust import is_embedded, unread, with_trusted_paths, with_trusted_pictures
 from wanflow.config import RequestError
 from wanflow.geometry import parse_size
+from wanflow.keeping import STATE_SUFFIX
 from wanflow.presets import EMBEDDED
 from wanflow.request import PICTURES, Picture, Request
 from wanflow.runtime import Runtime, runtime_of

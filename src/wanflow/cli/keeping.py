@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from threading import RLock, Thread
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +15,7 @@ from wanflow.cli.flags import again_flags, generate_flags
 from wanflow.cli.parser import Parser
 from wanflow.config import RequestError
 from wanflow.described import described
+from wanflow.keeping import STATE_SUFFIX, Keeper, is_of
 from wanflow.request import Request
 from wanflow.runtime import Runtime
 from wanflow.settings import settings_of
@@ -25,20 +23,16 @@ from wanflow.untrusted import printable
 
 if TYPE_CHECKING:
     from wanflow.cli.output import Output
-    from wanflow.pipeline import Progress, Run
+    from wanflow.pipeline import Run
 
-STATE_SUFFIX = ".latent.safetensors"
-SAVE_SECONDS = 5.0  # between two saved states: a crash costs at most this much work and one step
 # What a saved run has decided, or what belongs to the command that began it.
 BEGUN = ("preset", "sample_guide_scale", "recipe", "config", "resume", "save_file", "task")
 
 
-class StateKeeper:
-    """Saves a run every few seconds, and when it is aborted; goes on where the disk is full.
+class StateKeeper(Keeper):
+    """Keeps the run of a command, and says how to go on with it.
 
-    A thread writes the newest state while the next steps compute.
-
-    stored: the step of the state that is on the disk; None before the first.
+    file: that holds the state.
 
     Args:
         run: the run, whose state is kept on the CPU from then on.
@@ -56,58 +50,19 @@ class StateKeeper:
         output: Output,
         source: Path | None = None,
     ) -> None:
-        self.take(run)
-        self._place, self._go_on, self._output = file, go_on, output
+        super().__init__(run, file, output.alert, None if source is None else run.state.index)
+        self._go_on, self._output = go_on, output
         self.file = source or file
-        self.stored = None if source is None else run.state.index
-        self._recipe = run.recipe  # what the file says of how the run is computed
-        self._saved, self._warned = time.monotonic(), False
-        self._disk = RLock()  # held while a state is written; a signal's handler may save, too
-        self._thread = Thread()
 
-    def __call__(self, progress: Progress) -> bool:
-        """Take the state after a step."""
-        self.take(progress.run)
-        if time.monotonic() - self._saved > SAVE_SECONDS and not self._thread.is_alive():
-            self._thread = Thread(target=self.try_to_save, name="wanflow-state")
-            self._thread.start()
-        return True
-
-    def take(self, run: Run) -> None:
-        """Take a state, off the GPU: a thread that saves it cannot wait for what that computes."""
-        tensors = {name: value.cpu() for name, value in run.state.tensors().items()}
-        self.run = replace(run, state=type(run.state).from_tensors(run.state.index, tensors))
-
-    def save(self) -> None:
-        """Write the newest state unless it is on the disk, once no thread is writing.
-
-        Raises:
-            OSError: where the disk refuses.
-        """
-        with self._disk:
-            self._write(self.run)
-
-    def _write(self, run: Run) -> None:
-        if self.stored == run.state.index and self._recipe == run.recipe:
-            return
-        if os.path.lexists(self._place) and not is_of(run, self._place):
-            stem = self._place.name.removesuffix(STATE_SUFFIX)
-            beside = self._place.with_name(f"{stem}-{run.id}{STATE_SUFFIX}")
-            self._output.alert(f"{self._place} is another run's now; this one is saved in {beside}")
-            self._place = beside
-        run.save(self._place)
-        self.file, self.stored, self._recipe = self._place, run.state.index, run.recipe
-
-    def try_to_save(self) -> None:
-        """Write the state; where the disk refuses, say so once and leave it for the next time."""
-        with self._disk:
-            try:
-                self.save()
-            except OSError as error:
-                if not self._warned:
-                    self._output.alert(f"the state of the run is not saved for now: {error}")
-                self._warned = True
-            self._saved = time.monotonic()
+    def write(self, run: Run) -> None:
+        """Write a state to its place, or beside what another run has put there."""
+        if os.path.lexists(self.place) and not is_of(run, self.place):
+            stem = self.place.name.removesuffix(STATE_SUFFIX)
+            beside = self.place.with_name(f"{stem}-{run.id}{STATE_SUFFIX}")
+            self.alert(f"{self.place} is another run's now; this one is saved in {beside}")
+            self.place = beside
+        super().write(run)
+        self.file = self.place
 
     def on_abort(self) -> bool:
         """Save the run and print how to go on with it; return whether there is a state."""
@@ -127,9 +82,8 @@ class StateKeeper:
 
     def remove(self, *others: Path | None) -> None:
         """Delete the state, and others of this run; nothing of another run's."""
-        if self._thread.is_alive():
-            self._thread.join()
-        for file in {self._place, *filter(None, others)}:
+        self.wait()
+        for file in {self.place, *filter(None, others)}:
             if is_of(self.run, file):
                 file.unlink()
 
@@ -149,16 +103,6 @@ def free_name(target: Path, run: Run, overwrite: bool) -> Path:
 def state_of(target: Path) -> Path:
     """Return where the state of a video's run is kept."""
     return target.with_name(target.stem + STATE_SUFFIX)
-
-
-def is_of(run: Run, file: Path) -> bool:
-    """Return whether a file is a saved state of this very run."""
-    from wanflow.pipeline import Run
-
-    try:
-        return Run.header(file)[2] == run.id
-    except RequestError:
-        return False
 
 
 def refuse_another(args: argparse.Namespace, file: Path, run: Run | None) -> None:

@@ -42,6 +42,11 @@ class DataFolder:
         """Return where a picture that a client sent is."""
         return self.path / "pictures" / f"{sha256}.png"
 
+    def drop(self, job: Job) -> None:
+        """Delete what one attempt wrote, and nothing of another."""
+        for file in (self.path / "videos").glob(f"{job.id}.{job.attempts}.*"):
+            remove(file)
+
     def forget(self, id: str, keep: str = "") -> None:
         """Delete what belongs to a job, but for the video of one name and what is beside it."""
         for folder in ("videos", "states", "previews"):

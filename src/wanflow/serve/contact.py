@@ -1,0 +1,77 @@
+"""Keep a worker's contact with the store of jobs: signs of life, and calls that are made again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import TypeVar
+
+from wanflow.serve.jobs import Store, StoreError, Worker
+
+BEAT_S = 5.0  # between two signs of life
+AGAIN_S = 1.0  # between two tries
+
+logger = logging.getLogger("wanflow")
+T = TypeVar("T")
+
+
+class Contact:
+    """A worker's contact with its store, which may be away for a while.
+
+    me: what the store knows of this worker.
+    """
+
+    def __init__(self, store: Store, me: Worker) -> None:
+        self.store, self.me = store, me
+        self._away = False
+        self._over = threading.Event()
+        self._beats = threading.Thread(target=self._beat, name="beats", daemon=True)
+
+    def __enter__(self) -> Contact:
+        self._beats.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._beats.join()
+        with suppress(StoreError):
+            self.store.leave(self.me.id)
+
+    def enrol(self, ready: bool) -> None:
+        """Tell whether a job can start here."""
+        self.me = replace(self.me, ready=ready)
+        self.once(lambda: self.store.enrol(self.me))
+
+    def once(self, call: Callable[[], T]) -> T | None:
+        """Return what a call of the store returns; None where it is away."""
+        try:
+            found = call()
+        except StoreError as error:
+            if not self._away:
+                logger.warning("the store of jobs does not answer (%s); trying again", error)
+            self._away = True
+            return None
+        if self._away:
+            logger.info("the store of jobs answers again")
+        self._away = False
+        return found
+
+    def surely(self, call: Callable[[], T], in_haste: Callable[[], bool]) -> T | None:
+        """Return what a call of the store returns, however long that is away.
+
+        None: there is no time for a second try.
+        """
+        while (found := self.once(lambda: (call(),))) is None:
+            if in_haste():
+                return None
+            time.sleep(AGAIN_S)
+        return found[0]
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_S):
+            with suppress(StoreError):
+                self.store.enrol(self.me)

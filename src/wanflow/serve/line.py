@@ -1,0 +1,135 @@
+"""Connect a worker with its gang: JSON over a local connection that only these two can open.
+
+Nothing is pickled. The end of the connection is how each side learns that the other is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+from wanflow.files import remove
+
+WHERE = "WANFLOW_GANG"  # the environment variable that tells the gang where its worker listens
+LONGEST = 16 << 20  # bytes of a message
+JOIN_S = 20.0  # for the ranks to let go of the connection after the agent is gone
+
+Message = Mapping[str, Any]
+
+
+class Line:
+    """One end of a connection; any thread may say something."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock = connection, Lock()
+
+    def say(self, **message: Any) -> None:
+        """Send a message; one to a side that is gone is lost."""
+        with self._lock, suppress(OSError):
+            self._connection.send_bytes(json.dumps(message).encode())
+
+    def hear(self, take: Callable[[Message], object]) -> None:
+        """Hand each message on, until the other side is gone."""
+        with suppress(EOFError, OSError):
+            while True:
+                take(json.loads(self._connection.recv_bytes(LONGEST)))
+
+    def close(self) -> None:
+        """Close this end."""
+        self._connection.close()
+
+
+def connected(text: str) -> Line:
+    """Return the gang's end, to the worker that the value of `WHERE` names."""
+    where = json.loads(text)
+    address = where["address"]
+    place = tuple(address) if isinstance(address, list) else address
+    return Line(Client(place, authkey=bytes.fromhex(where["key"])))
+
+
+class Gang:
+    """A gang as its worker sees it: a process, and the connection to its rank 0.
+
+    Args:
+        command: that starts it.
+        environment: of the process, which gets `WHERE` besides.
+        take: is called from threads with each message. The last one is `{"say": "ended"}`, with the
+            exit code.
+    """
+
+    def __init__(
+        self, command: list[str], environment: Mapping[str, str], take: Callable[[Message], object]
+    ) -> None:
+        self._take, self._key = take, secrets.token_bytes(32)
+        self._folder = Path(tempfile.mkdtemp(prefix="wanflow-"))  # for this user alone
+        place = str(self._folder / "gang") if hasattr(socket, "AF_UNIX") else ("127.0.0.1", 0)
+        self._listener = Listener(place, authkey=self._key)
+        self._line: Line | None = None
+        where = {"address": self._listener.address, "key": self._key.hex()}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # standard output is the worker's
+            env={**environment, WHERE: json.dumps(where)},
+            start_new_session=True,  # Ctrl-C in a terminal is for the worker
+        )
+        self._hearing = Thread(target=self._hear, name="gang-line", daemon=True)
+        self._hearing.start()
+        Thread(target=self._watch, name="gang-process", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """The number of the process, which is the agent of several ranks."""
+        return self._process.pid
+
+    def say(self, **message: Any) -> None:
+        """Send a message to rank 0."""
+        if self._line is not None:
+            self._line.say(**message)
+
+    def kill(self) -> None:
+        """End the gang at once; its ranks end with it."""
+        with suppress(OSError):
+            self._process.kill()
+
+    def _hear(self) -> None:
+        with suppress(OSError, EOFError, AuthenticationError):  # it ended before it connected
+            self._line = Line(self._listener.accept())
+            self._line.hear(self._take)
+
+    def _watch(self) -> None:
+        code = self._process.wait()
+        self._wake()
+        self._hearing.join(JOIN_S)
+        if self._line is not None:
+            self._line.close()
+        self._listener.close()
+        remove(self._folder)
+        self._take({"say": "ended", "code": code})
+
+    def _wake(self) -> None:
+        """Let a thread go on that waits for a connection."""
+        address = self._listener.address
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as one:
+            one.connect(address)
+
+
+def ending(code: int) -> str:
+    """Return how a process ended, in words."""
+    if code >= 0:
+        return f"the gang ended with exit code {code}"
+    with suppress(ValueError):
+        return f"the gang was killed by {signal.Signals(-code).name}"
+    return f"the gang was killed by signal {-code}"
