@@ -10,7 +10,6 @@ from threading import Thread
 from typing import Any
 
 from helpers.common import PROMPT
-
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import Job, Store, new_id
 from wanflow.serve.line import Message

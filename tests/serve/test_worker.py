@@ -1,4 +1,4 @@
-"""The worker against gangs that the tests play: jobs, faults of a gang, of the store, and signals."""
+"""The worker against gangs that tests play: jobs, faults of gang and store, signals."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_a_job_is_made_and_its_result_kept(store: LocalStore, tmp_path: Path) ->
 
 def test_a_fault_of_the_job_fails_it_with_words(store: LocalStore, tmp_path: Path) -> None:
     def make(gang: Played, made: Message) -> None:
-        gang.take({"say": "failed", "id": made["id"], "code": "out_of_memory", "message": "too big"})
+        gang.take(
+            {"say": "failed", "id": made["id"], "code": "out_of_memory", "message": "too big"}
+        )
         gang.take({"say": "idle"})
 
     scene = Scene(store, tmp_path, make)
@@ -122,14 +124,17 @@ def test_a_cancelled_job_stops_and_leaves_no_files(store: LocalStore, tmp_path: 
 
 
 def test_leaving_puts_the_job_back_without_an_attempt(store: LocalStore, tmp_path: Path) -> None:
-    scene = Scene(store, tmp_path, lambda gang, made: gang.progress(1))
     one = submitted(store, job())
+
+    def begun() -> bool:
+        now = store.get(one.id)
+        return now is not None and now.state == "in_progress"
+
     for _ in range(4):  # more than the attempts that a job has
-        with scene.at_work():
-            wait_for(lambda: scene.state(one) == "in_progress")
+        with Scene(store, tmp_path, lambda gang, made: gang.progress(1)).at_work():
+            wait_for(begun)
         found = store.get(one.id)
         assert found is not None and found.state == "queued"
-        scene = Scene(store, tmp_path, lambda gang, made: gang.progress(1))
     assert "its worker was asked to leave, at step 2" in found.story[0]
 
 
@@ -314,9 +319,9 @@ def test_gangs_that_end_without_a_job_start_ever_later(
     monkeypatch.setattr(worker.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(worker.time, "sleep", sleep)
     assert foreman.run() == signal.SIGTERM
-    said = [line for line in caplog.text.splitlines() if "trying again in" in line]
+    lines = [line for line in caplog.text.splitlines() if "trying again in" in line]
     waits = ["1 s", "2 s", "4 s", "8 s", "16 s", "32 s", "60 s", "60 s", "60 s"]
-    assert [line.rpartition(" in ")[2] for line in said] == waits, said
+    assert [line.rpartition(" in ")[2] for line in lines] == waits
 
 
 def test_a_full_disk_puts_the_job_back_and_waits(

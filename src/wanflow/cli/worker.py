@@ -103,6 +103,7 @@ def worker(args: argparse.Namespace) -> None:
     from wanflow.serve.folder import DataFolder
     from wanflow.serve.jobs import StoreError
     from wanflow.serve.line import Gang
+    from wanflow.serve.stores import open_store
     from wanflow.serve.worker import Foreman, Refused
 
     take_environment(args)
@@ -115,7 +116,7 @@ def worker(args: argparse.Namespace) -> None:
         raise RequestError("--data_dir is missing: name the folder of the queue and its videos")
     command = [*COMMAND, *gang_words(args)]
     try:
-        store = open_store(args)
+        store = open_store(args.db, args.data_dir)
     except StoreError as error:
         raise OSError(f"the store of jobs does not answer: {error}") from None
     foreman = Foreman(
@@ -139,15 +140,6 @@ def take_environment(args: argparse.Namespace) -> None:
         if getattr(args, name) is None and os.environ.get(variable):
             text = os.environ[variable]
             setattr(args, name, file_path(text) if name == "data_dir" else text)
-
-
-def open_store(args: argparse.Namespace) -> Any:
-    """Return where the jobs are."""
-    from wanflow.serve.local import LocalStore
-
-    if args.db is not None:
-        raise RequestError("--db: Postgres is not here yet")
-    return LocalStore(args.data_dir)
 
 
 def gang_words(args: argparse.Namespace) -> list[str]:

@@ -36,6 +36,7 @@ from wanflow.out_of_memory import is_out_of_memory, words
 from wanflow.outputs import refuse_without_room
 from wanflow.pictures import open_picture
 from wanflow.pipeline import Cancelled, Frames, Progress, Run
+from wanflow.preview import Previewer
 from wanflow.request import PICTURES, Request
 from wanflow.sanity import OutputError
 from wanflow.serve.folder import DataFolder
@@ -237,6 +238,7 @@ class Maker:
             self.on_abort(lambda: None)
         keeper.wait()
         width, height = run.request.size
+        tracker.end()
         self._decode_rate = tracker.stages.get("decoding", 0.0) / values(run)
         return {
             "file": video.name,
@@ -299,11 +301,11 @@ class Maker:
         def on_step(progress: Progress) -> bool:
             keeper(progress)
             tracker.step(progress)
+            preview(progress)
             return not worker.stopping(job)
 
-        if worker.stopping(job):
-            raise Cancelled(run)
-        return self.pipe.resume(run, on_step)
+        with Previewer(self.pipe, self.folder.preview(job.id)) as preview:
+            return self.pipe.resume(run, on_step)
 
     def _written(
         self, run: Run, video: Path, job: Job, worker: Instructions, tracker: Tracker

@@ -96,6 +96,10 @@ class Tracker:
         self._enter("saving")
         self._tell()
 
+    def end(self) -> None:
+        """Count the time of the last stage."""
+        self._enter("")
+
     def _enter(self, stage: str) -> None:
         now = time.monotonic()
         self.stages[self._stage] = self.stages.get(self._stage, 0.0) + now - self._since
