@@ -261,7 +261,11 @@ def _run(argv: list[str], claims: Claims) -> int:
             alone.watch(_nothing(args))
         checks.check(args)
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
-        if getattr(args, "gpus", None) is not None and args.command not in ("plan", "worker"):
+        if getattr(args, "gpus", None) is not None and args.command not in (
+            "plan",
+            "serve",
+            "worker",
+        ):
             from wanflow.cli import devices, launch
 
             started = devices.parse_gpus(args)

@@ -255,13 +255,17 @@ def _tell(
 ) -> None:
     """Tell the worker that a job can start, and what it needs to know of this machine."""
     from wanflow.plan.start import placed
+    from wanflow.serve.fitting import machine_document
     from wanflow.serve.gang import settings
-    from wanflow.serve.machines import facts
 
     runtime = pipe.parts.runtime
     cards = () if info is None else range(info.world_size)
     _, machine = placed(runtime, args.data_dir, cards)
     named = {"size": args.size, "frame_num": args.frame_num}
     limits = {name: value for name, value in named.items() if value is not None}
-    about = {"machine": facts(machine), "settings": settings(pipe), "limits": limits}
+    about = {
+        "machine": machine_document(machine, max(1, len(cards))),
+        "settings": settings(pipe),
+        "limits": limits,
+    }
     to.line.say(say="ready", model=pipe.spec.name, **about)
