@@ -114,6 +114,8 @@ COMMANDS = {
 }
 # That other commands start, and no user.
 HIDDEN = {"gang": Command("worker", "make the jobs of a worker", "wanflow gang --ckpt_dir nano")}
+ALL = {**COMMANDS, **HIDDEN}
+NOT_HERE = ("plan", "serve", "worker")  # whose --gpus are for no ranks of this command
 
 
 def build_parser() -> Parser:
@@ -144,13 +146,13 @@ DESCRIPTION = "Run Wan2.2 (T2V-A14B, I2V-A14B, TI2V-5B), or its miniatures nano 
 
 
 def _texts(name: str) -> dict[str, Any]:
-    command = (COMMANDS | HIDDEN)[name]
+    command = ALL[name]
     description = f"{command.help[0].upper()}{command.help[1:]}."
     return {"description": description, "example": command.example, "brief": command.brief}
 
 
 def _module(name: str) -> Any:
-    return import_module(f"wanflow.cli.{(COMMANDS | HIDDEN)[name].module}")
+    return import_module(f"wanflow.cli.{ALL[name].module}")
 
 
 def _add_flags(name: str, parser: Parser) -> None:
@@ -174,7 +176,7 @@ def _parse(argv: list[str]) -> Any:
         RequestError: for an unknown command or flag.
     """
     name = argv[0] if argv else ""
-    if name in COMMANDS | HIDDEN:
+    if name in ALL:
         words = argv[1:]
         if name in HIDDEN or not COMMANDS[name].brief:  # its --help explains every flag
             words = ["--help" if word == "--help-all" else word for word in words]
@@ -261,18 +263,14 @@ def _run(argv: list[str], claims: Claims) -> int:
             alone.watch(_nothing(args))
         checks.check(args)
         watchdog.timeout_s = getattr(args, "timeout", watchdog.timeout_s)
-        if getattr(args, "gpus", None) is not None and args.command not in (
-            "plan",
-            "serve",
-            "worker",
-        ):
+        if getattr(args, "gpus", None) is not None and args.command not in NOT_HERE:
             from wanflow.cli import devices, launch
 
             started = devices.parse_gpus(args)
             if started is not None:
                 watchdog.leave()  # the agent handles signals
                 return launch.launch(argv, started, output)
-        with output.guarded((COMMANDS | HIDDEN)[args.command].page):
+        with output.guarded(ALL[args.command].page):
             _command(args)(args)
         output.conclude()
     except SystemExit:  # --help
