@@ -424,7 +424,7 @@ def test_pictures_come_as_files_and_data_urls(pictured: tuple[Serving, TestClien
         ({"image_url": "http://127.0.0.1:9/x.png"}, "fetches no address"),
         ({"image_url": "file:///etc/passwd"}, "fetches no address"),
         ("/etc/passwd", "fetches no address"),
-        ({"file_id": "file-1"}, "file_id names no file here"),
+        ({"file_id": "file-1"}, "file_id must be the sha256 of a picture"),
         ({"image_url": "data:image/png;base64,@@"}, "base64 is damaged"),
         ({"image_url": "data:image/png;base64,"}, "the file is empty"),
         ({"image_url": "data:text/html;base64,AAAA"}, "fetches no address"),

@@ -151,6 +151,7 @@ FIELDS: Mapping[str, Field] = _known(
     *_same("cfg_low", "cfg_low"),
     *_same("cfg_start", "cfg_start"),
     *_same("cfg_start_steps", "cfg_start_steps"),
+    *_same("lora_from", "lora_from"),
     *_same("boundary", "boundary_ratio", "boundary"),
     *_same("seed", "seed", "base_seed"),
     *_same("exact_size", "exact_size"),

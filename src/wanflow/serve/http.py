@@ -255,15 +255,21 @@ def _add_files(app: FastAPI, service: Service, run: Any) -> None:
         return FileResponse(path, media_type=kind, filename=name, headers=PRIVATE)
 
     @app.get("/v1/videos/{video_id}/preview", responses={**answered("image/webp"), **refused(404)})
-    async def get_preview(video_id: str) -> FileResponse:
+    async def get_preview(video_id: str) -> Response:
         """Return the newest preview of a job at work."""
         path = await run(service.preview, checked(video_id))
-        return FileResponse(path, media_type="image/webp")
+        # At once: a worker replaces the file at any moment, so its length is that of these bytes.
+        return Response(await run(path.read_bytes), media_type="image/webp")
 
     @app.get("/v1/videos/{video_id}/recipe", responses=refused(404, 409))
     async def get_recipe(video_id: str) -> JSONResponse:
         """Return the recipe in a video: everything needed to make it again."""
         return JSONResponse(await run(service.recipe, checked(video_id)))
+
+    @app.get("/v1/videos/{video_id}/request", responses=refused(404))
+    async def get_request(video_id: str) -> JSONResponse:
+        """Return the fields to submit to make a job again, also one that failed."""
+        return JSONResponse(await run(service.request, checked(video_id)))
 
 
 PRIVATE = {"Cache-Control": "private, max-age=3600"}

@@ -20,7 +20,7 @@ from wanflow.serve.errors import Refusal
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import FullError, Job, Store, Worker, new_id
 from wanflow.serve.limits import Limits
-from wanflow.serve.wire import Seen, asked, video
+from wanflow.serve.wire import Seen, again, asked, video
 
 SPECS = {spec.name: spec for spec in (*FAMILY, NANO, NANO_I2V)}
 SIZES = {
@@ -118,9 +118,16 @@ class Service:
                 retry_s=60,
             )
 
-    def _read_picture(self, data: bytes, name: str) -> Picture:
+    def _read_picture(self, data: bytes | str, name: str) -> Picture:
         from wanflow.pictures import read_picture  # takes time to import
 
+        if isinstance(data, str):
+            sha256 = data
+            try:
+                data = self.data.picture(sha256).read_bytes()
+            except OSError:
+                words = f"{name}: the picture {sha256[:12]}... is not kept any more; send it again"
+                raise Refusal(400, words, "picture_missing", name) from None
         with self._opening:
             return read_picture(data, name, int(self.limits.max_picture_mp * 1e6))
 
@@ -197,8 +204,13 @@ class Service:
         return [self.video(job, queue) for job in jobs[:limit]], len(jobs) > limit
 
     def recent(self, limit: int) -> list[tuple[dict[str, Any], int]]:
-        """Return the newest jobs, each with when its preview was written."""
+        """Return the newest jobs and all that are not final, each with its preview's time."""
         videos, _ = self.page(None, limit, True)
+        here = {one["id"] for one in videos}
+        jobs = self.store.page(limit=10_000, states=("queued", "in_progress"))
+        older = [job for job in jobs if job.id not in here]
+        queue = self.queue() if older else {}
+        videos += [self.video(job, queue) for job in older]
         return [
             (
                 one,
@@ -263,6 +275,13 @@ class Service:
         from wanflow.clipfiles import read_recipe
 
         return read_recipe(self.file(id, "video"))
+
+    def request(self, id: str) -> dict[str, Any]:
+        """Return what a client submits to make a job again."""
+        job = self.store.get(id)
+        if job is None:
+            raise missing(id)
+        return again(job)
 
     def ready(self) -> bool:
         """Return whether a job can start."""

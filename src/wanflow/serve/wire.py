@@ -29,7 +29,8 @@ from wanflow.serve.jobs import Job
 from wanflow.serve.limits import Limits
 from wanflow.untrusted import printable, shown
 
-ReadPicture = Callable[[bytes, str], Picture]
+ReadPicture = Callable[[bytes | str, str], Picture]
+SHA256 = re.compile("[0-9a-f]{64}")
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,40}(?:;[\w.+=-]{1,40})*;base64,", re.IGNORECASE)
 
 
@@ -90,7 +91,8 @@ def asked(
         spec: the model that is served.
         limits: of the server.
         loras: the names that a client may use.
-        read_picture: opens a picture's bytes, which a field's name accompanies in messages.
+        read_picture: opens a picture's bytes, or one that the server has by its sha256; a field's
+            name accompanies it in messages.
 
     Raises:
         RequestError: naming the field.
@@ -141,6 +143,7 @@ SAME = {
     "exact_size": ("exact_size",),
     "cfg_start": ("cfg_start",),
     "cfg_start_steps": ("cfg_start_steps",),
+    "lora_from": ("lora_from",),
 }
 
 
@@ -286,8 +289,11 @@ def _with_pictures(
     return replace(request, **opened)
 
 
-def _bytes_of(name: str, value: Any) -> bytes:
-    """Return the bytes of a picture: of a file in a form, or a data URL. Nothing is fetched."""
+def _bytes_of(name: str, value: Any) -> bytes | str:
+    """Return a picture's bytes, of a form or a data URL, or the sha256 that names it here.
+
+    Nothing is fetched.
+    """
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -296,7 +302,13 @@ def _bytes_of(name: str, value: Any) -> bytes:
         value = parse_json(value, name)
     if isinstance(value, dict):
         if "file_id" in value:
-            raise RequestError(f"{name}: file_id names no file here; send the picture itself")
+            known = value["file_id"]
+            if isinstance(known, str) and SHA256.fullmatch(known):
+                return known
+            raise RequestError(
+                f"{name}: file_id must be the sha256 of a picture of an earlier job; send the"
+                f" picture itself (got {shown(known)})"
+            )
         value = value.get("image_url")
         value = value.get("url") if isinstance(value, dict) else value
     expected = f"{name} must be a file of the form, or a URL data:image/png;base64,..."
@@ -319,6 +331,17 @@ def _document(request: Request) -> dict[str, Any]:
             value = value.sha256
         if value != one.default:
             found[one.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def again(job: Job) -> dict[str, Any]:
+    """Return the fields that a client submits to make a job again; they have its seed."""
+    found = dict(job.request)
+    if isinstance(found.get("size"), list):
+        found["size"] = "x".join(map(str, found["size"]))
+    for name in PICTURES:
+        if found.get(name):
+            found[name] = {"file_id": found[name]}
     return found
 
 
