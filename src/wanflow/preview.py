@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 from wanflow.conditioning import conditioning_of
 from wanflow.config import RequestError
 from wanflow.files import write_bytes
+from wanflow.media import explained
 from wanflow.models.vae import WanVAE
 from wanflow.pipeline import Frames, Progress, to_uint8
 from wanflow.presets import ModelSpec
@@ -35,8 +37,6 @@ from wanflow.sampling.timeline import schedule_of
 from wanflow.untrusted import user_path
 
 if TYPE_CHECKING:
-    import os
-
     from wanflow.api import Pipeline
 
 logger = logging.getLogger("wanflow")
@@ -46,7 +46,8 @@ SIDE = 320  # pixels: the longer side of a picture, at most
 SHOWN = 4  # frames in a PNG
 GAP = 4  # pixels between them
 KINDS = (".webp", ".png")
-CLIPS, CELLS, RIDGE = 32, 4, 1e-2  # of the fit
+MARK, LARGEST = b"wanflow preview", 64 << 20  # what a preview holds, and more bytes than one has
+CLIPS, CELLS, RIDGE = 16, 4, 1e-3  # of the fit
 FIT = 1  # changes with what the fit gives
 
 
@@ -64,17 +65,17 @@ class Previewer:
         pipe: the model. Make the object before the run: the first one on a machine reads the VAE,
             which fits the factors. Of several processes only the first one makes it.
         file: the picture to write.
-        show: called by the thread with the frames of each picture, uint8 [t, h, w, 3].
+        show: called by the thread with the step and the frames, uint8 [t, h, w, 3].
 
     Raises:
-        RequestError: for a file of another kind.
+        RequestError: for a file of another kind, or one that is in the way.
     """
 
     def __init__(
         self,
         pipe: Pipeline,
         file: str | os.PathLike[str],
-        show: Callable[[Frames], None] | None = None,
+        show: Callable[[Progress, Frames], None] | None = None,
     ) -> None:
         self.file = preview_file(file)
         self._spec, self._colours, self._show = pipe.spec, pipe.parts.colours(), show
@@ -91,7 +92,8 @@ class Previewer:
     def __call__(self, progress: Progress) -> None:
         """Take a finished step."""
         before, self._before = self._before, progress
-        if progress.step == progress.steps:
+        last = progress.step == progress.steps
+        if last:
             self._before = None
             self.close()
         elif time.monotonic() - self._drawn < EVERY or self._thread.is_alive():
@@ -101,26 +103,28 @@ class Previewer:
             latent = expected(progress, self._spec, before)
             if latent is None:
                 return
-            frames, run = frames_of(latent, self._colours), progress.run
+            frames = frames_of(latent, self._colours)
         except Exception as error:
             return self._say(error)
-        side, fps = min(SIDE, max(run.request.size)), run.request.fps
-        args = frames, side, fps / self._spec.vae.temporal_stride
-        self._thread = Thread(target=self._write, args=args, name="wanflow-preview")
+        self._thread = Thread(target=self._write, args=(progress, frames), name="wanflow-preview")
         self._thread.start()
+        if last:
+            self.close()  # bars end after this step, and pictures stand above them
 
     def close(self) -> None:
         """Wait until the newest picture is written."""
         if self._thread.is_alive():
             self._thread.join()
 
-    def _write(self, frames: Frames, side: int, fps: float) -> None:
+    def _write(self, progress: Progress, frames: Frames) -> None:
+        request = progress.run.request
         try:
-            frames = scaled(frames, side)
-            encode = webp if self.file.suffix.lower() == ".webp" else strip
-            write_bytes(self.file, encode(frames, fps), overwrite=True)
+            frames = scaled(frames, min(SIDE, max(request.size)))
+            moving = self.file.suffix.lower() == ".webp"
+            fps = request.fps / self._spec.vae.temporal_stride
+            write_bytes(self.file, webp(frames, fps) if moving else strip(frames), overwrite=True)
             if self._show is not None:
-                self._show(frames)
+                self._show(progress, frames)
         except Exception as error:
             self._say(error)
 
@@ -131,11 +135,22 @@ class Previewer:
 
 
 def preview_file(file: str | os.PathLike[str]) -> Path:
-    """Return the path of a preview; RequestError unless a preview can be of its kind."""
+    """Return the path of a preview.
+
+    Raises:
+        RequestError: for a file of another kind, and for one that is there and no preview.
+    """
     path = user_path(file)
     if path.suffix.lower() not in KINDS:
         raise RequestError(f"{path}: a preview is .webp, animated, or .png; give it such a name")
+    if os.path.lexists(path) and not _is_preview(path):
+        raise RequestError(f"{path} exists and is no preview of wanflow; choose another name")
     return path
+
+
+def _is_preview(path: Path) -> bool:
+    with explained(path):
+        return path.is_file() and path.stat().st_size < LARGEST and MARK in path.read_bytes()
 
 
 def expected(progress: Progress, spec: ModelSpec, before: Progress | None) -> Tensor | None:
@@ -177,10 +192,12 @@ def frames_of(latent: Tensor, colours: Tensor) -> Frames:
 
     Args:
         latent: on any device.
-        colours: the factors, [z + 1, 3]; the last row is added.
+        colours: the factors of the first latent frame and of the others, [2, z + 1, 3]; the last
+            row is added.
     """
-    factors = colours.to(latent)
-    return to_uint8(torch.tensordot(factors[:-1].T, latent[0], 1) + factors[-1].view(3, 1, 1, 1))
+    each = colours.to(latent)[[0] + [1] * (latent.shape[2] - 1)]  # [t, z + 1, 3]
+    seen = torch.einsum("zthw,tzc->cthw", latent[0], each[:, :-1])
+    return to_uint8(seen + each[:, -1].T[..., None, None])
 
 
 def scaled(frames: Frames, side: int) -> Frames:
@@ -201,20 +218,22 @@ def webp(frames: Frames, fps: float) -> bytes:
     first, *others = map(Image.fromarray, frames)
     data, each = io.BytesIO(), round(1000 / fps)
     moving = {"save_all": True, "append_images": others, "duration": each, "loop": 0}
-    first.save(data, "WEBP", quality=80, method=0, **(moving if others else {}))
+    first.save(data, "WEBP", quality=80, method=0, xmp=MARK, **(moving if others else {}))
     return data.getvalue()
 
 
-def strip(frames: Frames, fps: float = 0) -> bytes:
+def strip(frames: Frames) -> bytes:
     """Return up to four frames, evenly spaced and beside each other, as a PNG."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     count = min(SHOWN, len(frames))
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
     gap = np.full((frames.shape[1], GAP, 3), 32, np.uint8)
     beside = [part for number in chosen for part in (gap, frames[number])][1:]
-    data = io.BytesIO()
-    Image.fromarray(np.concatenate(beside, 1)).save(data, "PNG", compress_level=1)
+    data, texts = io.BytesIO(), PngInfo()
+    texts.add_text("Software", MARK.decode())
+    Image.fromarray(np.concatenate(beside, 1)).save(data, "PNG", compress_level=1, pnginfo=texts)
     return data.getvalue()
 
 
@@ -237,7 +256,7 @@ def remembered_colours(
         colours = torch.tensor(kept.get(vae), dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
         colours = torch.empty(0)
-    if colours.shape != (z_dim + 1, 3) or not torch.isfinite(colours).all():
+    if colours.shape != (2, z_dim + 1, 3) or not torch.isfinite(colours).all():
         colours = fit(load())
         kept.put(colours.tolist(), vae)
     return colours
@@ -245,7 +264,10 @@ def remembered_colours(
 
 @torch.no_grad()
 def fit(vae: WanVAE) -> Tensor:
-    """Return the factors of a VAE, [z + 1, 3] float32 on the CPU."""
+    """Return the factors of a VAE, [2, z + 1, 3] float32 on the CPU.
+
+    The first latent frame stands for one frame and each other for four, so it has its own.
+    """
     stride, space = vae.config.temporal_stride, vae.config.spatial_stride
     clips = drawn_clips(1 + stride, 4 * space)
     parameter = next(vae.parameters())
@@ -265,14 +287,14 @@ def pooled(clips: Tensor, space: int) -> Tensor:
 
 
 def least_squares(latent: Tensor, colour: Tensor) -> Tensor:
-    """Return the factors [z + 1, 3] that turn latents [B, z, ...] into colours [B, 3, ...].
+    """Return the factors [2, z + 1, 3] of latents [B, z, 2, h, w] and colours [B, 3, 2, h, w].
 
     A little ridge holds channels that the clips hardly move near zero.
     """
-    z, y = (one.double().transpose(0, 1).flatten(1).T for one in (latent, colour))
+    z, y = (one.double().permute(2, 0, 3, 4, 1).flatten(1, 3) for one in (latent, colour))
     z = F.pad(z, (0, 1), value=1.0)
-    ridge = RIDGE * len(z) * torch.eye(z.shape[1], dtype=z.dtype)
-    return torch.linalg.solve(z.T @ z + ridge, z.T @ y).float()
+    ridge = RIDGE * z.shape[1] * torch.eye(z.shape[2], dtype=z.dtype)
+    return torch.linalg.solve(z.mT @ z + ridge, z.mT @ y).float()
 
 
 def drawn_clips(frames: int, side: int) -> Tensor:

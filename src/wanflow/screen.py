@@ -286,6 +286,13 @@ class Screen:
             elif not self.console.quiet:
                 print_event("message", text=line)
 
+    def obey(self, code: str) -> None:
+        """Send a terminal what it obeys, such as a picture, above the bars."""
+        from rich.segment import ControlType, Segment, Segments
+
+        control = Segment(code, None, [(ControlType.CARRIAGE_RETURN,)])
+        self.console.print(Segments([control]), end="")
+
     def stage(self, text: str) -> None:
         """Show what is being done now, where no ETA is known."""
         if self.live:

@@ -34,7 +34,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ([""], set(COMMANDS)),
         (["gen"], {"generate"}),
-        (["generate", "--pre"], {"--preset", "--prefetch"}),
+        (["generate", "--pre"], {"--preset", "--prefetch", "--preview"}),
         (["generate", "--sample_solver", ""], {"unipc", "dpm++", "euler"}),
         (["generate", "--ckpt_dir", "nano", "--quantize", "f"], {"fp8"}),
         (["generate", "--save_file", "cl"], {"clip.mp4", "clips"}),

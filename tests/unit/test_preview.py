@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers.common import PROMPT, refusal
+from helpers.common import PROMPT, filled, refusal
 from PIL import Image
 from torch import Tensor
 
 import wanflow
 from wanflow import preview
-from wanflow.checkpoint.load import load_vae
+from wanflow.checkpoint.load import load_vae, vae_of
+from wanflow.config import VAE22Config
 from wanflow.models.vae import WanVAE
 from wanflow.opening import resolve
 from wanflow.pipeline import Frames, Progress
@@ -90,7 +91,7 @@ def test_a_preview_sharpens_over_the_steps(pipe: wanflow.Pipeline, solver: str) 
 
 
 def test_the_fit_is_about_as_good_as_one_on_the_world_of_nano(vae: WanVAE) -> None:
-    """R^2 on clips that neither has seen: 0.90 of the run-time fit, 0.92 of the world's."""
+    """R^2 on clips that neither has seen: 0.94 of the run-time fit, 0.96 of the world's."""
 
     def world(seed: int, count: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(seed)
@@ -100,15 +101,16 @@ def test_the_fit_is_about_as_good_as_one_on_the_world_of_nano(vae: WanVAE) -> No
             return vae.encode(both), preview.pooled(both, 8)
 
     def explained(colours: Tensor, latent: Tensor, colour: Tensor) -> float:
-        made = torch.einsum("bzthw,zc->bcthw", latent, colours[:-1])
-        wrong = made + colours[-1].view(1, 3, 1, 1, 1) - colour
+        made = torch.einsum("bzthw,tzc->bcthw", latent, colours[:, :-1])
+        wrong = made + colours[:, -1].T[..., None, None] - colour
         around = colour - colour.mean((0, 2, 3, 4), keepdim=True)
         return float(1 - wrong.square().sum() / around.square().sum())
 
     unseen = world(2, 24)
     ours = explained(preview.fit(vae), *unseen)
     best = explained(preview.least_squares(*world(1, 48)), *unseen)
-    assert best > 0.9 and ours > best - 0.03, (ours, best)
+    print(f"R^2 {ours:.3f}, {best:.3f}")
+    assert best > 0.94 and ours > best - 0.03, (ours, best)
 
 
 def test_the_factors_are_fitted_once_a_machine(vae: WanVAE, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_the_factors_are_fitted_once_a_machine(vae: WanVAE, tmp_path: Path) -> N
 
     first = preview.remembered_colours(str(tmp_path), "a", 16, load)
     again = preview.remembered_colours(str(tmp_path), "a", 16, load)
-    assert first.shape == (17, 3) and torch.equal(first, again) and len(loads) == 1
+    assert first.shape == (2, 17, 3) and torch.equal(first, again) and len(loads) == 1
     preview.remembered_colours(str(tmp_path), "another VAE", 16, load)
     assert len(loads) == 2
     (file,) = tmp_path.glob("*.json")
@@ -162,7 +164,7 @@ def test_pictures_are_at_most_two_a_second(
 ) -> None:
     now, shown = [100.0], list[Frames]()
     monkeypatch.setattr("wanflow.preview.time.monotonic", lambda: now[0])
-    previewer = Joined(pipe, tmp_path / "a.png", shown.append)
+    previewer = Joined(pipe, tmp_path / "a.png", lambda _, frames: shown.append(frames))
 
     def on_step(progress: Progress) -> None:
         now[0] += 0.2
@@ -185,8 +187,8 @@ def test_a_preview_changes_no_bit_of_a_video(pipe: wanflow.Pipeline, tmp_path: P
 def test_what_goes_wrong_is_logged_once_and_ends_no_run(
     pipe: wanflow.Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "a.png").mkdir()
     with caplog.at_level(logging.WARNING, "wanflow"), Joined(pipe, tmp_path / "a.png") as previewer:
+        (tmp_path / "a.png").mkdir()
         assert len(pipe.generate(PROMPT, previewer, **RUN).frames) == 5
     (record,) = [one for one in caplog.records if "preview" in one.message]
     assert str(tmp_path / "a.png") in record.message
@@ -216,5 +218,24 @@ def test_a_given_first_frame_is_shown_as_it_is(pipe: wanflow.Pipeline) -> None:
     assert torch.equal(made[:, :, 1:], data[:, :, 1:])
 
 
-def test_another_kind_of_file_is_refused(pipe: wanflow.Pipeline) -> None:
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("kind", ["webp", "png"])
+def test_only_a_preview_is_replaced(pipe: wanflow.Pipeline, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"a.{kind}"
+    for seed in (1, 2):
+        with Previewer(pipe, file) as previewer:
+            pipe.generate(PROMPT, previewer, **{**RUN, "seed": seed, "sample_steps": 1})  # type: ignore[arg-type]
+        made = file.read_bytes()
+    Image.new("RGB", (8, 8)).save(file)
+    theirs = file.read_bytes()
+    assert theirs != made and "no preview" in refusal(lambda: Previewer(pipe, file))
+    assert file.read_bytes() == theirs
     assert ".webp" in refusal(lambda: Previewer(pipe, "a.gif"))
+
+
+def test_the_fit_takes_the_vae_of_48_channels() -> None:
+    """Its weights are random, and it has strides and channels of its own."""
+    config = VAE22Config(dim=8, dec_dim=8, num_res_blocks=1)
+    colours = preview.fit(filled(vae_of(config).to_empty(device="cpu"), 0))
+    assert colours.shape == (2, 49, 3) and torch.isfinite(colours).all()
+    assert frames_of(torch.randn(1, 48, 3, 4, 6), colours).shape == (3, 4, 6, 3)

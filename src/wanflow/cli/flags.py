@@ -122,6 +122,14 @@ def generate_flags(p: Parser) -> None:
     config_flag(groups["run"])
     run_flags(groups["run"], groups["parallel"])
     groups["run"].add_argument(
+        "--preview",
+        type=file_path,
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="draw the run as its steps go: .png, .webp; alone, or auto: beside the video",
+    )
+    groups["run"].add_argument(
         "--force", action="store_true", help="start although the machine is too small"
     )
     part_flags(groups["parts"])

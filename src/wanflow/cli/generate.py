@@ -233,6 +233,10 @@ def refuse_unsupported(args: argparse.Namespace, runtime: Runtime) -> None:
     unused = [f"--{flag}" for flag in OTHER_TASKS if getattr(args, flag) is not None]
     if unused:
         logger.warning("%s: used by other tasks only", ", ".join(unused))
+    if args.preview is not None:
+        from wanflow.cli.previewing import refuse_preview
+
+        refuse_preview(args.preview)
 
 
 def _refuse_split(args: argparse.Namespace, runtime: Runtime) -> None:

@@ -20,7 +20,8 @@ from wanflow.presets import EMBEDDED
 
 if TYPE_CHECKING:
     from wanflow.api import Pipeline
-    from wanflow.pipeline import Run
+    from wanflow.cli.previewing import Preview
+    from wanflow.pipeline import Progress, Run
     from wanflow.presets import ModelSpec
     from wanflow.screen import Screen
 
@@ -78,8 +79,9 @@ def run_and_save(
     )
     args.watchdog.on_abort = partial(_abort, pipe, keeper, outputs, args)
     try:
+        preview = _preview(pipe, target, args, screen)
         with screen.denoising(run) as on_step:
-            run = pipe.resume(run, lambda progress: keeper(progress) and on_step(progress))
+            run = pipe.resume(run, _all(keeper, preview, on_step))
         keeper.take(run)
         keeper.try_to_save()
         frames = pipe.frames(run, screen.decoding())
@@ -92,6 +94,8 @@ def run_and_save(
         raise
     args.watchdog.on_abort = args.claims.close
     keeper.remove(getattr(args, "resume", None))
+    if preview is not None:
+        preview.conclude()
     try:
         if outputs.sheet is not None:
             from wanflow.clipfiles import contact_sheet, read_frames
@@ -101,6 +105,27 @@ def run_and_save(
             screen.say(f"frames {outputs.sheet}")
     finally:  # the video is there, whatever becomes of its sheet
         args.output.result(target, screen, recipe=run.recipe.to_json(), seed=run.request.seed)
+
+
+def _all(*watching: Callable[[Progress], object] | None) -> Callable[[Progress], None]:
+    """Return a callback that calls several, in order."""
+
+    def on_step(progress: Progress) -> None:
+        for one in filter(None, watching):
+            one(progress)
+
+    return on_step
+
+
+def _preview(
+    pipe: Pipeline, target: Path, args: argparse.Namespace, screen: Screen
+) -> Preview | None:
+    """Return what draws the preview that is asked for."""
+    if getattr(args, "preview", None) is None:
+        return None
+    from wanflow.cli.previewing import Preview
+
+    return Preview(pipe, target, args, screen)
 
 
 def _abort(pipe: Pipeline, keeper: StateKeeper, outputs: Outputs, args: argparse.Namespace) -> bool:

@@ -198,7 +198,7 @@ class LoadedParts:
         return encoded if self.ctx is None else self.ctx.world.broadcast("picture", encoded)
 
     def colours(self) -> Tensor:
-        """Return the factors of previews, [z + 1, 3]; see `wanflow.preview`.
+        """Return the factors of previews, [2, z + 1, 3]; see `wanflow.preview`.
 
         The first time on a machine the VAE is read, beside the experts on the CPU.
         """
