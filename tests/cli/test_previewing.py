@@ -191,3 +191,10 @@ def test_the_cells_of_a_picture() -> None:
     inline = re.fullmatch(r"\x1b\]1337;File=([^:]*):([^\x07]*)\x07", iterm(data, 80, 6))
     assert inline is not None and base64.b64decode(inline[2]) == data
     assert inline[1].split(";")[:4] == ["inline=1", "size=16000", "width=80", "height=6"]
+
+
+def test_each_video_of_a_list_has_its_preview(seen: list[list[str]]) -> None:
+    words = [*MAKE[: MAKE.index("--seed")], "--seeds", "1,2", "--sample_steps", "2"]
+    assert main([*words, "--frame_num", "5", "--preview", "look.png"]) == 0
+    assert len(seen) == 4 and all("look.png" in names for names in seen)
+    assert Path("look.png").exists() and len(list(Path().rglob("*.mp4"))) == 2
