@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -107,6 +108,16 @@ class Postgres:
             self.process.send_signal(how)
             self.process.wait(30)
             self.process = None
+
+    def freeze(self, how: signal.Signals = signal.SIGSTOP) -> None:
+        """Let the server and its connections stand still, or go on with SIGCONT."""
+        assert self.process is not None
+        every = subprocess.run(
+            ["pgrep", "--parent", str(self.process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        for number in (self.process.pid, *map(int, every)):
+            with suppress(ProcessLookupError):
+                os.kill(number, how)
 
     def close(self) -> None:
         self.stop(signal.SIGQUIT)

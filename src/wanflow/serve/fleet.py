@@ -27,17 +27,18 @@ from procrastinate.manager import JobManager, get_channel_for_queues
 from procrastinate.schema import SchemaManager
 from procrastinate.sync_psycopg_connector import SyncPsycopgConnector
 from psycopg import sql
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool
 
 from wanflow.config import RequestError
-from wanflow.serve.jobs import BEAT_S, SILENT_S, Job, State, StoreError, Worker
+from wanflow.serve.jobs import SILENT_S, Job, State, StoreError, Worker
 from wanflow.serve.rows import TABLES, Rows
 
 TASK = "wanflow.make"
 (CHANNEL,) = get_channel_for_queues(None)
 LOCK = 0x77616E66  # of the database: one that submits, or makes the tables
-ANSWER_S = 5.0  # for a connection; then the database counts as away
+ANSWER_S = 5.0  # for a connection, and again for a statement; then the database counts as away
 FORGET_S = 86400.0  # a worker that was silent for so long
 EPOCH = datetime.fromtimestamp(0, UTC)  # "now" by any clock: the engine compares with its own
 
@@ -53,8 +54,8 @@ CONNECTION: dict[str, Any] = {
 }
 # A process that stands still in the middle of a transaction must not stop the others.
 LIMITS = (
-    "SET idle_in_transaction_session_timeout = '10s'; SET statement_timeout = '10s';"
-    " SET lock_timeout = '5s'"
+    "SET idle_in_transaction_session_timeout = '10s'; SET statement_timeout = '4s';"
+    " SET lock_timeout = '3s'"
 )
 
 T = TypeVar("T")
@@ -63,8 +64,9 @@ T = TypeVar("T")
 class FleetStore(Rows):
     """Jobs in a Postgres database, which every process of every machine may open.
 
-    Liveness is watched by the database's clock alone. A jump of that clock does nothing either: a
-    worker that looks stalled must look so once more after two beats.
+    Liveness is watched by the database's clock alone. Nor does a jump of that clock do anything,
+    or a database that was away: who looks stalled after half of `silent_s` must look so for the
+    other half too, and one sign of life between is enough.
 
     Args:
         url: `postgresql://...`, of a database of our own. Its password is never printed.
@@ -78,13 +80,13 @@ class FleetStore(Rows):
     def __init__(self, url: str, silent_s: float = SILENT_S) -> None:
         super().__init__(self._run)
         self._place, self._silent_s = place(url), silent_s
-        self._again_s = min(2 * BEAT_S, silent_s)
         self._suspects: dict[tuple[str, int], float] = {}  # attempt: when it first looked stalled
         self._inside = threading.local()
         with self._asked(), psycopg.connect(url, **CONNECTION) as connection:
             _make_tables(connection, self._place)
         self._pool = ConnectionPool(
             url,
+            connection_class=_Bounded,
             kwargs=CONNECTION,
             min_size=1,
             max_size=8,
@@ -233,6 +235,7 @@ class FleetStore(Rows):
 
     def recover(self) -> list[Job]:
         """See `Store`. Each queued row without an entry, whatever took it, gets one."""
+        before, self._suspects = self._suspects, {}  # forgotten where the database is away
         # Rows first: an attempt that begins after this look is refused by `put_back`.
         claimed = self.page(limit=2**31, newest_first=False, states=("in_progress",))
         with self._transaction() as engine:
@@ -241,19 +244,18 @@ class FleetStore(Rows):
                 for entry in _now(engine.list_jobs_async(task=TASK, status="doing"))
             }
             stalled = _now(
-                engine.get_stalled_jobs(task_name=TASK, seconds_since_heartbeat=self._silent_s)
+                engine.get_stalled_jobs(task_name=TASK, seconds_since_heartbeat=self._silent_s / 2)
             )
             _now(engine.prune_stalled_workers(FORGET_S))
             self._heal(engine)
         silent = {entry.queueing_lock for entry in stalled}
-        now, before, self._suspects = time.monotonic(), self._suspects, {}
-        back = []
+        now, back = time.monotonic(), []
         for job in claimed:
             gone = owners.get(job.id) is None  # its worker left, or its entry was deleted
             if gone or job.id in silent:
                 attempt = job.id, job.attempts
                 self._suspects[attempt] = before.get(attempt, now)
-                if gone or now - self._suspects[attempt] >= self._again_s:
+                if gone or now - self._suspects[attempt] >= self._silent_s / 2:
                     back.append(self.put_back(job, "its worker ended"))
         return [job for job in back if job is not None]
 
@@ -281,6 +283,20 @@ class FleetStore(Rows):
     def close(self) -> None:
         """See `Store`."""
         self._pool.close()
+
+
+class _Bounded(psycopg.Connection[Any]):
+    """A connection on which nobody waits long for a database that stands still."""
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        begun = time.monotonic()
+        try:
+            return super().wait(gen, interval, ANSWER_S if timeout is None else timeout)
+        except psycopg.OperationalError:
+            if timeout is not None or time.monotonic() - begun < ANSWER_S:
+                raise
+            self.pgconn.finish()  # what it says later answers nothing
+            raise psycopg.OperationalError(f"no answer within {ANSWER_S:g} s") from None
 
 
 class _Inside(SyncPsycopgConnector):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wanflow.config import RequestError
-from wanflow.serve.jobs import SILENT_S, Job, StoreError, Worker
+from wanflow.serve.jobs import BEAT_S, SILENT_S, Job, StoreError, Worker
 from wanflow.serve.rows import TABLES, Rows
 
 FILE = "jobs.sqlite"
@@ -44,8 +45,8 @@ class LocalStore(Rows):
 
     A statement takes a free connection, or opens one; so there are as many as threads that ask at
     the same time, however many threads come and go.
-    Liveness is watched by this process's own clock: a worker is dead when its count of beats has
-    stood still for `silent_s`, so a change of the machine's clock means nothing.
+    A worker is dead when its count of beats has stood still for `silent_s` while this process
+    watched: the machine's clock means nothing, nor does time in which nobody ran, or could write.
 
     Raises:
         RequestError: for a folder that cannot be written, or a file that is no database.
@@ -55,6 +56,8 @@ class LocalStore(Rows):
         super().__init__(self._run)
         self._file, self._silent_s = folder / FILE, silent_s
         self._free: list[sqlite3.Connection] = []
+        self._watch = threading.Lock()
+        self._watched_s, self._looked = 0.0, time.monotonic()
         self._seen: dict[str, tuple[int, float]] = {}  # worker: beats, and when they changed
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,14 +107,18 @@ class LocalStore(Rows):
 
     def _watched(self) -> list[tuple[int, Worker, bool]]:
         """Return beats and document of each worker, and whether it lives."""
-        now, found = time.monotonic(), self.beats()
-        for id, (beats, _) in found.items():
-            if self._seen.get(id, (-1, 0.0))[0] != beats:
-                self._seen[id] = beats, now
-        return [
-            (beats, worker, now - self._seen[id][1] <= self._silent_s)
-            for id, (beats, worker) in found.items()
-        ]
+        found = self.beats()
+        with self._watch:
+            now = time.monotonic()
+            self._watched_s += min(now - self._looked, 2 * BEAT_S)  # longer, and we were frozen too
+            self._looked = now
+            for id, (beats, _) in found.items():
+                if self._seen.get(id, (-1, 0.0))[0] != beats:
+                    self._seen[id] = beats, self._watched_s
+            return [
+                (beats, worker, self._watched_s - self._seen[id][1] <= self._silent_s)
+                for id, (beats, worker) in found.items()
+            ]
 
     def recover(self, everything: bool = False) -> list[Job]:
         """Put back the jobs of workers that no longer live.
@@ -119,10 +126,22 @@ class LocalStore(Rows):
         Args:
             everything: no worker can live: this process has just taken the folder.
         """
-        if everything:
-            self.run("DELETE FROM wanflow_workers", [])
-        # Jobs first: a worker that comes and claims after this look is none of our business.
-        claimed = self.page(limit=2**31, newest_first=False, states=("in_progress",))
+        try:
+            if everything:
+                self.run("DELETE FROM wanflow_workers", [])
+            # Jobs first: a worker that comes and claims after this look is none of our business.
+            claimed = self.page(limit=2**31, newest_first=False, states=("in_progress",))
+            living = self._bury()
+            back = [
+                self.put_back(job, "its worker ended") for job in claimed if job.owner not in living
+            ]
+        except StoreError:  # then no worker could show that it lives either
+            self._seen.clear()
+            raise
+        return [job for job in back if job is not None]
+
+    def _bury(self) -> set[str]:
+        """Forget the workers that are dead; return the others."""
         living = set()
         for beats, worker, lives in self._watched():
             if lives:
@@ -132,10 +151,7 @@ class LocalStore(Rows):
                     "DELETE FROM wanflow_workers WHERE id = ? AND beats = ?", [worker.id, beats]
                 )
                 self._seen.pop(worker.id, None)
-        back = [
-            self.put_back(job, "its worker ended") for job in claimed if job.owner not in living
-        ]
-        return [job for job in back if job is not None]
+        return living
 
     def wait(self, seconds: float) -> None:
         """See `Store`."""
