@@ -9,7 +9,7 @@ IMAGE_PROMPT ?= the red ball moves left
 IMAGE_OUT ?= out/demo_i2v.mp4
 COUNT ?= 2000
 
-.PHONY: help install demo demo-i2v test services deploy-tools test-all coverage fuzz check format reference bench nano nano-i2v clean
+.PHONY: help install demo demo-i2v test services deploy-tools test-all coverage fuzz check format reference openapi serve bench nano nano-i2v clean
 
 help:            ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -66,6 +66,13 @@ format: install  ## rewrite the sources in the project's format
 
 reference: install  ## docs/reference/cli.md, from the declarations of flags and settings
 	$(BIN)/python docs/reference/make_cli.py > docs/reference/cli.md
+
+openapi: install  ## the frozen document of the HTTP interface, from its routes; look at what changed
+	$(BIN)/python -m wanflow.serve.document > build.openapi.json
+	mv build.openapi.json src/wanflow/serve/openapi.json
+
+serve: install   ## the videos API and its page at http://127.0.0.1:8000, with the miniature
+	$(BIN)/wanflow serve --ckpt_dir nano
 
 bench: install   ## beside diffusers, on this CPU; the last line of output is JSON
 	$(BIN)/python benchmarks/diffusers_cpu.py

@@ -20,6 +20,7 @@ from wanflow.serve.http import create_app
 from wanflow.serve.jobs import Job, Progress, Standing, Worker
 from wanflow.serve.limits import Limits
 from wanflow.serve.local import LocalStore
+from wanflow.serve.planner import Planner
 from wanflow.serve.service import Service
 
 VIDEO = bytes(range(256)) * 40
@@ -47,8 +48,9 @@ class Serving:
     ) -> None:
         self.store, self.data = LocalStore(path), DataFolder(path)
         self.limits = Limits(**limits)
-        self.fitting = Fitting(None if spec is None else spec.name if spec is NANO else None)
-        self.service = Service(self.store, self.data, self.limits, spec, loras or {}, self.fitting)
+        self.planner = Planner("nano" if spec is NANO else None, {})
+        fitting = Fitting(self.planner)
+        self.service = Service(self.store, self.data, self.limits, spec, loras or {}, fitting)
         self.app = create_app(self.service, token)
 
     @contextmanager

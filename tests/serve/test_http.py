@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from starlette.testclient import TestClient
 from wanflow.presets import I2V_A14B, NANO_I2V, T2V_A14B, TI2V_5B
 from wanflow.serve.document import document
 from wanflow.serve.fields import FIELDS, NOTHING
-from wanflow.serve.jobs import StoreError
+from wanflow.serve.jobs import StoreError, Worker
+from wanflow.serve.planner import Planner
 from wanflow.serve.retention import Retention
 
 PROMPT = "a red circle moves left on a blue background"
@@ -520,23 +521,52 @@ def test_idempotency(serving: Serving, client: TestClient) -> None:
         assert answer.status_code == 400
 
 
-@pytest.mark.slow
-def test_what_fits_no_worker_is_refused_with_the_number(tmp_path: Path) -> None:
-    gib = 2**30
-    small = {"gpu": 6 * gib, "gpu_name": "small", "ram": 16 * gib, "disk_free": 100 * gib}
-    large = {"gpu": 80 * gib, "gpu_name": "large", "ram": 128 * gib, "disk_free": 500 * gib}
+GIB = 2**30
+SMALL = {"gpu": 12 * GIB, "gpu_name": "small", "ram": 32 * GIB, "disk_free": 200 * GIB}
+
+
+def test_what_a_worker_was_loaded_for_needs_no_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serving = Serving(tmp_path, T2V_A14B)
+    asked: list[dict[str, Any]] = []
+    refusal = "Wan2.2-T2V-A14B needs 31.5 GiB (--force starts it anyway)"
+
+    def why_not(request: Any, model: str, worker: Any) -> str:
+        asked.append(request)
+        return refusal if worker["machine"]["gpu"] < 40 * GIB else ""
+
+    monkeypatch.setattr(serving.planner, "why_not", why_not)
     with serving.client() as client:
-        make(client)  # no worker yet: nobody knows
-        serving.store.enrol(replace(FakeWorker(serving).me, id="a", machine=small))
-        error = refused(client, SUBMIT)
-        assert "GiB" in error["message"] or "GB" in error["message"]
-        assert "--force" not in error["message"]
-        began = time.monotonic()
-        refused(client, SUBMIT | {"prompt": "another prompt"})
-        assert time.monotonic() - began < 0.5  # the plan is remembered
-        serving.store.enrol(replace(FakeWorker(serving).me, id="b", machine=large))
+        make(client, num_frames=121)  # no worker yet: nobody knows who comes
+        serving.store.enrol(Worker("a", T2V_A14B.name, True, SMALL))
         make(client)
+        assert not asked
+        for prompt in ("one", "two"):
+            error = refused(client, {"prompt": prompt, "num_frames": 121})
+            assert error["message"] == "Wan2.2-T2V-A14B needs 31.5 GiB"
+        assert len(asked) == 1 and asked[0]["frame_num"] == 121  # and is remembered
+        serving.store.enrol(Worker("b", T2V_A14B.name, True, {**SMALL, "gpu": 80 * GIB}))
+        make(client, num_frames=121)
+        limits = {"size": "832*480", "frame_num": 41}
+        for id in ("a", "b"):
+            serving.store.enrol(Worker(id, T2V_A14B.name, True, SMALL, limits=limits))
+        make(client, size="832x480", num_frames=41)
+        assert "limit of the worker" in refused(client, SUBMIT)["message"]
+
+
+@pytest.mark.slow
+def test_the_planner_says_what_does_not_fit() -> None:
+    planner = Planner(None, {})
+    request = {"prompt": "any", "seed": 0, "size": [480, 272], "frame_num": 5}
+    small = {"machine": {**SMALL, "gpu": 2 * GIB}, "settings": {"resident_blocks": 40}}
+    try:
+        words = planner.why_not(request, T2V_A14B.name, small)
+        assert re.search(r"needs [\d.]+ GiB of GPU memory", words), words
+        large = {"machine": {**SMALL, "gpu": 80 * GIB, "ram": 128 * GIB}, "settings": {}}
+        assert planner.why_not(request, T2V_A14B.name, large) == ""
+    finally:
+        planner.close()
 
 
 # Who may ask

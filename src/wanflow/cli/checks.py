@@ -55,6 +55,7 @@ def check(args: argparse.Namespace) -> None:
         "decode": lambda args: check_state(args.latent),
         "plan": _planned,
         "bench": _measured,
+        "serve": _served,
         "inspect": lambda args: _model(args.path, to_load=False),
         "convert": _converted,
         "train": _train,
@@ -130,6 +131,18 @@ def _measured(args: argparse.Namespace) -> None:
 def _worked(args: argparse.Namespace) -> None:
     _check_runtime(runtime_from(args))
     _weights(args)
+
+
+def _served(args: argparse.Namespace) -> None:
+    from wanflow.cli.serve import check_serve, environment
+
+    environment(args)
+    check_serve(args)
+    _check_runtime(runtime_from(args))
+    _weights(args)
+    for folder in args.lora_dir or ():
+        if not user_path(folder).is_dir():
+            raise RequestError(f"--lora_dir {printable(folder)}: there is no such folder")
 
 
 def _converted(args: argparse.Namespace) -> None:

@@ -87,8 +87,6 @@ def serve(args: argparse.Namespace) -> None:
     Raises:
         RequestError: for settings that do not go together, and what a child was refused for.
     """
-    environment(args)
-    check_serve(args)
     _need_packages()
     from filelock import FileLock, Timeout
 
@@ -134,6 +132,7 @@ def serve(args: argparse.Namespace) -> None:
         _greet(args, port)
         args.watchdog.leave()  # the supervisor handles signals
         ended = Supervisor(children, store).run()
+    args.output.alert("wanflow: the server has ended")
     if ended == signal.SIGINT:
         raise KeyboardInterrupt
 

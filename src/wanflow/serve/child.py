@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import signal
 import socket
@@ -17,11 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wanflow.config import RequestError
 from wanflow.presets import EMBEDDED, ModelSpec
 from wanflow.serve.fitting import Fitting
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.limits import Limits
 from wanflow.serve.loras import registered
+from wanflow.serve.planner import Planner
 from wanflow.serve.service import SPECS, Service
 from wanflow.serve.stores import open_store
 
@@ -35,12 +38,17 @@ def main() -> None:
     from wanflow.serve.http import create_app
 
     told = json.loads(sys.stdin.readline())
+    logging.basicConfig(format="wanflow: %(message)s", level=logging.WARNING)
+    logging.getLogger("wanflow").setLevel(logging.INFO)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    try:
+        service = service_of(told)
+    except RequestError as error:
+        print(f"wanflow: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     server: list[uvicorn.Server] = []
     app = create_app(
-        service_of(told),
-        told["token"],
-        told["log"],
-        leaving=lambda: bool(server and server[0].should_exit),
+        service, told["token"], told["log"], leaving=lambda: bool(server and server[0].should_exit)
     )
     config = uvicorn.Config(
         app,
@@ -51,7 +59,6 @@ def main() -> None:
         backlog=2048,
     )
     server.append(uvicorn.Server(config))
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the supervisor decides
     server[0].run(sockets=[_socket(told)])
 
@@ -59,25 +66,26 @@ def main() -> None:
 def service_of(told: Mapping[str, Any]) -> Service:
     """Return the service that a supervisor describes."""
     ckpt_dir, folder = told["ckpt_dir"], Path(told["data_dir"])
+    planner = Planner(ckpt_dir, told["parts"])
     return Service(
         open_store(told["db"], folder),
         DataFolder(folder),
         Limits(**told["limits"]),
-        spec_of(ckpt_dir, told["parts"]),
+        spec_of(ckpt_dir, planner, bool(told["parts"])),
         registered(map(Path, told["lora_dir"])),
-        Fitting(ckpt_dir, told["parts"]),
+        Fitting(planner),
     )
 
 
-def spec_of(ckpt_dir: str | None, parts: Mapping[str, str]) -> ModelSpec | None:
-    """Return the model of a folder and files; None where only the workers know."""
-    if ckpt_dir in EMBEDDED:
-        return SPECS[str(ckpt_dir)]
+def spec_of(ckpt_dir: str | None, planner: Planner, parts: bool) -> ModelSpec | None:
+    """Return the model of a folder and files; None where only the workers know.
+
+    Raises:
+        RequestError: for files that are no model.
+    """
     if ckpt_dir is None and not parts:
         return None
-    from wanflow.opening import resolve
-
-    return resolve(ckpt_dir, dict(parts)).spec
+    return SPECS[ckpt_dir if ckpt_dir in EMBEDDED else planner.model()]
 
 
 def _socket(told: Mapping[str, Any]) -> socket.socket:

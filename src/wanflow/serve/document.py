@@ -15,12 +15,14 @@ from wanflow.serve.fitting import Fitting
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.http import create_app
 from wanflow.serve.limits import Limits
+from wanflow.serve.planner import Planner
 from wanflow.serve.service import Service
 
 
 def document() -> dict[str, Any]:
     """Return what the program offers; the version of the package is no part of it."""
-    nowhere = Service(None, DataFolder(Path()), Limits(), NANO, {}, Fitting(None))  # type: ignore[arg-type]
+    store: Any = None  # which nobody asks
+    nowhere = Service(store, DataFolder(Path()), Limits(), NANO, {}, Fitting(Planner(None, {})))
     found = create_app(nowhere).openapi()
     found["info"]["version"] = "1"
     return found
