@@ -61,12 +61,13 @@ def serve_flags(p: Parser) -> None:
         metavar="DIR",
         help=f"jobs, videos, pictures (default: {DATA_DIR})",
     )
-    main.add_argument(
+    more = p.add_argument_group("workers and clients")
+    more.add_argument(
         "--db", metavar="URL", help="postgresql://... of a fleet (default: a file in --data_dir)"
     )
-    main.add_argument("--no_worker", action="store_true", help="HTTP only; workers run elsewhere")
-    main.add_argument("--gpus", metavar="0,1,...", help="of the worker")
-    main.add_argument(
+    more.add_argument("--no_worker", action="store_true", help="HTTP only; workers run elsewhere")
+    more.add_argument("--gpus", metavar="0,1,...", help="of the worker")
+    more.add_argument(
         "--lora_dir",
         type=file_path,
         nargs="+",
@@ -74,7 +75,7 @@ def serve_flags(p: Parser) -> None:
         metavar="DIR",
         help="folders of LoRAs that clients may name",
     )
-    main.add_argument("--access_log", action="store_true", help="log each request, without prompts")
+    more.add_argument("--access_log", action="store_true", help="log each request, without prompts")
     add_settings(Limits, {name: p.add_argument_group(name) for name in ("limits", "storage")})
     names = ("memory", "parallel", "LoRA", "sampling")  # of the worker
     add_settings(Runtime, {name: p.add_argument_group(*GROUPS[name]) for name in names})
@@ -111,7 +112,7 @@ def serve(args: argparse.Namespace) -> None:
         held.callback(store.close)
         if isinstance(store, LocalStore):
             store.recover(everything=True)
-        told = {
+        setup = {
             "ckpt_dir": args.ckpt_dir,
             "parts": {part: str(file) for part, file in given_parts(args).items()},
             "data_dir": str(folder),
@@ -122,7 +123,7 @@ def serve(args: argparse.Namespace) -> None:
             "limits": asdict(limits),
         }
         http = Child(
-            "HTTP process", python("wanflow.serve.child"), _teller(told, listening),
+            "HTTP process", python("wanflow.serve.child"), _teller(setup, listening),
             fds=[listening.fileno()],
         )  # fmt: skip
         children = [http]
@@ -182,7 +183,7 @@ def _need_packages() -> None:
 
 
 def _teller(
-    told: dict[str, Any], listening: socket.socket
+    setup: dict[str, Any], listening: socket.socket
 ) -> Callable[[subprocess.Popen[bytes]], bytes]:
     """Return what tells a new HTTP process what to serve, and on which socket."""
 
@@ -192,7 +193,7 @@ def _teller(
         else:
             shared = listening.share(process.pid)  # type: ignore[attr-defined,unused-ignore]
             where = {"share": base64.b64encode(shared).decode()}
-        return json.dumps({**told, **where}).encode() + b"\n"
+        return json.dumps({**setup, **where}).encode() + b"\n"
 
     return tell
 

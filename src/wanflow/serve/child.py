@@ -37,18 +37,21 @@ def main() -> None:
 
     from wanflow.serve.http import create_app
 
-    told = json.loads(sys.stdin.readline())
+    setup = json.loads(sys.stdin.readline())
     logging.basicConfig(format="wanflow: %(message)s", level=logging.WARNING)
     logging.getLogger("wanflow").setLevel(logging.INFO)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
-        service = service_of(told)
+        service = service_of(setup)
     except RequestError as error:
         print(f"wanflow: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     server: list[uvicorn.Server] = []
     app = create_app(
-        service, told["token"], told["log"], leaving=lambda: bool(server and server[0].should_exit)
+        service,
+        setup["token"],
+        setup["log"],
+        leaving=lambda: bool(server and server[0].should_exit),
     )
     config = uvicorn.Config(
         app,
@@ -60,19 +63,19 @@ def main() -> None:
     )
     server.append(uvicorn.Server(config))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the supervisor decides
-    server[0].run(sockets=[_socket(told)])
+    server[0].run(sockets=[_socket(setup)])
 
 
-def service_of(told: Mapping[str, Any]) -> Service:
+def service_of(setup: Mapping[str, Any]) -> Service:
     """Return the service that a supervisor describes."""
-    ckpt_dir, folder = told["ckpt_dir"], Path(told["data_dir"])
-    planner = Planner(ckpt_dir, told["parts"])
+    ckpt_dir, folder = setup["ckpt_dir"], Path(setup["data_dir"])
+    planner = Planner(ckpt_dir, setup["parts"])
     return Service(
-        open_store(told["db"], folder),
+        open_store(setup["db"], folder),
         DataFolder(folder),
-        Limits(**told["limits"]),
-        spec_of(ckpt_dir, planner, bool(told["parts"])),
-        registered(map(Path, told["lora_dir"])),
+        Limits(**setup["limits"]),
+        spec_of(ckpt_dir, planner, bool(setup["parts"])),
+        registered(map(Path, setup["lora_dir"])),
         Fitting(planner),
     )
 
@@ -88,11 +91,11 @@ def spec_of(ckpt_dir: str | None, planner: Planner, parts: bool) -> ModelSpec | 
     return SPECS[ckpt_dir if ckpt_dir in EMBEDDED else planner.model()]
 
 
-def _socket(told: Mapping[str, Any]) -> socket.socket:
+def _socket(setup: Mapping[str, Any]) -> socket.socket:
     """Return the listening socket, which outlives this process in the supervisor."""
-    if "fd" in told:
-        return socket.socket(fileno=told["fd"])
-    return socket.fromshare(base64.b64decode(told["share"]))  # type: ignore[attr-defined,no-any-return,unused-ignore]
+    if "fd" in setup:
+        return socket.socket(fileno=setup["fd"])
+    return socket.fromshare(base64.b64decode(setup["share"]))  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
 
 def _end_with_parent() -> None:

@@ -62,18 +62,18 @@ class Events:
             except Refusal:
                 yield event("deleted", {"id": id, "object": "video.deleted", "deleted": True})
                 return
-            said = []
+            lines = []
             if written > seen and video["status"] not in FINAL:
                 seen = written
-                said.append(await self._preview(video))
+                lines.append(await self._preview(video))
             if _mark(video) != mark:
                 mark = _mark(video)
                 kind = "progress" if video["status"] == state else "state"
-                said.append(event(kind, video, mark))
+                lines.append(event(kind, video, mark))
             state = video["status"]
-            if time.monotonic() - spoke > ALIVE_S and not said:
-                said.append(": keep-alive\n\n")
-            for text in filter(None, said):
+            if time.monotonic() - spoke > ALIVE_S and not lines:
+                lines.append(": keep-alive\n\n")
+            for text in filter(None, lines):
                 spoke = time.monotonic()
                 yield text
             if state in FINAL:
@@ -88,22 +88,22 @@ class Events:
         spoke = time.monotonic()
         while not self._leaving():
             videos = await self.shared.ask(self._service.recent, LIST)
-            said: list[str] = []
+            lines: list[str] = []
             for video, written in reversed(videos):
                 mark, state, seen = marks.get(video["id"], ("", "", 0))
                 if written > seen:
-                    said.append(await self._preview(video))
+                    lines.append(await self._preview(video))
                 if _mark(video) != mark:
-                    said.append(event("progress" if video["status"] == state else "state", video))
+                    lines.append(event("progress" if video["status"] == state else "state", video))
                 marks[video["id"]] = _mark(video), video["status"], written
             here = {video["id"] for video, _ in videos}
             if len(here) < LIST:  # else older ones are only out of sight
                 for id in [one for one in marks if one not in here]:
-                    said.append(event("deleted", {"id": id, "deleted": True}))
+                    lines.append(event("deleted", {"id": id, "deleted": True}))
             marks = {id: known for id, known in marks.items() if id in here}
-            if time.monotonic() - spoke > ALIVE_S and not said:
-                said.append(": keep-alive\n\n")
-            for text in filter(None, said):
+            if time.monotonic() - spoke > ALIVE_S and not lines:
+                lines.append(": keep-alive\n\n")
+            for text in filter(None, lines):
                 spoke = time.monotonic()
                 yield text
             await asyncio.sleep(EVERY_S)

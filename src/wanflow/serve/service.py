@@ -55,7 +55,7 @@ class Service:
         """Return the model that is served.
 
         Raises:
-            Refusal: where no worker has said it yet.
+            Refusal: where no worker has enrolled.
         """
         if self.spec is not None:
             return self.spec

@@ -20,7 +20,7 @@ from wanflow.serve.jobs import Store, StoreError
 
 logger = logging.getLogger("wanflow")
 LOOK_S = 0.2  # between two looks at the children
-STEADY_S = 30.0  # after so long, the next start is at once again
+STEADY_S = 30.0  # after this time, the next start is at once again
 LONGEST_S = 30.0  # between two starts
 RECOVER_S = 5.0  # between two looks for workers that are gone
 DRAIN_S = 600.0  # for a worker to finish its step; a second signal does not wait
@@ -30,14 +30,14 @@ DRAIN_S = 600.0  # for a worker to finish its step; a second signal does not wai
 class Child:
     """A process that is started again when it ends.
 
-    name: in messages. command: that starts it. told: what it reads first from standard input, of
+    name: in messages. command: that starts it. first: what it reads first from standard input, of
     which the end is the end of its parent; it is called with the process. fds: that it inherits.
     ended: called after each end.
     """
 
     name: str
     command: Sequence[str]
-    told: Callable[[subprocess.Popen[bytes]], bytes] = lambda process: b""
+    first: Callable[[subprocess.Popen[bytes]], bytes] = lambda process: b""
     fds: Sequence[int] = ()
     ended: Callable[[], object] = lambda: None
     process: subprocess.Popen[bytes] | None = None
@@ -54,7 +54,7 @@ class Child:
         self.began = time.monotonic()
         assert self.process.stdin is not None
         with suppress(OSError):  # it has ended: the next look says so
-            self.process.stdin.write(self.told(self.process))
+            self.process.stdin.write(self.first(self.process))
             self.process.stdin.flush()
 
     def look(self) -> None:
@@ -137,11 +137,11 @@ class Supervisor:
 
     def _drain(self) -> None:
         """Ask the children to leave, and wait; pass each further signal on."""
-        told, until = 0, time.monotonic() + DRAIN_S
+        passed, until = 0, time.monotonic() + DRAIN_S
         while any(child.lives for child in self._children) and time.monotonic() < until:
-            if told < len(self._signals):
-                told += 1
-                if told > 2:
+            if passed < len(self._signals):
+                passed += 1
+                if passed > 2:
                     return
                 for child in self._children:
                     child.signal(signal.SIGTERM)
