@@ -6,19 +6,28 @@ import json
 import re
 from dataclasses import asdict
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wanflow.config import RequestError
 from wanflow.geometry import geometry_of, parse_size
 from wanflow.presets import EMBEDDED, ModelSpec
 from wanflow.request import CompleteRequest
 from wanflow.serve.jobs import Worker
-from wanflow.serve.planner import Planner
+from wanflow.serve.planner import TABLES, Planner
+
+if TYPE_CHECKING:
+    from wanflow.plan.gpus import Machine
 
 REMEMBERED = 1000  # plans
 SURELY = 64  # times the default video of a miniature: a run takes megabytes
 FORCE = re.compile(r"\s*\(-{0,2}force starts it anyway\)")  # which no client can ask for
 WITHOUT = ("prompt", "negative_prompt", "seed", "fps", "lora", "image", "last_image")  # in a plan
+
+
+def machine_document(machine: Machine, processes: int = 1) -> dict[str, Any]:
+    """Return what a worker says of its machine when it enrols, for `planner.described`."""
+    found = {name: value for name, value in vars(machine).items() if name not in TABLES}
+    return {**found, "processes": processes}
 
 
 class Fitting:

@@ -17,6 +17,7 @@ from typing import Any
 from wanflow.config import RequestError
 
 logger = logging.getLogger("wanflow")
+TABLES = ("rates", "overheads")  # of a machine, which the plan looks up again
 ANSWER_S = 180.0  # a plan takes seconds; after this it counts as failed
 
 
@@ -131,13 +132,10 @@ def _plan(checkpoint: Any, question: Mapping[str, Any]) -> None:
     known = {one.name for one in fields(Runtime)}
     settings = {name: value for name, value in worker["settings"].items() if name in known}
     runtime = replace(Runtime(**settings), calibration=None)
-    machine = described(worker["machine"])
+    machine, processes = described(worker["machine"]), int(worker["machine"].get("processes", 1))
     runtime = replace(runtime, device="auto" if machine.gpu else "cpu")
-    ranks = (
-        (runtime.ring_size or 1) * (runtime.ulysses_size or 1) * (1 + bool(runtime.cfg_parallel))
-    )
     complete = Request(**question["request"]).complete(checkpoint.spec)
-    raise_if_unfit(solve(checkpoint, complete, runtime, machine, processes=ranks))
+    raise_if_unfit(solve(checkpoint, complete, runtime, machine, processes=processes))
 
 
 def described(facts: Mapping[str, Any]) -> Any:
@@ -146,7 +144,7 @@ def described(facts: Mapping[str, Any]) -> Any:
 
     from wanflow.plan.gpus import Machine
 
-    known = {one.name for one in fields(Machine)} - {"rates", "overheads"}
+    known = {one.name for one in fields(Machine)} - set(TABLES)
     found: dict[str, Any] = {"gpu": 0, "gpu_name": "", "ram": 0, "disk_free": 0}
     found |= {name: value for name, value in facts.items() if name in known}
     free = {"gpu_free": found["gpu"], "ram_free": found["ram"], "described": True, "device": ""}
