@@ -438,7 +438,8 @@ class Screen:
             self._step_times.append(times[-1] - times.pop(0))
             note = f"{title(progress.expert)}, sigma {progress.sigma:.3f}"
             if self.among is not None:
-                note += f", {self.among(progress.step / total)}"
+                all_ = self.among(progress.step / total)
+                note = all_ if self.live else f"{note}, {all_}"  # a line has little room
             self.progress(what, progress.step, total, "step", note, last_line=True)
 
         with self:

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from helpers.common import PROMPT
 from PIL import Image
+from safetensors.torch import save_file
 
 import wanflow
 from wanflow import pipeline
@@ -54,6 +56,12 @@ def videos(folder: str | Path) -> list[str]:
 
 def seen(path: Path) -> np.ndarray:
     return read_frames(path)[0]
+
+
+def write_lora(name: str, scale: float) -> None:
+    dim, key = wanflow.presets.NANO.dit.dim, "diffusion_model.blocks.0.self_attn.q"
+    down, up = torch.ones(2, dim), torch.full((dim, 2), scale)
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, name)
 
 
 # What is asked for
@@ -369,6 +377,28 @@ def test_an_interrupted_list_goes_on_at_its_step(
     assert (seen(next(Path("a b").glob("0002*"))) == seen(Path("one.mp4"))).all()
 
 
+def test_videos_of_one_lora_are_made_together(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a.txt").write_text(f"{PROMPT} --lora a.safetensors\n{STAR}\na star --lora a.safetensors\n")
+    write_lora("a.safetensors", 0.0)
+    assert main([*MAKE[:-1], "1", "--prompt_file", "a.txt"]) == 0
+    assert re.findall(r"^video \d/3.*: (\d+)_", capsys.readouterr().err, re.M) == [
+        "0001",
+        "0003",
+        "0002",
+    ]
+
+
+def test_seeds_and_grids_override_a_recipe(in_tmp: Path) -> None:
+    assert main([*MAKE, "--prompt", PROMPT, "--seed", "7", "--save_file", "one.mp4"]) == 0
+    command = ["generate", "--recipe", "one.mp4", "--device", "cpu", "--seeds", "4"]
+    assert main([*command, "--grid", "sample_guide_scale=2", "--out_dir", "."]) == 0
+    (video,) = Path().glob("0001_4_*.mp4")
+    request = read_recipe(video)["request"]
+    assert (request["cfg_high"], request["cfg_low"], request["frame_num"]) == (2, 2, 5)
+
+
 def test_a_video_that_was_published_before_the_end_is_kept(in_tmp: Path) -> None:
     command = [*MAKE, "--prompt", PROMPT, "--seeds", "1", "--out_dir", "g"]
     assert main(command) == 0
@@ -436,15 +466,20 @@ def test_kill_9_in_the_middle_costs_no_video_and_no_bit(in_tmp: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_share_every_video_of_a_list(in_tmp: Path) -> None:
-    Path("a.txt").write_text(f"{PROMPT} --d 1\n{STAR} --d 2 --f 9\n")
+    write_lora("bad.safetensors", 3e38)
+    lines = f"{PROMPT} --d 1", f"{STAR} --lora bad.safetensors", f"{STAR} --d 2 --f 9"
+    Path("a.txt").write_text("\n".join(lines))
     command = [*MAKE, "--prompt_file", "a.txt", "--gpus", "cpu,cpu", "--json"]
     run = subprocess.run(
         [sys.executable, "-m", "wanflow", *command], capture_output=True, text=True, timeout=240
     )
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 1, run.stderr  # every rank finds the broken latent, and goes on
     document = json.loads(run.stdout)
-    assert [one["status"] for one in document["videos"]] == ["completed", "completed"]
-    assert [len(seen(Path(one["path"]))) for one in document["videos"]] == [5, 9]
+    made = document["videos"]
+    assert [one["status"] for one in made] == ["completed", "failed", "completed"]
+    assert [len(seen(Path(one["path"]))) for one in made[::2]] == [5, 9]
+    assert "NaN" in made[1]["error"] and "bad.safetensors" in document["error"]
+    Path("a.txt").write_text("\n".join(lines[::2]))
     again = subprocess.run(
         [sys.executable, "-m", "wanflow", *command], capture_output=True, text=True, timeout=240
     )

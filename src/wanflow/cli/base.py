@@ -36,6 +36,7 @@ DECIDES = {
     **dict.fromkeys(LAYOUT, ("parallel",)),
     "gpus": ("device",),
     "device": ("gpus",),
+    "seeds": ("base_seed",),
 }
 
 
@@ -55,6 +56,9 @@ def fill_in(args: argparse.Namespace, parser: Parser, words: list[str], parsers:
     decided = {other for flag in given for other in DECIDES.get(flag, ())} | set(given)
     if given.get("preset"):
         decided |= set(SETTINGS[given["preset"]])
+    for name, _ in given.get("grid", ()):
+        one = settings_of(Request).get(name)
+        decided |= {one.flags[0]} if one is not None else {name, *DECIDES[name]}
     base: dict[str, Any] = {}
     if getattr(args, "config", None) is not None:
         base = read_config(user_path(args.config), parsers, args.command)

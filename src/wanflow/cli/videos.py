@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 import shlex
@@ -132,7 +133,7 @@ class Queue:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"cannot write {self.folder}: {error.strerror}") from None
-        args.claims.take(self.folder)
+        args.claims.take(Path(os.path.abspath(self.folder)))
         self.videos: list[Video] = []
         self._left: list[Video] = []
         self._number = -1
