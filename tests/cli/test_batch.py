@@ -380,7 +380,9 @@ def test_an_interrupted_list_goes_on_at_its_step(
 def test_videos_of_one_lora_are_made_together(
     in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("a.txt").write_text(f"{PROMPT} --lora a.safetensors\n{STAR}\na star --lora a.safetensors\n")
+    Path("a.txt").write_text(
+        f"{PROMPT} --lora a.safetensors\n{STAR}\na star --lora a.safetensors\n"
+    )
     write_lora("a.safetensors", 0.0)
     assert main([*MAKE[:-1], "1", "--prompt_file", "a.txt"]) == 0
     assert re.findall(r"^video \d/3.*: (\d+)_", capsys.readouterr().err, re.M) == [

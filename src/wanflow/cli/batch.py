@@ -123,7 +123,7 @@ def _make(
         if words is None or args.watchdog.ending:
             raise
         if info is not None and not isinstance(error, LatentError):
-            if queue is not None:  # the others wait in a collective: all end, and go on anew
+            if queue is not None:  # the others wait in a collective: all end
                 queue.fail(words)
             raise
         args.watchdog.save()  # the next try goes on there

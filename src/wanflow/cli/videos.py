@@ -311,7 +311,7 @@ class Queue:
                 if run.request != request.complete(self.spec):
                     raise RequestError(
                         f"{state_of(target)} holds another run; delete it, and the video begins"
-                        " anew"
+                        " at its first step"
                     )
             return Turn(self._number, one.name, target, request, run, self._texts())
         return None
