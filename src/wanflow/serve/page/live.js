@@ -7,7 +7,7 @@ const PAGE = 40; // videos asked for at once
 const POLL_MS = 2_000;
 const HIDDEN_MS = 8_000; // a hidden tab frees its connection: a browser has six a server
 const [LOADING_MS, READY_MS] = [2_000, 30_000]; // between two questions whether a job can start
-const BACK_OFF_MS = [500, 1_000, 2_000, 4_000, 8_000];
+const BACK_OFF_MS = [500, 1_000, 2_000, 4_000];
 
 const pause = (ms, signal) =>
   new Promise((done) => {

@@ -1,0 +1,445 @@
+"""The page in a real browser: Debian's Chromium without a screen, and a real `wanflow serve`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from helpers.serving import FakeWorker, Serving, wait_for
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from wanflow.api import Pipeline
+from wanflow.presets import NANO_I2V
+from wanflow.serve.jobs import FINAL
+
+pytestmark = pytest.mark.slow
+
+AXE = Path(__file__).parent / "axe" / "axe.min.js"
+PROMPT = "a red circle moves left on a blue background"
+LONG = {"steps": "50"}  # seconds on a CPU: something can be seen
+BROWSER = ("chromium", "chromium-browser", "google-chrome")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of nano with one worker."""
+    folder, port = tmp_path_factory.mktemp("serve"), free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "wanflow", "serve", "--ckpt_dir", "nano"]
+    command += ["--port", str(port), "--data_dir", str(folder / "data")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        try:
+            wait_for(lambda: ready(url) or process.poll() is not None, 60)
+            assert process.poll() is None, (folder / "log").read_text()
+            yield url
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = next(filter(None, map(shutil.which, BROWSER)), None)
+    assert found, "there is no Chromium; install it with: make services"
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=flags)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Open pages in a new profile each; a fault of the page's code, or its CSP, fails the test."""
+    faults: list[str] = []
+    contexts = []
+
+    def opened(url: str, **options: Any) -> Page:
+        defaults = {"viewport": {"width": 1280, "height": 860}, "locale": "en-GB"}
+        context = browser.new_context(**(defaults | options))
+        contexts.append(context)
+        return tab(context.new_page(), url)
+
+    def tab(page: Page, url: str) -> Page:
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda line: _csp(line.text))
+        page.goto(url)
+        return page
+
+    def _csp(text: str) -> None:
+        if "Content Security Policy" in text:
+            faults.append(text)
+
+    opened.tab = tab  # type: ignore[attr-defined]
+    yield opened
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def until(page: Page, script: str, seconds: float = 20.0) -> Any:
+    """Wait for a value that is true; the page's CSP forbids Playwright's own way."""
+    end = time.monotonic() + seconds
+    while not (found := page.evaluate(script)):
+        assert time.monotonic() < end, script
+        page.wait_for_timeout(30)
+    return found
+
+
+def submit(page: Page, prompt: str = PROMPT, **fields: str) -> None:
+    page.fill("#prompt", prompt)
+    for name in ("steps", "length", "seed", "count"):
+        page.fill(f"#{name}", fields.get(name, "1" if name == "count" else ""))
+    page.click("form button.main")
+
+
+def entry(page: Page, prompt: str = PROMPT) -> Locator:
+    return page.locator(".entry", has_text=prompt)
+
+
+def card(page: Page, prompt: str = PROMPT) -> Locator:
+    return page.locator(".card[data-id]", has_text=prompt)
+
+
+def barriers(page: Page) -> list[str]:
+    """What axe finds that is serious or critical."""
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run(document)")
+    assert len(found["passes"]) > 10
+    return [
+        f"{one['impact']} {one['id']}: {node['html'][:200]}"
+        for one in found["violations"]
+        for node in one["nodes"]
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+def test_a_job_is_submitted_watched_and_played(server: str, open_page: Callable[..., Page]) -> None:
+    page = open_page(server)
+    submit(page, **LONG)
+    experts, previews, shares = list[str](), set[str](), list[int]()
+    works = page.locator(".entry.works")
+    expect(works).to_be_visible()
+    while not card(page).count():
+        try:
+            seen = page.evaluate(
+                """() => {
+                    const one = document.querySelector(".entry.works");
+                    return one && [one.querySelector(".doing").textContent.trim(),
+                        one.querySelector(".frame img")?.src,
+                        +one.querySelector("[role=progressbar]").ariaValueNow];
+                }"""
+            )
+        finally:
+            page.wait_for_timeout(30)
+        if seen:
+            experts.append(seen[0])
+            previews.add(seen[1])
+            shares.append(seen[2])
+    high, low = "high noise: layout and motion", "low noise: detail"
+    assert high in experts and low in experts
+    assert experts.index(low) > experts.index(high)
+    assert len(previews - {None}) >= 2 and shares == sorted(shares) and len(set(shares)) > 5
+    # A screen reader hears quarters and experts, never each step.
+    assert PROMPT in page.inner_text("[aria-live=polite]")
+    card(page).get_by_role("button", name="Play").click()
+    until(page, "document.querySelector('.card video')?.currentTime > 0.4")
+    assert page.evaluate("document.activeElement.tagName") == "VIDEO"
+    assert barriers(page) == []
+
+
+def test_a_strangers_prompt_is_text_and_cancel_stops(
+    server: str, open_page: Callable[..., Page]
+) -> None:
+    prompt = "<img src=x onerror=alert(1)> <b>a star</b> & falls"
+    page = open_page(server)
+    page.on("dialog", lambda dialog: pytest.fail(f"the prompt ran: {dialog.message}"))
+    submit(page, prompt, steps="100", length="81")
+    expect(entry(page, prompt)).to_be_visible()
+    assert page.locator(".entry b:not(.dot)").count() == 0
+    entry(page, prompt).get_by_role("button", name="Cancel").click()
+    expect(card(page, prompt)).to_contain_text("Cancelled")
+    card(page, prompt).get_by_role("button", name="Try again").click()
+    expect(entry(page, prompt)).to_be_visible()
+    entry(page, prompt).get_by_role("button", name="Cancel").click()
+    expect(card(page, prompt)).to_have_count(2)
+
+
+def test_a_reload_and_a_second_tab_see_the_same(
+    server: str, open_page: Callable[..., Page]
+) -> None:
+    prompt = "a small cyan cross spins on a black background"
+    page = open_page(server)
+    submit(page, prompt, seed="77", steps="100", length="81")
+    expect(entry(page, prompt).locator("[role=progressbar]")).to_be_visible()
+    page.reload()
+    assert page.input_value("#prompt") == prompt and page.input_value("#seed") == "77"
+    expect(entry(page, prompt).locator("[role=progressbar]")).to_be_visible()
+    other = open_page.tab(page.context.new_page(), server)  # type: ignore[attr-defined]
+    expect(entry(other, prompt)).to_be_visible()
+    entry(other, prompt).get_by_role("button", name="Cancel").click()
+    expect(card(page, prompt)).to_contain_text("Cancelled")
+    card(page, prompt).get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
+    expect(card(page, prompt)).to_have_count(0)
+    expect(card(other, prompt)).to_have_count(0)
+    other.get_by_role("button", name="Light or dark").click()  # a choice holds in every tab
+    until(page, "document.documentElement.dataset.theme === 'light'")
+
+
+def test_a_grid_plays_together_and_two_are_compared(
+    server: str, open_page: Callable[..., Page]
+) -> None:
+    prompt = "a large yellow star falls on a black background"
+    page = open_page(server)
+    submit(page, prompt, seed="5", count="3", steps="4")
+    grid = page.locator(".card.grid", has_text=prompt)
+    expect(grid.locator(".cell")).to_have_count(3)
+    assert [one.strip() for one in grid.locator(".label").all_inner_texts()] == [
+        "seed 5", "seed 6", "seed 7",
+    ]  # fmt: skip
+    expect(page.locator(".entry")).to_have_count(0, timeout=30_000)
+    grid.get_by_role("button", name="Play all").click()
+    times = "[...document.querySelectorAll('.cell video')].map((one) => one.currentTime)"
+    until(page, f"{times}.length === 3 && {times}.every((one) => one > 0.3)")
+    found = page.evaluate(times)
+    assert max(found) - min(found) < 0.25
+    for place in (0, 1):
+        grid.locator("[aria-expanded]").nth(place).click()
+        grid.locator(".cell").nth(place).get_by_role("button", name="Compare").click()
+    page.get_by_role("button", name="Compare side by side").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.locator("table")).to_contain_text("request.seed")
+    assert barriers(page) == []
+    dialog.get_by_role("button", name="Play both").click()
+    both = "[...document.querySelectorAll('dialog video')].map((one) => one.currentTime)"
+    until(page, f"{both}.every((one) => one > 0.4)")
+    left, right = page.evaluate(both)
+    assert abs(left - right) < 0.15
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    # A grid over guidance, from one of them.
+    grid.locator(".cell").first.get_by_role("button", name="As a grid").click()
+    page.select_option("#grid-vary", "cfg_high")
+    page.fill("#grid-values", "2, 6")
+    page.get_by_role("button", name="Make 2").click()
+    newest = page.locator(".card.grid").first
+    expect(newest.locator(".label")).to_have_text(
+        ["Guidance, high noise 2", "Guidance, high noise 6"]
+    )
+
+
+def test_all_by_keyboard(server: str, open_page: Callable[..., Page]) -> None:
+    prompt = "a green triangle rises on a white background"
+    page = open_page(server)
+    expect(page.locator("#prompt")).to_be_visible()
+    page.keyboard.press("n")
+    page.keyboard.type(prompt)
+    page.keyboard.press("Control+Enter")
+    expect(entry(page, prompt)).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Shift+?")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(card(page, prompt)).to_be_visible(timeout=30_000)
+    page.keyboard.press("g")
+    focus = (
+        "document.activeElement.getAttribute('aria-label') || document.activeElement.textContent"
+    )
+    page.keyboard.press("Tab")
+    assert page.evaluate(focus) == f"Play: {prompt}"
+    shown = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert shown == "solid"  # the focus is seen
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.card video')?.currentTime > 0.2")
+    page.keyboard.press("Tab")
+    for _ in range(12):  # Chromium's own buttons of the video come first
+        if page.evaluate(focus) == "Recipe":
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator(".recipe")).to_contain_text(prompt)
+    page.keyboard.press("Escape")
+    until(page, f"({focus}) === 'Recipe'")  # the focus is where it was
+    page.keyboard.press("Delete")
+    until(page, f"({focus}) === 'Keep'")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(card(page, prompt)).to_have_count(0)
+
+
+LOOKS = {
+    "phone": {"viewport": {"width": 375, "height": 720}, "has_touch": True},
+    "dark": {"color_scheme": "dark"},
+    "chinese": {"locale": "zh-CN", "reduced_motion": "reduce"},
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_look(server: str, open_page: Callable[..., Page], look: str) -> None:
+    page = open_page(server, **LOOKS[look])
+    submit(page, f"a blue square shrinks, {look}", steps="30")
+    expect(page.locator(".works .frame :is(img, canvas)")).to_be_visible()
+    assert barriers(page) == []
+    expect(card(page, look).locator("button.frame img")).to_be_visible(timeout=30_000)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    if look == "dark":
+        ground = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g)"
+        assert page.evaluate(f"{ground}.every((one) => one < 60)")
+        page.get_by_role("button", name="Light or dark").click()
+        until(page, f"{ground}.every((one) => one > 200)")
+    if look == "chinese":
+        assert page.get_attribute("html", "lang") == "zh-CN"
+        expect(page.locator("#gallery-title")).to_have_text("视频")
+        page.select_option("header select", "en")
+        expect(page.locator("#gallery-title")).to_have_text("Videos")
+        page.reload()
+        expect(page.locator("#gallery-title")).to_have_text("Videos")
+
+
+def test_what_the_server_refuses_stands_beside_the_field(
+    server: str, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(server)
+    submit(page, steps="999")
+    words = page.locator("#steps-error")
+    expect(words).to_contain_text("999")
+    assert page.get_attribute("#steps", "aria-invalid") == "true"
+    assert page.evaluate("document.activeElement.id") == "steps"
+    assert barriers(page) == []
+    page.fill("#steps", "4")
+    expect(words).to_have_count(0)
+    page.fill("#prompt", "")
+    page.click("form button.main")
+    expect(page.locator("#prompt-error")).to_be_visible()
+
+
+def test_without_events_the_page_asks_and_connects_again(
+    server: str, open_page: Callable[..., Page]
+) -> None:
+    prompt = "a purple circle grows on a gray background"
+    page = open_page(server)
+    page.route("**/v1/events", lambda route: route.abort())
+    page.reload()
+    submit(page, prompt, steps="40")
+    expect(page.locator(".works .frame img")).to_be_visible()  # previews are asked for, too
+    expect(card(page, prompt)).to_be_visible(timeout=30_000)
+    expect(page.locator(".notice")).to_be_visible()
+    page.unroute("**/v1/events")
+    expect(page.locator(".notice")).to_have_count(0, timeout=20_000)
+
+
+# A server in this process, whose worker makes what a test wants
+
+
+@contextmanager
+def serving(app: Serving) -> Iterator[str]:
+    """Serve an application on a port of its own."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app.app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
+def test_a_token_is_asked_for_once_and_everything_loads_with_it(
+    tmp_path: Path, open_page: Callable[..., Page], nano: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = Serving(tmp_path, token="secret")
+    nano.generate(PROMPT, sample_steps=2).save(str(tmp_path / "clip.mp4"))
+    monkeypatch.setattr("helpers.serving.VIDEO", (tmp_path / "clip.mp4").read_bytes())
+    with FakeWorker(app), serving(app) as url:
+        page = open_page(url)
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_be_visible()
+        assert barriers(page) == []
+        page.fill("#token", "wrong")
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("refused")
+        page.fill("#token", "secret")
+        page.keyboard.press("Enter")
+        submit(page)
+        card(page).get_by_role("button", name="Play").click()
+        until(page, "document.querySelector('.card video')?.currentTime > 0.2")
+        assert page.evaluate("document.querySelector('.card video').src").startswith("blob:")
+        with page.expect_download() as saved:
+            card(page).get_by_role("link", name="Download").click()
+        assert saved.value.path().read_bytes() == (tmp_path / "clip.mp4").read_bytes()
+        page.reload()  # the tab remembers
+        expect(card(page)).to_be_visible()
+
+
+def test_pictures_are_chosen_dropped_and_pasted(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    app = Serving(tmp_path, spec=NANO_I2V)
+    files = {}
+    for name in ("red", "blue"):
+        files[name] = tmp_path / f"{name}.png"
+        Image.new("RGB", (64, 64), name).save(files[name])
+    give = """([bytes, kind]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(bytes)], "blue.png", {type: "image/png"}));
+        const target = document.querySelector("#last").closest(".drop");
+        target.dispatchEvent(kind === "drop"
+            ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+            : new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true}));
+    }"""
+    with FakeWorker(app), serving(app) as url:
+        page = open_page(url)
+        submit(page, "without a picture")
+        expect(page.locator("form")).to_contain_text("picture")
+        for kind in ("drop", "paste"):
+            page.set_input_files("#image", files["red"])
+            page.evaluate(give, [list(files["blue"].read_bytes()), kind])
+            expect(page.locator(".drop img")).to_have_count(2)
+            page.reload()  # pictures outlive it
+            expect(page.locator(".drop img")).to_have_count(2)
+            submit(page, f"a ball, {kind}")
+            expect(card(page, kind)).to_be_visible()
+            page.get_by_role("button", name="Clear the form").click()
+            expect(page.locator(".drop img")).to_have_count(0)
+        card(page, "paste").get_by_role("button", name="Again, another seed").click()
+        expect(card(page, "paste")).to_have_count(2)
+    first, second, third = app.store.page(newest_first=False)
+    assert all(job.state in FINAL for job in (first, second, third))
+    pictures = [(job.request["image"], job.request["last_image"]) for job in (first, second, third)]
+    assert len(set(pictures)) == 1 and pictures[0][0] != pictures[0][1]
+    assert third.request["seed"] != second.request["seed"]
+    assert json.dumps({**third.request, "seed": 0}) == json.dumps({**second.request, "seed": 0})
