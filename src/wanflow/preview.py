@@ -91,10 +91,9 @@ class Previewer:
 
     def __call__(self, progress: Progress) -> None:
         """Take a finished step."""
-        before, self._before = self._before, progress
-        last = progress.step == progress.steps
+        last, predicted = progress.step == progress.steps, progress.run.state.data
+        before, self._before = self._before, None if last or predicted else progress
         if last:
-            self._before = None
             self.close()
         elif time.monotonic() - self._drawn < EVERY or self._thread.is_alive():
             return

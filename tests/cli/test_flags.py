@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 OWN = {
     *("-h", "--help", "--help-all", "--json", "--quiet", "--verbose"),
     *("--ckpt_dir", "--high", "--low", "--dit", "--t5", "--vae", "--tokenizer"),
-    *("--save_file", "--overwrite", "--contact_sheet", "--resume", "--force"),
+    *("--save_file", "--overwrite", "--contact_sheet", "--preview", "--resume", "--force"),
     *("--config", "--recipe", "--lora_dir", "--trust_paths"),
     *("--prompt_file", "--seeds", "--num_videos", "--grid", "--out_dir"),
     *("--gpus", "--timeout", "--parallel", "--preset", "--sample_guide_scale"),
