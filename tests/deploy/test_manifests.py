@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from wanflow.cli import build_parser, serve, worker
 from wanflow.serve.jobs import Job, new_id
 from wanflow.serve.local import LocalStore
 
@@ -24,8 +26,9 @@ ROOT = Path(__file__).parents[2]
 DEPLOY, GUIDES = ROOT / "deploy", ROOT / "docs" / "guides" / "deploy"
 TOOLS = ROOT / ".venv-deploy" / "bin"
 
-# What a user fills in, beside the names that every manifest has.
+# What a user fills in that is not any text.
 FILLED = {"STORAGE_ID": "42"}
+SECRETS = {"WANFLOW_TOKEN": "a-token", "POSTGRES_PASSWORD": "a-password"}
 
 # kind of check, manifest, a mistake to make in it, and what the tool says of that
 CASES = [
@@ -46,6 +49,7 @@ CASES = [
     ("tione-task", "tencent/task.json", ('"CFSSource"', '"CfsSource"'), "CfsSource: unknown key"),
     ("gongji", "gongji/task.json", ('"target_dir"', '"mount_path"'), "mount_path"),
 ]
+COMMANDS = {"serve", "worker", "download", "generate", "doctor"}
 KUSTOMIZATIONS = ["base", "keda", "trial", "weights"]
 
 
@@ -56,8 +60,8 @@ def tool(name: str) -> str:
     return str(found)
 
 
-def run(*command: str, home: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": ""}
+def run(*command: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": "", **more}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -95,6 +99,39 @@ def test_a_platform_reads_its_manifests_and_finds_mistakes(kind: str, tmp_path: 
     for name in texts:
         of_this = "".join(re.findall(f"{re.escape(name)}: (.*)", said))
         assert expected[name] in of_this if name in expected else not of_this, said
+
+
+def composed(home: Path, *names: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """What podman-compose makes of files together, variables filled in; it needs no podman."""
+    podman = home / "podman"
+    podman.write_text("#!/bin/sh\necho podman version 5.0.0\n", encoding="utf-8")
+    podman.chmod(0o755)
+    files = [word for name in names for word in ("-f", str(DEPLOY / name))]
+    return run(
+        tool("podman-compose"), "--podman-path", str(podman), *files, "config", home=home, **more
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("compose.yaml",), ("compose.yaml", "compose.cpu.yaml")])
+def test_compose_renders_and_keeps_secrets_where_they_belong(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    text = composed(tmp_path, *names, **SECRETS).stdout
+    assert "${" not in text
+    services = yaml.safe_load(text)["services"]
+    said = checked("compose", {"rendered": yaml.safe_dump({"services": services})}, tmp_path)
+    assert not said.strip()
+    api, worker = services["api"]["environment"], services["worker"]["environment"]
+    assert api["WANFLOW_TOKEN"] == "a-token" and "WANFLOW_TOKEN" not in worker
+    assert api["WANFLOW_DB"] == "postgresql://wanflow:a-password@postgres/wanflow"
+    gpu = bool(services["worker"]["deploy"]["resources"]["reservations"])
+    assert gpu == (names == ("compose.yaml",)) == (worker["WANFLOW_CKPT_DIR"] == "/weights")
+    (port,) = services["api"]["ports"]
+    assert port.startswith("127.0.0.1:")
+    for missing in SECRETS:
+        done = composed(tmp_path, *names, **{**SECRETS, missing: ""})
+        assert done.returncode != 0 and "set it in deploy/.env" in done.stderr
 
 
 def kustomized(folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
@@ -233,6 +270,43 @@ def test_the_context_of_the_image_is_enough_to_build_the_package(tmp_path: Path)
     done = run(*pip, *build, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("wanflow-*.whl"))) == 1
+
+
+def words(text: str) -> list[list[str]]:
+    """The arguments of wanflow in a manifest: of containers, of shells, of units."""
+    found = [shlex.split(match) for match in re.findall(r"bin/wanflow ([^\n]*)", text)]
+    found += [shlex.split(match) for match in re.findall(r'"(?:wanflow) ([^"]*)"', text)]
+    listed = re.findall(r"(?:args|command): (\[[^\]]*\])", text)
+    return found + [argv for one in listed if (argv := yaml.safe_load(one))[0] in COMMANDS]
+
+
+STANDS_FOR = {
+    "$TASK": "t2v-A14B",
+    "${WANFLOW_TASK:-t2v-A14B}": "t2v-A14B",
+    "$VARIANT": "official",
+    "$@": "--prompt=a red circle",
+    "$OPTIONS": "--size=1280*720",
+}
+MANIFESTS = [file for file in sorted(DEPLOY.rglob("*")) if file.is_file()]
+
+
+def test_every_command_of_a_manifest_is_one_of_wanflow() -> None:
+    seen = set()
+    for file in MANIFESTS:
+        for argv in words(file.read_text("utf-8")):
+            argv = [STANDS_FOR.get(word, word) for word in argv]
+            build_parser().parse_args(argv)
+            seen.add(argv[0])
+    assert seen == COMMANDS
+
+
+def test_every_variable_of_a_manifest_is_read() -> None:
+    read = {*serve.ENVIRONMENT.values(), *worker.ENVIRONMENT.values()}
+    own = {"WANFLOW_TASK", "WANFLOW_IMAGE"}  # of compose
+    for file in MANIFESTS:
+        assert set(re.findall(r"WANFLOW_[A-Z_]+", file.read_text("utf-8"))) <= read | own, file
+    guide = (GUIDES / "index.md").read_text("utf-8")
+    assert read <= set(re.findall(r"WANFLOW_[A-Z_]+", guide))
 
 
 def unit(name: str, folder: Path) -> Path:
