@@ -373,7 +373,7 @@ def predicted(case: Case, folder: Path) -> Phase:
     if case.stage == "text":
         return text_phase(traces, runtime, "cpu")
     if case.stage == "encode":
-        return picture_phase(traces, runtime, "cpu")
+        return picture_phase(traces, "cpu")
     return (
         decode_phase(traces, runtime, "cpu")
         if case.stage == "decode"
