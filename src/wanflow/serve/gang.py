@@ -37,7 +37,7 @@ from wanflow.outputs import refuse_without_room
 from wanflow.pictures import open_picture
 from wanflow.pipeline import Cancelled, Frames, Progress, Run
 from wanflow.preview import Previewer
-from wanflow.request import PICTURES, Request
+from wanflow.request import PICTURES, Picture, Request
 from wanflow.sanity import OutputError
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import Job
@@ -271,11 +271,17 @@ class Maker:
         values = {name: value for name, value in job.request.items() if name in known}
         for name in PICTURES:
             if values.get(name):
-                picture = open_picture(self.folder.picture(values[name]), name)
-                values[name] = replace(picture, file="")
+                values[name] = self._picture(values[name], name)
         if values.get("lora"):
             values["lora"] = with_files(values["lora"], self.loras)
         return Request(**values)
+
+    def _picture(self, sha256: str, name: str) -> Picture:
+        file = self.folder.picture(sha256)
+        picture = open_picture(file, name) if file.is_file() else None
+        if picture is None or picture.sha256 != sha256:
+            raise RequestError(f"{name}: the picture is gone from the server; send it again")
+        return replace(picture, file="")
 
     def _saved(self, job: Job, begun: Run, notes: list[str]) -> Run | None:
         """Return the saved run of a job that an earlier attempt began, if it is this video's."""
