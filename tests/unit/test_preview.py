@@ -239,3 +239,15 @@ def test_the_fit_takes_the_vae_of_48_channels() -> None:
     colours = preview.fit(filled(vae_of(config).to_empty(device="cpu"), 0))
     assert colours.shape == (2, 49, 3) and torch.isfinite(colours).all()
     assert frames_of(torch.randn(1, 48, 3, 4, 6), colours).shape == (3, 4, 6, 3)
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+def test_every_step_of_every_solver_is_drawn(
+    pipe: wanflow.Pipeline, tmp_path: Path, solver: Any
+) -> None:
+    shown = list[int]()
+    with Joined(pipe, tmp_path / "a.png", lambda step, _: shown.append(step.step)) as previewer:
+        for _ in range(2):
+            pipe.generate(PROMPT, previewer, **{**RUN, "sample_solver": solver, "sample_steps": 3})  # type: ignore[arg-type]
+    assert shown == [1, 2, 3, 1, 2, 3]
