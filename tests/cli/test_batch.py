@@ -149,7 +149,8 @@ def test_seeds_numbers_and_grids_multiply(in_tmp: Path) -> None:
 WRONG = {
     "a.txt": (
         "fine --f 5\na --s x\na --foo 3\na --f 6\n--d 3\na --g 200\na --s 2 --s 3\na --w 64\n"
-        "a --lora no.safetensors\na --sample_solver eular\na --d\na --lora 'b\n",
+        "a --lora no.safetensors\na --sample_solver eular\na --d\na --lora 'b\n"
+        "a --i bad.png\n",
         {
             2: "--s must be a whole number (got 'x')",
             3: "unknown setting foo; known are prompt,",
@@ -162,6 +163,7 @@ WRONG = {
             10: "--sample_solver must be one of",
             11: "--d must be a whole number",
             12: "No closing quotation",
+            13: "bad.png",
         },
     ),
     "a.jsonl": (
@@ -193,13 +195,14 @@ def test_all_wrong_lines_are_named_at_once(
 ) -> None:
     text, words = WRONG[name]
     Path(name).write_text(text)
+    Path("bad.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
     said = refused(capsys, *MAKE[:-4], "--prompt_file", name).removeprefix("wanflow: ")
     lines = said.strip().split("\n")
     found = {int(line.split(":")[1]): line for line in lines if line.startswith(f"{name}:")}
     assert set(found) == set(words), said
     for number, part in words.items():
         assert part in found[number]
-    assert os.listdir() == [name]  # nothing was begun
+    assert sorted(os.listdir()) == sorted([name, "bad.png"])  # nothing was begun
 
 
 @pytest.mark.parametrize(
@@ -253,6 +256,7 @@ def test_a_list_makes_what_single_commands_make_and_grows(
     document = json.loads(printed.out)
     assert (document["path"], document["completed"]) == ("two_videos", 2)
     first, second = document["videos"]
+    assert "resume" not in document
     assert first["path"].endswith("0001_7_a-red-circle-moves-left-on-a-blue-background.mp4")
     assert re.fullmatch(r"two_videos/0002_\d+_a-green-star.*\.png", second["path"])
     assert (second["where"], second["prompt"]) == ("two.txt:2", STAR)
@@ -334,6 +338,7 @@ def test_a_failed_video_stops_no_other_and_is_tried_again(
     assert words in document["videos"][1]["error"] and words in document["error"]
     assert (document["code"], document["completed"], document["failed"]) == (1, 2, 1)
     assert "1 of 3 videos failed" in document["error"]
+    assert shlex.split(document["resume"]) == ["wanflow", *command]
     marked = np.asarray(Image.open("g/grid.png")).astype(int)
     red = (marked[..., 0] > 150) & (marked[..., 1] < 20) & (marked[..., 2] < 60)
     assert red[:, marked.shape[1] // 2].any()
@@ -399,6 +404,22 @@ def test_seeds_and_grids_override_a_recipe(in_tmp: Path) -> None:
     (video,) = Path().glob("0001_4_*.mp4")
     request = read_recipe(video)["request"]
     assert (request["cfg_high"], request["cfg_low"], request["frame_num"]) == (2, 2, 5)
+
+
+def test_an_interruption_before_a_step_says_how_to_go_on(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*MAKE, "--prompt", PROMPT, "--seeds", "1,2", "--out_dir", "g"]
+
+    def struck(*_: Any, **__: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WanDiT, "forward", struck)
+        assert main(command) == 130
+    said = capsys.readouterr().err
+    assert said.endswith(f"go on with: {shlex.join(['wanflow', *command])}\n")
+    assert os.listdir() == ["g"]  # no claim is left
 
 
 def test_a_video_that_was_published_before_the_end_is_kept(in_tmp: Path) -> None:

@@ -212,7 +212,6 @@ def _read(parser: Parser, words: list[str]) -> Any:
 
 
 NO_STATE = "no step was complete, so there is nothing to save"
-GO_ON = "no step was complete since the last video; the same command goes on"
 
 
 def _nothing(args: Any) -> str:
@@ -220,7 +219,11 @@ def _nothing(args: Any) -> str:
     source = getattr(args, "resume", None) or getattr(args, "latent", None)
     if source:
         return f"{source} is as it was"
-    return GO_ON if _module(args.command).asks_for_several(args) else NO_STATE
+    if not _module(args.command).asks_for_several(args):
+        return NO_STATE
+    from wanflow.cli.keeping import again
+
+    return f"no step was complete since the last video; go on with: {again(args)}"
 
 
 def _command(args: Any) -> Callable[[Any], None]:

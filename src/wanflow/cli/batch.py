@@ -18,8 +18,9 @@ from wanflow.cli.generate import (
     refuse_unsupported,
     settled,
 )
+from wanflow.cli.keeping import again
 from wanflow.cli.running import run_and_save, world_size
-from wanflow.cli.videos import Queue, Turn, again
+from wanflow.cli.videos import Queue, Turn
 from wanflow.config import RequestError
 from wanflow.outputs import Claims
 from wanflow.runtime import Runtime

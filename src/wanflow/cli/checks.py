@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from wanflow.cli.running import check_target_name
 from wanflow.config import RequestError
 from wanflow.geometry import COMMON, geometry_of, parse_size
 from wanflow.presets import EMBEDDED, FAMILY, ModelSpec
-from wanflow.request import Request
+from wanflow.request import PICTURES, Request
 from wanflow.runtime import DTYPES, Runtime
 from wanflow.untrusted import check_regular, printable, user_path
 
@@ -97,12 +98,21 @@ def _several(args: argparse.Namespace) -> None:
     if args.ckpt_dir is not None or given_parts(args):
         from wanflow.cli.prompts import wanted
 
-        spec = model_of_task(args)
-        wanted(args, request_from(args), lambda request: _check_request(request, spec))
+        wanted(args, request_from(args), partial(_check_one, model_of_task(args)))
         _weights(args)
     folder = args.out_dir
     if folder is not None and exists(folder) and not folder.is_dir():
         raise RequestError(f"--out_dir {printable(folder)} is a file; name a folder")
+
+
+def _check_one(spec: ModelSpec | None, request: Request) -> None:
+    """Check one request of several, with its pictures: all that is wrong is named at once."""
+    _check_request(request, spec)
+    for name in PICTURES:
+        if (picture := getattr(request, name)) is not None:
+            from wanflow.pictures import open_picture
+
+            open_picture(picture, name)
 
 
 def _replay(args: argparse.Namespace) -> None:

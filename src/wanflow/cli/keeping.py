@@ -197,3 +197,8 @@ def launcher(args: argparse.Namespace) -> list[str]:
     each = ranks.local_world_size or ranks.world_size
     nodes = [f"--nnodes={ranks.world_size // each}"] if ranks.world_size > each else []
     return ["torchrun", *nodes, f"--nproc_per_node={each}", "-m", "wanflow"]
+
+
+def again(args: argparse.Namespace) -> str:
+    """Return the command line that goes on: the same one."""
+    return shlex.join([*launcher(args), *args.argv])

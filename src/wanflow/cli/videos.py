@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import secrets
-import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanflow.cli.flags import request_from
 from wanflow.cli.generate import checked, extended, notes
-from wanflow.cli.keeping import launcher, state_of
+from wanflow.cli.keeping import again, state_of
 from wanflow.cli.parser import settings_from
 from wanflow.cli.prompts import Wanted, name_of_list, wanted
 from wanflow.config import RequestError
@@ -67,11 +66,6 @@ class Turn:
     request: Request
     run: Run | None
     texts: list[str]
-
-
-def again(args: argparse.Namespace) -> str:
-    """Return the command line that goes on: the same one."""
-    return shlex.join([*launcher(args), *args.argv])
 
 
 class Many:
@@ -259,6 +253,7 @@ class Queue:
             one.entry |= self._entry(one)
         document = self.args.output.document
         document |= {"path": str(self.folder), "videos": [one.entry for one in self.videos]}
+        document["resume"] = again(self.args)
 
     def _entry(self, one: Video) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": str(self._target(one.job)), "status": one.job.state}
@@ -364,6 +359,7 @@ class Queue:
                     ]
                 )
             )
+        del document["resume"]
         self.args.output.path = self.folder
         took = self.args.output.took()
         screen.say(f"{_count(len(self._left))} made in {took}: all are in {self.folder}")
