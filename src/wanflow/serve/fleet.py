@@ -39,7 +39,7 @@ TASK = "wanflow.make"
 (CHANNEL,) = get_channel_for_queues(None)
 LOCK = 0x77616E66  # of the database: one that submits, or makes the tables
 ANSWER_S = 5.0  # for a connection, and again for a statement; then the database counts as away
-FORGET_S = 86400.0  # a worker that was silent for so long
+FORGET_S = 86400.0  # a worker that was silent for this time
 EPOCH = datetime.fromtimestamp(0, UTC)  # "now" by any clock: the engine compares with its own
 
 # What the network swallows is noticed in about ten seconds too.
