@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +32,12 @@ from wanflow.serve.jobs import (
     StoreError,
     Worker,
     new_id,
+    worker_name,
 )
 from wanflow.serve.local import FILE, LocalStore, own_folder
 from wanflow.serve.rows import Rows
 from wanflow.serve.stores import open_store
+from wanflow.serve.supervise import Child, recover
 
 BRIEF_S = 0.6  # after which a worker of these tests counts as dead
 
@@ -482,6 +485,29 @@ def test_the_job_of_a_worker_that_left_is_free_at_once(place: Place) -> None:
     assert store.recover() == []
     store.leave("a")
     assert [one.id for one in store.recover()] == [taken.id]
+
+
+def test_a_process_that_ended_loses_its_job_at_once(place: Place) -> None:
+    store = place.open(silent_s=1000)
+    ended: list[int] = []
+    child = Child("worker", [sys.executable, "-c", "pass"], ended=ended.append)
+    child.start()
+    assert child.process is not None
+    child.process.wait(30)
+    child.look()
+    (number,) = ended
+    ids = [f"{worker_name(number)}ab", f"{worker_name(number + 1)}ab", "elsewhere"]
+    submitted(store, 3)
+    for id in ids:
+        store.enrol(Worker(id, "nano"))
+    taken = [store.claim(id) for id in ids]
+    recover(store, number)
+    assert [store.report(one, Progress()) for one in taken] == [
+        Standing.LOST,
+        Standing.OURS,
+        Standing.OURS,
+    ]
+    assert sorted(one.id for one in store.workers()) == sorted(ids[1:])
 
 
 def test_two_watchers_put_a_job_back_once(place: Place) -> None:

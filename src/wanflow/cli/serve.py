@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DATA_DIR = "wanflow_data"
-LOCK = "server.lock"
 # Environment variables of containers; flags win.
 ENVIRONMENT = {
     "ckpt_dir": CKPT_DIR,
@@ -89,24 +89,16 @@ def serve(args: argparse.Namespace) -> None:
         RequestError: for settings that do not go together, and what a child was refused for.
     """
     _need_packages()
-    from filelock import FileLock, Timeout
-
-    from wanflow.serve.local import LocalStore
+    from wanflow.serve.local import LocalStore, own_folder
     from wanflow.serve.stores import open_store
-    from wanflow.serve.supervise import Child, Supervisor, listen, python
+    from wanflow.serve.supervise import Child, Supervisor, listen, python, recover
 
     limits = Limits(**settings_from(Limits, args))
     folder = args.data_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         if args.db is None:
-            try:
-                held.enter_context(FileLock(folder / LOCK, timeout=0))
-            except Timeout:
-                raise RequestError(
-                    f"--data_dir {printable(folder)}: another server has it; end that one, or name"
-                    " another folder"
-                ) from None
+            held.enter_context(own_folder(folder))
         listening = held.enter_context(listen(args.host, args.port))
         store = open_store(args.db, folder)
         held.callback(store.close)
@@ -128,7 +120,8 @@ def serve(args: argparse.Namespace) -> None:
         )  # fmt: skip
         children = [http]
         if not args.no_worker:
-            children.append(Child("worker", worker_command(args, folder)))
+            gone = partial(recover, store)
+            children.append(Child("worker", worker_command(args, folder), ended=gone))
         port = listening.getsockname()[1]
         _greet(args, port)
         args.watchdog.leave()  # the supervisor handles signals

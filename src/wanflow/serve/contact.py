@@ -10,9 +10,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
-from wanflow.serve.jobs import Store, StoreError, Worker
+from wanflow.serve.jobs import BEAT_S, Store, StoreError, Worker
 
-BEAT_S = 5.0  # between two signs of life
 AGAIN_S = 1.0  # between two tries
 
 logger = logging.getLogger("wanflow")

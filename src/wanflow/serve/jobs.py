@@ -13,6 +13,7 @@ in that very attempt: a worker that was frozen and wakes up later is refused (`S
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -193,3 +194,8 @@ class Store(Protocol):
 def new_id() -> str:
     """Return an identity that cannot be guessed."""
     return f"video_{secrets.token_hex(16)}"
+
+
+def worker_name(process: int) -> str:
+    """Return what the id of a worker begins with, by its process on this machine."""
+    return f"{socket.gethostname()}-{process}-"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wanflow.config import RequestError
-from wanflow.serve.jobs import Store, StoreError
+from wanflow.serve.jobs import Store, StoreError, worker_name
 
 logger = logging.getLogger("wanflow")
 LOOK_S = 0.2  # between two looks at the children
@@ -32,14 +32,14 @@ class Child:
 
     name: in messages. command: that starts it. first: what it reads first from standard input, of
     which the end is the end of its parent; it is called with the process. fds: that it inherits.
-    ended: called after each end.
+    ended: called after each end, with the number of the process.
     """
 
     name: str
     command: Sequence[str]
     first: Callable[[subprocess.Popen[bytes]], bytes] = lambda process: b""
     fds: Sequence[int] = ()
-    ended: Callable[[], object] = lambda: None
+    ended: Callable[[int], object] = lambda process: None
     process: subprocess.Popen[bytes] | None = None
     troubles: int = field(default=0, init=False)
     began: float = field(default=0.0, init=False)
@@ -71,8 +71,8 @@ class Child:
         code = self.process.poll()
         if code is None:
             return
+        self.ended(self.process.pid)
         self.process = None
-        self.ended()
         if code == 2:
             raise RequestError(f"the {self.name} was refused; its words are above")
         self.troubles = 0 if now - self.began > STEADY_S else self.troubles + 1
@@ -150,11 +150,20 @@ class Supervisor:
     def _recover(self, over: threading.Event) -> None:
         """Put back the jobs of workers that are gone, again and again."""
         while self._store is not None and not over.wait(RECOVER_S):
-            try:
-                for job in self._store.recover():
-                    logger.warning("job %s: %s after its worker was gone", job.id, job.state)
-            except StoreError as error:
-                logger.warning("%s", error)
+            recover(self._store)
+
+
+def recover(store: Store, process: int | None = None) -> None:
+    """Put back the jobs of workers that are gone; one whose process has ended is so at once."""
+    try:
+        if process is not None:
+            for worker in store.workers():
+                if worker.id.startswith(worker_name(process)):
+                    store.leave(worker.id)
+        for job in store.recover():
+            logger.warning("job %s: %s after its worker was gone", job.id, job.state)
+    except StoreError as error:
+        logger.warning("%s", error)
 
 
 def ending(code: int) -> str:

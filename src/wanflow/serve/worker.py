@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from wanflow.serve.contact import Contact
 from wanflow.serve.folder import DataFolder
-from wanflow.serve.jobs import Job, Progress, Standing, Store, StoreError, Worker
+from wanflow.serve.jobs import Job, Progress, Standing, Store, StoreError, Worker, worker_name
 from wanflow.serve.line import Message, ending
 from wanflow.units import measured
 
@@ -85,7 +84,7 @@ class Foreman:
     ) -> None:
         self._folder, self._hire = folder, hire
         self._stall_s, self._longest = stall_s, 0.0
-        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        name = f"{worker_name(os.getpid())}{secrets.token_hex(4)}"
         self._store, self._contact = store, Contact(store, Worker(name, ""))
         self._messages: SimpleQueue[Message] = SimpleQueue()
         self._gang: Hired | None = None
