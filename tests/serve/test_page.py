@@ -356,6 +356,9 @@ def test_without_events_the_page_asks_and_connects_again(
     expect(page.locator(".works .frame img")).to_be_visible()  # previews are asked for, too
     expect(card(page, prompt)).to_be_visible(timeout=30_000)
     expect(page.locator(".notice")).to_be_visible()
+    page.route("**/v1/**", lambda route: route.abort())
+    expect(page.locator(".notice")).to_contain_text("does not answer")
+    page.unroute("**/v1/**")
     page.unroute("**/v1/events")
     expect(page.locator(".notice")).to_have_count(0, timeout=20_000)
 
@@ -443,3 +446,42 @@ def test_pictures_are_chosen_dropped_and_pasted(
     assert len(set(pictures)) == 1 and pictures[0][0] != pictures[0][1]
     assert third.request["seed"] != second.request["seed"]
     assert json.dumps({**third.request, "seed": 0}) == json.dumps({**second.request, "seed": 0})
+
+
+def test_every_field_reaches_the_job_and_comes_back_from_it(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    app = Serving(tmp_path, loras={"ink": tmp_path, "<i>odd</i>": tmp_path})
+    with FakeWorker(app) as worker, serving(app) as url:
+        worker.fail = {"code": "out_of_memory", "message": "out of memory: try 832*480"}
+        page = open_page(url)
+        expect(page.locator("#prompt")).to_be_visible()
+        page.locator("summary").click()
+        page.select_option("#size", "own")
+        page.fill("[aria-label='Width x height']", "96*64")
+        page.select_option("#preset", "lightning8")
+        page.select_option("[aria-label='frames / seconds']", "seconds")
+        values = {"negative": "blur", "cfg_high": "2.5", "cfg_low": "1.5", "shift": "7"}
+        for name, value in values.items():
+            page.fill(f"#{name}", value)
+        page.get_by_label("ink").check()
+        page.fill("[aria-label='Strength of ink']", "0.5")
+        expect(page.locator("fieldset")).to_contain_text("<i>odd</i>")
+        submit(page, length="1.2", seed="11", steps="6")
+        expect(card(page)).to_contain_text("out of memory: try 832*480")
+        (first,) = app.store.page()
+        given = {name: first.request[name] for name in ("negative_prompt", "size", "lora", "seed")}
+        assert given == {
+            "negative_prompt": "blur", "size": "96x64", "lora": ["ink@0.5"], "seed": 11,
+        }  # fmt: skip
+        numbers = ("frame_num", "sample_steps", "cfg_high", "cfg_low", "sample_shift")
+        assert [first.request[name] for name in numbers] == [9, 6, 2.5, 1.5, 7]
+        worker.fail = None
+        card(page).get_by_role("button", name="Try again").click()
+        expect(card(page)).to_have_count(2)
+        # A recipe is in the video's file; this worker's holds none, and the page says so.
+        card(page).first.get_by_role("button", name="Recipe").click()
+        expect(page.get_by_role("dialog")).to_contain_text("No recipe")
+        page.keyboard.press("Escape")
+    second, _ = app.store.page()
+    assert second.request == first.request and second.key == first.key

@@ -6,7 +6,7 @@ import { api, content, token } from "./api.js";
 import { restart } from "./live.js";
 import { Dialog, Icon, closeDialog, say, useMedia, wordsOf } from "./parts.js";
 import {
-  MOST, bySeed, formFrom, picturesFrom, requestOf, send, setForm, setPictures,
+  MOST, bySeed, formFrom, picturesFrom, requestOf, send, setForm, setPictures, varied,
 } from "./request.js";
 import { choose, drop, short, state, update } from "./store.js";
 
@@ -47,11 +47,10 @@ function Recipe({ job }) {
     const body = await requestOf(job);
     setForm(formFrom(body, state.settings));
     setPictures(picturesFrom(body));
-    closeDialog();
-    setTimeout(() => document.getElementById("prompt").focus());
+    closeDialog("prompt");
   };
   return html`
-    <${Dialog} title=${say("recipe")} onClose=${closeDialog}>
+    <${Dialog} title=${say("recipe")}>
       ${error && html`<p class="error" role="alert">${say("no_recipe", { message: error })}</p>`}
       ${value && html`
         <div class="scroll" tabindex="0" role="group" aria-label=${say("recipe")}>
@@ -70,7 +69,7 @@ function Recipe({ job }) {
 function GridDialog({ job }) {
   const two = state.settings.experts.length === 2;
   const ways = two ? ["seed", "cfg_high", "cfg_low"] : ["seed", "cfg_high"];
-  const words = (way) => say(way === "cfg_high" && !two ? "cfg" : way);
+  const words = (way) => say(varied(way));
   const [vary, setVary] = useState("seed");
   const [count, setCount] = useState("4");
   const [values, setValues] = useState("2, 3, 4, 5");
@@ -99,7 +98,7 @@ function GridDialog({ job }) {
     return setBusy(false);
   };
   return html`
-    <${Dialog} title=${say("grid")} onClose=${closeDialog}>
+    <${Dialog} title=${say("grid")}>
       <form novalidate onSubmit=${make}>
         <p class="prompt">${short(job.prompt, 160)}</p>
         <div class="row">
@@ -140,12 +139,12 @@ function Delete({ ids }) {
   };
   const title = ids.length > 1 ? say("delete_grid_ask", { count: ids.length }) : say("delete_ask");
   return html`
-    <${Dialog} title=${title} onClose=${closeDialog}>
+    <${Dialog} title=${title}>
       <p class="prompt">${short(state.jobs.get(ids[0])?.prompt, 160)}</p>
       <p>${say("delete_final")}</p>
       <div role="alert">${wrong && html`<p class="error">${wrong}</p>`}</div>
       <div class="actions">
-        <button type="button" autofocus onClick=${closeDialog}>${say("keep")}</button>
+        <button type="button" autofocus onClick=${() => closeDialog()}>${say("keep")}</button>
         <button type="button" class="danger" onClick=${remove}>${say("delete")}</button>
       </div>
     <//>`;
@@ -235,7 +234,7 @@ function Compare({ ids }) {
   const pair = usePair(left, right, speed);
   if (jobs.some((job) => !job)) return null;
   return html`
-    <${Dialog} title=${say("compare_open")} onClose=${closeDialog} wide>
+    <${Dialog} title=${say("compare_open")} wide>
       <div class="sides">
         <${Side} job=${jobs[0]} name=${say("left_side")} videoRef=${left} onMeasured=${pair.measured} />
         <${Side} job=${jobs[1]} name=${say("right_side")} videoRef=${right} onMeasured=${pair.measured} />
@@ -262,7 +261,7 @@ function Shortcuts() {
     ["Enter  A  C  Del", "key_on_card"],
   ];
   return html`
-    <${Dialog} title=${say("shortcuts")} onClose=${closeDialog}>
+    <${Dialog} title=${say("shortcuts")}>
       <dl class="keys">
         ${rows.map(([keys, words]) => html`
           <dt>${keys.split("  ").map((key) => html`<kbd>${key}</kbd> `)}</dt><dd>${say(words)}</dd>`)}

@@ -198,6 +198,16 @@ function More({ form, settings, error, open }) {
     </details>`;
 }
 
+/** What a recipe brought that the form has no field for. */
+function Rest({ form }) {
+  const rest = Object.entries(form.rest);
+  if (!rest.length) return null;
+  return html`
+    <p class="hint rest">${rest.map(([name, value]) => `${name} ${value}`).join(", ")}
+      <${IconButton} name="close" words=${say("remove_rest")} onClick=${() => setForm({ rest: {} })} />
+    </p>`;
+}
+
 function Actions({ count, busy, refused }) {
   const words = busy ? say("submitting") : count > 1 ? say("submit_many", { count }) : say("submit");
   return html`
@@ -285,6 +295,7 @@ export function Form() {
       <${LoraFields} form=${form} settings=${settings} error=${error("lora")} />
       <${More} form=${form} settings=${settings} error=${error}
         open=${IN_MORE.includes(refused?.field)} />
+      <${Rest} form=${form} />
       <${Actions} count=${count} busy=${busy} refused=${refused} />
     </form>`;
 }

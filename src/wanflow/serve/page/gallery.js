@@ -3,9 +3,9 @@
 import { html, useRef, useState } from "./lib/htm-preact.js";
 
 import { earlier } from "./live.js";
-import { Clip, Download, Icon, IconButton, Preview, isPicture, say, wordsOf } from "./parts.js";
+import { Clip, Download, Icon, IconButton, Preview, isPicture, say, useKeptFocus, wordsOf } from "./parts.js";
 import { Bar, doing } from "./queue.js";
-import { drawSeed, labelOf, requestOf, send } from "./request.js";
+import { drawSeed, labelOf, requestOf, send, varied } from "./request.js";
 import { active, gallery, state, update } from "./store.js";
 import { duration } from "./words.js";
 
@@ -93,8 +93,9 @@ function keyed(event, job) {
 
 function Card({ job }) {
   const done = job.status === "completed";
+  const ref = useKeptFocus("gallery");
   return html`
-    <li class=${state.chosen.includes(job.id) ? "card chosen" : "card"} data-id=${job.id}
+    <li ref=${ref} class=${state.chosen.includes(job.id) ? "card chosen" : "card"} data-id=${job.id}
       onKeyDown=${(event) => keyed(event, job)}>
       ${done
         ? html`<${Clip} job=${job} playing=${state.playing === job.id}
@@ -145,7 +146,7 @@ function Grid({ id, jobs }) {
       video.play().catch(() => {});
     }
   };
-  const vary = say(jobs[0].grid.vary);
+  const vary = say(varied(jobs[0].grid.vary));
   return html`
     <li class="card grid" data-grid=${id}>
       <p class="prompt" title=${jobs[0].prompt}>${jobs[0].prompt}</p>

@@ -41,15 +41,21 @@ export const IconButton = ({ name, words, ...rest }) => html`
   </button>`;
 
 /** A dialog over the page. Escape closes it, and the focus goes back to where it was. */
-export function Dialog({ title, onClose, wide, children }) {
+export function Dialog({ title, wide, children }) {
   const ref = useRef();
+  const mine = useRef(state.dialog);
   useLayoutEffect(() => {
     const opener = document.activeElement;
     ref.current.showModal();
-    return () => opener?.isConnected && opener.focus();
+    return () => setTimeout(() => {
+      // What opened it may be gone, with its video.
+      const next = state.next || (opener?.isConnected ? "" : "gallery");
+      state.next = "";
+      (next ? document.getElementById(next) : opener)?.focus();
+    });
   }, []);
   return html`
-    <dialog ref=${ref} class=${wide ? "wide" : ""} aria-labelledby="dialog-title" onClose=${onClose}
+    <dialog ref=${ref} class=${wide ? "wide" : ""} aria-labelledby="dialog-title" onClose=${() => state.dialog === mine.current && closeDialog()}
       onClick=${(event) => event.target === ref.current && ref.current.close()}>
       <div class="inside">
         <header>
@@ -61,7 +67,21 @@ export function Dialog({ title, onClose, wide, children }) {
     </dialog>`;
 }
 
-export const closeDialog = () => update({ dialog: null });
+/** Close the dialog; the focus goes to the element of an id, or to where it was. */
+export const closeDialog = (next = "") => update({ dialog: null, next });
+
+/** When an element goes that has the focus, the section takes it: a keyboard is never lost. */
+export function useKeptFocus(section) {
+  const ref = useRef();
+  useLayoutEffect(() => {
+    const element = ref.current;
+    return () => {
+      if (!element.contains(document.activeElement)) return;
+      setTimeout(() => document.getElementById(section)?.focus());
+    };
+  }, []);
+  return ref;
+}
 
 /** Draw a component again each second, while `on`. */
 export function useSeconds(on) {

@@ -3,7 +3,7 @@
 import { html } from "./lib/htm-preact.js";
 
 import { api } from "./api.js";
-import { Icon, Preview, say, useSeconds, wordsOf } from "./parts.js";
+import { Icon, Preview, say, useKeptFocus, useSeconds, wordsOf } from "./parts.js";
 import { labelOf } from "./request.js";
 import { queue, short, state, take, update } from "./store.js";
 import { duration } from "./words.js";
@@ -42,6 +42,7 @@ async function cancel(job) {
 
 function Entry({ job }) {
   const works = job.status === "in_progress";
+  const ref = useKeptFocus("queue");
   const stopping = job.cancelling || state.stopping[job.id];
   const facts = [
     works && job.steps ? say("step", { step: job.step || 0, steps: job.steps }) : "",
@@ -52,7 +53,7 @@ function Entry({ job }) {
     job.grid ? labelOf(job.grid) : "",
   ].filter(Boolean);
   return html`
-    <li class=${works ? "entry works" : "entry"} data-id=${job.id}>
+    <li ref=${ref} class=${works ? "entry works" : "entry"} data-id=${job.id}>
       ${works && html`<${Preview} job=${job} />`}
       <div class="what">
         <p class="prompt" title=${job.prompt}>${job.prompt}</p>

@@ -7,8 +7,12 @@ import { say } from "./parts.js";
 export const MOST = 16; // videos that one press makes
 const EMPTY = {
   prompt: "", negative: "", preset: "", size: "", own: "", length: "", unit: "frames",
-  steps: "", seed: "", count: "1", cfg_high: "", cfg_low: "", shift: "", loras: {},
+  steps: "", seed: "", count: "1", cfg_high: "", cfg_low: "", shift: "", loras: {}, rest: {},
 };
+// Fields of a request that have no place in the form; taken over from a recipe, they are kept.
+const REST = [
+  "sample_solver", "boundary", "fps", "exact_size", "cfg_start", "cfg_start_steps", "lora_from",
+];
 
 /** Return the form as it was left. What one model takes may mean nothing to another. */
 export function formOf(settings) {
@@ -51,7 +55,7 @@ export function framesOf(form, settings) {
 
 /** Return the body of a request, without what the form leaves to the model. */
 export function bodyOf(form, settings) {
-  const body = { prompt: form.prompt };
+  const body = { ...form.rest, prompt: form.prompt };
   if (form.negative) body.negative_prompt = form.negative;
   if (form.preset) body.preset = form.preset;
   const size = form.size === "own" ? form.own : form.size;
@@ -116,7 +120,12 @@ async function persist(body) {
 
 /** Return what tells a job of a grid from the others. */
 export const labelOf = ({ vary, value }) =>
-  vary === "seed" ? say("seed_is", { seed: value }) : `${say(vary)} ${value}`;
+  vary === "seed" ? say("seed_is", { seed: value }) : `${say(varied(vary))} ${value}`;
+
+/** Return the word for what a grid varies: a model of one network has one guidance. */
+export function varied(vary) {
+  return vary === "cfg_high" && state.settings?.experts.length === 1 ? "cfg" : vary;
+}
 
 /** Return the body that makes a job again; its pictures are in it, by name. */
 export const requestOf = (job) => api.request(job.id);
@@ -144,7 +153,14 @@ export function formFrom(body, settings) {
     cfg_low: text(body.cfg_low),
     shift: text(body.sample_shift),
     loras: Object.fromEntries(loras),
+    rest: restOf(body),
   };
+}
+
+function restOf(body) {
+  const names = REST.filter((name) => body[name] != null);
+  if (body.negative_prompt === "") names.push("negative_prompt"); // none, not the model's own
+  return Object.fromEntries(names.map((name) => [name, body[name]]));
 }
 
 /** Return the pictures that a body names: the server has them. */

@@ -40,6 +40,7 @@ export const state = {
   chosen: [], // ids to compare
   playing: "", // id of the video that plays in place
   dialog: null, // {name, ...}
+  next: "", // id of the element that has the focus after the dialog
   language: kept("language", wanted()),
   theme: kept("theme", "auto"),
   keys: kept("keys", true), // single-key shortcuts
@@ -86,7 +87,9 @@ export function take(videos) {
     spoken = announcement(before, video) || spoken;
     jobs.set(video.id, { ...video, grid: gridOf(video), heard: now });
   }
-  update({ jobs, spoken });
+  const previews = new Map(state.previews);
+  for (const id of previews.keys()) if (!active(jobs.get(id) || {})) previews.delete(id);
+  update({ jobs, spoken, previews });
 }
 
 function newer(before, video) {
