@@ -118,6 +118,7 @@ class FakeWorker:
             "seed": job.request["seed"],
             "seconds": 1.5,
             "stages": {"denoising": 1.0, "decoding": 0.5},
+            "seconds_per_step": 0.5,
             "peak_memory": {"ram": 2_000_000},
         }
         store.finish(job, "completed", result=result)

@@ -57,7 +57,7 @@ def test_events_of_all_show_the_job_at_work_behind_many_that_wait(tmp_path: Path
         first = client.post("/v1/videos", json={"prompt": PROMPT}).json()["id"]
         for _ in range(3):
             client.post("/v1/videos", json={"prompt": PROMPT})
-    assert first in [video["id"] for video, _ in app.service.recent(2)]
+    assert first in [video["id"] for video, *_ in app.service.recent(2)]
     assert len(app.service.recent(2)) == 4
 
 

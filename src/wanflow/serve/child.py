@@ -28,6 +28,7 @@ from wanflow.serve.planner import Planner
 from wanflow.serve.service import SPECS, Service
 from wanflow.serve.stores import open_store
 
+SWITCH_S = 0.0005  # between threads: those that ask the store never keep an answer waiting
 GRACE_S = 5  # for answers to end
 
 
@@ -37,6 +38,7 @@ def main() -> None:
 
     from wanflow.serve.http import create_app
 
+    sys.setswitchinterval(SWITCH_S)
     setup = json.loads(sys.stdin.readline())
     logging.basicConfig(format="wanflow: %(message)s", level=logging.WARNING)
     logging.getLogger("wanflow").setLevel(logging.INFO)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from wanflow.serve.errors import Refusal
-from wanflow.serve.jobs import FINAL
-from wanflow.serve.service import Service
+from wanflow.serve.jobs import FINAL, StoreError
+from wanflow.serve.service import Service, mark_of
 
 T = TypeVar("T")
 EVERY_S = 0.3  # between two looks at the store
@@ -58,19 +57,21 @@ class Events:
         state, seen, mark, spoke = "", 0, last, time.monotonic()
         while not self._leaving():
             try:
-                _, video, written = await self.shared.ask(self._service.one, id)
+                found = await self._asked(self._service.one, id)
             except Refusal:
                 yield event("deleted", {"id": id, "object": "video.deleted", "deleted": True})
                 return
             lines = []
-            if written > seen and video["status"] not in FINAL:
-                seen = written
-                lines.append(await self._preview(video))
-            if _mark(video) != mark:
-                mark = _mark(video)
-                kind = "progress" if video["status"] == state else "state"
-                lines.append(event(kind, video, mark))
-            state = video["status"]
+            if found is not None:
+                _, video, written = found
+                if written > seen and video["status"] not in FINAL:
+                    seen = written
+                    lines.append(await self._preview(video))
+                if mark_of(video) != mark:
+                    mark = mark_of(video)
+                    kind = "progress" if video["status"] == state else "state"
+                    lines.append(event(kind, video, mark))
+                state = video["status"]
             if time.monotonic() - spoke > ALIVE_S and not lines:
                 lines.append(": keep-alive\n\n")
             for text in filter(None, lines):
@@ -82,25 +83,17 @@ class Events:
 
     async def all(self) -> AsyncIterator[str]:
         """Yield the newest jobs, then what changes among them."""
-        videos = await self.shared.ask(self._service.recent, LIST)
-        yield event("list", {"object": "list", "data": [video for video, _ in videos]})
-        marks = {video["id"]: (_mark(video), video["status"], 0) for video, _ in videos}
+        known: dict[str, tuple[str, str, int]] | None = None  # of each job: mark, state, preview
         spoke = time.monotonic()
         while not self._leaving():
-            videos = await self.shared.ask(self._service.recent, LIST)
             lines: list[str] = []
-            for video, written in reversed(videos):
-                mark, state, seen = marks.get(video["id"], ("", "", 0))
-                if written > seen:
-                    lines.append(await self._preview(video))
-                if _mark(video) != mark:
-                    lines.append(event("progress" if video["status"] == state else "state", video))
-                marks[video["id"]] = _mark(video), video["status"], written
-            here = {video["id"] for video, _ in videos}
-            if len(here) < LIST:  # else older ones are only out of sight
-                for id in [one for one in marks if one not in here]:
-                    lines.append(event("deleted", {"id": id, "deleted": True}))
-            marks = {id: known for id, known in marks.items() if id in here}
+            videos = await self._asked(self._service.recent, LIST)
+            if videos is not None and known is None:
+                lines.append(event("list", {"object": "list", "data": [one for one, *_ in videos]}))
+                known = {video["id"]: (mark, video["status"], 0) for video, _, mark in videos}
+            if videos is not None and known is not None:
+                lines += [text async for text in self._changes(videos, known)]
+                known = {video["id"]: (mark, video["status"], at) for video, at, mark in videos}
             if time.monotonic() - spoke > ALIVE_S and not lines:
                 lines.append(": keep-alive\n\n")
             for text in filter(None, lines):
@@ -108,11 +101,34 @@ class Events:
                 yield text
             await asyncio.sleep(EVERY_S)
 
+    async def _changes(
+        self, videos: list[tuple[dict[str, Any], int, str]], known: dict[str, tuple[str, str, int]]
+    ) -> AsyncIterator[str]:
+        """Yield what differs from what a reader knows, the oldest job first."""
+        for video, written, mark in reversed(videos):
+            before, state, seen = known.get(video["id"], ("", "", 0))
+            if written > seen:
+                yield await self._preview(video)
+            if mark != before:
+                yield event("progress" if video["status"] == state else "state", video)
+        here = {video["id"] for video, *_ in videos}
+        if len(here) < LIST:  # else older ones are only out of sight
+            for id in known:
+                if id not in here:
+                    yield event("deleted", {"id": id, "deleted": True})
+
+    async def _asked(self, call: Callable[..., T], *args: Any) -> T | None:
+        """Return what a call returns; None while the store is away."""
+        try:
+            return await self.shared.ask(call, *args)
+        except StoreError:
+            return None
+
     async def _preview(self, video: dict[str, Any]) -> str:
         """Return the event of a job's newest preview; "" where it is gone by now."""
         try:
-            picture = await self._run(self._service.preview(video["id"]).read_bytes)
-        except (Refusal, OSError):
+            picture = await self._run(lambda: self._service.preview(video["id"]).read_bytes())
+        except (Refusal, StoreError, OSError):
             return ""
         data = base64.b64encode(picture).decode()
         return event(
@@ -130,8 +146,3 @@ def event(kind: str, document: dict[str, Any], id: str = "") -> str:
     """Return an event as the stream has it."""
     head = f"id: {id}\n" if id else ""
     return f"{head}event: {kind}\ndata: {json.dumps(document)}\n\n"
-
-
-def _mark(video: dict[str, Any]) -> str:
-    """Return what is equal for equal video objects; a reader sends it back to go on."""
-    return hashlib.sha256(json.dumps(video, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -122,7 +122,7 @@ def create_app(
     app.add_middleware(Guard, token=token, log=log)
     _add_failures(app)
     events = Events(service, run, leaving)
-    _add_videos(app, service, run, read)
+    _add_videos(app, service, run, read, leaving)
     _add_files(app, service, run)
     _add_events(app, service, run, events)
     _add_server(app, service, run, metrics)
@@ -146,7 +146,9 @@ async def submitted(request: Request, service: Service, read: Any) -> Any:
     return await read(service.submit, given, in_form, key)
 
 
-def _add_videos(app: FastAPI, service: Service, run: Any, read: Any) -> None:
+def _add_videos(
+    app: FastAPI, service: Service, run: Any, read: Any, leaving: Callable[[], bool]
+) -> None:
     @app.post(
         "/v1/videos",
         responses={200: {"model": Video}, **refused(400, 404, 408, 409, 413, 415, 429)},
@@ -169,19 +171,17 @@ def _add_videos(app: FastAPI, service: Service, run: Any, read: Any) -> None:
     async def create_video_and_wait(request: Request) -> Response:
         """Submit a job and wait for its video; a client that goes away cancels it."""
         job = await submitted(request, service, read)
-        try:
-            while True:
-                found, video, _ = await run(service.one, job.id)
-                if found.final:
-                    break
-                if await request.is_disconnected():
-                    await run(service.cancel, job.id)
-                    return Response(status_code=499)
-                await asyncio.sleep(EVERY_S)
-        except asyncio.CancelledError:
-            with suppress(Refusal, StoreError):
-                service.cancel(job.id)
-            raise
+        while True:
+            found, video, _ = await run(service.one, job.id)
+            if found.final:
+                break
+            if await request.is_disconnected():
+                await run(service.cancel, job.id)
+                return Response(status_code=499)
+            if leaving():
+                words = f"the server ends; video {job.id} is kept: ask for it when it is back"
+                raise Refusal(503, words, "server_ends", retry_s=5)
+            await asyncio.sleep(EVERY_S)
         headers = {"X-Video-Id": job.id}
         if video["status"] == "completed":
             path = await run(service.file, job.id, "video")

@@ -108,9 +108,8 @@ class Metrics(Collector):
         stages = dict(job.result.get("stages") or {})
         for stage, seconds in stages.items():
             self._stage.labels(stage if stage in STAGES else "other").observe(seconds)
-        steps = job.about.get("steps")
-        if steps and "denoising" in stages:
-            self._step.observe(stages["denoising"] / steps)
+        if job.result.get("seconds_per_step") is not None:
+            self._step.observe(job.result["seconds_per_step"])
         for kind, size in dict(job.result.get("peak_memory") or {}).items():
             if kind in ("gpu", "ram"):
                 self._peak.labels(kind).set(size)

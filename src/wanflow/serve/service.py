@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,6 +31,7 @@ SIZES = {
 }
 OFFICIAL = ((1280, 720), (720, 1280), (832, 480), (480, 832))
 USUAL_S = 60.0  # a job, where none was measured yet
+PACE_S = 1.0  # between two estimates of how fast the queue moves
 RECENT = 20  # completed jobs that an estimate counts
 Fits = Callable[[CompleteRequest, ModelSpec, list[Worker]], None]
 
@@ -50,6 +53,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self._opening = Lock()  # one large picture in memory at a time
+        self._paced = -PACE_S, (USUAL_S, 0.0, 1)
 
     def model(self) -> ModelSpec:
         """Return the model that is served.
@@ -154,28 +158,34 @@ class Service:
         ]
         return max(0.1, statistics.median(took)) if took else USUAL_S
 
-    def queue(self) -> dict[str, tuple[int, float]]:
-        """Return the place of each queued job, 1 is next, and the seconds to its end."""
-        queued = self.store.page(limit=10_000, newest_first=False, states=("queued",))
-        if not queued:
-            return {}
-        each, workers = self.seconds_a_job(), max(1, len(self.store.workers()))
-        running = self.store.page(limit=100, states=("in_progress",))
-        left = sum(
-            each / 2 if one.progress.eta_s is None else one.progress.eta_s for one in running
-        )
-        return {
-            job.id: (place, (left + place * each) / workers)
-            for place, job in enumerate(queued, start=1)
-        }
+    def _pace(self) -> tuple[float, float, int]:
+        """Return the seconds of a job and of those at work, and the workers; as of a moment ago."""
+        now = time.monotonic()
+        if now - self._paced[0] > PACE_S:
+            each, running = (
+                self.seconds_a_job(),
+                self.store.page(limit=100, states=("in_progress",)),
+            )
+            left = (job.progress.eta_s for job in running)
+            ahead = sum(each / 2 if one is None else one for one in left)
+            self._paced = now, (each, ahead, max(1, len(self.store.workers())))
+        return self._paced[1]
 
-    def video(self, job: Job, queue: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-        """Return the video object of a job."""
-        place, eta = queue.get(job.id, (None, job.progress.eta_s))
-        if job.state not in ("queued", "in_progress"):
-            place = eta = None
-        keep = self.limits.keep_days * 86_400
-        return video(job, Seen(place, eta, keep))
+    def videos(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Return video objects of jobs, newest first, without a gap among those that wait."""
+        waiting = [job.id for job in reversed(jobs) if job.state == "queued"]
+        places: dict[str, int] = {}
+        if waiting:
+            first = self.store.ahead(waiting[0]) + 1
+            places = {id: first + n for n, id in enumerate(waiting)}
+        return [self._video(job, places.get(job.id)) for job in jobs]
+
+    def _video(self, job: Job, place: int | None) -> dict[str, Any]:
+        eta = job.progress.eta_s if job.state == "in_progress" else None
+        if place is not None:
+            each, ahead, workers = self._pace()
+            eta = (ahead + place * each) / workers
+        return video(job, Seen(place, eta, self.limits.keep_days * 86_400))
 
     def one(self, id: str) -> tuple[Job, dict[str, Any], int]:
         """Return a job, its video object, and when its preview was written (0: there is none).
@@ -186,8 +196,7 @@ class Service:
         job = self.store.get(id)
         if job is None:
             raise missing(id)
-        queue = self.queue() if job.state == "queued" else {}
-        return job, self.video(job, queue), self._written(self.data.preview(id))
+        return job, self.videos([job])[0], self._written(self.data.preview(id))
 
     def page(
         self, after: str | None, limit: int, newest_first: bool
@@ -200,26 +209,24 @@ class Service:
         if after is not None and self.store.get(after) is None:
             raise missing(after, "after")
         jobs = self.store.page(after, limit + 1, newest_first)
-        queue = self.queue() if any(job.state == "queued" for job in jobs) else {}
-        return [self.video(job, queue) for job in jobs[:limit]], len(jobs) > limit
+        turn = 1 if newest_first else -1
+        return self.videos(jobs[:limit][::turn])[::turn], len(jobs) > limit
 
-    def recent(self, limit: int) -> list[tuple[dict[str, Any], int]]:
-        """Return the newest jobs and all that are not final, each with its preview's time."""
-        videos, _ = self.page(None, limit, True)
-        here = {one["id"] for one in videos}
-        jobs = self.store.page(limit=10_000, states=("queued", "in_progress"))
-        older = [job for job in jobs if job.id not in here]
-        queue = self.queue() if older else {}
-        videos += [self.video(job, queue) for job in older]
-        return [
-            (
-                one,
-                self._written(self.data.preview(one["id"]))
-                if one["status"] == "in_progress"
-                else 0,
-            )
-            for one in videos
-        ]
+    def recent(self, limit: int) -> list[tuple[dict[str, Any], int, str]]:
+        """Return the newest jobs and all that are not final, newest first.
+
+        Each with when its preview was written, and a mark that is another after each change.
+        """
+        jobs = self.store.page(limit=limit)
+        here = {job.id for job in jobs}
+        others = self.store.page(limit=10_000, states=("queued", "in_progress"))
+        jobs += [job for job in others if job.id not in here]
+        found = []
+        for one in self.videos(jobs):
+            working = one["status"] == "in_progress"
+            written = self._written(self.data.preview(one["id"])) if working else 0
+            found.append((one, written, mark_of(one)))
+        return found
 
     def cancel(self, id: str) -> dict[str, Any]:
         """Cancel a job; one in a final state stays as it is."""
@@ -330,10 +337,11 @@ class Service:
             return 0
 
 
+def mark_of(video: Mapping[str, Any]) -> str:
+    """Return what is equal for equal video objects; a reader sends it back to go on."""
+    return hashlib.sha256(json.dumps(video, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def missing(id: str, param: str = "video_id") -> Refusal:
     """Return the answer for a job that is not there."""
     return Refusal(404, f"there is no video {id}", "not_found", param)
-
-
-def fits_any(complete: CompleteRequest, spec: ModelSpec, workers: list[Worker]) -> None:
-    """Refuse nothing."""

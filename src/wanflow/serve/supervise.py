@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -23,6 +24,8 @@ LOOK_S = 0.2  # between two looks at the children
 STEADY_S = 30.0  # after this time, the next start is at once again
 LONGEST_S = 30.0  # between two starts
 RECOVER_S = 5.0  # between two looks for workers that are gone
+PORT_S = 3.0  # for a port to become free
+BACKLOG = 2048  # connections that wait while the HTTP process starts again
 DRAIN_S = 600.0  # for a worker to finish its step; a second signal does not wait
 
 
@@ -178,21 +181,36 @@ def ending(code: int) -> str:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens; the HTTP process gets it, each time it starts.
 
+    The HTTP process of a server that was killed holds the port for a moment longer.
+
     Raises:
         RequestError: for a host that is none, or a port that is taken.
     """
+    until = time.monotonic() + PORT_S
+    while True:
+        try:
+            return _listening(host, port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < until:
+                time.sleep(LOOK_S)
+                continue
+            raise RequestError(
+                f"--host {host} --port {port}: {error.strerror or error}; name another, or end the"
+                " program that has it"
+            ) from None
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    found = socket.socket(family, socket.SOCK_STREAM)
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        found = socket.socket(family, socket.SOCK_STREAM)
         if os.name == "posix":
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
-        found.listen(2048)
-    except OSError as error:
-        raise RequestError(
-            f"--host {host} --port {port}: {error.strerror or error}; name another, or end the"
-            " program that has it"
-        ) from None
+        found.listen(BACKLOG)
+    except OSError:
+        found.close()
+        raise
     return found
 
 
