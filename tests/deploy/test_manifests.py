@@ -309,6 +309,18 @@ def test_every_variable_of_a_manifest_is_read() -> None:
     assert read <= set(re.findall(r"WANFLOW_[A-Z_]+", guide))
 
 
+def test_a_password_of_the_environment_is_on_no_command_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANFLOW_DB", "postgresql://wanflow:s3cret@db/wanflow")
+    monkeypatch.setenv("WANFLOW_GPUS", "0,1")
+    args = build_parser().parse_args(["serve", "--ckpt_dir", "nano", "--gpus", "2"])
+    serve.environment(args)
+    argv = serve.worker_command(args, tmp_path)
+    assert args.db and "s3cret" not in " ".join(argv)
+    assert argv[argv.index("--gpus") + 1] == "2" and "nano" in argv
+
+
 def unit(name: str, folder: Path) -> Path:
     """A unit whose programs are ones that every machine has: verify looks for them."""
     text = (DEPLOY / "vm" / name).read_text("utf-8")

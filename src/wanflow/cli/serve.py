@@ -197,8 +197,10 @@ def worker_command(args: argparse.Namespace, folder: Path) -> list[str]:
 
     words = ["--with_parent", "--data_dir", str(folder)]
     for name in ("ckpt_dir", "db", "gpus"):
-        if getattr(args, name) is not None:
-            words += [f"--{name}", getattr(args, name)]
+        value = getattr(args, name)
+        # What came by the environment goes on by it: a command line shows a password to everyone.
+        if value is not None and value != os.environ.get(ENVIRONMENT[name]):
+            words += [f"--{name}", value]
     if args.lora_dir:
         words += ["--lora_dir", *map(str, args.lora_dir)]
     for part, file in given_parts(args).items():
