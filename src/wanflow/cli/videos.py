@@ -405,7 +405,7 @@ def _keys(
 ) -> Iterable[tuple[str, str]]:
     """Yield what a video is known by, and what those are that share its drawn seed.
 
-    Equal lines are told apart by their number.
+    Equal lines differ by their number.
     """
     from wanflow.assemble import model_record
 
