@@ -485,3 +485,18 @@ def test_every_field_reaches_the_job_and_comes_back_from_it(
         page.keyboard.press("Escape")
     second, _ = app.store.page()
     assert second.request == first.request and second.key == first.key
+
+
+def test_the_newest_is_first_also_within_a_second(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    app = Serving(tmp_path)
+    names = [f"job {number}" for number in range(6)]
+    with FakeWorker(app), serving(app) as url:
+        page = open_page(url)
+        expect(page.locator("#gallery")).to_be_visible()
+        for name in names:
+            app.service.submit({"prompt": name}, False, None)
+        expect(page.locator(".card .prompt")).to_have_text(names[::-1])
+        page.reload()
+        expect(page.locator(".card .prompt")).to_have_text(names[::-1])

@@ -11,11 +11,10 @@ export const token = {
 
 /** An answer that is not 2xx. status is 0 where there was none; field names what it is about. */
 export class ApiError extends Error {
-  constructor(status, message, field = "", code = "") {
+  constructor(status, message, field = "") {
     super(message);
     this.status = status;
     this.field = field;
-    this.code = code;
   }
 }
 
@@ -39,9 +38,8 @@ export async function ask(path, options = {}) {
   } catch {
     // a proxy between us and the server answers in HTML
   }
-  throw new ApiError(
-    answer.status, problem.message || `HTTP ${answer.status}`, problem.param || "", problem.code || "",
-  );
+  const { message = `HTTP ${answer.status}`, param } = problem;
+  throw new ApiError(answer.status, message, param || "");
 }
 
 const json = async (path, options) => (await ask(path, options)).json();
@@ -51,8 +49,10 @@ export const api = {
   ready: () => ask("readyz").then(() => true, (error) => (error.status === 503 ? false : null)),
   settings: () => json("v1/settings"),
   get: (id) => json(one(id)),
-  list: (limit, after) =>
-    json(`v1/videos?limit=${limit}&order=desc${after ? `&after=${encodeURIComponent(after)}` : ""}`),
+  list: (limit, after) => {
+    const query = new URLSearchParams({ limit, order: "desc", ...(after && { after }) });
+    return json(`v1/videos?${query}`);
+  },
   request: (id) => json(`${one(id)}/request`),
   recipe: (id) => json(`${one(id)}/recipe`),
   cancel: (id) => json(`${one(id)}/cancel`, { method: "POST" }),

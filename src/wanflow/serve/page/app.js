@@ -49,12 +49,16 @@ function pasted(event) {
   setPictures({ ...state.pictures, [free]: file });
 }
 
+function skip(event) {
+  event.preventDefault();
+  go("gallery");
+}
+
 function Header() {
   const { language, settings, theme } = state;
   return html`
     <header class="top">
-      <a class="skip" href="#gallery" onClick=${(event) => { event.preventDefault(); go("gallery"); }}>
-        ${say("skip")}</a>
+      <a class="skip" href="#gallery" onClick=${skip}>${say("skip")}</a>
       <h1><img src="page/icon.svg" alt="" width="28" height="28" />wanflow</h1>
       ${settings && html`<span class="model">${settings.model}</span>`}
       <i class="space"></i>
@@ -65,7 +69,8 @@ function Header() {
       </select>
       <${IconButton} name="theme" onClick=${nextTheme}
         words=${`${say("theme")}: ${say(`theme_${theme}`)}`} />
-      <${IconButton} name="keyboard" class="quiet for-keys" words=${say("shortcuts")} onClick=${KEYS["?"]} />
+      <${IconButton} name="keyboard" class="quiet for-keys" words=${say("shortcuts")}
+        onClick=${KEYS["?"]} />
     </header>`;
 }
 

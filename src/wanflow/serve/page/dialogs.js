@@ -55,7 +55,8 @@ function Recipe({ job }) {
       ${value && html`
         <div class="scroll" tabindex="0" role="group" aria-label=${say("recipe")}>
           <dl class="recipe">
-            ${Object.entries(flat(value)).map(([name, one]) => html`<dt>${name}</dt><dd>${one}</dd>`)}
+            ${Object.entries(flat(value)).map(([name, one]) => html`
+              <dt>${name}</dt><dd>${one}</dd>`)}
           </dl>
         </div>
         <div class="actions">
@@ -236,11 +237,14 @@ function Compare({ ids }) {
   return html`
     <${Dialog} title=${say("compare_open")} wide>
       <div class="sides">
-        <${Side} job=${jobs[0]} name=${say("left_side")} videoRef=${left} onMeasured=${pair.measured} />
-        <${Side} job=${jobs[1]} name=${say("right_side")} videoRef=${right} onMeasured=${pair.measured} />
+        <${Side} job=${jobs[0]} name=${say("left_side")} videoRef=${left}
+          onMeasured=${pair.measured} />
+        <${Side} job=${jobs[1]} name=${say("right_side")} videoRef=${right}
+          onMeasured=${pair.measured} />
       </div>
       <div class="player">
-        <button type="button" class="main" autofocus onClick=${() => pair.setPlaying(!pair.playing)}>
+        <button type="button" class="main" autofocus
+          onClick=${() => pair.setPlaying(!pair.playing)}>
           <${Icon} name=${pair.playing ? "pause" : "play"} />
           ${say(pair.playing ? "pause" : "play_both")}</button>
         <input type="range" min="0" max=${pair.length || 1} step="0.01" value=${pair.time}
@@ -264,7 +268,8 @@ function Shortcuts() {
     <${Dialog} title=${say("shortcuts")}>
       <dl class="keys">
         ${rows.map(([keys, words]) => html`
-          <dt>${keys.split("  ").map((key) => html`<kbd>${key}</kbd> `)}</dt><dd>${say(words)}</dd>`)}
+          <dt>${keys.split("  ").map((key) => html`<kbd>${key}</kbd> `)}</dt>
+          <dd>${say(words)}</dd>`)}
       </dl>
       <label class="inline"><input type="checkbox" checked=${state.keys}
         onChange=${(event) => choose("keys", event.currentTarget.checked)} />

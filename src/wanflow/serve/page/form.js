@@ -125,7 +125,8 @@ function SizeField({ form, settings, error }) {
 function LengthField({ form, settings, error }) {
   const frames = framesOf(form, settings);
   const values = { frames, fps: settings.fps, seconds: +(frames / settings.fps).toFixed(2) };
-  const hint = !Number.isFinite(frames) ? "" : say(frames === 1 ? "length_one" : "length_is", values);
+  const key = frames === 1 ? "length_one" : "length_is";
+  const hint = Number.isFinite(frames) && say(key, values);
   const usual = settings.defaults.num_frames;
   return html`
     <${Field} name="length" label=${say("length")} hint=${hint} error=${error("length")}>
@@ -204,15 +205,16 @@ function Rest({ form }) {
   if (!rest.length) return null;
   return html`
     <p class="hint rest">${rest.map(([name, value]) => `${name} ${value}`).join(", ")}
-      <${IconButton} name="close" words=${say("remove_rest")} onClick=${() => setForm({ rest: {} })} />
+      <${IconButton} name="close" words=${say("remove_rest")}
+        onClick=${() => setForm({ rest: {} })} />
     </p>`;
 }
 
 function Actions({ count, busy, refused }) {
-  const words = busy ? say("submitting") : count > 1 ? say("submit_many", { count }) : say("submit");
+  const key = busy ? "submitting" : count > 1 ? "submit_many" : "submit";
   return html`
     <div class="actions">
-      <button class="main" disabled=${busy}>${words}</button>
+      <button class="main" disabled=${busy}>${say(key, { count })}</button>
       <button type="button" class="quiet" onClick=${clearForm}>${say("reset")}</button>
     </div>
     <div role="alert">
@@ -287,7 +289,8 @@ export function Form() {
       </div>
       <div class="row">
         <${SeedField} form=${form} error=${error} />
-        <${Field} name="count" label=${say("count")} hint=${count > 1 && say("count_hint", { count })}>
+        <${Field} name="count" label=${say("count")}
+          hint=${count > 1 && say("count_hint", { count })}>
           ${(props) => html`<input type="number" min="1" max=${MOST} ...${props} value=${form.count}
             onInput=${typed("count")} />`}
         <//>

@@ -3,7 +3,9 @@
 import { html, useRef, useState } from "./lib/htm-preact.js";
 
 import { earlier } from "./live.js";
-import { Clip, Download, Icon, IconButton, Preview, isPicture, say, useKeptFocus, wordsOf } from "./parts.js";
+import {
+  Clip, Download, Icon, IconButton, Preview, isPicture, say, useKeptFocus, wordsOf,
+} from "./parts.js";
 import { Bar, doing } from "./queue.js";
 import { drawSeed, labelOf, requestOf, send, varied } from "./request.js";
 import { active, gallery, state, update } from "./store.js";
@@ -35,7 +37,8 @@ function Facts({ job }) {
     job.seed == null ? "" : say("seed_is", { seed: job.seed }),
     job.inference_time_s ? say("took", { time: duration(say, job.inference_time_s) }) : "",
   ];
-  return html`<p class="facts">${facts.filter(Boolean).map((fact) => html`<span>${fact}</span>`)}</p>`;
+  return html`
+    <p class="facts">${facts.filter(Boolean).map((fact) => html`<span>${fact}</span>`)}</p>`;
 }
 
 function Tools({ job }) {
@@ -49,7 +52,8 @@ function Tools({ job }) {
         onClick=${() => open("grid", { job })}>
         <${Icon} name="grid" />${say("grid_short")}</button>
       <i class="space"></i>
-      <${IconButton} name="recipe" words=${say("recipe")} onClick=${() => open("recipe", { job })} />
+      <${IconButton} name="recipe" words=${say("recipe")}
+        onClick=${() => open("recipe", { job })} />
       ${!isPicture(job) && html`<${IconButton} name="compare" words=${say("compare")}
         aria-pressed=${chosen ? "true" : "false"} onClick=${() => toggleChosen(job.id)} />`}
       <${Download} job=${job}><${Icon} name="download" /><//>
@@ -71,7 +75,8 @@ function FailedTools({ job }) {
       <button type="button" class="quiet" onClick=${() => again(job, {})}>
         <${Icon} name="again" />${say("try_again")}</button>
       <i class="space"></i>
-      <${IconButton} name="recipe" words=${say("recipe")} onClick=${() => open("recipe", { job })} />
+      <${IconButton} name="recipe" words=${say("recipe")}
+        onClick=${() => open("recipe", { job })} />
       <${IconButton} name="delete" words=${say("delete")}
         onClick=${() => open("delete", { ids: [job.id] })} />
     </div>`;
@@ -86,7 +91,8 @@ const KEYS = {
 function keyed(event, job) {
   const act = KEYS[event.key];
   if (!act || event.target.closest("input, textarea, select, video, dialog")) return;
-  if (event.ctrlKey || event.metaKey || event.altKey || (event.key.length === 1 && !state.keys)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key.length === 1 && !state.keys) return;
   event.preventDefault();
   act(job);
 }
@@ -189,7 +195,8 @@ export function Gallery() {
       ${items.length === 0 && html`<p class="empty">${say("gallery_empty")}</p>`}
       <ul class="cards">
         ${items.map(({ id, job, jobs }) => jobs
-          ? html`<${Grid} key=${id} id=${id} jobs=${jobs} />` : html`<${Card} key=${id} job=${job} />`)}
+          ? html`<${Grid} key=${id} id=${id} jobs=${jobs} />`
+          : html`<${Card} key=${id} job=${job} />`)}
       </ul>
       ${state.more && html`<button type="button" class="quiet more"
         onClick=${() => earlier().catch((error) => update({ notice: wordsOf(error) }))}>

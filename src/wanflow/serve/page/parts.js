@@ -1,6 +1,8 @@
 // Small parts that several views use.
 
-import { html, useEffect, useLayoutEffect, useReducer, useRef, useState } from "./lib/htm-preact.js";
+import {
+  html, useEffect, useLayoutEffect, useReducer, useRef, useState,
+} from "./lib/htm-preact.js";
 
 import { address, ask, blob, content, preview, token } from "./api.js";
 import { short, state, update } from "./store.js";
@@ -30,7 +32,8 @@ const FILLED = ["play", "pause"];
 
 /** A picture of 24 x 24 that says nothing to screen readers: its button has words. */
 export const Icon = ({ name }) => html`
-  <svg class=${FILLED.includes(name) ? "icon filled" : "icon"} viewBox="0 0 24 24" aria-hidden="true">
+  <svg class=${FILLED.includes(name) ? "icon filled" : "icon"} viewBox="0 0 24 24"
+    aria-hidden="true">
     <path d=${PATHS[name]} />
   </svg>`;
 
@@ -44,6 +47,7 @@ export const IconButton = ({ name, words, ...rest }) => html`
 export function Dialog({ title, wide, children }) {
   const ref = useRef();
   const mine = useRef(state.dialog);
+  const closed = () => state.dialog === mine.current && closeDialog(); // another may be open by now
   useLayoutEffect(() => {
     const opener = document.activeElement;
     ref.current.showModal();
@@ -55,7 +59,7 @@ export function Dialog({ title, wide, children }) {
     });
   }, []);
   return html`
-    <dialog ref=${ref} class=${wide ? "wide" : ""} aria-labelledby="dialog-title" onClose=${() => state.dialog === mine.current && closeDialog()}
+    <dialog ref=${ref} class=${wide ? "wide" : ""} aria-labelledby="dialog-title" onClose=${closed}
       onClick=${(event) => event.target === ref.current && ref.current.close()}>
       <div class="inside">
         <header>
@@ -215,8 +219,8 @@ export function Clip({ job, playing, onPlay, videoRef }) {
   if (playing && source) {
     return html`
       <div class="frame" style=${shape(job)}>
-        <video ref=${video} src=${source} poster=${thumbnail} aria-label=${words} controls=${!!onPlay}
-          autoplay=${!!onPlay} loop muted playsinline></video>
+        <video ref=${video} src=${source} poster=${thumbnail} aria-label=${words}
+          controls=${!!onPlay} autoplay=${!!onPlay} loop muted playsinline></video>
       </div>`;
   }
   if (!onPlay) return html`<div class="frame" style=${shape(job)}>${image}</div>`;

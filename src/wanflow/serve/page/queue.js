@@ -76,7 +76,8 @@ export function Queue() {
   useSeconds(jobs.some((job) => job.status === "in_progress"));
   return html`
     <section id="queue" tabindex="-1" aria-labelledby="queue-title">
-      <h2 id="queue-title">${say("queue")} ${jobs.length > 0 && html`<small>${jobs.length}</small>`}</h2>
+      <h2 id="queue-title">${say("queue")}
+        ${jobs.length > 0 && html` <small>${jobs.length}</small>`}</h2>
       ${jobs.length === 0
         ? html`<p class="empty">${say("queue_empty")}</p>`
         : html`<ol class="entries">

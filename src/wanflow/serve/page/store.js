@@ -48,6 +48,8 @@ export const state = {
   spoken: "", // for screen readers, politely
 };
 
+let count = 0; // of jobs that were heard of
+
 const listeners = new Set();
 
 /** Change what the page knows. */
@@ -80,12 +82,13 @@ export function take(videos) {
   const jobs = new Map(state.jobs);
   const now = Date.now();
   let spoken = state.spoken;
-  for (const video of videos) {
+  for (const video of videos.toReversed()) { // a list has the newest first
     const before = jobs.get(video.id);
     // A list that was asked for before an event came is older than the event.
     if (before && !newer(before, video)) continue;
     spoken = announcement(before, video) || spoken;
-    jobs.set(video.id, { ...video, grid: gridOf(video), heard: now });
+    const order = before?.order ?? count++;
+    jobs.set(video.id, { ...video, grid: gridOf(video), heard: now, order });
   }
   const previews = new Map(state.previews);
   for (const id of previews.keys()) if (!active(jobs.get(id) || {})) previews.delete(id);
@@ -127,7 +130,8 @@ export function drop(ids) {
   update({ jobs, chosen: state.chosen.filter((id) => !ids.includes(id)) });
 }
 
-const newest = (a, b) => b.created_at - a.created_at || (a.id < b.id ? 1 : -1);
+// Times are whole seconds; within one, the later that was heard of is the newer.
+const newest = (a, b) => b.created_at - a.created_at || b.order - a.order;
 
 /** Return the jobs at work, then those that wait, in the order in which they will run. */
 export function queue() {
@@ -144,11 +148,11 @@ export function gallery() {
   const alone = (job) => !job.grid || grids.get(job.grid.id).length === 1;
   const items = [...state.jobs.values()]
     .filter((job) => !active(job) && alone(job))
-    .map((job) => ({ job, created_at: job.created_at, id: job.id }));
+    .map((job) => ({ ...job, job }));
   for (const [id, jobs] of grids) {
     if (jobs.length === 1) continue;
     jobs.sort((a, b) => a.grid.place - b.grid.place);
-    items.push({ id, jobs, created_at: jobs[0].created_at });
+    items.push({ ...jobs[0], id, jobs, job: null });
   }
   return items.sort(newest);
 }
