@@ -430,7 +430,11 @@ def test_a_video_that_was_published_before_the_end_is_kept(in_tmp: Path) -> None
     store = LocalStore(Path("g/.wanflow"))
     store.run("UPDATE wanflow_jobs SET state = 'in_progress', owner = 'gone'", [])
     store.close()
+    left = [Path(f"{video}.01234567.part"), Path(f"{video}.claim")]
+    for path in left:
+        path.touch()
     assert main(command) == 0
+    assert not any(path.exists() for path in left)
     assert video.stat().st_mtime_ns == made
 
 
@@ -475,11 +479,12 @@ def test_kill_9_in_the_middle_costs_no_video_and_no_bit(in_tmp: Path) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
         (first,) = Path("g").glob("0001*.mp4")
+        Path("g", next(Path("g").glob("0002*.safetensors")).name + ".01234567.part").touch()
         made = first.stat().st_mtime_ns
         assert step
     assert main(command) == 0
     assert first.stat().st_mtime_ns == made
-    assert len(list(Path("g").glob("0*"))) == 3
+    assert [path.suffix for path in Path("g").glob("0*")] == [".mp4"] * 3  # no leftovers
     for video in Path("g").glob("*.mp4"):
         seed = video.name.split("_")[1]
         single = [*command[:-4], "--seed", seed, "--save_file", f"{seed}.mp4"]

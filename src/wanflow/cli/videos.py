@@ -29,7 +29,7 @@ from wanflow.cli.prompts import Wanted, name_of_list, wanted
 from wanflow.config import RequestError
 from wanflow.files import remove
 from wanflow.front import prompts_of, with_pictures
-from wanflow.outputs import slug
+from wanflow.outputs import CLAIM, leftovers, slug
 from wanflow.pipeline import Run
 from wanflow.request import PICTURES, CompleteRequest, Request
 from wanflow.runtime import Runtime
@@ -296,6 +296,9 @@ class Queue:
             one.job = claimed or one.job
             one.entry["status"] = "in_progress"
             target = self._target(one.job)
+            for path in (target, state_of(target)):  # of a process that was killed
+                for left in (*leftovers(path), path.with_name(path.name + CLAIM)):
+                    remove(left)
             if target.exists():  # published, and the process ended before it could say so
                 remove(state_of(target))
                 self.complete()
