@@ -426,6 +426,41 @@ def test_a_frozen_worker_is_refused_when_it_wakes(place: Place) -> None:
     assert store.get(first).result == {"file": "given.mp4"}
 
 
+def _work(folder: str, db: str | None, line: Any) -> None:
+    """Be a worker: claim, wait to be asked, then report and finish."""
+    store = opened(Path(folder), db, 30)
+    store.enrol(Worker("frozen", "nano"))
+    taken = store.claim("frozen")
+    line.send(taken.id)
+    line.recv()
+    line.send(store.report(taken, Progress(40, 40)).value)
+    line.send(store.finish(taken, "completed", {"file": "late.mp4"}))
+    store.close()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_frozen_and_wakes(place: Place) -> None:
+    store = place.open()
+    (id,) = submitted(store, 1)
+    spawn = multiprocessing.get_context("spawn")
+    line, far = spawn.Pipe()
+    process = spawn.Process(target=_work, args=(str(place.folder), place.db, far))
+    process.start()
+    try:
+        assert line.poll(60) and line.recv() == id
+        os.kill(process.pid or 0, signal.SIGSTOP)
+        assert [one.id for one in until(store.recover)] == [id]
+        ours = store.claim("lives")
+        os.kill(process.pid or 0, signal.SIGCONT)
+        line.send("go on")
+        assert line.poll(60) and (line.recv(), line.recv()) == ("lost", False)
+        assert store.finish(ours, "completed", {"file": "ours.mp4"})
+        assert store.get(id).result == {"file": "ours.mp4"}
+    finally:
+        process.kill()
+        process.join(30)
+
+
 def test_who_beats_keeps_its_job(place: Place) -> None:
     store, watch = place.open(), place.open()
     submitted(store, 1)

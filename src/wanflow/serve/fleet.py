@@ -12,6 +12,7 @@ its entry. The order of entries is that of rows: an entry's priority is its row'
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -84,6 +85,7 @@ class FleetStore(Rows):
         self._inside = threading.local()
         with self._asked(), psycopg.connect(url, **CONNECTION) as connection:
             _make_tables(connection, self._place)
+        logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # each call says so once, in words
         self._pool = ConnectionPool(
             url,
             connection_class=_Bounded,
