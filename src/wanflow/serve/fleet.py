@@ -85,7 +85,9 @@ class FleetStore(Rows):
         self._inside = threading.local()
         with self._asked(), psycopg.connect(url, **CONNECTION) as connection:
             _make_tables(connection, self._place)
-        logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # each call says so once, in words
+        logging.getLogger("psycopg.pool").setLevel(
+            logging.ERROR
+        )  # each call says so once, in words
         self._pool = ConnectionPool(
             url,
             connection_class=_Bounded,
