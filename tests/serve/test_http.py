@@ -506,6 +506,20 @@ def test_a_store_that_is_away(serving: Serving, monkeypatch: pytest.MonkeyPatch)
         assert client.get("/healthz").status_code == 200
 
 
+def test_a_job_that_is_kept_is_answered_for(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise StoreError("away")
+
+    with serving.client() as client:
+        monkeypatch.setattr(serving.store, "get", away)  # just after the job was kept
+        made = make(client)
+        assert made["status"] == "queued" and made["prompt"] == PROMPT
+        monkeypatch.undo()
+        assert [one["id"] for one in client.get("/v1/videos").json()["data"]] == [made["id"]]
+
+
 def test_idempotency(serving: Serving, client: TestClient) -> None:
     key = {"Idempotency-Key": "abc"}
     one = client.post("/v1/videos", json=SUBMIT, headers=key).json()

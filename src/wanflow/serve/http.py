@@ -157,7 +157,11 @@ def _add_videos(
     async def create_video(request: Request) -> JSONResponse:
         """Submit a job. Idempotency-Key: a repeated submission returns the first one's job."""
         job = await submitted(request, service, read)
-        return JSONResponse((await run(service.one, job.id))[1])
+        try:
+            found = (await run(service.one, job.id))[1]
+        except StoreError:  # the job is kept: no client may believe otherwise
+            found = service.video(job, {})
+        return JSONResponse(found)
 
     @app.post(
         "/v1/videos/sync",
@@ -374,7 +378,10 @@ def _add_failures(app: FastAPI) -> None:
 
     @app.exception_handler(StoreError)
     async def unreachable(_: Request, error: StoreError) -> JSONResponse:
-        words = "the place that keeps jobs cannot be reached; nothing was changed: try again"
+        words = (
+            "the place that keeps jobs cannot be reached; try again (with an Idempotency-Key, a"
+            " submission that was kept is not made twice)"
+        )
         return Refusal(503, words, "store_unavailable", retry_s=5).response()
 
     @app.exception_handler(RequestValidationError)

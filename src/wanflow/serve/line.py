@@ -76,7 +76,8 @@ class Gang:
         place = str(self._folder / "gang") if hasattr(socket, "AF_UNIX") else ("127.0.0.1", 0)
         self._listener = Listener(place, authkey=self._key)
         self._line: Line | None = None
-        where = {"address": self._listener.address, "key": self._key.hex()}
+        self._address = self._listener.address
+        where = {"address": self._address, "key": self._key.hex()}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -106,6 +107,7 @@ class Gang:
     def _hear(self) -> None:
         with suppress(OSError, EOFError, AuthenticationError):  # it ended before it connected
             self._line = Line(self._listener.accept())
+            self._shut()  # nobody else connects; and if this process dies, nothing is left
             self._line.hear(self._take)
 
     def _watch(self) -> None:
@@ -114,13 +116,16 @@ class Gang:
         self._hearing.join(JOIN_S)
         if self._line is not None:
             self._line.close()
+        self._shut()
+        self._take({"say": "ended", "code": code})
+
+    def _shut(self) -> None:
         self._listener.close()
         remove(self._folder)
-        self._take({"say": "ended", "code": code})
 
     def _wake(self) -> None:
         """Let a thread go on that waits for a connection."""
-        address = self._listener.address
+        address = self._address
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as one:
             one.connect(address)

@@ -13,6 +13,7 @@ from wanflow.files import remove
 from wanflow.request import PICTURES
 from wanflow.serve.jobs import FINAL, STATES, Job, State, StoreError
 from wanflow.serve.service import Service
+from wanflow.serve.sweep import sweep
 
 logger = logging.getLogger("wanflow")
 PAGE = 500  # jobs at a look
@@ -52,6 +53,7 @@ class Retention:
                 total -= sizes.pop(job.id, 0)
                 gone.append(job.id)
         self._forget_pictures(now)
+        sweep(self._service.store, data, now - limits.keep_days * 86_400)
         return gone
 
     def _jobs(self, states: tuple[State, ...]) -> Iterator[Job]:

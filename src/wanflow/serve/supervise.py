@@ -46,6 +46,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     troubles: int = field(default=0, init=False)
     began: float = field(default=0.0, init=False)
+    lived: bool = field(default=False, init=False)  # one was steady: what refuses now may pass
     due: float = field(default=0.0, init=False)
 
     def start(self) -> None:
@@ -64,7 +65,7 @@ class Child:
         """Start the process again where it has ended, later each time.
 
         Raises:
-            RequestError: where it was refused: it would be again.
+            RequestError: where it was refused at its first start: it would be again.
         """
         now = time.monotonic()
         if self.process is None:
@@ -76,9 +77,11 @@ class Child:
             return
         self.ended(self.process.pid)
         self.process = None
-        if code == 2:
+        steady = now - self.began > STEADY_S
+        self.lived = self.lived or steady
+        if code == 2 and not self.lived:
             raise RequestError(f"the {self.name} was refused; its words are above")
-        self.troubles = 0 if now - self.began > STEADY_S else self.troubles + 1
+        self.troubles = 0 if steady else self.troubles + 1
         pause = min(LONGEST_S, 0.25 * 2**self.troubles)
         self.due = now + pause
         logger.warning("the %s ended (%s); starting it again", self.name, ending(code))
