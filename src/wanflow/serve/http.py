@@ -157,11 +157,7 @@ def _add_videos(
     async def create_video(request: Request) -> JSONResponse:
         """Submit a job. Idempotency-Key: a repeated submission returns the first one's job."""
         job = await submitted(request, service, read)
-        try:
-            found = (await run(service.one, job.id))[1]
-        except StoreError:  # the job is kept: no client may believe otherwise
-            found = service.video(job, {})
-        return JSONResponse(found)
+        return JSONResponse(await run(service.kept, job))
 
     @app.post(
         "/v1/videos/sync",

@@ -20,7 +20,7 @@ from wanflow.presets import EMBEDDED, FAMILY, NANO, NANO_I2V, SETTINGS, ModelSpe
 from wanflow.request import PICTURES, CompleteRequest, Picture
 from wanflow.serve.errors import Refusal
 from wanflow.serve.folder import DataFolder
-from wanflow.serve.jobs import FullError, Job, Store, Worker, new_id
+from wanflow.serve.jobs import FullError, Job, Store, StoreError, Worker, new_id
 from wanflow.serve.limits import Limits
 from wanflow.serve.wire import Seen, again, asked, video
 
@@ -186,6 +186,13 @@ class Service:
             each, ahead, workers = self._pace()
             eta = (ahead + place * each) / workers
         return video(job, Seen(place, eta, self.limits.keep_days * 86_400))
+
+    def kept(self, job: Job) -> dict[str, Any]:
+        """Return the video object of a job just kept, also where the store is away by now."""
+        try:
+            return self.one(job.id)[1]
+        except StoreError:  # no client may believe that it is not kept
+            return self._video(job, None)
 
     def one(self, id: str) -> tuple[Job, dict[str, Any], int]:
         """Return a job, its video object, and when its preview was written (0: there is none).
