@@ -76,6 +76,8 @@ class Child:
         if code is None:
             return
         self.ended(self.process.pid)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self.process = None
         steady = now - self.began > STEADY_S
         self.lived = self.lived or steady
