@@ -213,12 +213,12 @@ function Rest({ form }) {
 function Actions({ count, busy, refused }) {
   const key = busy ? "submitting" : count > 1 ? "submit_many" : "submit";
   return html`
+    <div role="alert">
+      ${refused && !refused.field && html`<p class="error boxed">${refused.message}</p>`}
+    </div>
     <div class="actions">
       <button class="main" disabled=${busy}>${say(key, { count })}</button>
       <button type="button" class="quiet" onClick=${clearForm}>${say("reset")}</button>
-    </div>
-    <div role="alert">
-      ${refused && !refused.field && html`<p class="error boxed">${refused.message}</p>`}
     </div>`;
 }
 
@@ -269,7 +269,7 @@ export function Form() {
         <div class="row">
           <${PictureField} name="image" label=${say("picture")} error=${error("image")} />
           ${settings.pictures > 1 && html`<${PictureField} name="last"
-            label=${`${say("last_picture")} (${say("optional")})`} error=${error("last")} />`}
+            label=${say("last_picture")} error=${error("last")} />`}
         </div>`}
       <div class="row">
         <${SizeField} form=${form} settings=${settings} error=${error} />
