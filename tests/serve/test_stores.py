@@ -8,11 +8,13 @@ import os
 import random
 import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from wanflow.serve.jobs import (
     new_id,
     worker_name,
 )
+from wanflow.serve.limits import Limits
 from wanflow.serve.local import FILE, LocalStore, own_folder
 from wanflow.serve.rows import Rows
 from wanflow.serve.stores import open_store
@@ -847,6 +850,25 @@ def test_a_database_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="postgresql://u@127.0.0.1:1/x: .*refused") as away:
         open_store("postgresql://u:secret@127.0.0.1:1/x", tmp_path)
     assert time.monotonic() - begun < 8 and "secret" not in str(away.value)
+
+
+@pytest.mark.slow
+def test_the_http_process_of_a_database_that_is_not_there(tmp_path: Path) -> None:
+    """Its supervisor tries again; a refusal, exit code 2, would end the server."""
+    setup = {"ckpt_dir": "nano", "parts": {}, "data_dir": str(tmp_path), "lora_dir": []}
+    setup |= {"db": "postgresql://u:secret@127.0.0.1:1/x", "limits": asdict(Limits())}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "wanflow.serve.child"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None and child.stderr is not None
+    child.stdin.write(f"{json.dumps(setup)}\n")
+    child.stdin.flush()  # and left open: its end is the end of the supervisor
+    words = child.stderr.read()
+    assert child.wait(60) == 1 and words.startswith("wanflow: postgresql://u@127.0.0.1:1/x: ")
+    assert "secret" not in words and "Traceback" not in words
 
 
 # --- Postgres ---

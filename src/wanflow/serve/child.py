@@ -22,6 +22,7 @@ from wanflow.config import RequestError
 from wanflow.presets import EMBEDDED, ModelSpec
 from wanflow.serve.fitting import Fitting
 from wanflow.serve.folder import DataFolder
+from wanflow.serve.jobs import StoreError
 from wanflow.serve.limits import Limits
 from wanflow.serve.loras import registered
 from wanflow.serve.planner import Planner
@@ -45,9 +46,9 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
         service = service_of(setup)
-    except RequestError as error:
+    except (RequestError, StoreError) as error:
         print(f"wanflow: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, RequestError) else 1) from None
     server: list[uvicorn.Server] = []
     app = create_app(
         service,
