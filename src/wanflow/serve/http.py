@@ -30,6 +30,7 @@ from wanflow.serve.retention import Retention
 from wanflow.serve.schemas import Deleted, Failure, ModelList, Video, VideoList, form, submission
 from wanflow.serve.service import Service, missing
 from wanflow.serve.wire import media_type
+from wanflow.untrusted import shown
 
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
@@ -384,7 +385,8 @@ def _add_failures(app: FastAPI) -> None:
     async def wrong_query(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        return Refusal(400, f"{name}: {first['msg']}", "invalid_value", name).response()
+        words = f"{name}: {first['msg']} (got {shown(first.get('input'))})"
+        return Refusal(400, words, "invalid_value", name).response()
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:

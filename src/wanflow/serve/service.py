@@ -351,4 +351,4 @@ def mark_of(video: Mapping[str, Any]) -> str:
 
 def missing(id: str, param: str = "video_id") -> Refusal:
     """Return the answer for a job that is not there."""
-    return Refusal(404, f"there is no video {id}", "not_found", param)
+    return Refusal(404, f"there is no video {id}; GET /v1/videos lists all", "not_found", param)

@@ -218,7 +218,7 @@ def _frames(values: Mapping[str, Any], spec: ModelSpec) -> int | None:
     fps = values.get("fps", spec.fps)
     found = geometry_of(spec).nearest_frames(round(seconds * fps))
     if seconds <= 0:
-        raise RequestError("seconds must be above 0")
+        raise RequestError(f"seconds must be above 0 (got {shown(text)})")
     if frames not in (None, found):
         raise RequestError(
             f"num_frames {frames} and seconds {seconds:g} differ: {seconds:g} s at {fps:g} frames a"
