@@ -79,9 +79,11 @@ class Faults:
     struck, or to its end. served: to the next answer of HTTP. ready: of the children's own end.
     """
 
-    def __init__(self, site: Site, postgres: Any, mounted: bool, seed: int) -> None:
+    def __init__(
+        self, site: Site, postgres: Any, mounted: bool, seed: int, names: list[str]
+    ) -> None:
         self.site, self.postgres, self.mounted = site, postgres, mounted
-        self.random = random.Random(seed)
+        self.random, self.names = random.Random(seed), names
         self.counts: dict[str, int] = {}
         self.resumed: dict[str, list[float]] = {}
         self.served: dict[str, list[float]] = {}
@@ -135,7 +137,7 @@ class Faults:
 
     def fall(self) -> None:
         """Let one fault fall at a random moment."""
-        names = [name for name in WEIGHTS if self._possible(name)]
+        names = [name for name in self.names if self._possible(name)]
         name = self.random.choices(names, [WEIGHTS[one] for one in names])[0]
         if name in HELD:
             self._until_busy(name)
@@ -267,13 +269,9 @@ class Faults:
         if self.postgres.process is None or self.postgres.process.poll() is not None:
             return False
         if name == "database frozen":
-            pid = self.postgres.process.pid
-            pids = [pid, *children(pid)]
-            for one in pids:
-                kill(one, SIGSTOP)
+            self.postgres.freeze()
             time.sleep(AWAY_S)
-            for one in pids:
-                kill(one, SIGCONT)
+            self.postgres.freeze(SIGCONT)
             return True
         self.postgres.stop(SIGINT if name == "database stopped" else SIGKILL)
         time.sleep(AWAY_S if name == "database stopped" else 1)
@@ -307,11 +305,6 @@ class Faults:
         return time.monotonic() - since
 
 
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(one) for one in found]
-
-
 def summary(times: dict[str, list[float]]) -> dict[str, Any]:
     """Return count, median and maximum of each list."""
     return {
@@ -337,6 +330,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--db", choices=["sqlite", "postgres"], default="sqlite")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", nargs="+", choices=WEIGHTS, default=[*WEIGHTS], metavar="NAME")
     parser.add_argument("--minutes", type=float, default=600, help="at most, for the kills")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="wanflow-kills-"))
@@ -351,7 +345,7 @@ def main() -> None:
             postgres = Postgres()
             postgres.start()
         site = Site(folder, data, postgres.create("kills") if postgres else None)
-        faults = Faults(site, postgres, mounted, args.seed)
+        faults = Faults(site, postgres, mounted, args.seed, args.faults)
         try:
             found = run(args, site, faults)
         finally:

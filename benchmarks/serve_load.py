@@ -1,6 +1,6 @@
 """Submit jobs to a server from many clients at once, and time /healthz meanwhile.
 
-    python benchmarks/serve_load.py [--jobs 500] [--clients 50] [--worker]
+    python benchmarks/serve_load.py [--jobs 500] [--clients 50] [--workers 2]
 
 Starts `wanflow serve --ckpt_dir nano` in a folder of its own, and ends it. The last line of output
 is one JSON document.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -18,8 +19,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+
+from wanflow.hardware import cpu_name, usable_cores
+from wanflow.serve.local import LocalStore
 
 PROMPT = "a red circle moves left on a blue background"
 BODY = json.dumps({"prompt": PROMPT, "num_inference_steps": 2, "num_frames": 5})
@@ -52,29 +58,43 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--worker", action="store_true", help="with a worker, which takes a core")
+    parser.add_argument("--workers", type=int, default=0, help="that work meanwhile")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         words = ["--ckpt_dir", "nano", "--port", "0", "--data_dir", folder, "--max_queue", "10000"]
         command = [sys.executable, "-m", "wanflow", "serve", *words]
-        if not args.worker:
+        if not args.workers:
             command.append("--no_worker")
+        second = [sys.executable, "-m", "wanflow", "worker", *words[:2], "--data_dir", folder]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        others = list[subprocess.Popen[bytes]]()
         try:
             assert server.stderr is not None
             found = re.search(r"http://127\.0\.0\.1:(\d+)", server.stderr.readline())
             assert found is not None, "the server did not start"
             Thread(target=lambda: [None for _ in server.stderr or ()], daemon=True).start()
-            print(json.dumps(load(int(found[1]), args.jobs, args.clients, args.worker)))
+            others = [
+                subprocess.Popen(second, stderr=subprocess.DEVNULL) for _ in range(args.workers - 1)
+            ]
+            document = load(int(found[1]), args.jobs, args.clients, args.workers, Path(folder))
+            document |= {
+                "command": " ".join(["python", *sys.argv]),
+                "date": str(date.today()),
+                "machine": f"{cpu_name()}, {usable_cores()} cores, {os.getloadavg()[0]:.1f} busy",
+            }
+            print(json.dumps(document))
         finally:
-            server.terminate()
-            server.wait(60)
+            for process in (server, *others):
+                process.terminate()
+            for process in (server, *others):
+                process.wait(60)
 
 
-def load(port: int, jobs: int, clients: int, worker: bool) -> dict[str, Any]:
-    until = time.monotonic() + 60
-    while ask(port, "GET", "/healthz")[0] != 200 or (
-        worker and ask(port, "GET", "/readyz")[0] != 200
+def load(port: int, jobs: int, clients: int, workers: int, folder: Path) -> dict[str, Any]:
+    until, store = time.monotonic() + 120, LocalStore(folder)
+    while (
+        ask(port, "GET", "/healthz")[0] != 200
+        or sum(one.ready for one in store.workers()) < workers
     ):
         assert time.monotonic() < until
         time.sleep(0.2)
@@ -92,12 +112,15 @@ def load(port: int, jobs: int, clients: int, worker: bool) -> dict[str, Any]:
     with ThreadPoolExecutor(clients) as pool:
         statuses = list(pool.map(submit, range(jobs)))
     seconds = time.perf_counter() - began
+    completed = store.counts()["completed"]
     over.set()
     watching.join()
+    store.close()
     return {
         "jobs": jobs,
         "clients": clients,
-        "worker": worker,
+        "workers": workers,
+        "completed_meanwhile": completed,
         "accepted": statuses.count(200),
         "seconds": round(seconds, 2),
         "submissions_a_second": round(jobs / seconds, 1),
