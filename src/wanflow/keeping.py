@@ -31,12 +31,19 @@ class Keeper:
         file: where to save it.
         alert: says what a person must know.
         stored: the step that is on the disk already.
+        every: seconds between two saved states.
     """
 
     def __init__(
-        self, run: Run, file: Path, alert: Callable[[str], object], stored: int | None = None
+        self,
+        run: Run,
+        file: Path,
+        alert: Callable[[str], object],
+        stored: int | None = None,
+        every: float | None = None,
     ) -> None:
         self.take(run)
+        self._every = SAVE_SECONDS if every is None else every
         self.place, self.alert, self.stored = file, alert, stored
         self._recipe = run.recipe  # what the file says of how the run is computed
         self._saved, self._warned = time.monotonic(), False
@@ -46,7 +53,7 @@ class Keeper:
     def __call__(self, progress: Progress) -> bool:
         """Take the state after a step."""
         self.take(progress.run)
-        if time.monotonic() - self._saved > SAVE_SECONDS and not self._thread.is_alive():
+        if time.monotonic() - self._saved > self._every and not self._thread.is_alive():
             self._thread = Thread(target=self.try_to_save, name="wanflow-state")
             self._thread.start()
         return True

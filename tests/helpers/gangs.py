@@ -39,7 +39,7 @@ class Played:
     def __init__(self, take: Callable[[Message], object], on_make: Callable[..., object]) -> None:
         self.take, self.on_make = take, on_make
         self.heard: list[Message] = []
-        self.ended = False
+        self.begun, self.ended = True, False
         take(READY)
         take({"say": "idle"})
 
@@ -53,7 +53,8 @@ class Played:
             self.on_cancel(message)
 
     def on_drain(self, message: Message) -> None:
-        self.take({"say": "stopped", "id": self.made, "step": 2})
+        if self.begun:
+            self.take({"say": "stopped", "id": self.made, "step": 2})
         self.end(0)
 
     def on_cancel(self, message: Message) -> None:

@@ -138,6 +138,22 @@ def test_leaving_puts_the_job_back_without_an_attempt(store: LocalStore, tmp_pat
     assert "its worker was asked to leave, at step 2" in found.story[0]
 
 
+def test_a_job_that_a_leaving_gang_has_not_begun_goes_back(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    def make(gang: Played, made: Message) -> None:
+        gang.begun = False
+
+    scene = Scene(store, tmp_path, make)
+    one = submitted(store, job())
+    with scene.at_work():
+        wait_for(lambda: scene.state(one) == "in_progress")
+    found = store.get(one.id)
+    assert found is not None and found.story == ("attempt 1: its worker was asked to leave",)
+    left_out = store.run("SELECT left_out FROM wanflow_jobs", [])
+    assert found.state == "queued" and list(left_out[0]) == [1]
+
+
 def test_asked_twice_it_leaves_at_once(store: LocalStore, tmp_path: Path) -> None:
     scene = Scene(store, tmp_path, lambda gang, made: None)
     Played.on_drain, before = lambda self, message: None, Played.on_drain  # type: ignore

@@ -62,13 +62,13 @@ def worker_flags(p: Parser) -> None:
     )
     limits = p.add_argument_group("limits")
     limits.add_argument(
-        "--size", metavar="WIDTH*HEIGHT", help="the largest that is planned for and taken"
+        "--size", metavar="WIDTH*HEIGHT", help="the largest video that is planned for"
     )
     limits.add_argument(
         "--frame_num",
         type=number(int, 1),
         metavar="N",
-        help="the longest that is planned for and taken",
+        help="the longest video that is planned for",
     )
     limits.add_argument(
         "--stall_s",
@@ -82,6 +82,12 @@ def worker_flags(p: Parser) -> None:
         default=600.0,
         metavar="SECONDS",
         help="end the gang if a GPU is late to the others by SECONDS",
+    )
+    limits.add_argument(
+        "--save_s",
+        type=number(float, 0),
+        metavar="SECONDS",
+        help="save the state of a run every SECONDS (default: 5)",
     )
     limits.add_argument("--force", action="store_true", help="start on a machine that is too small")
     limits.add_argument("--with_parent", action="store_true", help="end when standard input ends")
@@ -144,7 +150,14 @@ def take_environment(args: argparse.Namespace) -> None:
 
 def gang_words(args: argparse.Namespace) -> list[str]:
     """Return the command line of the gang: the worker's, with what the environment added."""
-    words = ["gang", *args.argv[1:], "--data_dir", str(Path(args.data_dir).absolute())]
+    given = iter(args.argv[1:])
+    words = ["gang"]
+    for word in given:
+        if word == "--db":  # it may hold a password, and a gang needs no database
+            next(given, None)
+        elif not word.startswith("--db="):
+            words.append(word)
+    words += ["--data_dir", str(Path(args.data_dir).absolute())]
     for name in ("ckpt_dir", "gpus"):
         if getattr(args, name) is not None:
             words += [f"--{name}", getattr(args, name)]
@@ -206,6 +219,7 @@ def gang(args: argparse.Namespace) -> None:
         instructions,
         orders,
         lambda save: setattr(args.watchdog, "on_abort", save),
+        args.save_s,
     )
     if instructions is not None:
         if info is not None:

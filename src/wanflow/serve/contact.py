@@ -21,12 +21,12 @@ T = TypeVar("T")
 class Contact:
     """A worker's contact with its store, which may be away for a while.
 
-    me: what the store knows of this worker.
+    me: what the store knows of this worker. away: whether the store does not answer.
     """
 
     def __init__(self, store: Store, me: Worker) -> None:
         self.store, self.me = store, me
-        self._away = False
+        self.away = False
         self._over = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="beats", daemon=True)
 
@@ -50,13 +50,13 @@ class Contact:
         try:
             found = call()
         except StoreError as error:
-            if not self._away:
+            if not self.away:
                 logger.warning("the store of jobs does not answer (%s); trying again", error)
-            self._away = True
+            self.away = True
             return None
-        if self._away:
+        if self.away:
             logger.info("the store of jobs answers again")
-        self._away = False
+        self.away = False
         return found
 
     def surely(self, call: Callable[[], T], in_haste: Callable[[], bool]) -> T | None:
@@ -72,5 +72,7 @@ class Contact:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
+            if not self.me.model:  # it says what it makes once its gang has started
+                continue
             with suppress(StoreError):
                 self.store.enrol(self.me)

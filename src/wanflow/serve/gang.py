@@ -102,7 +102,9 @@ class Instructions:
 
     def _take(self, message: Message) -> None:
         if message["do"] == "make":
-            self._jobs.put(Job(**message["job"]))
+            job = Job(**message["job"])
+            self.forget(job)  # it may have been cancelled here after its last attempt
+            self._jobs.put(job)
         elif message["do"] == "cancel":
             self._cancelled.add(message["id"])
         elif message["do"] == "drain":
@@ -123,6 +125,7 @@ class Maker:
     worker: on rank 0, the line to the worker; None on the other ranks.
     orders: from rank 0 to the others; None where there are none.
     on_abort: is given what saves the state of the present run.
+    save_s: seconds between two saved states.
     """
 
     open: Callable[[Report | None], Pipeline]
@@ -131,6 +134,7 @@ class Maker:
     worker: Instructions | None = None
     orders: Orders | None = None
     on_abort: Callable[[Callable[[], object]], object] = lambda save: None
+    save_s: float | None = None
 
     def __post_init__(self) -> None:
         self._job: Job | None = None  # at work
@@ -221,7 +225,7 @@ class Maker:
         self._tracker = tracker = Tracker(job, worker.line.say)
         run, stored, notes = self._begun(job)
         tracker.begin(run, self._decode_rate)
-        keeper = Keeper(run, self.folder.state(job.id), logger.warning, stored)
+        keeper = Keeper(run, self.folder.state(job.id), logger.warning, stored, self.save_s)
         self.on_abort(keeper.save)
         try:
             run = self._denoised(run, job, worker, keeper, tracker)

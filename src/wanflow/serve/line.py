@@ -112,12 +112,14 @@ class Gang:
 
     def _watch(self) -> None:
         code = self._process.wait()
-        self._wake()
-        self._hearing.join(JOIN_S)
-        if self._line is not None:
-            self._line.close()
-        self._shut()
-        self._take({"say": "ended", "code": code})
+        try:
+            self._wake()
+            self._hearing.join(JOIN_S)
+            if self._line is not None:
+                self._line.close()
+            self._shut()
+        finally:  # a worker that does not hear of it would wait for ever
+            self._take({"say": "ended", "code": code})
 
     def _shut(self) -> None:
         self._listener.close()

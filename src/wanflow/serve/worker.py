@@ -24,13 +24,14 @@ from wanflow.serve.line import Message, ending
 from wanflow.units import measured
 
 LOOK_S = 1.0  # between two looks at a job's standing, where the gang says nothing
-REPORT_S = 0.25  # between two reports, at the least
+REPORT_S = 0.05  # between two reports, at the least
 IN_A_ROW = 4  # jobs that are taken before older ones, since they need no reload
 STALL_S, STALL_STEPS = (
     1800.0,
     10.0,
 )  # no progress for this time, or for as many of the longest steps
 LONGEST_PAUSE_S = 60.0
+PATIENCE_S = 10.0  # for a store that is away, once this worker was asked to leave
 
 logger = logging.getLogger("wanflow")
 T = TypeVar("T")
@@ -90,7 +91,7 @@ class Foreman:
         self._gang: Hired | None = None
         self._held: Held | None = None
         self._idle = False  # the gang waits for a job
-        self._signal = 0  # that asked to leave
+        self._signal, self._asked_at = 0, 0.0  # that asked to leave, and when
         self._at_once = self._told_to_drain = False
         self._moved = 0.0  # when the gang showed progress
         self._had_job = False  # this gang
@@ -104,7 +105,7 @@ class Foreman:
         """Leave after the present step; asked again, at once."""
         if self._signal:
             self.leave_at_once()
-        self._signal = self._signal or number
+        self._signal, self._asked_at = self._signal or number, time.monotonic()
         self._messages.put({"say": "asked"})
 
     def leave_at_once(self) -> None:
@@ -225,7 +226,8 @@ class Foreman:
         """Report how far the job is, learn its standing, and end a gang that stands still."""
         now, held = time.monotonic(), self._held
         if held is not None:
-            due = LOOK_S if held.progress == held.reported else REPORT_S
+            nothing_new = held.progress == held.reported or self._contact.away
+            due = LOOK_S if nothing_new else REPORT_S
             if now - held.told_at >= due:
                 self._report(held)
         limit = self._stall_s or max(STALL_S, STALL_STEPS * self._longest)
@@ -292,6 +294,7 @@ class Foreman:
         if ours:
             self._folder.forget(job.id, facts["result"]["file"] if "result" in facts else "")
         elif ours is not None:
+            logger.warning("job %s: not ours any more; its files are deleted", job.id)
             self._drop(job)
         return bool(ours)
 
@@ -323,15 +326,19 @@ class Foreman:
                 self._folder.forget(job.id, str(now.result.get("file", "")))
 
     def _surely(self, call: Callable[[], T]) -> T | None:
-        return self._contact.surely(call, lambda: self._at_once)
+        def in_haste() -> bool:
+            waited = time.monotonic() - self._asked_at
+            return self._at_once or (self._signal > 0 and waited > PATIENCE_S)
+
+        return self._contact.surely(call, in_haste)
 
     # The gang
 
     def _gang_ended(self, code: int) -> None:
         self._gang, self._idle = None, False
         if self._held is not None:
-            why = "its worker was asked to leave at once" if self._at_once else ending(code)
-            self._put_back(self._held, why, counts=not self._at_once)
+            why = "its worker was asked to leave" if self._signal else ending(code)
+            self._put_back(self._held, why, counts=not self._signal)
 
     def _drain(self) -> None:
         """Let the gang stop after its step; one without a job ends at once."""
