@@ -89,6 +89,7 @@ def serve(args: argparse.Namespace) -> None:
         RequestError: for settings that do not go together, and what a child was refused for.
     """
     _need_packages()
+    from wanflow.serve.jobs import StoreError
     from wanflow.serve.local import LocalStore, own_folder
     from wanflow.serve.stores import open_store
     from wanflow.serve.supervise import Child, Supervisor, listen, python, recover
@@ -100,7 +101,10 @@ def serve(args: argparse.Namespace) -> None:
         if args.db is None:
             held.enter_context(own_folder(folder))
         listening = held.enter_context(listen(args.host, args.port))
-        store = open_store(args.db, folder)
+        try:
+            store = open_store(args.db, folder)
+        except StoreError as error:
+            raise OSError(f"the store of jobs does not answer: {error}") from None
         held.callback(store.close)
         if isinstance(store, LocalStore):
             store.recover(everything=True)
