@@ -53,14 +53,14 @@ class Boss:
 
 
 @contextmanager
-def at_work(folder: Path, pipe: Pipeline, loras: tuple[Path, ...] = ()) -> Iterator[Boss]:
+def at_work(folder: Path, pipe: Pipeline | None, loras: tuple[Path, ...] = ()) -> Iterator[Boss]:
     """A gang that works for the test; leaving is the end of its worker."""
     here, there = Pipe()
     opened.clear()
 
     def open_it(report: Any) -> Pipeline:
-        opened.append(pipe)
-        return pipe
+        opened.append(pipe or wanflow.load("nano", device="cpu", report=report))
+        return opened[-1]
 
     def work() -> None:
         try:
@@ -247,6 +247,31 @@ def test_a_cancelled_job_stops_within_one_step(
         assert end["say"] == "stopped" and end["step"] <= 3
         assert boss.end_of(after)["say"] == "done"
     assert not DataFolder(tmp_path).state(one.id).exists()
+
+
+@pytest.mark.parametrize("what", ["text encoder", "low-noise", "VAE"])
+def test_a_cancelled_job_does_not_wait_for_weights(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, one, after = gang.Maker._loading, attempt(1, job()), attempt(1, job())
+    asked: list[int] = []
+
+    def loading(self: gang.Maker, name: str, done: int, total: int) -> None:
+        if what in name and done < total and not asked:
+            asked.append(done)
+            self.worker._cancelled.add(one.id)  # type: ignore[union-attr]
+        real(self, name, done, total)
+
+    monkeypatch.setattr(gang.Maker, "_loading", loading)
+    with at_work(tmp_path, None) as boss:
+        boss.make(one)
+        assert boss.end_of(one) == {
+            "say": "stopped",
+            "id": one.id,
+            "step": 2 if what == "low-noise" else 0,
+        }
+        boss.make(after)
+        assert boss.end_of(after)["say"] == "done"
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ class Maker:
     def __post_init__(self) -> None:
         self._job: Job | None = None  # at work
         self._tracker: Tracker | None = None
+        self._keeper: Keeper | None = None
         self._decode_rate: float | None = None  # seconds for each value of a video
         self.pipe = self._opened()
 
@@ -167,8 +168,12 @@ class Maker:
         return self.open(None if self.worker is None else self._loading)
 
     def _loading(self, what: str, done: int, total: int) -> None:
-        if self._tracker is not None:
-            self._tracker.loading(done, total)
+        if self._tracker is None or self._keeper is None:
+            return
+        self._tracker.loading(done, total)
+        alone, job = self.orders is None, self._job  # ranks read an expert together
+        if alone and job is not None and self.worker is not None and self.worker.stopping(job):
+            raise Cancelled(self._keeper.run)
 
     def _next(self) -> Job | None:
         """Return the next job, the same on all ranks; None: there will be none."""
@@ -193,6 +198,8 @@ class Maker:
             say(say="done", id=job.id, result=self._made(job, worker))
         except Cancelled as stop:
             say(say="stopped", id=job.id, step=stop.run.state.index)
+            if self._tracker is not None and self._tracker.reading:
+                self.pipe.parts.close()  # what is read in part
         except Refused as error:
             say(say="failed", id=job.id, code="invalid_request", message=str(error))
         except OutputError as error:
@@ -213,7 +220,7 @@ class Maker:
                     say(say="crashed", id=job.id, why=f"{type(error).__name__}: {error}")
                 raise
         worker.forget(job)
-        self._job = self._tracker = None
+        self._job = self._tracker = self._keeper = None
 
     def _made(self, job: Job, worker: Instructions) -> dict[str, Any]:
         """Make the video of a job, and return the facts of its result.
@@ -226,6 +233,7 @@ class Maker:
         run, stored, notes = self._begun(job)
         tracker.begin(run, self._decode_rate)
         keeper = Keeper(run, self.folder.state(job.id), logger.warning, stored, self.save_s)
+        self._keeper = keeper
         self.on_abort(keeper.save)
         try:
             run = self._denoised(run, job, worker, keeper, tracker)

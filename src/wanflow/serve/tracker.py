@@ -54,6 +54,11 @@ class Tracker:
         self._enter("picture" if run.pictures and not self._step else "prompt")
         self._tell()
 
+    @property
+    def reading(self) -> bool:
+        """Whether weights are read now."""
+        return self._stage == "loading"
+
     def loading(self, done: int, total: int) -> None:
         """Take how many bytes of a part are read."""
         if self._stage != "loading":
