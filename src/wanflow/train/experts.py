@@ -139,15 +139,20 @@ def flow_loss(
     sigma: Tensor,
     noise: Tensor,
     given: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Return the mean squared error of the velocity, noise minus data; a scalar.
 
-    latents, noise: [B, z, t, h, w]. sigma: [B]. given: further channels of the input.
+    latents, noise: [B, z, t, h, w]. sigma: [B]. given: further channels of the input. weight: of
+    the squared errors, broadcast over them.
     """
     s = sigma.view(-1, 1, 1, 1, 1)
     mixed = (1 - s) * latents + s * noise
     seen = mixed if given is None else torch.cat((mixed, given), 1)
-    return F.mse_loss(model(seen, sigma * TRAIN_STEPS, texts), noise - latents)
+    velocity, wanted = model(seen, sigma * TRAIN_STEPS, texts), noise - latents
+    if weight is None:
+        return F.mse_loss(velocity, wanted)
+    return (weight * (velocity - wanted).square()).mean()
 
 
 def batch(

@@ -74,8 +74,24 @@ def train_expert(
     screen: Screen,
     stop: Stop,
     flags: str = "--nano",
+    name: str | None = None,
+    weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """Train an expert on its own range of sigma, on the clips of the stage `cache`."""
+    """Train an expert on its own range of sigma, on the clips of the stage `cache`.
+
+    Args:
+        model: the expert, to be changed.
+        spec: its model.
+        which: the expert.
+        settings: how to train.
+        work: the folder of every stage's state.
+        screen: shows progress.
+        stop: asks for the end.
+        flags: of the command, for messages.
+        name: of the stage, if it is not the expert's.
+        weigh: turns the further channels of the input into the weights of the squared errors.
+    """
+    name = name or which
     cache = experts.Cache(**load_file(needs(work / "cache.safetensors", "cache", flags)))
     low, high = experts.sigma_range(spec, which)
     if settings.steps > 500 and shutil.which("g++"):
@@ -85,20 +101,21 @@ def train_expert(
     def loss(step: int, rng: random.Random, generator: torch.Generator) -> torch.Tensor:
         latents, texts, noise, given = experts.batch(cache, settings.batch, DROPOUT, generator)
         sigma = experts.sigmas(settings.batch, low, high, SHIFT, generator)
-        return experts.flow_loss(model, latents, texts, sigma, noise, given)
+        weight = None if weigh is None or given is None else weigh(given)
+        return experts.flow_loss(model, latents, texts, sigma, noise, given, weight)
 
-    fit(model, loss, settings, work / f"{which}.pt", screen, stop=stop)
+    fit(model, loss, settings, work / f"{name}.pt", screen, stop=stop)
     stop.here()
-    write_tensors(work / f"{which}.safetensors", model.state_dict())
+    write_tensors(work / f"{name}.safetensors", model.state_dict())
 
 
-def export_expert(work: Path, which: Expert, shape: DiTConfig, folder: Path) -> None:
+def export_expert(work: Path, stage: str, shape: DiTConfig, folder: Path) -> None:
     """Write an expert in bfloat16, with its config; one in training with its averaged weights."""
-    trained = work / f"{which}.safetensors"
+    trained = work / f"{stage}.safetensors"
     if trained.exists():
         state = load_file(trained)
     else:
-        state = read_state(needs(work / f"{which}.pt", which), "cpu")["average"]
+        state = read_state(needs(work / f"{stage}.pt", stage), "cpu")["average"]
     folder.mkdir(parents=True)
     file = folder / "diffusion_pytorch_model.safetensors"
     write_tensors(file, {name: value.bfloat16() for name, value in state.items()})
