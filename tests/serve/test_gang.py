@@ -424,3 +424,39 @@ def test_a_picture_of_a_client_begins_the_video(tmp_path: Path) -> None:
     recipe = read_recipe(tmp_path / "videos" / end["result"]["file"])
     assert recipe["request"]["image"]["sha256"] == name
     assert recipe["request"]["image"]["file"] == ""  # no path of the server
+
+
+@pytest.mark.parametrize(
+    ("message", "say", "words"),
+    [
+        ("rank 1 of 2: out of memory in decoding: no more", "failed", "out of memory"),
+        ("rank 1 of 2: no heartbeat", "crashed", "no heartbeat"),
+    ],
+)
+def test_the_first_rank_says_why_all_end(
+    message: str, say: str, words: str, tmp_path: Path, nano: Pipeline
+) -> None:
+    here, there = Pipe()
+    boss = Boss(Line(here))
+    instructions = gang.Instructions(Line(there), lambda: None)
+    maker = gang.Maker(lambda report: nano, DataFolder(tmp_path), worker=instructions)
+    maker.on_end(1, message)  # no job: nothing to say
+    one = maker._job = attempt(1, job())
+    maker.on_end(1, message)
+    end = boss.end_of(one)
+    assert end["say"] == say and words in str(end) and len(boss.heard) == 1
+    assert say == "crashed" or end["code"] == "out_of_memory"
+    with socket.socket(fileno=os.dup(here.fileno())) as both:
+        both.shutdown(socket.SHUT_RDWR)
+
+
+def test_orders_reach_every_rank_in_their_sequence() -> None:
+    from torch.distributed import HashStore
+
+    from wanflow.parallel.orders import Orders
+
+    store = HashStore()
+    first, others = Orders(store), [Orders(store), Orders(store)]
+    for text in ("one", "two", ""):
+        first.give(text)
+        assert [other.take() for other in others] == [text, text]
