@@ -111,7 +111,10 @@ def test_a_job_from_submission_to_deletion(serving: Serving, client: TestClient)
     assert part.status_code == 206 and part.content == VIDEO[10:20]
     assert part.headers["content-range"] == f"bytes 10-19/{len(VIDEO)}"
     beyond = client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=999999-"})
-    assert beyond.status_code == 416
+    assert beyond.status_code == 416 and beyond.json()["error"]["code"] == "invalid_range"
+    assert beyond.headers["content-range"] == f"bytes */{len(VIDEO)}"
+    odd = client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=x-y"})
+    assert odd.status_code == 400 and odd.json()["error"]["param"] == "range"
     picture = client.get(f"/v1/videos/{id}/content", params={"variant": "thumbnail"})
     assert picture.content == b"thumbnail" and picture.headers["content-type"] == "image/webp"
     absent = client.get(f"/v1/videos/{id}/content", params={"variant": "spritesheet"})

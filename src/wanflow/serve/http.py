@@ -16,6 +16,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from wanflow import __version__
 from wanflow.config import RequestError
@@ -237,6 +238,26 @@ def _add_videos(
 DELETE_S = 30.0  # for a job at work to be cancelled
 
 
+class Content(FileResponse):
+    """A file, whose answers to a wrong Range have the shape of all failures."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = False
+
+        async def sending(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] in (400, 416):
+                refused = True
+                words = "Range: the file has no such bytes; ask for bytes=FIRST-LAST within it"
+                answer = Refusal(message["status"], words, "invalid_range", "range").response()
+                answer.headers["Content-Range"] = f"bytes */{self.headers['content-length']}"
+                await answer(scope, receive, send)
+            elif not refused:
+                await send(message)
+
+        await super().__call__(scope, receive, sending)
+
+
 def _add_files(app: FastAPI, service: Service, run: Any) -> None:
     @app.get(
         "/v1/videos/{video_id}/content",
@@ -248,12 +269,12 @@ def _add_files(app: FastAPI, service: Service, run: Any) -> None:
         },
     )
     @app.head("/v1/videos/{video_id}/content", include_in_schema=False)
-    async def get_content(video_id: str, variant: Variant = "video") -> FileResponse:
+    async def get_content(video_id: str, variant: Variant = "video") -> Content:
         """Return the video, or its thumbnail or spritesheet; takes Range."""
         path = await run(service.file, checked(video_id), variant)
         kind = media_type(path.name) if variant == "video" else "image/webp"
         name = f"{video_id}{path.suffix}"
-        return FileResponse(path, media_type=kind, filename=name, headers=PRIVATE)
+        return Content(path, media_type=kind, filename=name, headers=PRIVATE)
 
     @app.get("/v1/videos/{video_id}/preview", responses={**answered("image/webp"), **refused(404)})
     async def get_preview(video_id: str) -> Response:
