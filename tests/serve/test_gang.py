@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -24,11 +25,13 @@ from wanflow.clipfiles import read_frames, read_recipe
 from wanflow.config import RequestError
 from wanflow.front import Pipeline
 from wanflow.pipeline import Progress, Run
+from wanflow.request import Request
 from wanflow.sanity import OutputError
 from wanflow.serve import gang
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import Job
 from wanflow.serve.line import Line, Message
+from wanflow.serve.named import without_folders
 
 
 class Boss:
@@ -100,6 +103,22 @@ def frames(folder: Path, message: Message) -> Any:
     return read_frames(folder / "videos" / message["result"]["file"])[0]
 
 
+def test_a_recipe_for_clients_names_no_folder(nano: Pipeline) -> None:
+    recipe = nano.begin(Request("a", seed=1)).recipe
+    paths = {"high": "/weights/a/high.safetensors"}
+    private = replace(
+        recipe,
+        model=replace(recipe.model, folder="/weights/a", parts=paths),
+        request=replace(recipe.request, lora=("/loras/b/fast.safetensors@high=1.0,low=0.5",)),
+        loras={"/loras/b/fast.safetensors": "f" * 16},
+    )
+    public = without_folders(private)
+    assert "/" not in json.dumps(public.to_json())
+    assert public.request.lora == ("fast.safetensors@high=1.0,low=0.5",)
+    assert public.model.parts == {"high": "high.safetensors"}
+    assert public.loras == {"fast.safetensors": "f" * 16}
+
+
 def test_a_job_becomes_a_video_with_its_pictures(tmp_path: Path, nano: Pipeline) -> None:
     one = attempt(1, job())
     with at_work(tmp_path, nano) as boss:
@@ -115,7 +134,8 @@ def test_a_job_becomes_a_video_with_its_pictures(tmp_path: Path, nano: Pipeline)
     assert sum(result["stages"].values()) == pytest.approx(result["seconds"], abs=0.2)
     made = nano.generate(job().request["prompt"], seed=7, sample_steps=4, frame_num=5)
     assert read_frames(video)[0].shape == made.frames.shape
-    assert read_recipe(video)["request"]["seed"] == 7
+    recipe = read_recipe(video)
+    assert recipe["request"]["seed"] == 7 and recipe["model"]["folder"] == "nano"
     for variant, size in (("thumbnail", (64, 64)), ("spritesheet", None)):
         with Image.open(DataFolder(tmp_path).beside(video, variant)) as picture:
             assert picture.format == "WEBP" and size in (None, picture.size)

@@ -43,6 +43,7 @@ from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import Job
 from wanflow.serve.line import Line, Message
 from wanflow.serve.loras import with_files
+from wanflow.serve.named import without_folders
 from wanflow.serve.tracker import Tracker
 from wanflow.video import save_frames
 
@@ -347,7 +348,8 @@ class Maker:
             first = next(chunks)  # from now on the recipe stands
             used = self.pipe.engine.used(run)
             frames = chosen.passed(first, chunks)
-            save_frames(video, frames, run.request.fps, used.recipe.to_json(), overwrite=True)
+            recipe = without_folders(used.recipe).to_json()
+            save_frames(video, frames, run.request.fps, recipe, overwrite=True)
         except Exception:
             for _ in chunks:  # the other ranks go through to the end
                 pass
