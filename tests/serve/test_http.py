@@ -447,7 +447,9 @@ def test_refused_pictures(pictured: tuple[Serving, TestClient], value: object, w
 
 
 def test_a_model_of_pictures_needs_one(pictured: tuple[Serving, TestClient]) -> None:
-    assert "makes a video of a picture" in refused(pictured[1], SUBMIT)["message"]
+    missing = refused(pictured[1], SUBMIT)
+    assert missing["param"] == "input_reference" and "--" not in missing["message"]
+    assert "makes a video of a picture" in missing["message"]
 
 
 # LoRAs

@@ -282,7 +282,15 @@ def _with_pictures(
             given[target] = found[0], values[found[0]]
     # Before a picture is opened, which takes memory and time.
     named: dict[str, Any] = dict.fromkeys(given, "given")
-    replace(request, **named).refuse_pictures(spec)
+    pictured = replace(request, **named)
+    pictured.refuse_pictures(spec, needed=False)
+    try:
+        pictured.refuse_pictures(spec)
+    except RequestError:
+        raise RequestError(
+            f"input_reference is missing: {spec.name} makes a video of a picture; send one as a"
+            " file of a form or a URL data:image/png;base64,..., or a last_image"
+        ) from None
     opened: dict[str, Any] = {
         target: read_picture(_bytes_of(*one), one[0]) for target, one in given.items()
     }
