@@ -95,8 +95,7 @@ def serve(args: argparse.Namespace) -> None:
     from wanflow.serve.supervise import Child, Supervisor, listen, python, recover
 
     limits = Limits(**settings_from(Limits, args))
-    folder = args.data_dir.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _data_folder(args)
     with ExitStack() as held:
         if args.db is None:
             held.enter_context(own_folder(folder))
@@ -167,6 +166,17 @@ def check_serve(args: argparse.Namespace) -> None:
             "serve needs --ckpt_dir DIR, a folder of weights or nano, for its worker; --no_worker"
             " leaves the worker out"
         )
+
+
+def _data_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.data_dir.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            f"--data_dir {printable(folder)}: {error.strerror}; name a folder that you may write"
+        ) from None
+    return folder
 
 
 def _need_packages() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from wanflow.config import RequestError
 from wanflow.geometry import parse_size
 from wanflow.request import PROMPT
 from wanflow.settings import adopt, check, setting
@@ -48,7 +49,10 @@ class Limits:
     def __post_init__(self) -> None:
         adopt(Limits, self)
         check(Limits, self)
-        parse_size(self.max_size)
+        try:
+            parse_size(self.max_size)
+        except RequestError as error:
+            raise RequestError(f"--max_size: {error}") from None
 
     @property
     def area(self) -> int:
