@@ -90,7 +90,7 @@ class Faults:
         self.orphaned: list[float] = []  # seconds that children outlive their supervisor
         self.restarts = 0
         self.refused_starts = 0
-        self._struck: list[Struck] = []
+        self.struck: list[Struck] = []
         self._later: list[threading.Timer] = []
         self._over = threading.Event()
         self._programs: dict[str, subprocess.Popen[bytes] | None] = {"server": None, "second": None}
@@ -122,16 +122,16 @@ class Faults:
     def _watch(self) -> None:
         """See when struck jobs go on."""
         while not self._over.wait(0.2):
-            if not self._struck:
+            if not self.struck:
                 continue
             with suppress(StoreError):
                 jobs = self.site.jobs()
                 now = time.monotonic()
-                for struck in list(self._struck):
+                for struck in list(self.struck):
                     job = jobs.get(struck.id)
                     if job is None or job.final or job.attempts > struck.attempts:
                         self.resumed.setdefault(struck.fault, []).append(now - struck.at)
-                        self._struck.remove(struck)
+                        self.struck.remove(struck)
 
     # The faults
 
@@ -213,7 +213,7 @@ class Faults:
         now = time.monotonic()
         for pid in victims:
             kill(pid)
-        self._struck += [Struck(name, job.id, job.attempts, now) for job in struck]
+        self.struck += [Struck(name, job.id, job.attempts, now) for job in struck]
         if name in ("HTTP process", "supervisor", "everything"):
             threading.Thread(target=self._serves, args=(name, now), daemon=True).start()
         if name == "supervisor":
@@ -250,7 +250,7 @@ class Faults:
         with suppress(StoreError):
             now = time.monotonic()
             for job in self._at_work([f"-{pid}-"]):
-                self._struck.append(Struck("worker frozen", job.id, job.attempts, now))
+                self.struck.append(Struck("worker frozen", job.id, job.attempts, now))
         kill(pid, SIGSTOP)
         self._in(FROZEN_S, lambda: kill(pid, SIGCONT))
         return True
@@ -393,6 +393,8 @@ def run(args: argparse.Namespace, site: Site, faults: Faults) -> dict[str, Any]:
         wait_for(ended, 600, "every job has ended", 0.5)
     except AssertionError as error:
         broken.append(str(error))
+    with suppress(AssertionError):
+        wait_for(lambda: not faults.struck, 10, "every struck job went on")
     stopped_s = faults.stop()
     left = site.processes()
     found = judge(site, client, Undisturbed(site.folder / "undisturbed"))
@@ -408,7 +410,7 @@ def run(args: argparse.Namespace, site: Site, faults: Faults) -> dict[str, Any]:
         "resumed": summary(faults.resumed),
         "serves_again": summary(faults.served),
         "children_outlive_supervisor": summary({"all": faults.orphaned} if faults.orphaned else {}),
-        "never_resumed": len(faults._struck),
+        "never_resumed": len(faults.struck),
         "starts": faults.restarts,
         "refused_starts": faults.refused_starts,
         "stopped_s": round(stopped_s, 1),

@@ -19,6 +19,7 @@ import pytest
 from helpers.gangs import Played, Scene, wait_for
 from helpers.postgres import Postgres
 from helpers.postgres import postgres as postgres  # a fixture
+from helpers.site import Site, kill
 
 from wanflow.files import remove
 from wanflow.serve import contact, worker
@@ -52,7 +53,19 @@ def test_no_job_is_lost_or_twice(db: str, faults: list[str]) -> None:
     assert found["completed"] > 0 and found["accepted"] == found["distinct"]
     assert found["never_resumed"] == 0 and found["tracebacks"] == 0
     assert found["orphans"] == [] and found["left_files"] == []
-    assert found["temporary_files"] == []
+
+
+def test_ranks_that_just_began_end_with_their_agent(tmp_path: Path) -> None:
+    """They wait for each other then, and would for minutes."""
+    site = Site(tmp_path, tmp_path / "data")
+    try:
+        site.start("worker", "--gpus", "cpu,cpu")
+        wait_for(lambda: len(site.of("rank")) == 2, limit_s=60)
+        [agent], ranks = site.of("agent"), site.of("rank")
+        kill(agent)
+        wait_for(lambda: not set(ranks) & set(site.processes()), "ranks live on", 60)
+    finally:
+        site.end()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -308,8 +308,12 @@ def _join_watchdog(argv: list[str], output: Output, alone: Alone) -> Watchdog | 
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     # A second watch of NCCL's kills a rank whose GPU does not answer for 8 minutes.
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    from wanflow.cli.devices import LAUNCHED
     from wanflow.parallel.ranks import connect_store
 
+    agent = os.environ.get(LAUNCHED)
+    if agent is not None and os.getppid() != int(agent):
+        os._exit(1)  # it was killed: its store would be awaited for minutes
     given = _given_timeout(argv)
     watchdog = connect_store(*([] if given is None else [given]))
     alone.rank = described(os.environ).rank  # from now on others may speak

@@ -21,7 +21,7 @@ def launch(argv: list[str], ranks: Ranks, output: Output) -> int:
     from wanflow.parallel.agent import run_ranks
 
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), LAUNCHED: "1"}
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), LAUNCHED: str(os.getpid())}
     return run_ranks(
         [*COMMAND, *argv, *ranks.flags],
         len(ranks.devices),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanflow.choices import choose_device
+from wanflow.cli.devices import LAUNCHED
 from wanflow.cli.flags import CKPT_DIR, GROUPS, given_parts, part_flags, runtime_from
 from wanflow.cli.launch import COMMAND
 from wanflow.cli.parser import Parser, add_settings, file_path, number
@@ -202,7 +203,8 @@ def gang(args: argparse.Namespace) -> None:
     from wanflow.serve.gang import Instructions, Maker, die_with_parent
     from wanflow.serve.line import WHERE, connected
 
-    die_with_parent()
+    agent = os.environ.get(LAUNCHED)  # a rank whose agent was killed would wait for minutes
+    die_with_parent(None if agent is None else int(agent))
     if WHERE not in os.environ:
         raise RequestError("wanflow gang is started by wanflow worker; start that")
     info, orders = None, None

@@ -58,10 +58,16 @@ QUALITY = 80  # of WebP
 logger = logging.getLogger("wanflow")
 
 
-def die_with_parent() -> None:
-    """Let Linux end this process with its parent; one that is frozen notices nothing itself."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Let Linux end this process with its parent; one that is frozen notices nothing itself.
+
+    Args:
+        parent: its process number, where the parent may have ended already.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
 
 
 class Instructions:

@@ -59,6 +59,7 @@ COLUMNS = (
     "id, state, affinity, attempts, owner, cancel, idempotency, request, about, progress, result,"
     " error, story, created_at, started_at, completed_at"
 )
+STORY = 20  # attempts that are remembered: those that find the disk full may be many
 MINE = "id = ? AND state = 'in_progress' AND owner = ? AND attempts = ?"
 
 Run = Callable[[str, Sequence[Any]], list[Sequence[Any]]]
@@ -207,7 +208,7 @@ class Rows:
         now = self.get(job.id)
         if now is None or _mine(now) != _mine(job):
             return None
-        story = [*now.story, f"attempt {now.attempts}: {why}"]
+        story = [*now.story, f"attempt {now.attempts}: {why}"][-STORY:]
         again = "cancel = 0" + (f" AND attempts - left_out < {ATTEMPTS}" if counts else "")
         back = _one(
             self.run(

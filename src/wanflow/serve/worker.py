@@ -277,7 +277,7 @@ class Foreman:
             self._end()
             self._finish(held, "cancelled")
         elif why := message.get("why"):
-            self._put_back(held, why)
+            self._put_back(held, why, counts=False)  # a disk is full: no fault of the job
             self._pause(why)
         else:
             step, steps = message["step"], held.progress.steps
