@@ -200,8 +200,8 @@ def _end_late() -> None:
 def gang(args: argparse.Namespace) -> None:
     """Make the jobs that a worker hands over; one rank of several follows the first."""
     from wanflow.serve.folder import DataFolder
-    from wanflow.serve.gang import Instructions, Maker, die_with_parent
-    from wanflow.serve.line import WHERE, connected
+    from wanflow.serve.gang import Instructions, Maker
+    from wanflow.serve.line import WHERE, connected, die_with_parent
 
     agent = os.environ.get(LAUNCHED)  # a rank whose agent was killed would wait for minutes
     die_with_parent(None if agent is None else int(agent))

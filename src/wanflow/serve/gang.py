@@ -7,14 +7,11 @@ fresh one.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import io
 import json
 import logging
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -56,18 +53,6 @@ THUMBNAIL = 480  # pixels: the longer side
 QUALITY = 80  # of WebP
 
 logger = logging.getLogger("wanflow")
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Let Linux end this process with its parent; one that is frozen notices nothing itself.
-
-    Args:
-        parent: its process number, where the parent may have ended already.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if parent is not None and os.getppid() != parent:
-            os._exit(1)
 
 
 class Instructions:
