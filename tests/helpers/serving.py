@@ -17,7 +17,7 @@ from wanflow.presets import NANO, ModelSpec
 from wanflow.serve.fitting import Fitting
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.http import create_app
-from wanflow.serve.jobs import Job, Progress, Standing, Worker
+from wanflow.serve.jobs import BEAT_S, Job, Progress, Standing, Worker
 from wanflow.serve.limits import Limits
 from wanflow.serve.local import LocalStore
 from wanflow.serve.planner import Planner
@@ -85,7 +85,11 @@ class FakeWorker:
         assert not self._thread.is_alive()
 
     def _work(self) -> None:
+        beat = time.monotonic()
         while not self._over.is_set():
+            if time.monotonic() - beat > BEAT_S:
+                self._serving.store.enrol(self.me)
+                beat = time.monotonic()
             job = self._serving.store.claim(self.me.id)
             if job is None:
                 time.sleep(0.02)
