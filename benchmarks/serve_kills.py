@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--db", choices=["sqlite", "postgres"], default="sqlite")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="+", choices=WEIGHTS, default=[*WEIGHTS], metavar="NAME")
+    parser.add_argument("--kinds", type=int, default=8, help="different requests")
     parser.add_argument("--minutes", type=float, default=600, help="at most, for the kills")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="wanflow-kills-"))
@@ -369,7 +370,7 @@ def main() -> None:
 def run(args: argparse.Namespace, site: Site, faults: Faults) -> dict[str, Any]:
     """Let the faults fall, wait for peace, and judge."""
     wait_for(lambda: site.ready(2), 180, "the site is ready")
-    client = Client(site, args.seed)
+    client = Client(site, args.seed, kinds=args.kinds)
     client.start()
     until = time.monotonic() + 60 * args.minutes
     while sum(faults.counts.values()) < args.kills and time.monotonic() < until:
