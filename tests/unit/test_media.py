@@ -523,10 +523,10 @@ def test_contact_sheet_of_a_small_clip(tmp_path: Path) -> None:
         shown = sheet[top : top + big, left : left + big]
         drawn = np.kron(frames[frame], np.ones((3, 3, 1), np.uint8))
         assert np.array_equal(shown[LABEL:], drawn[LABEL:])
-        label = _label(frame + 1)
+        label = _label(str(frame + 1))
         assert np.array_equal(shown[:LABEL, : label.shape[1]], label) and (label > 200).any()
         assert np.array_equal(shown[:LABEL, label.shape[1] :], drawn[:LABEL, label.shape[1] :])
-    assert not np.array_equal(_label(1), _label(5))
+    assert not np.array_equal(_label("1"), _label("5"))
     assert len(np.unique(sheet[:, big : big + GAP])) == 1
     with pytest.raises(RequestError, match="exists"):
         contact_sheet(frames, tmp_path / "a.png")
