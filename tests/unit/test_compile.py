@@ -105,7 +105,8 @@ def test_a_run_compiles_two_graphs(runtime: dict[str, Any]) -> None:
     request = {"lora": ("both.safetensors@high=1,low=0.5",), "cfg_low": 1.0}
     with traced(), no_recompile():
         result = latent({"compile": "on"} | runtime, request)
-        made = pipeline("nano", tuple(sorted(({"compile": "on"} | runtime).items()))).parts.compiler
+        settings = tuple(sorted(({"compile": "on"} | runtime).items()))
+        made = pipeline("nano", settings, "nano").parts.compiler
     assert made.graphs == 2
     expected = latent(runtime, request)
     assert (result - expected).abs().mean() <= 1e-3 * expected.abs().mean()
