@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,3 +86,12 @@ def give_back(handlers: Mapping[int, Any]) -> None:
     """Handle signals as before; a handler that is not of Python becomes the system's."""
     for number, handler in handlers.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def ending(code: int) -> str:
+    """Return how a process ended, in words; `code` is as of `subprocess`, below 0 for a signal."""
+    if code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(-code).name}"
+    return f"killed by signal {-code}"

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from wanflow.cli import build_parser, serve, worker
+from wanflow.cli import build_parser, serve
+from wanflow.cli.flags import ENVIRONMENT
 from wanflow.serve.jobs import Job, new_id
 from wanflow.serve.local import LocalStore
 
@@ -301,7 +302,7 @@ def test_every_command_of_a_manifest_is_one_of_wanflow() -> None:
 
 
 def test_every_variable_of_a_manifest_is_read() -> None:
-    read = {*serve.ENVIRONMENT.values(), *worker.ENVIRONMENT.values()}
+    read = set(ENVIRONMENT.values())
     own = {"WANFLOW_TASK", "WANFLOW_IMAGE"}  # of compose
     for file in MANIFESTS:
         assert set(re.findall(r"WANFLOW_[A-Z_]+", file.read_text("utf-8"))) <= read | own, file

@@ -36,6 +36,16 @@ OTHER_TASKS = (
     "use_relighting_lora",
 )
 CKPT_DIR = "WANFLOW_CKPT_DIR"  # the environment variable that --ckpt_dir defaults to
+# What containers set in place of flags, which win.
+ENVIRONMENT = {
+    "ckpt_dir": CKPT_DIR,
+    "db": "WANFLOW_DB",
+    "data_dir": "WANFLOW_DATA_DIR",
+    "token": "WANFLOW_TOKEN",
+    "host": "WANFLOW_HOST",
+    "port": "WANFLOW_PORT",
+    "gpus": "WANFLOW_GPUS",
+}
 RUN = {spec.task: spec for spec in FAMILY}
 TASKS = (*RUN, "animate-14B", "s2v-14B")  # of the official script
 PARTS: dict[Part, str] = {
@@ -384,3 +394,20 @@ def model_path(text: str) -> Path:
 
         return cached(text) or path
     return path
+
+
+def take_environment(args: argparse.Namespace) -> None:
+    """Set those flags of a command that are left open and that the environment gives.
+
+    Raises:
+        RequestError: for a port that is none.
+    """
+    for name, variable in ENVIRONMENT.items():
+        if getattr(args, name, "") is None and os.environ.get(variable):
+            value: Any = os.environ[variable]
+            if name == "port":
+                try:
+                    value = number(int, 0, 65535)(value)
+                except argparse.ArgumentTypeError as error:
+                    raise RequestError(f"{variable} {error}") from None
+            setattr(args, name, file_path(value) if name == "data_dir" else value)

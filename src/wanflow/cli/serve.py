@@ -16,7 +16,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanflow.cli.flags import CKPT_DIR, GROUPS, given_parts, part_flags, runtime_from
+from wanflow.cli.flags import (
+    CKPT_DIR,
+    ENVIRONMENT,
+    GROUPS,
+    given_parts,
+    part_flags,
+    runtime_from,
+    take_environment,
+)
 from wanflow.cli.parser import Parser, add_settings, file_path, number, settings_from, words_of
 from wanflow.config import RequestError
 from wanflow.runtime import Runtime
@@ -28,16 +36,6 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DATA_DIR = "wanflow_data"
-# Environment variables of containers; flags win.
-ENVIRONMENT = {
-    "ckpt_dir": CKPT_DIR,
-    "db": "WANFLOW_DB",
-    "data_dir": "WANFLOW_DATA_DIR",
-    "token": "WANFLOW_TOKEN",
-    "host": "WANFLOW_HOST",
-    "port": "WANFLOW_PORT",
-    "gpus": "WANFLOW_GPUS",
-}
 
 
 def serve_flags(p: Parser) -> None:
@@ -136,15 +134,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def environment(args: argparse.Namespace) -> None:
     """Fill in what flags leave open: from the environment, then defaults."""
-    for name, variable in ENVIRONMENT.items():
-        if getattr(args, name, None) is None and os.environ.get(variable):
-            value: Any = os.environ[variable]
-            if name == "port":
-                try:
-                    value = number(int, 0, 65535)(value)
-                except argparse.ArgumentTypeError as error:
-                    raise RequestError(f"{variable} {error}") from None
-            setattr(args, name, file_path(value) if name == "data_dir" else value)
+    take_environment(args)
     defaults = {"host": "127.0.0.1", "port": 8000, "data_dir": Path(DATA_DIR), "token": ""}
     for name, value in defaults.items():
         if getattr(args, name) is None:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from wanflow.choices import choose_device
 from wanflow.cli.devices import LAUNCHED
-from wanflow.cli.flags import CKPT_DIR, GROUPS, given_parts, part_flags, runtime_from
+from wanflow.cli.flags import (
+    CKPT_DIR,
+    GROUPS,
+    given_parts,
+    part_flags,
+    runtime_from,
+    take_environment,
+)
 from wanflow.cli.launch import COMMAND
 from wanflow.cli.parser import Parser, add_settings, file_path, number
 from wanflow.cli.running import world_size
@@ -29,13 +36,6 @@ if TYPE_CHECKING:
     from wanflow.serve.gang import Instructions
     from wanflow.serve.worker import Foreman
 
-# Flags that a container sets by its environment.
-ENVIRONMENT = {
-    "ckpt_dir": CKPT_DIR,
-    "data_dir": "WANFLOW_DATA_DIR",
-    "db": "WANFLOW_DB",
-    "gpus": "WANFLOW_GPUS",
-}
 AT_ONCE_S = 5.0  # from a second signal to the end, where the store of jobs does not answer
 
 logger = logging.getLogger("wanflow")
@@ -139,14 +139,6 @@ def worker(args: argparse.Namespace) -> None:
         store.close()
     if asked == signal.SIGINT:
         raise KeyboardInterrupt
-
-
-def take_environment(args: argparse.Namespace) -> None:
-    """Set what the flags leave open and the environment says."""
-    for name, variable in ENVIRONMENT.items():
-        if getattr(args, name) is None and os.environ.get(variable):
-            text = os.environ[variable]
-            setattr(args, name, file_path(text) if name == "data_dir" else text)
 
 
 def gang_words(args: argparse.Namespace) -> list[str]:

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import (
     SubprocessContext,
 )
 
-from wanflow.described import SIGNALS, give_back
+from wanflow.described import SIGNALS, ending, give_back
 from wanflow.parallel.ranks import host_store
 from wanflow.parallel.watchdog import INTERRUPTED, Failure, announce, announced, report
 
@@ -76,7 +76,7 @@ def _first_failure(ranks: SubprocessContext) -> Failure | None:
         codes = [ranks.subprocess_handlers[rank].proc.poll() for rank in range(ranks.nprocs)]
         for rank, code in enumerate(codes):
             if code:
-                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                how = ending(code)
                 return Failure(1, f"rank {rank} of {ranks.nprocs}: {how}")
         if None not in codes:
             return None

@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+from wanflow.described import ending
 from wanflow.files import remove
 
 WHERE = "WANFLOW_GANG"  # the environment variable that tells the gang where its worker listens
@@ -148,10 +149,6 @@ def die_with_parent(parent: int | None = None) -> None:
             os._exit(1)
 
 
-def ending(code: int) -> str:
-    """Return how a process ended, in words."""
-    if code >= 0:
-        return f"the gang ended with exit code {code}"
-    with suppress(ValueError):
-        return f"the gang was killed by {signal.Signals(-code).name}"
-    return f"the gang was killed by signal {-code}"
+def gang_ending(code: int) -> str:
+    """Return how the gang ended, in words."""
+    return f"the gang {'was' if code < 0 else 'ended with'} {ending(code)}"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wanflow.config import RequestError
+from wanflow.described import ending
 from wanflow.serve.jobs import Store, StoreError, worker_name
 
 logger = logging.getLogger("wanflow")
@@ -172,15 +173,6 @@ def recover(store: Store, process: int | None = None) -> None:
             logger.warning("job %s: %s after its worker was gone", job.id, job.state)
     except StoreError as error:
         logger.warning("%s", error)
-
-
-def ending(code: int) -> str:
-    """Return how a process ended, in words."""
-    if code >= 0:
-        return f"exit code {code}"
-    with suppress(ValueError):
-        return f"killed by {signal.Signals(-code).name}"
-    return f"killed by signal {-code}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from wanflow.serve.contact import Contact
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import Job, Progress, Standing, Store, StoreError, Worker, worker_name
-from wanflow.serve.line import Message, ending
+from wanflow.serve.line import Message, gang_ending
 from wanflow.units import measured
 
 LOOK_S = 1.0  # between two looks at a job's standing, where the gang says nothing
@@ -134,7 +134,7 @@ class Foreman:
                 first = first and not ready
                 self._contact.enrol(False)
                 if not self._had_job and not self._signal:
-                    self._pause(f"{ending(code)} without a job")
+                    self._pause(f"{gang_ending(code)} without a job")
         return self._signal
 
     def _life(self) -> int:
@@ -337,7 +337,7 @@ class Foreman:
     def _gang_ended(self, code: int) -> None:
         self._gang, self._idle = None, False
         if self._held is not None:
-            why = "its worker was asked to leave" if self._signal else ending(code)
+            why = "its worker was asked to leave" if self._signal else gang_ending(code)
             self._put_back(self._held, why, counts=not self._signal)
 
     def _drain(self) -> None:
