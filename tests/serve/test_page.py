@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 PROMPT = "a red circle moves left on a blue background"
-LONG = {"steps": "50"}  # seconds on a CPU: something can be seen
+LONG = {"steps": "100"}  # seconds on the fastest CPU: something can be seen
 BROWSER = ("chromium", "chromium-browser", "google-chrome")
 
 
