@@ -367,9 +367,9 @@ def _lora(row: Row, path: Path) -> Row:
 def _sums(source: TensorSource) -> dict[str, Any]:
     """Return the fields of a row that count tensors; of the formats, the most frequent first."""
     words = (
-        f"{info.packing}{'' if info.scale is None else ' scaled'}"
-        if info.packing
-        else NAMES[info.dtype]
+        f"{info.packing} scaled"
+        if (info.packing or "").startswith("F8") and info.scale is not None
+        else info.packing or NAMES[info.dtype]
         for info in source.tensors.values()
     )
     return {

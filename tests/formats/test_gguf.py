@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from helpers.gguf_blocks import blocks
 from helpers.packed_leaves import fill_packed
+from helpers.scaled_forms import E2M1, hadamard
 from torch import Tensor, nn
 
 from wanflow.checkpoint import containers as formats
@@ -29,8 +30,10 @@ from wanflow.config import DiTConfig, RequestError, TextConfig
 from wanflow.models.dit import Linear, Linear32, WanDiT
 from wanflow.models.umt5 import UMT5Encoder
 from wanflow.transforms import packed as module
+from wanflow.transforms.blocks import BLOCKS, ROTATED
 from wanflow.transforms.ggml import LAYOUTS
 from wanflow.transforms.packed import (
+    CODES,
     FP8,
     KINDS,
     Packed,
@@ -47,9 +50,11 @@ def random_packed(
     kind: str, rows: int, columns: int, scale: tuple[int, ...] | None = (), seed: int = 0
 ) -> Packed:
     generator = torch.Generator().manual_seed(seed)
-    if kind not in FP8:
-        return Packed(kind, (rows, columns), blocks(kind, rows, columns, seed))
-    data = torch.randn(rows, columns, generator=generator).to(FP8[kind])
+    if kind not in CODES:
+        factor = torch.tensor(0.3) if kind == "nvfp4" else None
+        return Packed(kind, (rows, columns), blocks(kind, rows, columns, seed), factor)
+    data = torch.randn(rows, columns, generator=generator)
+    data = (data * 40 if CODES[kind] == torch.int8 else data).to(CODES[kind])
     return Packed(
         kind,
         (rows, columns),
@@ -59,8 +64,14 @@ def random_packed(
 
 
 def oracle(packed: Packed) -> Tensor:
-    """float32, by the gguf package or by torch's own conversion."""
-    if packed.kind not in FP8:
+    """float32, by the gguf package, by torch's own conversion, or in plain steps."""
+    if packed.kind in BLOCKS:
+        return plain_blocks(packed)
+    if packed.kind in ROTATED:
+        codes = replace(packed, kind="int8")
+        rows = oracle(codes).unflatten(1, (-1, ROTATED[packed.kind]))
+        return (rows @ hadamard(ROTATED[packed.kind])).flatten(1)
+    if packed.kind not in CODES:
         return torch.from_numpy(
             gguf.quants.dequantize(packed.data.numpy(), Kind[packed.kind])
         ).view(packed.shape)
@@ -70,6 +81,19 @@ def oracle(packed: Packed) -> Tensor:
     if packed.scale.ndim == 3:
         return (value.unflatten(1, (packed.scale.shape[1], -1)) * packed.scale).flatten(1)
     return value * (packed.scale.view(-1, 1) if packed.scale.numel() > 1 else packed.scale.view(()))
+
+
+def plain_blocks(packed: Packed) -> Tensor:
+    """The values of ComfyUI's blocks; see test_scaled_forms for what its library makes of files."""
+    data = packed.data.reshape(-1, BLOCKS[packed.kind].nbytes)
+    scales = data[:, :1].contiguous()
+    if packed.kind == "mxfp8":
+        values = data[:, 1:].contiguous().view(torch.float8_e4m3fn).float()
+        return (values * torch.exp2(scales.float() - 127)).view(packed.shape)
+    codes = torch.stack([data[:, 1:] >> 4, data[:, 1:] & 15], 2).flatten(1).long()
+    values = E2M1[codes & 7] * (1 - 2 * (codes >> 3)) + 0.0  # of zeros without sign
+    values = values * scales.view(torch.float8_e4m3fn).float()
+    return (values if packed.scale is None else values * packed.scale).view(packed.shape)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -83,12 +107,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # unpacking
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", [*LAYOUTS, *BLOCKS])
 def test_blocks_as_the_gguf_package_unpacks_them(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = random_packed(kind, 48, 768)
-    assert gguf.GGML_QUANT_SIZES[Kind[kind]] == LAYOUTS[kind][:2]
+    assert kind in BLOCKS or gguf.GGML_QUANT_SIZES[Kind[kind]] == LAYOUTS[kind][:2]
     want = oracle(packed)
     assert torch.isfinite(want).all() and want.unique().numel() > 100
     assert same_bits(packed.dense(), want)

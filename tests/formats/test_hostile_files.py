@@ -186,14 +186,16 @@ def test_an_index_of_everything(tmp_path: Path) -> None:
 
 def test_formats_that_are_known_and_not_read_have_their_names(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    entry = {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}
-    safetensors(path, {"blocks.0.ffn.0.weight_scale": entry}, b"12")
+    entry = {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}
+    safetensors(path, {"blocks.0.ffn.0.weight": entry}, b"12")
     shown = refusal(lambda: open_source(path))
-    assert "mxfp8" in shown and "damaged" not in shown
-    weights = {"blocks.0.ffn.0.weight": torch.ones(2, 2, dtype=torch.int8)}
-    save_file(weights | {"blocks.0.ffn.0.weight_scale": torch.ones(2, 1)}, path)
-    shown = refusal(lambda: open_source(path))
-    assert "int8 weights with scales" in shown and "LightX2V" in shown
+    assert "fp4" in shown and "damaged" not in shown
+    for scale in (torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn):
+        state = {"weight": torch.zeros(2, 16, dtype=torch.uint8), "weight_scale": torch.ones(2, 2)}
+        state["weight_scale"] = state["weight_scale"].to(scale)
+        save_file({f"blocks.0.ffn.0.{name}": value for name, value in state.items()}, path)
+        shown = refusal(lambda: open_source(path))
+        assert "nvfp4 and mxfp8 are read with ComfyUI's notes" in shown
 
 
 @pytest.mark.parametrize("width", [256, 5120 // 16])

@@ -519,11 +519,11 @@ def test_an_fp8_weight_without_its_scale_is_an_error_and_never_noise(
                 t
                 | {
                     "blocks.0.ffn.0.comfy_quant": torch.tensor(
-                        list(b'{"format": "nvfp4"}'), dtype=torch.uint8
+                        list(b'{"format": "convrot_w4a4"}'), dtype=torch.uint8
                     )
                 }
             ),
-            "'nvfp4'",
+            "'convrot_w4a4'",
         ),
         (
             lambda t: (

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import wanflow
 from helpers.common import PROMPT
 from helpers.compiled import without_inductor
+from helpers.scaled_forms import FORMS, rewrite
 from helpers.tiny import FAMILY, tiny_family
 from wanflow.api import Pipeline
 from wanflow.config import DiTConfig
@@ -71,9 +72,13 @@ def made(name: str = "nano") -> Path:
 
 @functools.cache
 def packed(name: str, form: str) -> Path:
-    """A model in a packed form, by `wanflow convert`."""
+    """A model in a packed form, by `wanflow convert`, or as ComfyUI and LightX2V have it."""
     root, source = made(name), NANO_FOLDER if name == "nano" else made(name) / name
-    convert(open_model(source, {}), root / form, options(form), lambda line: None)
+    target = "bf16" if form in FORMS else form
+    convert(open_model(source, {}), root / form, options(target), lambda line: None)
+    for folder in ("diffusion_models", "text_encoders") if form in FORMS else ():
+        for file in (root / form / folder).glob("*.safetensors"):
+            rewrite(form, file)
     return root / form
 
 
@@ -116,6 +121,8 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "compiled": ({"compile": "on"}, {}, ROUNDING),
     "fp8 weights": ({}, {"model": "fp8"}, BIT),
     "GGUF weights": ({}, {"model": "gguf-q8_0"}, BIT),
+    "nvfp4 weights": ({}, {"model": "nvfp4"}, BIT),
+    "rotated int8 weights": ({}, {"model": "convrot"}, BIT),
 }
 
 

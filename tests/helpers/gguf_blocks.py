@@ -1,4 +1,4 @@
-"""Random GGML blocks."""
+"""Random blocks of packed weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanflow.transforms.ggml import LAYOUTS
+from wanflow.transforms.packed import LAYOUTS
 
+# Scales of a byte each: how many, and what they are in what nobody calls damaged.
+BYTES = {"MXFP4": (1, 100, 140), "NVFP4": (4, 0, 128), "nvfp4": (1, 0, 127), "mxfp8": (1, 100, 140)}
 # Where in a block its float16 stand.
 HALVES = {
     "Q4_1": (0, 2),
@@ -25,6 +27,11 @@ def blocks(kind: str, rows: int, columns: int, seed: int = 0, size: float = 0.02
     generator = np.random.default_rng(seed)
     values, nbytes, _ = LAYOUTS[kind]
     data = generator.integers(0, 256, (rows * columns // values, nbytes), dtype=np.uint8)
+    if kind in BYTES:
+        count, low, high = BYTES[kind]
+        data[data & 127 == 127] = 3  # NaN among mxfp8's values
+        data[:, :count] = generator.integers(low, high, (len(data), count), dtype=np.uint8)
+        return torch.from_numpy(data).view(rows, -1)
     for at in HALVES.get(kind, (0,)):
         scale = generator.normal(0, size, len(data)).astype(np.float16)
         data[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)

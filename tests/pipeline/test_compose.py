@@ -27,7 +27,7 @@ def compatible(one: str, two: str) -> bool:
 REFUSED = {
     (a, b): "packed weights already"
     for a in ("quantised", "all quantised")
-    for b in ("fp8 weights", "GGUF weights")
+    for b in ("fp8 weights", "GGUF weights", "nvfp4 weights", "rotated int8 weights")
 }
 PAIRS = [(a, b) for a, b in itertools.combinations(FEATURES, 2) if compatible(a, b)]
 # The family: what touches its channels, times and single network, in the default run and in pairs.

@@ -46,6 +46,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -55,7 +56,6 @@ DTYPES = {
 }
 # Of safetensors, and not read: what holds them.
 UNREAD = {
-    "F8_E8M0": "mxfp8 or mxfp4 weights",
     "F4": "fp4 weights",
     "F6_E2M3": "fp6 weights",
     "F6_E3M2": "fp6 weights",

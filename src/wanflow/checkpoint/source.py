@@ -117,7 +117,7 @@ def _with_scales(source: TensorSource) -> TensorSource:
     if plain and not any("quant" in key for key in source.metadata):
         return source
     # What joins and unpacks fp8 is imported for a file that may hold some.
-    from wanflow.checkpoint.fp8_scales import pair_scales
+    from wanflow.checkpoint.scales import pair_scales
 
     return pair_scales(source)
 

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 ChooseDtype = Callable[[str, TensorInfo], torch.dtype]  # tensor -> its dtype in memory
 Config = DiTConfig | TextConfig | VAEConfig
+FLOAT8 = (
+    "F8",
+    "nvfp4",
+    "mxfp8",
+    "NVFP4",
+)  # packings with float8 in them, which Apple's MPS has not
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -146,8 +152,8 @@ def lay_out(
         for name, info in headers.tensors.items()
         if info.packing is not None and name not in touched
     }
-    if torch.device(device).type == "mps":  # it has no float8
-        packings = {name: kind for name, kind in packings.items() if not kind.startswith("F8")}
+    if torch.device(device).type == "mps":
+        packings = {name: kind for name, kind in packings.items() if not kind.startswith(FLOAT8)}
     if not packings:
         return
     from wanflow.transforms.packed import PackedLeaf, replace_with_packed

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from wanflow.checkpoint.containers import DTYPES, NAMES, TensorInfo
-from wanflow.checkpoint.fp8_scales import LARGEST, SMALLEST_SCALE
 from wanflow.checkpoint.key_maps import Dialect, Kind, from_official
+from wanflow.checkpoint.scales import LARGEST, SMALLEST_SCALE
 from wanflow.checkpoint.source import OfficialSource
 from wanflow.checkpoint.values import extremes, finite
 from wanflow.config import RequestError

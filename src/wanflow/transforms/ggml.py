@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The values of the 16 codes of the IQ4 types.
+# The values of the 16 codes of the IQ4 types, and twice those of E2M1, the 4-bit float.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -84,15 +85,32 @@ def _q8_0(blocks: Tensor, out: Tensor) -> None:
     out.copy_(blocks[:, 2:].view(torch.int8)).mul_(_half(blocks, 0))
 
 
-def _iq4(codes: Tensor) -> Tensor:
+def look_up(codes: Tensor, values: tuple[int, ...] = IQ4_VALUES) -> Tensor:
     """Codes 0..15 -> their values, float32, in the same shape."""
-    table = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=codes.device)
+    table = torch.tensor(values, dtype=torch.float32, device=codes.device)
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _iq4_nl(blocks: Tensor, out: Tensor) -> None:
     """Scale (2), codes (16): scale * value of the code."""
-    out.copy_(_iq4(torch.cat([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1))).mul_(_half(blocks, 0))
+    out.copy_(look_up(torch.cat([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1))).mul_(
+        _half(blocks, 0)
+    )
+
+
+def _mxfp4(blocks: Tensor, out: Tensor) -> None:
+    """Exponent (1), codes (16): 2^(exponent - 128) * twice the code's E2M1."""
+    power = blocks[:, :1].int()
+    bits = torch.where(power < 2, 0x200000 << power.clamp(max=1), (power - 1) << 23)
+    codes = torch.cat([blocks[:, 1:] & 15, blocks[:, 1:] >> 4], 1)
+    out.copy_(look_up(codes, TWICE_E2M1)).mul_(bits.view(torch.float32))
+
+
+def _nvfp4(blocks: Tensor, out: Tensor) -> None:
+    """Scales of 4 parts of 16 values (4: E4M3 without sign, 127 is 0), codes of each part (8)."""
+    codes = blocks[:, 4:].unflatten(1, (4, 8))
+    out.copy_(look_up(torch.cat([codes & 15, codes >> 4], 2).flatten(1), TWICE_E2M1))
+    _scaled(out, (blocks[:, :4] & 127).view(torch.float8_e4m3fn).float().nan_to_num(0) * 0.5)
 
 
 # Blocks of 256 values. Parts of 16 or 32 have their own scale, a small integer times the block's.
@@ -177,7 +195,7 @@ def _q6_k(blocks: Tensor, out: Tensor) -> None:
 def _iq4_xs(blocks: Tensor, out: Tensor) -> None:
     """Scale (2), upper two bits of 8 scales (2), their lower four (4), codes (128): scale - 32."""
     codes = blocks[:, 8:].unflatten(1, (8, 16))
-    out.unflatten(1, (8, 2, 16)).copy_(_iq4(torch.stack([codes & 15, codes >> 4], 2)))
+    out.unflatten(1, (8, 2, 16)).copy_(look_up(torch.stack([codes & 15, codes >> 4], 2)))
     lower = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], 2).flatten(1)
     upper = torch.stack([(blocks[:, 2:4] >> 2 * n) & 3 for n in range(4)], 2).flatten(1)
     _scaled(out, _half(blocks, 0) * _signed(lower | (upper << 4), 32).float())
@@ -204,4 +222,6 @@ LAYOUTS = {
     "Q6_K": BlockLayout(256, 210, _q6_k),
     "IQ4_NL": BlockLayout(32, 18, _iq4_nl),
     "IQ4_XS": BlockLayout(256, 136, _iq4_xs),
+    "MXFP4": BlockLayout(32, 17, _mxfp4),
+    "NVFP4": BlockLayout(64, 36, _nvfp4),
 }

@@ -1,4 +1,4 @@
-"""Keep weights as small in memory as in their file, fp8 or GGUF; unpack them where they are used.
+"""Keep weights as small in memory as in their file, and unpack them where they are used.
 
 A `Packed` is a value: the bytes of one tensor, and their format. `PackedLinear` and
 `PackedEmbedding` are leaves that hold one instead of a weight, and unpack it for each call.
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from wanflow.config import RequestError
 from wanflow.models.dit import Linear32
-from wanflow.transforms.ggml import LAYOUTS
+from wanflow.transforms import ggml
+from wanflow.transforms.blocks import BLOCKS, ROTATED, rotate
 
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-KINDS = (*FP8, *LAYOUTS)
+CODES = FP8 | dict.fromkeys(("int8", *ROTATED), torch.int8)  # one code for each value
+LAYOUTS = ggml.LAYOUTS | BLOCKS
+KINDS = (*CODES, *LAYOUTS)
 
 # Values unpacked at a time; each takes 10 to 20 bytes of temporaries. That is 20 MB on a CPU, and
 # more is no faster: 5120 x 5120 of Q4_K, on one core, into memory at hand, take 57 ms with 2^16, 30
@@ -38,12 +41,12 @@ PIECE, PIECE_GPU = 16 << 20, 256 << 20
 class Packed:
     """A tensor as its file stores it.
 
-    kind: "F8_E4M3", "F8_E5M2", or a GGML type's name ("Q4_K").
+    kind: a key of `CODES` ("F8_E4M3", "int8") or of `LAYOUTS` (a GGML type, as "Q4_K"; "nvfp4").
     shape: of the unpacked tensor.
-    data: fp8: float8 of `shape`; GGML: uint8 [rows, bytes per row], the blocks of all values in
-        order.
-    scale: fp8 only: float32, [] or [1], [out], [out, 1] or [out, blocks, 1], where out is the first
-        side of `shape`; value = data * scale.
+    data: codes: float8 or int8 of `shape`; blocks: uint8 [rows, bytes per row], the blocks of all
+        values in order.
+    scale: float32, [] or [1]; of codes also [out], [out, 1] or [out, blocks, 1], where out is the
+        first side of `shape`; value = data * scale, and after that rows are rotated (`ROTATED`).
 
     Raises:
         RequestError: for an unknown kind, or data or scale that do not fit the shape.
@@ -57,8 +60,9 @@ class Packed:
     def __post_init__(self) -> None:
         values, out = math.prod(self.shape), self.shape[0] if self.shape else 1
         _check_kind(self.kind)
-        if self.kind in FP8:
-            fits = self.data.dtype == FP8[self.kind] and self.data.shape == self.shape
+        if self.kind in CODES:
+            fits = self.data.dtype == CODES[self.kind] and self.data.shape == self.shape
+            fits &= not math.prod(self.shape[1:]) % ROTATED.get(self.kind, 1)
         else:
             layout = LAYOUTS[self.kind]
             fits = (
@@ -74,7 +78,7 @@ class Packed:
             return
         count = self.scale.numel()
         if (
-            self.kind not in FP8
+            self.kind not in CODES
             or not out
             or self.scale.shape[:1] != (out,)
             or count % out
@@ -113,7 +117,7 @@ class Packed:
         if rows is not None:
             return self.rows(rows).dense(dtype)
         data = self.data
-        if self.kind in FP8:
+        if self.kind in CODES:
             data = data.reshape(self.shape[0] if self.shape else 1, math.prod(self.shape[1:]))
         return unpack(self.kind, data, _by_row(self.scale, len(data)), dtype).view(self.shape)
 
@@ -126,7 +130,7 @@ class Packed:
         if self.kind in LAYOUTS:  # blocks follow one another in any shape
             layout = LAYOUTS[self.kind]
             blocks = self.data.reshape(-1, layout.nbytes)
-            packed = Packed(self.kind, (count // layout.values, layout.values), blocks)
+            packed = replace(self, shape=(count // layout.values, layout.values), data=blocks)
         step = max(1, values // math.prod(packed.shape[1:]))
         for start in range(0, packed.shape[0], step):
             yield packed.dense(rows=slice(start, start + step)).flatten()
@@ -135,6 +139,11 @@ class Packed:
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise RequestError(f"packed weights of kind {kind}: expected one of {', '.join(KINDS)}")
+
+
+def block(kind: str) -> int:
+    """Return how many values of a row are packed together; a row is a multiple of them."""
+    return LAYOUTS[kind].values if kind in LAYOUTS else ROTATED.get(kind, 1)
 
 
 def _pick(data: Tensor, rows: slice | Tensor) -> Tensor:
@@ -150,9 +159,9 @@ def _by_row(scale: Tensor | None, out: int) -> Tensor | None:
 
 
 def unpack(kind: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the values [rows, values] of data: [rows, values of float8, or bytes of blocks].
+    """Return the values [rows, values] of data: [rows, codes, or bytes of blocks].
 
-    scale: [] or [rows, blocks].
+    scale: [], or of codes [rows, blocks].
     """
     layout = LAYOUTS.get(kind)
     flat = data if layout is None else data.reshape(-1, layout.nbytes)
@@ -160,9 +169,13 @@ def unpack(kind: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) ->
 
     def fill(rows: slice, out: Tensor) -> None:
         if layout is None:
-            _fp8(flat[rows], scale if scale is None or scale.ndim == 0 else scale[rows], out)
+            _codes(flat[rows], scale if scale is None or scale.ndim == 0 else scale[rows], out)
+            if kind in ROTATED:
+                rotate(out, ROTATED[kind])
         else:
             layout.fill(flat[rows], out)
+            if scale is not None:
+                out.mul_(scale)
 
     out = fill_rows(len(flat), columns, dtype, data, fill)
     return out.view(len(data), out.numel() // max(1, len(data)))
@@ -196,9 +209,9 @@ def fill_rows(
     return out
 
 
-def _fp8(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """Unpack data [n, columns] float8 into out, float32; scale [] or [n, blocks]."""
-    if data.device.type == "cpu":
+def _codes(data: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    """Unpack data [n, columns] into out, float32; scale [] or [n, blocks]."""
+    if data.device.type == "cpu" and data.dtype in FP8.values():
         # torch converts an e4m3 value in 3 ns here, and looks one up in a table in 0.7.
         table = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
         out.copy_(table.index_select(0, data.reshape(-1).view(torch.uint8).int()).view(out.shape))
@@ -231,10 +244,10 @@ class PackedLeaf(nn.Module):
         _check_kind(kind)
         self.shape = (rows, columns)
         self.kind, self.compute_dtype = kind, compute_dtype
-        if kind in FP8:
-            data = torch.empty(rows, columns, dtype=FP8[kind])
-        elif columns % LAYOUTS[kind].values:
+        if columns % block(kind):
             raise ValueError(f"{columns} values are no multiple of {kind} blocks")
+        if kind in CODES:
+            data = torch.empty(rows, columns, dtype=CODES[kind])
         else:
             nbytes = columns // LAYOUTS[kind].values * LAYOUTS[kind].nbytes
             data = torch.empty(rows, nbytes, dtype=torch.uint8)
@@ -372,8 +385,7 @@ def replace_with_packed(module: nn.Module, packings: Mapping[str, str], dtype: t
     }
     for name, kind in packings.items():
         old = module.get_submodule(leaves[name]) if name in leaves else None
-        block = LAYOUTS[kind].values if kind in LAYOUTS else 1
-        if not isinstance(old, nn.Linear | nn.Embedding) or old.weight.shape[1] % block:
+        if not isinstance(old, nn.Linear | nn.Embedding) or old.weight.shape[1] % block(kind):
             continue
         parent, _, last = leaves[name].rpartition(".")
         new: PackedLeaf

@@ -1,10 +1,10 @@
-"""fp8 weights and their scales, in every spelling of ComfyUI and its relatives.
+"""fp8 and int8 weights and their scales, in every spelling of ComfyUI and its relatives.
 
-A scaled weight is `X.weight` in float8 times a scale, `X.scale_weight` (old) or `X.weight_scale`
-(new). A file declares scaled weights by an empty tensor `scaled_fp8` (old), by `X.comfy_quant`
-(new: JSON as bytes) or by `_quantization_metadata` in its header (new). Without its scale a weight
-is wrong by a factor of hundreds, and the video is white or noise, so a missing scale is an error.
-A file whose weights were only rounded to fp8 has no scales.
+A scaled weight is `X.weight` in float8 or int8 times a scale, `X.scale_weight` (old) or
+`X.weight_scale` (new, and LightX2V). A file declares scaled weights by an empty tensor `scaled_fp8`
+(old), by `X.comfy_quant` (new: JSON as bytes) or by `_quantization_metadata` in its header (new).
+Without its scale a weight is wrong by a factor of hundreds, and the video is white or noise, so a
+missing scale is an error. A file whose weights were only rounded to fp8 has no scales.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanflow.checkpoint.block_scales import pair_blocks
 from wanflow.checkpoint.containers import AGAIN, TensorInfo, TensorSource, stream_packed
 from wanflow.config import RequestError
-from wanflow.transforms.packed import Packed
+from wanflow.transforms.blocks import BLOCKS, ROTATED
+from wanflow.transforms.packed import CODES, Packed
 
-KINDS = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+KINDS = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "int8"}
+FORMATS = {
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "int8_tensorwise": torch.int8,
+}
 SCALES = (".scale_weight", ".weight_scale")
 # Scales of activations and notes for fp8 matmuls, which wanflow does not use.
 ASIDE = (".scale_input", ".input_scale", ".comfy_quant")
@@ -39,7 +45,7 @@ NOTE_LIMIT = 1 << 16  # bytes of a `comfy_quant` note; real ones have under a hu
 
 @dataclass(frozen=True)
 class ScaledSource(TensorSource):
-    """A source whose fp8 weights are packed with their scales; it hides scales and notes."""
+    """A source whose fp8 and int8 weights are packed with their scales, which it hides."""
 
     inner: TensorSource
     scales: Mapping[str, str]  # weight -> its scale's name in `inner`
@@ -51,14 +57,14 @@ class ScaledSource(TensorSource):
         rows: slice | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        if self.tensors[name].packing is None:
+        if self.tensors[name].packing not in CODES:
             return self.inner.read(name, dtype, rows, out)
         value = self.packed(name, rows).dense(dtype or self.tensors[name].dtype)
         return value if out is None else out.copy_(value)
 
     def packed(self, name: str, rows: slice | None = None) -> Packed:
         info = self.tensors[name]
-        if info.packing not in LARGEST:
+        if info.packing not in CODES:
             return self.inner.packed(name, rows)
         data = self.inner.read(name, rows=rows)
         if name not in self.scales:
@@ -73,7 +79,7 @@ class ScaledSource(TensorSource):
         return Packed(info.packing, tuple(data.shape), data, scale)
 
     def stream(self, name: str) -> Iterator[Tensor]:
-        if self.tensors[name].packing is None:
+        if self.tensors[name].packing not in CODES:
             return self.inner.stream(name)
         return stream_packed(self.packed(name))
 
@@ -106,12 +112,15 @@ class ScaledSource(TensorSource):
 
 
 def pair_scales(source: TensorSource) -> TensorSource:
-    """Return a source that joins each fp8 weight with its scale; the same source without fp8.
+    """Return a source that joins packed weights with their scales; the same source without any.
 
     Raises:
         RequestError: for a scale that is missing, does not fit or has no weight, and for weights in
             an unknown format.
     """
+    declared = notes(source)
+    source = pair_blocks(source, declared)
+    others = {name: note for name, note in declared.items() if note["format"] not in BLOCKS}
     found = source.tensors
     sentinel = [name for name in found if name == SENTINEL or name.endswith("." + SENTINEL)]
     scale_of = {
@@ -120,21 +129,24 @@ def pair_scales(source: TensorSource) -> TensorSource:
         for name in found
         if name.endswith(ending)
     }
-    formats = _formats(source)
-    fp8 = {
-        name
+    kinds = {
+        name: KINDS[info.dtype]
         for name, info in found.items()
-        if info.dtype in KINDS and info.shape and name not in sentinel
+        if info.dtype in KINDS
+        and (info.dtype != torch.int8 or name.endswith(".weight"))
+        and info.shape
+        and not info.packing
+        and name not in sentinel
     }
-    if not fp8 and not scale_of and not formats and not sentinel:
+    if not kinds and not scale_of and not declared and not sentinel:
         return source
-    _refuse_int8(source, scale_of)
-    _refuse_foreign(source, formats)
-    if sentinel or scale_of or formats:
-        _refuse_unscaled(source, fp8, scale_of)
+    _refuse_foreign(source, others, scale_of)
+    if sentinel or scale_of or declared or "int8" in kinds.values():
+        _refuse_unscaled(source, kinds, scale_of)
+    kinds |= _rotated(source, others)
     aside = {*scale_of.values(), *sentinel, *(name for name in found if name.endswith(ASIDE))}
     tensors = {
-        name: _described(info, name in fp8, found.get(scale_of.get(name, "")))
+        name: _described(info, kinds.get(name), found.get(scale_of.get(name, "")))
         for name, info in found.items()
         if name not in aside
     }
@@ -142,30 +154,39 @@ def pair_scales(source: TensorSource) -> TensorSource:
         source.path,
         tensors,
         source,
-        {weight: name for weight, name in scale_of.items() if weight in fp8},
+        {weight: name for weight, name in scale_of.items() if weight in kinds},
         files=source.files,
         container=source.container,
         metadata=source.metadata,
     )
 
 
-def _refuse_int8(source: TensorSource, scale_of: Mapping[str, str]) -> None:
-    """Refuse what LightX2V and others write: integers with a scale a row."""
-    name = next((n for n in scale_of if n in source.tensors), None)
-    if name is not None and source.tensors[name].dtype in (torch.int8, torch.uint8):
-        raise RequestError(
-            f"{source.path} holds int8 weights with scales ({name}), as LightX2V writes them, which"
-            " wanflow does not read; take the model's fp8, GGUF or 16-bit file (--quantize int8"
-            " gives that form in memory)"
-        )
+def _rotated(source: TensorSource, notes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the kinds of int8 weights whose rows are rotated, in groups of a known size."""
+    kinds = {}
+    for layer, note in notes.items():
+        if not note.get("convrot"):
+            continue
+        name, size = f"{layer}.weight", note.get("convrot_groupsize", 256)
+        kind, shape = f"int8_convrot{size}", source.tensors[name].shape
+        if kind not in ROTATED or len(shape) != 2 or shape[1] % ROTATED[kind]:
+            raise RequestError(
+                f"{source.path}: {name} {list(shape)} is rotated (convrot) in groups of {size};"
+                f" read are groups of {', '.join(map(str, ROTATED.values()))} that fill its rows;"
+                " take the model's fp8, GGUF or 16-bit file"
+            )
+        kinds[name] = kind
+    return kinds
 
 
-def _refuse_unscaled(source: TensorSource, fp8: set[str], scale_of: Mapping[str, str]) -> None:
+def _refuse_unscaled(
+    source: TensorSource, kinds: Mapping[str, str], scale_of: Mapping[str, str]
+) -> None:
     found = source.tensors
-    bare = sorted(name for name in fp8 if name.endswith(".weight") and name not in scale_of)
+    bare = sorted(name for name in kinds if name.endswith(".weight") and name not in scale_of)
     if bare:
         raise RequestError(
-            f"{source.path}: {len(bare)} fp8 weights lack their scales"
+            f"{source.path}: {len(bare)} int8 or fp8 weights lack their scales"
             f" ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}), and unscaled they would"
             f" give noise; {AGAIN}, or take another file"
         )
@@ -181,13 +202,11 @@ def _refuse_unscaled(source: TensorSource, fp8: set[str], scale_of: Mapping[str,
             )
 
 
-def _described(info: TensorInfo, fp8: bool, scale: TensorInfo | None) -> TensorInfo:
-    if not fp8:
+def _described(info: TensorInfo, kind: str | None, scale: TensorInfo | None) -> TensorInfo:
+    if kind is None:
         return info
     dtype, shape = (torch.bfloat16, None) if scale is None else (torch.float32, scale.shape)
-    return replace(
-        info, dtype=dtype, packing=KINDS[info.dtype], packed_bytes=info.nbytes, scale=shape
-    )
+    return replace(info, dtype=dtype, packing=kind, packed_bytes=info.nbytes, scale=shape)
 
 
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
@@ -201,35 +220,49 @@ def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     )
 
 
-def _formats(source: TensorSource) -> dict[str, Any]:
-    """Return the formats that a file declares: {layer: format}."""
-    formats: dict[str, Any] = {}
+def notes(source: TensorSource) -> dict[str, dict[str, Any]]:
+    """Return what a file declares of its layers: {layer: {"format": its name, ...}}.
+
+    Raises:
+        RequestError: for notes that cannot be read.
+    """
+    found: dict[str, dict[str, Any]] = {}
     try:
         layers = json.loads(source.metadata.get(HEADER, "{}"))
         for layer, note in layers.get("layers", {}).items():
-            formats[layer] = note["format"]
+            found[layer] = _note(note)
         for name, info in source.tensors.items():
             if name.endswith(".comfy_quant"):
                 if info.nbytes > NOTE_LIMIT or info.dtype != torch.uint8:
                     raise ValueError(f"{name} is no note")
                 note = json.loads(bytes(source.read(name).tolist()))
-                formats[name.removesuffix(".comfy_quant")] = note["format"]
+                found[name.removesuffix(".comfy_quant")] = _note(note)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(
             f"{source.path}: its notes on quantisation cannot be read ({error}); the file is"
             f" damaged; {AGAIN}"
         ) from None
-    return formats
+    return found
 
 
-def _refuse_foreign(source: TensorSource, formats: Mapping[str, Any]) -> None:
+def _note(note: dict[str, Any]) -> dict[str, Any]:
+    """Return a note with its parameters, which may stand one level lower, beside its format."""
+    if not isinstance(note["format"], str):
+        raise ValueError(f"{note['format']!r} is no format's name")
+    lower = note.get("params")
+    return {**(lower if isinstance(lower, dict) else {}), **note}
+
+
+def _refuse_foreign(
+    source: TensorSource, notes: Mapping[str, Mapping[str, Any]], scale_of: Mapping[str, str]
+) -> None:
     found = source.tensors
-    for layer, name in formats.items():
-        weight = found.get(f"{layer}.weight")
-        if not isinstance(name, str) or name not in FORMATS:
+    for layer, note in notes.items():
+        weight, name = found.get(f"{layer}.weight"), note["format"]
+        if name not in FORMATS:
             raise RequestError(
                 f"{source.path} holds weights in the unknown format {name!r} ({layer}); known"
-                f" are {', '.join(FORMATS)}, GGUF, and 16 and 32 bits"
+                f" are {', '.join((*FORMATS, *BLOCKS))}, GGUF, and 16 and 32 bits"
             )
         if weight is None or weight.dtype != FORMATS[name]:
             has = "has none" if weight is None else f"is {weight.dtype}"
@@ -237,8 +270,17 @@ def _refuse_foreign(source: TensorSource, formats: Mapping[str, Any]) -> None:
                 f"{source.path}: {layer} should have a weight in {name}, and {has}; the file is"
                 f" damaged; {AGAIN}"
             )
-    for name, info in found.items():
-        if name.endswith(SCALES) and not info.dtype.is_floating_point:
+    for weight_name, name in scale_of.items():
+        packed = weight_name in found and found[weight_name].dtype == torch.uint8
+        if packed or found[name].dtype in (torch.uint8, torch.float8_e8m0fnu):
             raise RequestError(
-                f"{source.path}: the scale {name} is {info.dtype}; the file is damaged; {AGAIN}"
+                f"{source.path} holds weights of 4 to 8 bits with scales of blocks ({name}) and"
+                " nothing that tells their format: nvfp4 and mxfp8 are read with ComfyUI's notes,"
+                " nvfp4 with LightX2V's factors too; take one of these, or the fp8, GGUF or 16-bit"
+                " file"
+            )
+        if not found[name].dtype.is_floating_point:
+            raise RequestError(
+                f"{source.path}: the scale {name} is {found[name].dtype}; the file is damaged;"
+                f" {AGAIN}"
             )
