@@ -284,14 +284,18 @@ def test_forms_take_brackets(serving: Serving, client: TestClient) -> None:
         ({"output_path": "/etc/x"}, "output_path '/etc/x': wanflow does not do this"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1"),
         ({"num_inference_steps": 101}, "at most 100 are accepted"),
-        ({"num_frames": 16}, "frame_num 16 is not 4n+1; the nearest is 17"),
+        ({"num_frames": 16}, "num_frames 16 is not 4n+1; the nearest is 17"),
+        ({"frame_num": 16}, "frame_num 16 is not 4n+1; the nearest is 17"),
+        ({"flow_shift": -1}, "flow_shift must be"),
+        ({"num_inference_steps": 2, "cfg_start": 3, "cfg_start_steps": 3}, "cfg_start_steps must"),
         ({"num_frames": 261}, "num_frames 261 is too much; at most 257"),
         ({"num_frames": 9, "frame_num": 13}, "mean the same and differ"),
         ({"seconds": "4", "num_frames": 9}, "seconds 4 differ"),
         ({"seconds": "soon"}, "seconds must be a number"),
         ({"seconds": "0"}, "seconds must be above 0"),
         ({"size": "1920x1088"}, "at most the area of 1280*720"),
-        ({"size": "65x64"}, "width 65 is not a positive multiple of 16"),
+        ({"size": "65x64"}, "size: width 65 is not a positive multiple of 16; the nearest is 64"),
+        ({"width": 64, "height": 65}, "height 65 is not a positive multiple of 16"),
         ({"size": "large"}, "is not WIDTH*HEIGHT"),
         ({"width": 64}, "width and height go together"),
         ({"size": "64x64", "width": 96, "height": 64}, "differ; give one of them"),
@@ -304,7 +308,10 @@ def test_forms_take_brackets(serving: Serving, client: TestClient) -> None:
     ],
 )
 def test_refusals_name_the_field(client: TestClient, fields: dict[str, Any], words: str) -> None:
-    assert words in refused(client, SUBMIT | fields)["message"]
+    error = refused(client, SUBMIT | fields)
+    assert words in error["message"] and "--" not in error["message"]
+    about_all = {"colour", "extra_body", "size", "num_frames", "seconds", "guidance_scale"}
+    assert error["param"] in SUBMIT | fields or (not error["param"] and about_all & set(fields))
 
 
 def test_another_model_is_refused(client: TestClient) -> None:

@@ -28,6 +28,7 @@ from wanflow.serve.fields import USER, fields_of
 from wanflow.serve.jobs import Job
 from wanflow.serve.limits import Limits
 from wanflow.untrusted import printable, shown
+from wanflow.wording import in_fields
 
 ReadPicture = Callable[[bytes | str, str], Picture]
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -99,6 +100,19 @@ def asked(
         Refusal: for another model.
     """
     values = fields_of(given, in_form)
+    try:
+        return _asked(values, spec, limits, loras, read_picture)
+    except RequestError as error:
+        raise RequestError(in_client_words(str(error), values)) from None
+
+
+def _asked(
+    values: Mapping[str, Any],
+    spec: ModelSpec,
+    limits: Limits,
+    loras: Mapping[str, Any],
+    read_picture: ReadPicture,
+) -> Asked:
     _check_model(values.get("model"), spec)
     for name in ("n", "num_outputs_per_prompt"):
         if values.get(name, 1) != 1:
@@ -145,6 +159,24 @@ SAME = {
     "cfg_start_steps": ("cfg_start_steps",),
     "lora_from": ("lora_from",),
 }
+
+
+def in_client_words(message: str, values: Mapping[str, Any]) -> str:
+    """Return a message that speaks of flags and of our fields in the fields of a submission.
+
+    Args:
+        message: it begins with the name of a field, where it is about one.
+        values: the submission, which tells by which name the client calls a field.
+    """
+    text = in_fields(message)
+    first, rest = re.fullmatch(r"(\w*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    if first in ("width", "height") and first not in values:
+        return f"size: {text}"
+    names = ("frame_num", "num_frames", "seconds") if first == "frame_num" else ()
+    for name in names or SAME.get(first) or PLACES.get(first, ()):
+        if name in values:
+            return name + rest
+    return text
 
 
 def _one_of(values: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -265,16 +297,17 @@ def _lora(given: Any, known: Mapping[str, Any]) -> Lora:
 
 # Pictures
 
+PLACES = {
+    "image": ("input_reference", "image_reference", "image"),
+    "last_image": ("last_image",),
+}
+
 
 def _with_pictures(
     request: Request, values: Mapping[str, Any], spec: ModelSpec, read_picture: ReadPicture
 ) -> Request:
-    names = {
-        "image": ("input_reference", "image_reference", "image"),
-        "last_image": ("last_image",),
-    }
     given: dict[str, tuple[str, Any]] = {}
-    for target, places in names.items():
+    for target, places in PLACES.items():
         found = [place for place in places if place in values]
         if len(found) > 1:
             raise RequestError(f"{found[0]} and {found[1]} are one picture; give one of them")
