@@ -297,10 +297,7 @@ def _lora(given: Any, known: Mapping[str, Any]) -> Lora:
 
 # Pictures
 
-PLACES = {
-    "image": ("input_reference", "image_reference", "image"),
-    "last_image": ("last_image",),
-}
+PLACES = {"image": ("input_reference", "image_reference", "image"), "last_image": ("last_image",)}
 
 
 def _with_pictures(
