@@ -24,6 +24,7 @@ from helpers.postgres import PASSWORD, Postgres
 from helpers.postgres import postgres as postgres  # a fixture
 
 from wanflow.config import RequestError
+from wanflow.serve.contact import Contact
 from wanflow.serve.jobs import (
     ATTEMPTS,
     FINAL,
@@ -546,6 +547,19 @@ def test_a_process_that_ended_loses_its_job_at_once(place: Place) -> None:
         Standing.OURS,
     ]
     assert sorted(one.id for one in store.workers()) == sorted(ids[1:])
+
+
+def test_a_worker_watches_where_no_server_does(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanflow.serve.contact.BEAT_S", BRIEF_S / 10)
+    store = place.open()
+    (id,) = submitted(store, 1)
+    store.enrol(Worker("gone", "nano"))
+    assert store.claim("gone")
+    with Contact(place.open(), Worker("lives", "nano")):
+        until(lambda: store.get(id).state == "queued")
+    assert store.get(id).story == ("attempt 1: its worker ended",)
 
 
 def test_two_watchers_put_a_job_back_once(place: Place) -> None:

@@ -72,7 +72,8 @@ class Contact:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
-            if not self.me.model:  # it says what it makes once its gang has started
-                continue
             with suppress(StoreError):
-                self.store.enrol(self.me)
+                if self.me.model:  # it says what it makes once its gang has started
+                    self.store.enrol(self.me)
+                for job in self.store.recover():  # the server that does this may be away
+                    logger.warning("job %s: %s after its worker was gone", job.id, job.state)
