@@ -306,13 +306,16 @@ def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> N
         "--frame_num",
         "33",
         "--sample_steps",
-        "120",  # so that the first line of progress comes before the last step
+        "120",  # so that the signal comes before the last step
         "--prompt",
         PROMPT,
         "--seed",
         "3",
     ]
-    command = [sys.executable, str(ROOT / "generate.py"), *slow[1:], "--save_file", "cut.mp4"]
+    at_once = "import runpy, sys; from wanflow import screen; screen.EVERY = 0.0; del sys.argv[0]"
+    at_once += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = [sys.executable, "-c", at_once, str(ROOT / "generate.py")]
+    command = [*script, *slow[1:], "--save_file", "cut.mp4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -320,7 +323,7 @@ def test_ctrl_c_keeps_the_run_and_resume_gives_the_same_video(in_tmp: Path) -> N
             process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()
-    assert process.wait(60) == 130, rest
+    assert process.wait(180) == 130, rest
     assert "Traceback" not in rest
     assert [p.name for p in in_tmp.iterdir()] == ["cut.latent.safetensors"]
     assert "go on with: wanflow generate --resume cut.latent.safetensors" in rest
@@ -502,7 +505,7 @@ def test_a_small_machine_is_refused_the_full_model(
         "--device",
         "cpu",
     )
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 60
     for words in ("80 GB", "64 GB of RAM", "150 GB", "here:", "do:", "--force"):
         assert words in said
 

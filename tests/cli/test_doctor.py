@@ -798,7 +798,7 @@ def test_a_pytorch_that_cannot_be_loaded(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c(tmp_path: Path) -> None:
     (tmp_path / "sageattention.py").write_text(
-        "import pathlib, time\npathlib.Path(__file__).with_name('reached').touch()\ntime.sleep(60)"
+        "import pathlib, time\npathlib.Path(__file__).with_name('reached').touch()\ntime.sleep(600)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
     process = subprocess.Popen(
@@ -808,11 +808,11 @@ def test_ctrl_c(tmp_path: Path) -> None:
         text=True,
         env=env,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (tmp_path / "reached").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (
         (process.returncode, out) == (130, "")
         and err.endswith("wanflow: interrupted\n")

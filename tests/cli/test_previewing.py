@@ -135,11 +135,11 @@ def in_a_terminal(words: list[str], **environ: str) -> str:
             stderr=theirs,
             env=env,
             check=True,
-            timeout=60,
+            timeout=300,
         )
     finally:
         os.close(theirs)
-        thread.join(10)
+        thread.join(60)
         os.close(ours)
     return shown.decode()
 

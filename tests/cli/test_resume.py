@@ -377,13 +377,13 @@ def test_a_step_does_not_wait_for_the_disk(
 
     def slow(self: Run, path: Path) -> None:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         save(self, path)
         written.append(self.state.index)
 
     monkeypatch.setattr(Run, "save", slow)
     keeper = keeper_of(states[1])
-    assert keeper(progress_of(states[1])) and begun.wait(10)
+    assert keeper(progress_of(states[1])) and begun.wait(60)
     assert keeper(progress_of(states[2])) and keeper(progress_of(states[3]))
     assert not written and not STATE.exists()
     Timer(0.05, go_on.set).start()

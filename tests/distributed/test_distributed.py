@@ -205,7 +205,7 @@ def left_alone(info: ranks.DistInfo) -> tuple[str, float]:
     store = dist.distributed_c10d._get_default_store()
     began = time.monotonic()
     if info.rank == 1:
-        store.wait(["failed"], timedelta(seconds=120))
+        store.wait(["failed"], timedelta(seconds=250))
         return "", 0
     with pytest.raises(RuntimeError) as error:
         model(*inputs(case), sharded(ctx))
@@ -323,7 +323,7 @@ def test_what_is_sent_is_what_the_plan_says(size: int, worked: Worked) -> None:
 
 def test_a_process_left_alone_fails_in_time(processes: Processes) -> None:
     error, took = processes(left_alone, 2)[0]
-    assert "imed out" in error and 1.5 < took < 30  # the group's own timeout is 60 s
+    assert "imed out" in error and 1.5 < took < 200  # the group's own timeout is 300 s
 
 
 # one process that plays many

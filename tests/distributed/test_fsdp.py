@@ -93,7 +93,7 @@ def join(rank: int, port: int, timeout_s: float, together: Barrier) -> ranks.Dis
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    together.wait(60)
+    together.wait(240)
     return ranks.join_group(torch.device("cpu"), timeout_s)
 
 
@@ -103,7 +103,7 @@ def work(rank: int, ports: list[int], together: Barrier, folder: Path) -> None:
     """
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    info = join(rank, ports[0], 30, together)
+    info = join(rank, ports[0], 60, together)
     for lora in (False, True):
         learn(lora, info, folder / f"{lora}.pt")
     ranks.leave_group()
@@ -114,7 +114,7 @@ def work(rank: int, ports: list[int], together: Barrier, folder: Path) -> None:
         fsdp.shard(model, info)
         optim = optimizer(model)
         train(model, optim, info, range(1))
-        together.wait(60)
+        together.wait(240)
         if rank == 1:
             if way == "raises":
                 raise RuntimeError("rank 1 fails")
@@ -125,7 +125,7 @@ def work(rank: int, ports: list[int], together: Barrier, folder: Path) -> None:
             ends[way] = {"error": str(error.value), "took": time.monotonic() - began}
             (folder / "ends.json").write_text(json.dumps(ends))
         if way == "stays":
-            together.wait(60)
+            together.wait(240)
         ranks.leave_group()
 
 
@@ -195,7 +195,7 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(90)
+        process.join(300)
         process.kill()
     assert [process.exitcode for process in processes] == [
         0,

@@ -16,7 +16,7 @@ from wanflow.serve.line import Message
 from wanflow.serve.worker import Foreman
 
 READY = {"say": "ready", "model": "nano", "machine": {}, "settings": {}, "limits": {}}
-LIMIT_S = 30.0
+LIMIT_S = 120.0
 
 
 def wait_for(true: Callable[[], Any], what: str = "", limit_s: float = LIMIT_S) -> Any:

@@ -27,7 +27,7 @@ def joined(rank: int, size: int, folder: Path, name: str) -> Iterator[ranks.Dist
     """Join a gloo group through a file."""
     store = dist.FileStore(str(folder / f"{name}.store"), size)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=300)
     )
     try:
         yield ranks.DistInfo(rank, size, CPU)

@@ -26,7 +26,7 @@ from wanflow.serve.service import Service
 VIDEO = bytes(range(256)) * 40
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(found: Callable[[], Any], seconds: float = 120.0) -> Any:
     """Return the first value that is true."""
     until = time.monotonic() + seconds
     while not (value := found()):
@@ -81,7 +81,7 @@ class FakeWorker:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self.go.set()
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def _work(self) -> None:

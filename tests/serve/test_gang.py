@@ -131,7 +131,7 @@ def test_a_job_becomes_a_video_with_its_pictures(tmp_path: Path, nano: Pipeline)
     assert [result[name] for name in names] == [64, 64, 5, 8, 7]
     assert result["seconds"] > 0 and result["seconds_per_step"] > 0 and result["peak_memory"]["ram"]
     assert {"prompt", "denoising", "decoding", "saving"} <= set(result["stages"])
-    assert sum(result["stages"].values()) == pytest.approx(result["seconds"], abs=0.2)
+    assert 0.5 * result["seconds"] < sum(result["stages"].values()) < result["seconds"] + 0.01
     made = nano.generate(job().request["prompt"], seed=7, sample_steps=4, frame_num=5)
     assert read_frames(video)[0].shape == made.frames.shape
     recipe = read_recipe(video)

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,13 +35,13 @@ class Server:
         self.log = folder.with_suffix(".log")
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stderr=log, start_new_session=True)
-        found = wait_for(lambda: re.search(r"127\.0\.0\.1:(\d+)", self.log.read_text()), 30)
+        found = wait_for(lambda: re.search(r"127\.0\.0\.1:(\d+)", self.log.read_text()))
         self.port = int(found[1])
 
     def ask(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> tuple[int, dict[str, Any]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with suppress(OSError, http.client.HTTPException):
             text = None if body is None else json.dumps(body)
             connection.request(method, path, text, {"Content-Type": "application/json"})
@@ -51,14 +50,14 @@ class Server:
         return 0, {}
 
     def ready(self) -> None:
-        wait_for(lambda: self.ask("GET", "/readyz")[0] == 200, 60)
+        wait_for(lambda: self.ask("GET", "/readyz")[0] == 200)
 
     def ended(self, id: str) -> dict[str, Any]:
         def look() -> Any:
             video = self.ask("GET", f"/v1/videos/{id}")[1]
             return video.get("status") in ("completed", "failed", "cancelled") and video
 
-        return dict(wait_for(look, 60))
+        return dict(wait_for(look))
 
     def children(self) -> list[int]:
         """The processes of this server, in /proc: itself is not among them."""
@@ -103,7 +102,7 @@ def serving(folder: Path, *words: str, port: int = 0) -> Iterator[Server]:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        server.process.wait(20)
+        server.process.wait(60)
 
 
 @pytest.mark.slow
@@ -144,18 +143,17 @@ def test_the_openai_client_makes_a_video(tmp_path: Path) -> None:
                 client.videos.create(prompt=PROMPT, extra_body={"num_frames": 8})
         # Beside the client: the recipe, a waiting request, and a client that goes away.
         assert server.ask("GET", f"/v1/videos/{video.id}/recipe")[0] == 404
-        body = {"prompt": PROMPT, "num_inference_steps": 100}
+        body = {"prompt": PROMPT, "num_inference_steps": 100, "num_frames": 81}
         text = json.dumps(body)
         with socket.create_connection(("127.0.0.1", server.port)) as leaving:
             head = (
                 f"POST /v1/videos/sync HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(text)}"
             )
             leaving.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{text}".encode())
-            wait_for(lambda: server.ask("GET", "/v1/videos")[1]["data"])
-        id = server.ask("GET", "/v1/videos")[1]["data"][0]["id"]
+            id = wait_for(lambda: server.ask("GET", "/v1/videos")[1].get("data"))[0]["id"]
         assert server.ended(id)["status"] == "cancelled"
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
+        assert server.process.wait(120) == 0
         assert "Traceback" not in server.log.read_text()
 
 
@@ -165,7 +163,7 @@ def test_what_dies_is_started_again_and_nothing_outlives_the_server(tmp_path: Pa
         server.ready()
         body = {"prompt": PROMPT, "num_inference_steps": 40, "num_frames": 5, "seed": 1}
         id = server.ask("POST", "/v1/videos", body)[1]["id"]
-        wait_for(lambda: server.ask("GET", f"/v1/videos/{id}")[1]["step"] > 0, 60)
+        wait_for(lambda: server.ask("GET", f"/v1/videos/{id}")[1].get("step"))
         os.kill(of(server.children(), "wanflow.serve.child"), signal.SIGKILL)
         wait_for(lambda: server.ask("GET", "/healthz")[0] == 200)
         os.kill(of(server.children(), "wanflow worker"), signal.SIGKILL)
@@ -174,15 +172,15 @@ def test_what_dies_is_started_again_and_nothing_outlives_the_server(tmp_path: Pa
         second = subprocess.run(
             [sys.executable, "-m", "wanflow", "serve", "--ckpt_dir", "nano", "--data_dir",
              str(tmp_path / "data"), "--port", "0"],
-            capture_output=True, text=True, timeout=30,
+            capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert second.returncode == 2 and "another" in second.stderr, second.stderr
         # HTTP, worker and gang, also where the job was done before its worker was killed.
         wait_for(lambda: len(server.children()) >= 3)
         pids = server.children()
         os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait(10)
-        wait_for(lambda: not any(map(lives, pids)), 15)
+        server.process.wait(60)
+        wait_for(lambda: not any(map(lives, pids)))
         with serving(tmp_path / "data", port=server.port) as again:
             again.ready()
             assert again.ask("GET", f"/v1/videos/{id}")[1]["status"] == "completed"
@@ -241,7 +239,5 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         port = first.getsockname()[1]
         with pytest.raises(RequestError, match=f"--port {port}"):
             listen("127.0.0.1", port)
-    began = time.monotonic()
     with pytest.raises(RequestError, match="--host no.such.host.invalid"):
         listen("no.such.host.invalid", 0)
-    assert time.monotonic() - began < 20

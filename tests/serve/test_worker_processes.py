@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from helpers.gangs import job, wait_for
 
+from wanflow.pipeline import Run
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import Job
 from wanflow.serve.local import LocalStore
 
-LONG_S = 120.0  # a busy machine takes a while to import torch
+LONG_S = 180.0  # a busy machine takes a while to import torch
+STEPS = 150  # of a run that does not end before what its first steps set off
 
 
 class Here:
@@ -54,6 +56,11 @@ class Here:
 
     def at_step(self, one: Job, step: int) -> Job:
         return self.wait(lambda: (now := self.now(one)).progress.step >= step and now)  # type: ignore[no-any-return]
+
+    def saved(self, one: Job, step: int) -> None:
+        """Wait for a state on the disk; a thread writes it, late where the disk is slow."""
+        file = self.folder.state(one.id)
+        self.wait(lambda: file.exists() and Run.load(file).state.index >= step)
 
     def ended(self, one: Job) -> Job:
         return self.wait(lambda: (now := self.now(one)).final and now)  # type: ignore[no-any-return]
@@ -104,10 +111,10 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /
 @pytest.mark.slow
 def test_a_killed_gang_costs_a_step_and_changes_no_bit(here: Here) -> None:
     worker = here.start()
-    whole, one = here.submit(sample_steps=40), here.submit(sample_steps=40)
+    whole, one = here.submit(sample_steps=STEPS), here.submit(sample_steps=STEPS)
     here.ended(whole)
     here.at_step(one, 5)
-    here.wait(here.folder.state(one.id).exists)
+    here.saved(one, 4)
     (gang,) = below(worker.pid)
     os.kill(gang, signal.SIGKILL)
     again = here.wait(lambda: (now := here.now(one)).attempts == 2 and now.progress.steps and now)
@@ -117,9 +124,9 @@ def test_a_killed_gang_costs_a_step_and_changes_no_bit(here: Here) -> None:
     assert found.story == ("attempt 1: the gang was killed by SIGKILL",)
     assert here.video(one) == here.video(whole)
     assert len(list((here.folder.path / "videos").glob(f"{one.id}*"))) == 3
-    assert not list((here.folder.path / "states").iterdir())
+    here.wait(lambda: not list((here.folder.path / "states").iterdir()))
     worker.send_signal(signal.SIGINT)
-    assert worker.wait(30) == 130  # asked by Ctrl-C
+    assert worker.wait(LONG_S) == 130  # asked by Ctrl-C
 
 
 @linux
@@ -127,7 +134,7 @@ def test_a_killed_gang_costs_a_step_and_changes_no_bit(here: Here) -> None:
 @pytest.mark.distributed
 def test_two_ranks_end_together_and_with_their_worker(here: Here) -> None:
     worker = here.start("--gpus", "cpu,cpu")
-    one = here.submit(sample_steps=40)
+    one = here.submit(sample_steps=STEPS)
     here.at_step(one, 5)
     _, *ranks = below(worker.pid)
     assert len(ranks) == 2
@@ -135,13 +142,13 @@ def test_two_ranks_end_together_and_with_their_worker(here: Here) -> None:
     found = here.ended(one)
     assert found.state == "completed" and found.attempts == 2, here.logs()
     assert "rank 1 of 2: killed by SIGKILL" in found.story[0] or "exit code 1" in found.story[0]
-    two = here.submit(sample_steps=200)
+    two = here.submit(sample_steps=1000)
     here.at_step(two, 5)
     family = below(worker.pid)
     assert len(family) == 3
     os.kill(family[2], signal.SIGSTOP)  # a rank that notices nothing
     os.kill(worker.pid, signal.SIGKILL)
-    wait_for(lambda: not any(map(lives, family)), here.logs(), 30)
+    wait_for(lambda: not any(map(lives, family)), here.logs())
     here.recovered(two)
     assert here.now(two).state == "queued"
 
@@ -150,10 +157,10 @@ def test_two_ranks_end_together_and_with_their_worker(here: Here) -> None:
 @pytest.mark.slow
 def test_sigterm_leaves_after_the_step_and_the_next_worker_goes_on(here: Here) -> None:
     first = here.start("--with_parent")
-    one = here.submit(sample_steps=60)
+    one = here.submit(sample_steps=1000)
     here.at_step(one, 5)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(30) == 0
+    assert first.wait(LONG_S) == 0
     found = here.now(one)
     assert found.state == "queued" and "asked to leave, at step" in found.story[0], here.logs()
     assert not here.store.workers()
@@ -163,7 +170,7 @@ def test_sigterm_leaves_after_the_step_and_the_next_worker_goes_on(here: Here) -
     family = below(second.pid)
     assert second.stdin is not None
     second.stdin.close()  # its parent is gone
-    second.wait(30)
+    second.wait(LONG_S)
     wait_for(lambda: not any(map(lives, family)))
     assert here.now(one).state == "queued" or here.now(one).final
 
@@ -172,7 +179,7 @@ def test_sigterm_leaves_after_the_step_and_the_next_worker_goes_on(here: Here) -
 @pytest.mark.slow
 def test_a_frozen_worker_that_wakes_changes_nothing(here: Here) -> None:
     frozen = here.start()
-    one = here.submit(sample_steps=60)
+    one = here.submit(sample_steps=STEPS)
     here.at_step(one, 5)
     os.kill(frozen.pid, signal.SIGSTOP)
     here.recovered(one)

@@ -38,7 +38,7 @@ ENDS = {
 }
 
 
-def broken(monkeypatch: pytest.MonkeyPatch, limit: float = 20.0) -> tuple[Part, ...]:
+def broken(monkeypatch: pytest.MonkeyPatch, limit: float = 60.0) -> tuple[Part, ...]:
     """Make parts of these tests the parts of a check."""
 
     def command(part: Part, file: Path, device: str, limit: float) -> list[str]:
@@ -65,18 +65,18 @@ def states(result: Result) -> list[str]:
 
 def test_one_failure_hides_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = broken(monkeypatch)
-    limits = {"hang": 2.0}
+    limits = {"hang": 5.0}
     parts = tuple(Part(p.name, p.title, limits.get(p.name, p.limit)) for p in parts)
     began = time.monotonic()
     results = {one.part.name: one for one in check.check(parts, tmp_path, "cpu")}
-    assert time.monotonic() - began < 60 and list(results) == list(ENDS)
+    assert time.monotonic() - began < 300 and list(results) == list(ENDS)
     assert [name for name, one in results.items() if not one.failed] == ["well"]
     for name, one in results.items():  # what was found before the end is kept
         assert one.findings[0] == Finding("before", "measured", name)
         assert one.calibration == {"matmul": 2e12}
     last = {name: one.findings[-1].value for name, one in results.items()}
     assert last["crash"] == "killed by SIGSEGV while it asked: the kernel"
-    assert last["hang"] == "ended after 2 s while it asked: the kernel"
+    assert last["hang"] == "ended after 5 s while it asked: the kernel"
     assert last["exit"].endswith("exit code 3 while it asked: the kernel (the last words)")
     assert last["raise"] == "RuntimeError: cuBLAS says no"
     assert "Traceback" in results["raise"].findings[-1].numbers["traceback"]
@@ -91,9 +91,9 @@ def test_what_a_part_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_p
         "import subprocess, time; child = subprocess.Popen(['sleep', '600']);"
         " record.measured('child', str(child.pid)); time.sleep(600)",
     )
-    result = check.run_part(Part("hang", "", 2), tmp_path, "cpu", 2.0)
+    result = check.run_part(Part("hang", "", 5), tmp_path, "cpu", 5.0)
     child = Path(f"/proc/{result.findings[1].value}/stat")
-    for _ in range(50):
+    for _ in range(600):
         if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.1)

@@ -589,7 +589,7 @@ class Slow(VideoWriter):
     chunks = 0
 
     def write(self, frames: np.ndarray) -> None:
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         if self.chunks == self.fails_at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         Slow.chunks += 1

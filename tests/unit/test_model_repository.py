@@ -126,7 +126,7 @@ def committed() -> list[Path]:
     ]
     try:
         listed = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
         ).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
         return [path for path in FOLDER.rglob("*") if path.is_file()]
