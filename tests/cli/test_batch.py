@@ -106,6 +106,8 @@ FILES = {
     "a.txt": f"# cats\n\n{EVERYTHING}\r\n",
     "a.jsonl": json.dumps(OBJECT) + "\n\n",
     "a.csv": "\ufeff" + COLUMNS,
+    "b.csv": re.sub(",(?! )", ";", COLUMNS),
+    "a.tsv": re.sub(",(?! )", "\t", COLUMNS),
 }
 
 
@@ -142,6 +144,9 @@ def test_seeds_numbers_and_grids_multiply(in_tmp: Path) -> None:
     assert grid[1].cell == {"cfg_high": 3.0, "sample_shift": 12.0}
     both = asked("--prompt a --grid sample_guide_scale=2,3 size=64*64,32*32")
     assert both[-1].request == Request("a", cfg_high=3.0, cfg_low=3.0, size="32*32")
+    Path("a.jsonl").write_text('{"prompt": "a", "w": 64, "h": 32, "g": 2, "seed": null}\n')
+    size = Request("a", size=(64, 32), cfg_high=2, cfg_low=2)
+    assert [one.request for one in asked("--prompt_file a.jsonl")] == [size]
     Path("a.txt").write_text("a --d 4\n")
     assert [one.request.seed for one in asked("--prompt_file a.txt --num_videos 2")] == [4, 5]
 
@@ -150,7 +155,7 @@ WRONG = {
     "a.txt": (
         "fine --f 5\na --s x\na --foo 3\na --f 6\n--d 3\na --g 200\na --s 2 --s 3\na --w 64\n"
         "a --lora no.safetensors\na --sample_solver eular\na --d\na --lora 'b\n"
-        "a --i bad.png\n",
+        "a --i bad.png\na --d 1 --seed 2\na --g 3 --cfg_low 2\na --prompt b\n",
         {
             2: "--s must be a whole number (got 'x')",
             3: "unknown setting foo; known are prompt,",
@@ -164,11 +169,16 @@ WRONG = {
             11: "--d must be a whole number",
             12: "No closing quotation",
             13: "bad.png",
+            14: "seed stands there twice",
+            15: "cfg_low stands there twice",
+            16: "prompt stands there twice",
         },
     ),
     "a.jsonl": (
         '{"prompt": "fine"}\n{"prompt": 3}\n[]\n{"prompt": "a"\n{"prompt": "a", "fram_num": 5}\n'
-        '{"prompt": "a", "frame_num": "5"}\n{"prompt": "a", "size": [64]}\n',
+        '{"prompt": "a", "frame_num": "5"}\n{"prompt": "a", "size": [64]}\n'
+        '{"prompt": "a", "w": 64}\n{"prompt": "a", "w": 64.5, "h": 64}\n{"foo": null}\n'
+        '{"prompt": "a", "seed": 1, "d": 2}\n{"prompt": "a", "size": "64*64", "w": 8, "h": 8}\n',
         {
             2: "prompt must be text",
             3: "expected a JSON object",
@@ -176,6 +186,11 @@ WRONG = {
             5: "did you mean frame_num?",
             6: "frame_num must be a whole number",
             7: "size",
+            8: "w and h name a size together",
+            9: "size",
+            10: "unknown setting foo",
+            11: "seed stands there twice",
+            12: "size stands there twice",
         },
     ),
     "a.csv": (
@@ -186,6 +201,12 @@ WRONG = {
             5: "there is no prompt",
         },
     ),
+    "b.csv": (
+        "prompt,seed,base_seed,prompt,\na,1,2,,\na,1,,b,\na,1,,,note\n",
+        {2: "seed stands there twice", 3: "prompt stands there twice", 4: "no named column"},
+    ),
+    "c.csv": ("a red circle\na star\n", {1: "the first line names the columns: unknown setting"}),
+    "a.json": ('[{"prompt": "a"}]\n', {1: "expected a JSON object"}),
 }
 
 
@@ -227,6 +248,7 @@ def test_all_wrong_lines_are_named_at_once(
         ("--prompt_file none.txt", "there is no such file"),
         ("--prompt_file empty.txt", "holds no prompt"),
         ("--prompt_file latin.txt", "UTF-8"),
+        ("--prompt_file many.txt", "many.txt holds more than 10,000 prompts"),
     ],
 )
 def test_what_cannot_go_together_is_refused(
@@ -234,6 +256,7 @@ def test_what_cannot_go_together_is_refused(
 ) -> None:
     Path("empty.txt").write_text("# nothing\n\n")
     Path("latin.txt").write_bytes(b"caf\xe9\n")
+    Path("many.txt").write_text("a --foo\n" * 10_001)
     assert words in refused(capsys, *MAKE[:-4], "--prompt", "a", *shlex.split(flags))
 
 

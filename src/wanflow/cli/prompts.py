@@ -9,8 +9,8 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import product
+from functools import cache, partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ BOTH = "sample_guide_scale"  # cfg_high and cfg_low in one
 SHORT = {"f": "frame_num", "s": "sample_steps", "d": "seed", "g": BOTH, "l": BOTH}
 SHORT |= {"n": "negative_prompt", "fs": "sample_shift", "i": "image"}
 SIDES = ("w", "h")
+TWICE = "stands there twice; leave one out"
 IN_LINES = ("prompt", "lora")  # texts with commas, which a grid would split
 
 
@@ -128,14 +129,19 @@ def _lines(args: argparse.Namespace) -> list[_Line]:
     if args.prompt_file is None:
         return [_Line("")]
     path = user_path(args.prompt_file)
-    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv}
+    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _jsonl, ".csv": _csv, ".tsv": _csv}
     try:
         text = read_bytes(path, BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{printable(path)}: byte {error.start:,} is no UTF-8; save the file as UTF-8"
         ) from None
-    found = list(readers.get(path.suffix.lower(), _txt)(printable(path), text))
+    read = readers.get(path.suffix.lower(), _txt)
+    found = list(islice(read(printable(path), text), VIDEOS + 1))
+    if len(found) > VIDEOS:
+        raise RequestError(
+            f"{printable(path)} holds more than {VIDEOS:,} prompts; make several files of it"
+        )
     if not found:
         raise RequestError(f"{printable(path)} holds no prompt; write one on each line")
     return found
@@ -167,10 +173,12 @@ def _inline(line: str) -> dict[str, Any]:
     prompt = line[: options[0].start()].strip() if options else line
     texts = {found[1]: found[2] or "" for found in options}
     if len(texts) < len(options):
-        raise RequestError("an option stands there twice; leave one out")
+        raise RequestError(f"an option {TWICE}")
     for name, value in texts.items():
         if name != "lora":  # a list, of which each item may stand in quotes
             texts[name] = _unquoted(value)
+    if prompt and "prompt" in texts:
+        raise RequestError(f"prompt {TWICE}")
     return ({"prompt": prompt} if prompt else {}) | _values(texts, "--")
 
 
@@ -192,20 +200,26 @@ def _object(line: str) -> dict[str, Any]:
         raise RequestError(f"not a JSON object: {error}") from None
     if not isinstance(found, dict):
         raise RequestError(f"expected a JSON object (got {shown(found)})")
-    values: dict[str, Any] = {}
+    values = _sides({key: found.pop(key) for key in SIDES if found.get(key) is not None}, "")
     for key, value in found.items():
-        for one in _fields(_known(key)):
-            values[one] = tuple(value) if isinstance(value, list) else value
-    return {name: value for name, value in values.items() if value is not None}
+        name = _known(key)
+        if value is not None:
+            _set(values, name, tuple(value) if isinstance(value, list) else value)
+    return values
 
 
 def _csv(name: str, text: str) -> Iterator[_Line]:
     """Read the fields of a request from columns; the first line names them."""
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    first = text.partition("\n")[0]
+    apart = max(",;\t", key=first.count)  # where a comma is a decimal point, Excel writes `;`
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=apart, strict=True)
     try:
         head = [column.strip() for column in next(rows, [])]
-        for column in head:
-            _known(column)
+        for column in filter(None, head):
+            try:
+                _known(column)
+            except RequestError as error:
+                raise RequestError(f"the first line names the columns: {error}") from None
         for row in rows:
             if any(cell.strip() for cell in row):
                 yield _read(f"{name}:{rows.line_num}", partial(_row, head, row))
@@ -219,13 +233,20 @@ def _row(head: list[str], row: list[str]) -> dict[str, Any]:
             f"{len(row)} cells, and the first line names {len(head)}; put a text with commas in"
             " quotes"
         )
-    filled = zip(head, row, strict=False)
-    return _values({name: cell.strip() for name, cell in filled if cell.strip()}, "")
+    texts: dict[str, str] = {}
+    for name, cell in zip(head, row, strict=False):
+        if not cell.strip():
+            continue
+        if not name or name in texts:
+            raise RequestError(f"{name or short(cell)} {TWICE if name else 'is in no named column'}")
+        texts[name] = cell.strip()
+    return _values(texts, "")
 
 
 # Names and values
 
 
+@cache
 def _settings() -> dict[str, Setting]:
     """Return the settings of a request by every name that they have."""
     return {name: one for one in settings_of(Request).values() for name in (*one.flags, one.name)}
@@ -257,18 +278,28 @@ def _fields(name: str) -> tuple[str, ...]:
 
 def _values(texts: dict[str, str], dashes: str) -> dict[str, Any]:
     """Return the fields that names and texts set."""
-    values: dict[str, Any] = {}
-    sides = [texts.pop(name, None) for name in SIDES]
+    sides = {name: texts.pop(name) for name in SIDES if name in texts}
+    called = f"{dashes}w and {dashes}h"
+    values = _sides({name: _number(int, text, called) for name, text in sides.items()}, dashes)
     for spelt, text in texts.items():
         name = _known(spelt)
-        value = _value(name, text, f"{dashes}{spelt}")
-        values |= dict.fromkeys(_fields(name), value)
-    if any(side is not None for side in sides):
-        if None in sides or "size" in values:
-            raise RequestError(f"{dashes}w and {dashes}h name a size together, without another one")
-        width, height = (_number(int, text or "", f"{dashes}w and {dashes}h") for text in sides)
-        values["size"] = width, height
+        _set(values, name, _value(name, text, f"{dashes}{spelt}"))
     return values
+
+
+def _sides(sides: dict[str, Any], dashes: str) -> dict[str, Any]:
+    """Return the size that a width and a height name; nothing where neither is given."""
+    if len(sides) == 1:
+        raise RequestError(f"{dashes}w and {dashes}h name a size together")
+    return {"size": tuple(sides[name] for name in SIDES)} if sides else {}
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set the fields of a name; refuse what another spelling of it has set already."""
+    for one in _fields(name):
+        if one in values:
+            raise RequestError(f"{one} {TWICE}")
+        values[one] = value
 
 
 def _value(name: str, text: str, spelt: str) -> Any:
