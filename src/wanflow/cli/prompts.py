@@ -238,7 +238,9 @@ def _row(head: list[str], row: list[str]) -> dict[str, Any]:
         if not cell.strip():
             continue
         if not name or name in texts:
-            raise RequestError(f"{name or short(cell)} {TWICE if name else 'is in no named column'}")
+            raise RequestError(
+                f"{name or short(cell)} {TWICE if name else 'is in no named column'}"
+            )
         texts[name] = cell.strip()
     return _values(texts, "")
 
