@@ -240,6 +240,11 @@ def test_nano_is_held_packed_as_planned_and_inspected(form: str) -> None:
     traces = Traces(checkpoint, of(checkpoint.spec), torch.bfloat16, torch.device("cpu"))
     planned = traces.expert("high", Runtime())
     assert planned.total == sum(value.nbytes for value in expert.parameters())
+    plain = Traces(resolve("nano"), of(checkpoint.spec), torch.bfloat16, torch.device("cpu"))
+    ours, theirs = (
+        side.step("high", 2, Runtime(chunk_tokens=0), False).work for side in (traces, plain)
+    )
+    assert ours.traffic > theirs.traffic and ours.total() >= theirs.total()
     (row,) = (row for row in inspect(folder).parts if "high" in row.what)
     kinds = {kind for leaf in matmuls for kind in [cast(PackedLinear, leaf).kind]}
     assert kinds <= set(row.dtypes)

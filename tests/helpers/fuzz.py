@@ -60,6 +60,7 @@ from helpers.mutations import (
     of_sentencepiece,
     of_zip,
 )
+from helpers.scaled_forms import FORMS, written
 from helpers.tiny import tiny_family
 from wanflow.checkpoint.checkpoint import open_checkpoint
 from wanflow.checkpoint.key_maps import from_official
@@ -185,6 +186,16 @@ def fp8(state: State, new: bool, header: bool = False) -> tuple[State, dict[str,
     return tensors, (
         {"_quantization_metadata": json.dumps({"layers": layers})} if header else {"format": "pt"}
     )
+
+
+def mixed(state: State) -> State:
+    """A weight in each form in turn."""
+    tensors: State = {}
+    for number, (name, value) in enumerate(state.items()):
+        plain = value.ndim != 2 or not name.endswith(".weight")
+        form = list(FORMS)[number % len(FORMS)]
+        tensors |= {name: value} if plain else written(form, name.removesuffix(".weight"), value)[0]
+    return tensors
 
 
 def loras(folder: Path) -> list[str]:
@@ -403,8 +414,13 @@ CONTAINERS: dict[str, Container] = {
     "fp8": parts(
         {"old.safetensors": (of_safetensors, "high"), "new.safetensors": (of_safetensors, "high")}
     ),
+    "nvfp4, mxfp8, int8": parts({"mixed.safetensors": (of_safetensors, "high")}),
     "quantisation metadata": parts(
-        {"header.safetensors": (of_metadata, "t5"), "new.safetensors": (of_metadata, "high")}
+        {
+            "header.safetensors": (of_metadata, "t5"),
+            "new.safetensors": (of_metadata, "high"),
+            "noted.safetensors": (of_metadata, "high"),
+        }
     ),
     "LoRA": Container(
         (
@@ -500,6 +516,8 @@ def write_good(root: Path) -> None:
     ):
         tensors, metadata = fp8(state, *form)
         (root / f"{name}.safetensors").write_bytes(save(tensors, metadata))
+    for name in ("mixed", "noted"):
+        (root / f"{name}.safetensors").write_bytes(save(mixed(dit)))
     loras(root)
     (root / "adapter_config.json").write_text(json.dumps(PEFT))
     (root / "spiece.model").write_bytes(sentencepiece())

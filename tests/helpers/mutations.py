@@ -331,6 +331,8 @@ ENDS = (
     ".lora_magnitude_vector",
     ".scale_weight",
     ".weight_scale",
+    ".weight_scale_2",
+    ".alpha",
     ".comfy_quant",
     ".scale_input",
     ".bias",

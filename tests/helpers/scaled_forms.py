@@ -27,8 +27,8 @@ FORMS = {
 }
 
 
-def tile_place(row: int, column: int, columns: int) -> int:
-    """Where a tensor core looks for the scale of a block, by cuBLAS's documentation."""
+def tile_place(row: Tensor, column: Tensor, columns: int) -> Tensor:
+    """Where a tensor core looks for the scales of blocks, by cuBLAS's documentation."""
     tile = row // 128 * -(-columns // 4) + column // 4
     return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
 
@@ -37,10 +37,8 @@ def in_tiles(scales: Tensor) -> Tensor:
     """scales [rows, columns] uint8 -> as a file has them, with 7 where nobody looks."""
     rows, columns = scales.shape
     stored = torch.full((-(-rows // 128) * 128, -(-columns // 4) * 4), 7, dtype=torch.uint8)
-    flat = stored.view(-1)
-    for row in range(rows):
-        for column in range(columns):
-            flat[tile_place(row, column, columns)] = scales[row, column]
+    places = tile_place(torch.arange(rows)[:, None], torch.arange(columns), columns)
+    stored.view(-1)[places] = scales
     return stored
 
 
