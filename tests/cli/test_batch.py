@@ -256,7 +256,7 @@ def test_what_cannot_go_together_is_refused(
 ) -> None:
     Path("empty.txt").write_text("# nothing\n\n")
     Path("latin.txt").write_bytes(b"caf\xe9\n")
-    Path("many.txt").write_text("a --foo\n" * 10_001)
+    Path("many.txt").write_text("a\n" * 10_001)
     assert words in refused(capsys, *MAKE[:-4], "--prompt", "a", *shlex.split(flags))
 
 
@@ -446,19 +446,24 @@ def test_an_interruption_before_a_step_says_how_to_go_on(
 
 
 def test_a_video_that_was_published_before_the_end_is_kept(in_tmp: Path) -> None:
-    command = [*MAKE, "--prompt", PROMPT, "--seeds", "1", "--out_dir", "g"]
+    command = [*MAKE, "--prompt", PROMPT, "--seeds", "1", "--out_dir", "g", "--contact_sheet"]
     assert main(command) == 0
     (video,) = Path("g").glob("*.mp4")
-    made = video.stat().st_mtime_ns
+    (sheet,) = Path("g").glob("*_sheet.png")
+    made, drawn = video.stat().st_mtime_ns, sheet.read_bytes()
+    sheet.unlink()
     store = LocalStore(Path("g/.wanflow"))
     store.run("UPDATE wanflow_jobs SET state = 'in_progress', owner = 'gone'", [])
     store.close()
-    left = [Path(f"{video}.01234567.part"), Path(f"{video}.claim")]
+    preview = video.with_name(video.stem + ".preview.png")
+    left = [preview, *(Path(f"{path}.01234567.part") for path in (video, preview, sheet))]
+    left += [Path(f"{path}.claim") for path in (video, preview, sheet)]
     for path in left:
         path.touch()
     assert main(command) == 0
     assert not any(path.exists() for path in left)
     assert video.stat().st_mtime_ns == made
+    assert sheet.read_bytes() == drawn
 
 
 def test_one_process_owns_the_folder(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanflow.cli.beside import preview_of
 from wanflow.files import remove
 from wanflow.media import check_target
 from wanflow.preview import Previewer, preview_file, strip
@@ -47,7 +48,7 @@ class Preview(Previewer):
         self, pipe: Pipeline, target: Path, args: argparse.Namespace, screen: Screen
     ) -> None:
         self._named = args.preview != AUTO
-        file = args.preview if self._named else target.with_name(target.stem + ".preview.png")
+        file = args.preview if self._named else preview_of(target)
         super().__init__(pipe, file, in_terminal(screen, os.environ))
         args.claims.take(self.file)
         screen.say(f"preview {self.file}")

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanflow.cli.beside import sheet_of
 from wanflow.cli.keeping import StateKeeper, continuing, free_name, refuse_another, state_of
 from wanflow.described import described
 from wanflow.files import remove
@@ -197,7 +198,7 @@ def claim_outputs(
 
 def _derived(target: Path) -> tuple[Path, Path, Path]:
     """Return a video with its state and its contact sheet."""
-    return target, state_of(target), target.with_name(target.stem + "_sheet.png")
+    return target, state_of(target), sheet_of(target)
 
 
 def check_target_name(path: Path, overwrite: bool, frames: int | None = None) -> None:

@@ -21,15 +21,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanflow.cli import beside
 from wanflow.cli.flags import request_from
 from wanflow.cli.generate import checked, extended, notes
 from wanflow.cli.keeping import again, state_of
 from wanflow.cli.parser import settings_from
 from wanflow.cli.prompts import Wanted, name_of_list, wanted
 from wanflow.config import RequestError
-from wanflow.files import remove
 from wanflow.front import prompts_of, with_pictures
-from wanflow.outputs import CLAIM, leftovers, slug
+from wanflow.outputs import slug
 from wanflow.pipeline import Run
 from wanflow.request import PICTURES, CompleteRequest, Request
 from wanflow.runtime import Runtime
@@ -296,11 +296,9 @@ class Queue:
             one.job = claimed or one.job
             one.entry["status"] = "in_progress"
             target = self._target(one.job)
-            for path in (target, state_of(target)):  # of a process that was killed
-                for left in (*leftovers(path), path.with_name(path.name + CLAIM)):
-                    remove(left)
+            beside.sweep(target)
             if target.exists():  # published, and the process ended before it could say so
-                remove(state_of(target))
+                beside.finish(target, self.args.contact_sheet)
                 self.complete()
                 continue
             request, run = with_pictures(_request(one.job)), None
