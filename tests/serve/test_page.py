@@ -400,9 +400,14 @@ def test_a_token_is_asked_for_once_and_everything_loads_with_it(
         dialog = page.get_by_role("dialog")
         expect(dialog).to_be_visible()
         assert barriers(page) == []
-        page.fill("#token", "wrong")
-        page.keyboard.press("Enter")
-        expect(dialog).to_contain_text("refused")
+        for wrong in ("wrong", "口令"):  # the second cannot stand in a header
+            page.fill("#token", wrong)
+            page.keyboard.press("Enter")
+            expect(dialog).to_contain_text("refused")
+            page.fill("#token", "")
+            for _ in range(2):  # Chromium closes a dialog at the second, whatever a page says
+                page.keyboard.press("Escape")
+            expect(dialog).to_be_visible()
         page.fill("#token", "secret")
         page.keyboard.press("Enter")
         submit(page)
@@ -412,6 +417,9 @@ def test_a_token_is_asked_for_once_and_everything_loads_with_it(
         with page.expect_download() as saved:
             card(page).get_by_role("link", name="Download").click()
         assert saved.value.path().read_bytes() == (tmp_path / "clip.mp4").read_bytes()
+        (job,) = app.store.page()
+        name = f"a-red-circle-moves-left-on-a-blue-backgr-{job.request['seed']}.mp4"
+        assert saved.value.suggested_filename == name
         page.reload()  # the tab remembers
         expect(card(page)).to_be_visible()
 
@@ -508,3 +516,137 @@ def test_the_newest_is_first_also_within_a_second(
         expect(page.locator(".card .prompt")).to_have_text(names[::-1])
         page.reload()
         expect(page.locator(".card .prompt")).to_have_text(names[::-1])
+
+
+FOCUS = "(document.activeElement.id || document.activeElement.textContent).trim()"
+
+
+def test_the_focus_is_never_lost(tmp_path: Path, open_page: Callable[..., Page]) -> None:
+    app = Serving(tmp_path)
+    with FakeWorker(app) as worker, serving(app) as url:
+        worker.go.clear()
+        page = open_page(url)
+        page.fill("#prompt", "a ball")
+        page.focus("form button.main")
+        page.keyboard.press("Enter")
+        expect(entry(page, "a ball").locator("[role=progressbar]")).to_be_visible()
+        until(page, f"{FOCUS} === 'Make video'")
+        page.focus(".entry button")
+        page.keyboard.press("Enter")
+        expect(card(page, "a ball")).to_contain_text("Cancelled")
+        until(page, f"{FOCUS} === 'queue'")
+        # What has no video has no recipe, but a request, and is not compared.
+        card(page, "a ball").get_by_role("button", name="Recipe").click()
+        expect(page.locator(".recipe")).to_contain_text("a ball")
+        page.keyboard.press("Escape")
+        until(page, "document.activeElement.ariaLabel === 'Recipe'")
+        page.keyboard.press("c")
+        page.keyboard.press("Delete")
+        expect(page.get_by_role("dialog")).to_be_visible()
+        expect(page.locator(".chosen-bar")).to_have_count(0)
+        page.keyboard.press("Escape")
+        # A field that is folded away opens for its error, and stays open while it is mended.
+        page.locator("summary").click()
+        page.fill("#cfg_high", "much")
+        page.locator("summary").click()
+        page.click("form button.main")
+        until(page, f"{FOCUS} === 'cfg_high'")
+        page.keyboard.type("2")
+        expect(page.locator("#cfg_high-error")).to_have_count(0)
+        expect(page.locator("#cfg_high")).to_be_visible()
+
+
+def test_numbers_are_read_as_people_write_them(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    app = Serving(tmp_path)
+    with serving(app) as url:
+        page = open_page(url)
+        page.locator("summary").click()
+        for seed, words in (("9007199254740993", "at most"), ("1.5", "not a whole number")):
+            submit(page, seed=seed)
+            expect(page.locator("#seed-error")).to_contain_text(words)
+        page.fill("#cfg_high", "3,5")
+        page.select_option("[aria-label='frames / seconds']", "seconds")
+        page.select_option("#size", "own")
+        submit(page, seed="４２", length="0,6")
+        expect(page.locator("#size-error")).to_contain_text("width and a height")
+        assert app.store.page() == []  # never another size than was asked for
+        page.fill("#own", "９６×64")
+        page.keyboard.press("Enter")
+        expect(entry(page)).to_be_visible()
+    (job,) = app.store.page()
+    names = ("seed", "cfg_high", "frame_num", "size")
+    assert [job.request[name] for name in names] == [42, 3.5, 5, "96x64"]
+
+
+def test_what_is_no_picture_or_too_large_is_refused_before_it_is_sent(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    app = Serving(tmp_path, spec=NANO_I2V, max_body_mb=0.1)
+    give = """([selector, name, size, event, text]) => {
+        const data = new DataTransfer();
+        const type = name.endsWith("png") ? "image/png" : "application/pdf";
+        data.items.add(new File([new Uint8Array(size)], name, {type}));
+        if (text) data.items.add(text, "text/plain");
+        const options = {bubbles: true, cancelable: true};
+        const one = event === "drop" ? new DragEvent("drop", {...options, dataTransfer: data})
+            : new ClipboardEvent("paste", {...options, clipboardData: data});
+        document.querySelector(selector).dispatchEvent(one);
+        return one.defaultPrevented;
+    }"""
+    with serving(app) as url:
+        page = open_page(url)
+        expect(page.locator("#image")).to_be_attached()
+        assert page.evaluate(give, ["#last", "notes.pdf", 9, "drop", ""])
+        expect(page.locator("#last-error")).to_have_text("notes.pdf is not a picture.")
+        assert page.evaluate(give, ["#image", "huge.png", 200_000, "drop", ""])
+        expect(page.locator("#image-error")).to_contain_text("0.2 MB")
+        expect(page.locator("#last-error, .drop img")).to_have_count(0)
+        assert barriers(page) == []
+        # Text that a text editor copies as a picture too is text; a picture goes to a free place,
+        # also where it is dropped beside the field: else the browser leaves the page for it.
+        assert not page.evaluate(give, ["#prompt", "text.png", 9, "paste", "a ball"])
+        assert page.evaluate(give, ["#gallery", "one.png", 9, "drop", ""])
+        expect(page.locator(".drop img")).to_have_count(1)
+
+
+def test_earlier_videos_come_also_after_the_last_was_deleted(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    app = Serving(tmp_path, max_queue=200)
+    ids = [app.service.submit({"prompt": f"job {n}"}, False, None).id for n in range(130)][::-1]
+    for id in ids:
+        app.service.cancel(id)
+    with serving(app) as url:
+        page = open_page(url)
+        cards = page.locator(".card")
+        expect(cards).to_have_count(100)  # those that the events bring
+        assert app.service.delete(ids[39])  # the last of the first list
+        page.get_by_role("button", name="Show earlier videos").click()
+        until(page, "document.querySelectorAll('.card').length > 100")
+        page.get_by_role("button", name="Show earlier videos").press("Enter")
+        expect(page.get_by_role("button", name="Show earlier videos")).to_have_count(0)
+        until(page, "document.activeElement.closest('.card')")
+        expect(cards.last).to_contain_text("job 0")
+
+
+def test_a_tab_that_was_hidden_comes_back_without_a_word(
+    server: str, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(server)
+    show = """(hidden) => {
+        Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    until(page, "document.querySelector('#gallery') && !document.querySelector('.notice')")
+    page.evaluate(
+        """() => new MutationObserver(() => {
+            if (document.querySelector(".notice")) window.noticed = true;
+        }).observe(document.body, {childList: true, subtree: true})"""
+    )
+    with page.expect_response("**/v1/videos?*"):
+        page.evaluate(show, True)
+    with page.expect_response("**/v1/events"):
+        page.evaluate(show, False)
+    assert not page.evaluate("window.noticed")

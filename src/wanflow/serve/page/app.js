@@ -8,7 +8,7 @@ import { Gallery } from "./gallery.js";
 import { restart } from "./live.js";
 import { IconButton, say } from "./parts.js";
 import { Queue } from "./queue.js";
-import { formOf, keptPictures, setPictures } from "./request.js";
+import { formOf, keptPictures, offer } from "./request.js";
 import { choose, queue, state, update, useStore } from "./store.js";
 import { LANGUAGES } from "./words.js";
 
@@ -39,14 +39,20 @@ function pressed(event) {
   act();
 }
 
-/** A picture in the clipboard goes to the first free place. */
-function pasted(event) {
-  const file = [...(event.clipboardData?.files || [])].find((one) => one.type.startsWith("image/"));
+/** A picture that is pasted or dropped anywhere goes to the first free place. */
+function given(event, data) {
   const places = ["image", "last"].slice(0, state.settings?.pictures || 0);
   const free = places.find((name) => !state.pictures[name]) || places[0];
-  if (!file || !free || event.defaultPrevented) return;
-  event.preventDefault();
-  setPictures({ ...state.pictures, [free]: file });
+  if (!data?.files.length || event.defaultPrevented) return;
+  event.preventDefault(); // else a dropped file replaces the page
+  if (free && !document.querySelector("dialog")) offer(free, data.files);
+}
+
+function pasted(event) {
+  const typing = event.target.closest?.("input, textarea");
+  // A text editor copies its text as a picture too.
+  if (typing && event.clipboardData?.types.includes("text/plain")) return;
+  given(event, event.clipboardData);
 }
 
 function skip(event) {
@@ -76,9 +82,10 @@ function Header() {
 
 /** What is wrong with the server, or with what was asked of it. */
 function Notices() {
-  const { link, notice, ready } = state;
+  const { link, notice, ready, settings, why } = state;
   const words = link === "lost" ? say("unreachable")
-    : link === "polling" ? say("polling") : ready === false ? say("not_ready") : "";
+    : link === "polling" ? (!settings && why) || say("polling")
+      : ready === false ? say("not_ready") : "";
   return html`
     <div role="status">${words && html`<p class="notice">${words}</p>`}</div>
     <div role="alert">${notice && html`<p class="notice wrong">${notice}
@@ -114,6 +121,10 @@ function App() {
 
 addEventListener("keydown", pressed);
 addEventListener("paste", pasted);
+addEventListener("dragover", (event) => {
+  if (event.dataTransfer?.types.includes("Files")) event.preventDefault();
+});
+addEventListener("drop", (event) => given(event, event.dataTransfer));
 keptPictures().then((pictures) => update({ pictures }));
 const root = document.getElementById("app");
 root.replaceChildren();

@@ -37,17 +37,22 @@ function flat(value, name = "", found = {}) {
 }
 
 function Recipe({ job }) {
-  const { value, error } = useAsked(() => api.recipe(job.id), [job.id]);
+  // A job without a video has no recipe, but what was asked for.
+  const ask = job.status === "completed" ? api.recipe : api.request;
+  const { value, error } = useAsked(() => ask(job.id), [job.id]);
   const [copied, setCopied] = useState(false);
-  const copy = async () => {
-    await navigator.clipboard.writeText(JSON.stringify(value, null, 2));
-    setCopied(true);
-  };
+  const [wrong, setWrong] = useState("");
+  const copy = () => navigator.clipboard.writeText(JSON.stringify(value, null, 2))
+    .then(() => setCopied(true), (refused) => setWrong(refused.message));
   const use = async () => {
-    const body = await requestOf(job);
-    setForm(formFrom(body, state.settings));
-    setPictures(picturesFrom(body));
-    closeDialog("prompt");
+    try {
+      const body = await requestOf(job);
+      setForm(formFrom(body, state.settings));
+      setPictures(picturesFrom(body));
+      closeDialog("prompt");
+    } catch (refused) {
+      setWrong(wordsOf(refused));
+    }
   };
   return html`
     <${Dialog} title=${say("recipe")}>
@@ -59,6 +64,7 @@ function Recipe({ job }) {
               <dt>${name}</dt><dd>${one}</dd>`)}
           </dl>
         </div>
+        <div role="alert">${wrong && html`<p class="error">${wrong}</p>`}</div>
         <div class="actions">
           <button type="button" class="main" onClick=${use}>${say("use")}</button>
           ${navigator.clipboard && html`<button type="button" class="quiet" onClick=${copy}>
@@ -80,6 +86,7 @@ function GridDialog({ job }) {
   const many = vary === "seed" ? Number(count) : numbers.length;
   const make = async (event) => {
     event.preventDefault();
+    if (busy) return undefined;
     const bad = vary !== "seed" && numbers.some((one) => !Number.isFinite(one));
     if (bad) return setWrong(say("is_number", { field: words(vary), value: values }));
     if (!(many >= 1 && many <= MOST)) return setWrong(say("grid_too_many", { most: MOST }));
@@ -101,7 +108,7 @@ function GridDialog({ job }) {
   return html`
     <${Dialog} title=${say("grid")}>
       <form novalidate onSubmit=${make}>
-        <p class="prompt">${short(job.prompt, 160)}</p>
+        <p class="prompt" dir="auto">${short(job.prompt, 160)}</p>
         <div class="row">
           <div class="field"><label for="grid-vary">${say("grid_what")}</label>
             <select id="grid-vary" value=${vary} onChange=${(event) => setVary(event.target.value)}>
@@ -117,7 +124,8 @@ function GridDialog({ job }) {
         </div>
         <div role="alert">${wrong && html`<p class="error">${wrong}</p>`}</div>
         <div class="actions">
-          <button class="main" disabled=${busy}>${say("grid_make", { count: many || 0 })}</button>
+          <button class="main" aria-disabled=${busy}>
+            ${say("grid_make", { count: many || 0 })}</button>
         </div>
       </form>
     <//>`;
@@ -141,7 +149,7 @@ function Delete({ ids }) {
   const title = ids.length > 1 ? say("delete_grid_ask", { count: ids.length }) : say("delete_ask");
   return html`
     <${Dialog} title=${title}>
-      <p class="prompt">${short(state.jobs.get(ids[0])?.prompt, 160)}</p>
+      <p class="prompt" dir="auto">${short(state.jobs.get(ids[0])?.prompt, 160)}</p>
       <p>${say("delete_final")}</p>
       <div role="alert">${wrong && html`<p class="error">${wrong}</p>`}</div>
       <div class="actions">
@@ -248,7 +256,9 @@ function Compare({ ids }) {
           <${Icon} name=${pair.playing ? "pause" : "play"} />
           ${say(pair.playing ? "pause" : "play_both")}</button>
         <input type="range" min="0" max=${pair.length || 1} step="0.01" value=${pair.time}
-          aria-label=${say("position_in")} onInput=${(event) => pair.seek(+event.target.value)} />
+          aria-label=${say("position_in")}
+          aria-valuetext=${say("time_s", { n: pair.time.toFixed(1) })}
+          onInput=${(event) => pair.seek(+event.target.value)} />
         <label class="inline">${say("speed")}
           <select value=${String(speed)} onChange=${(event) => setSpeed(+event.target.value)}>
             ${[0.25, 0.5, 1, 2].map((one) => html`<option value=${String(one)}>${one} ×</option>`)}
@@ -284,13 +294,16 @@ function Token() {
   useEffect(() => ref.current.showModal(), []);
   const use = (event) => {
     event.preventDefault();
+    // Another sign cannot stand in a header: no server has it in its token.
+    if (!/^[!-~]+$/.test(value.trim())) return update({ token: "wrong" });
     token.set(value.trim());
     update({ token: "" });
-    restart();
+    return restart();
   };
   return html`
     <dialog ref=${ref} aria-labelledby="token-title"
-      onCancel=${(event) => event.preventDefault()}>
+      onCancel=${(event) => event.preventDefault()}
+      onClose=${() => ref.current?.showModal()}>
       <form class="inside" onSubmit=${use}>
         <h2 id="token-title">${say("token_title")}</h2>
         <div class="field"><label for="token">${say("token")}</label>

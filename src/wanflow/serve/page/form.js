@@ -1,10 +1,10 @@
 // The form: what to make, and what the server says of it.
 
-import { html, useEffect, useRef, useState } from "./lib/htm-preact.js";
+import { html, useEffect, useLayoutEffect, useRef, useState } from "./lib/htm-preact.js";
 
 import { IconButton, say, wordsOf } from "./parts.js";
 import {
-  MOST, bodyOf, bySeed, clearForm, drawSeed, framesOf, send, setForm, setPictures,
+  MOST, bodyOf, bySeed, clearForm, drawSeed, framesOf, offer, send, setForm, setPictures,
 } from "./request.js";
 import { state, update } from "./store.js";
 
@@ -49,8 +49,9 @@ function Field({ name, label, hint, error, children }) {
     </div>`;
 }
 
-const typed = (field) => (event) => {
-  setForm({ [field]: event.currentTarget.value });
+/** Keep what is typed, and take back what was said of that field. */
+const typed = (name, field = name) => (event) => {
+  setForm({ [name]: event.currentTarget.value });
   if (state.refused?.field === field) update({ refused: null });
 };
 
@@ -71,16 +72,15 @@ function PictureField({ name, label, error }) {
     setUrl(made);
     return () => made && URL.revokeObjectURL(made);
   }, [file]);
-  const set = (chosen) => {
-    setPictures({ ...state.pictures, [name]: chosen });
+  const remove = () => {
+    setPictures({ ...state.pictures, [name]: null });
     update({ refused: null });
   };
   const take = (event, files) => {
-    const found = [...files].find((one) => one.type.startsWith("image/"));
     setOver(false);
-    if (!found) return;
+    if (!files.length) return;
     event.preventDefault();
-    set(found);
+    offer(name, files);
   };
   return html`
     <${Field} name=${name} label=${label} error=${error}>
@@ -98,7 +98,7 @@ function PictureField({ name, label, error }) {
             }} />
           ${!url && html`<span aria-hidden="true">${say(file ? "on_server" : "drop")}</span>`}
           ${file && html`<${IconButton} name="close" words=${say("remove_picture")}
-            onClick=${() => set(null)} />`}
+            onClick=${remove} />`}
         </div>`}
     <//>`;
 }
@@ -115,10 +115,10 @@ function SizeField({ form, settings, error }) {
             <option value=${size}>${size.replace("x", " × ")}</option>`)}
           <option value="own">${say("size_other")}</option>
         </select>
-        ${form.size === "own" && html`<input aria-label=${say("size_own")} placeholder="832x480"
-          autocomplete="off" value=${form.own} onInput=${(event) => {
-            setForm({ own: event.currentTarget.value });
-          }} />`}`}
+        ${form.size === "own" && html`<input id="own" aria-label=${say("size_own")}
+          aria-describedby=${props["aria-describedby"]} aria-invalid=${props["aria-invalid"]}
+          placeholder=${usual} autocomplete="off" value=${form.own}
+          onInput=${typed("own", "size")} />`}`}
     <//>`;
 }
 
@@ -136,7 +136,7 @@ function LengthField({ form, settings, error }) {
             placeholder=${form.unit === "frames" ? usual : +(usual / settings.fps).toFixed(2)}
             onInput=${typed("length")} />
           <select aria-label=${`${say("frames")} / ${say("seconds")}`} value=${form.unit}
-            onChange=${typed("unit")}>
+            onChange=${typed("unit", "length")}>
             <option value="frames">${say("frames")}</option>
             <option value="seconds">${say("seconds")}</option>
           </select>
@@ -181,11 +181,15 @@ function LoraFields({ form, settings, error }) {
 function More({ form, settings, error, open }) {
   const two = settings.experts.length === 2;
   const usual = settings.defaults;
+  const element = useRef();
+  useLayoutEffect(() => {
+    if (open) element.current.open = true; // it is the person's to close
+  }, [open]);
   return html`
-    <details open=${open || undefined}>
+    <details ref=${element}>
       <summary>${say("more")}</summary>
       <${Field} name="negative" label=${say("negative")} error=${error("negative")}>
-        ${(props) => html`<textarea ...${props} rows="2" value=${form.negative}
+        ${(props) => html`<textarea ...${props} rows="2" dir="auto" value=${form.negative}
           placeholder=${say("negative_hint")} onInput=${typed("negative")}></textarea>`}
       <//>
       <div class="row">
@@ -217,14 +221,22 @@ function Actions({ count, busy, refused }) {
       ${refused && !refused.field && html`<p class="error boxed">${refused.message}</p>`}
     </div>
     <div class="actions">
-      <button class="main" disabled=${busy}>${say(key, { count })}</button>
+      <button class="main" aria-disabled=${busy}>${say(key, { count })}</button>
       <button type="button" class="quiet" onClick=${clearForm}>${say("reset")}</button>
     </div>`;
 }
 
+const countOf = (form) => Math.min(MOST, Math.max(1, Math.floor(form.count) || 1));
+
+/** Put the focus into a field that was refused, once it is drawn. */
+const point = (field) => setTimeout(() => {
+  const own = field === "size" && document.getElementById("own");
+  (own || document.getElementById(field))?.focus();
+});
+
 /** Submit the form; return what the server refused. */
 async function submit(form, settings) {
-  const count = Math.min(MOST, Math.max(1, Number(form.count) || 1));
+  const count = countOf(form);
   try {
     const body = bodyOf(form, settings);
     const bodies = count > 1 ? bySeed(body, count) : [body];
@@ -244,7 +256,7 @@ export function Form() {
   const [busy, setBusy] = useState(false);
   const element = useRef();
   const error = (name) => (refused?.field === name ? refused.message : "");
-  const count = Math.min(MOST, Math.max(1, Number(form.count) || 1));
+  const count = countOf(form);
   const send = async (event) => {
     event.preventDefault();
     if (busy) return;
@@ -253,7 +265,7 @@ export function Form() {
     const found = await submit(form, settings);
     update({ refused: found });
     setBusy(false);
-    if (found?.field) document.getElementById(found.field)?.focus();
+    if (found?.field) point(found.field);
   };
   const quick = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element.current.requestSubmit();
@@ -262,7 +274,7 @@ export function Form() {
     <form ref=${element} novalidate onSubmit=${send} onKeyDown=${quick}>
       <h2>${say("make")}</h2>
       <${Field} name="prompt" label=${say("prompt")} error=${error("prompt")}>
-        ${(props) => html`<textarea ...${props} rows="4" value=${form.prompt}
+        ${(props) => html`<textarea ...${props} rows="4" dir="auto" value=${form.prompt}
           placeholder=${say("prompt_hint")} onInput=${typed("prompt")}></textarea>`}
       <//>
       ${settings.pictures > 0 && html`

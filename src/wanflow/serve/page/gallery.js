@@ -23,7 +23,9 @@ async function again(job, changes) {
   }
 }
 
-export function toggleChosen(id) {
+const comparable = (job) => job.status === "completed" && !isPicture(job);
+
+function toggleChosen({ id }) {
   const others = state.chosen.filter((other) => other !== id);
   const chosen = others.length < state.chosen.length ? others : [...others, id].slice(-2);
   update({ chosen });
@@ -54,8 +56,8 @@ function Tools({ job }) {
       <i class="space"></i>
       <${IconButton} name="recipe" words=${say("recipe")}
         onClick=${() => open("recipe", { job })} />
-      ${!isPicture(job) && html`<${IconButton} name="compare" words=${say("compare")}
-        aria-pressed=${chosen ? "true" : "false"} onClick=${() => toggleChosen(job.id)} />`}
+      ${comparable(job) && html`<${IconButton} name="compare" words=${say("compare")}
+        aria-pressed=${chosen ? "true" : "false"} onClick=${() => toggleChosen(job)} />`}
       <${Download} job=${job}><${Icon} name="download" /><//>
       <${IconButton} name="delete" words=${say("delete")}
         onClick=${() => open("delete", { ids: [job.id] })} />
@@ -66,7 +68,7 @@ function Tools({ job }) {
 function Failed({ job }) {
   const words = job.status === "failed" ? job.error?.message : "";
   return html`
-    <div class="frame ended"><p><b>${say(job.status)}</b> ${words}</p></div>`;
+    <div class=${`frame ended ${job.status}`}><p><b>${say(job.status)}</b> ${words}</p></div>`;
 }
 
 function FailedTools({ job }) {
@@ -84,7 +86,7 @@ function FailedTools({ job }) {
 
 const KEYS = {
   a: (job) => again(job, { seed: drawSeed() }),
-  c: (job) => toggleChosen(job.id),
+  c: (job) => comparable(job) && toggleChosen(job),
   Delete: (job) => open("delete", { ids: [job.id] }),
 };
 
@@ -107,7 +109,7 @@ function Card({ job }) {
         ? html`<${Clip} job=${job} playing=${state.playing === job.id}
             onPlay=${() => update({ playing: job.id })} />`
         : html`<${Failed} job=${job} />`}
-      <p class="prompt" title=${job.prompt}>${job.prompt}</p>
+      <p class="prompt" dir="auto" title=${job.prompt}>${job.prompt}</p>
       <${Facts} job=${job} />
       ${done ? html`<${Tools} job=${job} />` : html`<${FailedTools} job=${job} />`}
     </li>`;
@@ -129,7 +131,7 @@ function Cell({ job, playing, videoRef }) {
         <span class="label">${label}</span>
         ${active(job) && html`<span>${doing(job)}</span>`}
         ${!active(job) && html`<button type="button" class="quiet small" aria-expanded=${tools}
-          aria-label=${`${label}: …`} onClick=${() => setTools(!tools)}>⋯</button>`}
+          aria-label=${say("tools_of", { label })} onClick=${() => setTools(!tools)}>⋯</button>`}
       </p>
       ${tools && (done ? html`<${Tools} job=${job} />` : html`<${FailedTools} job=${job} />`)}
     </li>`;
@@ -139,7 +141,7 @@ function Cell({ job, playing, videoRef }) {
 function Grid({ id, jobs }) {
   const [playing, setPlaying] = useState(false);
   const videos = useRef(new Map());
-  const ready = jobs.filter((job) => job.status === "completed" && !isPicture(job));
+  const ready = jobs.filter(comparable);
   const began = (job) => (element) => {
     if (!element) {
       videos.current.delete(job.id);
@@ -155,7 +157,7 @@ function Grid({ id, jobs }) {
   const vary = say(varied(jobs[0].grid.vary));
   return html`
     <li class="card grid" data-grid=${id}>
-      <p class="prompt" title=${jobs[0].prompt}>${jobs[0].prompt}</p>
+      <p class="prompt" dir="auto" title=${jobs[0].prompt}>${jobs[0].prompt}</p>
       <ol class="cells">
         ${jobs.map((job) => html`<${Cell} key=${job.id} job=${job} playing=${playing}
           videoRef=${began(job)} />`)}
@@ -189,6 +191,16 @@ function Chosen() {
 
 export function Gallery() {
   const items = gallery();
+  const older = async () => {
+    try {
+      await earlier();
+      if (state.more) return; // else the button goes, and the first of the new has the focus
+      setTimeout(() => document.querySelectorAll(".cards > li")[items.length]
+        ?.querySelector("button, a")?.focus());
+    } catch (error) {
+      update({ notice: wordsOf(error) });
+    }
+  };
   return html`
     <section id="gallery" tabindex="-1" aria-labelledby="gallery-title">
       <h2 id="gallery-title">${say("gallery")}</h2>
@@ -199,8 +211,7 @@ export function Gallery() {
           : html`<${Card} key=${id} job=${job} />`)}
       </ul>
       ${state.more && html`<button type="button" class="quiet more"
-        onClick=${() => earlier().catch((error) => update({ notice: wordsOf(error) }))}>
-        ${say("load_more")}</button>`}
+        onClick=${older}>${say("load_more")}</button>`}
       <${Chosen} />
     </section>`;
 }

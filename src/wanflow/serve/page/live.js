@@ -43,11 +43,22 @@ async function ask(id) {
   }
 }
 
-/** Ask for the videos before the earliest that is shown. */
+/** Ask for videos before those that are shown, until there is one that is not. */
 export async function earlier() {
-  const list = await api.list(PAGE, state.oldest);
-  take(list.data);
-  update({ more: list.has_more, oldest: list.last_id || state.oldest });
+  for (let after = state.oldest, fresh = false; !fresh; ) {
+    let list;
+    try {
+      list = await api.list(PAGE, after);
+    } catch (error) {
+      if (error.status !== 404 || !after) throw error;
+      after = ""; // it was deleted: go through all, from the newest
+      continue;
+    }
+    fresh = !list.has_more || list.data.some((video) => !state.jobs.has(video.id));
+    take(list.data, true);
+    after = list.last_id || after;
+    update({ more: list.has_more, oldest: after });
+  }
 }
 
 function heard(event) {
@@ -94,7 +105,7 @@ async function run(signal) {
       if (!(await enter())) return; // the token's dialog restarts
       await refresh();
       if (document.hidden) {
-        update({ link: "polling" });
+        update({ link: "resting" });
         await pause(HIDDEN_MS, signal);
         continue;
       }
@@ -113,7 +124,7 @@ async function run(signal) {
         update({ token: "needed" });
         return;
       }
-      update({ link: error.status === 0 ? "lost" : "polling" });
+      update({ link: error.status === 0 ? "lost" : "polling", why: error.message });
     }
     if (signal.aborted) return;
     await wait(BACK_OFF_MS[Math.min(failures++, BACK_OFF_MS.length - 1)], signal);

@@ -4,7 +4,7 @@ import {
   html, useEffect, useLayoutEffect, useReducer, useRef, useState,
 } from "./lib/htm-preact.js";
 
-import { address, ask, blob, content, preview, token } from "./api.js";
+import { address, blob, content, preview, token } from "./api.js";
 import { short, state, update } from "./store.js";
 import { speaker } from "./words.js";
 
@@ -231,20 +231,32 @@ export function Clip({ job, playing, onPlay, videoRef }) {
     </button>`;
 }
 
-export const fileName = (job) => `wanflow-${job.seed ?? job.id}.${isPicture(job) ? "png" : "mp4"}`;
+/** Return a name that a person finds again: the first words of the prompt, and the seed. */
+export function fileName(job) {
+  const words = job.prompt.match(/[\p{L}\p{M}\p{N}]+/gu) || ["wanflow"];
+  const name = Array.from(words.join("-")).slice(0, 40).join("");
+  return `${name}-${job.seed ?? job.id}.${isPicture(job) ? "png" : "mp4"}`;
+}
 
-/** A link that saves the video; with a token the bytes are fetched first. */
+/** A link that saves the video. The bytes are fetched: with the token, and under our name. */
 export function Download({ job, children }) {
+  const [busy, setBusy] = useState(false);
   const save = async (event) => {
-    if (!token.get() || event.currentTarget.href.startsWith("blob:")) return;
     event.preventDefault();
+    if (busy) return;
+    setBusy(true);
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(await (await ask(content(job.id))).blob());
-    link.download = fileName(job);
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+    try {
+      link.href = await blob(content(job.id));
+      link.download = fileName(job);
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+    } catch (error) {
+      update({ notice: wordsOf(error) });
+    }
+    setBusy(false);
   };
   return html`
     <a class="button quiet" href=${address(content(job.id))} download=${fileName(job)}
-      title=${say("download")} aria-label=${say("download")} onClick=${save}>${children}</a>`;
+      title=${say("download")} aria-label=${say("download")} aria-disabled=${busy} onClick=${save}>${children}</a>`;
 }

@@ -56,7 +56,7 @@ function Entry({ job }) {
     <li ref=${ref} class=${works ? "entry works" : "entry"} data-id=${job.id}>
       ${works && html`<${Preview} job=${job} />`}
       <div class="what">
-        <p class="prompt" title=${job.prompt}>${job.prompt}</p>
+        <p class="prompt" dir="auto" title=${job.prompt}>${job.prompt}</p>
         <p class="doing">
           ${works && html`<b class=${`dot ${job.expert || ""}`}></b>`}
           ${stopping ? say("cancelling") : doing(job)}
@@ -64,7 +64,8 @@ function Entry({ job }) {
         ${works && html`<${Bar} job=${job} />`}
         <p class="facts">${facts.map((fact) => html`<span>${fact}</span>`)}</p>
       </div>
-      <button type="button" class="quiet" disabled=${stopping} onClick=${() => cancel(job)}
+      <button type="button" class="quiet" aria-disabled=${!!stopping}
+        onClick=${() => stopping || cancel(job)}
         aria-label=${`${say("cancel")}: ${short(job.prompt)}`}>
         <${Icon} name="close" />${say("cancel")}
       </button>

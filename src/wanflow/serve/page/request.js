@@ -37,10 +37,29 @@ export const clearForm = () => {
 /** Draw a seed that a person can type. */
 export const drawSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
+/** Take the first picture of some files; where there is none, or it is too large, say so. */
+export function offer(name, files) {
+  const found = [...files].find((one) => one.type.startsWith("image/"));
+  const most = state.settings.limits.body_bytes;
+  const mb = (bytes) => Math.ceil(bytes / 1e5) / 10;
+  const message = !found ? say("not_picture", { name: files[0].name })
+    : found.size > most
+      ? say("picture_large", { name: found.name, size: mb(found.size), most: mb(most) }) : "";
+  if (!message) setPictures({ ...state.pictures, [name]: found });
+  update({ refused: message ? { field: name, message } : null });
+}
+
+/** Return the number that a person typed: also "3,5", and the wide digits of Chinese input. */
+function read(text) {
+  const plain = text.normalize("NFKC").trim();
+  return Number(plain.replace(/^([+-]?\d*),(\d+)$/, "$1.$2"));
+}
+
 function number(text, field, whole = true) {
-  const value = Number(text);
-  if (!Number.isFinite(value) || (whole && !Number.isSafeInteger(value))) {
-    throw new ApiError(400, say("is_number", { field: say(field), value: text }), field);
+  const value = read(text);
+  if (!Number.isFinite(value) || (whole && !Number.isInteger(value))) {
+    const key = whole ? "is_whole" : "is_number";
+    throw new ApiError(400, say(key, { field: say(field), value: text }), field);
   }
   return value;
 }
@@ -48,7 +67,7 @@ function number(text, field, whole = true) {
 /** Return the frames that a length means: of 4n + 1, the nearest. */
 export function framesOf(form, settings) {
   const text = form.length || String(settings.defaults.num_frames);
-  const value = Number(text);
+  const value = read(text);
   if (form.unit === "frames" || !form.length) return value;
   return Math.max(0, Math.round((value * settings.fps - 1) / 4)) * 4 + 1;
 }
@@ -58,8 +77,9 @@ export function bodyOf(form, settings) {
   const body = { ...form.rest, prompt: form.prompt };
   if (form.negative) body.negative_prompt = form.negative;
   if (form.preset) body.preset = form.preset;
-  const size = form.size === "own" ? form.own : form.size;
-  if (size) body.size = size.trim().replace(/\s*[*×X]\s*/g, "x");
+  const size = form.size === "own" ? form.own.normalize("NFKC").trim() : form.size;
+  if (form.size === "own" && !size) throw new ApiError(400, say("size_missing", { size: settings.defaults.size }), "size");
+  if (size) body.size = size.replace(/\s*[*×X]\s*/g, "x");
   if (form.length) {
     number(form.length, "length", false);
     body.num_frames = framesOf(form, settings);
@@ -94,6 +114,9 @@ export async function send(bodies, vary = "seed") {
   const id = random();
   let sent = 0;
   for (const [place, body] of bodies.entries()) {
+    if (body.seed != null && !Number.isSafeInteger(body.seed)) { // JSON here would round it
+      return { sent, failed: new ApiError(400, say("seed_large"), "seed") };
+    }
     const user = bodies.length > 1 && gridMark({ id, vary, value: body[vary], place });
     try {
       take([await persist(user ? { ...body, user } : body)]);

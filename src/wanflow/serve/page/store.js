@@ -26,7 +26,8 @@ export function keep(name, value) {
 export const state = {
   jobs: new Map(), // id: video, as the server spoken it last
   settings: null, // of /v1/settings
-  link: "starting", // starting, live, polling, lost
+  link: "starting", // starting, live, resting (a hidden tab), polling, lost
+  why: "", // what the server says where it gives no settings
   ready: null, // whether a job can start now
   more: false, // the server has earlier videos
   oldest: "", // id of the last video that a list gave
@@ -48,7 +49,7 @@ export const state = {
   spoken: "", // for screen readers, politely
 };
 
-let count = 0; // of jobs that were heard of
+let [count, least] = [0, 0]; // places in time of jobs that were heard of
 
 const listeners = new Set();
 
@@ -77,9 +78,21 @@ export function choose(name, value) {
 export const ACTIVE = ["queued", "in_progress"];
 export const active = (job) => ACTIVE.includes(job.status);
 
-/** Take what the server answers of some jobs. */
-export function take(videos) {
+/** Return places for unknown jobs that a list, newest first, has after known ones. */
+function placesBelow(videos, earlier) {
+  const places = new Map();
+  let below = earlier;
+  for (const { id } of videos) {
+    if (state.jobs.has(id)) below = true;
+    else if (below) places.set(id, --least);
+  }
+  return places;
+}
+
+/** Take what the server answers of some jobs; `earlier` than all that are known. */
+export function take(videos, earlier = false) {
   const jobs = new Map(state.jobs);
+  const places = placesBelow(videos, earlier);
   const now = Date.now();
   let spoken = state.spoken;
   for (const video of videos.toReversed()) { // a list has the newest first
@@ -87,7 +100,7 @@ export function take(videos) {
     // A list that was asked for before an event came is older than the event.
     if (before && !newer(before, video)) continue;
     spoken = announcement(before, video) || spoken;
-    const order = before?.order ?? count++;
+    const order = before?.order ?? places.get(video.id) ?? count++;
     jobs.set(video.id, { ...video, grid: gridOf(video), heard: now, order });
   }
   const previews = new Map(state.previews);
@@ -130,7 +143,7 @@ export function drop(ids) {
   update({ jobs, chosen: state.chosen.filter((id) => !ids.includes(id)) });
 }
 
-// Times are whole seconds; within one, the later that was heard of is the newer.
+// Times are whole seconds; within one, the place tells.
 const newest = (a, b) => b.created_at - a.created_at || b.order - a.order;
 
 /** Return the jobs at work, then those that wait, in the order in which they will run. */
