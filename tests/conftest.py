@@ -4,6 +4,7 @@ miniature.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -24,6 +25,16 @@ torch.set_num_threads(1)
 # A shell starts a background command with SIGINT ignored, and so would be the processes of tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def settled() -> None:
+    """Spare what lives by now from collections of garbage, which pipelines ask for as they swap.
+
+    What all tests and libraries keep is a million objects, and would take a second each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -222,7 +222,8 @@ def worked(processes: Processes) -> Worked:
     return lambda size: processes(work, size)
 
 
-SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
+CROWD = (pytest.mark.slow, pytest.mark.crowded)
+SIZES = [*QUICK, *(pytest.param(size, marks=CROWD) for size in SLOW)]
 
 
 # what came out
@@ -272,7 +273,7 @@ def test_bfloat16_differs_by_its_rounding(size: int, worked: Worked) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.batch == 2])
 @pytest.mark.parametrize(
-    "size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW if size != 3)]
+    "size", [2, *(pytest.param(size, marks=CROWD) for size in SLOW if size != 3)]
 )
 def test_two_groups_give_the_bits_of_two_passes(size: int, name: str, worked: Worked) -> None:
     """Two passes of one group of the same layout."""

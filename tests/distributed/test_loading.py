@@ -38,7 +38,7 @@ from wanflow.runtime import Runtime
 from wanflow.transforms.block_streaming import Streaming
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "loading.py"
-SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
+SIZES = [2, pytest.param(4, marks=(pytest.mark.slow, pytest.mark.crowded))]
 STREAMED = Runtime(resident_blocks=2, stream_from="ram")
 pytestmark = pytest.mark.distributed
 
@@ -264,6 +264,7 @@ def test_all_ranks_end_where_one_cannot_read(size: int, processes: Processes) ->
 
 
 @pytest.mark.slow
+@pytest.mark.crowded
 @measurable
 def test_four_that_stream_take_the_memory_of_one() -> None:
     """Five blocks of full width; each page by the number of processes that map it."""

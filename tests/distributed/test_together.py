@@ -36,8 +36,11 @@ from wanflow.runtime import Runtime
 from wanflow.sampling.solvers import SolverState, advance
 from wanflow.transforms.attention_kernels import BACKENDS
 
-QUICK, SLOW = (2,), (3, 4, 6, 8)
-SIZES = [*QUICK, *(pytest.param(size, marks=pytest.mark.slow) for size in SLOW)]
+# Of 6, test_distributed tries every layout; a whole run has nothing that is of 6 alone.
+QUICK, SLOW = (2,), (3, 4, 8)
+CROWD = (pytest.mark.slow, pytest.mark.crowded)
+SIZES = [*QUICK, *(pytest.param(size, marks=CROWD) for size in SLOW)]
+FEW = 4  # on which the family runs, too: on more, it is the same layouts nested once more
 WANTED = Request(PROMPT, frame_num=5, sample_steps=3, seed=3)
 SHARED: dict[str, Any] = {"dit_fsdp": True}
 FAMILY = ("i2v, both pictures", "ti2v, picture")
@@ -88,7 +91,8 @@ def on_layout(info: ranks.DistInfo, layout: Layout) -> dict[str, Any]:
         "half": cancelled.value.run.state.tensors(),
     }
     found |= {"shared out": shared.resume(shared.begin(WANTED)).state.x, "shares": shares(shared)}
-    found["family"] = {kind: of_family(kind, info, layout) for kind in FAMILY}
+    if info.world_size <= FEW:
+        found["family"] = {kind: of_family(kind, info, layout) for kind in FAMILY}
     for case in PIPELINE["runs"] if info.world_size == 2 else PIPELINE["runs"][:1]:
         found[case["name"]] = golden(info, layout, case)
     return found
@@ -226,7 +230,7 @@ def test_the_first_process_has_the_video(size: int, found: Found) -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES[:-1])
 def test_the_family_makes_of_pictures_what_one_process_makes(
     size: int, kind: str, found: Found
 ) -> None:

@@ -316,11 +316,14 @@ LOOKS = {
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_every_look(server: str, open_page: Callable[..., Page], look: str) -> None:
-    page = open_page(server, **LOOKS[look])
+    page, made = open_page(server, **LOOKS[look]), f"a red star falls, {look}"
     submit(page, f"a blue square shrinks, {look}", **LONG)
     expect(page.locator(".works .frame :is(img, canvas)")).to_be_visible()
     assert barriers(page) == []
-    expect(card(page, look).locator("button.frame img")).to_be_visible()
+    cancel = "取消" if look == "chinese" else "Cancel"
+    page.locator(".works").get_by_role("button", name=cancel).click()
+    submit(page, made, steps="4")
+    expect(card(page, made).locator("button.frame img")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     if look == "dark":
         ground = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g)"
@@ -362,6 +365,7 @@ def test_without_events_the_page_asks_and_connects_again(
     page.reload()
     submit(page, prompt, **LONG)
     expect(page.locator(".works .frame img")).to_be_visible()  # previews are asked for, too
+    entry(page, prompt).get_by_role("button", name="Cancel").click()
     expect(card(page, prompt)).to_be_visible()
     expect(page.locator(".notice")).to_be_visible()
     page.route("**/v1/**", lambda route: route.abort())
