@@ -22,6 +22,7 @@ FORMS = {
     "int8 rows": 1,
     "convrot": 16,
     "lightx2v int8": 1,
+    "quanto": 1,
     "lightx2v nvfp4": 16,
     "lightx2v calibrated": 16,
 }
@@ -73,13 +74,17 @@ def written(form: str, layer: str, value: Tensor) -> tuple[dict[str, Tensor], Te
     rows = form != "int8"
     scale = (turned.abs().amax(1, keepdim=True) if rows else turned.abs().amax()) / 127
     scale = scale.clamp(min=1e-30)
-    codes = (turned / scale).round().to(torch.int8)
+    scale = scale.bfloat16().float() if form == "quanto" else scale
+    codes = (turned / scale).round().clamp(-127, 127).to(torch.int8)
     tensors = {f"{layer}.weight": codes, f"{layer}.weight_scale": scale}
+    if form == "quanto":  # as optimum-quanto 0.2.7 names them
+        tensors = {f"{layer}.weight._data": codes, f"{layer}.weight._scale": scale.bfloat16()}
+        tensors |= {f"{layer}.{end}_scale": torch.ones(()) for end in ("input", "output")}
     meaning = codes.float() * scale
     if size:
         meaning = (meaning.view(len(value), -1, size) @ hadamard(size)).reshape(value.shape)
         note(tensors, layer, format="int8_tensorwise", convrot=True, convrot_groupsize=size)
-    elif not form.startswith("lightx2v"):
+    elif form.startswith("int8"):
         note(tensors, layer, format="int8_tensorwise", params={"per_row": rows})
     return tensors, meaning
 

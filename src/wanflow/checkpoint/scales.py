@@ -32,7 +32,7 @@ FORMATS = {
 }
 SCALES = (".scale_weight", ".weight_scale")
 # Scales of activations and notes for fp8 matmuls, which wanflow does not use.
-ASIDE = (".scale_input", ".input_scale", ".comfy_quant")
+ASIDE = (".scale_input", ".input_scale", ".output_scale", ".comfy_quant")
 SENTINEL = "scaled_fp8"
 HEADER = "_quantization_metadata"
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}

@@ -45,6 +45,7 @@ KIND_LABELS: dict[Kind, str] = {
     "t5": "a T5 text encoder",
     "vae": "a VAE",
 }
+QUANTO = {".weight._data": ".weight", ".weight._scale": ".weight_scale"}  # to ComfyUI's
 EMBEDDED = "spiece_model"  # the tensor of bytes in which ComfyUI's T5 files carry their tokenizer
 LORA_MARKS = (
     ".lora_",
@@ -109,25 +110,36 @@ def open_container(path: Path) -> TensorSource:
 
 
 def _with_scales(source: TensorSource) -> TensorSource:
-    """Return a source that joins fp8 weights with their scales; the same one without any."""
+    """Return a source that joins packed weights with their scales; the same one without any."""
     plain = all(
         info.dtype.itemsize > 1 and "scale" not in name and "quant" not in name
         for name, info in source.tensors.items()
     )
     if plain and not any("quant" in key for key in source.metadata):
         return source
-    # What joins and unpacks fp8 is imported for a file that may hold some.
+    # What joins and unpacks them is imported for a file that may hold some.
     from wanflow.checkpoint.scales import pair_scales
 
-    return pair_scales(source)
+    return pair_scales(_without_quanto(source))
+
+
+def _without_quanto(source: TensorSource) -> TensorSource:
+    """Return a source whose names are ComfyUI's where a file has quanto's, as Wan2GP's int8 has."""
+    if not any(name.endswith(".weight._data") for name in source.tensors):
+        return source
+    names = {}
+    for name in source.tensors:
+        end = next((end for end in QUANTO if name.endswith(end)), "")
+        names[name.removesuffix(end) + QUANTO.get(end, "")] = name
+    return _renamed(source, names)
 
 
 @dataclass(frozen=True)
 class OfficialSource(TensorSource):
-    """One part of a model under its official names."""
+    """One part of a model under its official names, or a file under another program's names."""
 
     inner: TensorSource
-    names: Mapping[str, str]  # official -> in the file
+    names: Mapping[str, str]  # new -> in the file
 
     def read(
         self,
@@ -167,11 +179,15 @@ def official(kind: Kind, source: TensorSource) -> OfficialSource:
         table = to_official(kind, names)
     except RequestError as error:
         raise RequestError(f"{source.path}: {error}") from None
+    return _renamed(source, {new: old for old, new in table.items()})
+
+
+def _renamed(source: TensorSource, names: dict[str, str]) -> OfficialSource:
     return OfficialSource(
         source.path,
-        {new: source.tensors[old] for old, new in table.items()},
+        {new: source.tensors[old] for new, old in names.items()},
         source,
-        {new: old for old, new in table.items()},
+        names,
         files=source.files,
         container=source.container,
         metadata=source.metadata,
