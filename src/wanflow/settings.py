@@ -98,7 +98,8 @@ class Setting:
             # Also false for NaN.
             valid = self.range[0] <= value <= min(self.range[1], 2**63 - 1)
         if not valid:
-            raise RequestError(f"{self.name} must be {self.expected()} (got {shown(value)})")
+            most = " below 2**63" if isinstance(value, int) and value >= 2**63 else ""
+            raise RequestError(f"{self.name} must be {self.expected()}{most} (got {shown(value)})")
 
 
 def setting(

@@ -294,7 +294,7 @@ def test_forms_take_brackets(serving: Serving, client: TestClient) -> None:
         ({"seconds": "soon"}, "seconds must be a number"),
         ({"seconds": "0"}, "seconds must be above 0"),
         ({"size": "1920x1088"}, "at most the area of 1280*720"),
-        ({"size": "65x64"}, "size: width 65 is not a positive multiple of 16; the nearest is 64"),
+        ({"size": "65x64"}, "size '65x64': width 65 is not a positive multiple of 16"),
         ({"width": 64, "height": 65}, "height 65 is not a positive multiple of 16"),
         ({"size": "large"}, "is not WIDTH*HEIGHT"),
         ({"width": 64}, "width and height go together"),
@@ -311,7 +311,9 @@ def test_refusals_name_the_field(client: TestClient, fields: dict[str, Any], wor
     error = refused(client, SUBMIT | fields)
     assert words in error["message"] and "--" not in error["message"]
     about_all = {"colour", "extra_body", "size", "num_frames", "seconds", "guidance_scale"}
-    assert error["param"] in SUBMIT | fields or (not error["param"] and about_all & set(fields))
+    assert error["param"] in {*SUBMIT, *fields, "colour"} or (
+        not error["param"] and about_all & set(fields)
+    )
 
 
 def test_another_model_is_refused(client: TestClient) -> None:
@@ -738,3 +740,126 @@ def test_pictures_that_no_job_has_go(tmp_path: Path) -> None:
         assert len(list(files.iterdir())) == 1  # another submission may be about to use it
         look(time.time() + 10_000)
         assert not list(files.iterdir())
+
+
+# In the names that a client sent
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"size": "65x64"}, "size", "size '65x64': width 65 is not"),
+        ({"width": 65, "height": 64}, "width", "width 65 is not"),
+        ({"width": 1920, "height": 1088}, "width", "width 1920: size 1920x1088 is too large"),
+        ({"num_frames": 16}, "num_frames", "num_frames 16 is not 4n+1"),
+        ({"frame_num": 16}, "frame_num", "frame_num 16 is not 4n+1"),
+        ({"extra_params": {"num_frames": 16}}, "num_frames", "num_frames 16 is not"),
+        ({"frame_num": 261}, "frame_num", "frame_num 261 is too much"),
+        ({"seconds": "9999"}, "seconds", "seconds '9999': frame_num must be"),
+        ({"seconds": "99"}, "seconds", "seconds '99': num_frames 793 is too much"),
+        ({"sample_steps": 101}, "sample_steps", "sample_steps 101 is too much"),
+        (
+            {"cfg_start_steps": 9, "num_inference_steps": 4},
+            "cfg_start_steps",
+            "cfg_start_steps must be at most num_inference_steps, 4",
+        ),
+        ({"input_reference": "x"}, "input_reference", "input_reference: nano takes no picture"),
+        ({"image": "x"}, "image", "image: nano takes no picture"),
+        ({"video_params": "x"}, "video_params", "video_params must be an object"),
+        ({"foo": 1, "seed": 1}, "foo", "unknown fields: foo"),
+        ({"true_cfg_scale": 4}, "true_cfg_scale", "leave it out (or null or 1)"),
+        ({"generate_sound": True}, "generate_sound", "leave it out (or null or false)"),
+        ({"seed": 2**64}, "seed", "seed must be a whole number below 2**63"),
+    ],
+)
+def test_a_refusal_speaks_of_what_the_client_sent(
+    client: TestClient, fields: dict[str, Any], param: str, words: str
+) -> None:
+    error = refused(client, SUBMIT | fields)
+    assert words in error["message"] and error["param"] == param
+    assert "--" not in error["message"]
+
+
+def test_a_form_names_what_is_no_json(client: TestClient) -> None:
+    answer = client.post("/v1/videos", data=SUBMIT | {"extra_params": "{bad"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith("extra_params: not JSON")
+    assert error["param"] == "extra_params"
+
+
+def test_guidance_of_one_network_is_refused_by_its_field(tmp_path: Path) -> None:
+    with Serving(tmp_path, TI2V_5B).client() as client:
+        error = refused(client, SUBMIT | {"guidance_scale": 4, "guidance_scale_2": 3})
+        assert error["param"] == "guidance_scale"
+        assert "guidance_scale 4 and guidance_scale_2 3" in error["message"]
+
+
+def test_a_failed_job_speaks_of_fields(serving: Serving, client: TestClient) -> None:
+    worker = FakeWorker(serving)
+    worker.fail = {"code": "out_of_memory", "message": "a smaller --size, or --resident_blocks"}
+    with worker:
+        done = ended(client, make(client)["id"])
+    assert done["error"]["message"] == "a smaller size, or --resident_blocks"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_picture_by_a_client_that_says_null_or_breaks_lines(
+    pictured: tuple[Serving, TestClient], wrapped: bool
+) -> None:
+    _, client = pictured
+    url = data_url(png())
+    url = url.replace("=", "=\n") if url.endswith("=") else f"{url[:60]}\n{url[60:]}"
+    value = {"file_id": None, "image_url": url}
+    video = make(client, input_reference=[value] if wrapped else value)
+    assert video["status"] == "queued"
+
+
+def test_a_list_of_pictures_is_refused_without_their_bytes(
+    pictured: tuple[Serving, TestClient],
+) -> None:
+    _, client = pictured
+    files = [("input_reference[]", ("a.png", png())), ("input_reference[]", ("b.png", png()))]
+    answer = client.post("/v1/videos", data=SUBMIT, files=files)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].endswith("(got a list of 2)")
+
+
+def test_what_load_balancers_and_old_clients_ask(client: TestClient) -> None:
+    assert client.get("/health").json() == client.get("/healthz").json()
+    for path in ("/", "/healthz", "/v1/videos", "/v1/models"):
+        head = client.head(path)
+        assert head.status_code == 200 and head.content == b""
+        assert head.headers["content-length"] == client.get(path).headers["content-length"]
+    assert client.head("/v1/events").status_code == 405  # a stream has no end
+    id = make(client)["id"]
+    remix = client.post(f"/v1/videos/{id}/remix", json={"prompt": "y"})
+    assert remix.status_code == 404 and "/request again" in remix.json()["error"]["message"]
+    after = client.get("/v1/videos", params={"after": "x"}).json()["error"]
+    assert after["param"] == "after"
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    packed = client.post("/v1/videos", content=b"\x1f\x8b", headers=headers)
+    assert packed.status_code == 415 and "gzip" in packed.json()["error"]["message"]
+
+
+def test_a_video_that_a_client_has_is_not_sent_again(serving: Serving, client: TestClient) -> None:
+    with FakeWorker(serving):
+        id = ended(client, make(client)["id"])["id"]
+    content = f"/v1/videos/{id}/content"
+    tag = client.get(content).headers["etag"]
+    for known in (tag, f'"x", W/{tag}', "*"):
+        for range in ({}, {"Range": "bytes=0-9"}):
+            same = client.get(content, headers={"If-None-Match": known, **range})
+            assert same.status_code == 304 and same.content == b"" and same.headers["etag"] == tag
+    assert client.head(content, headers={"If-None-Match": tag}).status_code == 304
+    other = client.get(content, headers={"If-None-Match": '"x"'})
+    assert other.status_code == 200 and other.content == VIDEO
+    lines = client.get(content, headers={"Range": "lines=0-9"})  # a unit that nobody knows
+    assert lines.status_code == 200 and lines.content == VIDEO
+
+
+def test_the_page_behind_a_proxy_that_replaces_the_host(client: TestClient) -> None:
+    headers = {"Origin": "https://videos.example", "Sec-Fetch-Site": "same-origin"}
+    assert client.post("/v1/videos", json=SUBMIT, headers=headers).status_code == 200
+    headers["Sec-Fetch-Site"] = "cross-site"
+    assert client.post("/v1/videos", json=SUBMIT, headers=headers).status_code == 403

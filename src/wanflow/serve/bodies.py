@@ -31,6 +31,9 @@ async def read_fields(request: Request, limit: int) -> tuple[dict[str, Any], boo
         raise Refusal(
             415, f"content-type {printable(kind, 60)}: send application/json or multipart/form-data"
         )
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise Refusal(415, f"content-encoding {printable(coding, 60)}: send the body as it is")
     body = await _bytes(request, limit)
     if kind == "application/json":
         value = parse_json(body, "the body", limit)

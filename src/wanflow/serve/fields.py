@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ class Field:
         Raises:
             RequestError: naming the field.
         """
-        value = _of_form(self.kind, value) if in_form else value
+        value = _of_form(self.kind, value, self.name) if in_form else value
         if self.kind == "int" and isinstance(value, float) and value.is_integer():
             value = int(value)
         kinds: dict[str, Any] = {"text": str, "int": int, "bool": bool, "object": dict}
@@ -91,10 +92,13 @@ class Field:
         return words.get(self.kind, "true or false")
 
 
-def _of_form(kind: Kind, value: Any) -> Any:
+def _of_form(kind: Kind, value: Any, name: str) -> Any:
     """Return what the text of a form says; a text that says nothing of its kind stays a text."""
     if kind == "lora" and isinstance(value, dict):
-        return {key: one if key == "name" else _of_form("float", one) for key, one in value.items()}
+        return {
+            key: one if key == "name" else _of_form("float", one, name)
+            for key, one in value.items()
+        }
     if not isinstance(value, str) or kind in ("text", "picture"):
         return value
     word = value.strip()
@@ -107,7 +111,7 @@ def _of_form(kind: Kind, value: Any) -> Any:
     if word.lower() in ("true", "false") and kind in ("bool", "any"):
         return word.lower() == "true"
     if word[:1] in ("{", "[") and kind in ("object", "lora", "any"):
-        return parse_json(word, "a field of the form")
+        return parse_json(word, name)
     return value
 
 
@@ -238,9 +242,9 @@ def fields_of(given: Mapping[str, Any], in_form: bool) -> dict[str, Any]:
             continue
         _refuse_odd_text(name, value)
         if name in NOTHING:
-            asked = _of_form("any", value)
+            asked = _of_form("any", value, name)
             if not any(asked == one and type(asked) is type(one) for one in NOTHING[name]):
-                only = " or ".join(("null", *map(repr, NOTHING[name])))
+                only = " or ".join(map(json.dumps, (None, *NOTHING[name])))
                 raise RequestError(
                     f"{name} {shown(value)}: wanflow does not do this; leave it out (or {only})"
                 )
@@ -265,3 +269,64 @@ def _refuse_odd_text(name: str, value: Any) -> None:
             f"{printable(name)} holds a null character or half a letter (a lone surrogate); send"
             " valid Unicode"
         )
+
+
+# Words
+
+
+# What a message may name, where a field without a target of that name asked for it.
+ASKED_BY: Mapping[str, tuple[str, ...]] = {
+    "width": ("size",),
+    "height": ("size",),
+    "size": ("width",),
+    "frame_num": ("seconds",),
+    "cfg_low": ("guidance_scale",),
+    "image": ("input_reference", "image_reference"),
+}
+
+
+def in_fields(text: str) -> str:
+    """Return a message with `name` for each flag `--name` that a client can send as a field."""
+    return re.sub(r"--(\w+)", lambda found: found[1] if found[1] in FIELDS else found[0], text)
+
+
+def as_sent(message: str, given: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return a message in the names of the fields that a client sent, and the field that it is of.
+
+    Args:
+        message: of the checks of a submission, which begins with a name, as those of all requests.
+        given: the submission.
+    """
+    try:
+        sent = unwrapped(given, in_form=True)
+    except RequestError:
+        sent = dict(given)
+    text = in_fields(" ".join(message.split()))
+    first = re.match(r"\w*", text)
+    named = first[0] if first else ""
+    if named == "unknown":
+        unknown = (name for name in sent if name not in FIELDS and name not in NOTHING)
+        return text, printable(next(unknown, ""), 60) or None
+    if named in NOTHING or named in WRAPPERS:
+        return text, named
+    text = re.sub(r"^\w+|\w+_\w+", lambda found: _sent_as(found[0], sent), text)
+    named = _sent_as(named, sent)
+    if named not in FIELDS:
+        return text, None
+    if named not in sent:
+        target = FIELDS[named].target or named
+        asked = [one for one in ASKED_BY.get(target, ()) if one in sent]
+        if asked:
+            return f"{asked[0]} {shown(sent[asked[0]])}: {text}", asked[0]
+    return text, named
+
+
+def _sent_as(name: str, sent: Mapping[str, Any]) -> str:
+    """Return the name under which a client sent what a message calls `name`."""
+    if name in sent:
+        return name
+    target = FIELDS[name].target or name if name in FIELDS else name
+    names = [one for one in sent if one in FIELDS and FIELDS[one].target == target]
+    if target == "image":
+        names = [one for one in ASKED_BY[target] if one in sent]
+    return names[0] if names else name

@@ -14,7 +14,8 @@ from wanflow.serve.errors import Refusal
 from wanflow.untrusted import printable
 
 logger = logging.getLogger("wanflow")
-OPEN = ("/healthz", "/readyz", "/openapi.json", "/")  # need no token; /page/ neither
+OPEN = ("/health", "/healthz", "/readyz", "/openapi.json", "/")  # need no token; /page/ neither
+OWN_HEAD = ("/content", "/events")  # the route answers HEAD itself; a stream never ends
 SAFE = ("GET", "HEAD", "OPTIONS")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # `blob:` and `data:` are for what the page has fetched itself, with its token.
@@ -52,6 +53,8 @@ class Guard:
             await send(message)
 
         refusal = self._refusal(scope)
+        if scope["method"] == "HEAD" and not scope["path"].endswith(OWN_HEAD):
+            scope = {**scope, "method": "GET"}  # the server of HTTP leaves out the body
         app = self.app if refusal is None else refusal.response()
         try:
             await app(scope, receive, sending)
@@ -95,8 +98,11 @@ def _name(host: str) -> str:
 
 def _other_site(headers: Headers, host: str) -> bool:
     """Return whether a browser says that a page of another site sends this."""
-    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+    site = headers.get("sec-fetch-site")
+    if site in ("cross-site", "same-site"):
         return True
+    if site == "same-origin":  # a proxy may have replaced the Host, which Origin would differ from
+        return False
     origin = headers.get("origin")
     if origin is None:
         return False

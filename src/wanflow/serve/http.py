@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
@@ -31,7 +32,7 @@ from wanflow.serve.retention import Retention
 from wanflow.serve.schemas import Deleted, Failure, ModelList, Video, VideoList, form, submission
 from wanflow.serve.service import Service, missing
 from wanflow.serve.wire import media_type
-from wanflow.untrusted import shown
+from wanflow.untrusted import printable, shown
 
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
@@ -52,6 +53,7 @@ TYPES = {
     ".woff2": "font/woff2",
     ".txt": "text/plain; charset=utf-8",
 }
+CHANGES = ("/remix", "/edits", "/extensions")  # routes that OpenAI had
 Variant = Literal["video", "thumbnail", "spritesheet"]
 BODY = {
     "requestBody": {
@@ -132,10 +134,10 @@ def create_app(
     return app
 
 
-def checked(id: str) -> str:
+def checked(id: str, param: str = "video_id") -> str:
     """Return the id of a job; Refusal for what no job has, which no database need see."""
     if not ID.fullmatch(id):
-        raise missing(re.sub("[^ -~]", "?", id[:60]))
+        raise missing(re.sub("[^ -~]", "?", id[:60]), param)
     return id
 
 
@@ -199,7 +201,7 @@ def _add_videos(
         order: Literal["asc", "desc"] = "desc",
     ) -> JSONResponse:
         """List jobs, the newest first unless order is asc."""
-        after = None if after is None else checked(after)
+        after = None if after is None else checked(after, "after")
         data, more = await run(service.page, after, limit, order == "desc")
         ids = [one["id"] for one in data]
         first, last = (ids[0], ids[-1]) if ids else (None, None)
@@ -239,14 +241,28 @@ DELETE_S = 30.0  # for a job at work to be cancelled
 
 
 class Content(FileResponse):
-    """A file, whose answers to a wrong Range have the shape of all failures."""
+    """A file; 304 for a client that has it; a wrong Range is answered in the shape of failures."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = Headers(scope=scope)
+        known = {
+            tag.strip().removeprefix("W/") for tag in asked.get("if-none-match", "").split(",")
+        }
+        # Units that are not bytes are to be ignored.
+        if not asked.get("range", "bytes").strip().lower().startswith("bytes"):
+            kept = [(name, value) for name, value in scope["headers"] if name != b"range"]
+            scope = {**scope, "headers": kept}
         refused = False
 
         async def sending(message: Message) -> None:
             nonlocal refused
-            if message["type"] == "http.response.start" and message["status"] in (400, 416):
+            starts = message["type"] == "http.response.start"
+            if starts and message["status"] in (200, 206) and {"*", self.headers["etag"]} & known:
+                refused = True
+                kept = ("etag", "last-modified", "cache-control")
+                headers = {name: self.headers[name] for name in kept}
+                await Response(status_code=304, headers=headers)(scope, receive, send)
+            elif starts and message["status"] in (400, 416):
                 refused = True
                 words = "Range: the file has no such bytes; ask for bytes=FIRST-LAST within it"
                 answer = Refusal(message["status"], words, "invalid_range", "range").response()
@@ -337,6 +353,7 @@ def _add_server(app: FastAPI, service: Service, run: Any, metrics: Metrics) -> N
         """Return what the server offers: model, sizes, defaults, presets, LoRAs, limits."""
         return JSONResponse(await run(service.settings))
 
+    @app.get("/health", include_in_schema=False)  # as vLLM-Omni, SGLang and FastVideo have it
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         """Say that the process lives."""
@@ -410,8 +427,16 @@ def _add_failures(app: FastAPI) -> None:
         return Refusal(400, words, "invalid_value", name).response()
 
     @app.exception_handler(HTTPException)
-    async def other(_: Request, error: HTTPException) -> Response:
-        found = Refusal(error.status_code, str(error.detail)).response()
+    async def other(request: Request, error: HTTPException) -> Response:
+        asked, words = f"{request.method} {printable(request.url.path, 100)}", str(error.detail)
+        if error.status_code in (404, 405):
+            words = f"{asked}: there is no such route; /openapi.json lists all"
+        if request.url.path.endswith(CHANGES):
+            words = (
+                f"{asked}: wanflow changes no video that is made; send the fields of GET"
+                " /v1/videos/ID/request again, with another prompt"
+            )
+        found = Refusal(error.status_code, words).response()
         found.headers.update(error.headers or {})
         return found
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from wanflow.config import RequestError
 from wanflow.files import write_bytes
 from wanflow.presets import EMBEDDED, FAMILY, NANO, NANO_I2V, SETTINGS, ModelSpec
 from wanflow.request import PICTURES, CompleteRequest, Picture
 from wanflow.serve.errors import Refusal
+from wanflow.serve.fields import as_sent, in_fields
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import FullError, Job, Store, StoreError, Worker, new_id
 from wanflow.serve.limits import Limits
@@ -77,13 +79,17 @@ class Service:
         """Check a submission and keep its job.
 
         Raises:
-            RequestError: for what is invalid, or fits no worker.
-            Refusal: for a full disk or queue, and for an idempotency key of another submission.
+            Refusal: for what is invalid, or fits no worker; for a full disk or queue; and for an
+                idempotency key of another submission.
         """
         spec = self.model()
         self._check_disk()
-        one = asked(given, in_form, spec, self.limits, self.loras, self._read_picture)
-        self.fits(one.complete, spec, self.store.workers())
+        try:
+            one = asked(given, in_form, spec, self.limits, self.loras, self._read_picture)
+            self.fits(one.complete, spec, self.store.workers())
+        except RequestError as error:
+            message, param = as_sent(str(error), given)
+            raise Refusal(400, message, "invalid_value", param) from None
         for name in PICTURES:
             picture = getattr(one.request, name)
             if picture is not None:
@@ -267,7 +273,7 @@ class Service:
                 retry_s=self.one(id)[1]["eta_seconds"] or 1,
             )  # fmt: skip
         if job.state != "completed":
-            why = (job.error or {}).get("message", "")
+            why = in_fields((job.error or {}).get("message", ""))
             raise Refusal(404, f"video {id} is {job.state}{why and ': ' + why}", job.state)
         path = self.data.path / "videos" / Path(str(job.result.get("file", ""))).name
         if variant != "video":

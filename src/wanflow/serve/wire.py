@@ -24,11 +24,10 @@ from wanflow.request import (
     with_settings,
 )
 from wanflow.serve.errors import Refusal
-from wanflow.serve.fields import USER, fields_of
+from wanflow.serve.fields import USER, fields_of, in_fields
 from wanflow.serve.jobs import Job
 from wanflow.serve.limits import Limits
 from wanflow.untrusted import printable, shown
-from wanflow.wording import in_fields
 
 ReadPicture = Callable[[bytes | str, str], Picture]
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -100,19 +99,6 @@ def asked(
         Refusal: for another model.
     """
     values = fields_of(given, in_form)
-    try:
-        return _asked(values, spec, limits, loras, read_picture)
-    except RequestError as error:
-        raise RequestError(in_client_words(str(error), values)) from None
-
-
-def _asked(
-    values: Mapping[str, Any],
-    spec: ModelSpec,
-    limits: Limits,
-    loras: Mapping[str, Any],
-    read_picture: ReadPicture,
-) -> Asked:
     _check_model(values.get("model"), spec)
     for name in ("n", "num_outputs_per_prompt"):
         if values.get(name, 1) != 1:
@@ -159,24 +145,6 @@ SAME = {
     "cfg_start_steps": ("cfg_start_steps",),
     "lora_from": ("lora_from",),
 }
-
-
-def in_client_words(message: str, values: Mapping[str, Any]) -> str:
-    """Return a message that speaks of flags and of our fields in the fields of a submission.
-
-    Args:
-        message: it begins with the name of a field, where it is about one.
-        values: the submission, which tells by which name the client calls a field.
-    """
-    text = in_fields(message)
-    first, rest = re.fullmatch(r"(\w*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
-    if first in ("width", "height") and first not in values:
-        return f"size: {text}"
-    names = ("frame_num", "num_frames", "seconds") if first == "frame_num" else ()
-    for name in names or SAME.get(first) or PLACES.get(first, ()):
-        if name in values:
-            return name + rest
-    return text
 
 
 def _one_of(values: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -290,7 +258,7 @@ def _lora(given: Any, known: Mapping[str, Any]) -> Lora:
     else:
         raise RequestError(f"{words} (got {shown(given)})")
     if lora.path not in known:
-        names = ", ".join(known) or "none; the server is started without --lora_dir"
+        names = ", ".join(known) or "none; the server is started without a folder of LoRAs"
         raise RequestError(f"lora {shown(lora.path)} is not on this server; it has {names}")
     return lora
 
@@ -332,6 +300,8 @@ def _bytes_of(name: str, value: Any) -> bytes | str:
 
     Nothing is fetched.
     """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -339,8 +309,8 @@ def _bytes_of(name: str, value: Any) -> bytes | str:
 
         value = parse_json(value, name)
     if isinstance(value, dict):
-        if "file_id" in value:
-            known = value["file_id"]
+        known = value.get("file_id")
+        if known is not None:
             if isinstance(known, str) and SHA256.fullmatch(known):
                 return known
             raise RequestError(
@@ -350,13 +320,16 @@ def _bytes_of(name: str, value: Any) -> bytes | str:
         value = value.get("image_url")
         value = value.get("url") if isinstance(value, dict) else value
     expected = f"{name} must be a file of the form, or a URL data:image/png;base64,..."
+    if isinstance(value, list):
+        raise RequestError(f"{expected} (got a list of {len(value)})")
     if not isinstance(value, str):
         raise RequestError(f"{expected} (got {shown(value)})")
     begin = DATA_URL.match(value)
     if begin is None:
         raise RequestError(f"{expected}; the server fetches no address (got {shown(value[:60])})")
     try:
-        return base64.b64decode(value[begin.end() :], validate=True)
+        # As `base64 photo.jpg` prints it: in lines.
+        return base64.b64decode("".join(value[begin.end() :].split()), validate=True)
     except (binascii.Error, ValueError):
         raise RequestError(f"{expected}; its base64 is damaged") from None
 
@@ -420,7 +393,7 @@ def video(job: Job, seen: Seen) -> dict[str, Any]:
         "quality": "standard",
         "remixed_from_video_id": None,
         "prompt": str(job.request.get("prompt", "")),
-        "error": None if job.error is None else dict(job.error),
+        "error": job.error and {k: in_fields(str(v)) for k, v in job.error.items()},
         "width": width,
         "height": height,
         "num_frames": frames,
