@@ -1,17 +1,12 @@
-"""Name what lies beside a video, and finish that of a process that was killed."""
+"""Tidy up beside a video whose process was killed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from wanflow.cli.keeping import state_of
+from wanflow.cli.keeping import sheet_of, state_of
 from wanflow.files import remove
 from wanflow.outputs import CLAIM, leftovers
-
-
-def sheet_of(target: Path) -> Path:
-    """Return where the contact sheet of a video is."""
-    return target.with_name(target.stem + "_sheet.png")
 
 
 def preview_of(target: Path) -> Path:

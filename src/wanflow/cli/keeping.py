@@ -105,6 +105,11 @@ def state_of(target: Path) -> Path:
     return target.with_name(target.stem + STATE_SUFFIX)
 
 
+def sheet_of(target: Path) -> Path:
+    """Return where the contact sheet of a video is."""
+    return target.with_name(target.stem + "_sheet.png")
+
+
 def refuse_another(args: argparse.Namespace, file: Path, run: Run | None) -> None:
     """Raise RequestError where a run would save its state over that of another.
 

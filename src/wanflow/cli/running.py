@@ -12,8 +12,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanflow.cli.beside import sheet_of
-from wanflow.cli.keeping import StateKeeper, continuing, free_name, refuse_another, state_of
+from wanflow.cli.keeping import (
+    StateKeeper,
+    continuing,
+    free_name,
+    refuse_another,
+    sheet_of,
+    state_of,
+)
 from wanflow.described import described
 from wanflow.files import remove
 from wanflow.outputs import leftovers
