@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -689,6 +690,26 @@ def test_models_settings_and_metrics(serving: Serving, client: TestClient) -> No
     assert "wanflow_step_seconds_count 1.0" in text
     assert 'wanflow_peak_memory_bytes{kind="ram"} 2e+06' in text
     assert PROMPT not in text
+
+
+def test_a_job_that_is_deleted_at_once_counts(serving: Serving, client: TestClient) -> None:
+    id = make(client)["id"]
+    assert client.delete(f"/v1/videos/{id}").status_code == 200
+    assert 'wanflow_jobs_ended_total{state="cancelled"} 1.0' in client.get("/metrics").text
+    with FakeWorker(serving):
+        ended(client, make(client)["id"])  # the next look counts it no second time
+        counted = 'wanflow_jobs_ended_total{state="completed"} 1.0'
+        text = wait_for(lambda: counted in (found := client.get("/metrics").text) and found)
+    assert 'wanflow_jobs_ended_total{state="cancelled"} 1.0' in text
+
+
+def test_a_data_folder_that_is_gone_is_no_fault(serving: Serving, client: TestClient) -> None:
+    id = make(client)["id"]
+    shutil.rmtree(serving.data.path)
+    for answer in (client.post("/v1/videos", json=SUBMIT), client.get(f"/v1/videos/{id}")):
+        assert answer.status_code == 503 and answer.headers["retry-after"]
+        assert answer.json()["error"]["code"] == "store_unavailable"
+    assert client.get("/healthz").status_code == 200
 
 
 def test_the_model_of_an_unknown_server_is_that_of_its_workers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -820,14 +821,80 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
         pass
 
 
-def test_after_taking_a_folder_no_worker_lives(tmp_path: Path) -> None:
+def test_after_taking_a_folder_only_processes_that_run_are_workers(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    submitted(store, 1)
-    store.enrol(Worker("a", "nano"))
-    store.claim("a")
-    assert [one.state for one in LocalStore(tmp_path).recover(everything=True)] == ["queued"]
-    assert store.workers() == []
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    killed.kill()
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked how it ended yet
+    lives = f"{worker_name(os.getpid())}1a2b"
+    ids = ["a", f"elsewhere-{os.getpid()}-1a2b", f"{worker_name(killed.pid)}1a2b", lives]
+    jobs = submitted(store, len(ids))
+    for id in ids:
+        store.enrol(Worker(id, "nano"))
+        store.claim(id)
+    new, linux = LocalStore(tmp_path), sys.platform == "linux"
+    back = jobs[:-1] if linux else jobs  # elsewhere nothing tells which processes run
+    assert [one.id for one in new.recover(everything=True)] == back
+    assert [one.id for one in store.workers()] == ids[3:] if linux else []
+    assert killed.wait(30) != 0 and killed.stdin is not None
+    killed.stdin.close()
+    new.close()
     store.close()
+
+
+def test_a_file_that_was_removed_or_replaced_takes_no_job(tmp_path: Path) -> None:
+    folder, away = tmp_path / "data", tmp_path / "away"
+    store = LocalStore(folder)
+    (first,) = submitted(store, 1)
+    folder.rename(away)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="removed or replaced; put it back, or start wanflow"):
+            store.submit(job())
+        other = LocalStore(folder)  # an empty one, in its place
+        other.close()
+    shutil.rmtree(folder)
+    away.rename(folder)
+    submitted(store, 1)
+    assert store.get(first) and store.counts()["queued"] == 2
+    store.close()
+
+
+def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / FILE) as newer:
+        newer.execute("PRAGMA user_version = 7")
+    with pytest.raises(RequestError, match=r"a newer wanflow wrote it \(tables of version 7"):
+        LocalStore(tmp_path)
+    with sqlite3.connect(tmp_path / FILE) as newer:
+        assert newer.execute("SELECT * FROM sqlite_master").fetchall() == []
+
+
+def test_time_in_which_nobody_could_write_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program holds the file: no worker can show that it lives, and each of them does."""
+    monkeypatch.setattr("wanflow.serve.local.BUSY_S", 0.01)
+    now = [time.monotonic()]
+    watch = LocalStore(tmp_path)
+    monkeypatch.setattr("wanflow.serve.local.time.monotonic", lambda: now[0])
+    submitted(watch, 1)
+    watch.enrol(Worker("lives", "nano"))
+    watch.claim("lives")
+    assert watch.recover() == []
+    with sqlite3.connect(tmp_path / FILE, isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for _ in range(20):
+            now[0] += 5
+            with pytest.raises(StoreError, match="another process writes"):
+                watch.recover()
+        other.execute("ROLLBACK")
+    now[0] += 5
+    assert watch.recover() == [] and [one.id for one in watch.workers()] == ["lives"]
+    back = []
+    for _ in range(10):
+        now[0] += 5
+        back += watch.recover()
+    assert len(back) == 1  # now it was silent
+    watch.close()
 
 
 # --- which store ---
@@ -1033,6 +1100,18 @@ def test_a_wrong_password_is_named_and_not_shown(postgres: Postgres, tmp_path: P
     with pytest.raises(StoreError, match="password authentication failed") as refused:
         open_store(url, tmp_path)
     assert "wrong" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_user_who_may_make_no_tables_is_told(postgres: Postgres, tmp_path: Path) -> None:
+    import psycopg
+
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+        connection.execute("CREATE ROLE reader LOGIN PASSWORD 'secret'")
+    url = f"postgresql://reader:secret@127.0.0.1:{postgres.port}/postgres"
+    with pytest.raises(RequestError, match="permission denied .*; .* own the database") as refused:
+        open_store(url, tmp_path)
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.slow

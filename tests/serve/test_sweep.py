@@ -6,6 +6,9 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
+from wanflow.serve import line
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import Job, new_id
 from wanflow.serve.limits import Limits
@@ -51,6 +54,18 @@ def test_only_what_nobody_needs_goes(tmp_path: Path) -> None:
     os.utime(data.path / "videos" / f"{unknown}.1.mp4", (old, old))
     assert sweep(store, data, time.time() - 60) == [f"{unknown}.1.mp4"]
     store.close()
+
+
+def test_folders_of_killed_workers_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folders = [tmp_path / f"{line.FOLDER}{name}" for name in ("old", "new")] + [tmp_path / "mine"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "gang").touch()
+    for folder in (folders[0], folders[2]):
+        os.utime(folder, (time.time() - line.LEFT_S - 60,) * 2)
+    line.remove_left()
+    assert [folder.exists() for folder in folders] == [False, True, True]
 
 
 def test_the_server_sweeps(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from helpers.gangs import Played, Scene, job, wait_for
 
 from wanflow.serve import contact, worker
-from wanflow.serve.jobs import Job, StoreError
+from wanflow.serve.jobs import Job, StoreError, Worker
 from wanflow.serve.line import Message
 from wanflow.serve.local import LocalStore
 
@@ -71,6 +72,47 @@ def test_a_fault_of_the_job_fails_it_with_words(store: LocalStore, tmp_path: Pat
     found = store.get(first.id)
     assert found is not None and found.error == {"code": "out_of_memory", "message": "too big"}
     assert found.attempts == 1 and len(scene.gangs) == 1  # it serves the next job
+
+
+def test_a_job_for_another_model_fails_with_words(store: LocalStore, tmp_path: Path) -> None:
+    """Its video would be another one than its client saw planned."""
+    scene = Scene(store, tmp_path, lambda gang, made: gang.done(scene.folder, made))
+    other = submitted(store, replace(job(), about={"model": "nano-i2v"}))
+    ours = submitted(store, replace(job(), about={"model": "nano"}))
+    with scene.at_work():
+        wait_for(lambda: scene.state(ours) == "completed")
+    found = store.get(other.id)
+    assert found is not None and found.state == "failed" and found.error is not None
+    assert found.error["message"] == (
+        "it was sent for nano-i2v, and the worker of this queue has nano; send it to a server with"
+        " nano-i2v"
+    )
+    assert scene.files() == [f"{ours.id}.1.mp4"]
+
+
+def test_no_job_is_claimed_before_the_store_knows_the_worker(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever watches would give it to another worker."""
+    real, tries = store.enrol, list[str]()
+
+    def enrol(me: Worker) -> None:
+        tries.append(me.id)
+        if len(tries) < 3:
+            raise StoreError("it is away")
+        real(me)
+
+    def make(gang: Played, made: Message) -> None:
+        known.append(len(store.workers()))
+        gang.done(scene.folder, made)
+
+    monkeypatch.setattr(store, "enrol", enrol)
+    known: list[int] = []
+    scene = Scene(store, tmp_path, make)
+    one = submitted(store, job())
+    with scene.at_work():
+        wait_for(lambda: scene.state(one) == "completed")
+    assert known == [1]
 
 
 def test_a_gang_that_ends_puts_its_job_back(store: LocalStore, tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ T = TypeVar("T")
 class Contact:
     """A worker's contact with its store, which may be away for a while.
 
-    me: what the store knows of this worker. away: whether the store does not answer.
+    me: what this worker says of itself. enrolled: whether the store knows it; a job of a worker
+    that it does not know would be given to another. away: whether the store does not answer.
     """
 
     def __init__(self, store: Store, me: Worker) -> None:
         self.store, self.me = store, me
-        self.away = False
+        self.away = self.enrolled = False
         self._over = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="beats", daemon=True)
 
@@ -43,7 +44,12 @@ class Contact:
     def enrol(self, ready: bool) -> None:
         """Tell whether a job can start here."""
         self.me = replace(self.me, ready=ready)
-        self.once(lambda: self.store.enrol(self.me))
+
+        def tell() -> bool:
+            self.store.enrol(self.me)
+            return True
+
+        self.enrolled = self.once(tell) is not None
 
     def once(self, call: Callable[[], T]) -> T | None:
         """Return what a call of the store returns; None where it is away."""

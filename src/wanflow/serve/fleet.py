@@ -84,7 +84,13 @@ class FleetStore(Rows):
         self._suspects: dict[tuple[str, int], float] = {}  # attempt: when it first looked stalled
         self._inside = threading.local()
         with self._asked(), psycopg.connect(url, **CONNECTION) as connection:
-            _make_tables(connection, self._place)
+            try:
+                _make_tables(connection, self._place)
+            except psycopg.errors.InsufficientPrivilege as error:
+                raise RequestError(
+                    f"{self._place}: {_first_line(error)}; wanflow makes its tables itself: let the"
+                    " user own the database, createdb --owner=USER wanflow"
+                ) from None
         logging.getLogger("psycopg.pool").setLevel(
             logging.ERROR
         )  # each call says so once, in words
@@ -107,7 +113,7 @@ class FleetStore(Rows):
             yield
         except (psycopg.Error, ConnectorException) as error:
             cause = error.__cause__ if isinstance(error, ConnectorException) else error
-            words = str(cause).strip().partition("\n")[0] or type(cause).__name__
+            words = _first_line(cause)
             answered = "FATAL" in words or not isinstance(cause, psycopg.OperationalError)
             advice = "" if answered else "; is the database running, and the address right?"
             raise StoreError(f"{self._place}: {words}{advice}") from error
@@ -348,6 +354,10 @@ def _id(entry: Entry) -> int:
 def _queue(key: str) -> str:
     """Name the engine's queue for an affinity; Postgres takes 40 bytes there beside its prefix."""
     return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _limit(connection: psycopg.Connection) -> None:

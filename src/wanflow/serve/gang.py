@@ -8,12 +8,11 @@ fresh one.
 from __future__ import annotations
 
 import errno
-import io
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,21 +20,19 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from wanflow.clipfiles import SHEET_FRAMES, grid
 from wanflow.config import RequestError
-from wanflow.files import DISK_TROUBLE, DiskError, write_bytes
+from wanflow.files import DISK_TROUBLE, DiskError
 from wanflow.front import Pipeline
 from wanflow.hardware import peak_memory
 from wanflow.keeping import Keeper
 from wanflow.out_of_memory import is_out_of_memory, words
 from wanflow.outputs import refuse_without_room
 from wanflow.pictures import open_picture
-from wanflow.pipeline import Cancelled, Frames, Progress, Run
+from wanflow.pipeline import Cancelled, Progress, Run
 from wanflow.preview import Previewer
 from wanflow.request import PICTURES, Picture, Request
 from wanflow.sanity import OutputError
+from wanflow.serve.chosen import Chosen
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import Job
 from wanflow.serve.line import Line, Message
@@ -49,8 +46,6 @@ if TYPE_CHECKING:
     from wanflow.parallel.orders import Orders
 
 DENSITY = 4  # pixels of a video that take a byte of its file, at the least; ours take more
-THUMBNAIL = 480  # pixels: the longer side
-QUALITY = 80  # of WebP
 
 logger = logging.getLogger("wanflow")
 
@@ -346,44 +341,8 @@ class Maker:
                 pass
             raise
         tracker.saving()
-        pictures = chosen.pictures()
-        write_webp(self.folder.beside(video, "thumbnail"), pictures[0], THUMBNAIL)
-        sheet = grid(pictures) if len(pictures) > 1 else pictures[0]
-        write_webp(self.folder.beside(video, "spritesheet"), sheet)
+        chosen.write(self.folder, video)
         return used
-
-
-class Chosen:
-    """Evenly spaced frames of a video, taken as it passes."""
-
-    def __init__(self, total: int) -> None:
-        numbers = np.linspace(0, total - 1, min(total, SHEET_FRAMES)).round()
-        self._numbers = {int(number) for number in numbers}
-        self._frames: list[Frames] = []
-
-    def passed(self, first: Frames, chunks: Iterator[Frames]) -> Iterator[Frames]:
-        """Yield every chunk, and keep what is chosen."""
-        at = 0
-        for chunk in (part for group in ([first], chunks) for part in group):
-            here = [frame for n, frame in enumerate(chunk, at) if n in self._numbers]
-            self._frames += [frame.copy() for frame in here]
-            at += len(chunk)
-            yield chunk
-
-    def pictures(self) -> Frames:
-        """Return the frames, [n, H, W, 3]."""
-        return np.stack(self._frames)
-
-
-def write_webp(file: Path, pixels: Frames, side: int | None = None) -> None:
-    """Write a picture [H, W, 3], at most so many pixels on its longer side."""
-    from PIL import Image
-
-    picture, data = Image.fromarray(pixels), io.BytesIO()
-    if side is not None:
-        picture.thumbnail((side, side))
-    picture.save(data, "WEBP", quality=QUALITY)
-    write_bytes(file, data.getvalue(), overwrite=True)
 
 
 def values(run: Run) -> int:

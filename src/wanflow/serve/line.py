@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import AuthenticationError
@@ -27,6 +28,8 @@ from wanflow.files import remove
 
 WHERE = "WANFLOW_GANG"  # the environment variable that tells the gang where its worker listens
 LONGEST = 16 << 20  # bytes of a message
+FOLDER = "wanflow-gang-"  # in TMPDIR, while a gang starts
+LEFT_S = 3600.0  # a folder so old is that of a worker which was killed
 JOIN_S = 20.0  # for the ranks to let go of the connection after the agent is gone
 
 Message = Mapping[str, Any]
@@ -76,7 +79,8 @@ class Gang:
         self, command: list[str], environment: Mapping[str, str], take: Callable[[Message], object]
     ) -> None:
         self._take, self._key = take, secrets.token_bytes(32)
-        self._folder = Path(tempfile.mkdtemp(prefix="wanflow-"))  # for this user alone
+        remove_left()
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER))  # for this user alone
         place = str(self._folder / "gang") if hasattr(socket, "AF_UNIX") else ("127.0.0.1", 0)
         self._listener = Listener(place, authkey=self._key)
         self._line: Line | None = None
@@ -135,6 +139,14 @@ class Gang:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as one:
             one.connect(address)
+
+
+def remove_left() -> None:
+    """Delete the folders of workers that were killed while their gang started."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with suppress(OSError):
+            if time.time() - folder.lstat().st_mtime > LEFT_S:
+                remove(folder)
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ FILE = "jobs.sqlite"
 OWNER = "supervisor"  # a file that says who owns the folder; its lock stands beside it
 WAIT_S = 0.2  # between two looks at the queue
 BUSY_S = 10.0  # for another process that writes
+SCHEMA = 0  # `user_version` of the file; a version of wanflow that needs other tables counts on
 
 DAMAGED = "the file is damaged; move it away and start again: videos stay, their list does not"
 SHUT = "the file cannot be opened or written; choose a folder that belongs to you"
@@ -62,6 +63,13 @@ class LocalStore(Rows):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file.touch(0o600)  # prompts are private; the log beside it takes the same mode
+            self._opened = self._identity()
+            [(version,)] = self.run("PRAGMA user_version", [])
+            if version > SCHEMA:
+                raise RequestError(
+                    f"{self._file}: a newer wanflow wrote it (tables of version {version}, here"
+                    f" {SCHEMA}); try: pip install -U wanflow"
+                )
             for statement in TABLES:
                 self.run(statement.format(serial="INTEGER PRIMARY KEY AUTOINCREMENT"), [])
         except OSError as error:
@@ -79,7 +87,19 @@ class LocalStore(Rows):
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
+    def _identity(self) -> tuple[int, int] | None:
+        """Return which file lies at our place."""
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
     def _run(self, statement: str, values: Sequence[Any]) -> list[Sequence[Any]]:
+        if self._identity() != self._opened:  # open connections would keep jobs in what is deleted
+            raise StoreError(
+                f"{self._file}: it was removed or replaced; put it back, or start wanflow again"
+            )
         try:
             try:
                 connection = self._free.pop()
@@ -124,11 +144,15 @@ class LocalStore(Rows):
         """Put back the jobs of workers that no longer live.
 
         Args:
-            everything: no worker can live: this process has just taken the folder.
+            everything: this process has just taken the folder: a worker whose process is gone from
+                this machine is so at once.
         """
         try:
-            if everything:
-                self.run("DELETE FROM wanflow_workers", [])
+            for id in self.beats() if everything else ():
+                if not _runs(id):
+                    self.leave(id)
+            # Where nobody can write, no worker can show that it lives.
+            self.run("UPDATE wanflow_workers SET seen_at = seen_at", [])
             # Jobs first: a worker that comes and claims after this look is none of our business.
             claimed = self.page(limit=2**31, newest_first=False, states=("in_progress",))
             living = self._bury()
@@ -163,6 +187,19 @@ class LocalStore(Rows):
         """See `Store`."""
         while self._free:
             self._free.pop().close()
+
+
+def _runs(worker: str) -> bool:
+    """Return whether the process in a worker's id runs on this machine.
+
+    Where the number is another process's by now, the worker is found to be silent later.
+    """
+    machine, _, number = worker.rpartition("-")[0].rpartition("-")
+    with suppress(OSError, IndexError):
+        if machine == socket.gethostname():  # only Linux tells; elsewhere none counts as alive
+            fields = Path("/proc", number, "stat").read_bytes()
+            return fields.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    return False
 
 
 def _advice(error: BaseException | None) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from threading import Lock
 from typing import Any
 
 from prometheus_client import (
@@ -42,6 +43,8 @@ class Metrics(Collector):
     def __init__(self, service: Service) -> None:
         self._service, self._began = service, time.time()
         self._seen: dict[str, None] = {}
+        self._counting = Lock()
+        service.on_deleted = self._see  # before the next look, maybe
         self._registry = registry = CollectorRegistry()
         registry.register(self)
         self._ended = Counter("wanflow_jobs_ended", "jobs that ended", ["state"], registry=registry)
@@ -92,11 +95,16 @@ class Metrics(Collector):
     def look(self) -> None:
         """Count the jobs that ended since this process began and are not counted yet."""
         for job in self._service.store.page(limit=LOOK, states=FINAL):
+            self._see(job)
+
+    def _see(self, job: Job) -> None:
+        """Count a job that ended, once."""
+        with self._counting:
             if job.id not in self._seen and (job.completed_at or 0) >= self._began:
                 self._count(job)
                 self._seen[job.id] = None
-        for id in list(self._seen)[: -10 * LOOK]:
-            del self._seen[id]
+            for id in list(self._seen)[: -10 * LOOK]:
+                del self._seen[id]
 
     def _count(self, job: Job) -> None:
         self._ended.labels(job.state).inc()

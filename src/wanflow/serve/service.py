@@ -44,6 +44,7 @@ class Service:
 
     spec: of the model; None: that of the workers. loras: names that clients may use, with files.
     fits: refuses what no worker can run; see `wanflow.serve.fitting`.
+    on_deleted: called with each job that a client deletes.
     """
 
     store: Store
@@ -52,6 +53,7 @@ class Service:
     spec: ModelSpec | None
     loras: Mapping[str, Path]
     fits: Fits
+    on_deleted: Callable[[Job], object] = lambda job: None
 
     def __post_init__(self) -> None:
         self._opening = Lock()  # one large picture in memory at a time
@@ -117,7 +119,10 @@ class Service:
         return kept
 
     def _check_disk(self) -> None:
-        free = shutil.disk_usage(self.data.path).free
+        try:
+            free = shutil.disk_usage(self.data.path).free
+        except OSError as error:  # the folder is gone, or its storage away
+            raise StoreError(f"{self.data.path}: {error.strerror}") from error
         least = self.limits.min_free_gb * 1e9
         if free < least:
             raise Refusal(
@@ -253,8 +258,10 @@ class Service:
         job = self.store.cancel(id)
         if job is None:
             raise missing(id)
-        if self.store.delete(id) is None:
+        deleted = self.store.delete(id)
+        if deleted is None:
             return self.store.get(id) is None
+        self.on_deleted(deleted)
         self.data.forget(id)
         return True
 

@@ -204,13 +204,24 @@ class Foreman:
 
     def _claim(self) -> None:
         prefer = self._last_key if self._in_a_row < IN_A_ROW else None
-        me = self._contact.me.id
-        found = self._contact.once(lambda: (self._store.claim(me, prefer),))
+        me = self._contact.me
+        if not self._contact.enrolled:
+            self._contact.enrol(True)
+        if not self._contact.enrolled:
+            return time.sleep(LOOK_S)
+        found = self._contact.once(lambda: (self._store.claim(me.id, prefer),))
         if found is None:
             return time.sleep(LOOK_S)
         (job,) = found
         if job is None:
             self._contact.once(lambda: self._store.wait(LOOK_S))
+            return None
+        if (wanted := job.about.get("model", me.model)) != me.model:
+            words = (
+                f"it was sent for {wanted}, and the worker of this queue has {me.model}; send it to"
+                f" a server with {wanted}"
+            )
+            self._failed(Held(job), "invalid_request", words)
             return None
         self._in_a_row = self._in_a_row + 1 if prefer is not None and job.key == prefer else 0
         self._last_key = job.key
