@@ -28,7 +28,7 @@ from wanflow.api import Pipeline
 from wanflow.checkpoint import load
 from wanflow.checkpoint.containers import TensorSource
 from wanflow.checkpoint.source import open_source
-from wanflow.checkpoint.structure import build
+from wanflow.checkpoint.structure import build, expert_structure
 from wanflow.convert.convert import convert, open_model
 from wanflow.convert.formats import options
 from wanflow.inspect import inspect
@@ -251,6 +251,15 @@ def test_nano_is_held_packed_as_planned_and_inspected(form: str) -> None:
     (row,) = (row for row in inspect(folder).parts if "high" in row.what)
     kinds = {kind for leaf in matmuls for kind in [cast(PackedLinear, leaf).kind]}
     assert kinds <= set(row.dtypes)
+
+
+def test_mps_has_no_float8(form: str) -> None:
+    checkpoint = resolve(packed_model("nano", form))
+    expert = expert_structure(
+        checkpoint.spec.dit, checkpoint.source("high"), Runtime(), torch.bfloat16, "mps"
+    )
+    held = any(isinstance(leaf, PackedLinear) for leaf in expert.modules())
+    assert held == (form in ("int8", "convrot", "quanto"))
 
 
 # Least PSNR of the frames to nano's own, in dB; measured were 29, 41, 48, 55, 29 and 55.
