@@ -56,15 +56,23 @@ def open_picture(value: object, name: str = "image") -> Picture:
         return _again(value, name)
     if isinstance(value, str | os.PathLike):
         file = os.fsdecode(value)
+        if not file.strip():
+            raise RequestError(f"{name}: an empty name; give the path of a picture: {READ}")
+        if "://" in file or file.startswith("data:"):
+            raise RequestError(
+                f"{name}: {printable(file)} is an address, and only files are read; save the"
+                " picture first, and give its path"
+            )
         return _picture(_read_file(user_path(file)), file)
     if isinstance(value, Image.Image):
         with _damage(name):
             return _picture(_rgb(value, name), "")
     if isinstance(value, np.ndarray):
         return _picture(_rgb(_of_array(value, name), name), "")
+    hint = "; of a tensor: tensor.cpu().numpy()" if hasattr(value, "numpy") else ""
     raise RequestError(
         f"{name}: {type(value).__name__} is no picture; give a path, a PIL image or a uint8 array"
-        " [H, W, 3]"
+        f" [H, W, 3]{hint}"
     )
 
 

@@ -874,26 +874,29 @@ def test_advice_without_a_gpu_names_what_is_needed_and_what_runs() -> None:
 def test_advice_for_a_gpu_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def settle(model: object, request: Any, *_: object) -> SimpleNamespace:
-        asked.append(request.size)
-        short = () if request.size == (832, 480) else ("90.0 GB of GPU memory",)
+    def settle(model: Any, request: Any, *_: object) -> SimpleNamespace:
+        asked.append((model.spec.task, request.size))
+        short = () if asked[-1] in fitting else ("90.0 GB of GPU memory",)
         return SimpleNamespace(
             fits=not short, short=short, reasons=("blocks are streamed",), offers=()
         )
 
+    fitting = {("t2v-A14B", (832, 480)), ("ti2v-5B", (1280, 704))}
     monkeypatch.setattr(importlib.import_module("wanflow.plan.solve"), "solve", settle)
     given = replace(FINE, auto={"cuda:0": {"float32": "efficient", "bfloat16": "cudnn"}})
     assert command.advice(given, Path()) == [
-        "1280*720, 81 frames: does not fit: 90.0 GB of GPU memory",
+        "Wan2.2-T2V-A14B, 1280*720, 81 frames: does not fit: 90.0 GB of GPU memory",
         "  blocks are streamed",
-        "832*480, 81 frames: fits",
+        "Wan2.2-T2V-A14B, 832*480, 81 frames: fits",
+        "  blocks are streamed",
+        "Wan2.2-TI2V-5B, 1280*704, 121 frames: fits",
         "  blocks are streamed",
         "attention: cudnn",
     ]
     old = replace(FINE, auto={"cuda:0": {"float32": "efficient", "float16": "efficient"}})
     assert command.advice(old, Path())[-1] == "attention: efficient, in float16"
-    del asked[2:]
-    assert asked == [(1280, 720), (832, 480)]
+    first = [("t2v-A14B", (1280, 720)), ("t2v-A14B", (832, 480)), ("ti2v-5B", (1280, 704))]
+    assert asked == first * 2
 
 
 @pytest.mark.usefixtures("quick")

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import FAMILY
 from PIL import Image
 
 from wanflow.bench import check, findings, report
@@ -327,6 +329,19 @@ def test_a_peer_that_is_missing_is_named(
     monkeypatch.setattr(against, "installed", lambda name: False)
     assert main(["bench", "--against", "diffusers"]) == 2
     assert "it is not installed; pip install diffusers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_a_model_with_more_channels_stands_beside_diffusers(kind: str) -> None:
+    from wanflow.bench.against import _step
+    from wanflow.bench.tools import Scale
+
+    spec = FAMILY[kind]
+    scale = Scale(torch.device("cpu"), spec, torch.float32, ((spec.vae.z_dim, 2, 4, 4),), (), 0)
+    found: Any = SimpleNamespace(settings={}, kernel="math", compiled=False)
+    with torch.no_grad():
+        sides = _step(found, scale, 1, lambda *_: None)
+    assert sides["equal"] and sides["max_difference"] < 1e-4
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from helpers.picture_mutations import KINDS, damaged
 from PIL import Image, ImageCms
 
@@ -277,6 +278,12 @@ def test_several_frames(tmp_path: Path, kind: str) -> None:
         (np.zeros((8, 8), object), "of object"),
         ([[0]], "list is no picture; give a path, a PIL image or a uint8 array"),
         (b"a.png", "bytes is no picture"),
+        (torch.zeros(3, 8, 8), "Tensor is no picture; give a path, a PIL image or a uint8 array"),
+        (torch.zeros(3, 8, 8), "of a tensor: tensor.cpu().numpy()"),
+        ("", "image: an empty name; give the path of a picture"),
+        (" ", "image: an empty name"),
+        ("https://example.com/a.png", "image: https://example.com/a.png is an address"),
+        ("data:image/png;base64,AAAA", "save the picture first, and give its path"),
         (None, "NoneType is no picture"),
     ],
 )

@@ -96,10 +96,13 @@ def transformer(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> 
     theirs = cls(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.dim // config.num_heads,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
         ffn_dim=config.ffn_dim,
         num_layers=config.num_layers,
         text_dim=config.text_dim,
         freq_dim=config.freq_dim,
+        eps=config.eps,
         rope_max_seq_len=1024,
     )
     theirs = theirs.eval().requires_grad_(False)
@@ -145,7 +148,7 @@ def _step(found: Measured, scale: Scale, count: int, show: Show) -> dict[str, An
     set_attention(ours, BACKENDS[found.kernel])
     theirs = transformer(dit, scale.dtype, scale.device)
     give("dit", ours, theirs)
-    x = torch.randn(1, *latent, device=scale.device)
+    x = torch.randn(1, dit.in_dim, *latent[1:], device=scale.device)  # with a picture's channels
     text = torch.randn(2, dit.text_len, dit.text_dim, device=scale.device)
     if found.compiled:
         Compiler(scale.device, True, None, "bench").attach(ours)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Line = tuple[str, str]  # a style of rich ("" for none), and text
 EXPERT = 57.2e9  # bytes of a published expert, in float32
-SIZES = ("1280*720", "832*480")  # the second is for machines that the first does not fit
+SMALLER = "832*480"  # for machines that a model's own size does not fit
 STYLES = {"broken": "bold red", "warning": "yellow", "note": ""}
 
 
@@ -200,7 +200,7 @@ def _remark(result: KernelResult, report: Report) -> str:
 
 
 def advice(report: Report, folder: Path) -> list[str]:
-    """Return how the full-size model runs here: the settings that `wanflow generate` would pick."""
+    """Return how full-size models run here: the settings that `wanflow generate` would pick."""
     from wanflow.checkpoint.checkpoint import published
     from wanflow.config import RequestError
     from wanflow.plan.needed import needed_words, where_else
@@ -215,19 +215,20 @@ def advice(report: Report, folder: Path) -> list[str]:
         small = TI2V_5B.name
         words = f"{needed_words(T2V_A14B.name)}; {needed_words(small)}"
         return [f"{words}; this machine has no GPU for them", f"do: {where_else(small)}"]
-    checkpoint, found = published(), []
-    for size in SIZES:
-        request = Request(prompt="-", size=size).complete(checkpoint.spec)
-        title = f"{size}, {request.frame_num} frames"
-        try:
-            plan = solve(checkpoint, request, *placed(Runtime(), folder))
-        except RequestError as refusal:
-            found.append(f"{title}: {refusal}")
-            continue
-        verdict = "fits" if plan.fits else f"does not fit: {'; '.join(plan.short)}"
-        found.append(f"{title}: {verdict}")
-        found += [f"  {line}" for line in (*plan.reasons, *plan.offers)]
-        if plan.fits:
-            break
+    found = []
+    for spec in (T2V_A14B, TI2V_5B):  # I2V-A14B needs what T2V-A14B does
+        for size in dict.fromkeys(("{}*{}".format(*spec.size), SMALLER)):
+            request = Request(prompt="-", size=size).complete(spec)
+            title = f"{spec.name}, {size}, {request.frame_num} frames"
+            try:
+                plan = solve(published(spec), request, *placed(Runtime(), folder))
+            except RequestError as refusal:
+                found.append(f"{title}: {refusal}")
+                continue
+            verdict = "fits" if plan.fits else f"does not fit: {'; '.join(plan.short)}"
+            found.append(f"{title}: {verdict}")
+            found += [f"  {line}" for line in (*plan.reasons, *plan.offers)]
+            if plan.fits:
+                break
     half = f"{kernels['float16']}, in float16" if "float16" in kernels else "none works in 16 bits"
     return [*found, f"attention: {kernels.get('bfloat16', half)}"]

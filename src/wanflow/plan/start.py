@@ -156,8 +156,8 @@ def ways_out(plan: Plan) -> tuple[str, ...]:
         (gpu, ram), (width, height) = needed(spec.name).least, spec.size
         return (
             *plan.offers,
-            "leave settings open that you set (--resident_blocks, --keep_experts and the like):"
-            f" {gpu} GB of GPU memory and {ram} GB of RAM are enough at {width}*{height} then",
+            f"{gpu} GB of GPU memory and {ram} GB of RAM are enough at {width}*{height}: leave"
+            " settings open that you set (--resident_blocks, --keep_experts and the like)",
             "free memory that other programs hold",
         )
     return (*plan.offers, "try --dtype bfloat16", "close other programs", "use a larger machine")
