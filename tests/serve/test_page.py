@@ -248,7 +248,7 @@ def test_a_grid_plays_together_and_two_are_compared(
         grid.locator(".cell").nth(place).get_by_role("button", name="Compare").click()
     page.get_by_role("button", name="Compare side by side").click()
     dialog = page.get_by_role("dialog")
-    expect(dialog.locator("table")).to_contain_text("request.seed")
+    expect(dialog.locator("table")).to_contain_text("seed")
     assert barriers(page) == []
     dialog.get_by_role("button", name="Play both").click()
     both = "[...document.querySelectorAll('dialog video')].map((one) => one.currentTime)"
@@ -368,8 +368,13 @@ def test_without_events_the_page_asks_and_connects_again(
     entry(page, prompt).get_by_role("button", name="Cancel").click()
     expect(card(page, prompt)).to_be_visible()
     expect(page.locator(".notice")).to_be_visible()
+    page.set_viewport_size({"width": 1280, "height": 300})
+    page.evaluate("scrollTo(0, 200)")
+    top = page.evaluate("document.querySelector('#gallery').getBoundingClientRect().top")
     page.route("**/v1/**", lambda route: route.abort())
     expect(page.locator(".notice")).to_contain_text("does not answer")
+    expect(page.locator(".notice")).to_be_in_viewport()  # from everywhere, and nothing moves
+    assert page.evaluate("document.querySelector('#gallery').getBoundingClientRect().top") == top
     page.unroute("**/v1/**")
     page.unroute("**/v1/events")
     expect(page.locator(".notice")).to_have_count(0)

@@ -87,10 +87,12 @@ function Notices() {
     : link === "polling" ? (!settings && why) || say("polling")
       : ready === false ? say("not_ready") : "";
   return html`
-    <div role="status">${words && html`<p class="notice">${words}</p>`}</div>
-    <div role="alert">${notice && html`<p class="notice wrong">${notice}
-      <${IconButton} name="close" words=${say("close")} onClick=${() => update({ notice: "" })} />
-    </p>`}</div>`;
+    <div class="notices">
+      <div role="status">${words && html`<p class="notice">${words}</p>`}</div>
+      <div role="alert">${notice && html`<p class="notice wrong">${notice}
+        <${IconButton} name="close" words=${say("close")} onClick=${() => update({ notice: "" })} />
+      </p>`}</div>
+    </div>`;
 }
 
 function App() {
@@ -110,11 +112,11 @@ function App() {
   if (broken) return html`<main><p class="notice wrong">${broken.message}</p></main>`;
   return html`
     <${Header} />
-    <${Notices} />
     <main>
       ${settings && form && html`<${Form} />`}
       ${state.asked && html`<div class="made"><${Queue} /><${Gallery} /></div>`}
     </main>
+    <${Notices} />
     <div class="unseen" aria-live="polite">${state.spoken}</div>
     <${Dialogs} />`;
 }

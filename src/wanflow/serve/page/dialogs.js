@@ -26,10 +26,12 @@ function useAsked(question, keys) {
   return found;
 }
 
-/** Return the values of a recipe by their names, without levels. */
+/** Return the values of a recipe by their names, without levels; those of the request are plain. */
 function flat(value, name = "", found = {}) {
   if (value !== null && typeof value === "object" && !Array.isArray(value)) {
-    for (const [key, one] of Object.entries(value)) flat(one, name ? `${name}.${key}` : key, found);
+    for (const [key, one] of Object.entries(value)) {
+      flat(one, name ? `${name}.${key}` : key.replace(/^request$/, ""), found);
+    }
   } else if (value !== null && String(value) !== "") {
     found[name] = Array.isArray(value) ? value.join(", ") : String(value);
   }

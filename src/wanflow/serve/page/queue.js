@@ -46,7 +46,7 @@ function Entry({ job }) {
   const stopping = job.cancelling || state.stopping[job.id];
   const facts = [
     works && job.steps ? say("step", { step: job.step || 0, steps: job.steps }) : "",
-    works && job.eta_seconds != null && !stopping
+    works && job.eta_seconds != null && left(job) >= 1 && !stopping
       ? say("left", { time: duration(say, left(job)) }) : "",
     job.attempts > 1 ? say("attempt", { count: job.attempts }) : "",
     `${job.width} × ${job.height}`,
