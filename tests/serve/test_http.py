@@ -329,6 +329,18 @@ def test_fields_that_ask_for_nothing(client: TestClient, name: str) -> None:
     assert name in refused(client, SUBMIT | {name: "something"})["message"]
 
 
+def test_defaults_of_other_servers_ask_for_nothing(client: TestClient) -> None:
+    given = {"true_cfg_scale": 1.0, "frame_interpolation_scale": 1.0, "frame_interpolation_exp": 1}
+    make(client, **given, rollout=False, annotations=[])
+    assert "true_cfg_scale" in refused(client, SUBMIT | {"true_cfg_scale": True})["message"]
+    assert "rollout" in refused(client, SUBMIT | {"rollout": 0})["message"]
+    texts = {name: str(value) for name, value in given.items()} | {"generate_sound": "false"}
+    answer = client.post("/v1/videos", data=SUBMIT | texts)
+    assert answer.status_code == 200, answer.text
+    answer = client.post("/v1/videos", data=SUBMIT | {"true_cfg_scale": "4.0"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "true_cfg_scale"
+
+
 def test_the_models_of_the_family_mean_their_own_seconds(tmp_path: Path) -> None:
     for spec, frames in ((T2V_A14B, 65), (TI2V_5B, 97)):
         serving = Serving(tmp_path / spec.name, spec)
@@ -500,6 +512,19 @@ def test_a_full_queue(tmp_path: Path) -> None:
         answer = client.post("/v1/videos", json=SUBMIT)
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
         assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_full_queue_says_when_the_job_at_work_ends(tmp_path: Path) -> None:
+    serving = Serving(tmp_path, max_queue=1)
+    with serving.client() as client:
+        worker = FakeWorker(serving)
+        worker.go.clear()
+        with worker:
+            id = make(client)["id"]
+            wait_for(lambda: (job := serving.store.get(id)) and job.progress.eta_s)
+            make(client)
+            answer = client.post("/v1/videos", json=SUBMIT)
+            assert answer.status_code == 429 and answer.headers["retry-after"] == "3"
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

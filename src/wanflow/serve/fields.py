@@ -172,6 +172,7 @@ WRAPPERS = ("extra_body", "extra_json", "extra_params", "nvext", "video_params",
 # Fields of vLLM-Omni, SGLang, FastVideo and Dynamo that name what wanflow does not do. Each is
 # accepted where it asks for nothing: null, or one of these values.
 NOTHING: Mapping[str, tuple[Any, ...]] = {
+    "annotations": ([],),
     "aspect_ratio": ("auto",),
     "attention_backend_override": (),
     "audio_reference": (),
@@ -181,9 +182,9 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "enable_teacache": (False,),
     "enable_upscaling": (False,),
     "enhance_prompt": (False,),
-    "frame_interpolation_exp": (),
+    "frame_interpolation_exp": (1,),
     "frame_interpolation_model_path": (),
-    "frame_interpolation_scale": (),
+    "frame_interpolation_scale": (1,),
     "generate_sound": (False,),
     "generator_device": ("cpu",),
     "output_compression": (),
@@ -194,8 +195,11 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
     "reference_url": (),
     "response_format": (),
     "return_stage_metrics": (False, True),  # every video has them
+    "rollout": (False,),
+    "rollout_sde_type": ("sde",),
     "short_edge": (),
     "skip_softmax_params": (),
+    "sound_duration": (),
     "true_cfg_scale": (1,),
     "upscaling_model_path": (),
     "upscaling_scale": (1,),
@@ -242,8 +246,8 @@ def fields_of(given: Mapping[str, Any], in_form: bool) -> dict[str, Any]:
             continue
         _refuse_odd_text(name, value)
         if name in NOTHING:
-            asked = _of_form("any", value, name)
-            if not any(asked == one and type(asked) is type(one) for one in NOTHING[name]):
+            asked = _of_form("float", _of_form("any", value, name), name) if in_form else value
+            if not any(_equal(asked, one) for one in NOTHING[name]):
                 only = " or ".join(map(json.dumps, (None, *NOTHING[name])))
                 raise RequestError(
                     f"{name} {shown(value)}: wanflow does not do this; leave it out (or {only})"
@@ -257,6 +261,11 @@ def fields_of(given: Mapping[str, Any], in_form: bool) -> dict[str, Any]:
             f"unknown fields: {', '.join(unknown[:8])}; known are {', '.join(FIELDS)}"
         )
     return found
+
+
+def _equal(asked: Any, one: Any) -> bool:
+    """Return whether two values of JSON are equal: 1.0 and 1 are, true and 1 are not."""
+    return bool(asked == one) and isinstance(asked, bool) is isinstance(one, bool)
 
 
 def _refuse_odd_text(name: str, value: Any) -> None:

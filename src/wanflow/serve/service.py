@@ -107,7 +107,7 @@ class Service:
                 429,
                 f"the queue is full: {error}; try again later",
                 "queue_full",
-                retry_s=min(3600.0, self.seconds_a_job()),
+                retry_s=min(3600.0, self._next_place_s()),
             ) from None
         if not new and kept.about.get("mark") != one.about["mark"]:
             raise Refusal(
@@ -168,6 +168,12 @@ class Service:
             if job.started_at is not None and job.completed_at is not None
         ]
         return max(0.1, statistics.median(took)) if took else USUAL_S
+
+    def _next_place_s(self) -> float:
+        """Return when the next of the jobs at work ends, which frees a place of the queue."""
+        running = self.store.page(limit=100, states=("in_progress",))
+        left = [job.progress.eta_s for job in running if job.progress.eta_s is not None]
+        return min(left) if left else self.seconds_a_job()
 
     def _pace(self) -> tuple[float, float, int]:
         """Return the seconds of a job and of those at work, and the workers; as of a moment ago."""
