@@ -560,6 +560,7 @@ def test_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         and versions["sageattention"] == "unknown version"
         and versions["wanflow_needs_this"] == ""
     )
+    assert all(re.match(r"\d", versions[name]) for name in environment.SERVER)
 
 
 # the disk

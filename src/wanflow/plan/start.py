@@ -157,7 +157,7 @@ def ways_out(plan: Plan) -> tuple[str, ...]:
         return (
             *plan.offers,
             f"{gpu} GB of GPU memory and {ram} GB of RAM are enough at {width}*{height}: leave"
-            " settings open that you set (--resident_blocks, --keep_experts and the like)",
+            " settings open that you set (--resident_blocks, --offload_model and the like)",
             "free memory that other programs hold",
         )
     return (*plan.offers, "try --dtype bfloat16", "close other programs", "use a larger machine")
