@@ -35,14 +35,7 @@ REQUIRED = (
     "filelock",
 )
 KERNEL_PACKAGES = [kernel.package for kernel in BACKENDS.values() if kernel.package]
-SERVER = (
-    "fastapi",
-    "uvicorn",
-    "python_multipart",
-    "prometheus_client",
-    "procrastinate",
-    "psycopg",
-)
+SERVER = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "procrastinate", "psycopg")
 OPTIONAL = (*KERNEL_PACKAGES, "gguf", "modelscope", *SERVER)
 DISTRIBUTIONS = {kernel.package: kernel.distribution for kernel in BACKENDS.values()}
 DISK_BYTES, DISK_CHUNK, DISK_SECONDS = 256 * 2**20, 16 * 2**20, 2.0
