@@ -56,7 +56,9 @@ class Boss:
 
 
 @contextmanager
-def at_work(folder: Path, pipe: Pipeline | None, loras: tuple[Path, ...] = ()) -> Iterator[Boss]:
+def at_work(
+    folder: Path, pipe: Pipeline | None, loras: tuple[Path, ...] = (), orders: Any = None
+) -> Iterator[Boss]:
     """A gang that works for the test; leaving is the end of its worker."""
     here, there = Pipe()
     opened.clear()
@@ -67,7 +69,7 @@ def at_work(folder: Path, pipe: Pipeline | None, loras: tuple[Path, ...] = ()) -
 
     def work() -> None:
         try:
-            gang.Maker(open_it, DataFolder(folder), loras, instructions).work()
+            gang.Maker(open_it, DataFolder(folder), loras, instructions, orders).work()
         except Exception as error:
             ended.append(error)
 
@@ -426,6 +428,39 @@ def test_room_is_asked_for_before_encoding(
         boss.make(one)
         end = boss.end_of(one)
     assert "the video needs" in end["why"]
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_a_folder_that_cannot_be_written_is_no_fault_of_the_job(
+    ranks: bool, tmp_path: Path, nano: Pipeline
+) -> None:
+    """A broken mount on one machine would fail every job of a fleet; ranks still end together."""
+    (tmp_path / "videos").write_text("no folder")
+    one, after = attempt(1, job()), attempt(1, job())
+    decoded: list[int] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(nano, name)
+
+        def frames(self, *args: Any) -> Iterator[Any]:
+            yield from nano.frames(*args)
+            decoded.append(1)
+
+    class Orders:
+        def give(self, text: str) -> None:
+            pass
+
+    watched: Any = Watched()
+    with at_work(tmp_path, watched, orders=Orders() if ranks else None) as boss:
+        boss.make(one)
+        end = boss.end_of(one)
+        assert end["say"] == "stopped" and "cannot write" in end["why"]
+        assert decoded == [1] * ranks  # alone it has not even begun
+        (tmp_path / "videos").unlink()
+        boss.make(after)
+        assert boss.end_of(after)["say"] == "done"
+    assert not ended
 
 
 def test_a_picture_of_a_client_begins_the_video(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from wanflow.files import DISK_TROUBLE, DiskError
 from wanflow.front import Pipeline
 from wanflow.hardware import peak_memory
 from wanflow.keeping import Keeper
+from wanflow.media import check_target
 from wanflow.out_of_memory import is_out_of_memory, words
 from wanflow.outputs import refuse_without_room
 from wanflow.pictures import open_picture
@@ -218,6 +219,9 @@ class Maker:
         began = time.monotonic()
         self._tracker = tracker = Tracker(job, worker.line.say)
         run, stored, notes = self._begun(job)
+        video = self.folder.video(job, run.request.frame_num)
+        if self.orders is None:  # before the work; ranks stop together after it
+            self._check_disk(video)
         tracker.begin(run, self._decode_rate)
         keeper = Keeper(run, self.folder.state(job.id), logger.warning, stored, self.save_s)
         self._keeper = keeper
@@ -226,7 +230,6 @@ class Maker:
             run = self._denoised(run, job, worker, keeper, tracker)
             keeper.take(run)
             keeper.try_to_save()
-            video = self.folder.video(job, run.request.frame_num)
             run = self._written(run, video, job, worker, tracker)
         except BaseException as error:
             keeper.wait()
@@ -253,6 +256,15 @@ class Maker:
             "peak_memory": peak_memory(),
             "notes": notes,
         }
+
+    def _check_disk(self, video: Path, needed: int = 0) -> None:
+        """Raise DiskError unless a video of so many bytes can be written: no fault of its job."""
+        try:
+            check_target(video, overwrite=True)
+            if needed:
+                refuse_without_room(video, needed, "the video")
+        except RequestError as error:
+            raise DiskError(errno.ENOSPC, str(error)) from None
 
     def _begun(self, job: Job) -> tuple[Run, int | None, list[str]]:
         """Return the run of a job, the step of its state on the disk, and what to know about it."""
@@ -318,16 +330,18 @@ class Maker:
         """Decode a run and write its files; return it with the recipe of what was really used."""
         tracker.decoding()
         alone = self.orders is None
+        try:
+            self._check_disk(video, values(run) // (3 * DENSITY))
+        except DiskError:
+            for _ in () if alone else self.pipe.frames(run):  # the other ranks decode
+                pass
+            raise
 
         def on_part(done: int, total: int) -> None:
             tracker.part(done, total)
             if alone and worker.stopping(job):  # ranks cannot leave a decode together
                 raise Cancelled(run)
 
-        try:
-            refuse_without_room(video, values(run) // (3 * DENSITY), "the video")
-        except RequestError as error:
-            raise DiskError(errno.ENOSPC, str(error)) from None
         chunks = self.pipe.frames(run, on_part)
         chosen = Chosen(run.request.frame_num)
         try:
