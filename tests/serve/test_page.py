@@ -620,6 +620,32 @@ def test_what_is_no_picture_or_too_large_is_refused_before_it_is_sent(
         expect(page.locator(".drop img")).to_have_count(1)
 
 
+def test_several_videos_of_a_picture_send_it_once_and_say_how_much_is_sent(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    app = Serving(tmp_path, spec=NANO_I2V)
+    Image.effect_noise((900, 900), 99).save(tmp_path / "noise.png")
+    kinds = []
+    with serving(app) as url:
+        page = open_page(url)
+        page.on(
+            "request",
+            lambda one: one.method == "POST" and kinds.append(one.headers["content-type"][:16]),
+        )
+        page.set_input_files("#image", tmp_path / "noise.png")
+        page.evaluate(
+            """() => new MutationObserver(() => {
+                const words = document.querySelector("form button.main").textContent;
+                if (/Sending … [0-9]+ %/.test(words)) window.told = true;
+            }).observe(document.body, {childList: true, subtree: true, characterData: true})"""
+        )
+        submit(page, count="3")
+        expect(page.locator(".entry")).to_have_count(3)
+        assert page.evaluate("window.told")
+    assert kinds == ["multipart/form-d", "application/json", "application/json"]
+    assert len({job.request["image"] for job in app.store.page()}) == 1
+
+
 def test_earlier_videos_come_also_after_the_last_was_deleted(
     tmp_path: Path, open_page: Callable[..., Page]
 ) -> None:

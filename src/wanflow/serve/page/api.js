@@ -20,13 +20,26 @@ export class ApiError extends Error {
 
 export const address = (path) => new URL(path, BASE).href;
 
+/** Post a form with files. A fetch would not tell how much of it is sent. */
+const upload = (url, { headers, body, sent }) => new Promise((done, fail) => {
+  const request = new XMLHttpRequest();
+  request.open("POST", url);
+  for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+  request.upload.onprogress = ({ loaded, total }) => sent(loaded / total);
+  request.onload = () => done(new Response(request.responseText, { status: request.status }));
+  request.onerror = () => fail(new TypeError("the connection broke"));
+  request.send(body);
+});
+
 /** Send a request; return the answer if it is 2xx. */
 export async function ask(path, options = {}) {
   const headers = { ...options.headers };
   if (token.get()) headers.Authorization = `Bearer ${token.get()}`;
   let answer;
   try {
-    answer = await fetch(address(path), { cache: "no-cache", ...options, headers });
+    answer = options.sent
+      ? await upload(address(path), { ...options, headers })
+      : await fetch(address(path), { cache: "no-cache", ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, error.message);
@@ -68,9 +81,10 @@ export function random() {
 /**
  * Submit a job. Files in the body make it a form, else it is JSON.
  *
- * The key makes a second try harmless: the server returns the job that the first one made.
+ * `sent` hears which share of a form is sent. The key makes a second try harmless: the server
+ * returns the job that the first one made.
  */
-export async function create(body, key) {
+export async function create(body, key, sent) {
   const headers = { "Idempotency-Key": key };
   if (!Object.values(body).some((value) => value instanceof Blob)) {
     headers["Content-Type"] = "application/json";
@@ -81,7 +95,7 @@ export async function create(body, key) {
     if (value instanceof Blob) form.append(name, value, value.name || "picture");
     else form.append(name, typeof value === "object" ? JSON.stringify(value) : String(value));
   }
-  return json("v1/videos", { method: "POST", headers, body: form });
+  return json("v1/videos", { headers, body: form, sent });
 }
 
 export const content = (id, variant = "video") => `${one(id)}/content?variant=${variant}`;

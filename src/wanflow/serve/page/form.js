@@ -216,12 +216,13 @@ function Rest({ form }) {
 
 function Actions({ count, busy, refused }) {
   const key = busy ? "submitting" : count > 1 ? "submit_many" : "submit";
+  const share = state.uploaded ? `${Math.floor(100 * state.uploaded)} %` : "";
   return html`
     <div role="alert">
       ${refused && !refused.field && html`<p class="error boxed">${refused.message}</p>`}
     </div>
     <div class="actions">
-      <button class="main" aria-disabled=${busy}>${say(key, { count })}</button>
+      <button class="main" aria-disabled=${busy}>${say(key, { count, share })}</button>
       <button type="button" class="quiet" onClick=${clearForm}>${say("reset")}</button>
     </div>`;
 }

@@ -78,7 +78,9 @@ export function bodyOf(form, settings) {
   if (form.negative) body.negative_prompt = form.negative;
   if (form.preset) body.preset = form.preset;
   const size = form.size === "own" ? form.own.normalize("NFKC").trim() : form.size;
-  if (form.size === "own" && !size) throw new ApiError(400, say("size_missing", { size: settings.defaults.size }), "size");
+  if (form.size === "own" && !size) {
+    throw new ApiError(400, say("size_missing", { size: settings.defaults.size }), "size");
+  }
   if (size) body.size = size.replace(/\s*[*×X]\s*/g, "x");
   if (form.length) {
     number(form.length, "length", false);
@@ -112,32 +114,45 @@ export function bySeed(body, count) {
  */
 export async function send(bodies, vary = "seed") {
   const id = random();
-  let sent = 0;
+  let [sent, pictures] = [0, {}];
   for (const [place, body] of bodies.entries()) {
     if (body.seed != null && !Number.isSafeInteger(body.seed)) { // JSON here would round it
       return { sent, failed: new ApiError(400, say("seed_large"), "seed") };
     }
     const user = bodies.length > 1 && gridMark({ id, vary, value: body[vary], place });
     try {
-      take([await persist(user ? { ...body, user } : body)]);
+      const job = await persist({ ...body, ...pictures, ...(user && { user }) });
+      take([job]);
+      sent += 1;
+      if (sent === 1 && bodies.length > 1) pictures = await picturesOf(job, body);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       return { sent, failed: error };
     }
-    sent += 1;
   }
   return { sent, failed: null };
+}
+
+/** Return the files of a body by the names under which the server has them: sent once is enough. */
+async function picturesOf(job, body) {
+  const names = ["image", "last_image"].filter((name) => body[name] instanceof Blob);
+  if (!names.length) return {};
+  const request = await requestOf(job);
+  return Object.fromEntries(names.map((name) => [name, request[name]]));
 }
 
 /** Submit one job; where no answer came, ask again under the same key. */
 async function persist(body) {
   const key = random();
+  const sent = (uploaded) => update({ uploaded });
   try {
-    return await create(body, key);
+    return await create(body, key, sent);
   } catch (error) {
     if (error.status !== 0) throw error;
     await new Promise((done) => setTimeout(done, 1000));
-    return create(body, key);
+    return await create(body, key, sent);
+  } finally {
+    sent(0);
   }
 }
 

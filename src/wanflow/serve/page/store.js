@@ -35,6 +35,7 @@ export const state = {
   token: "", // needed, wrong, or nothing
   form: null, // what is typed, see request.js
   pictures: {}, // image and last: files
+  uploaded: 0, // share of the pictures that are on their way
   refused: null, // {field, message}: why the form was not sent
   stopping: {}, // ids of jobs that were asked to stop
   notice: "", // what went wrong beside the form
