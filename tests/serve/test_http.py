@@ -909,3 +909,27 @@ def test_the_page_behind_a_proxy_that_replaces_the_host(client: TestClient) -> N
     assert client.post("/v1/videos", json=SUBMIT, headers=headers).status_code == 200
     headers["Sec-Fetch-Site"] = "cross-site"
     assert client.post("/v1/videos", json=SUBMIT, headers=headers).status_code == 403
+
+
+def test_a_form_in_another_encoding_is_refused(serving: Serving, client: TestClient) -> None:
+    # A console in another code page sends its own bytes; a wrong prompt would cost a video.
+    for text in ("\u7ea2\u5706".encode("gbk"), "caf\u00e9".encode("latin-1")):
+        part = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + text
+        forms = {
+            "multipart/form-data; boundary=b": part + b"\r\n--b--\r\n",
+            "application/x-www-form-urlencoded": b"prompt=" + text,
+        }
+        for kind, body in forms.items():
+            answer = client.post("/v1/videos", content=body, headers={"content-type": kind})
+            assert answer.status_code == 400, answer.text
+            assert "is not UTF-8" in answer.json()["error"]["message"]
+    prompt = "\u7ea2\u5706 caf\u00e9 \N{SLIGHTLY SMILING FACE}"
+    data = {"user": "\u00e9", "prompt": prompt}
+    parts = {name: (None, value) for name, value in data.items()}
+    typed = f"prompt={prompt}".encode()  # as curl -d sends it
+    for answer in (
+        client.post("/v1/videos", data=data),
+        client.post("/v1/videos", files=parts),
+        client.post("/v1/videos", content=typed, headers={"content-type": kind}),
+    ):
+        assert answer.status_code == 200 and answer.json()["prompt"] == prompt

@@ -6,8 +6,9 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import parse_qsl
 
-from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from wanflow.config import RequestError
@@ -64,21 +65,27 @@ async def _bytes(request: Request, limit: int) -> bytes:
 
 
 async def _form(request: Request, body: bytes, kind: str, limit: int) -> list[tuple[str, Any]]:
+    if kind != "multipart/form-data":
+        try:
+            # Letters may stand as they are, as `curl -d prompt=...` sends them.
+            pairs = parse_qsl(body.decode(), True, errors="strict", max_num_fields=MOST_FIELDS)
+        except UnicodeError:
+            raise RequestError("the form is not UTF-8; send it in UTF-8") from None
+        except ValueError:
+            raise RequestError(f"the form has more than {MOST_FIELDS} fields") from None
+        return list(pairs)
+
     async def stream() -> AsyncIterator[bytes]:
         yield body
 
-    parser: MultiPartParser | FormParser
     try:
-        if kind == "multipart/form-data":
-            parser = MultiPartParser(
-                request.headers,
-                _generator(stream()),
-                max_files=MOST_FILES,
-                max_fields=MOST_FIELDS,
-                max_part_size=limit,
-            )
-        else:
-            parser = FormParser(request.headers, _generator(stream()))
+        parser = MultiPartParser(
+            request.headers,
+            _generator(stream()),
+            max_files=MOST_FILES,
+            max_fields=MOST_FIELDS,
+            max_part_size=limit,
+        )
         form = await parser.parse()
     except MultiPartException as error:
         raise RequestError(f"the form cannot be read: {printable(error.message)}") from None
@@ -90,7 +97,19 @@ async def _form(request: Request, body: bytes, kind: str, limit: int) -> list[tu
             raise RequestError(f"the form has more than {MOST_FIELDS} fields")
         found.append((name, value if isinstance(value, str) else await value.read()))
     await form.close()
+    if "charset" not in request.headers["content-type"].lower():
+        _refuse_other_letters(found, body)
     return found
+
+
+def _refuse_other_letters(items: list[tuple[str, Any]], body: bytes) -> None:
+    """Raise RequestError for a text that was not UTF-8: the parser takes it for Latin-1."""
+    at = 0
+    for name, value in items:
+        if isinstance(value, str) and not value.isascii():
+            at = body.find(value.encode(), at)  # one that was UTF-8 stands in the body as it is
+            if at < 0:
+                raise RequestError(f"{printable(name, 60)} is not UTF-8; send the form in UTF-8")
 
 
 def _generator(stream: AsyncIterator[bytes]) -> Any:
