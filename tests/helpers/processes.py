@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,7 @@ def played(rank: int, size: int) -> Iterator[ranks.DistInfo]:
 
 def _process(rank: int, work: Work, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what it was forked with: a collection would walk over it at each swap of experts
     with joined(rank, size, folder, "group") as info, torch.no_grad():
         found = work(info)
     torch.save(found, folder / f"{rank}.pt")
@@ -54,11 +56,11 @@ def _process(rank: int, work: Work, size: int, folder: Path) -> None:
 
 def start(work: Work, size: int, folder: Path) -> list[int | None]:
     """Run `work` on a number of ranks; return their exit codes."""
-    # A fork of a process that has imported torch starts at once.
+    # A fork of a process that has imported torch, and what FSDP takes of it, starts at once.
     context = mp.get_context(
         "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
     )
-    context.set_forkserver_preload([work.__module__])
+    context.set_forkserver_preload([work.__module__, "wanflow.parallel.fsdp", "torch._dynamo"])
     processes = [
         context.Process(target=_process, args=(rank, work, size, folder), daemon=True)
         for rank in range(size)
