@@ -46,7 +46,7 @@ deploy-tools: .venv-deploy/.installed  ## what reads deploy/ in tests: hadolint,
 
 test-all: install services deploy-tools  ## what `make test` leaves out: pairs of features, many processes, oracles, fuzz, training
 	$(BIN)/python -m pytest -m "slow and not crowded"
-	$(BIN)/python -m pytest -m "slow and crowded" -n 1  # up to 8 processes at a time
+	$(BIN)/python -m pytest -m "slow and crowded" -n 0  # up to 8 processes at a time
 
 coverage: install  ## all tests, with the lines they run
 	$(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term:skip-covered
