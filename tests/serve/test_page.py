@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import socket
@@ -23,8 +24,9 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from wanflow.api import Pipeline
+from wanflow.files import write_bytes
 from wanflow.presets import NANO_I2V
-from wanflow.serve.jobs import FINAL
+from wanflow.serve.jobs import FINAL, Progress, Worker
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +36,7 @@ PROMPT = "a red circle moves left on a blue background"
 LONG = {"steps": "100", "length": "81"}
 LIMIT_S = 120.0  # of what a busy machine does late
 expect.set_options(timeout=1000 * LIMIT_S)
+HIGH, LOW = "high noise: layout and motion", "low noise: detail"
 BROWSER = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -150,9 +153,7 @@ def barriers(page: Page) -> list[str]:
 def test_a_job_is_submitted_watched_and_played(server: str, open_page: Callable[..., Page]) -> None:
     page = open_page(server)
     submit(page, **LONG)
-    experts, previews, shares = list[str](), set[str](), list[int]()
-    works = page.locator(".entry.works")
-    expect(works).to_be_visible()
+    doings, shares = list[str](), list[int]()
     end = time.monotonic() + LIMIT_S
     while not card(page).count():
         assert time.monotonic() < end, shares
@@ -161,26 +162,52 @@ def test_a_job_is_submitted_watched_and_played(server: str, open_page: Callable[
                 """() => {
                     const one = document.querySelector(".entry.works");
                     return one && [one.querySelector(".doing").textContent.trim(),
-                        one.querySelector(".frame img")?.src,
                         +one.querySelector("[role=progressbar]").ariaValueNow];
                 }"""
             )
         finally:
             page.wait_for_timeout(30)
         if seen:
-            experts.append(seen[0])
-            previews.add(seen[1])
-            shares.append(seen[2])
-    high, low = "high noise: layout and motion", "low noise: detail"
-    assert high in experts and low in experts
-    assert experts.index(low) > experts.index(high)
-    assert len(previews - {None}) >= 2 and shares == sorted(shares) and len(set(shares)) > 3
+            doings.append(seen[0])
+            shares.append(seen[1])
+    # How much is seen depends on the machine; what is seen is in order.
+    assert shares == sorted(shares)
+    experts = [one for one in doings if one in (HIGH, LOW)]
+    assert experts == sorted(experts)
     # A screen reader hears quarters and experts, never each step.
     assert PROMPT in page.inner_text("[aria-live=polite]")
     card(page).get_by_role("button", name="Play").click()
     until(page, "document.querySelector('.card video')?.currentTime > 0.4")
     assert page.evaluate("document.activeElement.tagName") == "VIDEO"
     assert barriers(page) == []
+
+
+def test_the_expert_the_time_and_the_preview_follow_the_steps(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    app = Serving(tmp_path)
+    me = Worker("by hand", "nano", True)
+    app.store.enrol(me)
+    with serving(app) as url:
+        page = open_page(url)
+        submit(page)
+        expect(entry(page)).to_be_visible()
+        job = app.store.claim(me.id)
+        assert job is not None
+        works, previews = page.locator(".works"), set[str]()
+        source = "document.querySelector('.works .frame img')?.src"
+        for step, expert, words, colour in ((1, "high", HIGH, "red"), (3, "low", LOW, "blue")):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 64), colour).save(picture, "WEBP")
+            write_bytes(app.data.preview(job.id), picture.getvalue(), overwrite=True)
+            app.store.report(job, Progress(step, 4, "denoising", expert, 5000.0, 25 * step))
+            expect(works.locator(".doing")).to_have_text(words)
+            expect(works).to_contain_text(f"Step {step} of 4")
+            expect(works).to_contain_text("min left")
+            bar = works.locator("[role=progressbar]")
+            expect(bar).to_have_attribute("aria-valuenow", str(25 * step))
+            until(page, f"({source}) && !{json.dumps(sorted(previews))}.includes({source})")
+            previews.add(page.evaluate(source))
 
 
 def test_a_strangers_prompt_is_text_and_cancel_stops(

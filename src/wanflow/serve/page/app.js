@@ -80,6 +80,11 @@ function Header() {
     </header>`;
 }
 
+function closeNotice() {
+  document.getElementById("gallery")?.focus({ preventScroll: true }); // the button goes
+  update({ notice: "" });
+}
+
 /** What is wrong with the server, or with what was asked of it. */
 function Notices() {
   const { link, notice, ready, settings, why } = state;
@@ -90,7 +95,7 @@ function Notices() {
     <div class="notices">
       <div role="status">${words && html`<p class="notice">${words}</p>`}</div>
       <div role="alert">${notice && html`<p class="notice wrong">${notice}
-        <${IconButton} name="close" words=${say("close")} onClick=${() => update({ notice: "" })} />
+        <${IconButton} name="close" words=${say("close")} onClick=${closeNotice} />
       </p>`}</div>
     </div>`;
 }
