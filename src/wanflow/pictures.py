@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ MOST_BYTES = 512 << 20
 MOST_PIXELS = 100_000_000
 SHORTEST_SIDE = 4  # pixels
 LONGEST_RATIO = 16  # of the sides
+ADDRESS = re.compile("(https?|ftp|file|s3|gs|data):", re.IGNORECASE)  # a Path drops a slash
 BITS = 258  # TIFF's tag of the bits of a number
 
 
@@ -58,7 +60,7 @@ def open_picture(value: object, name: str = "image") -> Picture:
         file = os.fsdecode(value)
         if not file.strip():
             raise RequestError(f"{name}: an empty name; give the path of a picture: {READ}")
-        if "://" in file or file.startswith("data:"):
+        if ADDRESS.match(file):
             raise RequestError(
                 f"{name}: {printable(file)} is an address, and only files are read; save the"
                 " picture first, and give its path"

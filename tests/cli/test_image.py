@@ -156,6 +156,7 @@ def test_a_model_that_takes_none_refuses_a_picture(
         assert "takes no picture" in refused(capsys, "plan", "--ckpt_dir", "nano", flag, "a.png")
         assert "gone.png: there is no such file" in refused(capsys, *line, flag, "gone.png")
         assert "is a folder" in refused(capsys, *line, flag, ".")
+        assert "is an address" in refused(capsys, *line, flag, "https://example.com/a.png")
     Path("text.png").write_text("text")
     assert "not a picture in JPEG" in refused(capsys, *line, "--image", "text.png")
 
