@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from wanflow.config import RequestError
 from wanflow.request import Picture, PictureRecord
-from wanflow.untrusted import open_regular, printable, user_path
+from wanflow.untrusted import open_regular, picture_path, printable
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -33,7 +32,6 @@ MOST_BYTES = 512 << 20
 MOST_PIXELS = 100_000_000
 SHORTEST_SIDE = 4  # pixels
 LONGEST_RATIO = 16  # of the sides
-ADDRESS = re.compile("(https?|ftp|file|s3|gs|data):", re.IGNORECASE)  # a Path drops a slash
 BITS = 258  # TIFF's tag of the bits of a number
 
 
@@ -58,14 +56,7 @@ def open_picture(value: object, name: str = "image") -> Picture:
         return _again(value, name)
     if isinstance(value, str | os.PathLike):
         file = os.fsdecode(value)
-        if not file.strip():
-            raise RequestError(f"{name}: an empty name; give the path of a picture: {READ}")
-        if ADDRESS.match(file):
-            raise RequestError(
-                f"{name}: {printable(file)} is an address, and only files are read; save the"
-                " picture first, and give its path"
-            )
-        return _picture(_read_file(user_path(file)), file)
+        return _picture(_read_file(picture_path(file, name)), file)
     if isinstance(value, Image.Image):
         with _damage(name):
             return _picture(_rgb(value, name), "")

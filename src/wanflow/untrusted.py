@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from wanflow.config import RequestError
 
 JSON_BYTES = 64 << 20  # an index of the largest published model takes 0.2 MB
 JSON_DEPTH = 64
+ADDRESS = re.compile("(https?|ftp|file|s3|gs|data):", re.IGNORECASE)  # a Path drops a slash
 LONGEST_TEXT = 300  # characters of a stranger's text that a message shows
 
 
@@ -54,6 +56,18 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     if "\0" in os.fspath(found):
         raise RequestError(f"{printable(path)}: a path holds no null character")
     return found
+
+
+def picture_path(file: str, name: str) -> Path:
+    """Return the path of a picture, as `user_path`; RequestError for no name and an address."""
+    if not file.strip():
+        raise RequestError(f"{name}: an empty name; give the path of a picture")
+    if ADDRESS.match(file):
+        raise RequestError(
+            f"{name}: {printable(file)} is an address, and only files are read; save the picture"
+            " first, and give its path"
+        )
+    return user_path(file)
 
 
 def check_regular(path: Path) -> os.stat_result:

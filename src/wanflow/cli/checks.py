@@ -27,7 +27,7 @@ from wanflow.geometry import COMMON, geometry_of, parse_size
 from wanflow.presets import EMBEDDED, FAMILY, ModelSpec
 from wanflow.request import PICTURES, Request
 from wanflow.runtime import DTYPES, Runtime
-from wanflow.untrusted import check_regular, printable, user_path
+from wanflow.untrusted import check_regular, picture_path, printable, user_path
 
 # Names of attention kernels; the kernels themselves need torch.
 KERNELS = (
@@ -193,9 +193,10 @@ def _check_request(request: Request, spec: ModelSpec | None = None, needed: bool
     for lora in request.loras():  # checks every value
         if not exists(user_path(lora.path)):
             raise RequestError(f"lora {printable(lora.path)}: there is no such file or folder")
-    for picture in (request.image, request.last_image):
+    for name in PICTURES:
+        picture = getattr(request, name)
         if isinstance(picture, str):
-            check_regular(user_path(picture))
+            check_regular(picture_path(picture, name))
     if request.size is not None:
         parse_size(request.size, COMMON if spec is None else geometry_of(spec))
     if spec is not None:
