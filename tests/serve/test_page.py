@@ -397,11 +397,11 @@ def test_without_events_the_page_asks_and_connects_again(
     expect(page.locator(".notice")).to_be_visible()
     page.set_viewport_size({"width": 1280, "height": 300})
     page.evaluate("scrollTo(0, 200)")
-    top = page.evaluate("document.querySelector('#gallery').getBoundingClientRect().top")
+    top = page.evaluate("document.querySelector('main').getBoundingClientRect().top")
     page.route("**/v1/**", lambda route: route.abort())
     expect(page.locator(".notice")).to_contain_text("does not answer")
     expect(page.locator(".notice")).to_be_in_viewport()  # from everywhere, and nothing moves
-    assert page.evaluate("document.querySelector('#gallery').getBoundingClientRect().top") == top
+    assert page.evaluate("document.querySelector('main').getBoundingClientRect().top") == top
     page.unroute("**/v1/**")
     page.unroute("**/v1/events")
     expect(page.locator(".notice")).to_have_count(0)
@@ -704,7 +704,8 @@ def test_a_tab_that_was_hidden_comes_back_without_a_word(
     until(page, "document.querySelector('#gallery') && !document.querySelector('.notice')")
     page.evaluate(
         """() => new MutationObserver(() => {
-            if (document.querySelector(".notice")) window.noticed = true;
+            const words = document.querySelector(".notice")?.textContent || "";
+            if (words.includes("every few seconds")) window.noticed = true;
         }).observe(document.body, {childList: true, subtree: true})"""
     )
     with page.expect_response("**/v1/videos?*"):
