@@ -679,7 +679,7 @@ def test_as_text_where_all_is_fine(tmp_path: Path) -> None:
         "RAM",
         "GPU        none",
         "disk",
-        "GB/s",
+        "B/s, reads",
         "H.264 can be written",
         "auto picks it",
         "_scaled_mm",

@@ -191,6 +191,6 @@ def test_scales_of_no_format_and_a_state_without_end(tmp_path: Path) -> None:
         path,
         {"_quantization_metadata": json.dumps({"layers": {"a": {"format": ["x"]}}})},
     )
-    assert "unknown format ['x']" in refusal(path, open_source)
+    assert "['x'] is no format's name" in refusal(path, open_source)
     save_file({"x": torch.ones(2)}, path, {"wanflow": "[" * 100_000})
     assert "not a saved wanflow run" in refusal(path, Run.load)
