@@ -31,7 +31,7 @@ demo-i2v: install  ## a picture and a prompt become an mp4; make demo-i2v IMAGE=
 	@mkdir -p $(dir $(IMAGE_OUT))
 	@$(BIN)/wanflow generate --ckpt_dir nano-i2v --image $(IMAGE) --prompt "$(IMAGE_PROMPT)" --save_file $(IMAGE_OUT) --contact_sheet --overwrite
 
-test: install    ## the test suite, about 8 minutes on two cores
+test: install    ## the test suite, about 5 minutes on two cores
 	$(BIN)/python -m pytest
 
 services:        ## what slow tests talk to: Postgres and Chromium, by the system's package manager
