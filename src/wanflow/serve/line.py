@@ -29,7 +29,7 @@ from wanflow.files import remove
 WHERE = "WANFLOW_GANG"  # the environment variable that tells the gang where its worker listens
 LONGEST = 16 << 20  # bytes of a message
 FOLDER = "wanflow-gang-"  # in TMPDIR, while a gang starts
-LEFT_S = 3600.0  # a folder so old is that of a worker which was killed
+LEFT_S = 3600.0  # a folder so old, of no process here, is that of a worker which was killed
 JOIN_S = 20.0  # for the ranks to let go of the connection after the agent is gone
 
 Message = Mapping[str, Any]
@@ -80,7 +80,8 @@ class Gang:
     ) -> None:
         self._take, self._key = take, secrets.token_bytes(32)
         remove_left()
-        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER))  # for this user alone
+        made = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-")  # for this user alone
+        self._folder = Path(made)
         place = str(self._folder / "gang") if hasattr(socket, "AF_UNIX") else ("127.0.0.1", 0)
         self._listener = Listener(place, authkey=self._key)
         self._line: Line | None = None
@@ -144,8 +145,10 @@ class Gang:
 def remove_left() -> None:
     """Delete the folders of workers that were killed while their gang started."""
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        with suppress(OSError):
-            if time.time() - folder.lstat().st_mtime > LEFT_S:
+        number = folder.name.removeprefix(FOLDER).partition("-")[0]
+        with suppress(OSError):  # a clock that jumps makes each folder old
+            old = time.time() - folder.lstat().st_mtime > LEFT_S
+            if old and not Path("/proc", number).exists():
                 remove(folder)
 
 
