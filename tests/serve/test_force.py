@@ -55,13 +55,20 @@ def test_no_job_is_lost_or_twice(db: str, faults: list[str]) -> None:
     assert found["orphans"] == [] and found["left_files"] == []
 
 
+def begun(site: Site) -> list[int]:
+    """Return the agent and its two ranks; nothing while others are seen, which fork and exec."""
+    found = site.processes()
+    agents = [pid for pid, kind in found.items() if kind == "agent"]
+    ranks = [pid for pid, kind in found.items() if kind == "rank"]
+    return [*agents, *ranks] if (len(agents), len(ranks)) == (1, 2) else []
+
+
 def test_ranks_that_just_began_end_with_their_agent(tmp_path: Path) -> None:
     """They wait for each other then, and would for minutes."""
     site = Site(tmp_path, tmp_path / "data")
     try:
         site.start("worker", "--gpus", "cpu,cpu")
-        wait_for(lambda: len(site.of("rank")) == 2)
-        [agent], ranks = site.of("agent"), site.of("rank")
+        agent, *ranks = wait_for(lambda: begun(site))
         kill(agent)
         wait_for(lambda: not set(ranks) & set(site.processes()), "ranks live on")
     finally:
