@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from wanflow.config import RequestError
+from wanflow.sanity import OutputError
 
 # Commands stay as they are: they are typed into a shell.
 FLAG = re.compile(r"(`[^`]*`|\bwanflow [a-z]+( --\w+)+)|--(\w+)")
@@ -22,8 +23,6 @@ def in_fields(text: str) -> str:
 @contextmanager
 def without_flags() -> Iterator[None]:
     """Let the refusals of a block, and notes on errors, speak of fields."""
-    from wanflow.sanity import OutputError  # loads torch, which `in_fields` does not need
-
     try:
         yield
     except (RequestError, OutputError) as error:

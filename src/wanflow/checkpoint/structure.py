@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 
 ChooseDtype = Callable[[str, TensorInfo], torch.dtype]  # tensor -> its dtype in memory
 Config = DiTConfig | TextConfig | VAEConfig
-FLOAT8 = (
-    "F8",
-    "nvfp4",
-    "mxfp8",
-    "NVFP4",
-)  # packings with float8 in them, which Apple's MPS has not
+# Packings with float8 in them, which Apple's MPS has not.
+FLOAT8 = ("F8", "nvfp4", "mxfp8", "NVFP4")
 M = TypeVar("M", bound=nn.Module)
 
 
