@@ -19,11 +19,13 @@ READY = {"say": "ready", "model": "nano", "machine": {}, "settings": {}, "limits
 LIMIT_S = 120.0
 
 
-def wait_for(true: Callable[[], Any], what: str = "", limit_s: float = LIMIT_S) -> Any:
-    """Return what becomes true."""
+def wait_for(
+    true: Callable[[], Any], story: Callable[[], str] = str, limit_s: float = LIMIT_S
+) -> Any:
+    """Return what becomes true; where it does not, `story` says what happened instead."""
     until = time.monotonic() + limit_s
     while not (found := true()):
-        assert time.monotonic() < until, what or "it never came true"
+        assert time.monotonic() < until, story() or "it never came true"
         time.sleep(0.01)
     return found
 

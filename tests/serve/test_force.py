@@ -68,9 +68,9 @@ def test_ranks_that_just_began_end_with_their_agent(tmp_path: Path) -> None:
     site = Site(tmp_path, tmp_path / "data")
     try:
         site.start("worker", "--gpus", "cpu,cpu")
-        agent, *ranks = wait_for(lambda: begun(site))
+        agent, *ranks = wait_for(lambda: begun(site), site.log.read_text)
         kill(agent)
-        wait_for(lambda: not set(ranks) & set(site.processes()), "ranks live on")
+        wait_for(lambda: not set(ranks) & set(site.processes()), site.log.read_text)
     finally:
         site.end()
 

@@ -51,7 +51,7 @@ class Boss:
     def end_of(self, job: Job) -> Message:
         """Return the message that ended a job."""
         kinds = ("done", "failed", "stopped", "crashed")
-        wait_for(lambda: any(self.of(job, kind) for kind in kinds), str(self.heard))
+        wait_for(lambda: any(self.of(job, kind) for kind in kinds), lambda: str(self.heard))
         return next(one for kind in kinds for one in self.of(job, kind))
 
 
@@ -85,7 +85,7 @@ def at_work(
         assert not thread.is_alive()
         with socket.socket(fileno=os.dup(here.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)
-        wait_for(lambda: gone, "a gang whose worker is gone does not notice")
+        wait_for(lambda: gone, lambda: "a gang whose worker is gone does not notice")
 
 
 opened: list[Pipeline] = []  # how often the model was

@@ -50,7 +50,7 @@ def test_a_job_is_made_and_its_result_kept(store: LocalStore, tmp_path: Path) ->
         wait_for(lambda: scene.state(one) == "completed")
         (me,) = store.workers()
         assert (me.model, me.ready) == ("nano", True)
-        wait_for(lambda: not state.exists(), "the state of a finished job stays")
+        wait_for(lambda: not state.exists(), lambda: "the state of a finished job stays")
     found = store.get(one.id)
     assert found is not None and found.result["file"] == f"{one.id}.1.mp4"
     assert scene.files() == [f"{one.id}.1.mp4"]

@@ -41,7 +41,7 @@ class Here:
         return self.workers[-1]
 
     def wait(self, true: Any) -> Any:
-        return wait_for(true, self.logs(), LONG_S)
+        return wait_for(true, self.logs, LONG_S)
 
     def logs(self) -> str:
         return "\n".join(file.read_text() for file in sorted(self.folder.path.glob("*.log")))
@@ -148,7 +148,7 @@ def test_two_ranks_end_together_and_with_their_worker(here: Here) -> None:
     assert len(family) == 3
     os.kill(family[2], signal.SIGSTOP)  # a rank that notices nothing
     os.kill(worker.pid, signal.SIGKILL)
-    wait_for(lambda: not any(map(lives, family)), here.logs())
+    wait_for(lambda: not any(map(lives, family)), here.logs)
     here.recovered(two)
     assert here.now(two).state == "queued"
 

@@ -82,8 +82,7 @@ class Gang:
         remove_left()
         made = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-")  # for this user alone
         self._folder = Path(made)
-        place = str(self._folder / "gang") if hasattr(socket, "AF_UNIX") else ("127.0.0.1", 0)
-        self._listener = Listener(place, authkey=self._key)
+        self._listener = _listening(self._folder, self._key)
         self._line: Line | None = None
         self._address = self._listener.address
         where = {"address": self._address, "key": self._key.hex()}
@@ -114,8 +113,10 @@ class Gang:
             self._process.kill()
 
     def _hear(self) -> None:
-        with suppress(OSError, EOFError, AuthenticationError):  # it ended before it connected
-            self._line = Line(self._listener.accept())
+        while self._line is None and self._process.poll() is None:
+            with suppress(OSError, EOFError, AuthenticationError):  # it was a stranger
+                self._line = Line(self._listener.accept())
+        if self._line is not None:  # else the gang ended before it connected
             self._shut()  # nobody else connects; and if this process dies, nothing is left
             self._line.hear(self._take)
 
@@ -140,6 +141,14 @@ class Gang:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as one:
             one.connect(address)
+
+
+def _listening(folder: Path, key: bytes) -> Listener:
+    """Return a socket in a folder; on loopback, where the system takes none there."""
+    if hasattr(socket, "AF_UNIX"):
+        with suppress(OSError):  # the path has more than 107 bytes, or the disk has no sockets
+            return Listener(str(folder / "gang"), authkey=key)
+    return Listener(("127.0.0.1", 0), authkey=key)
 
 
 def remove_left() -> None:
