@@ -42,6 +42,7 @@ from wanflow.serve.jobs import StoreError
 SIZE_MB = 256  # of the data folder
 FROZEN_S = 45.0  # longer than a worker may be silent (30 s) and the next look at that (5 s)
 AWAY_S = 10.0
+NOTICE_S = 15.0  # to import torch on a busy machine; idle, it takes one
 # How often each fault falls, where the sum is the number of kills.
 WEIGHTS = {
     "rank": 18,
@@ -397,6 +398,8 @@ def run(args: argparse.Namespace, site: Site, faults: Faults) -> dict[str, Any]:
     with suppress(AssertionError):
         wait_for(lambda: not faults.struck, 10, "every struck job went on")
     stopped_s = faults.stop()
+    with suppress(AssertionError):  # a rank that still imports torch notices after it
+        wait_for(lambda: not site.processes(), NOTICE_S, "every rank notices")
     left = site.processes()
     found = judge(site, client, Undisturbed(site.folder / "undisturbed"))
     swept, files = leftovers(site)
