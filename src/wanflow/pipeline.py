@@ -81,9 +81,10 @@ class Run:
         """Write a file for `load`; a crash leaves the previous one complete."""
         from safetensors.torch import save
 
-        stored = {"recipe": self.recipe.to_json(), "index": self.state.index, "id": self.id}
         named = {**self.state.tensors(), **self.pictures}
         tensors = {name: value.detach().cpu().contiguous() for name, value in named.items()}
+        stored = {"recipe": self.recipe.to_json(), "index": self.state.index, "id": self.id}
+        stored["sha256"] = _sum(tensors)
         data = save(tensors, metadata={"wanflow": json.dumps(stored)})
         write_bytes(Path(path), data, overwrite=True)
 
@@ -97,7 +98,7 @@ class Run:
         """
         from safetensors import safe_open
 
-        recipe, index, identity = cls.header(path)
+        recipe, index, identity, checksum = cls._stored(path)
         request = recipe.request
         shapes = [[1, *each.latent_shape(request.size, request.frame_num)] for each in GEOMETRIES]
         picture = [[3, *request.size[::-1]]]
@@ -116,6 +117,8 @@ class Run:
                 tensors[name] = file.get_tensor(name).clone()  # the file may change
                 if not torch.isfinite(tensors[name]).all():
                     raise RequestError(f"{name} holds NaN or infinity")
+            if checksum not in (None, _sum(tensors)):
+                raise RequestError("its tensors are not those that were saved")
         pictures = {name: tensors.pop(name) for name in _pictures_of(request)}
         if len({value.shape for value in tensors.values()}) > 1:
             raise RequestError("its tensors are of several shapes")
@@ -124,6 +127,11 @@ class Run:
     @staticmethod
     def header(path: str | Path) -> tuple[Recipe, int, str]:
         """Return the recipe, the steps done and the id of a saved run; reads no tensors."""
+        return Run._stored(path)[:3]
+
+    @staticmethod
+    def _stored(path: str | Path) -> tuple[Recipe, int, str, Any]:
+        """Return what `header` does, and the checksum of the tensors."""
         from safetensors import safe_open
 
         if not Path(path).exists():
@@ -139,12 +147,19 @@ class Run:
             steps = recipe.request.sample_steps
             if type(index) is not int or not 0 <= index <= steps:
                 raise RequestError(f"it says step {printable(index)} of {steps}")
-            # Runs of earlier versions had no id.
+            # Runs of earlier versions had no id and no checksum.
             text = json.dumps(stored["recipe"], sort_keys=True).encode()
             identity = stored.get("id", hashlib.sha256(text).hexdigest()[:16])
             if not re.fullmatch("[0-9a-f]{16}", identity):
                 raise RequestError(f"its id is {printable(identity)}")
-            return recipe, index, identity
+            return recipe, index, identity, stored.get("sha256")
+
+
+def _sum(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].numpy().tobytes())
+    return found.hexdigest()
 
 
 def _pictures_of(request: CompleteRequest) -> list[str]:
