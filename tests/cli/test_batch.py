@@ -372,22 +372,45 @@ def test_a_failed_video_stops_no_other_and_is_tried_again(
     assert (seen(next(Path("g").glob("0002_*.mp4"))) == seen(Path("one.mp4"))).all()
 
 
-def test_an_interrupted_list_goes_on_at_its_step(
-    in_tmp: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = [*MAKE, "--prompt", PROMPT, "--seeds", "1,2,3", "--out_dir", "a b"]
+def interrupt(command: list[str]) -> None:
+    """Stop at the second step of the second video."""
     real: Callable[..., Any] = WanDiT.forward
     calls = []
 
     def struck(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == 4:  # the second step of the second video
+        if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WanDiT, "forward", struck)
         assert main(command) == 130
+
+
+def test_a_damaged_state_stops_no_other_video(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*MAKE, "--prompt", PROMPT, "--seeds", "1,2,3", "--out_dir", "g"]
+    interrupt(command)
+    (state,) = Path("g").glob("0002*.latent.safetensors")
+    data = state.read_bytes()
+    state.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert f"{state.name} is not a saved wanflow run, or it is damaged" in said
+    assert "delete it, and the video begins at its first step" in said
+    assert len(list(Path("g").glob("*.mp4"))) == 2
+    state.unlink()
+    assert main(command) == 0
+    assert [name.split("_")[1] for name in videos("g")] == ["1", "2", "3"]
+
+
+def test_an_interrupted_list_goes_on_at_its_step(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*MAKE, "--prompt", PROMPT, "--seeds", "1,2,3", "--out_dir", "a b"]
+    interrupt(command)
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert len(list(Path("a b").glob("*.mp4"))) == 1
@@ -395,7 +418,7 @@ def test_an_interrupted_list_goes_on_at_its_step(
     assert pipeline.Run.load(state).state.index == 1
     (again,) = re.findall(r"stopped at step 1 of 2; go on with: wanflow (.*)$", said, re.M)
     assert shlex.split(again) == command
-    calls.clear()
+    real, calls = WanDiT.forward, list[int]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WanDiT, "forward", lambda *a, **k: calls.append(1) or real(*a, **k))
         assert main(shlex.split(again)) == 0
