@@ -1,12 +1,15 @@
-"""Tidy up beside a video whose process was killed."""
+"""What stands beside a video: read its saved run, tidy up where its process was killed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from wanflow.cli.keeping import sheet_of, state_of
+from wanflow.config import RequestError
 from wanflow.files import remove
 from wanflow.outputs import CLAIM, leftovers
+from wanflow.pipeline import Run
+from wanflow.request import CompleteRequest
 
 
 def preview_of(target: Path) -> Path:
@@ -19,6 +22,22 @@ def sweep(target: Path) -> None:
     for path in (target, state_of(target), preview_of(target), sheet_of(target)):
         for left in (*leftovers(path), path.with_name(path.name + CLAIM)):
             remove(left)
+
+
+def saved(target: Path, request: CompleteRequest) -> Run:
+    """Read the saved run of a video.
+
+    Raises:
+        RequestError: where it is damaged, or another request's.
+    """
+    file, again = state_of(target), "delete it, and the video begins at its first step"
+    try:
+        run = Run.load(file)
+    except RequestError as error:
+        raise RequestError(f"{error}; {again}") from None
+    if run.request != request:
+        raise RequestError(f"{file} holds another run; {again}")
+    return run
 
 
 def finish(target: Path, sheet: bool) -> None:

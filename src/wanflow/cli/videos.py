@@ -303,19 +303,9 @@ class Queue:
                 continue
             request, run = with_pictures(_request(one.job)), None
             if state_of(target).exists():
-                run = self._saved(state_of(target), request)
+                run = beside.saved(target, request.complete(self.spec))
             return Turn(self._number, one.name, target, request, run, self._texts())
         return None
-
-    def _saved(self, file: Path, request: Request) -> Run:
-        again = "delete it, and the video begins at its first step"
-        try:
-            run = Run.load(file)
-        except RequestError as error:
-            raise RequestError(f"{error}; {again}") from None
-        if run.request != request.complete(self.spec):
-            raise RequestError(f"{file} holds another run; {again}")
-        return run
 
     def _texts(self) -> list[str]:
         if self._number % TOGETHER or len(self._left) - self._number < 2:
