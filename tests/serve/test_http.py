@@ -10,16 +10,18 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from helpers.serving import VIDEO, FakeWorker, Serving, wait_for
 from PIL import Image
 from starlette.testclient import TestClient
 
+from wanflow.out_of_memory import words as out_of_memory
 from wanflow.presets import I2V_A14B, NANO_I2V, T2V_A14B, TI2V_5B
 from wanflow.serve.document import document
-from wanflow.serve.fields import FIELDS, NOTHING
+from wanflow.serve.errors import Code
+from wanflow.serve.fields import FIELDS, NOTHING, for_clients
 from wanflow.serve.jobs import StoreError, Worker
 from wanflow.serve.planner import Planner
 from wanflow.serve.retention import Retention
@@ -36,7 +38,17 @@ def serving(tmp_path: Path) -> Serving:
 @pytest.fixture
 def client(serving: Serving) -> Iterator[TestClient]:
     with serving.client() as client:
+        client.event_hooks["response"].append(check_refusal)
         yield client
+
+
+def check_refusal(answer: Any) -> None:
+    """Check what every refusal has: a code that the page knows, and no flag in its words."""
+    if answer.status_code >= 400 and answer.request.method != "HEAD":
+        answer.read()
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] in get_args(Code) and "--" not in error["message"], error
 
 
 def make(client: TestClient, **fields: Any) -> dict[str, Any]:
@@ -50,8 +62,8 @@ def refused(client: TestClient, body: object, status: int = 400) -> dict[str, An
     headers = {"content-type": "application/json"}
     answer = client.post("/v1/videos", content=content, headers=headers)
     assert answer.status_code == status, answer.text
+    check_refusal(answer)
     error = dict(answer.json()["error"])
-    assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"] and "Traceback" not in error["message"]
     return error
 
@@ -310,7 +322,7 @@ def test_forms_take_brackets(serving: Serving, client: TestClient) -> None:
 )
 def test_refusals_name_the_field(client: TestClient, fields: dict[str, Any], words: str) -> None:
     error = refused(client, SUBMIT | fields)
-    assert words in error["message"] and "--" not in error["message"]
+    assert words in error["message"]
     about_all = {"colour", "extra_body", "size", "num_frames", "seconds", "guidance_scale"}
     assert error["param"] in {*SUBMIT, *fields, "colour"} or (
         not error["param"] and about_all & set(fields)
@@ -470,7 +482,7 @@ def test_refused_pictures(pictured: tuple[Serving, TestClient], value: object, w
 
 def test_a_model_of_pictures_needs_one(pictured: tuple[Serving, TestClient]) -> None:
     missing = refused(pictured[1], SUBMIT)
-    assert missing["param"] == "input_reference" and "--" not in missing["message"]
+    assert missing["param"] == "input_reference"
     assert "makes a video of a picture" in missing["message"]
 
 
@@ -584,7 +596,7 @@ def test_what_a_worker_was_loaded_for_needs_no_plan(
 ) -> None:
     serving = Serving(tmp_path, T2V_A14B)
     asked: list[dict[str, Any]] = []
-    refusal = "Wan2.2-T2V-A14B needs 31.5 GiB (--force starts it anyway)"
+    refusal = "size 1280*720 with frame_num 121 needs 31.5 GiB"
 
     def why_not(request: Any, model: str, worker: Any) -> str:
         asked.append(request)
@@ -598,7 +610,8 @@ def test_what_a_worker_was_loaded_for_needs_no_plan(
         assert not asked
         for prompt in ("one", "two"):
             error = refused(client, {"prompt": prompt, "num_frames": 121})
-            assert error["message"] == "Wan2.2-T2V-A14B needs 31.5 GiB"
+            assert error["message"] == "size 1280*720 with num_frames 121 needs 31.5 GiB"
+            assert error["code"] == "does_not_fit" and error["param"] == "size"
         assert len(asked) == 1 and asked[0]["frame_num"] == 121  # and is remembered
         serving.store.enrol(Worker("b", T2V_A14B.name, True, {**SMALL, "gpu": 80 * GIB}))
         make(client, num_frames=121)
@@ -621,6 +634,29 @@ def test_the_planner_says_what_does_not_fit() -> None:
         assert planner.why_not(request, T2V_A14B.name, large) == ""
     finally:
         planner.close()
+
+
+@pytest.mark.slow
+def test_what_is_refused_for_memory_names_what_fits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="wanflow")
+    serving = Serving(tmp_path, max_size="8192*8192")
+    about = {"gpu": 0, "ram": 8 * GIB, "disk_free": 200 * GIB}
+    serving.store.enrol(Worker("a", "nano", True, about))
+    try:
+        with serving.client() as client:
+            error = refused(client, SUBMIT | {"size": "8192x8192", "num_frames": 81})
+            assert error["code"] == "does_not_fit" and error["param"] == "size"
+            words = r"size (\S+) with num_frames 81 needs [\d.]+ GiB of RAM .* can be used"
+            assert re.search(words, error["message"]), error
+            assert "whoever runs the server can change its settings" in error["message"]
+            assert "force starts it anyway" in caplog.text  # the operator's words
+            found = re.search(r"size (\S+) with num_frames (\d+) fits", error["message"])
+            assert found, error
+            make(client, size=found[1], num_frames=int(found[2]))
+    finally:
+        serving.planner.close()
 
 
 # Who may ask
@@ -823,7 +859,6 @@ def test_a_refusal_speaks_of_what_the_client_sent(
 ) -> None:
     error = refused(client, SUBMIT | fields)
     assert words in error["message"] and error["param"] == param
-    assert "--" not in error["message"]
 
 
 def test_a_form_names_what_is_no_json(client: TestClient) -> None:
@@ -846,7 +881,27 @@ def test_a_failed_job_speaks_of_fields(serving: Serving, client: TestClient) -> 
     worker.fail = {"code": "out_of_memory", "message": "a smaller --size, or --resident_blocks"}
     with worker:
         done = ended(client, make(client)["id"])
-    assert done["error"]["message"] == "a smaller size, or --resident_blocks"
+    assert done["error"]["message"] == (
+        "a smaller size, or resident_blocks (of the server's settings: resident_blocks; whoever"
+        " runs it can change them, and its log has the flags)"
+    )
+
+
+def test_words_for_clients_have_no_flags() -> None:
+    where = "(of the server's settings: {}; whoever runs it can change them, and its log has the"
+    for text, words in {
+        "size '--large' is no size": "size '--large' is no size",  # it is what a client sent
+        "the model's --size 64*64": "the model's size 64*64",
+        "NaN: check the weights: wanflow inspect --check": (
+            f"NaN: check the weights: wanflow inspect {where.format('check')} flags)"
+        ),
+        "see `wanflow plan --gpu 8gb`, or --quantize fp8": (
+            f"see `wanflow plan`, or quantize fp8 {where.format('gpu, quantize')} flags)"
+        ),
+    }.items():
+        assert for_clients(text) == words
+    error = MemoryError()
+    assert "--" not in for_clients(out_of_memory(error)) and "--" in out_of_memory(error)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -325,7 +325,9 @@ class _Solver:
         if self._lacks_bfloat16():
             yield "--dtype auto takes float16 there"
         width, height = self.traces.request.size
-        if short and width * height > 832 * 480:
+        fitting = list(self._fitting(runtime)) if short else []
+        yield from (f"{one} fits" for one in fitting)
+        if short and not fitting and width * height > 832 * 480:
             yield "--size 832*480 needs less"
 
     def _one(self) -> str:
@@ -339,10 +341,15 @@ class _Solver:
         """Yield what would fit, in words: tiles of the VAE, and a smaller or shorter video."""
         if not short:
             return
-        traces, tiled = self.traces, replace(runtime, vae_tile=TILES[-2])
+        tiled = replace(runtime, vae_tile=TILES[-2])
         full = not runtime.vae_tile and not self.several and self._few_pixels()
-        if full and not any(self._short(need(traces, tiled, self.kind))):
+        if full and not any(self._short(need(self.traces, tiled, self.kind))):
             yield f"vae_tile {tiled.vae_tile}"
+        yield from self._fitting(runtime)
+
+    def _fitting(self, runtime: Runtime) -> Iterator[str]:
+        """Yield a smaller or shorter video that fits, in words, where there is one."""
+        traces = self.traces
         for _ in range(4):
             needed = need(traces, runtime, self.kind)
             width, height = traces.request.size
@@ -363,7 +370,7 @@ class _Solver:
         else:
             over, grows = phase.ram - self.ram, phase.frames + phase.activations
         share = 0.9 * (1 - over / grows) if grows else 0
-        if share <= 0:
+        if share <= 0 or over <= 0:  # nothing but weights, or the disk
             return None
         if request.frame_num > 1 and (phase.expert or phase.frames > phase.activations):
             return replace(request, frame_num=geometry.longest(int(share * request.frame_num)))

@@ -30,11 +30,14 @@ async def read_fields(request: Request, limit: int) -> tuple[dict[str, Any], boo
     forms = {"multipart/form-data", "application/x-www-form-urlencoded"}
     if kind != "application/json" and kind not in forms:
         raise Refusal(
-            415, f"content-type {printable(kind, 60)}: send application/json or multipart/form-data"
+            415,
+            f"content-type {printable(kind, 60)}: send application/json or multipart/form-data",
+            "unknown_media",
         )
     coding = request.headers.get("content-encoding", "identity")
     if coding.strip().lower() != "identity":
-        raise Refusal(415, f"content-encoding {printable(coding, 60)}: send the body as it is")
+        words = f"content-encoding {printable(coding, 60)}: send the body as it is"
+        raise Refusal(415, words, "unknown_media")
     body = await _bytes(request, limit)
     if kind == "application/json":
         value = parse_json(body, "the body", limit)
@@ -46,7 +49,8 @@ async def read_fields(request: Request, limit: int) -> tuple[dict[str, Any], boo
 
 async def _bytes(request: Request, limit: int) -> bytes:
     """Return a body of at most `limit` bytes, however it is sent."""
-    too_long = Refusal(413, f"the body has more than {limit:,} bytes, the limit of this server")
+    words = f"the body has more than {limit:,} bytes, the limit of this server"
+    too_long = Refusal(413, words, "body_too_large")
     stated = request.headers.get("content-length", "")
     if stated.isdigit() and int(stated[:20]) > limit:
         raise too_long
@@ -58,9 +62,11 @@ async def _bytes(request: Request, limit: int) -> bytes:
                 if len(body) > limit:
                     raise too_long
     except TimeoutError:
-        raise Refusal(408, f"the body did not come within {BODY_S:.0f} s") from None
+        words = f"the body did not come within {BODY_S:.0f} s"
+        raise Refusal(408, words, "body_too_slow") from None
     except ClientDisconnect:
-        raise Refusal(400, "the client went away before the body ended") from None
+        words = "the client went away before the body ended"
+        raise Refusal(400, words, "client_gone") from None
     return bytes(body)
 
 

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from starlette.responses import JSONResponse
 
 from wanflow.config import plain
 
+# Of refusals, then of jobs; the page has words for each.
+Code = Literal[
+    "body_too_large",
+    "body_too_slow",
+    "client_gone",
+    "cross_site",
+    "disk_full",
+    "does_not_fit",
+    "file_missing",
+    "idempotency_conflict",
+    "invalid_key",
+    "invalid_range",
+    "invalid_token",
+    "invalid_value",
+    "model_not_found",
+    "no_preview",
+    "no_route",
+    "no_worker",
+    "not_cancelled_yet",
+    "not_found",
+    "not_ready",
+    "picture_missing",
+    "queue_full",
+    "server_ends",
+    "server_error",
+    "store_unavailable",
+    "unknown_media",
+    "wrong_host",
+    "bad_output",
+    "cancelled",
+    "failed",
+    "invalid_request",
+    "out_of_memory",
+    "worker_failed",
+]
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -18,7 +53,7 @@ class Refusal(Exception):
         self,
         status: int,
         message: str,
-        code: str | None = None,
+        code: Code,
         param: str | None = None,
         retry_s: float | None = None,
     ) -> None:

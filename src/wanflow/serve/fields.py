@@ -17,6 +17,7 @@ from wanflow.presets import SETTINGS
 from wanflow.request import Request
 from wanflow.settings import Setting, settings_of
 from wanflow.untrusted import parse_json, printable, shown
+from wanflow.wording import in_fields
 
 Kind = Literal["text", "int", "float", "bool", "picture", "lora", "object", "any"]
 NUMBER = 40  # characters of a number in a form
@@ -294,9 +295,22 @@ ASKED_BY: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def in_fields(text: str) -> str:
-    """Return a message with `name` for each flag `--name` that a client can send as a field."""
-    return re.sub(r"--(\w+)", lambda found: found[1] if found[1] in FIELDS else found[0], text)
+QUOTED = re.compile(r"""("[^"]*"|(?<!\w)'[^']*')""")  # a value, which may look like a flag
+COMMAND = re.compile(r"(\bwanflow [a-z]+) --[^`;,)]*")
+
+
+def for_clients(text: str) -> str:
+    """Return a message without flags: in names, which are of fields or of the server's settings."""
+    parts = QUOTED.split(text)
+    flags = re.findall(r"--(\w+)", " ".join(parts[::2]))
+    theirs = list(dict.fromkeys(one for one in flags if one not in FIELDS))
+    parts[::2] = [COMMAND.sub(r"\1", in_fields(one)) for one in parts[::2]]
+    if theirs:
+        parts.append(
+            f" (of the server's settings: {', '.join(theirs)}; whoever runs it can change them, and"
+            " its log has the flags)"
+        )
+    return "".join(parts)
 
 
 def as_sent(message: str, given: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -310,7 +324,7 @@ def as_sent(message: str, given: Mapping[str, Any]) -> tuple[str, str | None]:
         sent = unwrapped(given, in_form=True)
     except RequestError:
         sent = dict(given)
-    text = in_fields(" ".join(message.split()))
+    text = " ".join(message.split())
     first = re.match(r"\w*", text)
     named = first[0] if first else ""
     if named == "unknown":
@@ -318,6 +332,7 @@ def as_sent(message: str, given: Mapping[str, Any]) -> tuple[str, str | None]:
         return text, printable(next(unknown, ""), 60) or None
     if named in NOTHING or named in WRAPPERS:
         return text, named
+    text = for_clients(text)
     text = re.sub(r"^\w+|\w+_\w+", lambda found: _sent_as(found[0], sent), text)
     named = _sent_as(named, sent)
     if named not in FIELDS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 REMEMBERED = 1000  # plans
 SURELY = 64  # times the default video of a miniature: a run takes megabytes
-FORCE = re.compile(r"\s*\(-{0,2}force starts it anyway\)")  # which no client can ask for
 WITHOUT = ("prompt", "negative_prompt", "seed", "fps", "lora", "image", "last_image")  # in a plan
 
 
@@ -73,8 +71,7 @@ class Fitting:
         if key not in self._known:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            reason = self._planner.why_not(request, spec.name, about)
-            self._known[key] = FORCE.sub("", reason)
+            self._known[key] = self._planner.why_not(request, spec.name, about)
         return self._known[key]
 
 

@@ -145,7 +145,8 @@ async def submitted(request: Request, service: Service, read: Any) -> Any:
     """Return the job of a submission."""
     key = request.headers.get("idempotency-key")
     if key is not None and not KEY.fullmatch(key):
-        raise Refusal(400, "Idempotency-Key must be 1 to 255 visible ASCII characters", None, None)
+        words = "Idempotency-Key must be 1 to 255 visible ASCII characters"
+        raise Refusal(400, words, "invalid_key")
     given, in_form = await read_fields(request, service.limits.body)
     return await read(service.submit, given, in_form, key)
 
@@ -436,7 +437,7 @@ def _add_failures(app: FastAPI) -> None:
                 f"{asked}: wanflow changes no video that is made; send the fields of GET"
                 " /v1/videos/ID/request again, with another prompt"
             )
-        found = Refusal(error.status_code, words).response()
+        found = Refusal(error.status_code, words, "no_route").response()
         found.headers.update(error.headers or {})
         return found
 

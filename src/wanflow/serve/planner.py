@@ -17,6 +17,7 @@ from typing import Any
 from wanflow.config import RequestError
 
 logger = logging.getLogger("wanflow")
+OPERATOR = "whoever runs the server can change its settings: its log has the flags"
 TABLES = ("rates", "overheads")  # of a machine, which the plan looks up again
 ANSWER_S = 180.0  # a plan takes seconds; after this it counts as failed
 
@@ -46,9 +47,14 @@ class Planner:
         return str(answer["model"])
 
     def why_not(self, request: Mapping[str, Any], model: str, worker: Mapping[str, Any]) -> str:
-        """Return why a request does not fit a worker; "" where it does, or no plan can be made."""
-        asked = {"do": "plan", "request": request, "model": model, "worker": worker}
-        return str(self._ask(asked).get("refused", ""))
+        """Return why a request does not fit a worker; "" where it does, or no plan can be made.
+
+        The words are for clients; the log gets those with flags.
+        """
+        answer = self._ask({"do": "plan", "request": request, "model": model, "worker": worker})
+        if "flags" in answer:
+            logger.info("a video is refused: %s", " ".join(answer["flags"].split()))
+        return str(answer.get("refused", ""))
 
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -97,8 +103,7 @@ def main() -> None:
             if question["do"] == "model":
                 answer = {"model": opened["checkpoint"].spec.name}
             else:
-                _plan(opened["checkpoint"], question)
-                answer = {}
+                answer = _plan(opened["checkpoint"], question)
         except RequestError as error:
             answer = {"refused": str(error)}
         except Exception:
@@ -119,8 +124,8 @@ def _checkpoint(question: Mapping[str, Any]) -> Any:
     return resolve(named, parts)
 
 
-def _plan(checkpoint: Any, question: Mapping[str, Any]) -> None:
-    """Raise RequestError for a request that does not fit a worker."""
+def _plan(checkpoint: Any, question: Mapping[str, Any]) -> dict[str, str]:
+    """Return why a request does not fit a worker: for clients, and with flags; {} where it does."""
     from dataclasses import fields, replace
 
     from wanflow.plan.solve import solve
@@ -135,7 +140,29 @@ def _plan(checkpoint: Any, question: Mapping[str, Any]) -> None:
     machine, processes = described(worker["machine"]), int(worker["machine"].get("processes", 1))
     runtime = replace(runtime, device="auto" if machine.gpu else "cpu")
     complete = Request(**question["request"]).complete(checkpoint.spec)
-    raise_if_unfit(solve(checkpoint, complete, runtime, machine, processes=processes))
+    plan = solve(checkpoint, complete, runtime, machine, processes=processes)
+    try:
+        raise_if_unfit(plan)
+    except RequestError as error:
+        return {"refused": _for_clients(plan, str(error.args[0])), "flags": str(error)}
+    return {}
+
+
+def _for_clients(plan: Any, needs: str) -> str:
+    """Return why a plan does not fit, by what a client can change; `needs` where that is nothing.
+
+    Settings, which the plan offers too, are the operator's.
+    """
+    here = plan.machine.words()
+    if not plan.short:
+        return f"{needs}; the worker has {here}; {OPERATOR}"
+    (width, height), frames = plan.request.size, plan.request.frame_num
+    found = (one for one in plan.offers if one.startswith("size "))
+    smaller = next(found, "no smaller video was found that").removesuffix(" fits")
+    return (
+        f"size {width}*{height} with frame_num {frames} needs {'; and '.join(plan.short)} on the"
+        f" worker ({here}); {smaller} fits; {OPERATOR}"
+    )
 
 
 def described(facts: Mapping[str, Any]) -> Any:

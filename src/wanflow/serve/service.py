@@ -20,7 +20,7 @@ from wanflow.files import write_bytes
 from wanflow.presets import EMBEDDED, FAMILY, NANO, NANO_I2V, SETTINGS, ModelSpec
 from wanflow.request import PICTURES, CompleteRequest, Picture
 from wanflow.serve.errors import Refusal
-from wanflow.serve.fields import as_sent, in_fields
+from wanflow.serve.fields import as_sent, for_clients
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import FullError, Job, Store, StoreError, Worker, new_id
 from wanflow.serve.limits import Limits
@@ -88,10 +88,14 @@ class Service:
         self._check_disk()
         try:
             one = asked(given, in_form, spec, self.limits, self.loras, self._read_picture)
-            self.fits(one.complete, spec, self.store.workers())
         except RequestError as error:
             message, param = as_sent(str(error), given)
             raise Refusal(400, message, "invalid_value", param) from None
+        try:
+            self.fits(one.complete, spec, self.store.workers())
+        except RequestError as error:
+            message, param = as_sent(str(error), given)
+            raise Refusal(400, message, "does_not_fit", param) from None
         for name in PICTURES:
             picture = getattr(one.request, name)
             if picture is not None:
@@ -286,8 +290,9 @@ class Service:
                 retry_s=self.one(id)[1]["eta_seconds"] or 1,
             )  # fmt: skip
         if job.state != "completed":
-            why = in_fields((job.error or {}).get("message", ""))
-            raise Refusal(404, f"video {id} is {job.state}{why and ': ' + why}", job.state)
+            why = for_clients((job.error or {}).get("message", ""))
+            words = f"video {id} is {job.state}{why and ': ' + why}"
+            raise Refusal(404, words, "cancelled" if job.state == "cancelled" else "failed")
         path = self.data.path / "videos" / Path(str(job.result.get("file", ""))).name
         if variant != "video":
             path = self.data.beside(path, variant)

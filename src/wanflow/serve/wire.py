@@ -24,7 +24,7 @@ from wanflow.request import (
     with_settings,
 )
 from wanflow.serve.errors import Refusal
-from wanflow.serve.fields import USER, fields_of, in_fields
+from wanflow.serve.fields import USER, fields_of, for_clients
 from wanflow.serve.jobs import Job
 from wanflow.serve.limits import Limits
 from wanflow.untrusted import printable, shown
@@ -393,7 +393,7 @@ def video(job: Job, seen: Seen) -> dict[str, Any]:
         "quality": "standard",
         "remixed_from_video_id": None,
         "prompt": str(job.request.get("prompt", "")),
-        "error": job.error and {k: in_fields(str(v)) for k, v in job.error.items()},
+        "error": job.error and {k: for_clients(str(v)) for k, v in job.error.items()},
         "width": width,
         "height": height,
         "num_frames": frames,
