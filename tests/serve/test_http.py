@@ -650,7 +650,7 @@ def test_what_is_refused_for_memory_names_what_fits(
             assert error["code"] == "does_not_fit" and error["param"] == "size"
             words = r"size (\S+) with num_frames 81 needs [\d.]+ GiB of RAM .* can be used"
             assert re.search(words, error["message"]), error
-            assert "whoever runs the server can change its settings" in error["message"]
+            assert "the operator of the server can change its settings" in error["message"]
             assert "force starts it anyway" in caplog.text  # the operator's words
             found = re.search(r"size (\S+) with num_frames (\d+) fits", error["message"])
             assert found, error
@@ -882,13 +882,13 @@ def test_a_failed_job_speaks_of_fields(serving: Serving, client: TestClient) -> 
     with worker:
         done = ended(client, make(client)["id"])
     assert done["error"]["message"] == (
-        "a smaller size, or resident_blocks (of the server's settings: resident_blocks; whoever"
-        " runs it can change them, and its log has the flags)"
+        "a smaller size, or resident_blocks (of the server's settings: resident_blocks; its"
+        " operator can change them, and its log has the flags)"
     )
 
 
 def test_words_for_clients_have_no_flags() -> None:
-    where = "(of the server's settings: {}; whoever runs it can change them, and its log has the"
+    where = "(of the server's settings: {}; its operator can change them, and its log has the"
     for text, words in {
         "size '--large' is no size": "size '--large' is no size",  # it is what a client sent
         "the model's --size 64*64": "the model's size 64*64",

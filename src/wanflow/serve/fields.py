@@ -307,7 +307,7 @@ def for_clients(text: str) -> str:
     parts[::2] = [COMMAND.sub(r"\1", in_fields(one)) for one in parts[::2]]
     if theirs:
         parts.append(
-            f" (of the server's settings: {', '.join(theirs)}; whoever runs it can change them, and"
+            f" (of the server's settings: {', '.join(theirs)}; its operator can change them, and"
             " its log has the flags)"
         )
     return "".join(parts)

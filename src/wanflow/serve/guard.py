@@ -71,7 +71,7 @@ class Guard:
             return Refusal(
                 403,
                 f"host {printable(host, 60)}: without a token this server answers 127.0.0.1 and"
-                " localhost only; whoever runs it can give it a token, and it answers any name",
+                " localhost only; with a token, which its operator can set, it answers any name",
                 "wrong_host",
             )
         if scope["method"] not in SAFE and _other_site(headers, host):

@@ -17,7 +17,7 @@ from typing import Any
 from wanflow.config import RequestError
 
 logger = logging.getLogger("wanflow")
-OPERATOR = "whoever runs the server can change its settings: its log has the flags"
+OPERATOR = "the operator of the server can change its settings: its log has the flags"
 TABLES = ("rates", "overheads")  # of a machine, which the plan looks up again
 ANSWER_S = 180.0  # a plan takes seconds; after this it counts as failed
 
