@@ -592,6 +592,32 @@ def test_the_focus_is_never_lost(tmp_path: Path, open_page: Callable[..., Page])
         expect(page.locator("#cfg_high")).to_be_visible()
 
 
+def test_what_goes_wrong_is_told_in_chinese(tmp_path: Path, open_page: Callable[..., Page]) -> None:
+    app = Serving(tmp_path)
+    with FakeWorker(app) as worker, serving(app) as url:
+        page = open_page(url, locale="zh-CN")
+        submit(page, steps="101")
+        told = page.locator("#steps-error")
+        expect(told).to_contain_text("步数：服务器不接受所填的内容。")
+        expect(told.locator("[lang=en]")).to_have_text(
+            "num_inference_steps 101 is too much; at most 100 are accepted"
+        )
+        worker.fail = {"code": "out_of_memory", "message": "it took 9 GB"}
+        submit(page)
+        expect(card(page)).to_contain_text("显存或内存不足")
+        expect(card(page).locator("[lang=en]")).to_have_text("it took 9 GB")
+        assert barriers(page) == []
+        # What stands between, or nothing at all, answers.
+        page.route("**/v1/videos", lambda route: route.fulfill(status=502, body="<h1>no</h1>"))
+        submit(page, "two")
+        told = page.locator("form .boxed")
+        expect(told).to_contain_text("未提交：服务器的回答无法识别。")
+        expect(told.locator("[lang=en]")).to_have_text("HTTP 502")
+        page.route("**/v1/videos", lambda route: route.abort())
+        submit(page, "three")
+        expect(told).to_have_text("未提交：服务器没有响应")
+
+
 def test_numbers_are_read_as_people_write_them(
     tmp_path: Path, open_page: Callable[..., Page]
 ) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import wanflow
+from wanflow.serve.errors import Code
 
 PAGE = Path(wanflow.__file__).parent / "serve" / "page"
 OURS = sorted(PAGE.glob("*.js"))
@@ -37,9 +39,20 @@ def test_every_word_that_is_spoken_exists_and_every_one_that_exists_is_spoken() 
     assert spoken and spoken <= set(keys)
     # Others are chosen by a name: "stage_" with a stage, or a key in quotes in a table.
     quoted = set(re.findall(r'"(\w+)"', text)) | set(re.findall(r'"(\w+)"', words_code()))
-    built = re.compile(r"(stage|expert|now|theme)_\w+")
+    built = re.compile(r"(stage|expert|now|theme|error)_\w+")
     unused = [key for key in keys if key not in quoted | SHORT and not built.fullmatch(key)]
     assert unused == []
+
+
+def test_every_code_of_an_error_has_words_in_both_languages() -> None:
+    sent = set(get_args(Code))
+    for file in (PAGE.parent).glob("*.py"):  # of jobs: a worker says them by messages
+        text = file.read_text(encoding="utf-8")
+        found = re.findall(r'code="(\w+)"|"code": "(\w+)"|_failed\(\w+[^,]*, "(\w+)"', text)
+        assert {one for group in found for one in group if one} <= sent, file.name
+    for language in ("en", "zh"):
+        known = {key for key in words(language) if key.startswith("error_")}
+        assert known == {f"error_{code}" for code in sent} | {"error_other"}
 
 
 SHORT = {"failed", "cancelled"}  # names of states

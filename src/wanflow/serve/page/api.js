@@ -9,12 +9,15 @@ export const token = {
   set: (value) => sessionStorage.setItem(KEY, value),
 };
 
-/** An answer that is not 2xx. status is 0 where there was none; field names what it is about. */
+/**
+ * An answer that is not 2xx. status is 0 where there was none; field names what it is about.
+ *
+ * code is the server's; without one the message is the page's own.
+ */
 export class ApiError extends Error {
-  constructor(status, message, field = "") {
+  constructor(status, message, field = "", code = "") {
     super(message);
-    this.status = status;
-    this.field = field;
+    Object.assign(this, { status, field, code });
   }
 }
 
@@ -51,8 +54,8 @@ export async function ask(path, options = {}) {
   } catch {
     // a proxy between us and the server answers in HTML
   }
-  const { message = `HTTP ${answer.status}`, param } = problem;
-  throw new ApiError(answer.status, message, param || "");
+  const { message = `HTTP ${answer.status}`, param, code } = problem;
+  throw new ApiError(answer.status, message, param || "", code || "other");
 }
 
 const json = async (path, options) => (await ask(path, options)).json();

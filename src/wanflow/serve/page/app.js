@@ -6,7 +6,7 @@ import { Dialogs } from "./dialogs.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { restart } from "./live.js";
-import { IconButton, say } from "./parts.js";
+import { IconButton, Said, say } from "./parts.js";
 import { Queue } from "./queue.js";
 import { formOf, keptPictures, offer } from "./request.js";
 import { choose, queue, state, update, useStore } from "./store.js";
@@ -93,8 +93,8 @@ function Notices() {
       : ready === false ? say("not_ready") : "";
   return html`
     <div class="notices">
-      <div role="status">${words && html`<p class="notice">${words}</p>`}</div>
-      <div role="alert">${notice && html`<p class="notice wrong">${notice}
+      <div role="status">${words && html`<p class="notice"><${Said} words=${words} /></p>`}</div>
+      <div role="alert">${notice && html`<p class="notice wrong"><${Said} words=${notice} />
         <${IconButton} name="close" words=${say("close")} onClick=${closeNotice} />
       </p>`}</div>
     </div>`;

@@ -4,9 +4,9 @@ import { html, useEffect, useRef, useState } from "./lib/htm-preact.js";
 
 import { api, content, token } from "./api.js";
 import { restart } from "./live.js";
-import { Dialog, Icon, closeDialog, say, useMedia, wordsOf } from "./parts.js";
+import { Dialog, Icon, Said, closeDialog, say, useMedia, varied, wordsOf } from "./parts.js";
 import {
-  MOST, bySeed, formFrom, picturesFrom, requestOf, send, setForm, setPictures, varied,
+  MOST, bySeed, formFrom, picturesFrom, requestOf, send, setForm, setPictures,
 } from "./request.js";
 import { choose, drop, short, state, update } from "./store.js";
 
@@ -58,7 +58,8 @@ function Recipe({ job }) {
   };
   return html`
     <${Dialog} title=${say("recipe")}>
-      ${error && html`<p class="error" role="alert">${say("no_recipe", { message: error })}</p>`}
+      ${error && html`<p class="error" role="alert">
+        <${Said} words=${say("no_recipe", { message: error })} /></p>`}
       ${value && html`
         <div class="scroll" tabindex="0" role="group" aria-label=${say("recipe")}>
           <dl class="recipe">
@@ -66,7 +67,7 @@ function Recipe({ job }) {
               <dt>${name}</dt><dd>${one}</dd>`)}
           </dl>
         </div>
-        <div role="alert">${wrong && html`<p class="error">${wrong}</p>`}</div>
+        <div role="alert">${wrong && html`<p class="error"><${Said} words=${wrong} /></p>`}</div>
         <div class="actions">
           <button type="button" class="main" onClick=${use}>${say("use")}</button>
           ${navigator.clipboard && html`<button type="button" class="quiet" onClick=${copy}>
@@ -124,7 +125,7 @@ function GridDialog({ job }) {
                 <input id="grid-values" value=${values} autocomplete="off"
                   onInput=${(event) => setValues(event.target.value)} /></div>`}
         </div>
-        <div role="alert">${wrong && html`<p class="error">${wrong}</p>`}</div>
+        <div role="alert">${wrong && html`<p class="error"><${Said} words=${wrong} /></p>`}</div>
         <div class="actions">
           <button class="main" aria-disabled=${busy}>
             ${say("grid_make", { count: many || 0 })}</button>
@@ -153,7 +154,7 @@ function Delete({ ids }) {
     <${Dialog} title=${title}>
       <p class="prompt" dir="auto">${short(state.jobs.get(ids[0])?.prompt, 160)}</p>
       <p>${say("delete_final")}</p>
-      <div role="alert">${wrong && html`<p class="error">${wrong}</p>`}</div>
+      <div role="alert">${wrong && html`<p class="error"><${Said} words=${wrong} /></p>`}</div>
       <div class="actions">
         <button type="button" autofocus onClick=${() => closeDialog()}>${say("keep")}</button>
         <button type="button" class="danger" onClick=${remove}>${say("delete")}</button>
@@ -223,7 +224,9 @@ function Differences({ jobs }) {
   const { value, error } = useAsked(
     () => Promise.all(jobs.map((job) => api.recipe(job.id))), [jobs[0].id, jobs[1].id],
   );
-  if (error) return html`<p class="error">${say("no_recipe", { message: error })}</p>`;
+  if (error) {
+    return html`<p class="error"><${Said} words=${say("no_recipe", { message: error })} /></p>`;
+  }
   if (!value) return null;
   const [a, b] = value.map((one) => flat(one));
   const names = [...new Set([...Object.keys(a), ...Object.keys(b)])].filter((x) => a[x] !== b[x]);

@@ -2,35 +2,18 @@
 
 import { html, useEffect, useLayoutEffect, useRef, useState } from "./lib/htm-preact.js";
 
-import { IconButton, say, wordsOf } from "./parts.js";
+import { IconButton, Said, fieldOf, say, wordsOf } from "./parts.js";
 import {
   MOST, bodyOf, bySeed, clearForm, drawSeed, framesOf, offer, send, setForm, setPictures,
 } from "./request.js";
 import { state, update } from "./store.js";
 
-// The names under which the API speaks of a field.
-const FIELDS = {
-  prompt: ["prompt"],
-  negative: ["negative_prompt"],
-  image: ["input_reference", "image"],
-  last: ["last_image"],
-  preset: ["preset"],
-  size: ["size", "width", "height"],
-  length: ["num_frames", "seconds", "frame_num", "length"],
-  steps: ["num_inference_steps", "sample_steps", "steps"],
-  seed: ["seed"],
-  cfg_high: ["cfg_high", "guidance_scale"],
-  cfg_low: ["cfg_low", "guidance_scale_2"],
-  shift: ["flow_shift", "sample_shift", "shift"],
-  lora: ["lora"],
-};
 const IN_MORE = ["cfg_high", "cfg_low", "shift", "negative"];
 
-/** Return the field that an error names: as its parameter, or as the first word of its message. */
-function fieldOf(error) {
-  const name = (error.field || error.message).split(/[^\w]/)[0];
-  const field = Object.keys(FIELDS).find((one) => FIELDS[one].includes(name));
-  return field && document.getElementById(field) ? field : "";
+/** Return the field of this form that an error is about. */
+function shownField(error) {
+  const field = fieldOf(error);
+  return document.getElementById(field) ? field : "";
 }
 
 /** A labelled field with its hint and its error. `children` draws the control from its props. */
@@ -45,7 +28,7 @@ function Field({ name, label, hint, error, children }) {
       <label for=${name}>${label}</label>
       ${children(props)}
       ${hint && html`<p class="hint" id=${`${name}-hint`}>${hint}</p>`}
-      ${error && html`<p class="error" id=${`${name}-error`}>${error}</p>`}
+      ${error && html`<p class="error" id=${`${name}-error`}><${Said} words=${error} /></p>`}
     </div>`;
 }
 
@@ -173,7 +156,7 @@ function LoraFields({ form, settings, error }) {
             aria-label=${say("strength", { name })}
             onInput=${(event) => set(name, event.currentTarget.value)} />`}
         </div>`)}
-      ${error && html`<p class="error" id="lora-error">${error}</p>`}
+      ${error && html`<p class="error" id="lora-error"><${Said} words=${error} /></p>`}
     </fieldset>`;
 }
 
@@ -219,7 +202,8 @@ function Actions({ count, busy, refused }) {
   const share = state.uploaded ? `${Math.floor(100 * state.uploaded)} %` : "";
   return html`
     <div role="alert">
-      ${refused && !refused.field && html`<p class="error boxed">${refused.message}</p>`}
+      ${refused && !refused.field && html`<p class="error boxed">
+        <${Said} words=${refused.message} /></p>`}
     </div>
     <div class="actions">
       <button class="main" aria-disabled=${busy}>${say(key, { count, share })}</button>
@@ -243,12 +227,12 @@ async function submit(form, settings) {
     const bodies = count > 1 ? bySeed(body, count) : [body];
     const { sent, failed } = await send(bodies);
     if (!failed) return null;
-    const field = fieldOf(failed);
+    const field = shownField(failed);
     const values = { done: sent, count, message: wordsOf(failed) };
     if (field && !sent) return { field, message: values.message };
     return { field: "", message: say(sent ? "some_sent" : "not_sent", values) };
   } catch (error) {
-    return { field: fieldOf(error), message: wordsOf(error) };
+    return { field: shownField(error), message: wordsOf(error) };
   }
 }
 

@@ -4,10 +4,10 @@ import { html, useRef, useState } from "./lib/htm-preact.js";
 
 import { earlier } from "./live.js";
 import {
-  Clip, Download, Icon, IconButton, Preview, isPicture, say, useKeptFocus, wordsOf,
+  Clip, Download, Icon, IconButton, Preview, Said, isPicture, say, useKeptFocus, varied, wordsOf,
 } from "./parts.js";
 import { Bar, doing } from "./queue.js";
-import { drawSeed, labelOf, requestOf, send, varied } from "./request.js";
+import { drawSeed, labelOf, requestOf, send } from "./request.js";
 import { active, gallery, state, update } from "./store.js";
 import { duration } from "./words.js";
 
@@ -66,9 +66,10 @@ function Tools({ job }) {
 
 /** A job that failed, with its words. */
 function Failed({ job }) {
-  const words = job.status === "failed" ? job.error?.message : "";
+  const words = job.status === "failed" && job.error ? wordsOf(job.error) : "";
   return html`
-    <div class=${`frame ended ${job.status}`}><p><b>${say(job.status)}</b> ${words}</p></div>`;
+    <div class=${`frame ended ${job.status}`}>
+      <p><b>${say(job.status)}</b> <${Said} words=${words} /></p></div>`;
 }
 
 function FailedTools({ job }) {

@@ -1,6 +1,7 @@
 // Keep the page true: events while there is a connection, questions while there is none.
 
 import { api, follow } from "./api.js";
+import { wordsOf } from "./parts.js";
 import { state, active, drop, take, update } from "./store.js";
 
 const PAGE = 40; // videos asked for at once
@@ -124,7 +125,7 @@ async function run(signal) {
         update({ token: "needed" });
         return;
       }
-      update({ link: error.status === 0 ? "lost" : "polling", why: error.message });
+      update({ link: error.status === 0 ? "lost" : "polling", why: wordsOf(error) });
     }
     if (signal.aborted) return;
     await wait(BACK_OFF_MS[Math.min(failures++, BACK_OFF_MS.length - 1)], signal);

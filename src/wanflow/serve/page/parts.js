@@ -6,13 +6,62 @@ import {
 
 import { address, blob, content, preview, token } from "./api.js";
 import { short, state, update } from "./store.js";
-import { speaker } from "./words.js";
+import { known, speaker } from "./words.js";
 
 /** Say a key in the language of the page. */
 export const say = (key, values) => speaker(state.language)(key, values);
 
-/** Return an error in words of the page, where it has any. */
-export const wordsOf = (error) => (error.status === 0 ? say("no_answer") : error.message);
+// The fields of the form: what the page calls each, then the names that the API has for it.
+const FIELDS = {
+  prompt: ["prompt", "prompt"],
+  negative: ["negative", "negative_prompt"],
+  image: ["picture", "input_reference", "image"],
+  last: ["last_picture", "last_image"],
+  preset: ["preset", "preset"],
+  size: ["size", "size", "width", "height"],
+  length: ["length", "num_frames", "seconds", "frame_num", "length"],
+  steps: ["steps", "num_inference_steps", "sample_steps", "steps"],
+  seed: ["seed", "seed"],
+  cfg_high: ["cfg_high", "cfg_high", "guidance_scale"],
+  cfg_low: ["cfg_low", "cfg_low", "guidance_scale_2"],
+  shift: ["shift", "flow_shift", "sample_shift", "shift"],
+  lora: ["lora", "lora"],
+};
+
+/** Return the field that an error is about: its parameter, or the first word of its message. */
+export function fieldOf(error) {
+  const name = (error.field || error.message).split(/[^\w]/)[0];
+  return Object.keys(FIELDS).find((one) => FIELDS[one].slice(1).includes(name)) || "";
+}
+
+/** Return the word for what a grid varies: a model of one network has one guidance. */
+export function varied(vary) {
+  return vary === "cfg_high" && state.settings?.experts.length === 1 ? "cfg" : vary;
+}
+
+/**
+ * Return what went wrong, of an answer or of a job, in the language of the page.
+ *
+ * The server speaks English. In another language its words, which have the numbers, are a second
+ * line.
+ */
+export function wordsOf(error) {
+  if (error.status === 0) return say("no_answer");
+  const { code, message } = error;
+  if (!code || (state.language === "en" && message && code !== "other")) return message;
+  const key = `error_${code}`;
+  const words = say(known(key) ? key : "error_other");
+  const field = fieldOf(error);
+  const label = field && say(varied(FIELDS[field][0]));
+  return `${label ? say("of_field", { field: label, words }) : words}\n${message}`;
+}
+
+/** Words of the page, and in a line of their own those of the server. */
+export function Said({ words }) {
+  const [first, ...rest] = words.split("\n");
+  return html`<span>${first}
+    ${rest.length > 0 && html`<span class="said" lang="en">${rest.join(" ")}</span>`}</span>`;
+}
 
 const PATHS = {
   play: "M8 5v14l11-7z",

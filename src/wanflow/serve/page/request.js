@@ -2,7 +2,7 @@
 
 import { ApiError, api, create, random } from "./api.js";
 import { gridMark, keep, kept, state, take, update } from "./store.js";
-import { say } from "./parts.js";
+import { say, varied } from "./parts.js";
 
 export const MOST = 16; // videos that one press makes
 const EMPTY = {
@@ -159,11 +159,6 @@ async function persist(body) {
 /** Return what tells a job of a grid from the others. */
 export const labelOf = ({ vary, value }) =>
   vary === "seed" ? say("seed_is", { seed: value }) : `${say(varied(vary))} ${value}`;
-
-/** Return the word for what a grid varies: a model of one network has one guidance. */
-export function varied(vary) {
-  return vary === "cfg_high" && state.settings?.experts.length === 1 ? "cfg" : vary;
-}
 
 /** Return the body that makes a job again; its pictures are in it, by name. */
 export const requestOf = (job) => api.request(job.id);
