@@ -378,9 +378,9 @@ def test_what_the_server_refuses_stands_beside_the_field(
     assert barriers(page) == []
     page.fill("#steps", "4")
     expect(words).to_have_count(0)
-    page.fill("#prompt", "")
+    page.fill("#prompt", " ")
     page.click("form button.main")
-    expect(page.locator("#prompt-error")).to_be_visible()
+    expect(page.locator("#prompt-error")).to_have_text("Prompt: say what the video shows.")
 
 
 def test_without_events_the_page_asks_and_connects_again(
@@ -660,6 +660,8 @@ def test_what_is_no_picture_or_too_large_is_refused_before_it_is_sent(
     with serving(app) as url:
         page = open_page(url)
         expect(page.locator("#image")).to_be_attached()
+        submit(page)
+        expect(page.locator("#image-error")).to_contain_text("choose one")
         assert page.evaluate(give, ["#last", "notes.pdf", 9, "drop", ""])
         expect(page.locator("#last-error")).to_have_text("notes.pdf is not a picture.")
         assert page.evaluate(give, ["#image", "huge.png", 200_000, "drop", ""])

@@ -74,6 +74,11 @@ export function framesOf(form, settings) {
 
 /** Return the body of a request, without what the form leaves to the model. */
 export function bodyOf(form, settings) {
+  if (!form.prompt.trim()) throw new ApiError(400, say("prompt_missing"), "prompt");
+  const { image, last } = state.pictures;
+  if (settings.picture_needed && !image && !last) {
+    throw new ApiError(400, say("picture_missing"), "image");
+  }
   const body = { ...form.rest, prompt: form.prompt };
   if (form.negative) body.negative_prompt = form.negative;
   if (form.preset) body.preset = form.preset;
@@ -95,8 +100,8 @@ export function bodyOf(form, settings) {
   // A strength is text here: "0.8", or "high=1,low=0.6" from a recipe.
   const loras = Object.entries(form.loras).filter(([name]) => settings.loras.includes(name));
   if (loras.length) body.lora = loras.map(([name, strength]) => `${name}@${strength || 1}`);
-  if (settings.pictures > 0 && state.pictures.image) body.image = state.pictures.image;
-  if (settings.pictures > 1 && state.pictures.last) body.last_image = state.pictures.last;
+  if (settings.pictures > 0 && image) body.image = image;
+  if (settings.pictures > 1 && last) body.last_image = last;
   return body;
 }
 
