@@ -460,6 +460,16 @@ def test_a_token_is_asked_for_once_and_everything_loads_with_it(
         expect(card(page)).to_be_visible()
 
 
+# A picture is seen before the browser has kept it.
+KEPT = """async () => {
+    const result = (asked) => new Promise((done) => (asked.onsuccess = () => done(asked.result)));
+    const kept = await result(indexedDB.open("wanflow", 1));
+    const form = await result(kept.transaction("pictures").objectStore("pictures").get("form"));
+    kept.close();
+    return Object.values(form ?? {}).filter(Boolean).length === 2;
+}"""
+
+
 def test_pictures_are_chosen_dropped_and_pasted(
     tmp_path: Path, open_page: Callable[..., Page]
 ) -> None:
@@ -484,6 +494,7 @@ def test_pictures_are_chosen_dropped_and_pasted(
             page.set_input_files("#image", files["red"])
             page.evaluate(give, [list(files["blue"].read_bytes()), kind])
             expect(page.locator(".drop img")).to_have_count(2)
+            until(page, KEPT)
             page.reload()  # pictures outlive it
             expect(page.locator(".drop img")).to_have_count(2)
             submit(page, f"a ball, {kind}")
