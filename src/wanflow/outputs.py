@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
@@ -123,8 +124,12 @@ def _claim_of(path: Path) -> Path:
         raise RequestError(f"{path} is no name of a new file or folder; give one")
     try:
         str(path).encode()
+        os.fsencode(path)
     except UnicodeEncodeError:  # the library of safetensors could not read a state back
-        raise RequestError(f"{printable(path)} is no UTF-8 name; choose another") from None
+        raise RequestError(
+            f"{printable(path)} is no UTF-8 name; choose another, or set PYTHONUTF8=1 where the"
+            " locale has no UTF-8"
+        ) from None
     path = Path(os.path.abspath(path))
     return path.with_name(path.name + CLAIM)
 
@@ -203,5 +208,7 @@ def slug(prompt: str) -> str:
     """Return the beginning of a prompt: letters, their marks, and digits, joined by hyphens."""
     plain = unicodedata.normalize("NFKC", prompt[: 20 * LONGEST_PROMPT]).lower()
     kept = (letter if unicodedata.category(letter)[0] in "LMN" else "-" for letter in plain)
-    words = re.sub("-+", "-", "".join(kept)).strip("-")[:LONGEST_PROMPT]
+    code = sys.getfilesystemencoding()  # ASCII in a locale without UTF-8
+    named = "".join(kept).encode(code, "ignore").decode(code)
+    words = re.sub("-+", "-", named).strip("-")[:LONGEST_PROMPT]
     return words.encode()[:LONGEST_WORDS].decode(errors="ignore").rstrip("-")

@@ -18,6 +18,7 @@ from helpers.common import PROMPT
 from wanflow.cli import main
 from wanflow.cli.inspect import _whole
 from wanflow.cli.output import Output, _LogLines
+from wanflow.clipfiles import read_recipe
 from wanflow.described import SIGNALS
 from wanflow.hardware import peak_memory
 from wanflow.screen import Screen
@@ -138,12 +139,38 @@ def test_a_script_gets_the_bytes_of_a_name(capfdbinary: pytest.CaptureFixture[by
     assert b"\x1b" not in shown.err and "圆\ufffd[31m".encode() in shown.err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names of files are Unicode on Windows")
+def test_a_prompt_is_read_as_utf8_where_the_locale_is_ascii(in_tmp: Path) -> None:
+    ascii_only = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "wanflow", *words]
+        return subprocess.run(command, env=ascii_only, capture_output=True, text=True, timeout=300)
+
+    asked = [*MAKE[:-1], "--prompt", f"{PROMPT} 圆"]
+    done = run(*asked)
+    assert done.returncode == 0, done.stderr
+    name = done.stdout.strip()
+    assert name.isascii() and read_recipe(Path(name))["request"]["prompt"] == f"{PROMPT} 圆"
+    refused = run(*asked, "--save_file", "圆.mp4")
+    assert refused.returncode == 2 and "PYTHONUTF8=1" in refused.stderr
+
+
 @pytest.mark.skipif(os.name == "nt", reason="closes descriptors as a POSIX shell does")
 @pytest.mark.parametrize("argv", [["inspect", "nowhere"], [*MAKE, "a.mp4", "--dtype", "nonsense"]])
 def test_errors_stay_off_standard_output_where_standard_error_is_closed(argv: list[str]) -> None:
     command = shlex.join([sys.executable, "-m", "wanflow", *argv]) + " 2>&-"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a folder that a process is in")
+def test_a_folder_that_was_deleted_under_a_command_is_named(in_tmp: Path) -> None:
+    asked = shlex.join([sys.executable, "-m", "wanflow", *MAKE, "a.mp4"])
+    command = f"mkdir gone && cd gone && rmdir ../gone && {asked}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "was deleted" in done.stderr and "cd " in done.stderr
 
 
 def test_a_folder_is_hashed_as_one_task() -> None:

@@ -4,6 +4,7 @@ resumes from its saved state.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -27,6 +28,7 @@ import wanflow
 from wanflow.cli import main
 from wanflow.cli.ending import Alone
 from wanflow.clipfiles import read_frames
+from wanflow.config import RequestError
 from wanflow.parallel import ranks as ranks_module
 from wanflow.parallel.watchdog import SILENT, Failure, Watchdog, announce, announced
 
@@ -232,6 +234,17 @@ def test_the_first_failure_is_the_runs(capsys: pytest.CaptureFixture[str]) -> No
         announce(store, failure, rank)
     assert announced(store) == Failure(1, "first")
     assert capsys.readouterr().err == "wanflow: first\n"
+
+
+def test_a_machine_that_does_not_reach_itself_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreachable(*_: object) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    with pytest.raises(RequestError, match="Network is unreachable.*ip link set lo up"):
+        ranks_module.host_store()
 
 
 def test_a_rank_that_was_stopped_itself_blames_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -760,6 +760,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
     with pytest.raises(RequestError, match="cannot be opened or written"):
         LocalStore(tmp_path)
+    deep = tmp_path.joinpath(*(3 * ["d" * 200]))
+    deep.mkdir(parents=True)
+    with pytest.raises(RequestError, match="a path below 480 bytes"):
+        LocalStore(deep)
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

@@ -252,6 +252,7 @@ def _run(argv: list[str], claims: Claims) -> int:
     try:
         ranks = described(os.environ)
         output.begin(ranks.rank)
+        _check_folder()
         if ranks.world_size > 1:
             watchdog = _join_watchdog(argv, output, alone) or alone
             watchdog.start()
@@ -296,6 +297,16 @@ def _run(argv: list[str], claims: Claims) -> int:
         return watchdog.fail(code, text or f"{type(error).__name__}: {error}\n{trace}", sure)
     watchdog.leave()
     return 0
+
+
+def _check_folder() -> None:
+    """Raise RequestError in a folder that is gone, where torch's libraries end the process."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise RequestError(
+            "the folder that this command was started in was deleted; go to another, as in: cd ~"
+        ) from None
 
 
 def _join_watchdog(argv: list[str], output: Output, alone: Alone) -> Watchdog | None:

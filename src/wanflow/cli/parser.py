@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn
@@ -236,6 +237,13 @@ def file_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def utf8(text: str) -> str:
+    """Read a text as the UTF-8 that it is; Python reads ASCII only in a locale without UTF-8."""
+    with suppress(UnicodeEncodeError):  # half a letter of Windows
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return text
+
+
 def yes_or_no(text: str) -> bool:
     """Read true or false, in any of their spellings."""
     if text.lower() in ("true", "yes", "1", "y", "t"):
@@ -268,7 +276,9 @@ def add_settings(
         if one.switch:
             options["action"] = "store_true"
         else:
-            readers: dict[type, Any] = {str: None, tuple: None, bool: yes_or_no}
+            # A text, and not the name of a file, which the system reads in the locale.
+            spoken = utf8 if one.metavar == "TEXT" else None
+            readers: dict[type, Any] = {str: spoken, tuple: None, bool: yes_or_no}
             if one.kind in (int, float):
                 readers[one.kind] = number(one.kind, *(one.range or ()))
             options |= {"type": readers[one.kind], "default": flag_default(one)}

@@ -23,6 +23,8 @@ from wanflow.untrusted import printable
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 DESCRIPTION = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # besides WORLD_SIZE
 JOIN_S = 60.0  # for a rank to reach the store, and for all ranks to be there
+HERE = "127.0.0.1"
+REACH_S = 10.0  # for a connection of this machine with itself
 TRY_S = 0.2  # between two tries
 MARGIN_S = 5.0  # by which torch may be late to its own time-out
 STORE_TIMEOUT_S = 300.0  # for an answer of the store
@@ -121,10 +123,22 @@ def _reach(address: str, port: int, seconds: float, hosts: bool) -> None:
 
 
 def host_store() -> tuple[Store, int]:
-    """Host the store that `connect_store` finds; return it and its port on this machine."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    """Host the store that `connect_store` finds; return it and its port on this machine.
+
+    Raises:
+        RequestError: where this machine does not reach itself; torch would try for 5 minutes.
+    """
+    try:
+        with socket.create_server((HERE, 0)) as own:
+            socket.create_connection(own.getsockname(), REACH_S).close()
+    except OSError as error:
+        raise RequestError(
+            f"processes of this machine cannot reach each other at {HERE}"
+            f" ({error.strerror or error}); bring its loopback up: ip link set lo up"
+        ) from None
+    listener = socket.create_server((HERE, 0))
     store = TCPStore(
-        "127.0.0.1",
+        HERE,
         listener.getsockname()[1],
         is_master=True,
         wait_for_workers=False,

@@ -79,9 +79,7 @@ class Gang:
         self, command: list[str], environment: Mapping[str, str], take: Callable[[Message], object]
     ) -> None:
         self._take, self._key = take, secrets.token_bytes(32)
-        remove_left()
-        made = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-")  # for this user alone
-        self._folder = Path(made)
+        self._folder = _made()
         self._listener = _listening(self._folder, self._key)
         self._line: Line | None = None
         self._address = self._listener.address
@@ -133,7 +131,8 @@ class Gang:
 
     def _shut(self) -> None:
         self._listener.close()
-        remove(self._folder)
+        if self._folder is not None:
+            remove(self._folder)
 
     def _wake(self) -> None:
         """Let a thread go on that waits for a connection."""
@@ -143,9 +142,17 @@ class Gang:
             one.connect(address)
 
 
-def _listening(folder: Path, key: bytes) -> Listener:
-    """Return a socket in a folder; on loopback, where the system takes none there."""
-    if hasattr(socket, "AF_UNIX"):
+def _made() -> Path | None:
+    """Return a new folder for this user alone; None where nothing can be written in TMPDIR."""
+    with suppress(OSError):  # a container with a read-only disk, or a full one
+        remove_left()
+        return Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
+    return None
+
+
+def _listening(folder: Path | None, key: bytes) -> Listener:
+    """Return a socket in a folder; on loopback, where there is none or the system takes none."""
+    if folder is not None and hasattr(socket, "AF_UNIX"):
         with suppress(OSError):  # the path has more than 107 bytes, or the disk has no sockets
             return Listener(str(folder / "gang"), authkey=key)
     return Listener(("127.0.0.1", 0), authkey=key)

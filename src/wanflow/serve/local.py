@@ -27,7 +27,10 @@ BUSY_S = 10.0  # for another process that writes
 SCHEMA = 0  # `user_version` of the file; a version of wanflow that needs other tables counts on
 
 DAMAGED = "the file is damaged; move it away and start again: videos stay, their list does not"
-SHUT = "the file cannot be opened or written; choose a folder that belongs to you"
+SHUT = (  # SQLite takes 512 bytes
+    "the file cannot be opened or written; choose a folder that belongs to you, of a path below 480"
+    " bytes"
+)
 ADVICE = {
     sqlite3.SQLITE_FULL: "the disk is full; free some space",
     sqlite3.SQLITE_IOERR: "the disk is full or failing; free some space, or choose another folder",
