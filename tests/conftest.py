@@ -23,6 +23,10 @@ from wanflow.api import Pipeline
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# Tests of lines measure the width that they set, not that of the terminal they are started in.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+
 # A shell starts a background command with SIGINT ignored, and so would be the processes of tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

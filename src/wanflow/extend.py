@@ -13,12 +13,12 @@ import logging
 from collections.abc import Sequence
 from http.client import HTTPException
 from typing import Any
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from wanflow.config import RequestError
 from wanflow.request import Picture
 from wanflow.untrusted import parse_json, printable
-from wanflow.web import check_url, read_bounded, within
+from wanflow.web import check_url, on_loopback, read_bounded, within
 
 logger = logging.getLogger("wanflow")
 
@@ -101,8 +101,10 @@ def extend(
     )
     request = Request(f"{base}/chat/completions", body, headers)
 
+    direct = [ProxyHandler({})] if on_loopback(base) else []
+
     def ask() -> bytes:
-        with build_opener(_NoRedirect).open(request, timeout=timeout) as answer:
+        with build_opener(_NoRedirect, *direct).open(request, timeout=timeout) as answer:
             return read_bounded(iter(lambda: answer.read1(1 << 16), b""), ANSWER_BYTES, timeout)
 
     try:

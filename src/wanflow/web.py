@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -43,6 +44,15 @@ def check_url(url: str, what: str, example: str) -> str:
             f"{what}: {printable(url)!r} is not the address of a server, such as {example}"
         )
     return url
+
+
+def on_loopback(url: str) -> bool:
+    """Return whether an address is of this machine: no proxy can reach it, or should hear it."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def same_server(url: str, other: str) -> bool:

@@ -328,6 +328,14 @@ def content(text: object) -> bytes:
     return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
 
 
+def test_a_server_on_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with server(lambda path: Answer(content("a red circle moves"))) as (url, _):
+        assert extended(url) == "a red circle moves"
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_the_key_follows_no_redirect(status: int, caplog: pytest.LogCaptureFixture) -> None:
     with server(lambda path: Answer(content("stolen"))) as (other, stolen):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,9 +134,12 @@ def test_a_layer_by_the_kernels(kernels: Any, monkeypatch: pytest.MonkeyPatch) -
             assert torch.equal(leaf(x), want)
 
 
-def test_kernels_become_code_for_every_generation() -> None:
+def test_kernels_become_code_for_every_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PTX and machine code by the compilers in Triton's wheel, which need no GPU."""
     pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # HOME may not be writable
     from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found, unused-ignore]
     from triton.compiler import ASTSource, compile  # type: ignore[import-not-found, unused-ignore]
 

@@ -24,6 +24,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Screen:
     """One whose console takes its file for a terminal."""
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one shows no bars
     shown = Screen()
     shown.console = Console(file=io.StringIO(), force_terminal=True, width=100, soft_wrap=True)
     return shown
