@@ -27,6 +27,11 @@ torch.set_num_threads(1)
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
 
+# Servers of tests are on this machine, where a proxy of the environment finds none.
+for name in ("no_proxy", "NO_PROXY"):
+    there = (os.environ.get(name), "127.0.0.1", "localhost")
+    os.environ[name] = ",".join(filter(None, there))
+
 # A shell starts a background command with SIGINT ignored, and so would be the processes of tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
