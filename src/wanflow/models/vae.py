@@ -252,15 +252,17 @@ class DoublingConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, C, H, W] -> [B, C', 2 H, 2 W]."""
-        taps = self.weight.flip(2, 3)
-        taps = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))
-        taps = F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))
-        return F.conv_transpose2d(x, taps.transpose(0, 1), self.bias, stride=2, padding=1)
+        """Map x [B, C, T, H, W] -> [B, C', T, 2 H, 2 W]."""
+        # In the images' order, or the convolution copies the taps once more.
+        order = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+        taps = self.weight.transpose(0, 1).contiguous(memory_format=order).flip(2, 3)
+        taps = F.pad(taps, (0, 1)).add_(F.pad(taps, (1, 0)))
+        taps = F.pad(taps, (0, 0, 0, 1)).add_(F.pad(taps, (0, 0, 1, 0)))
+        return per_frame(lambda x: F.conv_transpose2d(x, taps, self.bias, 2, 1), x)
 
 
 class Upsample(Stateful):
-    """Double height and width; double time first where `temporal`."""
+    """Double time where `temporal`; then `resample`, which `stream` runs, doubles each frame."""
 
     growth = 2  # see `growth`
 
@@ -271,22 +273,21 @@ class Upsample(Stateful):
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: State) -> Tensor:
-        if self.time_conv is not None:
-            if self in state:
-                batch, channels, frames, height, width = x.shape
-                both = self.time_conv(x, state).permute(0, 2, 3, 4, 1).unflatten(-1, (2, channels))
-                x = (
-                    both.permute(0, 1, 4, 2, 3, 5)
-                    .reshape(batch, frames * 2, height, width, channels)
-                    .permute(0, 4, 1, 2, 3)
-                )
-            else:
-                # The first latent frame is one frame of video; the next one does not see it.
-                state[self] = x.new_empty(0)
-        return per_frame(self.resample, x)
+        """Map x [B, C, T, H, W] -> [B, C, 2 T, H, W]; the first frame stays one."""
+        if self.time_conv is None or self not in state:
+            # The first latent frame is one frame of video; the next one does not see it.
+            state[self] = x.new_empty(0)
+            return x
+        batch, channels, frames, height, width = x.shape
+        both = self.time_conv(x, state).permute(0, 2, 3, 4, 1).unflatten(-1, (2, channels))
+        return (
+            both.permute(0, 1, 4, 2, 3, 5)
+            .reshape(batch, frames * 2, height, width, channels)
+            .permute(0, 4, 1, 2, 3)
+        )
 
 
-def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply an image layer to every frame of x [B, C, T, H, W]; only views in channels-last."""
     batch, channels, frames = x.shape[:3]
     images = (
@@ -320,9 +321,11 @@ def stream(layers: list[nn.Module], x: Tensor, state: State) -> Iterator[Tensor]
     before the next two do. This halves the memory of the layers with the largest images.
     """
     for index, layer in enumerate(layers):
+        if isinstance(layer, Upsample):  # the next frames wait while they are small
+            x, layer = layer(x, state), layer.resample
         if x.shape[2] > 2 and not _learns([x], *(layer.parameters() for layer in layers)):
             for part in x.split(2, dim=2):
-                yield from stream(layers[index:], part, state)
+                yield from stream([layer, *layers[index + 1 :]], part, state)
             return
         x = run([layer], x, state)
     yield x
