@@ -249,6 +249,17 @@ def test_gradient_mode_changes_nothing(vae: WanVAE) -> None:
     torch.testing.assert_close(vae.encode(video).detach(), plain[1], **ROUNDING)
 
 
+def test_frames_wait_while_they_are_small(vae: WanVAE) -> None:
+    """After a doubling of time, two frames are enlarged and pass on before the next two are."""
+    counts: list[int] = []
+    for layer in vae.decoder.modules():
+        if isinstance(layer, autoencoder.Upsample):
+            layer.resample.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[2]))
+    with torch.no_grad():
+        vae.decode(randn(1, 4, 2, 9, 9))
+    assert set(counts) == {1, 2}
+
+
 def held(states: dict[nn.Module, Tensor]) -> tuple[int, int]:
     """Bytes of a decoder's memory: what is kept alive, and what is looked at."""
     storages = {
