@@ -254,7 +254,9 @@ def test_frames_wait_while_they_are_small(vae: WanVAE) -> None:
     counts: list[int] = []
     for layer in vae.decoder.modules():
         if isinstance(layer, autoencoder.Upsample):
-            layer.resample.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[2]))
+            layer.resample.register_forward_pre_hook(
+                lambda _, args: counts.append(args[0].shape[2])
+            )
     with torch.no_grad():
         vae.decode(randn(1, 4, 2, 9, 9))
     assert set(counts) == {1, 2}
