@@ -62,6 +62,11 @@ INTENDED: dict[str, str] = {
         for command in ("generate", "replay", "decode", "plan")
     },
     **{
+        f"flags/wanflow {command}/--{name}/type": "read as UTF-8 in every locale"
+        for command in ("generate", "plan")
+        for name in ("prompt", "negative_prompt")
+    },
+    **{
         f"flags/wanflow {command}/--image": "a setting of its own, in place of an unused flag"
         for command in ("generate", "plan")
     },
