@@ -17,6 +17,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -199,3 +200,12 @@ def new_id() -> str:
 def worker_name(process: int) -> str:
     """Return what the id of a worker begins with, by its process on this machine."""
     return f"{socket.gethostname()}-{process}-"
+
+
+def process_runs(number: str) -> bool:
+    """Return whether a process runs on this machine; only Linux tells, elsewhere none does."""
+    try:
+        fields = Path("/proc", number, "stat").read_bytes()
+        return fields.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (OSError, IndexError):  # it is gone, or goes at this moment
+        return False

@@ -25,6 +25,7 @@ from typing import Any
 
 from wanflow.described import ending
 from wanflow.files import remove
+from wanflow.serve.jobs import process_runs
 
 WHERE = "WANFLOW_GANG"  # the environment variable that tells the gang where its worker listens
 LONGEST = 16 << 20  # bytes of a message
@@ -164,7 +165,7 @@ def remove_left() -> None:
         number = folder.name.removeprefix(FOLDER).partition("-")[0]
         with suppress(OSError):  # a clock that jumps makes each folder old
             old = time.time() - folder.lstat().st_mtime > LEFT_S
-            if old and not Path("/proc", number).exists():
+            if old and not process_runs(number):
                 remove(folder)
 
 

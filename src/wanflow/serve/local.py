@@ -12,12 +12,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from wanflow.config import RequestError
-from wanflow.serve.jobs import BEAT_S, SILENT_S, Job, StoreError, Worker
+from wanflow.serve.jobs import BEAT_S, SILENT_S, Job, StoreError, Worker, process_runs
 from wanflow.serve.rows import TABLES, Rows
 
 FILE = "jobs.sqlite"
@@ -198,11 +198,7 @@ def _runs(worker: str) -> bool:
     Where the number is another process's by now, the worker is found to be silent later.
     """
     machine, _, number = worker.rpartition("-")[0].rpartition("-")
-    with suppress(OSError, IndexError):
-        if machine == socket.gethostname():  # only Linux tells; elsewhere none counts as alive
-            fields = Path("/proc", number, "stat").read_bytes()
-            return fields.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    return False
+    return machine == socket.gethostname() and process_runs(number)
 
 
 def _advice(error: BaseException | None) -> str:
