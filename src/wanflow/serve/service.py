@@ -19,7 +19,7 @@ from wanflow.config import RequestError
 from wanflow.files import write_bytes
 from wanflow.presets import EMBEDDED, FAMILY, NANO, NANO_I2V, SETTINGS, ModelSpec
 from wanflow.request import PICTURES, CompleteRequest, Picture
-from wanflow.serve.errors import Refusal
+from wanflow.serve.errors import Code, Refusal
 from wanflow.serve.fields import as_sent, for_clients
 from wanflow.serve.folder import DataFolder
 from wanflow.serve.jobs import FullError, Job, Store, StoreError, Worker, new_id
@@ -86,16 +86,14 @@ class Service:
         """
         spec = self.model()
         self._check_disk()
+        code: Code = "invalid_value"
         try:
             one = asked(given, in_form, spec, self.limits, self.loras, self._read_picture)
-        except RequestError as error:
-            message, param = as_sent(str(error), given)
-            raise Refusal(400, message, "invalid_value", param) from None
-        try:
+            code = "does_not_fit"
             self.fits(one.complete, spec, self.store.workers())
         except RequestError as error:
             message, param = as_sent(str(error), given)
-            raise Refusal(400, message, "does_not_fit", param) from None
+            raise Refusal(400, message, code, param) from None
         for name in PICTURES:
             picture = getattr(one.request, name)
             if picture is not None:
