@@ -158,7 +158,8 @@ class Run:
 def _sum(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(name.encode() + tensors[name].numpy().tobytes())
+        found.update(name.encode())
+        found.update(tensors[name].numpy().data)
     return found.hexdigest()
 
 
